@@ -1,0 +1,1 @@
+"""The command line: schema, building objects from configuration, and the console script."""

@@ -1,0 +1,292 @@
+"""The frozen data that flows through a run: metrics, observations, fronts.
+
+Shapes: ``n`` evaluations, ``d`` coefficients, ``m`` metrics, ``k`` front points. All tensors
+are float64 on the CPU. Metrics keep their own unit and direction everywhere; the one function
+that turns them to maximisation is :func:`to_maximisation`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from map_bo.errors import DataError
+
+__all__ = [
+    "Front",
+    "Metric",
+    "Observations",
+    "directions",
+    "to_maximisation",
+]
+
+Direction = Literal["max", "min"]
+Kind = Literal["proportion", "loss", "unbounded"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One task metric: what it is called, which way is better, and what values it can take.
+
+    Attributes:
+        name: Unique among the metrics of a problem; usually the task's name.
+        direction: ``"max"`` when larger is better (accuracy), ``"min"`` when smaller is.
+        kind: ``"proportion"`` (a mean of values in ``[lower, upper]``, such as an accuracy),
+            ``"loss"`` (bounded below by ``lower``, no upper bound) or ``"unbounded"``.
+        lower: Smallest possible value; defaults to 0 for proportions and losses.
+        upper: Largest possible value; defaults to 1 for proportions.
+    """
+
+    name: str
+    direction: Direction = "max"
+    kind: Kind = "proportion"
+    lower: float | None = None
+    upper: float | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise DataError("a metric has no name", hint="give every metric a name of its own")
+        if self.direction not in ("max", "min"):
+            raise DataError(
+                f"metric {self.name!r} has direction {self.direction!r}",
+                hint="directions are 'max' and 'min'",
+            )
+        if self.kind not in ("proportion", "loss", "unbounded"):
+            raise DataError(
+                f"metric {self.name!r} has kind {self.kind!r}",
+                hint="kinds are 'proportion', 'loss' and 'unbounded'",
+            )
+        if self.kind in ("proportion", "loss") and self.lower is None:
+            object.__setattr__(self, "lower", 0.0)
+        if self.kind == "proportion" and self.upper is None:
+            object.__setattr__(self, "upper", 1.0)
+        if self.lower is not None and self.upper is not None and not self.lower < self.upper:
+            raise DataError(
+                f"metric {self.name!r} has bounds [{self.lower}, {self.upper}]",
+                hint="lower must be smaller than upper",
+            )
+
+
+def directions(metrics: Sequence[Metric]) -> Tensor:
+    """Return ``m`` signs: +1 where larger is better, -1 where smaller is."""
+    return torch.tensor(
+        [1.0 if metric.direction == "max" else -1.0 for metric in metrics], dtype=torch.float64
+    )
+
+
+def to_maximisation(Y: Tensor, metrics: Sequence[Metric]) -> Tensor:
+    """Turn metric values (``... x m``, own units) so that larger is better in every column.
+
+    It is its own inverse.
+    """
+    return Y * directions(metrics).to(Y)
+
+
+def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
+    """Return ``metrics`` as a tuple, or raise when empty or when two share a name."""
+    names = [metric.name for metric in metrics]
+    if not names:
+        raise DataError("there are no metrics", hint="give at least one metric to optimise")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f"metric names appear twice: {', '.join(twice)}", hint="rename one")
+    return tuple(metrics)
+
+
+def _double(value: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
+    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+
+
+@dataclass(frozen=True, eq=False)
+class Observations:
+    """What has been evaluated: ``n`` coefficient vectors and what was measured at each.
+
+    A failed evaluation is a row with a reason in ``failures`` and NaN in ``Y``; it is kept, is
+    left out of every fit (:meth:`succeeded`) and never receives a score.
+
+    Attributes:
+        X: ``n x d`` coefficients.
+        Y: ``n x m`` measured metrics in their own units and directions.
+        metrics: The ``m`` metrics.
+        Yvar: ``n x m`` variance of the measurement noise (metric units squared); 0 where it is
+            known to be exact, NaN where it is unknown.
+        counts: ``n x m`` number of examples that a proportion was measured on; NaN elsewhere.
+        cost: ``n`` seconds that each evaluation took.
+        failures: ``n`` reasons, ``None`` where the evaluation succeeded.
+
+    Raises:
+        DataError: When shapes disagree, or a succeeded row holds NaN or infinity.
+    """
+
+    X: Tensor
+    Y: Tensor
+    metrics: tuple[Metric, ...]
+    Yvar: Tensor = None  # type: ignore[assignment]
+    counts: Tensor = None  # type: ignore[assignment]
+    cost: Tensor = None  # type: ignore[assignment]
+    failures: tuple[str | None, ...] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "metrics", check_metrics(self.metrics))
+        put(self, "X", _double(self.X))
+        put(self, "Y", _double(self.Y))
+        if self.X.dim() != 2 or self.Y.dim() != 2:
+            raise DataError(
+                f"X has shape {tuple(self.X.shape)} and Y {tuple(self.Y.shape)}; "
+                "both need two dimensions",
+                hint="X is n x d (one row an evaluation), Y is n x m (one column a metric)",
+            )
+        n, m = len(self.X), len(self.metrics)
+        if self.Y.shape != (n, m):
+            raise DataError(
+                f"Y has shape {tuple(self.Y.shape)} for {n} evaluations of {m} metrics",
+                hint=f"return one row an evaluation and one column for each of "
+                f"{', '.join(metric.name for metric in self.metrics)}",
+            )
+        for name in ("Yvar", "counts"):
+            value = getattr(self, name)
+            value = torch.full_like(self.Y, torch.nan) if value is None else _double(value)
+            if value.shape != self.Y.shape:
+                raise DataError(f"{name} has shape {tuple(value.shape)}, Y {tuple(self.Y.shape)}")
+            put(self, name, value)
+        put(self, "cost", torch.zeros(n).double() if self.cost is None else _double(self.cost))
+        put(self, "failures", (None,) * n if self.failures is None else tuple(self.failures))
+        if self.cost.shape != (n,) or len(self.failures) != n:
+            raise DataError(f"cost and failures need one entry for each of the {n} evaluations")
+        if not bool(torch.isfinite(self.X).all()):
+            raise DataError("X holds NaN or infinity", hint="coefficients are finite numbers")
+        bad = ~torch.isfinite(self.Y).all(-1) & self.ok
+        if bool(bad.any()):
+            rows = bad.nonzero().flatten().tolist()
+            raise DataError(
+                f"row {rows[0]} of Y holds NaN or infinity: {self.Y[rows[0]].tolist()}",
+                hint="record the row as failed: put the reason in `failures`",
+            )
+        if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
+            raise DataError("Yvar holds negative or infinite variances")
+        if bool((self.counts <= 0).any()):
+            raise DataError("counts must be positive", hint="use NaN where nothing was counted")
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    @property
+    def ok(self) -> Tensor:
+        """``n`` booleans: which evaluations succeeded."""
+        return torch.tensor([reason is None for reason in self.failures], dtype=torch.bool)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Observations:
+        """Return the given rows (indices or a boolean mask) as observations."""
+        index = torch.as_tensor(rows)
+        index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        return dataclasses.replace(
+            self,
+            X=self.X[index],
+            Y=self.Y[index],
+            Yvar=self.Yvar[index],
+            counts=self.counts[index],
+            cost=self.cost[index],
+            failures=tuple(self.failures[i] for i in index.tolist()),
+        )
+
+    def succeeded(self) -> Observations:
+        """Return the rows that did not fail."""
+        return self.select(self.ok)
+
+    def append(self, other: Observations) -> Observations:
+        """Return these rows followed by those of ``other``; the metrics must be the same."""
+        if other.metrics != self.metrics or other.X.shape[-1] != self.X.shape[-1]:
+            raise DataError(
+                "observations of different problems cannot be joined: "
+                f"{[x.name for x in self.metrics]} in {self.X.shape[-1]} coefficients and "
+                f"{[x.name for x in other.metrics]} in {other.X.shape[-1]}"
+            )
+        return Observations(
+            X=torch.cat([self.X, other.X]),
+            Y=torch.cat([self.Y, other.Y]),
+            metrics=self.metrics,
+            Yvar=torch.cat([self.Yvar, other.Yvar]),
+            counts=torch.cat([self.counts, other.counts]),
+            cost=torch.cat([self.cost, other.cost]),
+            failures=self.failures + other.failures,
+        )
+
+    @classmethod
+    def empty(cls, d: int, metrics: Sequence[Metric]) -> Observations:
+        """Return observations with no rows in ``d`` coefficients."""
+        return cls(X=torch.zeros(0, d), Y=torch.zeros(0, len(metrics)), metrics=tuple(metrics))
+
+    @classmethod
+    def failed(cls, X: Tensor, metrics: Sequence[Metric], reason: str) -> Observations:
+        """Return rows for evaluations (``n x d``) that all failed for ``reason``."""
+        return cls(
+            X=X,
+            Y=torch.full((len(X), len(metrics)), torch.nan),
+            metrics=tuple(metrics),
+            failures=(reason,) * len(X),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Front:
+    """The answer of a run: ``k`` trade-offs, as predicted and, where verified, as measured.
+
+    Predicted and real values live in fields of their own and are never mixed.
+
+    Attributes:
+        X: ``k x d`` coefficients.
+        mean: ``k x m`` predicted metrics (posterior median, own units and directions).
+        std: ``k x m`` predicted standard deviation of the metric, measurement noise excluded.
+        lower: ``k x m`` lower end of the 95 % interval of the prediction.
+        upper: ``k x m`` upper end.
+        real: ``k x m`` measured metrics; NaN where the point was not verified.
+        metrics: The ``m`` metrics.
+    """
+
+    X: Tensor
+    mean: Tensor
+    std: Tensor
+    lower: Tensor
+    upper: Tensor
+    metrics: tuple[Metric, ...]
+    real: Tensor = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "metrics", check_metrics(self.metrics))
+        put(self, "X", _double(self.X))
+        shape = (len(self.X), len(self.metrics))
+        if self.real is None:
+            put(self, "real", torch.full(shape, torch.nan, dtype=torch.float64))
+        for name in ("mean", "std", "lower", "upper", "real"):
+            put(self, name, _double(getattr(self, name)))
+            if getattr(self, name).shape != shape:
+                raise DataError(
+                    f"{name} of a front has shape {tuple(getattr(self, name).shape)}, not {shape}"
+                )
+
+    def __len__(self) -> int:
+        return len(self.X)
+
+    @property
+    def verified(self) -> Tensor:
+        """``k`` booleans: which points have been measured."""
+        return torch.isfinite(self.real).all(-1)
+
+    def with_real(self, rows: Sequence[int], values: Tensor) -> Front:
+        """Return this front with measured ``values`` (``len(rows) x m``) at ``rows``."""
+        real = self.real.clone()
+        real[torch.as_tensor(list(rows), dtype=torch.long)] = _double(values)
+        return dataclasses.replace(self, real=real)
+
+    def select(self, rows: Tensor | Sequence[int]) -> Front:
+        """Return the given points (indices or a boolean mask)."""
+        index = torch.as_tensor(rows)
+        fields = ("X", "mean", "std", "lower", "upper", "real")
+        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in fields})

@@ -1,0 +1,79 @@
+"""The one family of errors that ``map_bo`` raises for a user's mistake or a broken input.
+
+Every error carries a message that says what is wrong and, where there is one, a hint that
+says what to do. The command line prints both and exits with status 2; it never shows a
+traceback for them. ``assert`` is kept for the package's own invariants.
+"""
+
+from __future__ import annotations
+
+
+class MapBoError(Exception):
+    """Base of all errors of the package.
+
+    Args:
+        message: What is wrong, in terms of what the user gave.
+        hint: What to do about it; shown on a line of its own.
+    """
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(message if hint is None else f"{message}\nhint: {hint}")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Exceptions with keyword-only arguments do not survive pickling by default, and these
+        # cross process boundaries when a sweep runs its jobs in workers.
+        return (_rebuild, (type(self), self.message, self.hint))
+
+
+def _rebuild(kind: type[MapBoError], message: str, hint: str | None) -> MapBoError:
+    return kind(message, hint=hint)
+
+
+class DataError(MapBoError):
+    """Observations, metrics or a front that contradict themselves (shapes, names, NaN)."""
+
+
+class SpaceError(MapBoError):
+    """Coefficients outside their space, or a space that is empty or ill-formed."""
+
+
+class CheckpointError(MapBoError):
+    """A checkpoint that is missing, truncated, unsafe or of an unknown format."""
+
+
+class MergeError(MapBoError):
+    """Checkpoints that do not fit each other, or an operator that cannot merge them."""
+
+
+class EvaluationError(MapBoError):
+    """Evaluations that fail more often than allowed, or an evaluator that returns nonsense."""
+
+
+class SurrogateError(MapBoError):
+    """Too few or degenerate observations for the surrogate that was asked for."""
+
+
+class SamplerError(MapBoError):
+    """A sampler that cannot work with this space, these metrics or this surrogate."""
+
+
+class PreferenceError(MapBoError):
+    """A preference or constraint that names no metric or that no front point satisfies."""
+
+
+class BudgetError(MapBoError):
+    """A budget too small for what was asked of it."""
+
+
+class StoreError(MapBoError):
+    """A run directory that is locked, corrupt, full or of another configuration."""
+
+
+class ConfigError(MapBoError):
+    """A configuration that names something unknown or has a value of the wrong kind."""
+
+
+class MissingDependencyError(MapBoError):
+    """An optional package is needed here and is not installed; the hint is the install line."""

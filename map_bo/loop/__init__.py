@@ -1,0 +1,1 @@
+"""The loop: ask, evaluate, tell, refit; recommend a front; record and resume."""

@@ -1,0 +1,1 @@
+"""Checkpoints, task vectors, merge operators, and writing the merged model."""

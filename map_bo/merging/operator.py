@@ -1,0 +1,44 @@
+"""What a merge operator is: it prepares once, then writes a candidate per coefficient vector."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+from map_bo.space import CoefficientSpace
+
+if TYPE_CHECKING:
+    from map_bo.merging.task_vectors import TaskVectors
+
+__all__ = ["MergeOperator", "PreparedMerge"]
+
+
+@runtime_checkable
+class PreparedMerge(Protocol):
+    """An operator bound to task vectors, with everything precomputed that no coefficient changes.
+
+    ``write`` is called for every candidate: it makes one streaming pass over the resident
+    deltas and allocates nothing of the model's size.
+    """
+
+    def write(self, c: Tensor, out: Tensor) -> None:
+        """Write the flat merged parameters for coefficients ``c`` (``d``) into ``out`` (``P``)."""
+        ...
+
+
+@runtime_checkable
+class MergeOperator(Protocol):
+    """Settings of a merge operator."""
+
+    def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
+        """Return the coefficients that this operator takes for these experts."""
+        ...
+
+    def prepare(self, deltas: TaskVectors) -> PreparedMerge:
+        """Do, once, all the work that does not depend on the coefficients."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return the operator as plain data, for recipes and the run's record."""
+        ...

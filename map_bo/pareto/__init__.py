@@ -1,0 +1,1 @@
+"""Fronts: dominance, indicators, solvers and preferences."""

@@ -1,0 +1,1 @@
+"""Problems: what can be evaluated, from a formula to a live merged model."""

@@ -1,0 +1,1 @@
+"""Samplers: which coefficient vectors to evaluate next."""

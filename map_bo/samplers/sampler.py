@@ -1,0 +1,42 @@
+"""What a sampler is: it says which coefficient vectors to evaluate next."""
+
+from __future__ import annotations
+
+from typing import Protocol, runtime_checkable
+
+from torch import Generator, Tensor
+
+from map_bo.data import Observations
+from map_bo.space import CoefficientSpace
+
+__all__ = ["Sampler"]
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Settings of a sampler. It keeps no state: everything is rebuilt from what was seen.
+
+    So resuming, replaying a recorded table and simulating come free, and the same seed proposes
+    the same points in any process.
+    """
+
+    def propose(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> Tensor:
+        """Return ``n x d`` points of ``space`` to evaluate next.
+
+        Args:
+            seen: All evaluations so far, the failed ones included.
+            space: The space to propose in.
+            n: How many points to return.
+            pending: ``p x d`` points that are being evaluated now; proposals take them into
+                account and do not repeat them.
+            generator: Source of all randomness; the caller passes a fresh child each round.
+        """
+        ...

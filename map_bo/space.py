@@ -1,0 +1,318 @@
+"""The space that scaling coefficients live in: a named box with optional linear constraints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from map_bo.errors import SpaceError
+
+__all__ = ["Anchors", "CoefficientSpace", "LinearConstraint"]
+
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class LinearConstraint:
+    """``weights . x <= bound``, or ``weights . x == bound`` when ``equality``.
+
+    Attributes:
+        weights: One weight a coefficient.
+        bound: Right-hand side.
+        equality: Whether the constraint must hold with equality.
+    """
+
+    weights: tuple[float, ...]
+    bound: float
+    equality: bool = False
+
+    def slack(self, X: Tensor) -> Tensor:
+        """Return how far each row of ``X`` (``... x d``) is from feasible; 0 when it is."""
+        gap = X @ torch.tensor(self.weights, dtype=X.dtype) - self.bound
+        return gap.abs() if self.equality else gap.clamp_min(0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Anchors:
+    """The points that a user has anyway: the base, the experts and their uniform blend.
+
+    Attributes:
+        names: ``a`` names: ``"base"``, the experts' names, ``"uniform blend"``.
+        kinds: ``a`` kinds: ``"base"``, ``"expert"`` or ``"blend"``.
+        X: ``a x d`` coefficients.
+    """
+
+    names: tuple[str, ...]
+    kinds: tuple[str, ...]
+    X: Tensor
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+@dataclass(frozen=True)
+class CoefficientSpace:
+    """A box of ``d`` named coefficients, with optional linear constraints.
+
+    Attributes:
+        names: ``d`` unique names.
+        lower: ``d`` lower bounds.
+        upper: ``d`` upper bounds.
+        constraints: Linear constraints on top of the box; the box and they must share a point.
+        owner: For each coefficient the index of the expert that it scales; with one coefficient
+            an expert (the default) this is ``0 .. d-1``, with one an expert and block of layers
+            several coefficients share an owner.
+        experts: Names of the experts; defaults to ``names``.
+
+    Raises:
+        SpaceError: On bounds, names, weights or constraints that contradict each other.
+    """
+
+    names: tuple[str, ...]
+    lower: tuple[float, ...]
+    upper: tuple[float, ...]
+    constraints: tuple[LinearConstraint, ...] = ()
+    owner: tuple[int, ...] = field(default=())
+    experts: tuple[str, ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "names", tuple(self.names))
+        put(self, "lower", tuple(float(value) for value in self.lower))
+        put(self, "upper", tuple(float(value) for value in self.upper))
+        d = len(self.names)
+        if d == 0:
+            raise SpaceError("a space needs at least one coefficient", hint="give an expert")
+        if len(set(self.names)) != d:
+            twice = sorted({name for name in self.names if self.names.count(name) > 1})
+            raise SpaceError(f"coefficient names appear twice: {', '.join(twice)}")
+        if len(self.lower) != d or len(self.upper) != d:
+            raise SpaceError(
+                f"{d} coefficients have {len(self.lower)} lower and {len(self.upper)} upper bounds"
+            )
+        finite = torch.isfinite(torch.tensor(self.lower + self.upper))
+        if not bool(finite.all()) or any(
+            low >= high for low, high in zip(self.lower, self.upper, strict=True)
+        ):
+            raise SpaceError(
+                f"bounds {list(self.lower)} and {list(self.upper)} do not make a box",
+                hint="every lower bound must be finite and smaller than its upper bound",
+            )
+        if not self.owner:
+            put(self, "owner", tuple(range(d)))
+        if not self.experts:
+            put(self, "experts", self.names)
+        if len(self.owner) != d or set(self.owner) != set(range(len(self.experts))):
+            raise SpaceError(
+                f"owner {self.owner} does not assign {d} coefficients to "
+                f"{len(self.experts)} experts"
+            )
+        for constraint in self.constraints:
+            if len(constraint.weights) != d or not any(constraint.weights):
+                raise SpaceError(
+                    f"a constraint has weights {constraint.weights} for {d} coefficients",
+                    hint="give one weight a coefficient, not all of them zero",
+                )
+        if self.constraints:
+            middle = (self._low + self._high).unsqueeze(0) / 2
+            if not bool(self.contains(self.project(middle)).all()):
+                raise SpaceError(
+                    "no point of the box satisfies the constraints",
+                    hint="widen the bounds or relax a constraint",
+                )
+
+    @classmethod
+    def box(
+        cls,
+        experts: Sequence[str],
+        *,
+        blocks: Sequence[str] = (),
+        lower: float = 0.0,
+        upper: float = 1.0,
+        sum_at_most: float | None = None,
+        simplex: bool = False,
+    ) -> CoefficientSpace:
+        """Return ``[lower, upper]`` for every expert, or for every expert and block of layers.
+
+        Args:
+            experts: Names of the ``N`` experts.
+            blocks: Names of ``B`` blocks; coefficients are then named ``expert/block`` and
+                ordered expert by expert, ``d = N B``.
+            lower: Lower bound of every coefficient.
+            upper: Upper bound of every coefficient.
+            sum_at_most: Bound on the sum of the experts' coefficients (within each block).
+            simplex: Require that sum to be exactly 1 (within each block).
+        """
+        experts, blocks = tuple(experts), tuple(blocks)
+        parts = len(blocks) or 1
+        names = tuple(f"{e}/{b}" for e in experts for b in blocks) if blocks else experts
+        owner = tuple(i for i in range(len(experts)) for _ in range(parts))
+        constraints: list[LinearConstraint] = []
+        if simplex or sum_at_most is not None:
+            bound = 1.0 if simplex else float(sum_at_most or 0.0)
+            for part in range(parts):
+                weights = tuple(float(i % parts == part) for i in range(len(names)))
+                constraints.append(LinearConstraint(weights, bound, equality=simplex))
+        d = len(names)
+        return cls(
+            names, (lower,) * d, (upper,) * d, tuple(constraints), owner=owner, experts=experts
+        )
+
+    @property
+    def d(self) -> int:
+        """Number of coefficients."""
+        return len(self.names)
+
+    @property
+    def _low(self) -> Tensor:
+        return torch.tensor(self.lower, dtype=torch.float64)
+
+    @property
+    def _high(self) -> Tensor:
+        return torch.tensor(self.upper, dtype=torch.float64)
+
+    @property
+    def bounds(self) -> Tensor:
+        """``2 x d``: lower and upper bounds, as botorch wants them."""
+        return torch.stack([self._low, self._high])
+
+    def normalise(self, X: Tensor) -> Tensor:
+        """Map the box onto the unit cube (``... x d``)."""
+        return (X - self._low.to(X)) / (self._high - self._low).to(X)
+
+    def unnormalise(self, U: Tensor) -> Tensor:
+        """Map the unit cube onto the box (``... x d``)."""
+        return U * (self._high - self._low).to(U) + self._low.to(U)
+
+    def contains(self, X: Tensor, *, tolerance: float = _TOLERANCE) -> Tensor:
+        """Return for each row of ``X`` (``n x d``) whether it is in the space."""
+        inside = ((X >= self._low - tolerance) & (X <= self._high + tolerance)).all(-1)
+        for constraint in self.constraints:
+            norm = float(torch.tensor(constraint.weights).norm())
+            inside = inside & (constraint.slack(X) <= tolerance * max(1.0, norm))
+        return inside
+
+    def check(self, X: Tensor) -> Tensor:
+        """Return ``X`` as float64 ``n x d``, or raise when it has another shape or leaves."""
+        X = torch.as_tensor(X, dtype=torch.float64)
+        if X.dim() != 2 or X.shape[-1] != self.d:
+            raise SpaceError(
+                f"coefficients have shape {tuple(X.shape)}; this space has {self.d}: "
+                f"{', '.join(self.names)}",
+                hint=f"give an n x {self.d} tensor",
+            )
+        if not bool(torch.isfinite(X).all()):
+            raise SpaceError("coefficients hold NaN or infinity")
+        outside = ~self.contains(X)
+        if bool(outside.any()):
+            row = X[outside][0].tolist()
+            raise SpaceError(
+                f"{int(outside.sum())} of {len(X)} rows leave the space; the first is {row}",
+                hint="call space.project(X), or widen the bounds",
+            )
+        return X
+
+    def project(self, X: Tensor) -> Tensor:
+        """Return the nearest points of the space (``n x d``, Euclidean).
+
+        Exact for the box alone and for one constraint (bisection on its multiplier); several
+        constraints go through Dykstra's alternating projections onto the sets "box and one
+        constraint", which converge to the nearest point of their intersection.
+        """
+        if not self.constraints:
+            return X.clamp(self._low.to(X), self._high.to(X))
+        if len(self.constraints) == 1:
+            return self._project_one(X, self.constraints[0])
+        corrections = [torch.zeros_like(X) for _ in self.constraints]
+        for _ in range(500):
+            moved = 0.0
+            for i, constraint in enumerate(self.constraints):
+                target = X + corrections[i]
+                nearest = self._project_one(target, constraint)
+                corrections[i] = target - nearest
+                moved = max(moved, float((nearest - X).abs().max()) if X.numel() else 0.0)
+                X = nearest
+            if moved < 1e-10:
+                break
+        return X
+
+    def _project_one(self, X: Tensor, constraint: LinearConstraint) -> Tensor:
+        low, high = self._low.to(X), self._high.to(X)
+        weights = torch.tensor(constraint.weights, dtype=X.dtype)
+        inside = X.clamp(low, high)
+        gap = inside @ weights - constraint.bound
+        wrong = gap.abs() > 1e-12 if constraint.equality else gap > 1e-12
+        if not bool(wrong.any()):
+            return inside
+        # x(t) = clamp(x - t w) has a weighted sum that falls monotonically in t; find its root.
+        rows = X[wrong]
+        reach = ((rows.abs() + low.abs() + high.abs()).amax(-1)) / weights[weights != 0].abs().min()
+        near, far = -2 * reach, 2 * reach
+        if not constraint.equality:
+            near = torch.zeros_like(far)
+        for _ in range(80):
+            middle = (near + far) / 2
+            value = (rows - middle.unsqueeze(-1) * weights).clamp(low, high) @ weights
+            above = value > constraint.bound
+            near, far = torch.where(above, middle, near), torch.where(above, far, middle)
+        result = inside.clone()
+        result[wrong] = (rows - far.unsqueeze(-1) * weights).clamp(low, high)
+        return result
+
+    def sample(self, n: int, *, generator: Generator) -> Tensor:
+        """Return ``n x d`` points: uniform in the box, projected where constraints cut it."""
+        U = torch.rand(n, self.d, generator=generator, dtype=torch.float64)
+        return self.project(self.unnormalise(U))
+
+    def anchors(self) -> Anchors:
+        """Return the base, every expert and the uniform blend, those that lie in the space."""
+        owner = torch.tensor(self.owner)
+        experts = torch.stack([(owner == i).double() for i in range(len(self.experts))])
+        X = torch.cat(
+            [
+                torch.zeros(1, self.d, dtype=torch.float64),
+                experts,
+                torch.full((1, self.d), 1.0 / len(self.experts), dtype=torch.float64),
+            ]
+        )
+        names = ("base", *self.experts, "uniform blend")
+        kinds = ("base", *("expert" for _ in self.experts), "blend")
+        keep = self.contains(X).tolist()
+        if len(self.experts) == 1:
+            keep[-1] = False  # the blend of one expert is that expert
+        kept = [i for i, inside in enumerate(keep) if inside]
+        return Anchors(tuple(names[i] for i in kept), tuple(kinds[i] for i in kept), X[kept])
+
+    def describe(self) -> dict[str, Any]:
+        """Return the space as plain data for the run's record."""
+        return {
+            "names": list(self.names),
+            "lower": list(self.lower),
+            "upper": list(self.upper),
+            "constraints": [
+                {"weights": list(c.weights), "bound": c.bound, "equality": c.equality}
+                for c in self.constraints
+            ],
+            "owner": list(self.owner),
+            "experts": list(self.experts),
+        }
+
+    @classmethod
+    def from_description(cls, data: Mapping[str, Any]) -> CoefficientSpace:
+        """Rebuild a space from :meth:`describe`."""
+        constraints = tuple(
+            LinearConstraint(tuple(c["weights"]), c["bound"], c["equality"])
+            for c in data["constraints"]
+        )
+        return cls(
+            tuple(data["names"]),
+            tuple(data["lower"]),
+            tuple(data["upper"]),
+            constraints,
+            tuple(data["owner"]),
+            tuple(data["experts"]),
+        )

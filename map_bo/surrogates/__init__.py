@@ -1,0 +1,1 @@
+"""Surrogates: models of the metrics over the coefficient space."""

@@ -1,0 +1,1 @@
+"""The run store: an append-only record that survives a crash."""
