@@ -1,5 +1,87 @@
-"""Bayesian optimization for multi-objective model merging."""
+"""Bayesian optimization for multi-objective model merging.
+
+``map_bo`` finds scaling coefficients for merging fine-tuned experts, and returns the whole
+Pareto front of trade-offs for a handful of evaluations. It implements MAP (Li et al., arXiv
+2406.07529) and goes on from there.
+
+Names are loaded when they are first used, so that importing the package (and the command
+line's ``--help``) costs nothing.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from map_bo.data import Front, Metric, Observations
+    from map_bo.errors import MapBoError
+    from map_bo.loop.reading import load_result
+    from map_bo.loop.result import Choice, Result
+    from map_bo.loop.run import Run, optimize
+    from map_bo.loop.settings import Settings
+    from map_bo.merging.checkpoint import open_checkpoint
+    from map_bo.merging.task_arithmetic import TaskArithmetic
+    from map_bo.pareto.preferences import Preference
+    from map_bo.problems.evaluators import Measurement
+    from map_bo.problems.merged import MergedModelProblem
+    from map_bo.problems.table import TableProblem
+    from map_bo.problems.zoo import digits_problem
+    from map_bo.space import CoefficientSpace, LinearConstraint
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "Choice",
+    "CoefficientSpace",
+    "Front",
+    "LinearConstraint",
+    "MapBoError",
+    "Measurement",
+    "MergedModelProblem",
+    "Metric",
+    "Observations",
+    "Preference",
+    "Result",
+    "Run",
+    "Settings",
+    "TableProblem",
+    "TaskArithmetic",
+    "__version__",
+    "digits_problem",
+    "load_result",
+    "open_checkpoint",
+    "optimize",
+]
+
+_HOME = {
+    "Choice": "map_bo.loop.result",
+    "CoefficientSpace": "map_bo.space",
+    "Front": "map_bo.data",
+    "LinearConstraint": "map_bo.space",
+    "MapBoError": "map_bo.errors",
+    "Measurement": "map_bo.problems.evaluators",
+    "MergedModelProblem": "map_bo.problems.merged",
+    "Metric": "map_bo.data",
+    "Observations": "map_bo.data",
+    "Preference": "map_bo.pareto.preferences",
+    "Result": "map_bo.loop.result",
+    "Run": "map_bo.loop.run",
+    "Settings": "map_bo.loop.settings",
+    "TableProblem": "map_bo.problems.table",
+    "TaskArithmetic": "map_bo.merging.task_arithmetic",
+    "digits_problem": "map_bo.problems.zoo",
+    "load_result": "map_bo.loop.reading",
+    "open_checkpoint": "map_bo.merging.checkpoint",
+    "optimize": "map_bo.loop.run",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'map_bo' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -219,24 +219,28 @@ class CoefficientSpace:
     def project(self, X: Tensor) -> Tensor:
         """Return the nearest points of the space (``n x d``, Euclidean).
 
-        Exact for the box alone and for one constraint (bisection on its multiplier); several
-        constraints go through Dykstra's alternating projections onto the sets "box and one
-        constraint", which converge to the nearest point of their intersection.
+        Exact for the box alone, for one constraint, and for several that share no coefficient
+        (one a block). Constraints that overlap go through Dykstra's alternating projections onto
+        the sets "box and one constraint", which converge to the nearest point of all of them.
         """
-        if not self.constraints:
+        if not self.constraints or not len(X):
             return X.clamp(self._low.to(X), self._high.to(X))
-        if len(self.constraints) == 1:
-            return self._project_one(X, self.constraints[0])
+        supports = torch.tensor([c.weights for c in self.constraints]) != 0
+        if bool((supports.sum(0) <= 1).all()):
+            result = X.clamp(self._low.to(X), self._high.to(X))
+            for constraint, used in zip(self.constraints, supports, strict=True):
+                result[:, used] = self._project_one(X, constraint)[:, used]
+            return result
         corrections = [torch.zeros_like(X) for _ in self.constraints]
-        for _ in range(500):
+        for _ in range(300):
             moved = 0.0
             for i, constraint in enumerate(self.constraints):
                 target = X + corrections[i]
                 nearest = self._project_one(target, constraint)
                 corrections[i] = target - nearest
-                moved = max(moved, float((nearest - X).abs().max()) if X.numel() else 0.0)
+                moved = max(moved, float((nearest - X).abs().max()))
                 X = nearest
-            if moved < 1e-10:
+            if moved < 1e-9:
                 break
         return X
 
@@ -248,19 +252,20 @@ class CoefficientSpace:
         wrong = gap.abs() > 1e-12 if constraint.equality else gap > 1e-12
         if not bool(wrong.any()):
             return inside
-        # x(t) = clamp(x - t w) has a weighted sum that falls monotonically in t; find its root.
-        rows = X[wrong]
-        reach = ((rows.abs() + low.abs() + high.abs()).amax(-1)) / weights[weights != 0].abs().min()
-        near, far = -2 * reach, 2 * reach
-        if not constraint.equality:
-            near = torch.zeros_like(far)
-        for _ in range(80):
-            middle = (near + far) / 2
-            value = (rows - middle.unsqueeze(-1) * weights).clamp(low, high) @ weights
-            above = value > constraint.bound
-            near, far = torch.where(above, middle, near), torch.where(above, far, middle)
+        # The nearest point is x(t) = clamp(x - t w) for the multiplier t at which its weighted
+        # sum meets the bound. That sum falls with t and is linear between the values of t at
+        # which a coordinate meets its bound, so t is found by interpolating between two of them.
+        rows, used = X[wrong], weights != 0
+        ends = [(rows[:, used] - bound[used]) / weights[used] for bound in (low, high)]
+        knots = torch.cat(ends, -1).sort(-1).values
+        sums = (rows.unsqueeze(1) - knots.unsqueeze(-1) * weights).clamp(low, high) @ weights
+        last = knots.shape[-1] - 1
+        left = ((sums >= constraint.bound).sum(-1, keepdim=True) - 1).clamp(0, last - 1)
+        t0, t1 = knots.gather(-1, left), knots.gather(-1, left + 1)
+        s0, s1 = sums.gather(-1, left), sums.gather(-1, left + 1)
+        share = ((s0 - constraint.bound) / (s0 - s1).clamp_min(1e-300)).clamp(0.0, 1.0)
         result = inside.clone()
-        result[wrong] = (rows - far.unsqueeze(-1) * weights).clamp(low, high)
+        result[wrong] = (rows - (t0 + share * (t1 - t0)) * weights).clamp(low, high)
         return result
 
     def sample(self, n: int, *, generator: Generator) -> Tensor:

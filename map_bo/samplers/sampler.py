@@ -37,6 +37,8 @@ class Sampler(Protocol):
             n: How many points to return.
             pending: ``p x d`` points that are being evaluated now; proposals take them into
                 account and do not repeat them.
-            generator: Source of all randomness; the caller passes a fresh child each round.
+            generator: Source of all randomness. A run passes the same generator at every call and
+                a sampler only derives children from it (:func:`map_bo.rng.child`), named by how
+                many points were seen and are pending, so nothing depends on earlier draws.
         """
         ...

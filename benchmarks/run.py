@@ -1,0 +1,62 @@
+"""Run every benchmark and put its table into README.md.
+
+python -m benchmarks.run            all of them, then README.md
+python -m benchmarks.run --smoke    tiny sizes, nothing written: do they run?
+python -m benchmarks.run --only merge kill
+python -m benchmarks.run --readme   only put the recorded tables into README.md
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.record import RESULTS
+
+README = Path(__file__).parents[1] / "README.md"
+MODULES = {
+    "founding": "benchmarks.quality.founding",
+    "merge": "benchmarks.speed.merge",
+    "front": "benchmarks.speed.front",
+    "step": "benchmarks.speed.step",
+    "kill": "benchmarks.quality.kill",
+}
+
+
+def filled(text: str) -> str:
+    """Return README text with the recorded tables between their markers."""
+    for name in MODULES:
+        path = RESULTS / f"{name}.json"
+        if not path.exists():
+            continue
+        table = "\n".join(json.loads(path.read_text())["table"]).strip()
+        opening, closing = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
+        before, rest = text.split(opening)
+        after = rest.split(closing, maxsplit=1)[1]
+        text = f"{before}{opening}\n{table}\n\n{closing}{after}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--smoke", action="store_true")
+    parser.add_argument("--only", nargs="+", choices=sorted(MODULES), default=list(MODULES))
+    parser.add_argument("--readme", action="store_true", help="only rewrite README.md")
+    options = parser.parse_args()
+    if not options.readme:
+        with tempfile.TemporaryDirectory() as scratch:
+            for name in options.only:
+                out = (Path(scratch) if options.smoke else RESULTS) / f"{name}.json"
+                command = [sys.executable, "-m", MODULES[name], "--out", str(out)]
+                print(f"== {name}", flush=True)
+                subprocess.run([*command, *(["--smoke"] if options.smoke else [])], check=True)
+    if not options.smoke:
+        README.write_text(filled(README.read_text()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Benchmarks of this kind; each module is a command that prints a table and writes JSON."""

@@ -1,0 +1,107 @@
+"""From configuration to objects: the problem, the settings, and clear words for a wrong key."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from map_bo.errors import ConfigError, MapBoError
+from map_bo.loop.settings import Settings
+from map_bo.problems.problem import Problem
+
+__all__ = ["build_problem", "build_settings", "working_directory"]
+
+
+def build_problem(config: DictConfig) -> Problem:
+    """Build ``config.problem``.
+
+    Raises:
+        ConfigError: On a key that the problem does not take; other errors are the problem's own.
+    """
+    problem = _build(config, "problem")
+    if not isinstance(problem, Problem):
+        raise ConfigError(
+            f"problem._target_ {config.problem['_target_']!r} gives a {type(problem).__name__}, "
+            "which is not a problem",
+            hint="a problem has `space`, `metrics` and `evaluate(X, *, generator)`",
+        )
+    return problem
+
+
+def build_settings(config: DictConfig) -> Settings:
+    """Build the settings of the run from ``config``."""
+    loop: dict[str, Any] = OmegaConf.to_container(config.loop, resolve=True)  # type: ignore[assignment]
+    parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
+    return Settings.checked(seed=int(config.seed), **loop, **parts)
+
+
+@contextmanager
+def working_directory(path: str | Path | None) -> Iterator[None]:
+    """Enter ``path`` for the block, so that relative paths mean what they meant at the start."""
+    if path is None or not Path(path).is_dir():
+        yield
+        return
+    before = Path.cwd()
+    os.chdir(path)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
+def _build(config: DictConfig, group: str) -> Any:
+    node = config[group]
+    if node is None or "_target_" not in node:
+        raise ConfigError(
+            f"the configuration of {group} has no _target_",
+            hint=f"choose one with {group}=NAME; `map-bo run --help` lists the names",
+        )
+    try:
+        OmegaConf.resolve(node)
+        _check_keys(node, group)
+        return instantiate(node, _convert_="all")
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{group}: {error}") from error
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, MapBoError):
+            raise cause from error
+        reason = str(cause or error).splitlines()[0]
+        raise ConfigError(f"{group} cannot be built: {reason}") from error
+
+
+def _check_keys(node: Mapping[str, Any], path: str) -> None:
+    """Refuse a key that the target does not take, before anything is built."""
+    try:
+        target = get_object(node["_target_"])
+    except Exception as error:
+        raise ConfigError(
+            f"{path}._target_ {node['_target_']!r} cannot be imported: {error}",
+            hint="write it as package.module.Name",
+        ) from error
+    parameters = inspect.signature(target).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for key, value in node.items():
+        if key.startswith("_"):
+            continue
+        if key not in parameters:
+            near = get_close_matches(key, list(parameters), n=1)
+            raise ConfigError(
+                f"{path} has no option {key!r}",
+                hint=f"did you mean {path}.{near[0]}?"
+                if near
+                else f"options of {path}: {', '.join(parameters)}",
+            )
+        if isinstance(value, Mapping) and "_target_" in value:
+            _check_keys(value, f"{path}.{key}")

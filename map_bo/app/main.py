@@ -1,0 +1,284 @@
+"""The console script ``map-bo``. Nothing heavy is imported before a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from map_bo.errors import ConfigError, MapBoError
+
+__all__ = ["main"]
+
+COMMANDS = ("run", "resume", "choose", "merge", "report")
+
+_DESCRIPTION = "Find the Pareto front of merging fine-tuned models, for a handful of evaluations."
+_EPILOG = """\
+examples:
+  map-bo run                                            four digit experts, no set-up needed
+  map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
+  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep
+  map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
+  map-bo merge RUN --prefer rot90=2 --out merged
+  map-bo resume RUN                                     go on after any interruption
+
+`map-bo run --help` lists the configuration groups and their options.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+    except MapBoError as error:
+        _fail(error.message, error.hint)
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; what was measured is kept: `map-bo resume RUN` goes on\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # The reader of a pipe has gone (`map-bo choose ... | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+
+
+def _fail(message: str, hint: str | None = None) -> None:
+    sys.stderr.write(f"error: {message}\n")
+    if hint:
+        sys.stderr.write(f"hint: {hint}\n")
+    raise SystemExit(2)
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if arguments[:1] == ["run"]:
+        _run(arguments[1:])
+    elif arguments[:1] in (["-sc"], ["--shell-completion"]):
+        _complete(arguments)
+    else:
+        options = _parser().parse_args(arguments)
+        command: Callable[[argparse.Namespace], None] = options.command
+        command(options)
+
+
+def _parser() -> argparse.ArgumentParser:
+    from map_bo import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="map-bo",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"map-bo {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="find a front; takes Hydra overrides (see map-bo run --help)")
+
+    resume = _command(commands, "resume", "go on with an interrupted run", _resume)
+    resume.add_argument(
+        "--retry-failed", action="store_true", help="evaluate again what had failed"
+    )
+
+    choose = _command(commands, "choose", "choose a point of the front by preference", _choose)
+    _choice_options(choose)
+    choose.add_argument("--json", action="store_true", help="print the choice as JSON")
+
+    merge = _command(commands, "merge", "write the merged model of a point of the front", _merge)
+    _choice_options(merge)
+    merge.add_argument("--out", required=True, metavar="DIR", help="directory to write (new)")
+
+    _command(commands, "report", "write tables, plots and the page of a run again", _report)
+    return parser
+
+
+def _command(
+    commands: Any, name: str, text: str, function: Callable[[argparse.Namespace], None]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _choice_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefer",
+        action="append",
+        default=[],
+        metavar="METRIC=WEIGHT",
+        help="how much a metric matters (repeatable; none given: all alike)",
+    )
+    for name, text in (("at-least", "from below"), ("at-most", "from above")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="METRIC=VALUE",
+            help=f"bound on a metric {text}, in its own unit (repeatable)",
+        )
+    parser.add_argument(
+        "--rule",
+        choices=("weighted_sum", "chebyshev"),
+        default="weighted_sum",
+        help="how weights become one number (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--point", type=int, metavar="K", help="take point K of front.csv instead of a preference"
+    )
+
+
+def _pairs(given: list[str], option: str) -> dict[str, float]:
+    pairs: dict[str, float] = {}
+    for text in given:
+        name, separator, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise ConfigError(
+                f"{option} {text!r} is not METRIC=NUMBER", hint=f"for example {option} code=0.5"
+            )
+        if name in pairs:
+            raise ConfigError(f"{option} names {name!r} twice", hint="give each metric once")
+        pairs[name] = number
+    return pairs
+
+
+def _chosen(options: argparse.Namespace, result: Any) -> Any:
+    prefer = _pairs(options.prefer, "--prefer")
+    at_least = _pairs(options.at_least, "--at-least")
+    at_most = _pairs(options.at_most, "--at-most")
+    if options.point is not None:
+        if prefer or at_least or at_most:
+            raise ConfigError(
+                "--point and a preference were both given", hint="choose by one of them"
+            )
+        return result.point(options.point)
+    return result.choose(prefer, at_least=at_least, at_most=at_most, rule=options.rule)
+
+
+def _choose(options: argparse.Namespace) -> None:
+    from map_bo.loop.reading import load_result
+
+    choice = _chosen(options, load_result(options.run))
+    if options.json:
+        import json
+
+        sys.stdout.write(json.dumps(choice.describe(), indent=2) + "\n")
+        return
+    from rich.console import Console
+
+    from map_bo.report.cards import print_choice
+
+    console = Console()
+    console.print(f"Point {choice.point} of {options.run}", highlight=False, markup=False)
+    print_choice(
+        console,
+        space=choice.space,
+        metrics=choice.metrics,
+        x=choice.x,
+        mean=choice.mean,
+        lower=choice.lower,
+        upper=choice.upper,
+        real=choice.real,
+    )
+
+
+def _merge(options: argparse.Namespace) -> None:
+    from map_bo.app.build import build_problem, working_directory
+    from map_bo.loop.reading import load_result
+
+    # Choose first: a wrong name should not wait for checkpoints to load.
+    choice = _chosen(options, load_result(options.run))
+    out = os.path.abspath(options.out)
+    config, cwd = _recorded_config(options.run)
+    with working_directory(cwd):
+        problem = build_problem(config)
+        result = load_result(os.path.abspath(options.run), problem=problem)
+        written = result.point(choice.point).export(out)
+    sys.stdout.write(f"merged model of point {choice.point} written to {written}\n")
+
+
+def _resume(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from map_bo.app.build import working_directory
+    from map_bo.app.task import drive
+
+    directory = Path(options.run).absolute()
+    config, cwd = _recorded_config(options.run)
+    with working_directory(cwd):
+        drive(config, directory, retry_failed=options.retry_failed)
+
+
+def _report(options: argparse.Namespace) -> None:
+    from pathlib import Path
+
+    from map_bo.loop.publish import view_of
+    from map_bo.loop.reading import load_result
+    from map_bo.report.artifacts import write_report
+
+    write_report(view_of(load_result(options.run)), Path(options.run))
+    sys.stdout.write(f"report written to {options.run}/report.html\n")
+
+
+def _recorded_config(run: str) -> tuple[Any, str | None]:
+    from omegaconf import OmegaConf
+
+    from map_bo.loop.reading import created_of
+
+    recorded = created_of(run).get("config")
+    if not recorded or "tree" not in recorded:
+        raise ConfigError(
+            f"the run in {run} was not started by `map-bo run`, so how to build its problem is "
+            "not recorded",
+            hint="go on in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
+            "problem and settings; result.choose(...).export(...)",
+        )
+    return OmegaConf.create(recorded["tree"]), recorded.get("cwd")
+
+
+def _run(arguments: list[str]) -> None:
+    """Hand over to Hydra, and turn what it raises for a wrong override into one clear error."""
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    from map_bo.app.schema import register
+    from map_bo.app.task import run_task
+
+    register()
+    # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
+    asked = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    sys.argv = ["map-bo", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
+            run_task
+        )()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if asked == "1" or (type(error) is ValueError and error.__traceback__ is None):
+            raise
+        parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
+        text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
+        _fail(text, "`map-bo run --help` lists the groups and their options")
+
+
+def _complete(arguments: list[str]) -> None:
+    """Answer the shell: commands first, then Hydra's completion of overrides after ``run``."""
+    line = os.environ.get("COMP_LINE", "")
+    words = line.split()
+    if any(argument.startswith("query=") for argument in arguments):
+        if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
+            sys.stdout.write("\n".join(COMMANDS) + "\n")
+            return
+        if words[1] != "run":
+            return
+        os.environ["COMP_LINE"] = line.replace(" run", "", 1)
+    _run(arguments)
+
+
+if __name__ == "__main__":
+    main()

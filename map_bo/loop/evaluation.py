@@ -1,0 +1,105 @@
+"""One evaluation: with a time limit, and with any failure turned into a recorded reason."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import torch
+from torch import Generator, Tensor
+
+from map_bo.data import Observations
+from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError
+from map_bo.problems.problem import Problem
+
+__all__ = ["TimeLimitExceededError", "evaluate_row", "time_limit"]
+
+
+class TimeLimitExceededError(Exception):
+    """An evaluation took longer than its limit."""
+
+
+@contextmanager
+def time_limit(seconds: float | None) -> Iterator[None]:
+    """Raise :class:`TimeLimitExceededError` in the block after ``seconds``; None is no limit.
+
+    It works through an interval timer and a signal, so the block is interrupted between Python
+    instructions: a single call into native code is left only when it returns.
+
+    Raises:
+        ConfigError: Outside the main thread, or where the system has no such timer.
+    """
+    if seconds is None:
+        yield
+        return
+    if threading.current_thread() is not threading.main_thread() or not hasattr(
+        signal, "setitimer"
+    ):
+        raise ConfigError(
+            "a time limit needs the main thread of a POSIX process",
+            hint="run without `timeout`, or limit the time inside the evaluator",
+        )
+
+    def expire(signum: int, frame: FrameType | None) -> None:
+        raise TimeLimitExceededError(f"it took longer than {seconds:g} s")
+
+    before = signal.signal(signal.SIGALRM, expire)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def evaluate_row(
+    problem: Problem, x: Tensor, *, timeout: float | None, generator: Generator
+) -> Observations:
+    """Evaluate one row (``d``) and return one row, failed when anything went wrong.
+
+    Only what stops a process (``KeyboardInterrupt`` and its like) passes through, and errors of
+    the set-up (a checkpoint that does not fit, a point outside the space), which no further
+    evaluation could survive either.
+    """
+    start = time.perf_counter()
+    row = x.unsqueeze(0)
+    try:
+        with time_limit(timeout):
+            result = problem.evaluate(row, generator=generator)
+        reason = _fault(result, problem)
+    except (DataError, EvaluationError) as error:
+        reason = error.message
+    except MapBoError:
+        raise
+    except TimeLimitExceededError as error:
+        reason = str(error)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+    if reason is not None:
+        result = Observations.failed(row, problem.metrics, reason)
+    seconds = time.perf_counter() - start
+    if not bool(torch.isfinite(result.cost).all()) or not bool((result.cost > 0).all()):
+        result = Observations(
+            X=row,
+            Y=result.Y,
+            metrics=result.metrics,
+            Yvar=result.Yvar,
+            counts=result.counts,
+            cost=torch.tensor([seconds]),
+            failures=result.failures,
+        )
+    return result
+
+
+def _fault(result: Observations, problem: Problem) -> str | None:
+    if len(result) != 1 or result.metrics != problem.metrics:
+        names = [metric.name for metric in problem.metrics]
+        return (
+            f"the problem returned {len(result)} rows of "
+            f"{[metric.name for metric in result.metrics]} for one row of {names}"
+        )
+    return None

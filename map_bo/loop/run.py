@@ -1,0 +1,328 @@
+"""Driving a run: ask, evaluate, tell, refit; record every step, and go on after any break."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator
+
+from map_bo.data import Observations
+from map_bo.errors import EvaluationError, StoreError
+from map_bo.loop.evaluation import evaluate_row
+from map_bo.loop.progress import Progress, RichProgress, silent
+from map_bo.loop.recommend import Recommendation, recommend
+from map_bo.loop.result import Result
+from map_bo.loop.settings import Settings
+from map_bo.loop.state import RunState, advance, replay
+from map_bo.loop.summary import summarise, versions
+from map_bo.problems.problem import Problem
+from map_bo.rng import child, make_generator
+from map_bo.tracking.codec import (
+    encode_front,
+    encode_metric,
+    encode_observations,
+    encode_tensor,
+)
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.store import Event, RunStore
+
+__all__ = ["Run", "optimize"]
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A run over a store: its state is the replay of the store, and every step appends to it.
+
+    ``ask`` and ``tell`` are for those who evaluate elsewhere; :meth:`drive` does the whole run
+    with the problem's own ``evaluate``.
+
+    Args:
+        problem: What to optimise.
+        settings: How.
+        store: Where events go; when it already holds a run, that run goes on.
+        config: Extra plain data to record (for example the resolved configuration).
+
+    Raises:
+        StoreError: When the store holds a run of another problem or other settings.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        store: RunStore,
+        *,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.problem = problem
+        self.settings = settings
+        self.store = store
+        self.generator: Generator = make_generator(settings.seed)
+        self.notes: list[str] = []
+        anchors = len(problem.space.anchors())
+        if settings.search < anchors:
+            self.notes.append(
+                f"the budget leaves {settings.search} evaluations for the search, fewer than the "
+                f"{anchors} anchors (base, experts, uniform blend): the last of them are skipped, "
+                "and nothing is proposed from a surrogate"
+            )
+        self.state: RunState = replay(store.read(), problem.metrics, problem.space.d)
+        identity = self._identity()
+        if not self.state.created:
+            self._record("created", {**identity, "versions": versions(), "config": config})
+        else:
+            _refuse_another(self.state.created, identity)
+
+    def _identity(self) -> dict[str, Any]:
+        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
+        identity = {
+            "settings": self.settings.describe(),
+            "problem": describe()
+            if describe is not None
+            else {"type": type(self.problem).__name__},
+            "space": self.problem.space.describe(),
+            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
+        }
+        plain: dict[str, Any] = json.loads(json.dumps(identity))
+        return plain
+
+    def _record(self, kind: str, data: Mapping[str, Any]) -> None:
+        event = Event(kind, data)
+        self.store.append(event)
+        self.state = advance(self.state, event)
+
+    def ask(self, n: int) -> list[int]:
+        """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
+        start = time.perf_counter()
+        waiting = self.state.pending
+        X = self.settings.sampler.propose(
+            self.state.seen,
+            self.problem.space,
+            n,
+            pending=self.state.X[waiting] if waiting else None,
+            generator=child(self.generator, "propose"),
+        )
+        first = len(self.state.X)
+        X = self.problem.space.check(X)
+        seconds = time.perf_counter() - start
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds})
+        return list(range(first, first + len(X)))
+
+    def tell(self, index: int, outcome: Observations) -> None:
+        """Record the outcome (one row) of the proposed row ``index``."""
+        if not 0 <= index < len(self.state.X) or len(outcome) != 1:
+            raise StoreError(
+                f"{len(outcome)} outcomes were told for row {index}",
+                hint=f"tell one row for one of the {len(self.state.X)} rows proposed so far",
+            )
+        self._record("observed", {"index": index, "observation": encode_observations(outcome)})
+
+    def reopen_failures(self) -> int:
+        """Put every failed evaluation of the search back in line; return how many."""
+        failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
+        if failed:
+            self._record("reopened", {"indices": failed})
+        return len(failed)
+
+    def drive(self, progress: Progress = silent) -> Result:
+        """Do all that is left of the run and return its result.
+
+        Raises:
+            EvaluationError: When too large a share of the evaluations failed.
+            StoreError: When the record cannot be written.
+        """
+        with progress.over(self.settings.search + self.settings.verifications) as report:
+            report.done(len(self.state.outcomes) + len(self.state.verified))
+            while self.state.front is None and len(self.state.outcomes) < self.settings.search:
+                room = self.settings.search - len(self.state.X)
+                waiting = self.state.pending or self.ask(min(self.settings.batch, room))
+                for index in waiting:
+                    report.evaluating(f"evaluation {index + 1}")
+                    outcome = self._evaluate(index)
+                    self.tell(index, outcome)
+                    report.measured(outcome)
+                    self._stop_on_failures(outcome)
+            recommendation = None
+            if self.state.front is None:
+                report.evaluating("solving for the front")
+                recommendation = self._recommend()
+            for row in self.state.front_data["verify"]:
+                if row not in self.state.verified:
+                    report.evaluating(f"verifying front point {row}")
+                    outcome = self._verify(row)
+                    report.measured(outcome)
+        return self._finish(recommendation)
+
+    def _evaluate(self, index: int) -> Observations:
+        while True:
+            attempt = self.state.attempts.get(index, 0)
+            outcome = self._measure(self.state.X[index], "evaluate", index, attempt)
+            reason = outcome.failures[0]
+            if reason is None or attempt >= self.settings.retries:
+                return outcome
+            logger.warning("evaluation %d failed and is tried again: %s", index + 1, reason)
+            self._record("attempt", {"index": index, "reason": reason})
+
+    def _verify(self, row: int) -> Observations:
+        assert self.state.front is not None
+        for attempt in range(self.settings.retries + 1):
+            outcome = self._measure(self.state.front.X[row], "verify", row, attempt)
+            if outcome.failures[0] is None:
+                break
+        self._record("verified", {"row": row, "observation": encode_observations(outcome)})
+        return outcome
+
+    def _measure(self, x: torch.Tensor, *name: str | int) -> Observations:
+        return evaluate_row(
+            self.problem,
+            x,
+            timeout=self.settings.timeout,
+            generator=child(self.generator, *name),
+        )
+
+    def _stop_on_failures(self, last: Observations) -> None:
+        failed = sum(reason is not None for reason in self.state.seen.failures)
+        total = len(self.state.outcomes)
+        allowed = self.settings.max_failure_share
+        if last.failures[0] is not None and failed >= 3 and failed > allowed * total:
+            raise EvaluationError(
+                f"{failed} of {total} evaluations failed, more than the allowed share of "
+                f"{allowed:g}; the last: {last.failures[0]}",
+                hint="mend the evaluator and resume the run (--retry-failed puts the failed "
+                "evaluations back in line); everything measured is kept",
+            )
+
+    def _recommend(self) -> Recommendation:
+        found = recommend(
+            self.state.seen, self.problem.space, self.settings, generator=self.generator
+        )
+        self._record(
+            "front",
+            {
+                "front": encode_front(found.front),
+                "verify": found.verify,
+                "reference": {
+                    "point": encode_tensor(found.reference.point),
+                    "best": encode_tensor(found.reference.best),
+                    "rule": found.reference.rule,
+                },
+                "surrogate": found.surrogate,
+                "seconds": found.seconds,
+            },
+        )
+        return found
+
+    def _finish(self, found: Recommendation | None) -> Result:
+        state = self.state
+        directory = self.store.directory if isinstance(self.store, JsonlStore) else None
+        result = Result.of(
+            state,
+            self.problem.space,
+            problem=self.problem,
+            model=None if found is None else found.model,
+            run_dir=directory,
+        )
+        if state.summary is not None:
+            return result
+        summary = summarise(
+            front=result.front,
+            seen=result.seen,
+            verification=result.verification,
+            space=result.space,
+            reference=result.reference,
+            settings=self.settings,
+            optimism=result.optimism(),
+            surrogate=state.front_data["surrogate"],
+            seconds={
+                "propose": state.proposing,
+                "evaluate": float(torch.cat([result.seen.cost, result.verification.cost]).sum()),
+                **state.front_data["seconds"],
+            },
+            notes=self.notes,
+        )
+        self._record("finished", {"summary": summary})
+        return dataclasses.replace(result, summary=summary)
+
+
+def _refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    before = _flat({part: recorded.get(part) for part in identity})
+    now = _flat(identity)
+    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if different:
+        key = different[0]
+        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+        raise StoreError(
+            "the run directory belongs to another run: "
+            f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}",
+            hint="use another run directory, or the settings that the run was started with",
+        )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def optimize(
+    problem: Problem,
+    budget: int,
+    *,
+    seed: int = 0,
+    run_dir: str | Path | None = None,
+    progress: bool | Progress = True,
+    config: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Result:
+    """Find the Pareto front of a problem in ``budget`` evaluations.
+
+    Args:
+        problem: What to optimise.
+        budget: Evaluations in all; a tenth of them (at most 8) measures points of the predicted
+            front at the end, see ``verify`` and ``verify_extra`` of :class:`Settings`.
+        seed: The same seed gives the same run.
+        run_dir: Where to record the run. When it already holds this same run, the run goes on
+            where it was, or is returned when it had finished. None keeps it in memory.
+        progress: Whether to show a progress bar.
+        config: Extra plain data to record with the run.
+        **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
+            ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
+
+    Returns:
+        The front and all that was measured.
+
+    Raises:
+        ConfigError: On an unknown or ill-typed setting.
+        BudgetError: When the budget is too small for a front.
+        EvaluationError: When too many evaluations failed.
+        StoreError: When ``run_dir`` holds another run, is in use, or cannot be written.
+    """
+    chosen = Settings.checked(budget=budget, seed=seed, **settings)
+    bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
+    if run_dir is None:
+        return Run(problem, chosen, MemoryStore(), config=config).drive(bar)
+    from map_bo.loop.publish import publish  # brings the plotting library along
+
+    directory = Path(run_dir)
+    store = (
+        JsonlStore.open(directory)
+        if (directory / "events.jsonl").exists()
+        else JsonlStore.create(directory)
+    )
+    with store.lock() if isinstance(store, JsonlStore) else nullcontext():
+        result = Run(problem, chosen, store, config=config).drive(bar)
+        publish(result)
+    return result

@@ -1,0 +1,113 @@
+"""How a run is run: budget, batch, verification, failures; and the parts that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any
+
+from map_bo.errors import BudgetError, ConfigError
+from map_bo.pareto.gradient import GradientSolver
+from map_bo.pareto.solver import FrontSolver
+from map_bo.samplers.acquisition import Adaptive
+from map_bo.samplers.sampler import Sampler
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.surrogate import Surrogate
+
+__all__ = ["Settings"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a run.
+
+    Attributes:
+        budget: Evaluations in all: search and, unless ``verify_extra``, verification. A retry of
+            a failed evaluation is not counted again; an evaluation that fails for good is.
+        seed: Seed of the run's generator.
+        sampler: Chooses what to evaluate next.
+        surrogate: Fitted to everything evaluated, for the front.
+        solver: Solves the surrogate for the front.
+        batch: How many points are proposed at a time.
+        verify: How many front points are measured at the end; ``None`` is a tenth of the budget,
+            at most 8.
+        verify_extra: Whether verification comes on top of the budget instead of inside it.
+        guard: Whether the front is kept where the data support the surrogate.
+        reference: Reference point of the hypervolume by metric name, own units; ``None`` takes
+            the worst value among the base and the experts.
+        retries: How often a failed evaluation is tried again.
+        timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
+        max_failure_share: The run stops with an error when at least three evaluations and more
+            than this share of all have failed for good.
+    """
+
+    budget: int
+    seed: int = 0
+    sampler: Sampler = field(default_factory=Adaptive)
+    surrogate: Surrogate = field(default_factory=Auto)
+    solver: FrontSolver = field(default_factory=GradientSolver)
+    batch: int = 1
+    verify: int | None = None
+    verify_extra: bool = False
+    guard: bool = True
+    reference: Mapping[str, float] | None = None
+    retries: int = 1
+    timeout: float | None = None
+    max_failure_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name, least in (("budget", 1), ("batch", 1), ("retries", 0), ("verify", 0)):
+            value = getattr(self, name)
+            if value is None and name == "verify":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise ConfigError(f"{name} is {value!r}", hint=f"{name} is a whole number")
+            if value < least:
+                kind = BudgetError if name == "budget" else ConfigError
+                raise kind(f"{name} is {value}", hint=f"{name} must be at least {least}")
+        if self.timeout is not None and not self.timeout > 0:
+            raise ConfigError(
+                f"timeout is {self.timeout}", hint="give seconds, or None for no limit"
+            )
+        if not 0 <= self.max_failure_share <= 1:
+            raise ConfigError(
+                f"max_failure_share is {self.max_failure_share}", hint="a share is in [0, 1]"
+            )
+        if self.search < 3:
+            raise BudgetError(
+                f"a budget of {self.budget} leaves {self.search} evaluations for the search "
+                f"after {self.verifications} to verify",
+                hint="no front can be predicted from fewer than 3 evaluations; raise the budget, "
+                "lower `verify`, or set `verify_extra`",
+            )
+
+    @classmethod
+    def checked(cls, **values: Any) -> Settings:
+        """Return settings from keyword arguments, with a clear error for an unknown one."""
+        known = [f.name for f in fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            near = get_close_matches(unknown[0], known, n=1)
+            raise ConfigError(
+                f"there is no setting {unknown[0]!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"settings: {', '.join(known)}",
+            )
+        return cls(**values)
+
+    @property
+    def verifications(self) -> int:
+        """How many front points are measured at the end."""
+        return min(8, self.budget // 10) if self.verify is None else self.verify
+
+    @property
+    def search(self) -> int:
+        """How many evaluations the search has."""
+        return self.budget if self.verify_extra else self.budget - self.verifications
+
+    def describe(self) -> dict[str, Any]:
+        """Return the settings as plain data: what makes two runs the same run."""
+        parts = {"sampler", "surrogate", "solver"}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
+        plain["reference"] = dict(self.reference) if self.reference is not None else None
+        return {**plain, **{name: repr(getattr(self, name)) for name in sorted(parts)}}

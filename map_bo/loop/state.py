@@ -1,0 +1,142 @@
+"""The state of a run, rebuilt from its events alone: the same whether or not it was interrupted.
+
+Events and their data:
+
+``created``    settings, problem (its description), space, metrics, versions
+``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``
+``attempt``    ``index``, ``reason``: an evaluation failed and is tried again
+``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included
+``reopened``   ``indices``: failed rows that are to be evaluated again
+``front``      the predicted front and which of its points to verify
+``verified``   ``row``, ``observation``: what was measured at a front point
+``finished``   the summary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Metric, Observations
+from map_bo.errors import StoreError
+from map_bo.tracking.codec import decode_front, decode_observations, decode_tensor
+from map_bo.tracking.store import Event
+
+__all__ = ["RunState", "advance", "replay"]
+
+
+@dataclass(frozen=True, eq=False)
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        metrics: The ``m`` metrics.
+        X: ``n x d`` every row proposed so far.
+        outcomes: Index of a proposed row -> its one-row observations.
+        attempts: Index of a proposed row -> how often it has failed and will be tried again.
+        front: The predicted front, once it has been solved.
+        front_data: What else was recorded with the front.
+        verified: Row of the front -> its one-row observations.
+        summary: The summary, once the run has finished.
+        proposing: Seconds spent on proposals.
+    """
+
+    metrics: tuple[Metric, ...]
+    X: Tensor
+    created: Mapping[str, Any] = field(default_factory=dict)
+    outcomes: Mapping[int, Observations] = field(default_factory=dict)
+    attempts: Mapping[int, int] = field(default_factory=dict)
+    front: Front | None = None
+    front_data: Mapping[str, Any] = field(default_factory=dict)
+    verified: Mapping[int, Observations] = field(default_factory=dict)
+    summary: Mapping[str, Any] | None = None
+    proposing: float = 0.0
+
+    @property
+    def seen(self) -> Observations:
+        """All outcomes of the search, in the order they were proposed."""
+        return _joined([self.outcomes[i] for i in sorted(self.outcomes)], self)
+
+    @property
+    def verification(self) -> Observations:
+        """All outcomes of the verification, in the order of their front rows."""
+        return _joined([self.verified[row] for row in sorted(self.verified)], self)
+
+    @property
+    def pending(self) -> list[int]:
+        """Indices of the rows that were proposed and have no outcome."""
+        return [i for i in range(len(self.X)) if i not in self.outcomes]
+
+
+def _joined(rows: list[Observations], state: RunState) -> Observations:
+    result = Observations.empty(state.X.shape[-1], state.metrics)
+    if not rows:
+        return result
+    return Observations(
+        X=torch.cat([row.X for row in rows]),
+        Y=torch.cat([row.Y for row in rows]),
+        metrics=state.metrics,
+        Yvar=torch.cat([row.Yvar for row in rows]),
+        counts=torch.cat([row.counts for row in rows]),
+        cost=torch.cat([row.cost for row in rows]),
+        failures=tuple(reason for row in rows for reason in row.failures),
+    )
+
+
+def advance(state: RunState, event: Event) -> RunState:
+    """Return the state after ``event``. Unknown kinds change nothing."""
+    data, new = event.data, dataclasses.replace
+    match event.kind:
+        case "created":
+            return new(state, created=data)
+        case "proposed":
+            rows = decode_tensor(data["X"]).reshape(-1, state.X.shape[-1])
+            seconds = state.proposing + data["seconds"]
+            return new(state, X=torch.cat([state.X, rows]), proposing=seconds)
+        case "attempt":
+            tried = state.attempts.get(data["index"], 0) + 1
+            return new(state, attempts={**state.attempts, data["index"]: tried})
+        case "observed":
+            outcome = decode_observations(data["observation"], state.metrics)
+            return new(state, outcomes={**state.outcomes, data["index"]: outcome})
+        case "reopened":
+            again = set(data["indices"])
+            return new(
+                state,
+                outcomes={i: out for i, out in state.outcomes.items() if i not in again},
+                attempts={i: tried for i, tried in state.attempts.items() if i not in again},
+            )
+        case "front":
+            return new(state, front=decode_front(data["front"], state.metrics), front_data=data)
+        case "verified":
+            outcome = decode_observations(data["observation"], state.metrics)
+            front = state.front
+            if front is not None and outcome.failures[0] is None:
+                front = front.with_real([data["row"]], outcome.Y)
+            return new(state, verified={**state.verified, data["row"]: outcome}, front=front)
+        case "finished":
+            return new(state, summary=data["summary"])
+    return state
+
+
+def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunState:
+    """Return the state after all ``events``.
+
+    Raises:
+        StoreError: When an event does not hold what its kind promises.
+    """
+    state = RunState(metrics=metrics, X=torch.zeros(0, d, dtype=torch.float64))
+    for number, event in enumerate(events, start=1):
+        try:
+            state = advance(state, event)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise StoreError(
+                f"event {number} ({event.kind!r}) of the run cannot be read: {error!r}",
+                hint="the record was changed by hand, or written by another version",
+            ) from error
+    return state

@@ -1,0 +1,133 @@
+"""The summary of a run: what it cost, what it found, and how that compares."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Observations
+from map_bo.loop.recommend import Reference, scaled_gains
+from map_bo.loop.settings import Settings
+from map_bo.pareto.indicators import hypervolume
+from map_bo.space import CoefficientSpace
+
+__all__ = ["commit", "comparison", "summarise", "versions"]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of what numbers depend on."""
+    names = ("map-bo", "torch", "botorch", "gpytorch", "moocore", "numpy", "scipy")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def commit() -> str | None:
+    """Return the commit of the package's own checkout, or None when it is not in one."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=5,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def comparison(
+    front: Front, seen: Observations, space: CoefficientSpace, reference: Reference
+) -> dict[str, float | None]:
+    """Return the hypervolume of the front beside that of what a user has without one.
+
+    Metrics are scaled to 0 at the reference point and 1 at the best expert. Only the first entry
+    is predicted; the others are measured, and None where nothing was.
+    """
+
+    def volume(values: Tensor) -> float | None:
+        if not len(values):
+            return None
+        gains = scaled_gains(values, front.metrics, reference)
+        return hypervolume(gains, torch.zeros(gains.shape[-1], dtype=torch.float64))
+
+    seen = seen.succeeded()
+    anchors = space.anchors()
+
+    def measured(kind: str) -> list[Tensor]:
+        return [
+            y.unsqueeze(0)
+            for anchor_kind, anchor in zip(anchors.kinds, anchors.X, strict=True)
+            if anchor_kind == kind
+            for x, y in zip(seen.X, seen.Y, strict=True)
+            if torch.allclose(x, anchor, rtol=0.0, atol=1e-9)
+        ]
+
+    def best(points: list[Tensor]) -> float | None:
+        volumes = [value for y in points if (value := volume(y)) is not None]
+        return max(volumes) if volumes else None
+
+    return {
+        "predicted front": volume(front.mean),
+        "verified points": volume(front.real[front.verified]),
+        "observed points": volume(seen.Y),
+        "uniform blend": best(measured("blend")),
+        "best expert": best(measured("expert")),
+    }
+
+
+def summarise(
+    *,
+    front: Front,
+    seen: Observations,
+    verification: Observations,
+    space: CoefficientSpace,
+    reference: Reference,
+    settings: Settings,
+    optimism: Mapping[str, float | None],
+    surrogate: Mapping[str, Any],
+    seconds: Mapping[str, float],
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return the summary as plain data, as it is written to ``summary.json``."""
+    names = [metric.name for metric in front.metrics]
+    return {
+        "evaluations": len(seen) + len(verification),
+        "budget": settings.budget,
+        "verification": {
+            "points": len(verification),
+            "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
+        },
+        "failures": sum(r is not None for r in seen.failures + verification.failures),
+        "seed": settings.seed,
+        "front_points": len(front),
+        "hypervolume": comparison(front, seen, space, reference),
+        "reference_point": dict(zip(names, reference.point.tolist(), strict=True)),
+        "reference_best": dict(zip(names, reference.best.tolist(), strict=True)),
+        "reference_rule": reference.rule,
+        "optimism": dict(optimism),
+        "surrogate": dict(surrogate),
+        "sampler": repr(settings.sampler),
+        "solver": repr(settings.solver),
+        "guard": settings.guard,
+        "seconds": {name: round(value, 4) for name, value in seconds.items()},
+        "notes": notes,
+        "versions": versions(),
+        "commit": commit(),
+    }

@@ -1,0 +1,299 @@
+"""The live model: its weights are views of one flat buffer, so that merging is loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from map_bo.errors import MergeError
+from map_bo.merging.messages import listed
+from map_bo.merging.operator import PreparedMerge
+from map_bo.merging.task_vectors import FlatLayout, Slot
+
+__all__ = ["LiveModel", "model_ties"]
+
+
+def model_ties(model: nn.Module) -> dict[str, str]:
+    """Return alias -> first name, for the names of ``model.state_dict()`` that share a tensor."""
+    first: dict[object, str] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in _named(model).items():
+        canonical = first.setdefault(_memory(tensor), name)
+        if canonical != name:
+            ties[name] = canonical
+    return ties
+
+
+@dataclass(eq=False)
+class _Bound:
+    """One tensor of the model: what it was before, and what it is while it is live."""
+
+    tensor: Tensor
+    found: Tensor  # the memory that it had
+    grad: Tensor | None
+    requires_grad: bool
+    live: Tensor  # the memory that it has while live: a view of the buffer, or a copy
+    slot: Slot | None  # None for a tensor that is not merged
+    value: Tensor | None = None  # what a tensor that is not merged starts each candidate with
+
+    def attach(self) -> None:
+        """Give the tensor its live memory, whatever an evaluator did to it."""
+        self._point_at(self.live)
+
+    def restore(self) -> None:
+        """Give the tensor back what it had."""
+        self._point_at(self.found)
+        self.tensor.grad = self.grad
+
+    def _point_at(self, memory: Tensor) -> None:
+        self.tensor.grad = None  # a gradient of another shape would forbid the exchange
+        self.tensor.data = memory
+        if self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
+
+
+class LiveModel:
+    """A context in which a model's weights are views of one flat buffer.
+
+    While it is entered, `write` merges a candidate straight into the model: nothing is copied
+    afterwards. When it is left, also through an exception, the model is as it was found: the
+    same parameter and buffer objects in the same memory with the same values, gradients,
+    ``requires_grad`` flags, training modes, hooks and submodules.
+
+    Every `write` also undoes what an evaluator may have done to the model, so that nothing leaks
+    into the next candidate: changed weights, BatchNorm statistics and counters, gradients,
+    modes, hooks, and replaced parameters or submodules. The model is then in evaluation mode.
+
+    Dtypes: the buffer has the model's floating dtype. In a model of several, it has the one
+    that holds them all (float32 for bfloat16 and float32); tensors of that dtype are views and
+    the others are copied from it after each candidate, which rounds once.
+
+    Tensors that the layout does not merge (integer counters) start every candidate with the
+    base's value where the base has them, else, like buffers outside the state dict, with the
+    value found.
+
+    Args:
+        model: The model; on the device of the task vectors.
+        layout: The layout of the task vectors.
+        fixed: Canonical name -> value, for the layout's fixed tensors.
+
+    Raises:
+        MergeError: When the model's tensors are not those of the layout (names, shapes, floating
+            or not), lie on several devices, or are tied where the layout keeps them apart.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: FlatLayout, *, fixed: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model = model
+        self._layout = layout
+        self._fixed = dict(fixed or {})
+        self._flat: Tensor | None = None
+        self._bound: list[_Bound] = []
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._entered = False
+        shapes = {name: value.shape for name, value in self._fixed.items()}
+        self._slots = _matched(model, layout, shapes)
+        floating = [t for name, t in _named(model).items() if name in self._slots]
+        devices = {tensor.device for tensor in floating}
+        if len(devices) != 1:
+            raise MergeError(
+                f"the model's tensors lie on {listed(sorted(map(str, devices)))}",
+                hint="a live model lives on one device",
+            )
+        self.device = devices.pop()
+        self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in floating))
+
+    @property
+    def flat(self) -> Tensor:
+        """``P``: the buffer that the weights are views of; only while entered."""
+        if self._flat is None or not self._entered:
+            raise MergeError("the model is not live", hint="use it inside `with`")
+        return self._flat
+
+    def write(self, prepared: PreparedMerge, c: Tensor) -> nn.Module:
+        """Merge the candidate ``c`` (``d``) into the model and return it, in evaluation mode."""
+        flat = self.flat
+        self._clean()
+        prepared.write(c, flat)
+        with torch.no_grad():
+            for bound in self._bound:
+                if bound.slot is not None and bound.live.dtype != flat.dtype:
+                    bound.live.copy_(bound.slot.of(flat))
+        return self.model
+
+    def __enter__(self) -> LiveModel:
+        """Bind the model's tensors to the buffer; the model has no useful weights yet."""
+        if self._entered:
+            raise MergeError(
+                "the model is live already", hint="leave the first `with` before the next"
+            )
+        # Tensors made in inference mode could not be evaluated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._flat is None:
+                self._flat = torch.zeros(self._layout.size, dtype=self.dtype, device=self.device)
+            self._modes = [(module, module.training) for module in self.model.modules()]
+            self._parts = [
+                (part, dict(part))
+                for module, _ in self._modes
+                for name, part in vars(module).items()
+                if isinstance(part, dict)
+                and (name in ("_parameters", "_buffers", "_modules") or "_hooks" in name)
+            ]
+            self._bound = self._bindings(self._flat)
+            self._entered = True
+            try:
+                self._clean()
+            except BaseException:
+                self._restore()
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the model as it was found."""
+        self._restore()
+
+    def _bindings(self, flat: Tensor) -> list[_Bound]:
+        named = _named(self.model)
+        names = {id(tensor): name for name, tensor in reversed(named.items())}
+        bound: list[_Bound] = []
+        copies: dict[object, Tensor] = {}
+        for tensor in _tensors(self.model):
+            name = names.get(id(tensor))  # None for a buffer that is not persistent
+            slot = None if name is None else self._slots.get(name)
+            value: Tensor | None = None
+            if slot is not None and tensor.dtype == flat.dtype:
+                live = slot.of(flat)
+            else:
+                # Tensors that share memory go on sharing it.
+                live = copies.setdefault(_memory(tensor), tensor.detach().clone())
+                if slot is None:
+                    canonical = self._layout.ties.get(name, name) if name is not None else None
+                    found = tensor.detach().clone()
+                    value = self._fixed[canonical].to(found) if canonical in self._fixed else found
+            bound.append(
+                _Bound(tensor, tensor.data, tensor.grad, tensor.requires_grad, live, slot, value)
+            )
+        return bound
+
+    def _clean(self) -> None:
+        """Undo whatever was done to the model since it was entered, its weights apart."""
+        self._restore_parts()
+        with torch.no_grad():
+            for bound in self._bound:
+                bound.attach()
+                if bound.value is not None:
+                    bound.live.copy_(bound.value)
+        for module, _ in self._modes:
+            module.training = False
+
+    def _restore_parts(self) -> None:
+        for part, found in self._parts:
+            if part.keys() != found.keys() or any(part[k] is not v for k, v in found.items()):
+                part.clear()
+                part.update(found)
+
+    def _restore(self) -> None:
+        self._entered = False
+        self._restore_parts()
+        for bound in self._bound:
+            bound.restore()
+        for module, mode in self._modes:
+            module.training = mode
+        self._bound, self._modes, self._parts = [], [], []
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of the state dict, the module's own objects, tied names included."""
+    return {
+        name: tensor
+        for name, tensor in model.state_dict(keep_vars=True).items()
+        if isinstance(tensor, Tensor)
+    }
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return every parameter and buffer once, also buffers that are not persistent."""
+    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return list(unique.values())
+
+
+def _memory(tensor: Tensor) -> object:
+    """Return what two tensors have in common exactly when they are one tensor in memory."""
+    if not tensor.numel() or tensor.device.type == "meta":
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _matched(
+    model: nn.Module, layout: FlatLayout, fixed: Mapping[str, torch.Size]
+) -> dict[str, Slot]:
+    """Return, for each floating tensor of the model, its slot of the layout."""
+    named = _named(model)
+    kind = type(model).__name__
+    slots = {slot.name: slot for slot in layout.slots}
+    ties = model_ties(model)
+    own = {id(tensor) for tensor in _tensors(model)}
+    groups: dict[str, list[str]] = {}
+    for name in named:
+        groups.setdefault(ties.get(name, name), []).append(name)
+    result: dict[str, Slot] = {}
+    missing: list[str] = []
+    for canonical, group in groups.items():
+        tensor = named[canonical]
+        # A name that the checkpoint leaves out is found under the name that it is tied to.
+        found = {layout.ties.get(name, name) for name in group} & (slots.keys() | {*layout.fixed})
+        if not found:
+            if tensor.is_floating_point():
+                missing.append(canonical)
+            continue
+        if len(found) > 1:
+            raise MergeError(
+                f"the model ties {listed(group)}, and the checkpoints keep them apart",
+                hint="untie them in the model, or pass the ties when the task vectors are loaded",
+            )
+        name = found.pop()
+        if id(tensor) not in own:
+            raise MergeError(
+                f"tensor {name!r} of the state dict is no parameter or buffer of the model",
+                hint="the model changes its state dict when saving; give it without such hooks",
+            )
+        if (name in slots) != tensor.is_floating_point():
+            raise MergeError(
+                f"tensor {name!r} is {tensor.dtype} in the model and of another kind in the base",
+                hint="give the model that the base was saved from",
+            )
+        shape = slots[name].shape if name in slots else fixed.get(name, tensor.shape)
+        if tensor.shape != shape:
+            raise MergeError(
+                f"tensor {name!r} is {list(tensor.shape)} in the model and {list(shape)} in the "
+                "base",
+                hint="give the model that the base was saved from",
+            )
+        if name in slots:
+            result |= dict.fromkeys(group, slots[name])
+    if missing:
+        raise MergeError(
+            f"the base lacks {len(missing)} tensors of the model {kind}: {listed(missing)}",
+            hint=f"give the model that the base was saved from; the base has, for example, "
+            f"{listed(slots)}",
+        )
+    unused = sorted(slots.keys() - {slot.name for slot in result.values()})
+    if unused:
+        raise MergeError(
+            f"the model {kind} lacks {len(unused)} tensors of the base: {listed(unused)}",
+            hint="give the model that the base was saved from",
+        )
+    return result

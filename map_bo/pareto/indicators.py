@@ -1,0 +1,260 @@
+"""How good a front is: hypervolume, distances to the truth, win rates, preference regret.
+
+Every function takes values that are larger-is-better in every column
+(:func:`map_bo.data.to_maximisation` makes them so).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import moocore
+import torch
+from torch import Generator, Tensor
+
+from map_bo.errors import DataError
+from map_bo.pareto.dominance import dominates, non_dominated
+
+__all__ = [
+    "default_reference_point",
+    "epsilon_additive",
+    "gd",
+    "hypervolume",
+    "hypervolume_kind",
+    "igd",
+    "igd_plus",
+    "preference_regret",
+    "preference_weights",
+    "scaled",
+    "win_rate_dominance",
+    "win_rate_per_objective",
+]
+
+# Most points in front of the reference that are still measured exactly, by number of metrics.
+# At these sizes the exact algorithm took at most about one second on one CPU core.
+_EXACT = {6: 300, 7: 150, 8: 100, 9: 60, 10: 40, 11: 30, 12: 24}
+_EXACT_BEYOND = 16
+
+
+def default_reference_point(anchor_values: Tensor) -> Tensor:
+    """Return the worst value of each metric among the base model and the experts.
+
+    Args:
+        anchor_values: ``a x m`` values of the base and the experts, larger is better.
+
+    Returns:
+        ``m`` values.
+
+    Raises:
+        DataError: When there is no row, or a value is NaN or infinite.
+    """
+    _check(anchor_values, "anchor values")
+    if len(anchor_values) == 0:
+        raise DataError(
+            "no anchor has been measured, so there is no reference point",
+            hint="evaluate the base model and the experts, or give a reference point",
+        )
+    return anchor_values.amin(0)
+
+
+def scaled(Y: Tensor, reference: Tensor, best: Tensor) -> Tensor:
+    """Return ``Y`` with the reference point at 0 and the best single-expert value at 1.
+
+    Nothing is cut off: a merged model that beats the best expert scores above 1. A metric whose
+    ``best`` equals its ``reference`` is shifted but keeps its unit.
+
+    Args:
+        Y: ``... x m`` values, larger is better.
+        reference: ``m`` values of the reference point.
+        best: ``m`` best values of any single expert.
+    """
+    width = best - reference
+    return (Y - reference) / torch.where(width > 0, width, torch.ones_like(width))
+
+
+def hypervolume(Y: Tensor, reference: Tensor) -> float:
+    """Return the volume that the points dominate in front of the reference point.
+
+    Points that do not beat the reference in every metric contribute nothing. Exact up to five
+    metrics, and beyond that up to 300, 150, 100, 60, 40, 30 and 24 non-dominated points in 6 to
+    12 metrics and 16 points in more. Larger sets are approximated without randomness on 262,144
+    directions (moocore ``Rphi-FWE+``), each metric first scaled to its range. The relative
+    error measured on random fronts was below .4 % up to eight metrics and about 1 % up to
+    twelve; beyond twelve it reaches tens of per cent and only the order of magnitude counts.
+    :func:`hypervolume_kind` tells which of the two it is.
+
+    Args:
+        Y: ``n x m`` values, larger is better.
+        reference: ``m`` values.
+
+    Raises:
+        DataError: When shapes disagree or a value is NaN or infinite.
+    """
+    front = _in_front(Y, reference)
+    if len(front) == 0:
+        return 0.0
+    m = front.shape[-1]
+    if m == 1:
+        return float(front.max())
+    if _is_exact(front):
+        zero = torch.zeros(m, dtype=torch.float64).numpy()
+        return float(moocore.hypervolume(front.numpy(), ref=zero, maximise=True))
+    width = front.amax(0)
+    share = moocore.hv_approx((front / width).numpy(), ref=[0.0] * m, maximise=True)
+    return float(share) * float(width.prod())
+
+
+def hypervolume_kind(Y: Tensor, reference: Tensor) -> Literal["exact", "approximate"]:
+    """Return whether :func:`hypervolume` of the same arguments is exact."""
+    return "exact" if _is_exact(_in_front(Y, reference)) else "approximate"
+
+
+def igd(Y: Tensor, truth: Tensor) -> float:
+    """Return the inverted generational distance: mean distance from ``truth`` to ``Y``.
+
+    Args:
+        Y: ``n x m`` values of the front to judge, larger is better.
+        truth: ``K x m`` values of the true front.
+    """
+    _check_pair(Y, truth)
+    return float(moocore.igd(_numpy(Y), ref=_numpy(truth), maximise=True))
+
+
+def igd_plus(Y: Tensor, truth: Tensor) -> float:
+    """Return IGD+, which counts only how far ``Y`` falls short of ``truth``.
+
+    Ishibuchi et al. 2015, eq. 18; unlike IGD it never rewards a dominated front.
+    """
+    _check_pair(Y, truth)
+    return float(moocore.igd_plus(_numpy(Y), ref=_numpy(truth), maximise=True))
+
+
+def gd(Y: Tensor, truth: Tensor) -> float:
+    """Return the generational distance: mean distance from ``Y`` to the nearest of ``truth``."""
+    _check_pair(Y, truth)
+    return float(torch.cdist(Y.double(), truth.double()).amin(-1).mean())
+
+
+def epsilon_additive(Y: Tensor, truth: Tensor) -> float:
+    """Return the smallest number that, added to all of ``Y``, makes it cover ``truth``.
+
+    Zitzler et al. 2003; negative when ``Y`` is better than ``truth`` everywhere.
+    """
+    _check_pair(Y, truth)
+    return float(moocore.epsilon_additive(_numpy(Y), ref=_numpy(truth), maximise=True))
+
+
+def win_rate_per_objective(A: Tensor, B: Tensor) -> float:
+    """Return how often a point of ``A`` beats one of ``B`` in a metric; ties count half.
+
+    The mean of ``1[a_i > b_i] + 1/2 1[a_i = b_i]`` over all pairs ``(a, b)`` and metrics ``i``.
+
+    Args:
+        A: ``n x m`` values, larger is better.
+        B: ``k x m`` values.
+    """
+    _check_pair(A, B)
+    a, b = A.unsqueeze(1), B.unsqueeze(0)
+    return float(((a > b).double() + 0.5 * (a == b).double()).mean())
+
+
+def win_rate_dominance(A: Tensor, B: Tensor) -> float:
+    """Return the share of pairs ``(a, b)`` in which ``a`` dominates ``b``."""
+    _check_pair(A, B)
+    return float(dominates(A.unsqueeze(1), B.unsqueeze(0)).double().mean())
+
+
+def preference_weights(n: int, m: int, *, generator: Generator) -> Tensor:
+    """Return ``n x m`` preference weights drawn uniformly from the simplex (Dirichlet(1))."""
+    U = torch.rand(n, m, generator=generator, dtype=torch.float64)
+    E = -torch.log1p(-U) + 1e-300  # a row of exact zeros must not divide by zero
+    return E / E.sum(-1, keepdim=True)
+
+
+def preference_regret(predicted: Tensor, real: Tensor, best: Tensor, weights: Tensor) -> Tensor:
+    """Return what choosing from a front costs, for each preference.
+
+    For each row of weights the front's choice is the point with the best weighted sum of
+    *predicted* values. Its regret is the best weighted sum that is truly attainable, over
+    ``best`` and the front itself, minus the one that the choice attains when truly evaluated.
+
+    Args:
+        predicted: ``k x m`` predicted values of the front, scaled, larger is better.
+        real: ``k x m`` true values of the same points.
+        best: ``K x m`` true values of the best points known; may have no rows.
+        weights: ``w x m`` non-negative weights.
+
+    Returns:
+        ``w`` regrets, never negative.
+
+    Raises:
+        DataError: When shapes disagree, the front is empty or a value is NaN or infinite.
+    """
+    _check_pair(predicted, real)
+    _check(best, "best")
+    if predicted.shape != real.shape or len(real) == 0 or best.shape[-1] != real.shape[-1]:
+        raise DataError(
+            f"predicted {tuple(predicted.shape)}, real {tuple(real.shape)} and best "
+            f"{tuple(best.shape)} do not describe one front and its truth",
+            hint="predicted and real are k x m with k >= 1, best is K x m",
+        )
+    attained = _weighted(real, weights)
+    choice = _weighted(predicted, weights).argmax(0, keepdim=True)
+    attainable = attained.amax(0)
+    if len(best):
+        attainable = torch.maximum(attainable, _weighted(best, weights).amax(0))
+    return attainable - attained.gather(0, choice).squeeze(0)
+
+
+def _weighted(Y: Tensor, weights: Tensor) -> Tensor:
+    """Return ``k x w`` weighted sums, each rounded alike however many rows there are.
+
+    A matrix product rounds by the size of its operands, and a perfect choice must have a regret
+    of exactly 0.
+    """
+    total = Y[:, :1] * weights[:, 0]
+    for i in range(1, Y.shape[-1]):
+        total = total + Y[:, i : i + 1] * weights[:, i]
+    return total
+
+
+def _in_front(Y: Tensor, reference: Tensor) -> Tensor:
+    """Return the distinct non-dominated points that beat the reference, relative to it."""
+    _check(Y, "values")
+    if reference.shape != Y.shape[-1:]:
+        raise DataError(
+            f"the reference point has shape {tuple(reference.shape)} for {Y.shape[-1]} metrics"
+        )
+    gain = Y.detach().double().cpu() - reference.detach().double().cpu()
+    gain = gain[(gain > 0).all(-1)]
+    # In the order of their values: sums of floats then do not depend on the order of rows.
+    gain = gain[non_dominated(gain)] if len(gain) else gain
+    return torch.unique(gain, dim=0) if len(gain) else gain
+
+
+def _is_exact(front: Tensor) -> bool:
+    m = front.shape[-1]
+    return m <= 5 or len(front) <= _EXACT.get(m, _EXACT_BEYOND)
+
+
+def _check(Y: Tensor, name: str) -> None:
+    if Y.dim() != 2:
+        raise DataError(
+            f"{name} have shape {tuple(Y.shape)}", hint="give one row a point, one column a metric"
+        )
+    if not bool(torch.isfinite(Y).all()):
+        raise DataError(f"{name} hold NaN or infinity", hint="leave failed evaluations out")
+
+
+def _check_pair(A: Tensor, B: Tensor) -> None:
+    _check(A, "values")
+    _check(B, "values")
+    if A.shape[-1] != B.shape[-1] or len(A) == 0 or len(B) == 0:
+        raise DataError(
+            f"two fronts of shapes {tuple(A.shape)} and {tuple(B.shape)} cannot be compared",
+            hint="both need at least one point and the same metrics",
+        )
+
+
+def _numpy(Y: Tensor) -> object:
+    return Y.detach().double().cpu().contiguous().numpy()

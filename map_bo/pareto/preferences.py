@@ -1,0 +1,177 @@
+"""From what a user prefers to one point of a front: weights and constraints."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Metric, check_metrics, to_maximisation
+from map_bo.errors import PreferenceError
+from map_bo.pareto.indicators import scaled
+
+__all__ = ["Preference", "choose"]
+
+Rule = Literal["weighted_sum", "chebyshev"]
+
+
+@dataclass(frozen=True)
+class Preference:
+    """What matters how much, and what must hold.
+
+    Attributes:
+        weights: Importance by metric name; any non-negative scale. Metrics not named weigh 0;
+            with no weights at all, every metric weighs the same.
+        at_least: Smallest acceptable value by metric name, in the metric's own unit, whichever
+            way the metric is better.
+        at_most: Largest acceptable value by metric name, in the metric's own unit.
+        rule: ``"weighted_sum"`` of the scaled metrics, or ``"chebyshev"``, which makes the
+            worst weighted shortfall from the best expert as small as it can be.
+
+    Raises:
+        PreferenceError: On weights that are negative, not finite or all zero, bounds that are
+            not finite or contradict each other, or an unknown rule.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=dict)
+    at_least: Mapping[str, float] = field(default_factory=dict)
+    at_most: Mapping[str, float] = field(default_factory=dict)
+    rule: Rule = "weighted_sum"
+
+    def __post_init__(self) -> None:
+        for name in ("weights", "at_least", "at_most"):
+            given = {key: float(value) for key, value in getattr(self, name).items()}
+            object.__setattr__(self, name, given)
+        for name, weight in self.weights.items():
+            if not (math.isfinite(weight) and weight >= 0):
+                raise PreferenceError(
+                    f"the weight of {name} is {weight}",
+                    hint="weights are finite and not negative; 0 ignores a metric",
+                )
+        if self.weights and not any(self.weights.values()):
+            raise PreferenceError(
+                "all weights are 0",
+                hint="give at least one metric a positive weight, or no weights at all",
+            )
+        for kind, bounds in (("at least", self.at_least), ("at most", self.at_most)):
+            for name, bound in bounds.items():
+                if not math.isfinite(bound):
+                    raise PreferenceError(
+                        f"{name} must be {kind} {bound}", hint="give a finite bound"
+                    )
+        for name in self.at_least.keys() & self.at_most.keys():
+            if self.at_least[name] > self.at_most[name]:
+                raise PreferenceError(
+                    f"{name} cannot be at least {self.at_least[name]:g} and at most "
+                    f"{self.at_most[name]:g}",
+                    hint="swap or drop one of the two bounds",
+                )
+        if self.rule not in ("weighted_sum", "chebyshev"):
+            raise PreferenceError(
+                f"there is no rule {self.rule!r}", hint="rules are weighted_sum and chebyshev"
+            )
+
+
+def choose(
+    values: Tensor,
+    metrics: Sequence[Metric],
+    preference: Preference,
+    *,
+    reference: Tensor,
+    best: Tensor,
+) -> int:
+    """Return the index of the point that suits a preference best.
+
+    Points that break a constraint are out; the rest are compared on metrics scaled so that the
+    reference point is 0 and the best single expert is 1. Of equal points the first wins.
+
+    Args:
+        values: ``k x m`` metric values of the points, in own units and directions.
+        metrics: The ``m`` metrics.
+        preference: Weights, constraints and rule.
+        reference: ``m`` values of the reference point, in own units.
+        best: ``m`` best values of any single expert, in own units.
+
+    Raises:
+        PreferenceError: When the preference names an unknown metric, no point satisfies the
+            constraints, there is no point, or ``best`` is worse than ``reference``.
+    """
+    metrics = check_metrics(metrics)
+    names = [metric.name for metric in metrics]
+    _check_names(preference, names)
+    if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
+        raise PreferenceError(
+            f"values of shape {tuple(values.shape)} hold no point to choose for "
+            f"{len(names)} metrics"
+        )
+    low, high = to_maximisation(reference, metrics), to_maximisation(best, metrics)
+    if bool((high < low).any()):
+        worse = [name for name, wrong in zip(names, (high < low).tolist(), strict=True) if wrong]
+        raise PreferenceError(
+            f"the best expert is worse than the reference point in {', '.join(worse)}",
+            hint="give both in the metrics' own units and directions",
+        )
+    allowed = _allowed(values, names, preference)
+    weights = torch.tensor(
+        [preference.weights.get(name, 0.0) if preference.weights else 1.0 for name in names],
+        dtype=torch.float64,
+    )
+    weights = weights / weights.sum()
+    S = scaled(to_maximisation(values.double(), metrics), low, high)
+    score = S @ weights
+    if preference.rule == "chebyshev":
+        # The small weighted sum tells apart points whose worst shortfall is the same.
+        score = -(weights * (1 - S)).amax(-1) + 1e-3 * score
+    return int(score.masked_fill(~allowed, -math.inf).argmax())
+
+
+def _check_names(preference: Preference, names: Sequence[str]) -> None:
+    given = [*preference.weights, *preference.at_least, *preference.at_most]
+    unknown = sorted({name for name in given if name not in names})
+    if unknown:
+        raise PreferenceError(
+            f"there is no metric {', '.join(repr(name) for name in unknown)}",
+            hint=f"metrics are {', '.join(names)}",
+        )
+
+
+def _allowed(values: Tensor, names: Sequence[str], preference: Preference) -> Tensor:
+    """Return which points keep all bounds; raise with what is attainable when none does."""
+    bounds = [(name, bound, 1.0) for name, bound in preference.at_least.items()]
+    bounds += [(name, bound, -1.0) for name, bound in preference.at_most.items()]
+    if not bounds:
+        return torch.ones(len(values), dtype=torch.bool)
+    column = [names.index(name) for name, _, _ in bounds]
+    limit = torch.tensor([bound for _, bound, _ in bounds], dtype=torch.float64)
+    sign = torch.tensor([side for _, _, side in bounds], dtype=torch.float64)
+    miss = ((limit - values[:, column].double()) * sign).clamp_min(0.0)  # k x bounds
+    allowed = ~(miss > 0).any(-1)
+    if bool(allowed.any()):
+        return allowed
+    # Misses in different units are compared as shares of each metric's range over the points.
+    width = values[:, column].amax(0) - values[:, column].amin(0)
+    share = miss / torch.where(width > 0, width, torch.ones_like(width))
+    nearest = int(share.amax(-1).argmin())
+    missed, attainable = [], []
+    for i, (name, bound, side) in enumerate(bounds):
+        words = "at least" if side > 0 else "at most"
+        own = values[:, column[i]]
+        if float(miss[nearest, i]) > 0:
+            missed.append(
+                f"{name} = {float(own[nearest]):.4g} misses {words} {bound:g} "
+                f"by {float(miss[nearest, i]):.4g}"
+            )
+        extreme, reach = ("largest", own.amax()) if side > 0 else ("smallest", own.amin())
+        attainable.append(f"{extreme} {name} alone {float(reach):.4g}")
+    at_nearest = ", ".join(
+        f"{name} = {float(values[nearest, names.index(name)]):.4g}"
+        for name in dict.fromkeys(name for name, _, _ in bounds)
+    )
+    raise PreferenceError(
+        f"no point satisfies all constraints; at the nearest one {'; '.join(missed)}",
+        hint=f"attainable: {', '.join(attainable)}; together {at_nearest} (point {nearest})",
+    )

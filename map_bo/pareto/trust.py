@@ -1,0 +1,137 @@
+"""Where a surrogate may be believed: the region that the data cover, and a guard outside it.
+
+A quadratic fitted to samples from one corner of the space predicts anything far from them, and
+an optimiser finds exactly the places where it predicts too much. The guard keeps every solver
+inside the smallest ellipsoid of the data's own shape that holds all the data. It looks at
+coefficients alone, and so works with every surrogate and every solver.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from map_bo.errors import SurrogateError
+from map_bo.space import CoefficientSpace
+
+__all__ = ["Coverage", "guard"]
+
+# Prior for the spread of the data: as much as `_PRIOR` points spread uniformly over the box,
+# whose variance in the unit cube is 1/12 in every direction.
+_PRIOR = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class Coverage:
+    """The ellipsoid ``h(x) <= limit`` that the data cover.
+
+    With ``z`` the coefficients scaled to the unit cube, ``h(x) = (z - c)' S^-1 (z - c)`` where
+    ``c`` is the mean of the data and ``S = (sum (z_i - c)(z_i - c)' + I / 12) / (n + 1)``: up
+    to a constant the leverage of ``x`` in a ridge regression on ``[1, z]``. The ridge is worth
+    one point spread over the box. With ``n <= d`` points some directions were never explored;
+    there the ridge alone leaves room, ``sqrt(limit / (12 (n + 1)))`` of the box's width.
+
+    Attributes:
+        space: The space of the coefficients.
+        centre: ``d``, mean of the data in the unit cube.
+        precision: ``d x d``, the inverse of ``S``.
+        limit: Largest leverage that is trusted.
+    """
+
+    space: CoefficientSpace
+    centre: Tensor
+    precision: Tensor
+    limit: float
+
+    @classmethod
+    def of(cls, X: Tensor, space: CoefficientSpace, *, slack: float = 1.0) -> Coverage:
+        """Return what the data cover.
+
+        Args:
+            X: ``n x d`` coefficients of the evaluations that succeeded.
+            space: Their space.
+            slack: Trusted leverage as a multiple of the largest leverage in the data; at 1 or
+                more every data point, and all between them, is trusted.
+
+        Raises:
+            SurrogateError: When there are no data, or ``slack`` is not positive.
+        """
+        if len(X) == 0:
+            raise SurrogateError(
+                "no evaluation has succeeded, so nothing is covered",
+                hint="evaluate the anchors first",
+            )
+        if not slack > 0:
+            raise SurrogateError(f"slack is {slack}", hint="slack is positive; 1 is the default")
+        Z = space.normalise(X.double())
+        centre = Z.mean(0)
+        offset = Z - centre
+        eye = torch.eye(space.d, dtype=torch.float64)
+        spread = (offset.T @ offset + _PRIOR / 12 * eye) / (len(Z) + _PRIOR)
+        precision = torch.linalg.inv(spread)
+        # One point, or equal points, have no leverage; the ridge's own unit ball stands in.
+        reach = max(float(_leverage(offset, precision).max()), 1.0)
+        return cls(space, centre, precision, slack * reach)
+
+    def excess(self, X: Tensor) -> Tensor:
+        """Return how far outside each row (``n x d``) lies: 0 inside, 1 at twice the radius.
+
+        It is the length of the part of the way from the centre that lies outside, over the part
+        inside; it is convex, and smooth everywhere but at the boundary.
+        """
+        radius = self._radius(X)
+        return (radius - 1).clamp_min(0.0)
+
+    def trusted(self, X: Tensor, tolerance: float = 1e-2) -> Tensor:
+        """Return which rows (``n x d``) have an excess of at most ``tolerance``."""
+        return self.excess(X) <= tolerance
+
+    def shrink(self, X: Tensor) -> Tensor:
+        """Return ``X`` (``n x d``) with rows outside drawn straight towards the centre.
+
+        The centre is a mean of points of the space, which is convex, so no row leaves the
+        space. Differentiable but at the boundary.
+        """
+        factor = 1 / self._radius(X).clamp_min(1.0)
+        centre = self.space.unnormalise(self.centre)
+        return centre + (X - centre) * factor.unsqueeze(-1)
+
+    def _radius(self, X: Tensor) -> Tensor:
+        offset = self.space.normalise(X) - self.centre
+        # The floor keeps the gradient of the square root finite at the centre.
+        return (_leverage(offset, self.precision) / self.limit).clamp_min(1e-12).sqrt()
+
+
+def guard(
+    mean: Callable[[Tensor], Tensor], coverage: Coverage, *, scale: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """Return ``mean`` with every untrusted point dominated by a trusted one.
+
+    Outside the covered ellipsoid a point gets the value at its :meth:`Coverage.shrink`, minus
+    its excess in every column. So the surrogate is never asked outside, each untrusted point is
+    dominated by the one on the boundary towards the centre however wild the surrogate is, and
+    the gradient leads back. What little of a front a solver leaves outside can be drawn in with
+    :meth:`Coverage.shrink`, at no change of its predicted values, or filtered out with
+    :meth:`Coverage.trusted`.
+
+    Args:
+        mean: Maps ``n x d`` to ``n x m``, larger is better in every column.
+        coverage: What the data cover.
+        scale: ``m`` typical sizes of the columns, which multiply the excess; 1 by default. It
+            steers how fast a solver comes back, not where it ends.
+    """
+
+    def guarded(X: Tensor) -> Tensor:
+        penalty = coverage.excess(X).unsqueeze(-1)
+        if scale is not None:
+            penalty = penalty * scale
+        return mean(coverage.shrink(X)) - penalty
+
+    return guarded
+
+
+def _leverage(offset: Tensor, precision: Tensor) -> Tensor:
+    return ((offset @ precision) * offset).sum(-1)

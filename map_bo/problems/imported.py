@@ -1,0 +1,168 @@
+"""A merged-model problem from names alone: paths of checkpoints, ``module:function`` for code.
+
+This is what a configuration can say; in Python use
+:class:`~map_bo.problems.merged.MergedModelProblem` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from map_bo.data import Metric
+from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.merging.operator import MergeOperator
+from map_bo.problems.merged import MergedModelProblem
+from map_bo.space import CoefficientSpace
+
+__all__ = ["imported_problem", "named"]
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def imported_problem(
+    model: str | None,
+    *,
+    base: str,
+    experts: Mapping[str, str],
+    evaluators: Mapping[str, str],
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    operator: MergeOperator | None = None,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    sum_at_most: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+) -> MergedModelProblem:
+    """Return the problem of merging checkpoints on disk.
+
+    Args:
+        model: ``module:callable`` that returns the architecture (weights do not matter), or None
+            for a Hugging Face directory, whose ``config.json`` names it.
+        base: Path of the base checkpoint.
+        experts: Paths of the experts by name.
+        evaluators: ``module:callable`` by metric name; each takes the model and returns a float
+            or a :class:`~map_bo.problems.evaluators.Measurement`.
+        metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
+            proportion to maximise) does not fit.
+        operator: How to merge; task arithmetic when None.
+        lower: Lower bound of the coefficients.
+        upper: Upper bound of the coefficients.
+        sum_at_most: Bound on the sum of an expert's coefficients over the experts.
+        dtype: Storage of the task vectors: ``float32`` or ``bfloat16``.
+        device: Where the task vectors and the model live.
+
+    Raises:
+        ConfigError: On a name that cannot be imported, or metrics without evaluators.
+        CheckpointError: On files that cannot be read.
+        MergeError: On checkpoints that do not fit each other.
+    """
+    if not experts or not evaluators:
+        missing = "experts" if not experts else "evaluators"
+        raise ConfigError(
+            f"the problem names no {missing}",
+            hint=f"give them as +problem.{missing}.NAME=..., one for each name",
+        )
+    extra = sorted(set(metrics or {}) - set(evaluators))
+    if extra:
+        raise ConfigError(
+            f"metrics without an evaluator: {', '.join(extra)}",
+            hint=f"evaluators are {', '.join(evaluators)}",
+        )
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+    described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
+    space = None
+    if sum_at_most is not None:
+        if operator is not None and operator.describe().get("blocks"):
+            raise ConfigError(
+                "sum_at_most and blocks were both given",
+                hint="bound the coefficients with lower and upper instead",
+            )
+        space = CoefficientSpace.box(
+            tuple(experts), lower=lower, upper=upper, sum_at_most=sum_at_most
+        )
+    return MergedModelProblem(
+        named(model, "problem.model") if model is not None else _architecture(Path(base)),
+        base=base,
+        experts=dict(experts),
+        evaluators={
+            name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+        },
+        metrics=described,
+        operator=operator,
+        lower=lower,
+        upper=upper,
+        space=space,
+        dtype=_DTYPES[dtype],
+        device=device,
+    )
+
+
+def named(where: str, key: str) -> Callable[..., Any]:
+    """Import ``module:attribute``, looking in the working directory first.
+
+    Raises:
+        ConfigError: When there is no such thing, or it cannot be called.
+    """
+    module, separator, attribute = str(where).partition(":")
+    if not separator or not module or not attribute:
+        raise ConfigError(f"{key} is {where!r}", hint="write it as module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{key} {where!r} cannot be imported: {error}",
+            hint="modules are looked for in the working directory and the installed packages",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{key} {where!r} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _architecture(directory: Path) -> Callable[[], nn.Module]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise ConfigError(
+            f"problem.model is not given and {directory} has no config.json to tell it by",
+            hint="give problem.model=module:function returning the architecture",
+        )
+    try:
+        names = json.loads(path.read_text())["architectures"]
+    except (ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{path} does not name an architecture: {error}",
+            hint="give problem.model=module:function returning the architecture",
+        ) from error
+
+    def build() -> nn.Module:
+        try:
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(
+                "a Hugging Face directory needs transformers",
+                hint='pip install "map-bo[huggingface]"',
+            ) from error
+        kind = getattr(transformers, names[0], None)
+        if kind is None:
+            raise CheckpointError(
+                f"transformers has no architecture {names[0]!r}, which {path} names",
+                hint="upgrade transformers, or give problem.model=module:function",
+            )
+        config = transformers.AutoConfig.from_pretrained(directory)
+        model: nn.Module = kind(config)
+        return model
+
+    return build

@@ -1,0 +1,335 @@
+"""The live problem: coefficients in, a merged model, measured metrics out."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Generator, Tensor, nn
+
+from map_bo.data import Metric, Observations, check_metrics
+from map_bo.errors import DataError, EvaluationError, MergeError
+from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.export import export_merged, merge_streamed
+from map_bo.merging.live import LiveModel, model_ties
+from map_bo.merging.operator import MergeOperator, PreparedMerge
+from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
+from map_bo.merging.task_vectors import TaskVectors, joined_ties
+from map_bo.problems.evaluators import Evaluator, Measurement, binomial_variance, measure
+from map_bo.space import CoefficientSpace
+
+__all__ = ["MergedModelProblem"]
+
+
+class MergedModelProblem:
+    """Merging experts into one live model and measuring it.
+
+    Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
+    task vectors are loaded once, at the first evaluation, and stay resident.
+
+    The model may be in use elsewhere: outside `evaluate` and `load` it has its own weights.
+    Evaluators get it in evaluation mode, with gradients as the caller has them. The weights are
+    written anew before each evaluator, so what one does to the model reaches no other.
+
+    Args:
+        model: The architecture: a module (its weights do not matter and stay as they are), or
+            a callable that returns one and is called once.
+        base: The model that the experts were fine-tuned from: a module, a state dict, or a path
+            (see `map_bo.open_checkpoint`).
+        experts: Expert name -> checkpoint.
+        evaluators: Metric name -> callable that takes the model and returns a float or a
+            `Measurement`. The names need not be those of experts.
+        operator: How to merge; task arithmetic by default.
+        metrics: One for each evaluator, by name. By default each is a proportion in [0, 1] of
+            which more is better.
+        lower: Lower bound of every coefficient.
+        upper: Upper bound of every coefficient.
+        space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
+            that differ); it must have the operator's coefficients in their order.
+        dtype: Storage of the task vectors: float32 (default) or bfloat16.
+        device: Where the task vectors and the model live. A model that a callable returns is
+            moved there; a given one must be there.
+        check_base: Whether to refuse experts that do not look fine-tuned from the base.
+
+    Raises:
+        MergeError: When experts, model, operator and space do not fit each other.
+        EvaluationError: When there are no evaluators, or one cannot be called.
+        DataError: When metrics and evaluators have different names.
+        CheckpointError: When a checkpoint cannot be read.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Callable[[], nn.Module],
+        *,
+        base: CheckpointSource,
+        experts: Mapping[str, CheckpointSource],
+        evaluators: Mapping[str, Evaluator],
+        operator: MergeOperator | None = None,
+        metrics: Sequence[Metric] | None = None,
+        lower: float = 0.0,
+        upper: float = 1.0,
+        space: CoefficientSpace | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        check_base: bool = True,
+    ) -> None:
+        _check_names(experts, "expert")
+        _check_names(evaluators, "evaluator")
+        if not callable(model):
+            raise MergeError(
+                f"the model is a {type(model).__name__}",
+                hint="give a torch.nn.Module, or a function that returns one",
+            )
+        self._source = model
+        self._evaluators = dict(evaluators)
+        self._metrics = _metrics(evaluators, metrics)
+        self._operator: MergeOperator = TaskArithmetic() if operator is None else operator
+        natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
+        if space is not None and (space.names, space.owner) != (natural.names, natural.owner):
+            raise MergeError(
+                f"the space has the coefficients {', '.join(space.names)}; the operator takes "
+                f"{', '.join(natural.names)}",
+                hint="build the space from the same experts and blocks, in the same order",
+            )
+        self._space = natural if space is None else space
+        self._base = open_checkpoint(base)
+        self._experts = {name: open_checkpoint(source) for name, source in experts.items()}
+        self._dtype = dtype or torch.float32
+        self._device = torch.device(device)
+        self._check_base = check_base
+        self._model: nn.Module | None = None
+        self._ready: tuple[TaskVectors, PreparedMerge, LiveModel] | None = None
+
+    @property
+    def space(self) -> CoefficientSpace:
+        """The coefficients."""
+        return self._space
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics, in the order of the evaluators."""
+        return self._metrics
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        """Merge and measure every row of ``X`` (``n x d``).
+
+        A row fails when an evaluator raises, or returns NaN, infinity, anything that is no
+        number, or a value outside its metric's bounds; its remaining evaluators are not called.
+        The cost of a row is the seconds that merging and measuring took. ``generator`` is not
+        used: evaluators bring their own randomness, if any.
+
+        Raises:
+            SpaceError: When a row lies outside the space.
+            MergeError: When checkpoints, model and operator do not fit each other.
+        """
+        X = self._space.check(X)
+        n, m = len(X), len(self._metrics)
+        Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
+        cost = torch.zeros(n, dtype=torch.float64)
+        failures: list[str | None] = [None] * n
+        _, prepared, live = self._prepare()
+        with live:
+            for i, x in enumerate(X):
+                start = time.perf_counter()
+                try:
+                    for j, metric in enumerate(self._metrics):
+                        live.write(prepared, x)
+                        seen = measure(metric.name, self._evaluators[metric.name], live.model)
+                        Y[i, j], Yvar[i, j], counts[i, j] = _entry(seen, metric)
+                except EvaluationError as error:
+                    failures[i] = error.message
+                    Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
+                cost[i] = time.perf_counter() - start
+        return Observations(X, Y, self._metrics, Yvar, counts, cost, tuple(failures))
+
+    @contextmanager
+    def load(self, x: Tensor) -> Iterator[nn.Module]:
+        """Hold the model merged with coefficients ``x`` (``d``), in evaluation mode.
+
+        On leaving, it has its own weights again, and nothing that was done to it remains.
+        """
+        row = self._row(x)
+        _, prepared, live = self._prepare()
+        with live:
+            yield live.write(prepared, row)
+
+    def merged(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the state dict merged with ``x`` (``d``): new tensors in the base's dtypes."""
+        row = self._row(x)
+        vectors, prepared, _ = self._prepare()
+        flat = torch.empty(vectors.layout.size, dtype=torch.float32, device=vectors.rows.device)
+        prepared.write(row, flat)
+        return vectors.layout.state_dict(flat, vectors.fixed)
+
+    def export(self, x: Tensor, out: str | Path, record: Mapping[str, Any] | None = None) -> Path:
+        """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_merged`.
+
+        A linear operator is streamed from the checkpoints, one tensor at a time, without loss
+        from the storage dtype; another writes what `merged` returns.
+
+        Args:
+            x: ``d`` coefficients.
+            out: Folder to create.
+            record: Further plain data for the recipe.
+
+        Returns:
+            The absolute path of the folder.
+
+        Raises:
+            MergeError: When it cannot be written; nothing is left behind.
+        """
+        row = self._row(x)
+        names = self._space.names
+        weights: Callable[[str], Mapping[str, float]] | None = None
+        tensors: Iterator[tuple[str, Tensor]]
+        if isinstance(self._operator, LinearOperator):
+            weights = self._tied(self._operator.weights(tuple(self._experts), row))
+            tensors = merge_streamed(self._base, self._experts, weights)
+        else:
+            tensors = iter(self.merged(row).items())
+        return export_merged(
+            out,
+            tensors=tensors,
+            base=self._base,
+            experts=self._experts,
+            operator=self._operator.describe(),
+            coefficients=dict(zip(names, row.tolist(), strict=True)),
+            record=dict(record or {}),
+            weights=weights,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which the same problem is recognised, as when a run is resumed.
+
+        It holds the digests of all checkpoints, so they are read once. Evaluators are told apart
+        by name only.
+        """
+
+        def origin(checkpoint: Checkpoint) -> dict[str, str]:
+            return {"source": checkpoint.source, "digest": checkpoint.digest()}
+
+        return {
+            "kind": "merged_model",
+            "base": origin(self._base),
+            "experts": {name: origin(expert) for name, expert in self._experts.items()},
+            "operator": self._operator.describe(),
+            "space": self._space.describe(),
+            "metrics": [
+                {
+                    "name": metric.name,
+                    "direction": metric.direction,
+                    "kind": metric.kind,
+                    "lower": metric.lower,
+                    "upper": metric.upper,
+                }
+                for metric in self._metrics
+            ],
+            "dtype": str(self._dtype).removeprefix("torch."),
+        }
+
+    def _tied(
+        self, weights: Callable[[str], Mapping[str, float]]
+    ) -> Callable[[str], Mapping[str, float]]:
+        """Return the weights with every tied name under that of its tensor."""
+        if self._space.d == len(self._experts):
+            return weights  # they are the same for all tensors
+        ties = joined_ties(self._base, model_ties(self._architecture()))
+        return lambda name: weights(ties.get(name, name))
+
+    def _row(self, x: Tensor) -> Tensor:
+        x = torch.as_tensor(x, dtype=torch.float64)
+        return self._space.check(x[None] if x.dim() == 1 else x.reshape(1, -1))[0]
+
+    def _prepare(self) -> tuple[TaskVectors, PreparedMerge, LiveModel]:
+        if self._ready is None:
+            model = self._architecture()
+            vectors = TaskVectors.load(
+                self._base,
+                self._experts,
+                dtype=self._dtype,
+                device=self._device,
+                check_base=self._check_base,
+                ties=model_ties(model),
+            )
+            live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
+            if live.device != vectors.rows.device:
+                raise MergeError(
+                    f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
+                    hint=f"move the model, or pass device={str(live.device)!r}",
+                )
+            self._ready = vectors, self._operator.prepare(vectors), live
+        return self._ready
+
+    def _architecture(self) -> nn.Module:
+        if self._model is not None:
+            return self._model
+        model = self._source if isinstance(self._source, nn.Module) else self._source()
+        if not isinstance(model, nn.Module):
+            raise MergeError(
+                f"the model function returned a {type(model).__name__}",
+                hint="it must return a torch.nn.Module",
+            )
+        self._model = model if model is self._source else model.to(self._device)
+        return self._model
+
+
+def _check_names(given: object, kind: str) -> None:
+    error = MergeError if kind == "expert" else EvaluationError
+    if not isinstance(given, Mapping):
+        raise error(
+            f"{kind}s are a {type(given).__name__}",
+            hint=f"give a mapping from {kind} names to {kind}s",
+        )
+    if not given:
+        raise error(f"there are no {kind}s", hint=f"give at least one {kind}")
+    for name, value in given.items():
+        if not isinstance(name, str) or not name.strip():
+            raise error(f"an {kind} has the name {name!r}", hint="names are text")
+        if kind == "evaluator" and not callable(value):
+            raise error(
+                f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",
+                hint="give a function that takes the model and returns a number",
+            )
+
+
+def _metrics(
+    evaluators: Mapping[str, Evaluator], metrics: Sequence[Metric] | None
+) -> tuple[Metric, ...]:
+    if metrics is None:
+        return tuple(Metric(name) for name in evaluators)
+    given = check_metrics(metrics)
+    names = {metric.name for metric in given}
+    if names != set(evaluators):
+        raise DataError(
+            f"metrics are {', '.join(sorted(names))}; evaluators are "
+            f"{', '.join(sorted(evaluators))}",
+            hint="give one metric for each evaluator, with its name",
+        )
+    return given
+
+
+def _entry(seen: Measurement, metric: Metric) -> tuple[float, float, float]:
+    """Return value, variance and count as `Observations` keeps them, or raise out of bounds."""
+    low = -torch.inf if metric.lower is None else metric.lower
+    high = torch.inf if metric.upper is None else metric.upper
+    slack = 1e-6 * max([1.0, *(abs(x) for x in (low, high) if math.isfinite(x))])
+    if not low - slack <= seen.value <= high + slack:
+        raise EvaluationError(
+            f"evaluator {metric.name!r} returned {seen.value}, outside the metric's bounds "
+            f"[{low}, {high}]",
+            hint="give the metric its own kind and bounds: metrics=[Metric(name, ...)]",
+        )
+    value = min(max(seen.value, low), high)
+    variance = torch.nan if seen.variance is None else seen.variance
+    count = torch.nan
+    if seen.count is not None and metric.kind == "proportion":
+        count = float(seen.count)
+        if seen.variance is None:
+            variance = binomial_variance(value, count, lower=low, upper=high)
+    return value, variance, count

@@ -1,0 +1,64 @@
+"""How numbers are written for people: short, aligned, never more digits than mean something."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from map_bo.data import Metric
+
+__all__ = ["better", "coefficient", "interval", "metric_value", "seconds", "shortened"]
+
+
+def metric_value(value: float, metric: Metric, *, missing: str = "") -> str:
+    """Return a metric's value: three decimals for what lies in about [0, 1], else four digits."""
+    if math.isnan(value):
+        return missing
+    if metric.kind == "proportion" and (metric.lower, metric.upper) == (0.0, 1.0):
+        return f"{value:.3f}"
+    return f"{value:.3f}" if 0.01 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
+
+
+def interval(lower: float, upper: float, metric: Metric, *, missing: str = "") -> str:
+    """Return ``"0.871 to 0.934"``."""
+    if math.isnan(lower) or math.isnan(upper):
+        return missing
+    return f"{metric_value(lower, metric)} to {metric_value(upper, metric)}"
+
+
+def coefficient(value: float) -> str:
+    """Return a coefficient with two decimals; what rounds to zero is written without a sign."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
+def better(metric: Metric) -> str:
+    """Return ``"higher is better"`` or ``"lower is better"``."""
+    return "higher is better" if metric.direction == "max" else "lower is better"
+
+
+def seconds(value: float) -> str:
+    """Return a duration in the unit that suits it."""
+    if value < 0.995:
+        return f"{value:.2f} s"
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes = round(value / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def shortened(name: str, length: int) -> str:
+    """Return ``name`` on one line, its middle left out when it is longer than ``length``."""
+    name = " ".join(name.split()) or repr(name)
+    if len(name) <= length:
+        return name
+    tail = (length - 1) // 2
+    return f"{name[: length - 1 - tail]}\u2026{name[len(name) - tail :]}"
+
+
+def distinct(names: Sequence[str], length: int) -> list[str]:
+    """Return all ``names`` shortened; those that would look alike are numbered."""
+    short = [shortened(name, length) for name in names]
+    return [
+        f"{shortened(name, length - 3)} #{i + 1}" if short.count(name) > 1 else name
+        for i, name in enumerate(short)
+    ]

@@ -1,0 +1,90 @@
+"""The tables of a run as CSV, with every digit, for spreadsheets and scripts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from map_bo.data import Front, Observations
+from map_bo.report.files import write_whole
+from map_bo.report.view import RunView
+from map_bo.space import CoefficientSpace
+
+__all__ = ["write_evaluations_csv", "write_front_csv"]
+
+
+def write_evaluations_csv(
+    view_or_seen: RunView | Observations, space: CoefficientSpace, path: Path
+) -> None:
+    """Write one row an evaluation, in order, failures included.
+
+    Columns: ``c:NAME`` for each coefficient; for each metric ``y:NAME`` (measured, own unit),
+    ``var:NAME`` (noise variance) and ``n:NAME`` (examples it was measured on); ``cost`` (seconds)
+    and ``failure`` (the reason). What is unknown is empty.
+
+    Raises:
+        OSError: When the file cannot be written; it is then as it was before.
+    """
+    seen = view_or_seen.seen if isinstance(view_or_seen, RunView) else view_or_seen
+    header = [f"c:{name}" for name in space.names]
+    for metric in seen.metrics:
+        header += [f"y:{metric.name}", f"var:{metric.name}", f"n:{metric.name}"]
+    rows = (
+        [
+            *map(_number, x),
+            *(_number(value) for triple in zip(y, var, n, strict=True) for value in triple),
+            _number(cost),
+            failure or "",
+        ]
+        for x, y, var, n, cost, failure in zip(
+            seen.X.tolist(),
+            seen.Y.tolist(),
+            seen.Yvar.tolist(),
+            seen.counts.tolist(),
+            seen.cost.tolist(),
+            seen.failures,
+            strict=True,
+        )
+    )
+    _write([*header, "cost", "failure"], rows, path)
+
+
+def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
+    """Write one row a front point.
+
+    Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
+    metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval) and
+    ``real:NAME``, which is empty where the point was not verified.
+
+    Raises:
+        OSError: When the file cannot be written; it is then as it was before.
+    """
+    header = ["point", *(f"c:{name}" for name in space.names)]
+    for metric in front.metrics:
+        parts = ("predicted", "std", "lower", "upper", "real")
+        header += [f"{part}:{metric.name}" for part in parts]
+    columns = (front.mean, front.std, front.lower, front.upper, front.real)
+    values = [
+        [_number(v) for group in zip(*parts, strict=True) for v in group]
+        for parts in zip(*(column.tolist() for column in columns), strict=True)
+    ]
+    rows = (
+        [str(point), *map(_number, x), *row]
+        for point, (x, row) in enumerate(zip(front.X.tolist(), values, strict=True))
+    )
+    _write(header, rows, path)
+
+
+def _number(value: float) -> str:
+    return "" if math.isnan(value) else repr(value)
+
+
+def _write(header: Sequence[str], rows: Iterable[Sequence[str]], path: Path) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())

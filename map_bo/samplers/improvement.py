@@ -1,0 +1,162 @@
+"""Log noisy expected hypervolume improvement, with box decompositions of all samples at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
+
+import torch
+from botorch.acquisition.multi_objective import logei
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.acquisition.multi_objective.objective import MCMultiOutputObjective
+from botorch.exceptions.errors import UnsupportedError
+from botorch.models.model import Model
+from botorch.sampling.base import MCSampler
+from botorch.utils.multi_objective.pareto import is_non_dominated
+from torch import Tensor
+
+__all__ = ["LogNoisyImprovement", "non_dominated_cells"]
+
+_SOFT = 1e-5  # width over which the positive part is smoothed
+
+
+def non_dominated_cells(Y: Tensor, reference: Tensor) -> Tensor:
+    """Split the space above ``reference`` that no point dominates into disjoint boxes.
+
+    The local upper bounds of the search region are updated point by point (Lacour, Klamroth and
+    Fonseca, *A box decomposition algorithm to compute the hypervolume indicator*, 2017,
+    algorithm 1), for all sets in one pass. Their equation 2 cuts the dominated region into one
+    column along the first metric for each local upper bound; the same column continued to the
+    other side of the bound is the part of the non-dominated region beyond it, so these parts are
+    the decomposition and no second pass is needed.
+
+    Args:
+        Y: ``s x n x m`` points of ``s`` sets, larger is better.
+        reference: ``m`` values; points that do not beat all of them are left out.
+
+    Returns:
+        ``2 x s x c x m`` lower and upper corners; sets with fewer than ``c`` boxes are filled up
+        with boxes of no size at the reference point.
+    """
+    s, n, m = Y.shape
+    useful = (Y > reference).all(-1) & is_non_dominated(Y)
+    points = -Y  # the algorithm is written for minimisation
+    bounds = -reference.expand(s, m)
+    defining = torch.full((s, m, m), -torch.inf, dtype=Y.dtype)
+    defining.diagonal(dim1=-2, dim2=-1).copy_(bounds)
+    owner = torch.arange(s)
+    for i in range(n):
+        point = points[owner, i]
+        hit = useful[owner, i] & (bounds > point).all(-1)
+        if not bool(hit.any()):
+            continue
+        old, old_defining, point, of = bounds[hit], defining[hit], point[hit], owner[hit]
+        parts = [(bounds[~hit], defining[~hit], owner[~hit])]
+        for j in range(m):
+            column = old_defining[:, :, j].clone()
+            column[:, j] = -torch.inf
+            keep = point[:, j] >= column.amax(-1)
+            new, new_defining = old[keep], old_defining[keep]
+            new[:, j] = point[keep, j]
+            new_defining[:, j] = point[keep]
+            parts.append((new, new_defining, of[keep]))
+        bounds, defining, owner = (torch.cat(part) for part in zip(*parts, strict=True))
+    lower, upper = -bounds, torch.full_like(bounds, torch.inf)
+    for j in range(1, m):
+        upper[:, j] = -defining[:, :j, j].amax(-1)
+    full = (upper > lower).all(-1)
+    lower, upper, owner = lower[full], upper[full], owner[full]
+    order = torch.argsort(owner, stable=True)
+    counts = torch.bincount(owner, minlength=s)
+    position = torch.arange(len(owner)) - (counts.cumsum(0) - counts)[owner[order]]
+    cells = reference.expand(2, s, int(counts.max()), m).clone()
+    cells[0, owner[order], position] = lower[order]
+    cells[1, owner[order], position] = upper[order]
+    return cells
+
+
+class LogNoisyImprovement(qLogNoisyExpectedHypervolumeImprovement):
+    """Logarithm of the noisy expected hypervolume improvement of one more point.
+
+    Daulton, Balandat and Bakshy, *Parallel Bayesian Optimization of Multiple Noisy Objectives with
+    Expected Hypervolume Improvement*, 2021, for one point at a time: pending points join the
+    baseline. As in Ament et al., *Unexpected Improvements to Expected Improvement for Bayesian
+    Optimization*, 2023, the improvement over a box never vanishes altogether, so that its
+    logarithm has a gradient everywhere: the positive part of ``x`` is
+    ``(x + sqrt(x^2 + 4 t^2)) / 2`` with ``t = 1e-5``. Metrics should therefore be scaled to a
+    range of about one by the objective.
+
+    It is botorch's class with two parts of its own. All samples' decompositions come from one
+    call of :func:`non_dominated_cells`; botorch spends a tenth of a second on each sample of four
+    metrics with 20 points on the front. And the improvement of a single point is a sum of
+    products, where botorch handles subsets of several in the logarithmic domain.
+    """
+
+    base_sampler: MCSampler | None  # type: ignore[assignment]
+    objective: MCMultiOutputObjective
+
+    def __init__(
+        self,
+        model: Model,
+        ref_point: Tensor,
+        X_baseline: Tensor,
+        *,
+        sampler: MCSampler,
+        objective: MCMultiOutputObjective,
+        X_pending: Tensor | None = None,
+    ) -> None:
+        with _no_compiler():
+            super().__init__(
+                model,
+                ref_point,
+                X_baseline,
+                sampler=sampler,
+                objective=objective,
+                X_pending=X_pending,
+                cache_root=False,
+            )
+
+    def _set_cell_bounds(self, num_new_points: int) -> None:
+        with torch.no_grad():
+            posterior = self.model.posterior(self.X_baseline)
+            self.q_in = -1
+            if self.base_sampler is None:
+                samples = self.get_posterior_samples(posterior)
+                self.base_sampler = deepcopy(self.sampler)
+            else:
+                samples = self.base_sampler(posterior)
+            self._set_sampler(q_in=num_new_points, posterior=posterior)
+            values = self.objective(samples, X=self.X_baseline)
+            cells = non_dominated_cells(values, torch.as_tensor(self.ref_point))
+        self.register_buffer("cell_lower_bounds", cells[0])
+        self.register_buffer("cell_upper_bounds", cells[1])
+
+    def _compute_log_qehvi(self, samples: Tensor, X: Tensor | None = None) -> Tensor:
+        values = self.objective(samples, X=X)  # s x b x 1 x m
+        if values.shape[-2] != 1:
+            raise UnsupportedError("improvements are of one point; make the others pending")
+        lower = torch.as_tensor(self.cell_lower_bounds).unsqueeze(1)  # s x 1 x c x m
+        upper = torch.as_tensor(self.cell_upper_bounds).unsqueeze(1)
+        gap = values - lower
+        slope = (gap.square() + 4 * _SOFT**2).sqrt() + gap.abs()
+        sides = torch.minimum(gap.clamp_min(0.0) + 2 * _SOFT**2 / slope, upper - lower)
+        volume = sides[..., 0]
+        for j in range(1, sides.shape[-1]):  # a product over a dimension differentiates slowly
+            volume = volume * sides[..., j]
+        return volume.sum(-1).mean(0).log()
+
+
+@contextmanager
+def _no_compiler() -> Iterator[None]:
+    # Where it finds a compiler, botorch builds a C++ kernel for this class at first use: half a
+    # minute without a word, and last digits that then differ from machine to machine.
+    attempted = getattr(logei, "_load_attempted", None)
+    if attempted is None:
+        yield
+        return
+    logei._load_attempted = True
+    try:
+        yield
+    finally:
+        logei._load_attempted = attempted

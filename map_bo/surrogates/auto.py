@@ -1,0 +1,344 @@
+"""The surrogate that chooses: the simplest candidate that predicts unseen evaluations best."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+from botorch.acquisition.objective import PosteriorTransform
+from botorch.models.model import FantasizeMixin
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.posteriors.posterior import Posterior
+from gpytorch.distributions import MultitaskMultivariateNormal
+from linear_operator.utils.errors import NotPSDError
+from torch import Tensor
+
+from map_bo.data import Observations
+from map_bo.errors import MapBoError, SurrogateError
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.gp import GP
+from map_bo.surrogates.hybrid import Hybrid
+from map_bo.surrogates.links import links_for, observed_on_link
+from map_bo.surrogates.prediction import HasMisfit
+from map_bo.surrogates.quadratic import Quadratic
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut, log_densities
+
+__all__ = ["Auto", "AutoModel", "Selection"]
+
+_FEWEST = 8  # evaluations from which on scores decide, however few coefficients there are
+_ALLOWANCE = 2.0  # nats over all evaluations that do not count as better
+# What a numerical failure of a candidate's fit or validation may raise.
+_FAILURES = (MapBoError, ArithmeticError, RuntimeError, ValueError, NotPSDError)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which candidate models a metric, and why.
+
+    Attributes:
+        metric: Name of the metric.
+        chosen: Name of the candidate.
+        reason: Why it was chosen.
+        scores: Name and mean leave-one-out log predictive density (nats) of every candidate
+            that could be fitted, in the order of the candidates.
+        skipped: Name and reason of every candidate that could not.
+    """
+
+    metric: str
+    chosen: str
+    reason: str
+    scores: tuple[tuple[str, float], ...]
+    skipped: tuple[tuple[str, str], ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the selection as plain data."""
+        return {
+            "metric": self.metric,
+            "chosen": self.chosen,
+            "reason": self.reason,
+            "scores": dict(self.scores),
+            "skipped": dict(self.skipped),
+        }
+
+
+class AutoModel(SurrogateModel, FantasizeMixin):
+    """Independent metrics, each modelled by the candidate that was chosen for it.
+
+    Args:
+        parts: One model for each candidate that was chosen at all.
+        columns: For each part the metrics that its outputs are, as positions; together a
+            permutation of ``0 .. m-1``, ascending within a part.
+        selection: One selection a metric.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[SurrogateModel],
+        columns: Sequence[Sequence[int]],
+        selection: Sequence[Selection],
+    ) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList(parts)
+        self.columns = tuple(tuple(held) for held in columns)
+        self.selection = tuple(selection)
+        place = {j: (p, i) for p, held in enumerate(self.columns) for i, j in enumerate(held)}
+        self._places = [place[j] for j in range(len(place))]
+        self.metrics = tuple(parts[p].metrics[i] for p, i in self._places)
+        self.links = tuple(parts[p].links[i] for p, i in self._places)
+        self._order = torch.tensor([j for held in self.columns for j in held]).argsort()
+        self._singles: list[SurrogateModel] | None = None
+
+    def _models(self) -> list[SurrogateModel]:
+        return [cast(SurrogateModel, part) for part in self.parts]
+
+    @property
+    def num_outputs(self) -> int:
+        """The number ``m`` of metrics."""
+        return len(self.metrics)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions of the posterior; empty unless conditioned on batches."""
+        return self._models()[0].batch_shape
+
+    @property
+    def likelihood(self) -> None:
+        """There is no common gpytorch likelihood; botorch only asks whether there is one."""
+        return None
+
+    def describe_selection(self) -> list[dict[str, Any]]:
+        """Return the selection of every metric as plain data."""
+        return [selection.describe() for selection in self.selection]
+
+    def _joined(self, values: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(values), -1)[..., self._order]
+
+    def link_mean(self, X: Tensor) -> Tensor:
+        """Return the posterior mean on the link scale, ``n x m`` for ``n x d``."""
+        return self._joined([model.link_mean(X) for model in self._models()])
+
+    def posterior(  # type: ignore[override]
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: PosteriorTransform | None = None,
+    ) -> Posterior:
+        """Return the joint Gaussian posterior at ``X`` (``... x q x d``) on the link scale.
+
+        Args:
+            X: Coefficients.
+            output_indices: Which metrics; all by default.
+            observation_noise: Add the typical noise of the training data, or the given
+                variances (``... x q x m``, link scale).
+            posterior_transform: Applied to the result.
+        """
+        if output_indices is not None:
+            part = self.subset_output(output_indices)
+            return part.posterior(X, None, observation_noise, posterior_transform)
+        if len(self.parts) == 1:
+            return self._models()[0].posterior(
+                X,
+                observation_noise=observation_noise,
+                posterior_transform=posterior_transform,
+            )
+        if self._singles is None:
+            models = self._models()
+            self._singles = [
+                cast(SurrogateModel, models[p].subset_output([i])) for p, i in self._places
+            ]
+        mvns = []
+        for j, single in enumerate(self._singles):
+            noise = observation_noise
+            if isinstance(noise, Tensor):
+                noise = noise[..., j : j + 1]
+            # All surrogates here are Gaussian; botorch types `posterior` by its base class.
+            alone = cast(GPyTorchPosterior, single.posterior(X, observation_noise=noise))
+            mvns.append(alone.distribution)
+        shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+            *[mvn.batch_shape for mvn in mvns]
+        )
+        result = GPyTorchPosterior(
+            MultitaskMultivariateNormal.from_independent_mvns([mvn.expand(shape) for mvn in mvns])
+        )
+        if posterior_transform is None:
+            return result
+        return cast(Posterior, posterior_transform(posterior=result, X=X))
+
+    def subset_output(self, idcs: list[int]) -> AutoModel:
+        """Return the model of the given metrics alone."""
+        parts, columns = [], []
+        wanted = [self._places[j] for j in idcs]
+        for p, model in enumerate(self._models()):
+            held = [(j, i) for j, (part, i) in enumerate(wanted) if part == p]
+            if held:
+                parts.append(cast(SurrogateModel, model.subset_output([i for _, i in held])))
+                columns.append([j for j, _ in held])
+        return AutoModel(parts, columns, [self.selection[j] for j in idcs])
+
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> AutoModel:
+        """Return the model that has also seen ``Y`` at ``X``, hyperparameters and choice held.
+
+        Args:
+            X: ``... x n' x d`` coefficients.
+            Y: ``... x n' x m`` values on the link scale.
+            noise: ``... x n' x m`` variances of ``Y``; by default the typical one of the fit.
+            **kwargs: Passed on to the chosen models.
+        """
+        parts = []
+        for model, held in zip(self._models(), self.columns, strict=True):
+            own = None if noise is None else noise[..., list(held)]
+            assert hasattr(model, "condition_on_observations")
+            more = model.condition_on_observations(X, Y[..., list(held)], noise=own, **kwargs)
+            parts.append(cast(SurrogateModel, more))
+        return AutoModel(parts, self.columns, self.selection)
+
+    def _validated(self) -> list[LeavesOneOut]:
+        return [cast(LeavesOneOut, model) for model in self._models()]
+
+    def leave_one_out(self) -> tuple[Tensor, Tensor]:
+        """Return those of the chosen models, ``n x m`` each, link scale."""
+        pairs = [model.leave_one_out() for model in self._validated()]
+        return self._joined([mean for mean, _ in pairs]), self._joined([v for _, v in pairs])
+
+    def training_targets(self) -> tuple[Tensor, Tensor]:
+        """Return those of the chosen models, ``n x m`` each, link scale."""
+        pairs = [model.training_targets() for model in self._validated()]
+        return self._joined([z for z, _ in pairs]), self._joined([v for _, v in pairs])
+
+    def misfit_variance(self) -> Tensor:
+        """Return that of the chosen models (``m``, link scale); 0 where a model has none."""
+        return self._joined(
+            [
+                model.misfit_variance()
+                if isinstance(model, HasMisfit)
+                else torch.zeros(model.num_outputs, dtype=torch.float64)
+                for model in self._models()
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Auto:
+    """Settings of the surrogate that chooses among others, metric by metric.
+
+    Every candidate is fitted to all data and scored by its mean leave-one-out log predictive
+    density, all on the same targets. The first candidate (in their order, simplest first)
+    that falls short of the best by no more than one standard error of the difference is taken
+    (the one-standard-error rule: Hastie, Tibshirani & Friedman, *The Elements of Statistical
+    Learning*, 2009, section 7.10), or by no more than 2 nats over all evaluations together, about
+    what two more fitted hyperparameters gain by chance. Leave-one-out holds hyperparameters that
+    every row had a say in, which flatters the candidates with many of them when rows are few:
+    below 8 evaluations, and below ``per_coefficient`` for each coefficient, the first candidate
+    that could be fitted is taken, whatever the scores.
+
+    Attributes:
+        candidates: Name and settings, simplest first; by default quadratic, hybrid and gp, with
+            ``link``. All must use the links that ``link`` stands for.
+        link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
+        per_coefficient: Evaluations for each coefficient from which on scores decide.
+    """
+
+    candidates: tuple[tuple[str, Surrogate], ...] = ()
+    link: Literal["auto", "identity"] = "auto"
+    per_coefficient: float = 4.0
+
+    def __post_init__(self) -> None:
+        links_for((), kind=self.link)
+        names = [name for name, _ in self.candidates]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise SurrogateError(
+                f"candidates share a name: {', '.join(twice)}", hint="name each differently"
+            )
+
+    def _candidates(self) -> tuple[tuple[str, Surrogate], ...]:
+        return self.candidates or (
+            ("quadratic", Quadratic(link=self.link)),
+            ("hybrid", Hybrid(link=self.link)),
+            ("gp", GP(link=self.link)),
+        )
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> AutoModel:
+        """Fit all candidates to the evaluations that succeeded, and choose.
+
+        Raises:
+            SurrogateError: When fewer than two succeeded, or no candidate could be fitted.
+        """
+        total = len(seen)
+        seen = seen.succeeded()
+        if len(seen) < 2:
+            raise SurrogateError(
+                f"{len(seen)} of {total} evaluations succeeded; a surrogate needs at least 2",
+                hint="evaluate more points, or look at the reasons of those that failed",
+            )
+        links = links_for(seen.metrics, kind=self.link)
+        targets, _ = observed_on_link(seen, links)
+        fitted: dict[str, tuple[SurrogateModel, Tensor]] = {}
+        skipped: list[tuple[str, str]] = []
+        for name, settings in self._candidates():
+            try:
+                model = settings.fit(seen, space)
+                if model.links != links:
+                    raise SurrogateError("its links differ, so its densities do not compare")
+                densities = log_densities(model, targets)
+                if not bool(torch.isfinite(densities).all()):
+                    raise SurrogateError("its leave-one-out densities are not finite")
+            except _FAILURES as error:
+                reason = error.message if isinstance(error, MapBoError) else str(error)
+                skipped.append((name, f"{type(error).__name__}: {reason}"))
+            else:
+                fitted[name] = model, densities
+        if not fitted:
+            raise SurrogateError(
+                "no candidate could be fitted: "
+                + "; ".join(f"{name} ({reason})" for name, reason in skipped),
+                hint="choose one surrogate by name to see its error in full",
+            )
+        fewest = max(_FEWEST, math.ceil(self.per_coefficient * space.d))
+        selection = [
+            self._select(metric.name, j, fitted, tuple(skipped), fewest)
+            for j, metric in enumerate(seen.metrics)
+        ]
+        parts, columns = [], []
+        for name, (model, _) in fitted.items():
+            held = [j for j, choice in enumerate(selection) if choice.chosen == name]
+            if held:
+                parts.append(cast(SurrogateModel, model.subset_output(held)))
+                columns.append(held)
+        return AutoModel(parts, columns, selection)
+
+    @staticmethod
+    def _select(
+        metric: str,
+        j: int,
+        fitted: dict[str, tuple[SurrogateModel, Tensor]],
+        skipped: tuple[tuple[str, str], ...],
+        fewest: int,
+    ) -> Selection:
+        densities = {name: values[:, j] for name, (_, values) in fitted.items()}
+        scores = {name: float(values.mean()) for name, values in densities.items()}
+        n = len(next(iter(densities.values())))
+        best = max(scores, key=lambda name: scores[name])
+        chosen = next(iter(scores))
+        if n < fewest:
+            reason = f"{n} evaluations are fewer than {fewest}: scores do not decide yet"
+        elif len(scores) == 1:
+            reason = "the only candidate that could be fitted"
+        else:
+            for chosen, values in densities.items():
+                gap = densities[best] - values
+                tolerance = max(float(gap.std()) / math.sqrt(n), _ALLOWANCE / n)
+                if chosen == best or float(gap.mean()) <= tolerance:
+                    break
+            if chosen == best:
+                reason = "highest leave-one-out log density"
+            else:
+                reason = f"simpler, and within {tolerance:.3g} nats of the best, {best}"
+        return Selection(metric, chosen, reason, tuple(scores.items()), skipped)

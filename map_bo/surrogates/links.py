@@ -1,0 +1,286 @@
+"""Links between a metric's own scale and the unbounded scale on which a surrogate is Gaussian.
+
+A quadratic or a GP knows no bounds; an accuracy does. On the logit scale a quadratic may go
+where it likes and the prediction stays a proportion, and binomial noise, which shrinks towards
+the bounds, gets a variance that a Gaussian model can use.
+
+Values at a bound have no finite logarithm. They are moved inside by a documented distance: by
+half a success when the number of examples is known (:func:`observed_on_link`), else by a small
+fixed share (``margin`` of each link), or by half the standard deviation of the value's own
+noise when that is larger.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.errors import SurrogateError
+
+__all__ = [
+    "IdentityLink",
+    "Link",
+    "LogLink",
+    "LogitLink",
+    "SoftplusLink",
+    "from_link",
+    "links_for",
+    "observed_on_link",
+    "to_link",
+]
+
+LinkKind = Literal["auto", "identity"]
+
+# exp(60) is about 1e26: no loss is larger, and squares of it are still finite in float64.
+_LARGEST_EXPONENT = 60.0
+
+
+class Link(ABC):
+    """A strictly increasing map from a metric's own scale to the whole real line.
+
+    Every link is a frozen dataclass; all methods work elementwise on tensors of any shape.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Return ``y`` moved to where ``forward`` is finite.
+
+        Args:
+            y: Metric values.
+            distance: How far from a bound the result has to be at least, in the metric's unit;
+                the link's own ``margin`` counts where that is larger.
+        """
+
+    @abstractmethod
+    def forward(self, y: Tensor) -> Tensor:
+        """Return ``y`` (metric scale) on the link scale; values at or over a bound go inside."""
+
+    @abstractmethod
+    def inverse(self, f: Tensor) -> Tensor:
+        """Return ``f`` (link scale) on the metric scale; differentiable."""
+
+    @abstractmethod
+    def slope(self, f: Tensor) -> Tensor:
+        """Return the derivative of ``inverse`` at ``f``, which is positive."""
+
+
+@dataclass(frozen=True)
+class IdentityLink(Link):
+    """The scale of the metric itself; nothing is bounded and nothing is moved."""
+
+    name: ClassVar[str] = "identity"
+
+    def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Return ``y``: there is no bound to keep away from."""
+        return y
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return ``y``."""
+        return y
+
+    def inverse(self, f: Tensor) -> Tensor:
+        """Return ``f``."""
+        return f
+
+    def slope(self, f: Tensor) -> Tensor:
+        """Return ones."""
+        return torch.ones_like(f)
+
+
+@dataclass(frozen=True)
+class LogitLink(Link):
+    """``f = log(p / (1 - p))`` with ``p = (y - lower) / (upper - lower)``; for proportions.
+
+    Attributes:
+        lower: Smallest possible value of the metric.
+        upper: Largest possible value.
+        margin: Share of the range by which values at (or over) a bound are moved inside. The
+            default is half a success in a thousand examples.
+    """
+
+    lower: float = 0.0
+    upper: float = 1.0
+    margin: float = 5e-4
+    name: ClassVar[str] = "logit"
+
+    def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Return ``y`` at least ``max(margin, distance)`` from both bounds (not past a quarter)."""
+        width = self.upper - self.lower
+        far = torch.full_like(y, self.margin * width)
+        if distance is not None:
+            far = torch.maximum(far, distance.clamp(max=width / 4))
+        return torch.minimum(torch.maximum(y, self.lower + far), self.upper - far)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the scaled logit of ``y``."""
+        return torch.logit((self.inside(y) - self.lower) / (self.upper - self.lower))
+
+    def inverse(self, f: Tensor) -> Tensor:
+        """Return the scaled sigmoid of ``f``."""
+        return self.lower + (self.upper - self.lower) * torch.sigmoid(f)
+
+    def slope(self, f: Tensor) -> Tensor:
+        """Return ``(upper - lower) p (1 - p)``."""
+        return (self.upper - self.lower) * torch.sigmoid(f) * torch.sigmoid(-f)
+
+
+@dataclass(frozen=True)
+class LogLink(Link):
+    """``f = log(y - lower)``; the default for losses.
+
+    Preferred to softplus because it has no scale of its own: a loss in bits instead of nats
+    only moves the constant of the surrogate, and the surrogate's errors are relative, which is
+    what matters when bad merges lose ten times more than good ones. Softplus is linear above
+    about 1 and logarithmic below, so the unit of the loss would decide what is fitted.
+
+    Attributes:
+        lower: Lower bound of the loss.
+        margin: Distance from ``lower`` (in the unit of the loss) to which values at (or under)
+            it are moved.
+    """
+
+    lower: float = 0.0
+    margin: float = 1e-6
+    name: ClassVar[str] = "log"
+
+    def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Return ``y`` at least ``max(margin, distance)`` above ``lower``."""
+        far = torch.full_like(y, self.margin)
+        return torch.maximum(
+            y, self.lower + (far if distance is None else torch.maximum(far, distance))
+        )
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the logarithm of the distance to ``lower``."""
+        return torch.log(self.inside(y) - self.lower)
+
+    def inverse(self, f: Tensor) -> Tensor:
+        """Return ``lower + exp(f)``, with the exponent held below 60."""
+        return self.lower + f.clamp(max=_LARGEST_EXPONENT).exp()
+
+    def slope(self, f: Tensor) -> Tensor:
+        """Return ``exp(f)``."""
+        return f.clamp(max=_LARGEST_EXPONENT).exp()
+
+
+@dataclass(frozen=True)
+class SoftplusLink(Link):
+    """``y = lower + log(1 + exp(f))``: the published method's link for losses.
+
+    Attributes:
+        lower: Lower bound of the loss.
+        margin: As in :class:`LogLink`.
+    """
+
+    lower: float = 0.0
+    margin: float = 1e-6
+    name: ClassVar[str] = "softplus"
+
+    def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
+        """Return ``y`` at least ``max(margin, distance)`` above ``lower``."""
+        return LogLink(self.lower, self.margin).inside(y, distance)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Return the inverse of softplus, written so that neither end overflows."""
+        above = self.inside(y) - self.lower
+        return above + torch.log(-torch.expm1(-above))
+
+    def inverse(self, f: Tensor) -> Tensor:
+        """Return ``lower + softplus(f)``."""
+        return self.lower + torch.nn.functional.softplus(f)
+
+    def slope(self, f: Tensor) -> Tensor:
+        """Return the sigmoid of ``f``."""
+        return torch.sigmoid(f)
+
+
+def links_for(metrics: Sequence[Metric], *, kind: LinkKind = "auto") -> tuple[Link, ...]:
+    """Return one link a metric.
+
+    Args:
+        metrics: The ``m`` metrics.
+        kind: ``"auto"`` takes the logit for proportions, the logarithm for losses and the
+            identity else; ``"identity"`` takes the identity for all.
+
+    Raises:
+        SurrogateError: When ``kind`` is neither.
+    """
+    if kind not in ("auto", "identity"):
+        raise SurrogateError(
+            f"there is no link kind {kind!r}", hint="link kinds are 'auto' and 'identity'"
+        )
+    return tuple(IdentityLink() if kind == "identity" else _natural(metric) for metric in metrics)
+
+
+def _natural(metric: Metric) -> Link:
+    if metric.kind == "proportion":
+        assert metric.lower is not None
+        assert metric.upper is not None
+        return LogitLink(metric.lower, metric.upper)
+    if metric.kind == "loss":
+        assert metric.lower is not None
+        return LogLink(metric.lower)
+    return IdentityLink()
+
+
+def to_link(Y: Tensor, links: Sequence[Link]) -> Tensor:
+    """Return metric values (``... x m``) on their link scales."""
+    return torch.stack([link.forward(Y[..., j]) for j, link in enumerate(links)], dim=-1)
+
+
+def from_link(F: Tensor, links: Sequence[Link]) -> Tensor:
+    """Return link-scale values (``... x m``) on their metrics' own scales; differentiable."""
+    return torch.stack([link.inverse(F[..., j]) for j, link in enumerate(links)], dim=-1)
+
+
+def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor, Tensor]:
+    """Return the observations on the link scale with the variance of their noise there.
+
+    A proportion ``p`` measured on ``n`` examples becomes ``p~ = (n p + 1/2) / (n + 1)`` with
+    ``Var[logit p~] ~ 1 / ((n + 1) p~ (1 - p~))``; ``p (1 - p) / n`` would call ``p = 1`` exact.
+    A count takes precedence over ``Yvar``. Any other known variance goes through the
+    delta method, at the value moved inside its bounds by at least half its own standard
+    deviation. A value at a bound that claims to be exact gets an unknown variance instead:
+    nothing about it is exact on a scale where it is infinite.
+
+    Args:
+        seen: Observations; pass ``seen.succeeded()``, else failed rows come out as NaN.
+        links: One link a metric.
+
+    Returns:
+        ``n x m`` values and ``n x m`` noise variances, NaN where the variance is unknown.
+    """
+    values, variances = [], []
+    for j, (link, metric) in enumerate(zip(links, seen.metrics, strict=True)):
+        y, known = seen.Y[:, j], seen.Yvar[:, j]
+        moved = link.inside(y, known.nan_to_num(nan=0.0).sqrt() / 2)
+        z = link.forward(moved)
+        var = known / link.slope(z).square()
+        var = torch.where((known == 0) & (moved != y), torch.nan, var)
+        if metric.kind == "proportion":
+            assert metric.lower is not None
+            assert metric.upper is not None
+            width = metric.upper - metric.lower
+            n = seen.counts[:, j]
+            counted = torch.isfinite(n)
+            p = (((y - metric.lower) / width).clamp(0, 1) * n + 0.5) / (n + 1)
+            spread = (n + 1) * p * (1 - p)
+            if isinstance(link, LogitLink):
+                z = torch.where(counted, torch.logit(p), z)
+                var = torch.where(counted, 1 / spread, var)
+            else:
+                # Without a logit the value stays where it was measured; its variance is the
+                # smoothed binomial one, through the delta method of whichever link there is.
+                binomial = width**2 * spread / (n + 1).square()
+                var = torch.where(counted, binomial / link.slope(z).square(), var)
+        values.append(z)
+        variances.append(var)
+    return torch.stack(values, -1), torch.stack(variances, -1)

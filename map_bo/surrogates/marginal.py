@@ -1,0 +1,201 @@
+"""Hyperparameters of a Gaussian process by its marginal likelihood, in closed form.
+
+Model of one output, on standardised targets ``y`` and unit-cube inputs ``u``::
+
+    y_i = f(u_i) + e_i,    e_i ~ N(0, v_i + t),
+    cov f = sum_g s_g phi_g(u) . phi_g(u') + a exp(-1/2 sum_k (u_k - u'_k)^2 / l_k^2),
+
+with trend features ``phi`` in groups ``g``, known variances ``v`` (0 where unknown) and a fitted
+variance ``t``, the *nugget*: the noise where it is unknown, what the process cannot follow where
+it is known. The logarithms of ``t``, ``s``, ``a`` and ``l`` have Gaussian priors and are set to
+their posterior mode. Value and gradient are Rasmussen & Williams, *Gaussian Processes for Machine
+Learning*, 2006, equations 5.8 and 5.9, written out for this covariance, which is several times
+faster than automatic differentiation; the search (L-BFGS-B from fixed starts) uses no chance and
+never raises.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from map_bo.surrogates.kernels import Trend, squared_exponential, trend_features, trend_groups
+
+__all__ = [
+    "LOWEST_NUGGET",
+    "Fitted",
+    "Hyperparameters",
+    "LogPrior",
+    "fit",
+    "negative_log_posterior",
+]
+
+# Targets are standardised, so a nugget of 2e-6 is a thousandth of their standard deviation, and
+# keeps the covariance of hundreds of points far from singular.
+LOWEST_NUGGET = 2e-6
+_FAILED = 1e25  # what a search sees where the covariance cannot be factorised
+
+
+@dataclass(frozen=True, eq=False)
+class Hyperparameters:
+    """What the likelihood is a function of; all positive.
+
+    Attributes:
+        nugget: Fitted noise variance, a scalar.
+        trend: ``G`` prior variances of the trend's feature groups.
+        scale: Variance of the squared-exponential part, a scalar.
+        lengthscale: ``d`` lengthscales, in units of the box.
+    """
+
+    nugget: Tensor
+    trend: Tensor
+    scale: Tensor
+    lengthscale: Tensor
+
+    @classmethod
+    def from_logs(cls, theta: Tensor, groups: int) -> Hyperparameters:
+        """Split ``exp(theta)``: nugget, trend, scale, lengthscales."""
+        value = theta.exp()
+        return cls(value[0], value[1 : 1 + groups], value[1 + groups], value[2 + groups :])
+
+
+@dataclass(frozen=True, eq=False)
+class LogPrior:
+    """Gaussian priors on the logarithms, in the order nugget, trend, scale, lengthscales.
+
+    Attributes:
+        mean: ``p`` means; also what is taken when no search succeeds.
+        spread: ``p`` standard deviations.
+    """
+
+    mean: Tensor
+    spread: Tensor
+
+    def bounds(self) -> list[tuple[float, float]]:
+        """Return where a search may go: five spreads either way, at most e^12 of anything."""
+        reach = 5 * self.spread
+        low, high = self.mean - reach, self.mean + reach
+        low[0] = low[0].clamp_min(math.log(LOWEST_NUGGET))
+        return list(zip(low.clamp_min(-14.0).tolist(), high.clamp_max(12.0).tolist(), strict=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The mode that was found.
+
+    Attributes:
+        hyperparameters: The mode.
+        note: Why the priors' values had to be taken instead, ``None`` when a search succeeded.
+    """
+
+    hyperparameters: Hyperparameters
+    note: str | None = None
+
+
+def negative_log_posterior(
+    theta: Tensor, U: Tensor, y: Tensor, known: Tensor, trend: Trend, prior: LogPrior
+) -> tuple[Tensor, Tensor] | None:
+    """Return the negative log posterior of ``theta`` (``p``) and its gradient (``p``).
+
+    Args:
+        theta: Logarithms of the hyperparameters.
+        U: ``n x d`` inputs in the unit cube.
+        y: ``n`` standardised targets.
+        known: ``n`` known noise variances, 0 where unknown.
+        trend: Which trend features, see :func:`trend_features`.
+        prior: Prior of ``theta``.
+
+    Returns:
+        ``None`` where the covariance is not positive definite in float64.
+    """
+    Phi, groups = trend_features(trend, U), trend_groups(trend, U.shape[-1])
+    count = int(groups[-1]) + 1
+    hyper = Hyperparameters.from_logs(theta, count)
+    smooth = hyper.scale * squared_exponential(U, U, hyper.lengthscale)
+    K = (Phi * hyper.trend[groups]) @ Phi.mT + smooth
+    K.diagonal().add_(known + hyper.nugget)
+    lower, info = torch.linalg.cholesky_ex(K)
+    if int(info) != 0:
+        return None
+    inverse = torch.cholesky_inverse(lower)
+    alpha = inverse @ y
+    value = 0.5 * (y @ alpha) + lower.diagonal().log().sum() + 0.5 * len(y) * math.log(2 * math.pi)
+    # dL/dtheta = tr(G dK/dtheta) with G = (alpha alpha' - K^-1) / 2.
+    G = 0.5 * (alpha.unsqueeze(-1) * alpha - inverse)
+    W = G * smooth
+    rows = W.sum(-1)
+    centred = U - 0.5
+    spread = rows @ centred.square() - (centred * (W @ centred)).sum(0)
+    by_feature = ((G @ Phi) * Phi).sum(0) * hyper.trend[groups]
+    gradient = torch.cat(
+        [
+            (hyper.nugget * G.diagonal().sum()).view(1),
+            torch.zeros(count, dtype=U.dtype).index_add_(0, groups, by_feature),
+            rows.sum().view(1),
+            2 * spread / hyper.lengthscale.square(),
+        ]
+    )
+    away = (theta - prior.mean) / prior.spread
+    value = value + 0.5 * away.square().sum() + prior.spread.log().sum()
+    value = value + 0.5 * len(theta) * math.log(2 * math.pi)
+    return value, away / prior.spread - gradient
+
+
+def fit(
+    U: Tensor,
+    y: Tensor,
+    known: Tensor,
+    trend: Trend,
+    prior: LogPrior,
+    starts: Tensor,
+    *,
+    steps: int = 100,
+) -> Fitted:
+    """Return the best mode over ``starts`` (``k x p``, logarithms), or the priors' values.
+
+    Args:
+        U: ``n x d`` inputs in the unit cube.
+        y: ``n`` standardised targets.
+        known: ``n`` known noise variances, 0 where unknown.
+        trend: Which trend features.
+        prior: Prior of the logarithms.
+        starts: Where to start.
+        steps: Iterations at most, from each start.
+    """
+    groups = int(trend_groups(trend, U.shape[-1])[-1]) + 1
+    bounds = prior.bounds()
+    low, high = np.array(bounds).T
+    best, lowest = None, _FAILED
+
+    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        nonlocal best, lowest
+        result = negative_log_posterior(torch.from_numpy(theta), U, y, known, trend, prior)
+        if result is None or not bool(torch.isfinite(result[1]).all()):
+            return _FAILED, np.zeros_like(theta)
+        value = float(result[0])
+        if value < lowest:
+            best, lowest = theta.copy(), value
+        return value, result[1].numpy()
+
+    for start in starts.numpy():
+        minimize(
+            objective,
+            np.clip(start, low, high),
+            jac=True,
+            method="L-BFGS-B",
+            bounds=bounds,
+            options={"maxiter": steps, "ftol": 1e-8, "gtol": 1e-3},
+        )
+    if best is None:
+        return Fitted(
+            Hyperparameters.from_logs(
+                torch.from_numpy(np.clip(prior.mean.numpy(), low, high)), groups
+            ),
+            note="the likelihood was not finite from any start; the priors' values were taken",
+        )
+    return Fitted(Hyperparameters.from_logs(torch.from_numpy(best), groups))

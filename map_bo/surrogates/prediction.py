@@ -1,0 +1,119 @@
+"""From a surrogate's posterior on the link scale to metrics in their own units."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import numpy as np
+import torch
+from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from torch import Tensor
+
+from map_bo.data import to_maximisation
+from map_bo.surrogates.links import from_link
+from map_bo.surrogates.surrogate import SurrogateModel
+
+__all__ = ["HasMisfit", "Prediction", "objective", "predict", "predicted_mean"]
+
+_ROWS = 128  # rows a joint posterior is asked for at once: its covariance has rows^2 entries
+_NODES = 20  # Gauss-Hermite nodes; exact to 1e-6 for a sigmoid of a Gaussian with sd below 2
+_NORMAL_975 = 1.959963984540054
+
+
+@runtime_checkable
+class HasMisfit(Protocol):
+    """A model that keeps its lack of fit apart from its posterior."""
+
+    def misfit_variance(self) -> Tensor:
+        """Return the variance of the lack of fit, ``m``, link scale."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """Predicted metrics at ``n`` points, ``n x m``, own units and directions.
+
+    Measurement noise is excluded: this is about the metric, not about its next measurement.
+    What the model knows that it cannot say (:class:`HasMisfit`) is included.
+
+    Attributes:
+        mean: Inverse link of the posterior mean, which is the posterior median.
+        std: Standard deviation of the metric under the posterior.
+        lower: Lower end of the 95 % interval.
+        upper: Upper end.
+    """
+
+    mean: Tensor
+    std: Tensor
+    lower: Tensor
+    upper: Tensor
+
+
+def predict(model: SurrogateModel, X: Tensor) -> Prediction:
+    """Return the predicted metrics with their uncertainty at ``X`` (``n x d``)."""
+    X = torch.as_tensor(X, dtype=torch.float64)
+    m = len(model.metrics)
+    mean, variance = X.new_zeros(len(X), m), X.new_zeros(len(X), m)
+    with torch.no_grad():
+        for start in range(0, len(X), _ROWS):
+            rows = slice(start, start + _ROWS)
+            # botorch types `posterior` by its base class, which promises no moments.
+            posterior = cast(GPyTorchPosterior, model.posterior(X[rows]))
+            mean[rows] = posterior.mean
+            variance[rows] = posterior.variance.clamp_min(0.0)
+    if isinstance(model, HasMisfit):
+        variance = variance + model.misfit_variance()
+    deviation = variance.sqrt()
+    links = model.links
+    half = _NORMAL_975 * deviation
+    return Prediction(
+        mean=from_link(mean, links),
+        std=_transformed_std(mean, deviation, lambda F: from_link(F, links)),
+        lower=from_link(mean - half, links),
+        upper=from_link(mean + half, links),
+    )
+
+
+def _transformed_std(
+    mean: Tensor, deviation: Tensor, inverse: Callable[[Tensor], Tensor]
+) -> Tensor:
+    # E[g(f)] and Var[g(f)] for f ~ N(mean, deviation^2) by Gauss-Hermite quadrature; the
+    # variance is taken about the mean, so that a nearly exact prediction does not cancel.
+    nodes, weights = np.polynomial.hermite.hermgauss(_NODES)
+    steps = torch.as_tensor(nodes, dtype=mean.dtype) * math.sqrt(2)
+    share = torch.as_tensor(weights, dtype=mean.dtype) / math.sqrt(math.pi)
+    values = inverse(mean + deviation * steps.view(-1, *[1] * mean.dim()))
+    share = share.view(-1, *[1] * mean.dim())
+    centre = (share * values).sum(0)
+    return (share * (values - centre).square()).sum(0).sqrt()
+
+
+def predicted_mean(model: SurrogateModel) -> Callable[[Tensor], Tensor]:
+    """Return the function that a front solver maximises.
+
+    It maps ``n x d`` coefficients to ``n x m`` predicted metrics, turned so that larger is
+    better in every column, and is differentiable.
+    """
+
+    def mean(X: Tensor) -> Tensor:
+        return to_maximisation(from_link(model.link_mean(X), model.links), model.metrics)
+
+    return mean
+
+
+def objective(model: SurrogateModel) -> GenericMCMultiOutputObjective:
+    """Return the objective for botorch's acquisition functions.
+
+    It takes posterior samples (``... x n x m``, link scale) to metric values turned so that
+    larger is better in every column; a reference point has to be turned the same way.
+    """
+    links, metrics = model.links, model.metrics
+
+    def transform(samples: Tensor, X: Tensor | None = None) -> Tensor:
+        return to_maximisation(from_link(samples, links), metrics)
+
+    return GenericMCMultiOutputObjective(transform)

@@ -1,0 +1,172 @@
+"""The Bayesian quadratic: MAP's surrogate with a prior, links, and an honest posterior.
+
+The method fits one quadratic a task (Li et al., *MAP*, arXiv 2406.07529, section on quadratic
+approximation), unregularised. Here the same quadratic is a Bayesian linear model in its
+``D = (d + 1)(d + 2) / 2`` coefficients, on the link scale of each metric, with prior and misfit
+variances set by the evidence. So it fits from two evaluations on, and knows what it does not
+know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.errors import SurrogateError
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.evidence import Hyperprior, InWeightSpace, maximise_evidence, regression
+from map_bo.surrogates.features import GROUPS, centred, feature_groups, quadratic_features
+from map_bo.surrogates.laplace import binomial_working_responses
+from map_bo.surrogates.links import Link, LogitLink, links_for, observed_on_link
+from map_bo.surrogates.quadratic_model import QuadraticModel
+
+__all__ = ["Quadratic", "QuadraticModel"]
+
+# (mean, spread) of the log nugget of standardised targets. Where noise is unknown the nugget is
+# that noise; where it is known, what is left is the misfit of the quadratic.
+_NOISE_PRIOR = (-4.0, 1.0)
+_MISFIT_PRIOR = (-6.0, 2.0)
+_NO_MISFIT = (-16.0, 1e-3)
+# Prior variance that a group of features has in all, and the spread of its logarithm.
+_GROUP_VARIANCE = 2.4
+_GROUP_SPREAD = 1.0
+
+
+@dataclass(frozen=True)
+class Quadratic:
+    """Settings of the Bayesian quadratic.
+
+    Attributes:
+        link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
+        likelihood: ``"auto"`` takes the binomial likelihood, by Laplace's approximation, for
+            proportions on the logit scale whose every row is counted, and a Gaussian on the
+            link scale else; ``"gaussian"`` always takes the latter.
+        misfit: Fit a misfit variance on top of known noise. Without it known noise alone
+            decides how sure the model is, and a truth that is not a quadratic makes it too sure.
+    """
+
+    link: Literal["auto", "identity"] = "auto"
+    likelihood: Literal["auto", "gaussian"] = "auto"
+    misfit: bool = True
+
+    def __post_init__(self) -> None:
+        links_for((), kind=self.link)
+        if self.likelihood not in ("auto", "gaussian"):
+            raise SurrogateError(
+                f"there is no likelihood {self.likelihood!r}",
+                hint="likelihoods are 'auto' and 'gaussian'",
+            )
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> QuadraticModel:
+        """Fit to the evaluations that succeeded (two or more).
+
+        Raises:
+            SurrogateError: When fewer than two succeeded.
+        """
+        total = len(seen)
+        seen = seen.succeeded()
+        if len(seen) < 2:
+            raise SurrogateError(
+                f"{len(seen)} of {total} evaluations succeeded; a quadratic needs at least 2",
+                hint="evaluate more points, or look at the reasons of those that failed",
+            )
+        links = links_for(seen.metrics, kind=self.link)
+        Z, variance = (value.mT for value in observed_on_link(seen, links))
+        shift, scale = Z.mean(-1), Z.std(-1)
+        scale = torch.where(scale > 1e-12 * (1 + shift.abs()), scale, torch.ones_like(scale))
+        y = (Z - shift.unsqueeze(-1)) / scale.unsqueeze(-1)
+        v = variance / scale.unsqueeze(-1).square()
+        unknown = v.isnan().any(-1)
+        v = v.nan_to_num(nan=0.0)
+        Phi, groups = quadratic_features(centred(seen.X, space)), feature_groups(space.d)
+        theta = y.new_empty(len(y), 5)
+        binomial = torch.tensor([*map(self._is_binomial, seen.metrics, links, seen.counts.mT)])
+        for rows, counted in ((~binomial, False), (binomial, True)):
+            if not bool(rows.any()):
+                continue
+            hyper = self._hyperprior(unknown[rows], groups)
+            if counted:
+                p = torch.sigmoid(Z[rows])
+                n = seen.counts.mT[rows]
+                y[rows], v[rows], theta[rows] = binomial_working_responses(
+                    Phi, p * (n + 1) - 0.5, n, shift[rows], scale[rows], groups, hyper
+                )
+            else:
+                theta[rows] = maximise_evidence(regression(Phi, y[rows], v[rows], groups), hyper)
+        return _model(seen, links, space, Phi, groups, (y, v, theta), (shift, scale), unknown)
+
+    def _is_binomial(self, metric: Metric, link: Link, counts: Tensor) -> bool:
+        return (
+            self.likelihood == "auto"
+            and metric.kind == "proportion"
+            and isinstance(link, LogitLink)
+            and bool(torch.isfinite(counts).all())
+        )
+
+    def _hyperprior(self, unknown: Tensor, groups: Tensor) -> Hyperprior:
+        known = _MISFIT_PRIOR if self.misfit else _NO_MISFIT
+        nugget = torch.where(
+            unknown.unsqueeze(-1),
+            torch.tensor(_NOISE_PRIOR, dtype=torch.float64),
+            torch.tensor(known, dtype=torch.float64),
+        )
+        # The more features share a group, the smaller each: a group as a whole is expected to
+        # explain about as much in two dimensions as in twenty.
+        size = groups.bincount(minlength=len(GROUPS)).clamp_min(1).double()
+        weights = (_GROUP_VARIANCE / size).log().expand(len(unknown), -1)
+        return Hyperprior(
+            torch.cat([nugget[:, :1], weights], -1),
+            torch.cat([nugget[:, 1:], torch.full_like(weights, _GROUP_SPREAD)], -1),
+        )
+
+
+def _model(
+    seen: Observations,
+    links: Sequence[Link],
+    space: CoefficientSpace,
+    Phi: Tensor,
+    groups: Tensor,
+    fitted: tuple[Tensor, Tensor, Tensor],
+    standard: tuple[Tensor, Tensor],
+    unknown: Tensor,
+) -> QuadraticModel:
+    """Turn a standardised fit into a model in the units of the link scale."""
+    y, v, theta = fitted
+    shift, scale = standard
+    state = InWeightSpace(Phi, y, v, groups).solve(theta)
+    eye = torch.eye(Phi.shape[-1], dtype=Phi.dtype)
+    inverse = torch.linalg.solve_triangular(state.cholesky, eye, upper=False)
+    unit = scale[:, None]
+    root = (unit * state.scale).unsqueeze(-1) * inverse.mT
+    weights = unit * state.scale * state.weights
+    weights[:, 0] += shift
+    half = state.cholesky / (unit * state.scale).unsqueeze(-1)
+    precision = half @ half.mT
+    # Leave-one-out: removing row i from the posterior multiplies its variance s_i there by
+    # 1 / (1 - s_i / v_i) and its residual by the same.
+    own = (state.design @ inverse.mT).square().sum(-1)
+    keep = (1 - own / state.noise).clamp_min(1e-9)
+    nugget = theta[:, 0].exp() * scale.square()
+    noise = state.noise * unit.square()
+    targets = y * unit + shift[:, None]
+    tensors = {
+        "weights": weights,
+        "root": root,
+        "shift": shift,
+        "scale": scale,
+        "log_variances": theta,
+        "_precision": precision,
+        "_information": (precision @ weights.unsqueeze(-1)).squeeze(-1),
+        "_noise": noise.median(-1).values,
+        "_misfit": torch.where(unknown, torch.zeros_like(nugget), nugget),
+        "_targets": targets,
+        "_target_variance": noise,
+        "_loo_mean": targets - unit * state.residual / keep,
+        "_loo_variance": own * unit.square() / keep,
+    }
+    return QuadraticModel(seen.metrics, tuple(links), space, tensors)

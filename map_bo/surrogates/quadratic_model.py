@@ -1,0 +1,261 @@
+"""The model behind the Bayesian quadratic: a botorch model in weight space."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from botorch.acquisition.objective import PosteriorTransform
+from botorch.models.model import FantasizeMixin
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.posteriors.posterior import Posterior
+from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
+from linear_operator import to_linear_operator
+from linear_operator.utils.cholesky import psd_safe_cholesky
+from torch import Generator, Tensor
+
+from map_bo.data import Metric
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import centred, quadratic_features
+from map_bo.surrogates.links import Link
+from map_bo.surrogates.surrogate import SurrogateModel
+
+__all__ = ["LinkPosterior", "QuadraticModel", "gaussian_posterior", "transformed"]
+
+
+class LinkPosterior(GPyTorchPosterior):
+    """A Gaussian posterior that states its variances as they are.
+
+    gpytorch rounds variances below 1e-10 up and warns, which is wrong for a metric in small
+    units, or one known exactly.
+    """
+
+    def __init__(self, distribution: MultivariateNormal, variance: Tensor) -> None:
+        super().__init__(distribution)
+        self._variance = variance
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances, ``... x q x m``."""
+        return self._variance
+
+
+def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:
+    """Return the posterior of ``m`` independent outputs.
+
+    Args:
+        mean: ``... x m x q``.
+        covariance: ``... x m x q x q``; may be singular, as it is when ``q`` exceeds the number
+            of features. One part in 1e9 of its mean diagonal is added, so that it can be
+            factorised in silence.
+    """
+    variance = covariance.diagonal(dim1=-1, dim2=-2)
+    jitter = 1e-9 * variance.mean(-1)[..., None, None] + 1e-30
+    eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
+    covariance = covariance + jitter * eye
+    shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+        mean.shape[:-1], covariance.shape[:-2]
+    )
+    mean = mean.expand(*shape, mean.shape[-1])
+    variance = variance.expand(mean.shape).mT
+    covariance = covariance.expand(*shape, *covariance.shape[-2:])
+    # gpytorch factorises a dense covariance at once, and raises when it is singular; a linear
+    # operator waits until samples are drawn.
+    if mean.shape[-2] == 1:
+        alone = MultivariateNormal(mean.squeeze(-2), to_linear_operator(covariance.squeeze(-3)))
+        return LinkPosterior(alone, variance)
+    together = MultitaskMultivariateNormal.from_batch_mvn(
+        MultivariateNormal(mean, to_linear_operator(covariance)), task_dim=-1
+    )
+    return LinkPosterior(together, variance)
+
+
+def transformed(posterior: Posterior, X: Tensor, transform: PosteriorTransform | None) -> Posterior:
+    """Return ``posterior`` after botorch's ``transform``, if there is one."""
+    return posterior if transform is None else cast(Posterior, transform(posterior, X=X))
+
+
+class QuadraticModel(SurrogateModel, FantasizeMixin):
+    """Posterior over ``m`` quadratics, exact and Gaussian on the link scale.
+
+    ``posterior`` is that of the quadratics alone. What a quadratic cannot say, the misfit, is
+    independent from point to point; it is kept apart (:meth:`misfit_variance`) because no
+    acquisition can learn it, and added to the intervals of a prediction.
+
+    Attributes:
+        metrics: The ``m`` metrics.
+        links: One link a metric.
+        space: The space whose box the features are scaled by.
+        weights: ``... x m x D`` posterior mean of the coefficients.
+        root: ``... x m x D x D``; ``root root'`` is their posterior covariance.
+        shift: ``m`` prior mean of the metrics, link scale.
+        scale: ``m`` unit in which the targets were standardised, link scale.
+        log_variances: ``m x 5`` fitted log nugget and log prior variances of the groups
+            (constant, linear, square, cross), in units of the standardised targets.
+    """
+
+    def __init__(
+        self,
+        metrics: tuple[Metric, ...],
+        links: tuple[Link, ...],
+        space: CoefficientSpace,
+        tensors: dict[str, Tensor],
+    ) -> None:
+        super().__init__()
+        self.metrics, self.links, self.space = metrics, links, space
+        self._fields = tuple(tensors)
+        for name, value in tensors.items():
+            self.register_buffer(name, value)
+
+    weights: Tensor
+    root: Tensor
+    shift: Tensor
+    scale: Tensor
+    log_variances: Tensor
+    _precision: Tensor
+    _information: Tensor
+    _noise: Tensor
+    _misfit: Tensor
+    _targets: Tensor
+    _target_variance: Tensor
+    _loo_mean: Tensor
+    _loo_variance: Tensor
+
+    @property
+    def num_outputs(self) -> int:
+        """The number ``m`` of metrics."""
+        return len(self.metrics)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Leading dimensions of the posterior; empty unless conditioned on batches."""
+        return self.weights.shape[:-2]
+
+    @property
+    def likelihood(self) -> None:
+        """There is no gpytorch likelihood; botorch only asks whether it is one of its own."""
+        return None
+
+    def features(self, X: Tensor) -> Tensor:
+        """Return the features of ``X``: ``... x D`` for ``... x d``."""
+        return quadratic_features(centred(X, self.space))
+
+    def link_mean(self, X: Tensor) -> Tensor:
+        """Return the posterior mean on the link scale, ``n x m`` for ``n x d``."""
+        return self.features(X) @ self.weights.mT
+
+    def posterior(  # type: ignore[override]  # the mixin's own signature is not Model's
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: PosteriorTransform | None = None,
+    ) -> Posterior:
+        """Return the joint Gaussian posterior at ``X`` (``... x q x d``) on the link scale.
+
+        Args:
+            X: Coefficients.
+            output_indices: Which metrics; all by default.
+            observation_noise: Add the median noise of the training data, or the given
+                variances (``... x q x m`` or ``... x 1 x m``, link scale).
+            posterior_transform: Applied to the result.
+        """
+        if output_indices is not None:
+            part = self.subset_output(output_indices)
+            return part.posterior(X, None, observation_noise, posterior_transform)
+        phi = self.features(self.transform_inputs(X)).unsqueeze(-3)
+        mean = (phi @ self.weights.unsqueeze(-1)).squeeze(-1)
+        half = phi @ self.root
+        covariance = half @ half.mT
+        if observation_noise is not False:
+            noise = (
+                observation_noise.mT
+                if isinstance(observation_noise, Tensor)
+                else self._noise.unsqueeze(-1)
+            )
+            covariance = covariance + torch.diag_embed(noise.expand(mean.shape))
+        return transformed(gaussian_posterior(mean, covariance), X, posterior_transform)
+
+    def subset_output(self, idcs: list[int]) -> QuadraticModel:
+        """Return the model of the given metrics alone."""
+        index = torch.as_tensor(idcs, dtype=torch.long)
+        axis = {"weights": -2, "_information": -2, "root": -3, "_precision": -3}
+        tensors = {
+            name: getattr(self, name).index_select(axis.get(name, 0), index)
+            for name in self._fields
+        }
+        return QuadraticModel(
+            tuple(self.metrics[i] for i in index.tolist()),
+            tuple(self.links[i] for i in index.tolist()),
+            self.space,
+            tensors,
+        )
+
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> QuadraticModel:
+        """Return the model that has also seen ``Y`` at ``X``, variances held.
+
+        Exact: it equals a fit to all rows at these variances. The leave-one-out results stay
+        those of the fit.
+
+        Args:
+            X: ``... x n' x d`` coefficients.
+            Y: ``... x n' x m`` values on the link scale.
+            noise: ``... x n' x m`` variances of ``Y``; by default the median of the fit's.
+            **kwargs: Ignored; botorch passes options of its own models.
+        """
+        phi = self.features(self.transform_inputs(X)).unsqueeze(-3)
+        y = Y.mT
+        v = self._noise.unsqueeze(-1) if noise is None else noise.mT
+        weighted = phi.mT / v.unsqueeze(-2).expand(*v.shape[:-1], 1, phi.shape[-2])
+        precision = self._precision + weighted @ phi
+        information = self._information + (weighted @ y.unsqueeze(-1)).squeeze(-1)
+        size = precision.diagonal(dim1=-1, dim2=-2).rsqrt()
+        scaled = size.unsqueeze(-1) * precision * size.unsqueeze(-2)
+        lower = psd_safe_cholesky(scaled)
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype)
+        inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+        root = size.unsqueeze(-1) * inverse.mT
+        shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
+            root.shape[:-2], information.shape[:-1]
+        )
+        root = root.expand(*shape, *root.shape[-2:])
+        weights = (root @ (root.mT @ information.unsqueeze(-1))).squeeze(-1)
+        tensors = {name: getattr(self, name) for name in self._fields}
+        tensors |= {
+            "weights": weights,
+            "root": root,
+            "_precision": precision.expand(*shape, *precision.shape[-2:]),
+            "_information": information,
+        }
+        return QuadraticModel(self.metrics, self.links, self.space, tensors)
+
+    def misfit_variance(self) -> Tensor:
+        """Return the variance (``m``, link scale) of what the quadratics cannot say.
+
+        0 for metrics whose noise is unknown, where noise and misfit cannot be told apart.
+        """
+        return self._misfit
+
+    def training_targets(self) -> tuple[Tensor, Tensor]:
+        """Return the targets and their total variance in the fit, both ``n x m``, link scale.
+
+        The variance is noise plus misfit. For binomial metrics both are those of the working
+        responses.
+        """
+        return self._targets.mT, self._target_variance.mT
+
+    def leave_one_out(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of the quadratics at each row, fitted without that row.
+
+        ``n x m`` each, link scale; variances of prior and noise are held, noise and misfit are
+        not in the variance. Closed form by rank-one downdates.
+        """
+        return self._loo_mean.mT, self._loo_variance.mT
+
+    def sample_functions(self, k: int, *, generator: Generator) -> Tensor:
+        """Return ``k`` exact draws of all quadratics as weights on ``features``, ``k x m x D``."""
+        shape = (k, *self.weights.shape, 1)
+        normal = torch.randn(shape, generator=generator, dtype=self.weights.dtype)
+        return self.weights + (self.root @ normal).squeeze(-1)

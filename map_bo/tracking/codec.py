@@ -1,0 +1,252 @@
+"""Events, tensors, observations and fronts as strict JSON that any other tool can read.
+
+JSON has no NaN and no infinity, so they are written in two ways:
+
+* Inside a tensor (:func:`encode_tensor`) ``null`` is NaN, and ``"Infinity"`` and ``"-Infinity"``
+  are the infinities.
+* Anywhere else in the data of an event a float that is not finite is the object
+  ``{"$float": "NaN"}``, ``{"$float": "Infinity"}`` or ``{"$float": "-Infinity"}``. A mapping of
+  the user's that has this one key is refused, so nothing can be mistaken.
+
+All other floats are written with the fewest digits that read back to the same number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Metric, Observations
+from map_bo.errors import DataError, StoreError
+from map_bo.tracking.store import Event
+
+__all__ = [
+    "SCHEMA",
+    "decode_event",
+    "decode_front",
+    "decode_metric",
+    "decode_observations",
+    "decode_tensor",
+    "encode_event",
+    "encode_front",
+    "encode_metric",
+    "encode_observations",
+    "encode_tensor",
+]
+
+SCHEMA = 1
+"""Version of the lines' format; a reader refuses lines of a newer one."""
+
+Nested: TypeAlias = "float | str | list[Nested] | None"
+
+_FLOAT_KEY = "$float"
+_NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def _name(value: float) -> str:
+    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+
+
+def encode_tensor(tensor: Tensor) -> Nested:
+    """Return the values of ``tensor`` (any shape) as nested lists; NaN is None."""
+
+    def plain(value: Any) -> Nested:
+        if isinstance(value, list):
+            return [plain(part) for part in value]
+        if math.isfinite(value):
+            return float(value)
+        return None if math.isnan(value) else _name(value)
+
+    return plain(tensor.detach().cpu().double().tolist())
+
+
+def decode_tensor(data: Any) -> Tensor:
+    """Return the float64 tensor that :func:`encode_tensor` wrote.
+
+    A tensor without rows has lost its further dimensions; the caller gives them back.
+
+    Raises:
+        DataError: When the lists are ragged or hold something that is no number.
+    """
+
+    def number(value: Any) -> Any:
+        if isinstance(value, list | tuple):
+            return [number(part) for part in value]
+        if value is None:
+            return math.nan
+        if isinstance(value, str) and value in _NAMED:
+            return _NAMED[value]
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise DataError(f"{value!r} stands where a number belongs")
+        return value
+
+    numbers = number(data)
+    try:
+        return torch.tensor(numbers, dtype=torch.float64)
+    except (ValueError, TypeError) as error:
+        raise DataError(f"recorded numbers do not form a tensor: {error}") from error
+
+
+def encode_metric(metric: Metric) -> dict[str, Any]:
+    """Return ``metric`` as plain data."""
+    return {
+        "name": metric.name,
+        "direction": metric.direction,
+        "kind": metric.kind,
+        "lower": _bound(metric.lower),
+        "upper": _bound(metric.upper),
+    }
+
+
+def _bound(value: float | None) -> float | str | None:
+    return value if value is None or math.isfinite(value) else _name(value)
+
+
+def decode_metric(data: Mapping[str, Any]) -> Metric:
+    """Return the metric that :func:`encode_metric` wrote.
+
+    Raises:
+        KeyError: When a part is missing.
+        DataError: When the parts contradict each other.
+    """
+
+    def bound(value: Any) -> float | None:
+        return _NAMED[value] if isinstance(value, str) else value
+
+    return Metric(
+        name=data["name"],
+        direction=data["direction"],
+        kind=data["kind"],
+        lower=bound(data["lower"]),
+        upper=bound(data["upper"]),
+    )
+
+
+def encode_observations(observations: Observations) -> dict[str, Any]:
+    """Return ``observations`` as plain data, without the metrics (the run records them once)."""
+    fields = ("X", "Y", "Yvar", "counts", "cost")
+    return {
+        "d": observations.X.shape[-1],
+        **{name: encode_tensor(getattr(observations, name)) for name in fields},
+        "failures": list(observations.failures),
+    }
+
+
+def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Observations:
+    """Return the observations that :func:`encode_observations` wrote.
+
+    Raises:
+        KeyError: When a part is missing.
+        DataError: When the parts contradict each other or the metrics.
+    """
+    d, m = int(data["d"]), len(metrics)
+    return Observations(
+        X=_matrix(data["X"], d),
+        Y=_matrix(data["Y"], m),
+        metrics=tuple(metrics),
+        Yvar=_matrix(data["Yvar"], m),
+        counts=_matrix(data["counts"], m),
+        cost=decode_tensor(data["cost"]),
+        failures=tuple(data["failures"]),
+    )
+
+
+def encode_front(front: Front) -> dict[str, Any]:
+    """Return ``front`` as plain data, without the metrics; predicted and real stay apart."""
+    fields = ("X", "mean", "std", "lower", "upper", "real")
+    return {
+        "d": front.X.shape[-1],
+        **{name: encode_tensor(getattr(front, name)) for name in fields},
+    }
+
+
+def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
+    """Return the front that :func:`encode_front` wrote.
+
+    Raises:
+        KeyError: When a part is missing.
+        DataError: When the parts contradict each other or the metrics.
+    """
+    fields = ("mean", "std", "lower", "upper", "real")
+    return Front(
+        X=_matrix(data["X"], int(data["d"])),
+        metrics=tuple(metrics),
+        **{name: _matrix(data[name], len(metrics)) for name in fields},
+    )
+
+
+def _matrix(data: Any, columns: int) -> Tensor:
+    return decode_tensor(data) if data else torch.zeros(0, columns, dtype=torch.float64)
+
+
+def encode_event(event: Event) -> bytes:
+    """Return ``event`` as one line of strict ASCII JSON, its newline included.
+
+    Raises:
+        StoreError: When the data hold something that is not plain JSON data.
+    """
+    line = {
+        "v": SCHEMA,
+        "kind": event.kind,
+        "time": _plain(event.time, "time"),
+        "data": _plain(event.data, "data"),
+    }
+    return json.dumps(line, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, bool | str):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {_FLOAT_KEY: _name(value)}
+    if isinstance(value, Mapping):
+        wrong = next((key for key in value if not isinstance(key, str)), None)
+        if wrong is None and set(value) != {_FLOAT_KEY}:
+            return {key: _plain(part, f"{where}.{key}") for key, part in value.items()}
+        what = f"the key {(_FLOAT_KEY if wrong is None else wrong)!r}"
+    elif isinstance(value, list | tuple):
+        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
+    else:
+        what = f"a {type(value).__name__}"
+    raise StoreError(
+        f"{where} of an event holds {what}, which cannot be recorded",
+        hint="record numbers, strings, booleans, None, lists, and mappings with strings as keys",
+    )
+
+
+def decode_event(line: bytes) -> Event:
+    """Return the event that :func:`encode_event` wrote.
+
+    Raises:
+        ValueError: When the line is no JSON.
+        StoreError: When it is JSON and no event, or was written by a newer version.
+    """
+    content = json.loads(line.decode("utf-8"), object_hook=_special, parse_constant=_refuse)
+    if not isinstance(content, dict) or not isinstance(content.get("v"), int):
+        raise StoreError("it is not an event of a run")
+    if content["v"] > SCHEMA:
+        raise StoreError(
+            f"it has format {content['v']} and this version of map-bo reads up to {SCHEMA}",
+            hint="update map-bo",
+        )
+    kind, data, time = content.get("kind"), content.get("data"), content.get("time")
+    if not isinstance(kind, str) or not isinstance(data, dict) or not isinstance(time, int | float):
+        raise StoreError("it is not an event of a run")
+    return Event(kind, data, float(time))
+
+
+def _special(mapping: dict[str, Any]) -> Any:
+    if mapping.keys() == {_FLOAT_KEY}:
+        return _NAMED.get(mapping[_FLOAT_KEY], mapping)
+    return mapping
+
+
+def _refuse(constant: str) -> Any:
+    raise ValueError(f"{constant} is not JSON")

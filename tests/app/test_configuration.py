@@ -1,0 +1,128 @@
+"""Every file under conf/ composes; every experiment runs in a smoke size; wrong keys are told."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_module
+from omegaconf import DictConfig, OmegaConf
+
+from map_bo.app.build import build_problem, build_settings, working_directory
+from map_bo.app.schema import Config, register
+from map_bo.errors import ConfigError, DataError
+from map_bo.loop.run import Run
+from map_bo.loop.settings import Settings
+from map_bo.tracking.jsonl import MemoryStore
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = {
+    group.name: sorted(path.stem for path in group.glob("*.yaml"))
+    for group in CONF.iterdir()
+    if group.is_dir() and list(group.glob("*.yaml"))
+}
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_module("map_bo.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", overrides=list(overrides))
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names]
+)
+def test_every_file_composes(group: str, name: str) -> None:
+    config = composed(f"{group}={name}")
+    assert config.loop.budget >= 1
+    if group != "experiment":
+        assert "_target_" in config[group]
+
+
+@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints"}))
+def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
+    small = ["problem.epochs=1"] if name == "digits" else []
+    problem = build_problem(composed(f"problem={name}", *(f"+{key}" for key in small)))
+    assert problem.space.d >= 1
+
+
+@pytest.mark.parametrize("group", ["surrogate", "sampler", "solver"])
+def test_every_part_builds(group: str) -> None:
+    for name in GROUPS[group]:
+        assert isinstance(build_settings(composed(f"{group}={name}")), Settings)
+
+
+@pytest.mark.parametrize("name", GROUPS["experiment"])
+def test_every_experiment_runs_in_a_smoke_size(name: str, zoo_cache: Path) -> None:
+    config = composed(f"experiment={name}", "+problem.epochs=1", "loop.budget=8")
+    OmegaConf.update(config, "problem.experts", min(3, config.problem.experts))
+    if "points" in config.solver:
+        OmegaConf.update(config, "solver.points", 30)
+    result = Run(build_problem(config), build_settings(config), MemoryStore()).drive()
+    assert len(result.front) >= 1
+
+
+@pytest.mark.parametrize("name", GROUPS["experiment"])
+def test_every_experiment_has_its_command_in_its_header(name: str) -> None:
+    header = (CONF / "experiment" / f"{name}.yaml").read_text().split("\n\n")[0]
+    assert f"map-bo run experiment={name}" in header
+
+
+def test_the_schema_and_the_settings_agree() -> None:
+    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config).loop)
+    parts = {"seed", "sampler", "surrogate", "solver"}
+    assert set(schema) == set(Settings(budget=24).__dataclass_fields__) - parts
+    defaults: Any = composed().loop
+    fresh = Settings(budget=24)
+    assert {key: defaults[key] for key in schema} == {key: getattr(fresh, key) for key in schema}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["+problem.expertz=3"], "problem has no option 'expertz'"),
+        (["problem._target_=map_bo.nowhere.Nothing"], "cannot be imported"),
+        (["problem._target_=map_bo.rng.make_generator", "~problem"], "_target_"),
+    ],
+)
+def test_a_wrong_key_is_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_problem(composed(*overrides))
+
+
+def test_what_is_not_a_problem_is_told() -> None:
+    config = composed()
+    config.problem = {"_target_": "map_bo.rng.make_generator", "seed": 3}
+    with pytest.raises(ConfigError, match="which is not a problem"):
+        build_problem(config)
+
+
+def test_the_problems_own_errors_pass_through() -> None:
+    with pytest.raises(DataError, match="2"):
+        build_problem(composed("problem.experts=40"))
+
+
+def test_a_typo_gets_a_suggestion() -> None:
+    with pytest.raises(ConfigError) as caught:
+        build_settings(composed("+sampler.anchor=true"))
+    assert "sampler" in caught.value.message
+    with pytest.raises(ConfigError) as caught:
+        build_settings(composed("sampler=sobol", "+sampler.anchor=true"))
+    assert caught.value.hint == "did you mean sampler.anchors?"
+
+
+def test_the_working_directory_is_restored(tmp_path: Path) -> None:
+    before = Path.cwd()
+    with pytest.raises(ValueError, match="inside"), working_directory(tmp_path):  # noqa: PT012
+        assert Path.cwd() == tmp_path.resolve()
+        raise ValueError("inside")
+    assert Path.cwd() == before
+    with working_directory(tmp_path / "gone"):
+        assert Path.cwd() == before

@@ -1,0 +1,37 @@
+"""What every test shares: one torch thread, derandomised Hypothesis, a cache of its own."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# `tests.contracts` is imported by name, also when pytest is not started as `python -m pytest`.
+ROOT = str(Path(__file__).parent.parent)
+if ROOT not in sys.path:
+    sys.path.insert(0, ROOT)
+
+torch.set_num_threads(1)
+
+# `too_slow` measures the machine, which tests share with others, not the law under test.
+settings.register_profile(
+    "ci",
+    derandomize=True,
+    deadline=None,
+    max_examples=50,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep trained experts in one folder of this session, never in the user's cache."""
+    folder = tmp_path_factory.mktemp("map_bo_cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MAP_BO_CACHE", str(folder))
+        yield folder

@@ -1,0 +1,178 @@
+"""What every merge operator must keep to."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from map_bo.errors import MergeError
+from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.operator import MergeOperator, PreparedMerge
+from map_bo.merging.task_vectors import TaskVectors, is_variance
+from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace
+
+EXPERTS = ("e0", "e1", "e2")
+
+
+def example_vectors(size: int = 40, dtype: torch.dtype = torch.float32) -> TaskVectors:
+    """Return three experts: a variance, a counter and at least ``size`` by 30 weights."""
+    generator = make_generator(0)
+
+    def draw() -> dict[str, Tensor]:
+        return {
+            "first.weight": torch.randn(40, 30, generator=generator).repeat(-(-size // 40), 1),
+            "first.running_var": torch.rand(8, generator=generator) + 0.1,
+            "last.bias": torch.randn(9, generator=generator),
+        }
+
+    base = draw()
+    experts: dict[str, dict[str, Tensor]] = {}
+    for name in EXPERTS:
+        other = draw()
+        experts[name] = {k: v + 0.3 * (other[k] - v) for k, v in base.items()}
+    states = {name: {**tensors, "count": torch.tensor(3)} for name, tensors in experts.items()}
+    return TaskVectors.load(
+        open_checkpoint({**base, "count": torch.tensor(1)}),
+        {name: open_checkpoint(tensors) for name, tensors in states.items()},
+        dtype=dtype,
+    )
+
+
+class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Records the size in bytes of the largest new tensor that an operation makes."""
+
+    def __init__(self, known: tuple[Tensor, ...]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.known = {tensor.untyped_storage().data_ptr() for tensor in known}
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                if storage.data_ptr() not in self.known:
+                    self.largest = max(self.largest, storage.nbytes())
+        return result
+
+
+class OperatorContract:
+    """Inherit, and give the fixture ``operator``."""
+
+    # Bytes that one allocation of `write` may take: a chunk, never a model.
+    scratch_limit = 4 << 20
+
+    @pytest.fixture
+    def operator(self) -> MergeOperator:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def space(self, operator: MergeOperator) -> CoefficientSpace:
+        return operator.space(EXPERTS, lower=0.0, upper=1.0)
+
+    def test_is_an_operator(self, operator: MergeOperator) -> None:
+        assert isinstance(operator, MergeOperator)
+        assert isinstance(operator.prepare(example_vectors()), PreparedMerge)
+
+    def test_space_belongs_to_the_experts(
+        self, operator: MergeOperator, space: CoefficientSpace
+    ) -> None:
+        assert space.experts == EXPERTS
+        wide = operator.space(EXPERTS, lower=-0.5, upper=2.0)
+        assert wide.names == space.names
+        assert (min(wide.lower), max(wide.upper)) == (-0.5, 2.0)
+
+    def test_description_is_plain_and_settings_can_be_pickled(
+        self, operator: MergeOperator
+    ) -> None:
+        described = operator.describe()
+        assert json.loads(json.dumps(described)) == described
+        assert isinstance(described["name"], str)
+        assert pickle.loads(pickle.dumps(operator)).describe() == described
+
+    def test_the_base_is_at_zero(self, operator: MergeOperator, space: CoefficientSpace) -> None:
+        vectors = example_vectors()
+        out = torch.full_like(vectors.base, torch.nan)
+        operator.prepare(vectors).write(torch.zeros(space.d, dtype=torch.float64), out)
+        assert torch.equal(out, vectors.base)
+
+    def test_every_number_is_written_and_the_same_again(
+        self, operator: MergeOperator, space: CoefficientSpace
+    ) -> None:
+        vectors = example_vectors()
+        prepared = operator.prepare(vectors)
+        rows = vectors.rows.clone()
+        c = space.sample(2, generator=make_generator(1))
+        first, second = (torch.full_like(vectors.base, torch.nan) for _ in range(2))
+        prepared.write(c[0], first)
+        prepared.write(c[1], second)
+        prepared.write(c[0], second)
+        assert bool(torch.isfinite(first).all())
+        assert torch.equal(first, second)  # nothing is kept from candidate to candidate
+        assert torch.equal(rows, vectors.rows)
+        again = torch.empty_like(first)
+        operator.prepare(example_vectors()).write(c[0], again)
+        assert torch.equal(first, again)
+
+    def test_variances_stay_positive(self, operator: MergeOperator) -> None:
+        vectors = example_vectors()
+        wide = operator.space(EXPERTS, lower=-9.0, upper=9.0)
+        out = torch.empty_like(vectors.base)
+        slot = next(slot for slot in vectors.layout.slots if is_variance(slot.name))
+        prepared = operator.prepare(vectors)
+        for c in wide.sample(20, generator=make_generator(2)):
+            prepared.write(c, out)
+            assert float(slot.of(out).min()) >= 0.05
+
+    @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+    def test_any_floating_output(
+        self,
+        operator: MergeOperator,
+        space: CoefficientSpace,
+        storage: torch.dtype,
+        kind: torch.dtype,
+    ) -> None:
+        c = space.sample(1, generator=make_generator(3))[0]
+        exact = torch.empty_like(example_vectors().base)
+        operator.prepare(example_vectors()).write(c, exact)
+        vectors = example_vectors(dtype=storage)
+        out = torch.empty(vectors.layout.size, dtype=kind)
+        operator.prepare(vectors).write(c, out)
+        coarse = torch.bfloat16 in (storage, kind)
+        error = float((out.double() - exact.double()).norm() / exact.double().norm())
+        assert error < (5e-3 if coarse else 1e-3)
+
+    def test_nothing_of_the_size_of_the_model_is_allocated(
+        self, operator: MergeOperator, space: CoefficientSpace
+    ) -> None:
+        for storage in (torch.float32, torch.bfloat16):
+            vectors = example_vectors(100_000, dtype=storage)  # 3 M weights
+            prepared = operator.prepare(vectors)
+            c = space.sample(1, generator=make_generator(4))[0]
+            for kind in (torch.float32, torch.bfloat16):
+                out = torch.empty(vectors.layout.size, dtype=kind)
+                with _Allocations((vectors.rows, out)) as seen:
+                    prepared.write(c, out)
+                assert seen.largest < min(self.scratch_limit, out.nbytes)
+
+    def test_wrong_coefficients_are_refused(
+        self, operator: MergeOperator, space: CoefficientSpace
+    ) -> None:
+        vectors = example_vectors()
+        prepared = operator.prepare(vectors)
+        out = torch.empty_like(vectors.base)
+        with pytest.raises(MergeError, match=f"this merge takes {space.d}"):
+            prepared.write(torch.zeros(space.d + 1), out)
+        with pytest.raises(MergeError, match="not finite"):
+            prepared.write(torch.full((space.d,), torch.nan), out)
+        with pytest.raises(MergeError, match="would be written to"):
+            prepared.write(torch.zeros(space.d), out[:-1])

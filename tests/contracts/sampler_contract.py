@@ -1,0 +1,193 @@
+"""What every sampler must do; an implementation supplies the ``sampler`` fixture and inherits."""
+
+from __future__ import annotations
+
+import atexit
+import dataclasses
+import functools
+import multiprocessing
+import pickle
+import random
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.errors import SamplerError
+from map_bo.rng import child, make_generator
+from map_bo.samplers.sampler import Sampler
+from map_bo.space import CoefficientSpace
+
+EXPERTS = ("a", "b", "c")
+METRICS = (Metric("first"), Metric("second", direction="min", kind="loss"))
+SPACES = {
+    "box": CoefficientSpace.box(EXPERTS),
+    "wide": CoefficientSpace.box(EXPERTS, lower=-3.0, upper=3.0),
+    "sum": CoefficientSpace.box(EXPERTS, sum_at_most=1.5),
+    "simplex": CoefficientSpace.box(EXPERTS, simplex=True),
+    "blocks": CoefficientSpace.box(EXPERTS[:2], blocks=("x", "y"), sum_at_most=1.5),
+}
+
+
+def measured(X: Tensor, *, failed: tuple[int, ...] = ()) -> Observations:
+    """Return two smooth, conflicting metrics at ``X``; the rows in ``failed`` failed."""
+    target = torch.linspace(0.9, 0.1, X.shape[-1], dtype=torch.float64)
+    accuracy = torch.sigmoid(2 - 3 * (X - target).square().sum(-1))
+    loss = 0.1 + (X - target.flip(0)).square().sum(-1)
+    Y = torch.stack([accuracy, loss], -1)
+    Y[list(failed)] = torch.nan
+    return Observations(
+        X,
+        Y,
+        METRICS,
+        Yvar=torch.full_like(Y, 1e-4),
+        failures=tuple("it broke" if i in failed else None for i in range(len(X))),
+    )
+
+
+def some_seen(space: CoefficientSpace, n: int, *, failed: tuple[int, ...] = ()) -> Observations:
+    """Return evaluations at the anchors and at random points, ``n`` in all."""
+    X = torch.cat([space.anchors().X, space.sample(n, generator=make_generator(99))])
+    return measured(X[:n], failed=failed)
+
+
+@functools.cache
+def fresh_process() -> ProcessPoolExecutor:
+    """Return a process that shares nothing with this one; started once, imports are slow."""
+    pool = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    atexit.register(pool.shutdown)
+    return pool
+
+
+def propose_elsewhere(sampler: Sampler, space: CoefficientSpace, seed: int) -> list[list[float]]:
+    """Propose two points after eight; runs in the other process."""
+    torch.set_num_threads(1)
+    seen = some_seen(space, 8)
+    points: list[list[float]] = sampler.propose(
+        seen, space, 2, generator=make_generator(seed)
+    ).tolist()
+    return points
+
+
+class SamplerContract:
+    """The laws of :class:`map_bo.samplers.sampler.Sampler`."""
+
+    @pytest.fixture
+    def sampler(self) -> Sampler:
+        raise NotImplementedError
+
+    @pytest.fixture(params=sorted(SPACES))
+    def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
+        return SPACES[request.param]
+
+    @pytest.fixture
+    def box(self) -> CoefficientSpace:
+        return SPACES["box"]
+
+    @pytest.fixture
+    def generator(self) -> Generator:
+        return make_generator(7)
+
+    def test_satisfies_the_protocol_and_is_frozen(self, sampler: Sampler) -> None:
+        assert isinstance(sampler, Sampler)
+        field = dataclasses.fields(sampler)[0].name  # type: ignore[arg-type]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(sampler, field, None)
+
+    @pytest.mark.parametrize(("n", "seen"), [(0, 0), (1, 0), (3, 4), (2, 9)])
+    def test_proposes_distinct_new_points_of_the_space(
+        self, sampler: Sampler, space: CoefficientSpace, generator: Generator, n: int, seen: int
+    ) -> None:
+        before = some_seen(space, seen)
+        X = sampler.propose(before, space, n, generator=generator)
+        assert X.shape == (n, space.d)
+        assert X.dtype == torch.float64
+        space.check(X)
+        together = torch.cat([before.X, X])
+        assert len(torch.unique(together, dim=0)) == len(together)
+
+    def test_the_same_seed_proposes_the_same_points(
+        self, sampler: Sampler, space: CoefficientSpace
+    ) -> None:
+        seen = some_seen(space, 9)
+        first = sampler.propose(seen, space, 2, generator=make_generator(1))
+        again = sampler.propose(seen, space, 2, generator=make_generator(1))
+        assert torch.equal(first, again)
+
+    def test_a_fresh_process_proposes_the_same_points(
+        self, sampler: Sampler, space: CoefficientSpace
+    ) -> None:
+        elsewhere = fresh_process().submit(propose_elsewhere, sampler, space, 5).result()
+        assert elsewhere == propose_elsewhere(sampler, space, 5)
+
+    def test_other_seeds_propose_other_points(
+        self, sampler: Sampler, box: CoefficientSpace
+    ) -> None:
+        seen = measured(torch.zeros(0, box.d, dtype=torch.float64))
+        first = sampler.propose(seen, box, 12, generator=make_generator(1))
+        other = sampler.propose(seen, box, 12, generator=make_generator(2))
+        assert not torch.equal(first, other)
+
+    def test_nothing_depends_on_earlier_draws_or_proposals(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        seen = some_seen(box, 9)
+        first = sampler.propose(seen, box, 2, generator=generator)
+        sampler.propose(some_seen(box, 3), box, 3, generator=generator)
+        torch.rand(10, generator=generator)
+        assert torch.equal(sampler.propose(seen, box, 2, generator=generator), first)
+
+    def test_random_states_stay_as_they_are(
+        self, sampler: Sampler, space: CoefficientSpace, generator: Generator
+    ) -> None:
+        state = generator.get_state()
+        torch_state, python_state = torch.random.get_rng_state(), random.getstate()
+        numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
+        sampler.propose(some_seen(space, 9), space, 2, generator=generator)
+        assert torch.equal(generator.get_state(), state)
+        assert torch.equal(torch.random.get_rng_state(), torch_state)
+        assert random.getstate() == python_state
+        assert pickle.dumps(np.random.get_state()) == numpy_state  # noqa: NPY002
+
+    @pytest.mark.parametrize("seen", [0, 9])
+    def test_pending_points_are_not_proposed_again(
+        self, sampler: Sampler, space: CoefficientSpace, generator: Generator, seen: int
+    ) -> None:
+        before = some_seen(space, seen)
+        pending = sampler.propose(before, space, 3, generator=generator)
+        X = sampler.propose(before, space, 3, pending=pending, generator=generator)
+        space.check(X)
+        assert len(torch.unique(torch.cat([pending, X]), dim=0)) == 6
+
+    def test_failed_evaluations_are_not_proposed_again(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        empty = measured(torch.zeros(0, box.d, dtype=torch.float64))
+        first = sampler.propose(empty, box, 6, generator=generator)
+        for failed in ((0, 2), tuple(range(6))):
+            seen = measured(first, failed=failed)
+            X = sampler.propose(seen, box, 3, generator=generator)
+            box.check(X)
+            assert len(torch.unique(torch.cat([first, X]), dim=0)) == 9
+
+    def test_a_child_generator_is_as_good_as_any(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        X = sampler.propose(some_seen(box, 8), box, 1, generator=child(generator, "sampler"))
+        box.check(X)
+
+    def test_a_negative_number_is_refused(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        with pytest.raises(SamplerError, match="-1 points were asked for"):
+            sampler.propose(some_seen(box, 2), box, -1, generator=generator)
+
+    def test_evaluations_of_another_space_are_refused(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        other = measured(torch.zeros(1, box.d + 1, dtype=torch.float64))
+        with pytest.raises(SamplerError, match="in a space of 3 coefficients"):
+            sampler.propose(other, box, 1, generator=generator)

@@ -1,0 +1,238 @@
+"""What every surrogate keeps to; an implementation overrides `surrogate` and inherits the tests."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import cast
+
+import pytest
+import torch
+from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
+from botorch.models.model import Model
+from botorch.optim.optimize import optimize_acqf
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from botorch.sampling.normal import SobolQMCNormalSampler
+from torch import Tensor
+
+from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.errors import SurrogateError
+from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.links import LogitLink, from_link
+from map_bo.surrogates.prediction import objective, predict, predicted_mean
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+
+METRICS = (
+    Metric("accuracy"),
+    Metric("loss", direction="min", kind="loss"),
+    Metric("score", kind="unbounded"),
+)
+
+
+def moments(model: SurrogateModel, X: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the posterior mean and variance, ``... x q x m``."""
+    posterior = cast(GPyTorchPosterior, model.posterior(X))
+    return posterior.mean, posterior.variance
+
+
+def mixed_observations(n: int = 14, seed: int = 0) -> tuple[Observations, CoefficientSpace]:
+    """Return ``n`` evaluations of a counted proportion, a loss and an unbounded score.
+
+    Two experts; smooth truths; the loss has a known variance and the score an unknown one.
+    """
+    space = CoefficientSpace.box(("a", "b"))
+    generator = make_generator(seed)
+    X = space.sample(n, generator=generator)
+    noise = torch.randn(n, 3, generator=generator, dtype=torch.float64)
+    accuracy = torch.sigmoid(1.5 - 4 * (X[:, 0] - 0.7).square() - 2 * X[:, 0] * X[:, 1])
+    accuracy = (accuracy * 200 + 3 * noise[:, 0]).round().clamp(0, 200) / 200
+    loss = (0.2 + (X[:, 1] - 0.4).square() + 0.5 * X[:, 0]) * (1 + 0.01 * noise[:, 1])
+    score = 3 - 2 * X[:, 0] + X[:, 1] * X[:, 0] + 0.02 * noise[:, 2]
+    nothing = torch.full((n,), torch.nan, dtype=torch.float64)
+    seen = Observations(
+        X=X,
+        Y=torch.stack([accuracy, loss, score], -1),
+        metrics=METRICS,
+        Yvar=torch.stack([nothing, (0.01 * loss).square(), nothing], -1),
+        counts=torch.stack([nothing.nan_to_num(200.0), nothing, nothing], -1),
+    )
+    return seen, space
+
+
+class SurrogateContract:
+    """Tests for any :class:`Surrogate`; override the fixture ``surrogate``."""
+
+    @pytest.fixture
+    def surrogate(self) -> Surrogate:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def seen(self) -> Observations:
+        return mixed_observations()[0]
+
+    @pytest.fixture
+    def space(self) -> CoefficientSpace:
+        return mixed_observations()[1]
+
+    @pytest.fixture
+    def model(
+        self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace
+    ) -> SurrogateModel:
+        return surrogate.fit(seen, space)
+
+    @pytest.fixture
+    def X(self, space: CoefficientSpace) -> Tensor:
+        return space.sample(6, generator=make_generator(99))
+
+    def test_settings_are_a_frozen_surrogate(self, surrogate: Surrogate) -> None:
+        assert isinstance(surrogate, Surrogate)
+        assert dataclasses.is_dataclass(surrogate)
+        names = [field.name for field in dataclasses.fields(surrogate)] or ["anything"]
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(surrogate, names[0], None)
+
+    def test_model_knows_its_metrics_and_links(self, model: SurrogateModel) -> None:
+        assert isinstance(model, Model)
+        assert model.metrics == METRICS
+        assert len(model.links) == model.num_outputs == 3
+        assert isinstance(model.links[0], LogitLink)
+
+    def test_posterior_has_the_shape_of_its_points(self, model: SurrogateModel, X: Tensor) -> None:
+        for points in (X, X.unsqueeze(1), X.view(2, 3, 2)):
+            mean, variance = moments(model, points)
+            assert mean.shape == variance.shape == (*points.shape[:-1], 3)
+            assert bool((variance >= 0).all())
+
+    def test_batches_of_points_are_independent(self, model: SurrogateModel, X: Tensor) -> None:
+        joint, alone = moments(model, X), moments(model, X.unsqueeze(1))
+        torch.testing.assert_close(alone[0].squeeze(1), joint[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(alone[1].squeeze(1), joint[1], rtol=1e-4, atol=1e-6)
+
+    def test_link_mean_is_the_posterior_mean(self, model: SurrogateModel, X: Tensor) -> None:
+        with torch.no_grad():
+            mean = moments(model, X)[0]
+            torch.testing.assert_close(model.link_mean(X), mean, rtol=1e-6, atol=1e-6)
+
+    def test_link_mean_has_the_right_gradient(self, model: SurrogateModel, X: Tensor) -> None:
+        points = X.clone().requires_grad_(True)
+        assert torch.autograd.gradcheck(model.link_mean, (points,), eps=1e-5, atol=1e-4, rtol=1e-3)
+
+    def test_posterior_is_differentiable(self, model: SurrogateModel, X: Tensor) -> None:
+        points = X.clone().requires_grad_(True)
+        mean, variance = moments(model, points)
+        (gradient,) = torch.autograd.grad(mean.sum() + variance.sum(), points)
+        assert bool(torch.isfinite(gradient).all())
+        assert float(gradient.abs().max()) > 0
+
+    def test_more_points_than_features_can_be_sampled(
+        self, model: SurrogateModel, space: CoefficientSpace
+    ) -> None:
+        X = space.sample(40, generator=make_generator(5))
+        sampler = SobolQMCNormalSampler(torch.Size([4]), seed=0)
+        with torch.no_grad():
+            samples = sampler(model.posterior(X))
+        assert samples.shape == (4, 40, 3)
+        assert bool(torch.isfinite(samples).all())
+
+    def test_subset_of_outputs(self, model: SurrogateModel, X: Tensor) -> None:
+        mean, variance = moments(model, X)
+        part = cast(GPyTorchPosterior, model.subset_output([2, 0]).posterior(X))
+        torch.testing.assert_close(part.mean, mean[:, [2, 0]], rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(part.variance, variance[:, [2, 0]], rtol=1e-5, atol=1e-8)
+
+    def test_refit_gives_the_same_model(
+        self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace, X: Tensor
+    ) -> None:
+        state = torch.random.get_rng_state()
+        first = moments(surrogate.fit(seen, space), X)
+        torch.testing.assert_close(torch.random.get_rng_state(), state)
+        with torch.random.fork_rng(devices=[]):
+            torch.rand(7)
+            second = moments(surrogate.fit(seen, space), X)
+        assert torch.equal(first[0], second[0])
+        assert torch.equal(first[1], second[1])
+
+    def test_failed_rows_are_left_out(
+        self,
+        surrogate: Surrogate,
+        model: SurrogateModel,
+        seen: Observations,
+        space: CoefficientSpace,
+        X: Tensor,
+    ) -> None:
+        failed = Observations.failed(X[:2], METRICS, "out of memory")
+        again = surrogate.fit(failed.append(seen), space)
+        torch.testing.assert_close(again.link_mean(X), model.link_mean(X))
+
+    def test_nothing_succeeded_is_an_error(
+        self, surrogate: Surrogate, space: CoefficientSpace, X: Tensor
+    ) -> None:
+        with pytest.raises(SurrogateError, match="succeeded"):
+            surrogate.fit(Observations.failed(X, METRICS, "no"), space)
+        with pytest.raises(SurrogateError, match="succeeded"):
+            surrogate.fit(Observations.empty(2, METRICS), space)
+
+    def test_follows_the_data_in_both_directions(
+        self, model: SurrogateModel, seen: Observations
+    ) -> None:
+        # Better than the mean of the data at the data itself, and turned for maximisation.
+        values = from_link(model.link_mean(seen.X), model.links)
+        error = (values - seen.Y).square().mean(0)
+        assert bool((error < 0.5 * seen.Y.var(0)).all())
+        turned = predicted_mean(model)(seen.X)
+        torch.testing.assert_close(turned, to_maximisation(values, METRICS))
+        torch.testing.assert_close(turned[:, 1], -values[:, 1])
+
+    def test_prediction_keeps_to_the_bounds(self, model: SurrogateModel, X: Tensor) -> None:
+        prediction = predict(model, X)
+        assert prediction.mean.shape == (6, 3)
+        assert bool((prediction.lower <= prediction.mean).all())
+        assert bool((prediction.mean <= prediction.upper).all())
+        assert bool((prediction.std >= 0).all())
+        assert bool((prediction.lower[:, 0] >= 0).all() & (prediction.upper[:, 0] <= 1).all())
+        assert bool((prediction.lower[:, 1] >= 0).all())
+
+    def test_noisy_hypervolume_improvement_runs(
+        self, model: SurrogateModel, seen: Observations, space: CoefficientSpace
+    ) -> None:
+        turned = to_maximisation(seen.Y, METRICS)
+        acquisition = qLogNoisyExpectedHypervolumeImprovement(
+            model=model,
+            ref_point=turned.amin(0).tolist(),
+            X_baseline=seen.X,
+            sampler=SobolQMCNormalSampler(torch.Size([8]), seed=1),
+            objective=objective(model),
+            X_pending=seen.X[:1] * 0.9,
+            prune_baseline=True,
+        )
+        best, value = optimize_acqf(
+            acquisition,
+            bounds=space.bounds,
+            q=2,
+            num_restarts=1,
+            raw_samples=4,
+            options={"maxiter": 3, "seed": 2},
+            sequential=True,
+        )
+        assert best.shape == (2, 2)
+        assert bool(space.contains(best).all())
+        assert value is not None
+        assert bool(torch.isfinite(value).all())
+
+
+class LeaveOneOutContract(SurrogateContract):
+    """Tests for the models that can leave one evaluation out in closed form."""
+
+    def test_leaving_out_never_adds_certainty(
+        self, model: SurrogateModel, seen: Observations
+    ) -> None:
+        mean, variance = model.leave_one_out()  # type: ignore[operator]
+        inside_mean, inside_variance = moments(model, seen.X)
+        targets, noise = model.training_targets()  # type: ignore[operator]
+        assert mean.shape == variance.shape == targets.shape == noise.shape == seen.Y.shape
+        assert bool((variance >= inside_variance * (1 - 1e-6) - 1e-9).all())
+        assert bool((noise > 0).all())
+        # Without its own row the prediction is further from it, on the whole.
+        inside = (targets - inside_mean).square().mean(0)
+        outside = (targets - mean).square().mean(0)
+        assert bool((outside >= inside * (1 - 1e-9)).all())

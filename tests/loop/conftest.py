@@ -1,0 +1,10 @@
+from __future__ import annotations
+
+import pytest
+
+from tests.loop.bowls import Bowls
+
+
+@pytest.fixture
+def bowls() -> Bowls:
+    return Bowls()

@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from map_bo.data import Observations
+from map_bo.errors import BudgetError, ConfigError, EvaluationError, StoreError
+from map_bo.loop.reading import load_result
+from map_bo.loop.result import Result
+from map_bo.loop.run import Run, optimize
+from map_bo.loop.settings import Settings
+from map_bo.rng import child_seed, make_generator
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.store import Event
+from tests.loop.bowls import Bowls, quick
+
+
+class CrashError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class CrashingStore:
+    """A store whose process dies just before or just after its k-th append."""
+
+    def __init__(self, inner: MemoryStore, at: int, *, after: bool) -> None:
+        self.inner, self.left, self.after = inner, at, after
+
+    def append(self, event: Event) -> None:
+        self.left -= 1
+        if self.left == 0 and not self.after:
+            raise CrashError
+        self.inner.append(event)
+        if self.left == 0:
+            raise CrashError
+
+    def read(self) -> Iterator[Event]:
+        return self.inner.read()
+
+
+def outcome(result: Result) -> list[Any]:
+    front, seen = result.front, result.seen
+    tensors = [seen.X, seen.Y, front.X, front.mean, front.std, front.real, result.verification.Y]
+    return [tensor.nan_to_num(-99.0).tolist() for tensor in tensors] + [seen.failures]
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_run_killed_at_any_event_and_resumed_equals_one_never_killed(
+    batch: int, after: bool
+) -> None:
+    settings = quick(8, batch=batch, retries=1)
+
+    def problem() -> Bowls:
+        first_attempt = child_seed(make_generator(settings.seed), "evaluate", 3, 0)
+        return Bowls(noise=0.05, flaky=frozenset({first_attempt}))
+
+    whole = MemoryStore()
+    expected = outcome(Run(problem(), settings, whole).drive())
+    events = len(list(whole.read()))
+    assert events > 8
+    for at in range(1, events + 1):
+        inner = MemoryStore()
+        with pytest.raises(CrashError):
+            Run(problem(), settings, CrashingStore(inner, at, after=after)).drive()
+        # Killed again right after it goes on, then left alone.
+        remaining = events - len(list(inner.read()))
+        if remaining > 1:
+            with pytest.raises(CrashError):
+                Run(problem(), settings, CrashingStore(inner, 1, after=True)).drive()
+        assert outcome(Run(problem(), settings, inner).drive()) == expected
+
+
+def test_nothing_finished_is_evaluated_again(tmp_path: Path, bowls: Bowls) -> None:
+    settings = quick(8)
+    first = Run(bowls, settings, JsonlStore.create(tmp_path / "run")).drive()
+    calls = len(bowls.calls)
+    again = Run(bowls, settings, JsonlStore.open(tmp_path / "run")).drive()
+    assert calls == 8
+    assert len(bowls.calls) == calls
+    assert outcome(again) == outcome(first)
+    assert outcome(load_result(tmp_path / "run")) == outcome(first)
+
+
+def test_the_front_is_true_on_two_bowls(bowls: Bowls) -> None:
+    result = Run(bowls, quick(12), MemoryStore()).drive()
+    # The Pareto set of two equal bowls is the segment between their centres.
+    assert float((result.front.X.sum(-1) - 1).abs().max()) < 0.15
+    assert float(result.front.X[:, 0].max() - result.front.X[:, 0].min()) > 0.8
+    hypervolume = result.summary["hypervolume"]
+    assert hypervolume["predicted front"] > hypervolume["uniform blend"]
+    assert hypervolume["predicted front"] > hypervolume["best expert"]
+    assert abs(result.optimism()["near a"] or 0.0) < 0.02
+
+
+def test_predicted_and_real_are_apart_and_verification_is_counted(bowls: Bowls) -> None:
+    inside = Run(bowls, quick(8, verify=3), MemoryStore()).drive()
+    assert (len(inside.seen), len(inside.verification)) == (5, 3)
+    assert int(inside.front.verified.sum()) == 3
+    assert inside.summary["evaluations"] == 8
+    assert inside.summary["verification"]["counted"] == "inside the budget"
+    extra = Run(Bowls(), quick(8, verify=3, verify_extra=True), MemoryStore()).drive()
+    assert (len(extra.seen), len(extra.verification)) == (8, 3)
+    assert extra.summary["verification"]["counted"] == "on top of the budget"
+    assert not torch.equal(
+        inside.front.mean[inside.front.verified], inside.front.real[inside.front.verified]
+    )
+
+
+def test_failures_are_recorded_retried_left_out_and_never_scored(tmp_path: Path) -> None:
+    problem = Bowls(fails=lambda number, x: "boom" if x.tolist() == [1.0, 0.0] else None)
+    result = optimize(
+        problem, 9, run_dir=tmp_path / "run", progress=False, **_parts(), retries=2, verify=0
+    )
+    assert problem.calls.count([1.0, 0.0]) == 3
+    row = result.seen.X.tolist().index([1.0, 0.0])
+    assert result.seen.failures[row] == "boom"
+    assert bool(torch.isnan(result.seen.Y[row]).all())
+    assert result.summary["failures"] == 1
+    kinds = [event.kind for event in JsonlStore.open(tmp_path / "run").read()]
+    assert kinds.count("attempt") == 2
+
+
+def _parts() -> dict[str, Any]:
+    settings = quick()
+    return {name: getattr(settings, name) for name in ("sampler", "surrogate", "solver")}
+
+
+def test_too_many_failures_stop_the_run_and_keep_what_was_measured(tmp_path: Path) -> None:
+    broken = Bowls(fails=lambda number, x: "no GPU" if number > 2 else None)
+    settings = quick(10)
+    store = JsonlStore.create(tmp_path / "run")
+    with pytest.raises(EvaluationError, match=r"3 of 5 evaluations failed.*no GPU"):
+        Run(broken, settings, store).drive()
+    run = Run(Bowls(), settings, JsonlStore.open(tmp_path / "run"))
+    assert int(run.state.seen.ok.sum()) == 2
+    assert run.reopen_failures() == 3
+    result = run.drive()
+    assert result.summary["failures"] == 0
+    assert len(result.seen) == 8
+
+
+@pytest.mark.parametrize(
+    ("returned", "reason"),
+    [
+        (lambda X, m: Observations(X, torch.full((1, 2), torch.nan), m), "NaN or infinity"),
+        (lambda X, m: Observations(X, torch.zeros(1, 3), m), "1 evaluations of 2 metrics"),
+        (lambda X, m: Observations(X, torch.zeros(1, 1), m[:1]), "rows of"),
+        (lambda X, m: 1 / 0, "ZeroDivisionError"),
+    ],
+)
+def test_a_problem_that_returns_nonsense_fails_and_the_run_goes_on(
+    returned: Any, reason: str, bowls: Bowls, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = bowls.evaluate
+
+    def evaluate(X: torch.Tensor, *, generator: torch.Generator) -> Observations:
+        if X.tolist() == [[0.0, 0.0]]:
+            return returned(X, bowls.metrics)  # type: ignore[no-any-return]
+        return good(X, generator=generator)
+
+    monkeypatch.setattr(bowls, "evaluate", evaluate)
+    result = Run(bowls, quick(8), MemoryStore()).drive()
+    assert reason in (result.seen.failures[0] or "")
+    assert int(result.seen.ok.sum()) == len(result.seen) - 1
+
+
+def test_another_run_directory_is_refused(tmp_path: Path, bowls: Bowls) -> None:
+    optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **_parts())
+    with pytest.raises(StoreError, match=r"settings.seed was 0 and is 1"):
+        optimize(bowls, 8, seed=1, run_dir=tmp_path / "run", progress=False, **_parts())
+    with pytest.raises(StoreError, match=r"problem.noise"):
+        optimize(Bowls(noise=1.0), 8, run_dir=tmp_path / "run", progress=False, **_parts())
+
+
+def test_a_second_process_is_refused(tmp_path: Path, bowls: Bowls) -> None:
+    store = JsonlStore.create(tmp_path / "run")
+    with store.lock(), pytest.raises(StoreError, match="another process"):
+        optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **_parts())
+
+
+def test_a_run_directory_holds_what_people_look_for(tmp_path: Path, bowls: Bowls) -> None:
+    optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **_parts())
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    assert {"events.jsonl", "evaluations.csv", "front.csv", "summary.json", "report.html"} <= names
+    assert list((tmp_path / "run" / "plots").glob("*.png"))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["reference_rule"] == "worst of base and experts"
+    assert summary["reference_point"].keys() == {"near a", "far from b"}
+    assert summary["versions"]["torch"] == torch.__version__
+
+
+def test_a_report_that_cannot_be_written_does_not_cost_the_run(
+    tmp_path: Path, bowls: Bowls, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*args: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr("map_bo.loop.publish.write_report", broken)
+    result = optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **_parts())
+    assert len(result.front) > 0
+    assert "no space left" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"budget": 0}, BudgetError, "budget is 0"),
+        ({"budget": 2}, BudgetError, "leaves 2 evaluations"),
+        ({"budget": 8, "verify": 6}, BudgetError, "leaves 2 evaluations"),
+        ({"budget": 2.5}, ConfigError, "whole number"),
+        ({"budget": 8, "batch": 0}, ConfigError, "at least 1"),
+        ({"budget": 8, "retries": -1}, ConfigError, "at least 0"),
+        ({"budget": 8, "timeout": 0}, ConfigError, "timeout is 0"),
+        ({"budget": 8, "max_failure_share": 2}, ConfigError, "share"),
+        ({"budget": 8, "surogate": None}, ConfigError, "no setting 'surogate'"),
+    ],
+)
+def test_bad_settings_are_refused(
+    changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        Settings.checked(**changes)
+
+
+def test_a_budget_below_the_anchors_is_explained(bowls: Bowls) -> None:
+    result = Run(bowls, quick(3, verify=0), MemoryStore()).drive()
+    assert len(result.seen) == 3
+    assert "fewer than the 4 anchors" in result.summary["notes"][0]
+
+
+def test_ask_and_tell_by_hand_equals_driving(bowls: Bowls) -> None:
+    settings = quick(6, verify=0)
+    driven = Run(bowls, settings, MemoryStore()).drive()
+    by_hand = Run(bowls, settings, MemoryStore())
+    for _ in range(6):
+        (index,) = by_hand.ask(1)
+        x = by_hand.state.X[index : index + 1]
+        by_hand.tell(index, bowls.evaluate(x, generator=torch.Generator()))
+    assert torch.equal(by_hand.drive().front.X, driven.front.X)
+    with pytest.raises(StoreError, match="told for row 99"):
+        by_hand.tell(99, by_hand.state.seen.select([0]))
+
+
+def test_the_reference_point_can_be_given(bowls: Bowls) -> None:
+    given = {"near a": -1.0, "far from b": 2.0}
+    result = Run(bowls, quick(8, reference=given), MemoryStore()).drive()
+    assert result.summary["reference_point"] == given
+    assert result.reference.rule == "given by the user"

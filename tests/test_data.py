@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from map_bo.data import Front, Metric, Observations, directions, to_maximisation
+from map_bo.errors import DataError
+
+METRICS = (Metric("acc"), Metric("loss", direction="min", kind="loss"))
+
+
+def observations(n: int = 3, **changes: object) -> Observations:
+    values: dict[str, object] = {
+        "X": torch.rand(n, 2, generator=torch.Generator().manual_seed(n)),
+        "Y": torch.rand(n, 2, generator=torch.Generator().manual_seed(n + 1)),
+        "metrics": METRICS,
+    }
+    return Observations(**{**values, **changes})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"name": ""}, "no name"),
+        ({"name": "a", "direction": "up"}, "direction 'up'"),
+        ({"name": "a", "kind": "score"}, "kind 'score'"),
+        ({"name": "a", "lower": 1.0, "upper": 0.0}, "bounds"),
+    ],
+)
+def test_a_bad_metric_is_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Metric(**arguments)  # type: ignore[arg-type]
+
+
+def test_metric_bounds_follow_the_kind() -> None:
+    assert (Metric("a").lower, Metric("a").upper) == (0.0, 1.0)
+    assert Metric("b", kind="loss").lower == 0.0
+    assert Metric("b", kind="loss").upper is None
+    assert Metric("c", kind="unbounded").lower is None
+
+
+@given(st.lists(st.sampled_from(["max", "min"]), min_size=1, max_size=5))
+def test_to_maximisation_is_its_own_inverse(ways: list[str]) -> None:
+    metrics = [Metric(str(i), direction=way) for i, way in enumerate(ways)]  # type: ignore[arg-type]
+    Y = torch.rand(4, len(ways), generator=torch.Generator().manual_seed(0)).double()
+    once = to_maximisation(Y, metrics)
+    assert torch.equal(to_maximisation(once, metrics), Y)
+    assert torch.equal(once, Y * directions(metrics))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"X": torch.rand(2)}, "two dimensions"),
+        ({"Y": torch.rand(3, 3)}, "3 evaluations of 2 metrics"),
+        ({"Yvar": torch.rand(2, 2)}, "Yvar has shape"),
+        ({"Yvar": -torch.rand(3, 2)}, "negative"),
+        ({"counts": torch.zeros(3, 2)}, "counts must be positive"),
+        ({"cost": torch.zeros(2)}, "one entry"),
+        ({"failures": (None,)}, "one entry"),
+        ({"X": torch.full((3, 2), torch.nan)}, "X holds NaN"),
+        ({"Y": torch.full((3, 2), torch.inf)}, "row 0 of Y holds NaN or infinity"),
+        ({"metrics": ()}, "no metrics"),
+        ({"metrics": (Metric("a"), Metric("a"))}, "appear twice"),
+    ],
+)
+def test_contradictions_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        observations(**changes)  # type: ignore[arg-type]
+
+
+def test_failed_rows_are_kept_and_left_out() -> None:
+    failed = Observations.failed(torch.zeros(1, 2), METRICS, "evaluator 'acc' raised ValueError")
+    seen = observations(3).append(failed).append(observations(2))
+    assert len(seen) == 6
+    assert seen.ok.tolist() == [True] * 3 + [False] + [True] * 2
+    assert len(seen.succeeded()) == 5
+    assert bool(torch.isnan(seen.Y[3]).all())
+    assert seen.failures[3] == "evaluator 'acc' raised ValueError"
+
+
+def test_select_takes_masks_and_indices() -> None:
+    seen = observations(4)
+    mask = torch.tensor([True, False, True, False])
+    assert torch.equal(seen.select(mask).X, seen.select([0, 2]).X)
+    assert torch.equal(seen.select([3, 1]).Y, seen.Y[[3, 1]])
+
+
+def test_empty_observations_can_grow() -> None:
+    empty = Observations.empty(2, METRICS)
+    assert len(empty) == 0
+    assert torch.equal(empty.append(observations(3)).X, observations(3).X)
+
+
+def test_observations_of_other_problems_do_not_join() -> None:
+    with pytest.raises(DataError, match="cannot be joined"):
+        observations().append(Observations.empty(3, METRICS))
+
+
+def test_everything_is_float64_on_the_cpu() -> None:
+    seen = observations(2, X=torch.rand(2, 2, dtype=torch.float32))
+    assert {seen.X.dtype, seen.Y.dtype, seen.Yvar.dtype, seen.cost.dtype} == {torch.float64}
+
+
+def front(k: int = 3) -> Front:
+    mean = torch.arange(2.0 * k).reshape(k, 2)
+    return Front(torch.rand(k, 2), mean, mean / 10, mean - 1, mean + 1, METRICS)
+
+
+def test_a_front_keeps_predicted_and_real_apart() -> None:
+    before = front()
+    after = before.with_real([1], torch.tensor([[0.5, 0.25]]))
+    assert not bool(before.verified.any())
+    assert after.verified.tolist() == [False, True, False]
+    assert torch.equal(after.mean, before.mean)
+    assert after.real[1].tolist() == [0.5, 0.25]
+    assert after.select([1]).verified.tolist() == [True]
+
+
+def test_a_front_of_wrong_shape_is_refused() -> None:
+    good = front()
+    with pytest.raises(DataError, match="std of a front"):
+        Front(good.X, good.mean, good.std[:2], good.lower, good.upper, METRICS)

@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.optimize import minimize
+from torch import Tensor
+
+from map_bo.errors import SpaceError
+from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace, LinearConstraint
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"names": (), "lower": (), "upper": ()}, "at least one"),
+        ({"names": ("a", "a"), "lower": (0, 0), "upper": (1, 1)}, "appear twice"),
+        ({"names": ("a",), "lower": (0, 0), "upper": (1,)}, "2 lower"),
+        ({"names": ("a",), "lower": (1,), "upper": (0,)}, "do not make a box"),
+        ({"names": ("a",), "lower": (0,), "upper": (float("inf"),)}, "do not make a box"),
+        ({"names": ("a",), "lower": (0,), "upper": (1,), "owner": (1,)}, "owner"),
+        (
+            {
+                "names": ("a",),
+                "lower": (0,),
+                "upper": (1,),
+                "constraints": (LinearConstraint((0.0,), 1.0),),
+            },
+            "not all of them zero",
+        ),
+        (
+            {
+                "names": ("a",),
+                "lower": (0,),
+                "upper": (1,),
+                "constraints": (LinearConstraint((1.0,), -1.0),),
+            },
+            "no point of the box",
+        ),
+    ],
+)
+def test_an_ill_formed_space_is_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        CoefficientSpace(**arguments)
+
+
+def spaces() -> list[CoefficientSpace]:
+    crossed = CoefficientSpace(
+        ("a", "b", "c"),
+        (-1.0, 0.0, 0.0),
+        (1.0, 2.0, 1.0),
+        (LinearConstraint((1.0, 1.0, 1.0), 1.5), LinearConstraint((1.0, -2.0, 0.5), 0.2)),
+    )
+    return [
+        CoefficientSpace.box(["a", "b", "c"]),
+        CoefficientSpace.box(["a", "b", "c"], lower=-3.0, upper=3.0),
+        CoefficientSpace.box(["a", "b", "c"], sum_at_most=1.5),
+        CoefficientSpace.box(["a", "b", "c"], simplex=True),
+        CoefficientSpace.box(["a", "b", "c"], blocks=["x", "y"], simplex=True),
+        crossed,
+    ]
+
+
+@pytest.mark.parametrize("space", spaces())
+@given(seed=st.integers(0, 10**6))
+def test_projection_lands_inside_and_leaves_the_inside_alone(
+    space: CoefficientSpace, seed: int
+) -> None:
+    X = torch.randn(6, space.d, generator=make_generator(seed), dtype=torch.float64) * 3
+    projected = space.project(X)
+    assert bool(space.contains(projected).all())
+    assert torch.allclose(space.project(projected), projected, atol=1e-7)
+
+
+@pytest.mark.parametrize("space", spaces())
+def test_projection_is_the_nearest_point(space: CoefficientSpace) -> None:
+    X = torch.randn(4, space.d, generator=make_generator(1), dtype=torch.float64) * 2
+    projected = space.project(X)
+    for x, p in zip(X, projected, strict=True):
+        solved = minimize(
+            lambda z, x=x: float(((z - x.numpy()) ** 2).sum()),
+            projected[0].numpy(),
+            bounds=list(zip(space.lower, space.upper, strict=True)),
+            constraints=[_scipy(c) for c in space.constraints],
+            options={"ftol": 1e-12, "maxiter": 300},
+        )
+        assert float((p - x).square().sum()) <= solved.fun + 1e-5
+
+
+def _scipy(constraint: LinearConstraint) -> dict[str, Any]:
+    weights = torch.tensor(constraint.weights, dtype=torch.float64).numpy()
+    return {
+        "type": "eq" if constraint.equality else "ineq",
+        "fun": lambda z: constraint.bound - weights @ z,
+    }
+
+
+@pytest.mark.parametrize("space", spaces())
+def test_samples_and_anchors_lie_inside(space: CoefficientSpace) -> None:
+    X = space.sample(20, generator=make_generator(0))
+    assert X.shape == (20, space.d)
+    assert bool(space.contains(X).all())
+    assert bool(space.contains(space.anchors().X).all())
+
+
+@pytest.mark.parametrize("space", spaces())
+def test_the_description_rebuilds_the_space(space: CoefficientSpace) -> None:
+    assert CoefficientSpace.from_description(space.describe()) == space
+
+
+def test_anchors_are_base_experts_and_blend() -> None:
+    anchors = CoefficientSpace.box(["a", "b"]).anchors()
+    assert anchors.names == ("base", "a", "b", "uniform blend")
+    assert anchors.X.tolist() == [[0, 0], [1, 0], [0, 1], [0.5, 0.5]]
+    simplex = CoefficientSpace.box(["a", "b"], simplex=True).anchors()
+    assert simplex.names == ("a", "b", "uniform blend")
+    assert CoefficientSpace.box(["a"]).anchors().names == ("base", "a")
+
+
+def test_block_anchors_set_every_block_of_an_expert() -> None:
+    space = CoefficientSpace.box(["a", "b"], blocks=["x", "y"])
+    assert space.names == ("a/x", "a/y", "b/x", "b/y")
+    anchors = space.anchors()
+    assert anchors.X[anchors.names.index("b")].tolist() == [0, 0, 1, 1]
+
+
+@given(st.lists(st.floats(0, 1), min_size=3, max_size=3))
+def test_normalise_and_back(values: list[float]) -> None:
+    space = CoefficientSpace(("a", "b", "c"), (-1.0, 0.0, 2.0), (1.0, 5.0, 3.0))
+    U: Tensor = torch.tensor([values], dtype=torch.float64)
+    assert torch.allclose(space.normalise(space.unnormalise(U)), U, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        (torch.zeros(2), "shape"),
+        (torch.zeros(2, 3), "this space has 2"),
+        (torch.full((1, 2), torch.nan), "NaN"),
+        (torch.tensor([[0.5, 0.5], [2.0, 0.0]]), "1 of 2 rows leave the space"),
+    ],
+)
+def test_points_that_do_not_fit_are_refused(X: Tensor, message: str) -> None:
+    with pytest.raises(SpaceError, match=message):
+        CoefficientSpace.box(["a", "b"]).check(X)
+
+
+def test_checked_points_come_back_as_float64() -> None:
+    space = CoefficientSpace.box(["a", "b"])
+    assert space.check(torch.zeros(1, 2, dtype=torch.float32)).dtype == torch.float64

@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from map_bo.data import Front, Metric, Observations
+from map_bo.errors import DataError, StoreError
+from map_bo.tracking.codec import (
+    SCHEMA,
+    decode_event,
+    decode_front,
+    decode_metric,
+    decode_observations,
+    decode_tensor,
+    encode_event,
+    encode_front,
+    encode_metric,
+    encode_observations,
+    encode_tensor,
+)
+from map_bo.tracking.store import Event
+from tests.contracts.store_contract import strict
+
+METRICS = (Metric("acc"), Metric("loss", "min", "loss"), Metric("z", kind="unbounded"))
+
+
+def through_json(data: Any) -> Any:
+    """Write as strict JSON and read back, as a store does."""
+    return json.loads(json.dumps(data, allow_nan=False))
+
+
+def identical(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(
+        (a.view(torch.int64) == b.view(torch.int64)).logical_or(a.isnan() & b.isnan()).all()
+    )
+
+
+@given(
+    rows=st.integers(0, 4).flatmap(
+        lambda d: st.lists(st.lists(st.floats(), min_size=d, max_size=d), min_size=1, max_size=4)
+    )
+)
+def test_tensors_come_back_to_the_last_bit(rows: list[list[float]]) -> None:
+    tensor = torch.tensor(rows, dtype=torch.float64)
+    assert identical(decode_tensor(through_json(encode_tensor(tensor))), tensor)
+
+
+def test_a_number_is_a_tensor_too() -> None:
+    assert encode_tensor(torch.tensor(float("nan"))) is None
+    assert decode_tensor(0.25).shape == ()
+
+
+def test_a_tensor_is_written_as_other_tools_expect() -> None:
+    tensor = torch.tensor([[0.1, float("nan")], [float("inf"), -float("inf")]], dtype=torch.float64)
+    assert encode_tensor(tensor) == [[0.1, None], ["Infinity", "-Infinity"]]
+
+
+@pytest.mark.parametrize("data", [["one"], [True], {"a": 1}])
+def test_what_is_no_number_is_refused(data: Any) -> None:
+    with pytest.raises(DataError, match="stands where a number belongs"):
+        decode_tensor(data)
+
+
+def test_ragged_rows_are_refused() -> None:
+    with pytest.raises(DataError, match="do not form a tensor"):
+        decode_tensor([[1.0], [1.0, 2.0]])
+
+
+@pytest.mark.parametrize(
+    "metric",
+    [
+        *METRICS,
+        Metric("half", lower=0.5, upper=2.0),
+        Metric("open", "min", "unbounded", lower=-float("inf")),
+    ],
+)
+def test_metrics_come_back(metric: Metric) -> None:
+    assert decode_metric(through_json(encode_metric(metric))) == metric
+
+
+def observations() -> Observations:
+    nan = float("nan")
+    return Observations(
+        X=torch.tensor([[0.1, 1 / 3], [0.2, 0.3]]),
+        Y=torch.tensor([[0.7, 1e-300, -3.0], [nan, nan, nan]]),
+        metrics=METRICS,
+        Yvar=torch.tensor([[0.01, 0.0, nan], [nan, nan, nan]]),
+        counts=torch.tensor([[100.0, nan, nan], [nan, nan, nan]]),
+        cost=torch.tensor([1.5, 0.2]),
+        failures=(None, "out of memory: \u2713"),
+    )
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1], []])
+def test_observations_come_back(rows: list[int]) -> None:
+    before = observations().select(rows)
+    after = decode_observations(through_json(encode_observations(before)), METRICS)
+    for name in ("X", "Y", "Yvar", "counts", "cost"):
+        assert identical(getattr(after, name), getattr(before, name)), name
+    assert after.failures == before.failures
+    assert after.metrics == before.metrics
+
+
+@pytest.mark.parametrize("k", [0, 1, 3])
+def test_a_front_comes_back(k: int) -> None:
+    values = torch.rand(6, k, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mean, std, lower, upper, real, X = values
+    real = real.clone()
+    real[1:] = torch.nan
+    before = Front(X[:, :2], mean, std, lower, upper, METRICS, real)
+    after = decode_front(through_json(encode_front(before)), METRICS)
+    for name in ("X", "mean", "std", "lower", "upper", "real"):
+        assert identical(getattr(after, name), getattr(before, name)), name
+
+
+def test_an_event_is_one_line_of_strict_json() -> None:
+    line = encode_event(Event("a\nb", {"x": float("nan"), "y": "\u2028 \ud800"}, time=1.5))
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    content = strict(line)
+    assert content["v"] == SCHEMA
+    assert content["kind"] == "a\nb"
+    assert content["time"] == 1.5
+    assert content["data"] == {"x": {"$float": "NaN"}, "y": "\u2028 \ud800"}
+
+
+def test_a_tuple_becomes_a_list() -> None:
+    assert decode_event(encode_event(Event("a", {"x": (1, 2)}))).data == {"x": [1, 2]}
+
+
+@pytest.mark.parametrize("line", [b"[]", b"{}", b'{"v":1,"kind":3,"time":0,"data":{}}', b"3"])
+def test_json_that_is_no_event_is_refused(line: bytes) -> None:
+    with pytest.raises(StoreError, match="not an event"):
+        decode_event(line)
+
+
+def test_a_newer_format_is_refused() -> None:
+    line = b'{"v":99,"kind":"a","time":0,"data":{}}'
+    with pytest.raises(StoreError, match=r"format 99.*up to 1") as caught:
+        decode_event(line)
+    assert caught.value.hint == "update map-bo"
+
+
+@pytest.mark.parametrize("line", [b"", b"{", b"\0\0\0\0\n", b"\xff\xfe", b'{"v":NaN}'])
+def test_what_is_no_json_is_a_value_error(line: bytes) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        decode_event(line)
