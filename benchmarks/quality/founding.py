@@ -5,12 +5,15 @@ python -m benchmarks.quality.founding [--smoke] [--out FILE.json] [--seeds 5]
 Digits, N = 4 and N = 8 experts (conflicting transforms, one shared head). What counts are the
 *real* metrics of all points of the returned front, measured for the comparison only and not
 counted as evaluations of the method. Ground truth is a direct NSGA-II search that spends 10,000
-true evaluations, one search a seed; its result is the set of all its non-dominated evaluations
-(its archive), which is more than its final population; both are shown.
+true evaluations, one search a seed. Three rows show it: what it returns (its final population of
+100); everything it ever evaluated (some thousand non-dominated points, more than any method here
+returns); and that archive thinned to as many points as our front has.
 
 Hypervolume: metrics scaled to 0 at the worst of base and experts and 1 at the best expert, per
-seed relative to the direct search. Regret: mean over 200 preferences of the best scalarised value
-known to anyone minus the one that the front's choice attains when truly measured.
+seed relative to what the direct search returns. Regret: mean over 60 preferences of the best
+scalarised value known to anyone minus the one that the choice attains when truly measured; the
+choice is the front point with the best prediction, and in the last column what
+``Result.choose`` gives, which solves the surrogate for the preference.
 """
 
 from __future__ import annotations
@@ -21,13 +24,16 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from map_bo.problems.zoo import digits_problem
+from pymoo.core.population import Population
+from pymoo.core.problem import Problem
+from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
 from torch import Tensor
 
 from benchmarks.record import finish
@@ -36,8 +42,10 @@ from map_bo.loop.result import Result
 from map_bo.loop.run import optimize
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.evolution import NSGA3, direct_search
+from map_bo.pareto.gradient import thin
 from map_bo.pareto.indicators import hypervolume, preference_regret, preference_weights
 from map_bo.problems.merged import MergedModelProblem
+from map_bo.problems.zoo import digits_problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.reference_design import ReferenceDesign
 from map_bo.samplers.space_filling import Uniform
@@ -50,10 +58,9 @@ CACHE = Path(".bench_cache")
 class Answer:
     """What a method hands over: predicted gains to choose by, and the real gains it gets."""
 
-    method: str
-    evaluations: int
     predicted: Tensor
     real: Tensor
+    chosen: Tensor | None = None  # real gains of the choice for each preference
 
 
 class Truth:
@@ -82,7 +89,7 @@ class Truth:
         return hypervolume(gains, torch.zeros(gains.shape[-1], dtype=torch.float64))
 
     def direct(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Return the gains of all evaluations of the direct search and of its last population."""
+        """Return the gains of all evaluations of the direct search and of its final population."""
         what = json.dumps([self.problem.describe(), self.evaluations, seed], sort_keys=True)
         path = CACHE / f"direct-{hashlib.sha256(what.encode()).hexdigest()[:16]}.pt"
         if not path.exists():
@@ -97,21 +104,38 @@ class Truth:
             torch.save({"X": X, "Y": Y}, path)
         Y = torch.load(path, weights_only=True)["Y"]
         gains = (Y - self.low) / (self.high - self.low)
-        return gains, gains[-100:]
+        return gains, final_population(gains, 100)
 
 
-def front_answer(truth: Truth, method: str, result: Result, problem: MergedModelProblem) -> Answer:
+def final_population(gains: Tensor, size: int) -> Tensor:
+    """Return what survives of an NSGA-II search, replayed from its evaluations in their order."""
+    survival, everything = RankAndCrowding(), Problem(n_var=1, n_obj=gains.shape[-1])
+    alive = Population.new("F", -gains[:size].numpy())
+    for generation in gains[size:].split(size):
+        born = Population.new("F", -generation.numpy())
+        alive = survival.do(
+            everything,
+            Population.merge(alive, born),
+            n_survive=size,
+            random_state=np.random.default_rng(0),
+        )
+    return torch.from_numpy(-alive.get("F"))
+
+
+def front_answer(truth: Truth, result: Result, problem: MergedModelProblem) -> Answer:
     real = truth.gains(truth.measure(result.front.X, problem))
-    predicted = truth.gains(result.front.mean)
-    return Answer(method, int(result.summary["evaluations"]), predicted, real)
+    return Answer(truth.gains(result.front.mean), real)
 
 
-def default(truth: Truth, budget: int, seed: int) -> Answer:
+def default(truth: Truth, budget: int, seed: int, weights: Tensor) -> Answer:
     result = optimize(truth.problem, budget, seed=seed, progress=False)
-    return front_answer(truth, "map_bo default", result, truth.problem)
+    names = [metric.name for metric in result.metrics]
+    choices = [result.choose(dict(zip(names, w, strict=True))) for w in weights.tolist()]
+    chosen = truth.gains(truth.measure(torch.stack([choice.x for choice in choices])))
+    return replace(front_answer(truth, result, truth.problem), chosen=chosen)
 
 
-def reference(truth: Truth, budget: int, seed: int, *, wide: bool) -> Answer:
+def reference(truth: Truth, budget: int, seed: int, weights: Tensor, *, wide: bool) -> Answer:
     problem = truth.wide if wide else truth.problem
     result = optimize(
         problem,
@@ -124,11 +148,10 @@ def reference(truth: Truth, budget: int, seed: int, *, wide: bool) -> Answer:
         verify=0,
         guard=False,
     )
-    box = "[-3, 3]" if wide else "[0, 1]"
-    return front_answer(truth, f"reference method, box {box}", result, problem)
+    return front_answer(truth, result, problem)
 
 
-def random_search(truth: Truth, budget: int, seed: int) -> Answer:
+def random_search(truth: Truth, budget: int, seed: int, weights: Tensor) -> Answer:
     X = Uniform(anchors=False).propose(
         Observations.empty(truth.n, truth.problem.metrics),
         truth.problem.space,
@@ -137,24 +160,29 @@ def random_search(truth: Truth, budget: int, seed: int) -> Answer:
     )
     gains = truth.gains(truth.measure(X))
     best = gains[non_dominated(gains)]
-    return Answer("random search", budget, best, best)
+    return Answer(best, best)
 
 
-def score(truth: Truth, answer: Answer, direct: Tensor, weights: Tensor) -> dict[str, float]:
-    known = torch.cat([direct, answer.real])
+def score(truth: Truth, answer: Answer, known: Tensor, weights: Tensor) -> dict[str, float]:
     regret = preference_regret(answer.predicted, answer.real, known, weights)
-    return {
+    scores = {
         "hypervolume": truth.volume(answer.real),
+        "points": len(answer.real),
         "regret": float(regret.mean()),
         "optimism": float((answer.predicted - answer.real).mean()),
     }
+    if answer.chosen is not None:
+        attained = (weights * answer.chosen).sum(-1)
+        best = torch.maximum((weights @ known.T).amax(-1), attained)
+        scores["regret of choices"] = float((best - attained).mean())
+    return scores
 
 
 def compare(
     experts: int, budgets: list[int], references: list[int], seeds: int, evaluations: int
 ) -> dict[str, Any]:
     truth = Truth(experts, evaluations)
-    methods: list[tuple[str, int, Callable[[int], Answer]]] = []
+    methods: list[tuple[str, int, Callable[[int, Tensor], Answer]]] = []
     for budget in budgets:
         methods.append(("map_bo default", budget, partial(default, truth, budget)))
     for wide, box in ((True, "[-3, 3]"), (False, "[0, 1]")):
@@ -163,41 +191,32 @@ def compare(
             methods.append((f"reference method, box {box}", budget, method))
     for budget in budgets:
         methods.append(("random search", budget, partial(random_search, truth, budget)))
-    blend, best = truth.blend, truth.experts[truth.experts.mean(-1).argmax()].unsqueeze(0)
-    methods += [
-        ("uniform blend", 1, lambda seed: Answer("uniform blend", 1, blend, blend)),
-        ("best expert", experts, lambda seed: Answer("best expert", experts, best, best)),
-    ]
+    best_expert = truth.experts[truth.experts.mean(-1).argmax()].unsqueeze(0)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         archive, population = truth.direct(seed)
-        best_known = archive[non_dominated(archive)]
-        weights = preference_weights(200, experts, generator=child(make_generator(seed), "weights"))
-        full = truth.volume(best_known)
-        answers = [(name, budget, make(seed)) for name, budget, make in methods]
+        kept = archive[non_dominated(archive)]
+        weights = preference_weights(60, experts, generator=child(make_generator(seed), "weights"))
+        answers = [(name, budget, make(seed, weights)) for name, budget, make in methods]
+        thinned = thin(kept, kept, len(answers[0][2].real))
+        answers += [
+            ("uniform blend", 1, Answer(truth.blend, truth.blend)),
+            ("best expert", experts, Answer(best_expert, best_expert)),
+            ("direct NSGA-II: final population", evaluations, Answer(population, population)),
+            ("direct NSGA-II: archive, thinned", evaluations, Answer(thinned, thinned)),
+            ("direct NSGA-II: whole archive", evaluations, Answer(kept, kept)),
+        ]
         # Everybody's regret is measured against the best that anybody of this seed has reached.
-        everyone = torch.cat([best_known, *[answer.real for _, _, answer in answers]])
-        direct = Answer("direct NSGA-II", evaluations, best_known, best_known)
-        for name, budget, answer in [*answers, ("direct NSGA-II", evaluations, direct)]:
-            scores = score(truth, answer, everyone, weights)
-            rows.append(
-                {
-                    "experts": experts,
-                    "method": name,
-                    "evaluations": budget,
-                    "seed": seed,
-                    **scores,
-                    "share": scores["hypervolume"] / full,
-                    "share of last population": scores["hypervolume"] / truth.volume(population),
-                }
-            )
+        known = [kept, *[answer.real for _, _, answer in answers]]
+        known += [answer.chosen for _, _, answer in answers if answer.chosen is not None]
+        returned = truth.volume(population)
+        for name, budget, answer in answers:
+            scores = score(truth, answer, torch.cat(known), weights)
+            about = {"experts": experts, "method": name, "evaluations": budget, "seed": seed}
+            rows.append({**about, **scores, "share": scores["hypervolume"] / returned})
         print(f"N = {experts}, seed {seed} done", flush=True)
-    return {
-        "experts": experts,
-        "rows": rows,
-        "low": truth.low.tolist(),
-        "high": truth.high.tolist(),
-    }
+    scale = {"low": truth.low.tolist(), "high": truth.high.tolist()}
+    return {"experts": experts, "rows": rows, **scale}
 
 
 def table(outcome: dict[str, Any]) -> list[str]:
@@ -207,23 +226,23 @@ def table(outcome: dict[str, Any]) -> list[str]:
         + "; best experts "
         + ", ".join(f"{value:.3f}" for value in outcome["high"]),
         "",
-        "| method | evaluations | hypervolume / direct search | regret | optimism |",
-        "|---|---|---|---|---|",
+        "| method | evaluations | points | hypervolume / direct search | regret, front's points "
+        "| regret, solved for the preference | optimism |",
+        "|---|---|---|---|---|---|---|",
     ]
     keys = dict.fromkeys((row["method"], row["evaluations"]) for row in outcome["rows"])
-    for method, budget in keys:
-        rows = [
-            row
-            for row in outcome["rows"]
-            if (row["method"], row["evaluations"]) == (method, budget)
-        ]
+    for key in keys:
+        rows = [row for row in outcome["rows"] if (row["method"], row["evaluations"]) == key]
         share = [row["share"] for row in rows]
         regret = [row["regret"] for row in rows]
-        optimism = [row["optimism"] for row in rows]
+        solved = [row["regret of choices"] for row in rows if "regret of choices" in row]
+        optimism = statistics.mean(row["optimism"] for row in rows)
         lines.append(
-            f"| {method} | {budget:,} | {statistics.mean(share):.3f} ({min(share):.3f}) "
-            f"| {statistics.mean(regret):.4f} ({max(regret):.4f}) "
-            f"| {statistics.mean(optimism):+.3f} |"
+            f"| {key[0]} | {key[1]:,} | {statistics.mean(row['points'] for row in rows):,.0f} "
+            f"| {statistics.mean(share):.2f} ({min(share):.2f}) "
+            f"| {statistics.mean(regret):.4f} ({max(regret):.4f}) | "
+            + (f"{statistics.mean(solved):.4f} ({max(solved):.4f})" if solved else "")
+            + f" | {optimism:+.3f} |"
         )
     return lines
 

@@ -146,23 +146,34 @@ def _pairs(given: list[str], option: str) -> dict[str, float]:
     return pairs
 
 
-def _chosen(options: argparse.Namespace, result: Any) -> Any:
+def _chosen(options: argparse.Namespace) -> Any:
+    from map_bo.loop.reading import load_result
+
     prefer = _pairs(options.prefer, "--prefer")
     at_least = _pairs(options.at_least, "--at-least")
     at_most = _pairs(options.at_most, "--at-most")
+    result = load_result(options.run)
     if options.point is not None:
         if prefer or at_least or at_most:
             raise ConfigError(
                 "--point and a preference were both given", hint="choose by one of them"
             )
         return result.point(options.point)
-    return result.choose(prefer, at_least=at_least, at_most=at_most, rule=options.rule)
+
+    def choice(of: Any) -> Any:
+        return of.choose(prefer, at_least=at_least, at_most=at_most, rule=options.rule)
+
+    first = choice(result)  # a wrong name should not wait for the surrogate
+    config = _recorded_config(options.run, required=False)
+    if config is None:
+        return first
+    from map_bo.app.build import build_settings
+
+    return choice(load_result(options.run, surrogate=build_settings(config[0]).surrogate))
 
 
 def _choose(options: argparse.Namespace) -> None:
-    from map_bo.loop.reading import load_result
-
-    choice = _chosen(options, load_result(options.run))
+    choice = _chosen(options)
     if options.json:
         import json
 
@@ -173,7 +184,8 @@ def _choose(options: argparse.Namespace) -> None:
     from map_bo.report.cards import print_choice
 
     console = Console()
-    console.print(f"Point {choice.point} of {options.run}", highlight=False, markup=False)
+    where = "Solved for this preference, near point" if choice.refined else "Point"
+    console.print(f"{where} {choice.point} of {options.run}", highlight=False, markup=False)
     print_choice(
         console,
         space=choice.space,
@@ -187,18 +199,16 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from map_bo.app.build import build_problem, working_directory
-    from map_bo.loop.reading import load_result
+    from dataclasses import replace
 
-    # Choose first: a wrong name should not wait for checkpoints to load.
-    choice = _chosen(options, load_result(options.run))
+    from map_bo.app.build import build_problem, working_directory
+
+    choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
     out = os.path.abspath(options.out)
     config, cwd = _recorded_config(options.run)
     with working_directory(cwd):
-        problem = build_problem(config)
-        result = load_result(os.path.abspath(options.run), problem=problem)
-        written = result.point(choice.point).export(out)
-    sys.stdout.write(f"merged model of point {choice.point} written to {written}\n")
+        written = replace(choice, problem=build_problem(config)).export(out)
+    sys.stdout.write(f"merged model written to {written}\n")
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -224,20 +234,23 @@ def _report(options: argparse.Namespace) -> None:
     sys.stdout.write(f"report written to {options.run}/report.html\n")
 
 
-def _recorded_config(run: str) -> tuple[Any, str | None]:
+def _recorded_config(run: str, *, required: bool = True) -> Any:
+    """Return the recorded configuration and working directory, or None when not ``required``."""
     from omegaconf import OmegaConf
 
     from map_bo.loop.reading import created_of
 
     recorded = created_of(run).get("config")
-    if not recorded or "tree" not in recorded:
-        raise ConfigError(
-            f"the run in {run} was not started by `map-bo run`, so how to build its problem is "
-            "not recorded",
-            hint="go on in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
-            "problem and settings; result.choose(...).export(...)",
-        )
-    return OmegaConf.create(recorded["tree"]), recorded.get("cwd")
+    if recorded and "tree" in recorded:
+        return OmegaConf.create(recorded["tree"]), recorded.get("cwd")
+    if not required:
+        return None
+    raise ConfigError(
+        f"the run in {run} was not started by `map-bo run`, so how to build its problem is "
+        "not recorded",
+        hint="go on in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
+        "problem and settings; result.choose(...).export(...)",
+    )
 
 
 def _run(arguments: list[str]) -> None:
@@ -258,12 +271,17 @@ def _run(arguments: list[str]) -> None:
         hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
             run_task
         )()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if asked == "1" or (type(error) is ValueError and error.__traceback__ is None):
+    except (HydraException, OmegaConfBaseException) as error:
+        if asked == "1":
             raise
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
         _fail(text, "`map-bo run --help` lists the groups and their options")
+    finally:
+        if asked is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = asked
 
 
 def _complete(arguments: list[str]) -> None:

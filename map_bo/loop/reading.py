@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric
 from map_bo.tracking.jsonl import JsonlStore
 
@@ -45,15 +47,25 @@ def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     return replay(JsonlStore.open(Path(run_dir)).read(), metrics, space.d), space
 
 
-def load_result(run_dir: str | Path, *, problem: Problem | None = None) -> Result:
-    """Return the result of a recorded run; no model is loaded and nothing is evaluated.
+def load_result(
+    run_dir: str | Path,
+    *,
+    problem: Problem | None = None,
+    surrogate: Surrogate | None = None,
+) -> Result:
+    """Return the result of a recorded run; no checkpoint is loaded and nothing is evaluated.
 
     Args:
         run_dir: The run's directory.
         problem: The run's problem, needed only to export a choice.
+        surrogate: The run's surrogate settings. When given, it is fitted again to the recorded
+            evaluations, so that choices can go beyond the points of the front.
 
     Raises:
         StoreError: When there is no run, or it has no front yet.
     """
     state, space = load_state(run_dir)
-    return Result.of(state, space, problem=problem, run_dir=Path(run_dir))
+    result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
+    if surrogate is None:
+        return result
+    return replace(result, model=surrogate.fit(state.seen, space))

@@ -133,8 +133,7 @@ def recommend(
 ) -> Recommendation:
     """Fit the surrogate to ``seen`` and solve it for the whole front.
 
-    With ``settings.guard`` the solver is kept where the data support the surrogate, and points
-    that end outside are dropped.
+    With ``settings.guard`` the front is kept where the data support the surrogate.
 
     Raises:
         SurrogateError: When nothing succeeded.
@@ -149,8 +148,7 @@ def recommend(
     searched = mean if coverage is None else guard(mean, coverage, scale=scale)
     X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
     if coverage is not None:
-        trusted = coverage.trusted(X)
-        X = X[trusted] if bool(trusted.any()) else X
+        X = coverage.shrink(X)
     X = X[non_dominated(mean(X).detach())]
     prediction = predict(model, X)
     front = Front(

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations, directions
+from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
-from map_bo.pareto.preferences import Preference, choose
+from map_bo.pareto.gradient import ascend
+from map_bo.pareto.preferences import Preference, choose, shortfall, utility
+from map_bo.pareto.trust import Coverage, guard
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_tensor
 
 __all__ = ["Choice", "Exportable", "Result"]
+
+# How much the utility of a choice (1 is the best expert) must gain to leave the front's points.
+_NOTICEABLE = 2e-3
 
 
 @runtime_checkable
@@ -37,7 +43,7 @@ class Choice:
     """One point of a front, chosen by preference or by number.
 
     Attributes:
-        point: Row of the front.
+        point: Row of the front; the nearest one when ``refined``.
         x: ``d`` coefficients.
         mean: ``m`` predicted metrics, own units.
         lower: ``m`` lower ends of their 95 % intervals.
@@ -46,6 +52,9 @@ class Choice:
         metrics: The metrics.
         space: The coefficients.
         preference: What it was chosen by, or None when chosen by number.
+        refined: Whether the surrogate was solved for this very preference, starting from
+            ``point``, because that promised more than the point itself.
+        problem: The problem, needed to export.
     """
 
     point: int
@@ -57,6 +66,7 @@ class Choice:
     metrics: tuple[Metric, ...]
     space: CoefficientSpace
     preference: Preference | None = None
+    refined: bool = False
     problem: Problem | None = None
 
     @property
@@ -75,6 +85,7 @@ class Choice:
 
         return {
             "point": self.point,
+            "refined": self.refined,
             "coefficients": self.coefficients,
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
@@ -111,6 +122,7 @@ class Result:
         problem: The problem, when it is at hand.
         model: The fitted surrogate, when it was fitted in this process.
         run_dir: Where the run was recorded, if anywhere.
+        guarded: Whether the front was kept where the data support the surrogate.
     """
 
     front: Front
@@ -122,6 +134,7 @@ class Result:
     problem: Problem | None = None
     model: SurrogateModel | None = None
     run_dir: Path | None = None
+    guarded: bool = True
 
     @classmethod
     def of(
@@ -157,6 +170,7 @@ class Result:
             problem=problem,
             model=model,
             run_dir=run_dir,
+            guarded=bool(state.created.get("settings", {}).get("guard", True)),
         )
 
     @property
@@ -172,7 +186,10 @@ class Result:
         at_most: Mapping[str, float] | None = None,
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
     ) -> Choice:
-        """Return the front point that suits a preference best, at no further evaluation.
+        """Return the merge that suits a preference best, at no further evaluation.
+
+        The best point of the front is taken; when the surrogate is at hand and, solved for this
+        very preference, promises noticeably more than that point, its solution is.
 
         Args:
             prefer: Weight of each metric; those not named weigh nothing, none named weighs all
@@ -190,14 +207,54 @@ class Result:
             at_most=dict(at_most or {}),
             rule=rule,
         )
-        row = choose(
-            self.front.mean,
-            self.metrics,
-            preference,
-            reference=self.reference.point,
-            best=self.reference.best,
+        scale = {"reference": self.reference.point, "best": self.reference.best}
+        row = choose(self.front.mean, self.metrics, preference, **scale)
+        x = self._refined(row, preference)
+        return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
+
+    def _refined(self, row: int, preference: Preference) -> Tensor | None:
+        """Solve the surrogate for one preference, from the front point that suits it best.
+
+        Returns:
+            ``d`` coefficients, or None when that promises no noticeably better model: then the
+            front point stays, whose metrics may have been measured.
+        """
+        if self.model is None:
+            return None
+        mean = predicted_mean(self.model)
+        width = (self.reference.best - self.reference.point).abs()
+        coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
+        guarded = mean if coverage is None else guard(mean, coverage, scale=width)
+
+        def gain(X: Tensor) -> Tensor:
+            values = to_maximisation(guarded(X), self.metrics)
+            wanted = utility(
+                values,
+                self.metrics,
+                preference,
+                reference=self.reference.point,
+                best=self.reference.best,
+            )
+            return wanted - 100 * shortfall(values, self.metrics, preference)
+
+        start = self.front.X[row : row + 1]
+        x = ascend(gain, self.space, start)
+        x = x if coverage is None else coverage.shrink(x)
+        before, after = (float(gain(point).detach()) for point in (start, x))
+        return x[0] if after > before + _NOTICEABLE else None
+
+    def _refinement(self, row: int, x: Tensor, preference: Preference) -> Choice:
+        assert self.model is not None
+        prediction = predict(self.model, x.unsqueeze(0))
+        return replace(
+            self._choice(row, preference),
+            x=x,
+            mean=prediction.mean[0],
+            lower=prediction.lower[0],
+            upper=prediction.upper[0],
+            real=torch.full((len(self.metrics),), torch.nan, dtype=torch.float64),
+            refined=True,
         )
-        return self._choice(row, preference)
 
     def point(self, number: int) -> Choice:
         """Return a front point by its number (its row in ``front.csv``)."""

@@ -20,7 +20,7 @@ from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, child_seed
 from map_bo.space import CoefficientSpace
 
-__all__ = ["GradientSolver", "simplex_directions", "thin"]
+__all__ = ["GradientSolver", "ascend", "simplex_directions", "thin"]
 
 _FLOOR = 1e-2  # smallest entry of a direction: keeps 1 / direction, and so the gradients, finite
 _BETAS = (0.9, 0.99)
@@ -39,6 +39,10 @@ class GradientSolver:
     best, which is what keeps non-concave surrogates from trapping it. The box and linear
     constraints are kept by projection after every step.
 
+    From four metrics on a share of the rows maximises weighted sums instead, with weights uniform
+    on the simplex. In many metrics Chebyshev directions put most points where some metric is
+    given up almost wholly; the optima of sums lie where preferences usually fall.
+
     Attributes:
         points: Largest number of points returned.
         steps: Adam steps for the front.
@@ -46,16 +50,18 @@ class GradientSolver:
         starts: Ascents for each metric alone that look for its best value.
         surplus: Scalarisations for each point asked for; above 1, because some of them end in
             the same or in a dominated point.
+        sums: Share of the scalarisations that are weighted sums, from four metrics on.
 
     Raises:
         ConfigError: When a setting is not positive.
     """
 
-    points: int = 300
+    points: int = 500
     steps: int = 75
     learning_rate: float = 0.1
     starts: int = 8
     surplus: float = 1.2
+    sums: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("points", "steps", "learning_rate", "starts", "surplus"):
@@ -64,6 +70,10 @@ class GradientSolver:
                     f"{name} of the gradient solver is {getattr(self, name)}",
                     hint="it must be positive",
                 )
+        if not 0 <= self.sums <= 1:
+            raise ConfigError(
+                f"sums of the gradient solver is {self.sums}", hint="a share is in [0, 1]"
+            )
 
     def solve(
         self,
@@ -143,22 +153,28 @@ class GradientSolver:
         m = Y.shape[-1]
         ideal = Y.amax(0)
         spread = _spread(ideal, best.amin(0))
-        seed = child_seed(generator, "directions")
-        W = 1 / simplex_directions(count, m, seed=seed).clamp_min(_FLOOR)
+        summed = round(self.sums * count) if m > 3 else 0
+        directions = simplex_directions(count - summed, m, seed=child_seed(generator, "directions"))
+        W = 1 / directions.clamp_min(_FLOOR)
         W = W / W.sum(-1, keepdim=True)
+        V = simplex_directions(summed, m, seed=child_seed(generator, "sums"))
 
         def loss(Z: Tensor, progress: float) -> Tensor:
             temperature = 0.1 * 0.01**progress / m
-            U = W * ((ideal - mean(Z)) / spread)
+            losses = (ideal - mean(Z)) / spread
+            U = W * losses[: len(W)]
             smooth: Tensor = temperature * torch.logsumexp(U / temperature, -1)
-            return smooth.sum() + 1e-3 * U.sum()
+            return smooth.sum() + 1e-3 * U.sum() + (V * losses[len(W) :]).sum()
 
-        descent = _Descent(space, X[_best_rows(W, (ideal - Y) / spread)], self.learning_rate)
+        def best_rows(losses: Tensor) -> Tensor:
+            sums = (V @ losses.T).nan_to_num(nan=math.inf).argmin(-1)
+            return torch.cat([_best_rows(W, losses), sums])
+
+        descent = _Descent(space, X[best_rows((ideal - Y) / spread)], self.learning_rate)
         exchange = {self.steps * k // 4 for k in (1, 2, 3)} - {0}
         for step in range(self.steps):
             if step in exchange:
-                losses = (ideal - _values(mean, descent.X)) / spread
-                descent.restart(_best_rows(W, losses))
+                descent.restart(best_rows((ideal - _values(mean, descent.X)) / spread))
             descent.step(loss, step / self.steps)
         return descent.X
 
@@ -211,6 +227,29 @@ class _Descent:
         self.first = self.first.masked_fill(moved, 0.0)
         self.second = self.second.masked_fill(moved, 0.0)
         self.age = self.age.masked_fill(moved, 0.0)
+
+
+def ascend(
+    gain: Callable[[Tensor], Tensor],
+    space: CoefficientSpace,
+    X: Tensor,
+    *,
+    steps: int = 100,
+    learning_rate: float = 0.02,
+) -> Tensor:
+    """Return where projected Adam leads from each row of ``X`` (``n x d``) uphill on ``gain``.
+
+    Args:
+        gain: Maps ``n x d`` to ``n`` values, larger is better, differentiable.
+        space: Where to search.
+        X: The starts.
+        steps: Adam steps.
+        learning_rate: First step length, as a share of the width of the box.
+    """
+    descent = _Descent(space, X.clone(), learning_rate)
+    for step in range(steps):
+        descent.step(lambda Z, _: -gain(Z).sum(), step / steps)
+    return descent.X
 
 
 def simplex_directions(n: int, m: int, *, seed: int) -> Tensor:

@@ -14,7 +14,7 @@ from map_bo.data import Metric, check_metrics, to_maximisation
 from map_bo.errors import PreferenceError
 from map_bo.pareto.indicators import scaled
 
-__all__ = ["Preference", "choose"]
+__all__ = ["Preference", "choose", "shortfall", "utility"]
 
 Rule = Literal["weighted_sum", "chebyshev"]
 
@@ -108,6 +108,35 @@ def choose(
             f"values of shape {tuple(values.shape)} hold no point to choose for "
             f"{len(names)} metrics"
         )
+    allowed = _allowed(values, names, preference)
+    score = utility(values, metrics, preference, reference=reference, best=best)
+    return int(score.masked_fill(~allowed, -math.inf).argmax())
+
+
+def utility(
+    values: Tensor,
+    metrics: Sequence[Metric],
+    preference: Preference,
+    *,
+    reference: Tensor,
+    best: Tensor,
+) -> Tensor:
+    """Return what a preference thinks of each point (``k``, larger is better), bounds aside.
+
+    Metrics are scaled so that the reference point is 0 and the best single expert is 1, so the
+    number is in units of that scale. Differentiable in ``values``.
+
+    Args:
+        values: ``k x m`` metric values of the points, in own units and directions.
+        metrics: The ``m`` metrics.
+        preference: Weights and rule.
+        reference: ``m`` values of the reference point, in own units.
+        best: ``m`` best values of any single expert, in own units.
+
+    Raises:
+        PreferenceError: When ``best`` is worse than ``reference``.
+    """
+    names = [metric.name for metric in metrics]
     low, high = to_maximisation(reference, metrics), to_maximisation(best, metrics)
     if bool((high < low).any()):
         worse = [name for name, wrong in zip(names, (high < low).tolist(), strict=True) if wrong]
@@ -115,18 +144,27 @@ def choose(
             f"the best expert is worse than the reference point in {', '.join(worse)}",
             hint="give both in the metrics' own units and directions",
         )
-    allowed = _allowed(values, names, preference)
     weights = torch.tensor(
         [preference.weights.get(name, 0.0) if preference.weights else 1.0 for name in names],
         dtype=torch.float64,
     )
     weights = weights / weights.sum()
     S = scaled(to_maximisation(values.double(), metrics), low, high)
-    score = S @ weights
+    score: Tensor = S @ weights
     if preference.rule == "chebyshev":
         # The small weighted sum tells apart points whose worst shortfall is the same.
         score = -(weights * (1 - S)).amax(-1) + 1e-3 * score
-    return int(score.masked_fill(~allowed, -math.inf).argmax())
+    return score
+
+
+def shortfall(values: Tensor, metrics: Sequence[Metric], preference: Preference) -> Tensor:
+    """Return by how much each point (``k x m``) misses the bounds, summed, in own units."""
+    names = [metric.name for metric in metrics]
+    total = torch.zeros(len(values), dtype=torch.float64)
+    for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
+        for name, bound in bounds.items():
+            total = total + (side * (bound - values[:, names.index(name)])).clamp_min(0.0)
+    return total
 
 
 def _check_names(preference: Preference, names: Sequence[str]) -> None:

@@ -89,7 +89,6 @@ def test_the_schema_and_the_settings_agree() -> None:
     [
         (["+problem.expertz=3"], "problem has no option 'expertz'"),
         (["problem._target_=map_bo.nowhere.Nothing"], "cannot be imported"),
-        (["problem._target_=map_bo.rng.make_generator", "~problem"], "_target_"),
     ],
 )
 def test_a_wrong_key_is_told(overrides: list[str], message: str) -> None:

@@ -131,8 +131,8 @@ def test_merge_writes_the_chosen_model(
     out = tmp_path / "merged"
     main(["merge", str(finished), "--point", "1", "--out", str(out)])
     recipe = yaml.safe_load((out / "recipe.yaml").read_text())
-    mergekit = yaml.safe_load((out / "mergekit.yaml").read_text())
-    assert mergekit["merge_method"] == "task_arithmetic"
+    # mergekit takes Hugging Face directories only, and these experts are single files.
+    assert "Hugging Face" in (out / "mergekit.yaml").read_text()
     x = load_result(finished).front.X[1]
     assert list(recipe["coefficients"].values()) == pytest.approx(x.tolist())
     merged = load_file(out / "model.safetensors")

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.reading import created_of, load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
+from map_bo.pareto.gradient import GradientSolver
+from map_bo.pareto.preferences import Preference, utility
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, quick
@@ -30,6 +34,36 @@ def test_bounds_are_honoured_in_the_metrics_own_units(result: Result) -> None:
     assert float(choice.mean[1]) <= 0.6
     with pytest.raises(PreferenceError, match="far from b"):
         result.choose(at_most={"far from b": 0.01})
+
+
+def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None:
+    coarse = Run(
+        Bowls(), quick(12, solver=GradientSolver(points=4, steps=20)), MemoryStore()
+    ).drive()
+    assert coarse.model is not None
+    wanted = {"near a": 2, "far from b": 1}
+    by_point = replace(coarse, model=None).choose(wanted)
+    solved = coarse.choose(wanted)
+    assert solved.refined
+    assert not by_point.refined
+    assert bool(torch.isnan(solved.real).all()), "what was not measured is not real"
+    scale = {"reference": coarse.reference.point, "best": coarse.reference.best}
+    preference = Preference(weights=wanted)
+    before, after = (
+        float(utility(c.mean.unsqueeze(0), coarse.metrics, preference, **scale))
+        for c in (by_point, solved)
+    )
+    assert after > before
+    # Where it cannot gain, the front's own point stays.
+    assert not coarse.choose({"near a": 1}).refined
+
+
+def test_a_solved_choice_keeps_its_bounds() -> None:
+    coarse = Run(
+        Bowls(), quick(12, solver=GradientSolver(points=6, steps=20)), MemoryStore()
+    ).drive()
+    choice = coarse.choose({"near a": 1}, at_most={"far from b": 1.0})
+    assert float(choice.mean[1]) <= 1.0 + 1e-6
 
 
 def test_points_are_chosen_by_number(result: Result) -> None:
