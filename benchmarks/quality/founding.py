@@ -111,8 +111,8 @@ def final_population(gains: Tensor, size: int) -> Tensor:
     """Return what survives of an NSGA-II search, replayed from its evaluations in their order."""
     survival, everything = RankAndCrowding(), Problem(n_var=1, n_obj=gains.shape[-1])
     alive = Population.new("F", -gains[:size].numpy())
-    for generation in gains[size:].split(size):
-        born = Population.new("F", -generation.numpy())
+    for start in range(size, len(gains), size):
+        born = Population.new("F", -gains[start : start + size].numpy())
         alive = survival.do(
             everything,
             Population.merge(alive, born),

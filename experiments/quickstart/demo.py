@@ -21,7 +21,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--budget", type=int, default=24)
     options = parser.parse_args()
-    shutil.rmtree(options.out, ignore_errors=True)
+    if (options.out / "events.jsonl").exists():
+        shutil.rmtree(options.out)  # an earlier demo's
 
     run = str(options.out)
     map_bo(["run", f"hydra.run.dir={run}", f"loop.budget={options.budget}"])

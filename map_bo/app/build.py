@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
@@ -60,6 +61,9 @@ def working_directory(path: str | Path | None) -> Iterator[None]:
 
 
 def _build(config: DictConfig, group: str) -> Any:
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # a user's own classes stand in the working directory
     node = config[group]
     if node is None or "_target_" not in node:
         raise ConfigError(
@@ -76,7 +80,7 @@ def _build(config: DictConfig, group: str) -> Any:
         cause = error.__cause__
         if isinstance(cause, MapBoError):
             raise cause from error
-        reason = str(cause or error).splitlines()[0]
+        reason = next(iter(str(cause or error).splitlines()), "") or type(cause).__name__
         raise ConfigError(f"{group} cannot be built: {reason}") from error
 
 

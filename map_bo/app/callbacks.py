@@ -18,11 +18,29 @@ class RefuseExistingRun(Callback):
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Exit with status 2 when the run directory holds events."""
         directory = Path(config.hydra.run.dir)
-        if (directory / "events.jsonl").exists():
-            sys.stderr.write(
-                f"error: {directory} already holds a run\n"
-                f"hint: go on with `map-bo resume {directory}`, or choose another directory "
-                "with hydra.run.dir=...\n"
+        if _holds_a_run(directory / "events.jsonl"):
+            _refuse(
+                f"{directory} already holds a run",
+                f"go on with `map-bo resume {directory}`, or choose another directory with "
+                "hydra.run.dir=...",
             )
-            # Hydra turns exceptions of callbacks into warnings; this passes through.
-            raise SystemExit(2)
+
+    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Exit with status 2 when the sweep directory holds events of a run."""
+        directory = Path(config.hydra.sweep.dir)
+        if any(map(_holds_a_run, directory.glob("**/events.jsonl"))):
+            _refuse(
+                f"{directory} already holds the runs of a sweep",
+                "choose another directory with hydra.sweep.dir=..., or go on with each run by "
+                "`map-bo resume`",
+            )
+
+
+def _holds_a_run(path: Path) -> bool:
+    return path.exists() and path.stat().st_size > 0
+
+
+def _refuse(message: str, hint: str) -> None:
+    sys.stderr.write(f"error: {message}\nhint: {hint}\n")
+    # Hydra turns exceptions of callbacks into warnings; this passes through.
+    raise SystemExit(2)

@@ -36,12 +36,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MapBoError as error:
         _fail(error.message, error.hint)
     except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; what was measured is kept: `map-bo resume RUN` goes on\n")
         raise SystemExit(130) from None
     except BrokenPipeError:
         # The reader of a pipe has gone (`map-bo choose ... | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
+    except OSError as error:
+        _fail(
+            f"{error.filename or 'a file'}: {error.strerror or error}",
+            "name a directory that exists and can be written, or free some space",
+        )
 
 
 def _fail(message: str, hint: str | None = None) -> None:
@@ -167,9 +171,11 @@ def _chosen(options: argparse.Namespace) -> Any:
     config = _recorded_config(options.run, required=False)
     if config is None:
         return first
-    from map_bo.app.build import build_settings
+    from map_bo.app.build import build_settings, working_directory
 
-    return choice(load_result(options.run, surrogate=build_settings(config[0]).surrogate))
+    with working_directory(config[1]):
+        surrogate = build_settings(config[0]).surrogate
+    return choice(load_result(options.run, surrogate=surrogate))
 
 
 def _choose(options: argparse.Namespace) -> None:
@@ -199,15 +205,25 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
+    import json
     from dataclasses import replace
 
     from map_bo.app.build import build_problem, working_directory
+    from map_bo.loop.reading import created_of
+    from map_bo.loop.run import refuse_another
 
     choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
     out = os.path.abspath(options.out)
+    created = created_of(options.run)
     config, cwd = _recorded_config(options.run)
     with working_directory(cwd):
-        written = replace(choice, problem=build_problem(config)).export(out)
+        problem = build_problem(config)
+        describe = getattr(problem, "describe", None)
+        if describe is not None:
+            # The coefficients are worth nothing for other checkpoints than those of the run.
+            now = json.loads(json.dumps(describe()))
+            refuse_another({"problem": created["problem"]}, {"problem": now})
+        written = replace(choice, problem=problem).export(out)
     sys.stdout.write(f"merged model written to {written}\n")
 
 
@@ -215,12 +231,13 @@ def _resume(options: argparse.Namespace) -> None:
     from pathlib import Path
 
     from map_bo.app.build import working_directory
-    from map_bo.app.task import drive
+    from map_bo.app.task import drive, show
 
-    directory = Path(options.run).absolute()
+    directory, here = Path(options.run).absolute(), Path.cwd()
     config, cwd = _recorded_config(options.run)
     with working_directory(cwd):
-        drive(config, directory, retry_failed=options.retry_failed)
+        result = drive(config, directory, retry_failed=options.retry_failed)
+    show(result, here)
 
 
 def _report(options: argparse.Namespace) -> None:

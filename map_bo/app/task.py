@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
-__all__ = ["drive", "run_task"]
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from map_bo.loop.result import Result
+
+__all__ = ["drive", "run_task", "show"]
 
 
 def run_task(config: DictConfig) -> float:
@@ -20,57 +27,71 @@ def run_task(config: DictConfig) -> float:
 
     directory = Path(HydraConfig.get().runtime.output_dir)
     result = drive(config, directory, fresh=True)
+    show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
 
 def drive(
     config: DictConfig, directory: Path, *, fresh: bool = False, retry_failed: bool = False
-) -> Any:
-    """Start (``fresh``) or go on with the run in ``directory``, and print its summary."""
-    from rich.console import Console
-
+) -> Result:
+    """Start (``fresh``) or go on with the run in ``directory``, and write its report."""
     from map_bo.app.build import build_problem, build_settings
     from map_bo.loop.progress import RichProgress, silent
-    from map_bo.loop.publish import publish, view_of
+    from map_bo.loop.publish import publish
     from map_bo.loop.run import Run
-    from map_bo.report.cards import print_summary
     from map_bo.tracking.jsonl import JsonlStore
 
     settings = build_settings(config)
+    problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     plain = {"tree": OmegaConf.to_container(config, resolve=True), "cwd": str(Path.cwd())}
     with store.lock():
-        problem = build_problem(config)
         run = Run(problem, settings, store, config=plain)
         if retry_failed:
             run.reopen_failures()
-        result = run.drive(RichProgress() if config.progress else silent)
+        try:
+            result = run.drive(RichProgress() if config.progress else silent)
+        except KeyboardInterrupt:
+            command = f"map-bo resume {shlex.quote(_shown(directory, Path.cwd()))}"
+            sys.stderr.write(f"\ninterrupted; what was measured is kept: `{command}` goes on\n")
+            raise
         publish(result)
-    console = Console()
-    print_summary(view_of(result), console)
-    _print_next_steps(console, result)
     return result
 
 
-def _print_next_steps(console: Any, result: Any) -> None:
+def show(result: Result, here: Path) -> None:
+    """Print the summary of a run, and what to do next from the directory ``here``."""
+    from rich.console import Console
+
+    from map_bo.loop.publish import view_of
+    from map_bo.report.cards import print_summary
+
+    console = Console()
+    print_summary(view_of(result), console)
+    _print_next_steps(console, result, here)
+
+
+def _print_next_steps(console: Console, result: Result, here: Path) -> None:
     from map_bo.loop.result import Exportable
 
-    directory = _shown(result.run_dir)
-    first = result.metrics[0].name
+    assert result.run_dir is not None
+    directory = _shown(result.run_dir, here)
+    first = shlex.quote(f"{result.metrics[0].name}=2")
     console.print("\n[bold]Written[/bold]", highlight=False)
     for name in ("report.html", "front.csv", "evaluations.csv", "summary.json", "plots"):
         if (result.run_dir / name).exists():
             console.print(f"  {directory}/{name}", highlight=False, soft_wrap=True, markup=False)
     console.print("\n[bold]Next[/bold]", highlight=False)
-    commands = [f"map-bo choose {directory} --prefer {first}=2"]
+    run = shlex.quote(directory)
+    commands = [f"map-bo choose {run} --prefer {first}"]
     if isinstance(result.problem, Exportable):
-        commands.append(f"map-bo merge {directory} --prefer {first}=2 --out merged")
+        commands.append(f"map-bo merge {run} --prefer {first} --out merged")
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _shown(path: Path) -> str:
+def _shown(path: Path, here: Path) -> str:
     try:
-        return str(path.resolve().relative_to(Path.cwd()))
+        return str(path.resolve().relative_to(here.resolve()))
     except ValueError:
         return str(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import signal
 import threading
 import time
@@ -19,8 +20,12 @@ from map_bo.problems.problem import Problem
 __all__ = ["TimeLimitExceededError", "evaluate_row", "time_limit"]
 
 
-class TimeLimitExceededError(Exception):
-    """An evaluation took longer than its limit."""
+class TimeLimitExceededError(BaseException):
+    """An evaluation took longer than its limit.
+
+    Like ``KeyboardInterrupt`` it is no ``Exception``, so that an evaluator that catches everything
+    to carry on cannot swallow it.
+    """
 
 
 @contextmanager
@@ -71,6 +76,8 @@ def evaluate_row(
         with time_limit(timeout):
             result = problem.evaluate(row, generator=generator)
         reason = _fault(result, problem)
+        if timeout is not None and time.perf_counter() - start > timeout:
+            reason = f"it took longer than {timeout:g} s"
     except (DataError, EvaluationError) as error:
         reason = error.message
     except MapBoError:
@@ -81,17 +88,14 @@ def evaluate_row(
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         result = Observations.failed(row, problem.metrics, reason)
+    elif result.X.shape == row.shape and torch.allclose(
+        result.X, row.double(), rtol=0.0, atol=1e-6
+    ):
+        # A problem may work in another precision; what was asked for is what was evaluated.
+        result = dataclasses.replace(result, X=row)
     seconds = time.perf_counter() - start
     if not bool(torch.isfinite(result.cost).all()) or not bool((result.cost > 0).all()):
-        result = Observations(
-            X=row,
-            Y=result.Y,
-            metrics=result.metrics,
-            Yvar=result.Yvar,
-            counts=result.counts,
-            cost=torch.tensor([seconds]),
-            failures=result.failures,
-        )
+        result = dataclasses.replace(result, cost=torch.tensor([seconds]))
     return result
 
 

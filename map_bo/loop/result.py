@@ -235,13 +235,15 @@ class Result:
                 reference=self.reference.point,
                 best=self.reference.best,
             )
-            return wanted - 100 * shortfall(values, self.metrics, preference)
+            return wanted - 10 * shortfall(values, self.metrics, preference, scale=width)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
         x = x if coverage is None else coverage.shrink(x)
         before, after = (float(gain(point).detach()) for point in (start, x))
-        return x[0] if after > before + _NOTICEABLE else None
+        missed = shortfall(to_maximisation(mean(x), self.metrics), self.metrics, preference)
+        keeps = float(missed.detach()) <= 0
+        return x[0] if keeps and after > before + _NOTICEABLE else None
 
     def _refinement(self, row: int, x: Tensor, preference: Preference) -> Choice:
         assert self.model is not None

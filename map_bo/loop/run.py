@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Generator
 
 from map_bo.data import Observations
-from map_bo.errors import EvaluationError, StoreError
+from map_bo.errors import ConfigError, EvaluationError, StoreError
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend
@@ -23,7 +23,7 @@ from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, replay
 from map_bo.loop.summary import summarise, versions
-from map_bo.problems.problem import Problem
+from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.tracking.codec import (
     encode_front,
@@ -34,7 +34,7 @@ from map_bo.tracking.codec import (
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 
-__all__ = ["Run", "optimize"]
+__all__ = ["Run", "optimize", "refuse_another"]
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +68,20 @@ class Run:
         self.store = store
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
+        _check_reference(settings, problem)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
                 f"the budget leaves {settings.search} evaluations for the search, fewer than the "
-                f"{anchors} anchors (base, experts, uniform blend): the last of them are skipped, "
-                "and nothing is proposed from a surrogate"
+                f"{anchors} of base, experts and uniform blend: a design that starts with these "
+                "skips the last of them"
             )
         self.state: RunState = replay(store.read(), problem.metrics, problem.space.d)
         identity = self._identity()
         if not self.state.created:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
-            _refuse_another(self.state.created, identity)
+            refuse_another(self.state.created, identity)
 
     def _identity(self) -> dict[str, Any]:
         describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
@@ -97,8 +98,9 @@ class Run:
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)
+        after = advance(self.state, event)  # first: what cannot be replayed is not written
         self.store.append(event)
-        self.state = advance(self.state, event)
+        self.state = after
 
     def ask(self, n: int) -> list[int]:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
@@ -119,15 +121,30 @@ class Run:
 
     def tell(self, index: int, outcome: Observations) -> None:
         """Record the outcome (one row) of the proposed row ``index``."""
-        if not 0 <= index < len(self.state.X) or len(outcome) != 1:
+        if index not in self.state.pending or len(outcome) != 1:
             raise StoreError(
                 f"{len(outcome)} outcomes were told for row {index}",
-                hint=f"tell one row for one of the {len(self.state.X)} rows proposed so far",
+                hint=f"tell one row for one of the rows that wait: {self.state.pending}",
+            )
+        if outcome.metrics != self.problem.metrics or outcome.X.shape[-1] != self.problem.space.d:
+            raise StoreError(
+                f"the outcome of row {index} is of another problem: "
+                f"{[metric.name for metric in outcome.metrics]}",
+                hint=f"metrics are {[metric.name for metric in self.problem.metrics]}",
             )
         self._record("observed", {"index": index, "observation": encode_observations(outcome)})
 
     def reopen_failures(self) -> int:
-        """Put every failed evaluation of the search back in line; return how many."""
+        """Put every failed evaluation of the search back in line; return how many.
+
+        Raises:
+            StoreError: When the front has been solved: it rests on the evaluations as they are.
+        """
+        if self.state.front is not None:
+            raise StoreError(
+                "the front of this run has been solved without its failed evaluations",
+                hint="start a new run to evaluate them",
+            )
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
         if failed:
             self._record("reopened", {"indices": failed})
@@ -140,6 +157,8 @@ class Run:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        if self.state.summary is None and isinstance(self.problem, Preparable):
+            self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self.state.front is None and len(self.state.outcomes) < self.settings.search:
@@ -174,10 +193,14 @@ class Run:
 
     def _verify(self, row: int) -> Observations:
         assert self.state.front is not None
-        for attempt in range(self.settings.retries + 1):
+        while True:
+            attempt = self.state.verify_attempts.get(row, 0)
             outcome = self._measure(self.state.front.X[row], "verify", row, attempt)
-            if outcome.failures[0] is None:
+            reason = outcome.failures[0]
+            if reason is None or attempt >= self.settings.retries:
                 break
+            logger.warning("front point %d could not be measured, trying again: %s", row, reason)
+            self._record("attempt", {"verify": row, "reason": reason})
         self._record("verified", {"row": row, "observation": encode_observations(outcome)})
         return outcome
 
@@ -228,7 +251,9 @@ class Run:
             state,
             self.problem.space,
             problem=self.problem,
-            model=None if found is None else found.model,
+            model=self.settings.surrogate.fit(state.seen, self.problem.space)
+            if found is None
+            else found.model,
             run_dir=directory,
         )
         if state.summary is not None:
@@ -253,7 +278,23 @@ class Run:
         return dataclasses.replace(result, summary=summary)
 
 
-def _refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+def _check_reference(settings: Settings, problem: Problem) -> None:
+    given, names = settings.reference, {metric.name for metric in problem.metrics}
+    if given is not None and (set(given) != names or not all(map(math.isfinite, given.values()))):
+        raise ConfigError(
+            f"the reference point is {dict(given)}, the metrics are {sorted(names)}",
+            hint="give one finite value for every metric",
+        )
+
+
+def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Compare what a run recorded of itself with what it would record now.
+
+    Files may have moved, but their digests must be the same.
+
+    Raises:
+        StoreError: When they differ; the message names the first difference.
+    """
     before = _flat({part: recorded.get(part) for part in identity})
     now = _flat(identity)
     different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
@@ -272,7 +313,7 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in data.items():
         if isinstance(value, Mapping):
             flat.update(_flat(value, f"{prefix}{key}."))
-        else:
+        elif key != "source":  # files may move; their digests tell whether they are the same
             flat[f"{prefix}{key}"] = value
     return flat
 
@@ -322,7 +363,7 @@ def optimize(
         if (directory / "events.jsonl").exists()
         else JsonlStore.create(directory)
     )
-    with store.lock() if isinstance(store, JsonlStore) else nullcontext():
+    with store.lock():
         result = Run(problem, chosen, store, config=config).drive(bar)
         publish(result)
     return result

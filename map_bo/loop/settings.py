@@ -110,4 +110,11 @@ class Settings:
         parts = {"sampler", "surrogate", "solver"}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
         plain["reference"] = dict(self.reference) if self.reference is not None else None
-        return {**plain, **{name: repr(getattr(self, name)) for name in sorted(parts)}}
+        return {**plain, **{name: _told(getattr(self, name)) for name in sorted(parts)}}
+
+
+def _told(part: object) -> str:
+    """Return a part in words that are the same in every process."""
+    if type(part).__repr__ is object.__repr__:
+        return f"{type(part).__module__}.{type(part).__qualname__}"
+    return repr(part)

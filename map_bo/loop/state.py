@@ -4,7 +4,8 @@ Events and their data:
 
 ``created``    settings, problem (its description), space, metrics, versions
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``
-``attempt``    ``index``, ``reason``: an evaluation failed and is tried again
+``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
+               evaluation failed and is tried again
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``front``      the predicted front and which of its points to verify
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations
-from map_bo.errors import StoreError
+from map_bo.errors import MapBoError, StoreError
 from map_bo.tracking.codec import decode_front, decode_observations, decode_tensor
 from map_bo.tracking.store import Event
 
@@ -39,6 +40,7 @@ class RunState:
         X: ``n x d`` every row proposed so far.
         outcomes: Index of a proposed row -> its one-row observations.
         attempts: Index of a proposed row -> how often it has failed and will be tried again.
+        verify_attempts: Row of the front -> how often its verification has failed.
         front: The predicted front, once it has been solved.
         front_data: What else was recorded with the front.
         verified: Row of the front -> its one-row observations.
@@ -51,6 +53,7 @@ class RunState:
     created: Mapping[str, Any] = field(default_factory=dict)
     outcomes: Mapping[int, Observations] = field(default_factory=dict)
     attempts: Mapping[int, int] = field(default_factory=dict)
+    verify_attempts: Mapping[int, int] = field(default_factory=dict)
     front: Front | None = None
     front_data: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[int, Observations] = field(default_factory=dict)
@@ -98,6 +101,9 @@ def advance(state: RunState, event: Event) -> RunState:
             rows = decode_tensor(data["X"]).reshape(-1, state.X.shape[-1])
             seconds = state.proposing + data["seconds"]
             return new(state, X=torch.cat([state.X, rows]), proposing=seconds)
+        case "attempt" if "verify" in data:
+            tried = state.verify_attempts.get(data["verify"], 0) + 1
+            return new(state, verify_attempts={**state.verify_attempts, data["verify"]: tried})
         case "attempt":
             tried = state.attempts.get(data["index"], 0) + 1
             return new(state, attempts={**state.attempts, data["index"]: tried})
@@ -116,7 +122,11 @@ def advance(state: RunState, event: Event) -> RunState:
         case "verified":
             outcome = decode_observations(data["observation"], state.metrics)
             front = state.front
-            if front is not None and outcome.failures[0] is None:
+            if (
+                front is not None
+                and outcome.failures[0] is None
+                and torch.allclose(outcome.X[0], front.X[data["row"]], rtol=0.0, atol=1e-6)
+            ):
                 front = front.with_real([data["row"]], outcome.Y)
             return new(state, verified={**state.verified, data["row"]: outcome}, front=front)
         case "finished":
@@ -134,7 +144,7 @@ def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunS
     for number, event in enumerate(events, start=1):
         try:
             state = advance(state, event)
-        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+        except (MapBoError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise StoreError(
                 f"event {number} ({event.kind!r}) of the run cannot be read: {error!r}",
                 hint="the record was changed by hand, or written by another version",

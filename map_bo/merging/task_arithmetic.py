@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,10 +19,8 @@ __all__ = ["LinearMerge", "LinearOperator", "TaskArithmetic"]
 
 # Measured on 2 cores for N = 2, 4, 8: tiles of 2^13 to 2^18 are within a tenth of each other.
 _TILE = 1 << 15
-# On a CPU torch works on fewer than 2^15 numbers without waking its threads, and 128 kB of sums
-# stay in the cache. On a GPU a longer chunk hides the launches.
-_CHUNK = {"cpu": (1 << 15) - 64, "cuda": 1 << 23}
-_WORKERS = 8  # beyond it, threads wait for Python's lock
+# Rows in a narrower storage are widened chunk by chunk; on a GPU a longer one hides the launches.
+_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
 _REST = "*"
 
 
@@ -170,17 +167,15 @@ class LinearMerge:
     Sums are in float32 whatever the storage. Float32 rows on a CPU go through a batched matrix
     product over tiles, which reads every row once and writes ``out`` once; a matrix-vector
     product of the whole, and a loop of additions, were slower on the machine that this was
-    measured on. Everything else adds row by row in chunks that stay in the cache, on a CPU in
-    as many threads as torch uses, which share the chunks: threads that meet after every
-    addition lose their time waiting as soon as other work shares the cores. The only memory
-    taken is one chunk a thread, where ``out`` is not float32.
+    measured on. Other storage is widened to float32 chunk by chunk on a CPU and multiplied there;
+    on a GPU rows are added one by one. The only memory taken is one chunk of each row.
 
     Args:
         vectors: The resident task vectors.
         segments: ``(start, stop, block)`` of the flat layout, without gaps.
         blocks: Number of blocks ``B``; coefficients are ordered expert by expert, ``d = N B``.
         tile: Numbers a tile of the batched product.
-        chunk: Numbers a chunk of the additions; by default what suits the device.
+        chunk: Numbers a chunk of what is not one product; by default what suits the device.
     """
 
     def __init__(
@@ -216,19 +211,19 @@ class LinearMerge:
                 f"task vectors are {tuple(rows.shape[1:])} on {rows.device}",
                 hint="give a contiguous flat tensor of the layout's size on the same device",
             )
-        product = (
-            rows.device.type == "cpu"
-            and rows.dtype == out.dtype == torch.float32
-            # A lower precision that the user set for products must not reach the weights.
-            and torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
-        )
+        # A lower precision that the user set for products must not reach the weights.
+        exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
+        product = rows.device.type == "cpu" and exact
+        whole = rows.dtype == out.dtype == torch.float32
         with torch.no_grad():
             for start, stop, block in self._segments:
                 source, target, weights = rows[:, start:stop], out[start:stop], table[block]
                 if not bool(weights.any()):
                     target.copy_(source[0])
-                elif product:
+                elif product and whole:
                     self._multiply(source, weights, target)
+                elif product:
+                    self._widen(source, weights, target)
                 else:
                     self._add(source, weights.tolist(), target)
             self._vectors.keep_variances(out)
@@ -247,32 +242,27 @@ class LinearMerge:
         if whole < rows.shape[1]:
             torch.mm(left[None], rows[:, whole:], out=out[None, whole:])
 
+    def _widen(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
+        size = min(self._chunk, rows.shape[1])
+        left = torch.cat([weights.new_ones(1), weights]).float()[None]
+        wide, sums = torch.empty(len(rows), size), torch.empty(1, size)
+        for start in range(0, rows.shape[1], size):
+            part = rows[:, start : start + size]
+            width = part.shape[1]
+            wide[:, :width].copy_(part)
+            torch.mm(left, wide[:, :width], out=sums[:, :width])
+            out[start : start + size].copy_(sums[0, :width])
+
     def _add(self, rows: Tensor, weights: list[float], out: Tensor) -> None:
-        starts = range(0, rows.shape[1], self._chunk)
         used = [(i, weight) for i, weight in enumerate(weights, start=1) if weight]
-        remaining = iter(starts)  # threads take the next chunk as they finish one
-        inference = torch.is_inference_mode_enabled()
-
-        def work(_: int) -> None:
-            scratch = torch.empty(
-                0 if out.dtype == torch.float32 else min(self._chunk, rows.shape[1]),
-                dtype=torch.float32,
-                device=rows.device,
-            )
-            with torch.inference_mode(inference), torch.no_grad():  # these belong to a thread
-                for start in remaining:
-                    part = rows[:, start : start + self._chunk].unbind()
-                    target = out[start : start + self._chunk]
-                    total = scratch[: len(target)] if len(scratch) else target
-                    total.copy_(part[0])
-                    for i, weight in used:
-                        total.add_(part[i], alpha=weight)
-                    if total is not target:
-                        target.copy_(total)
-
-        workers = min(torch.get_num_threads(), _WORKERS, len(starts))
-        if rows.device.type != "cpu" or workers < 2:
-            work(0)
-            return
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(work, range(workers)))
+        for start in range(0, rows.shape[1], self._chunk):
+            part = rows[:, start : start + self._chunk].unbind()
+            target = out[start : start + self._chunk]
+            if out.dtype == torch.float32:
+                total = target.copy_(part[0])
+            else:
+                total = part[0].to(torch.float32, copy=True)
+            for i, weight in used:
+                total.add_(part[i], alpha=weight)
+            if total is not target:
+                target.copy_(total)

@@ -157,13 +157,28 @@ def utility(
     return score
 
 
-def shortfall(values: Tensor, metrics: Sequence[Metric], preference: Preference) -> Tensor:
-    """Return by how much each point (``k x m``) misses the bounds, summed, in own units."""
+def shortfall(
+    values: Tensor,
+    metrics: Sequence[Metric],
+    preference: Preference,
+    *,
+    scale: Tensor | None = None,
+) -> Tensor:
+    """Return by how much each point misses the bounds, summed over them (``k``, 0 when none).
+
+    Args:
+        values: ``k x m`` metric values of the points, in own units and directions.
+        metrics: The ``m`` metrics.
+        preference: The bounds.
+        scale: ``m`` widths to measure the misses in; own units when None.
+    """
     names = [metric.name for metric in metrics]
+    width = torch.ones(len(names), dtype=torch.float64) if scale is None else scale
     total = torch.zeros(len(values), dtype=torch.float64)
     for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
         for name, bound in bounds.items():
-            total = total + (side * (bound - values[:, names.index(name)])).clamp_min(0.0)
+            column = names.index(name)
+            total = total + (side * (bound - values[:, column])).clamp_min(0.0) / width[column]
     return total
 
 

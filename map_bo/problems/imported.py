@@ -140,8 +140,8 @@ def _architecture(directory: Path) -> Callable[[], nn.Module]:
             hint="give problem.model=module:function returning the architecture",
         )
     try:
-        names = json.loads(path.read_text())["architectures"]
-    except (ValueError, KeyError) as error:
+        (name, *_) = json.loads(path.read_text())["architectures"]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not name an architecture: {error}",
             hint="give problem.model=module:function returning the architecture",
@@ -155,10 +155,10 @@ def _architecture(directory: Path) -> Callable[[], nn.Module]:
                 "a Hugging Face directory needs transformers",
                 hint='pip install "map-bo[huggingface]"',
             ) from error
-        kind = getattr(transformers, names[0], None)
+        kind = getattr(transformers, str(name), None)
         if kind is None:
             raise CheckpointError(
-                f"transformers has no architecture {names[0]!r}, which {path} names",
+                f"transformers has no architecture {name!r}, which {path} names",
                 hint="upgrade transformers, or give problem.model=module:function",
             )
         config = transformers.AutoConfig.from_pretrained(directory)

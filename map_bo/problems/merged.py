@@ -116,6 +116,15 @@ class MergedModelProblem:
         """The metrics, in the order of the evaluators."""
         return self._metrics
 
+    def prepare(self) -> None:
+        """Read the checkpoints and build the model now instead of at the first evaluation.
+
+        Raises:
+            CheckpointError: On a file that cannot be read.
+            MergeError: When checkpoints, model and operator do not fit each other.
+        """
+        self._prepare()
+
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Merge and measure every row of ``X`` (``n x d``).
 

@@ -9,7 +9,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Problem"]
+__all__ = ["Preparable", "Problem"]
 
 
 @runtime_checkable
@@ -43,4 +43,17 @@ class Problem(Protocol):
         Raises:
             SpaceError: When a row lies outside the space.
         """
+        ...
+
+
+@runtime_checkable
+class Preparable(Protocol):
+    """A problem with work to do before its first evaluation, such as reading checkpoints.
+
+    A run asks for it up front, so that it neither counts against an evaluation's time limit nor
+    looks like a failed evaluation when it cannot be done.
+    """
+
+    def prepare(self) -> None:
+        """Do that work; doing it again costs nothing."""
         ...

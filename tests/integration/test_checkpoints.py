@@ -21,11 +21,11 @@ def build_model():
 
 
 def pulls_left(model):
-    return float(torch.sigmoid(-model.weight[0, 0]))
+    return torch.sigmoid(-model.weight[0, 0]).item()
 
 
 def pulls_up(model):
-    return float(torch.sigmoid(model.weight[0, 1]))
+    return torch.sigmoid(model.weight[0, 1]).item()
 
 
 def breaks(model):
@@ -130,7 +130,7 @@ def test_the_public_face_with_own_everything(tmp_path: Path) -> None:
     }
 
     def score(sign: float) -> map_bo.Measurement:
-        return map_bo.Measurement(0.5 + sign * float(first.bias.mean()) / 10, count=100)
+        return map_bo.Measurement(0.5 + sign * first.bias.mean().item() / 10, count=100)
 
     problem = map_bo.MergedModelProblem(
         model,

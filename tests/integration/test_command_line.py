@@ -163,6 +163,39 @@ def test_running_into_a_run_is_refused_before_anything_is_touched(
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
+def test_a_sweep_into_a_sweep_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sweep = tmp_path / "sweep"
+    shutil.copytree(finished, sweep / "0")
+    said = failing(capsys, "run", "-m", *SMALL, "seed=0,1", f"hydra.sweep.dir={sweep}")
+    assert "already holds the runs of a sweep" in said
+
+
+def test_what_cannot_be_built_leaves_no_run_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    failing(capsys, "run", "problem.experts=1", f"hydra.run.dir={tmp_path / 'run'}")
+    assert not (tmp_path / "run" / "events.jsonl").exists()
+
+
+def test_a_directory_that_cannot_be_written_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "/proc" in failing(capsys, "run", "hydra.run.dir=/proc/nowhere/run")
+
+
+def test_merging_other_checkpoints_than_those_of_the_run_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(finished, copy)
+    text = (copy / "events.jsonl").read_text()
+    digest = json.loads(text.splitlines()[0])["data"]["problem"]["experts"]["flip"]["digest"]
+    (copy / "events.jsonl").write_text(text.replace(digest, "0" * len(digest)))
+    said = failing(capsys, "merge", str(copy), "--point", "0", "--out", str(tmp_path / "out"))
+    assert "flip" in said
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_goes_on_where_the_record_ends(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

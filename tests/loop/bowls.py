@@ -27,6 +27,7 @@ class Bowls:
     fails: Callable[[int, Tensor], str | None] = lambda number, x: None
     flaky: frozenset[int] = frozenset()
     noise: float = 0.0
+    where: str = "here"
     calls: list[list[float]] = field(default_factory=list)
 
     @property
@@ -38,7 +39,7 @@ class Bowls:
         return (Metric("near a", kind="unbounded"), Metric("far from b", "min", "loss"))
 
     def describe(self) -> dict[str, Any]:
-        return {"type": "Bowls", "noise": self.noise}
+        return {"type": "Bowls", "noise": self.noise, "base": {"source": self.where}}
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         X = self.space.check(X)

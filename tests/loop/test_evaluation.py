@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 
@@ -45,6 +46,22 @@ def test_an_evaluation_over_its_limit_is_a_failed_one() -> None:
     row = evaluate_row(Slow(), torch.zeros(2), timeout=0.05, generator=make_generator(0))
     assert row.failures == ("it took longer than 0.05 s",)
     assert 0.04 < float(row.cost[0]) < 2
+
+
+class CatchesEverything(Bowls):
+    def evaluate(self, X: torch.Tensor, *, generator: torch.Generator) -> Observations:
+        with contextlib.suppress(Exception):
+            time.sleep(5)
+        return super().evaluate(X, generator=generator)
+
+
+def test_an_evaluator_that_catches_everything_cannot_swallow_the_limit() -> None:
+    start = time.perf_counter()
+    row = evaluate_row(
+        CatchesEverything(), torch.zeros(2), timeout=0.05, generator=make_generator(0)
+    )
+    assert row.failures == ("it took longer than 0.05 s",)
+    assert time.perf_counter() - start < 2
 
 
 def test_errors_of_the_set_up_pass_through() -> None:

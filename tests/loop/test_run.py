@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from map_bo.data import Observations
+from map_bo.data import Metric, Observations
 from map_bo.errors import BudgetError, ConfigError, EvaluationError, StoreError
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
 from map_bo.loop.settings import Settings
-from map_bo.rng import child_seed, make_generator
+from map_bo.rng import child, child_seed, make_generator
+from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, quick
@@ -130,6 +132,32 @@ def _parts() -> dict[str, Any]:
     return {name: getattr(settings, name) for name in ("sampler", "surrogate", "solver")}
 
 
+class SlowToPrepare(Bowls):
+    """Reads its checkpoints in the first evaluation, unless asked to before."""
+
+    ready = False
+
+    def prepare(self) -> None:
+        if not self.ready:
+            time.sleep(0.3)
+        self.ready = True
+
+    def evaluate(self, X: torch.Tensor, *, generator: torch.Generator) -> Observations:
+        self.prepare()
+        return super().evaluate(X, generator=generator)
+
+
+def test_reading_checkpoints_does_not_count_against_the_time_limit() -> None:
+    problem = SlowToPrepare()
+    result = Run(problem, quick(6, timeout=0.2), MemoryStore()).drive()
+    assert result.summary["failures"] == 0
+    finished = MemoryStore()
+    Run(Bowls(), quick(6), finished).drive()
+    untouched = SlowToPrepare()
+    Run(untouched, quick(6), finished).drive()
+    assert not untouched.ready, "a finished run reads no checkpoints"
+
+
 def test_too_many_failures_stop_the_run_and_keep_what_was_measured(tmp_path: Path) -> None:
     broken = Bowls(fails=lambda number, x: "no GPU" if number > 2 else None)
     settings = quick(10)
@@ -175,6 +203,81 @@ def test_another_run_directory_is_refused(tmp_path: Path, bowls: Bowls) -> None:
         optimize(bowls, 8, seed=1, run_dir=tmp_path / "run", progress=False, **_parts())
     with pytest.raises(StoreError, match=r"problem.noise"):
         optimize(Bowls(noise=1.0), 8, run_dir=tmp_path / "run", progress=False, **_parts())
+
+
+def test_files_may_move_between_the_parts_of_a_run(tmp_path: Path) -> None:
+    first = optimize(Bowls(), 8, run_dir=tmp_path / "run", progress=False, **_parts())
+    moved = Bowls(where="there")
+    again = optimize(moved, 8, run_dir=tmp_path / "run", progress=False, **_parts())
+    assert not moved.calls
+    assert outcome(again) == outcome(first)
+
+
+def test_a_wrong_reference_is_told_before_anything_is_evaluated(bowls: Bowls) -> None:
+    for reference in ({"near a": 0.0}, {"near a": float("nan"), "far from b": 1.0}):
+        with pytest.raises(ConfigError, match="the reference point is"):
+            Run(bowls, quick(8, reference=reference), MemoryStore())
+    assert not bowls.calls
+
+
+def test_failures_cannot_be_reopened_under_a_front() -> None:
+    problem = Bowls(fails=lambda number, x: "boom" if x.tolist() == [1.0, 0.0] else None)
+    run = Run(problem, quick(8), MemoryStore())
+    run.drive()
+    with pytest.raises(StoreError, match="has been solved without"):
+        run.reopen_failures()
+
+
+def test_what_cannot_be_replayed_is_never_written(bowls: Bowls) -> None:
+    store = MemoryStore()
+    run = Run(bowls, quick(8), store)
+    (index,) = run.ask(1)
+    before = len(list(store.read()))
+    other = Observations(torch.zeros(1, 2), torch.zeros(1, 1), (Metric("other"),))
+    with pytest.raises(StoreError, match="of another problem"):
+        run.tell(index, other)
+    assert len(list(store.read())) == before
+    run.tell(index, bowls.evaluate(run.state.X[:1], generator=torch.Generator()))
+    with pytest.raises(StoreError, match="told for row 0"):
+        run.tell(index, bowls.evaluate(run.state.X[:1], generator=torch.Generator()))
+
+
+def test_a_verification_that_fails_is_tried_again_and_recorded(bowls: Bowls) -> None:
+    tries: list[list[float]] = []
+
+    def after_the_search(number: int, x: torch.Tensor) -> str | None:
+        tries.append(x.tolist())
+        return "late" if len(tries) == 7 else None
+
+    store = MemoryStore()
+    problem = Bowls(fails=after_the_search)
+    result = Run(problem, quick(8, verify=2, retries=1), store).drive()
+    assert [e.data["reason"] for e in store.read() if e.kind == "attempt"] == ["late"]
+    assert int(result.front.verified.sum()) == 2
+
+
+class Plain:
+    """A user's sampler without a representation of its own."""
+
+    def propose(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: torch.Tensor | None = None,
+        generator: torch.Generator,
+    ) -> torch.Tensor:
+        return space.sample(len(seen) + n, generator=child(generator, "plain"))[len(seen) :]
+
+
+def test_a_plain_class_of_the_users_can_be_resumed(tmp_path: Path, bowls: Bowls) -> None:
+    settings = {**_parts(), "sampler": Plain()}
+    first = optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **settings)
+    settings = {**_parts(), "sampler": Plain()}
+    again = optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **settings)
+    assert outcome(again) == outcome(first)
+    assert again.model is not None, "choices are solved for their preference after a resume too"
 
 
 def test_a_second_process_is_refused(tmp_path: Path, bowls: Bowls) -> None:
@@ -230,7 +333,7 @@ def test_bad_settings_are_refused(
 def test_a_budget_below_the_anchors_is_explained(bowls: Bowls) -> None:
     result = Run(bowls, quick(3, verify=0), MemoryStore()).drive()
     assert len(result.seen) == 3
-    assert "fewer than the 4 anchors" in result.summary["notes"][0]
+    assert "fewer than the 4 of base" in result.summary["notes"][0]
 
 
 def test_ask_and_tell_by_hand_equals_driving(bowls: Bowls) -> None:
