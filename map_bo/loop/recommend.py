@@ -159,9 +159,12 @@ def recommend(
         upper=prediction.upper,
         metrics=seen.metrics,
     )
-    rows = spread_rows(
-        scaled_gains(front.mean, seen.metrics, reference), min(settings.verifications, len(front))
-    )
+    # Measuring again what was measured teaches nothing, and an end of the front is often an expert.
+    distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
+    fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
+    gains = scaled_gains(front.mean[fresh], seen.metrics, reference)
+    spread = spread_rows(gains, min(settings.verifications, len(fresh)))
+    rows = [int(fresh[i]) for i in spread]
     about = {"settings": repr(settings.surrogate), "model": type(model).__name__}
     selection = getattr(model, "describe_selection", None)
     if selection is not None:

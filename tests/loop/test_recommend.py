@@ -66,6 +66,16 @@ def test_spread_rows_are_distinct_and_start_balanced(k: int, count: int, seed: i
         assert rows[0] == int(gains.amin(-1).argmax())
 
 
+def test_what_was_measured_is_not_verified_again() -> None:
+    problem = Bowls()
+    rows = torch.cat([SPACE.anchors().X, SPACE.sample(6, generator=make_generator(0))])
+    data = problem.evaluate(rows, generator=make_generator(0))
+    found = recommend(data, SPACE, quick(20, verify=8), generator=make_generator(0))
+    assert len(found.verify) == 8
+    gaps = torch.cdist(found.front.X[found.verify], data.X, p=torch.inf).amin(-1)
+    assert float(gaps.min()) > 0.01
+
+
 def test_the_guard_keeps_the_front_where_the_data_are() -> None:
     problem = Bowls()
     t = torch.linspace(0, 1, 9, dtype=torch.float64)
