@@ -28,7 +28,7 @@ lint: $(STAMP)
 types: $(STAMP)
 	$(BIN)/mypy
 
-# Regenerates every number in README.md; about half an hour on two cores.
+# Regenerates every number in README.md; long, but the direct searches are kept in .bench_cache.
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python -m benchmarks.run
