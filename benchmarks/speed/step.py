@@ -26,7 +26,8 @@ from benchmarks.record import finish
 from map_bo.data import Metric, Observations
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.rng import make_generator
-from map_bo.samplers.acquisition import Adaptive, QLogNEHVI
+from map_bo.samplers.adaptive import Adaptive
+from map_bo.samplers.hypervolume import QLogNEHVI
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.gp import GP
 from map_bo.surrogates.hybrid import Hybrid

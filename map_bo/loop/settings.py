@@ -10,7 +10,7 @@ from typing import Any
 from map_bo.errors import BudgetError, ConfigError
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.acquisition import Adaptive
+from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.sampler import Sampler
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate

@@ -1,22 +1,26 @@
-"""Log noisy expected hypervolume improvement, with box decompositions of all samples at once."""
+"""Log expected hypervolume improvement, with box decompositions of all samples at once."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
+from typing import cast
 
 import torch
 from botorch.acquisition.multi_objective import logei
+from botorch.acquisition.multi_objective.base import MultiObjectiveMCAcquisitionFunction
 from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
 from botorch.acquisition.multi_objective.objective import MCMultiOutputObjective
 from botorch.exceptions.errors import UnsupportedError
 from botorch.models.model import Model
+from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.sampling.base import MCSampler
 from botorch.utils.multi_objective.pareto import is_non_dominated
+from botorch.utils.transforms import t_batch_mode_transform
 from torch import Tensor
 
-__all__ = ["LogNoisyImprovement", "non_dominated_cells"]
+__all__ = ["LogImprovement", "LogNoisyImprovement", "non_dominated_cells"]
 
 _SOFT = 1e-5  # width over which the positive part is smoothed
 
@@ -138,13 +142,68 @@ class LogNoisyImprovement(qLogNoisyExpectedHypervolumeImprovement):
             raise UnsupportedError("improvements are of one point; make the others pending")
         lower = torch.as_tensor(self.cell_lower_bounds).unsqueeze(1)  # s x 1 x c x m
         upper = torch.as_tensor(self.cell_upper_bounds).unsqueeze(1)
-        gap = values - lower
-        slope = (gap.square() + 4 * _SOFT**2).sqrt() + gap.abs()
-        sides = torch.minimum(gap.clamp_min(0.0) + 2 * _SOFT**2 / slope, upper - lower)
-        volume = sides[..., 0]
-        for j in range(1, sides.shape[-1]):  # a product over a dimension differentiates slowly
-            volume = volume * sides[..., j]
-        return volume.sum(-1).mean(0).log()
+        return _volume_in(lower, upper, values).mean(0).log()
+
+
+class LogImprovement(MultiObjectiveMCAcquisitionFunction):
+    """Logarithm of the expected hypervolume improvement of one more point over a given front.
+
+    Daulton, Balandat and Bakshy, *Differentiable Expected Hypervolume Improvement for Parallel
+    Multi-Objective Bayesian Optimization*, 2020, for one point at a time, smoothed as in
+    :class:`LogNoisyImprovement`. Pending points join the front at their posterior means.
+
+    Args:
+        model: The model.
+        front: ``n x m`` values to improve on; the reference point is 0, larger is better.
+        sampler: Samples of the posterior.
+        objective: From posterior samples to values on the scale of ``front``.
+        X_pending: ``p x d`` points that are being evaluated.
+    """
+
+    objective: MCMultiOutputObjective
+    cell_bounds: Tensor
+
+    def __init__(
+        self,
+        model: Model,
+        front: Tensor,
+        *,
+        sampler: MCSampler,
+        objective: MCMultiOutputObjective,
+        X_pending: Tensor | None = None,
+    ) -> None:
+        super().__init__(model, sampler=sampler, objective=objective)
+        self.front = front
+        self.set_X_pending(X_pending)
+
+    def set_X_pending(self, X_pending: Tensor | None = None) -> None:
+        """Let pending points (``p x d``) join the front."""
+        front = self.front
+        if X_pending is not None and len(X_pending):
+            with torch.no_grad():
+                mean = cast(GPyTorchPosterior, self.model.posterior(X_pending)).mean
+                front = torch.cat([front, self.objective(mean.unsqueeze(0), X=X_pending)[0]])
+        cells = non_dominated_cells(front.unsqueeze(0), torch.zeros_like(front[0]))
+        self.register_buffer("cell_bounds", cells)
+
+    @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]  # as botorch's own classes
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the value at each of ``b`` points (``b x 1 x d``)."""
+        samples = self.get_posterior_samples(self.model.posterior(X))
+        values = self.objective(samples, X=X)  # s x b x 1 x m
+        lower, upper = self.cell_bounds.unsqueeze(2)
+        return _volume_in(lower, upper, values).mean(0).log()
+
+
+def _volume_in(lower: Tensor, upper: Tensor, values: Tensor) -> Tensor:
+    """Return the smoothed volume below each value inside the boxes, summed over these."""
+    gap = values - lower
+    slope = (gap.square() + 4 * _SOFT**2).sqrt() + gap.abs()
+    sides = torch.minimum(gap.clamp_min(0.0) + 2 * _SOFT**2 / slope, upper - lower)
+    volume = sides[..., 0]
+    for j in range(1, sides.shape[-1]):  # a product over a dimension differentiates slowly
+        volume = volume * sides[..., j]
+    return volume.sum(-1)
 
 
 @contextmanager

@@ -12,7 +12,10 @@ from torch import Tensor
 from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import make_generator
-from map_bo.samplers.acquisition import Adaptive, QLogNEHVI, _constraints, reference_point
+from map_bo.samplers.acquisition import _constraints
+from map_bo.samplers.adaptive import Adaptive
+from map_bo.samplers.hypervolume import QLogNEHVI
+from map_bo.samplers.posterior import reference_point
 from map_bo.samplers.sampler import Sampler
 from map_bo.samplers.space_filling import Sobol, Uniform, is_repeat
 from map_bo.space import CoefficientSpace, LinearConstraint
@@ -166,7 +169,7 @@ def test_an_acquisition_that_is_not_finite_leaves_it_to_the_design(
 def test_where_everything_is_known_the_design_goes_on(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("map_bo.samplers.acquisition._SAME", 1.0)
+    monkeypatch.setattr("map_bo.samplers.acquisition.NEAREST", 1.0)
     seen, generator = some_seen(BOX, 9), make_generator(0)
     X = small().propose(seen, BOX, 1, generator=generator)
     assert torch.equal(X, Sobol().propose(seen, BOX, 1, generator=generator))
