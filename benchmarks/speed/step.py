@@ -1,14 +1,12 @@
-"""Time outside evaluation of one step, and of the front at the end, on one thread.
+"""Time outside evaluation: one step of every sampler, and the fit and the front.
 
-python -m benchmarks.speed.step [--smoke] [--out FILE.json]
+python -m benchmarks.speed.step [--smoke] [--out FILE.json] [--samplers NAME ...]
 
 Sigmoids of concave quadratics, one optimum near each expert, measured as accuracies on 500
-examples. A step is what a run spends between two evaluations: with the default sampler that is one
-proposal. With up to four metrics the proposal fits the surrogate and maximises the acquisition;
-above, it is a point of the design, and the fit is counted as well, as a run that looks at its
-surrogate after every evaluation would pay it. The front is a fit and the gradient solver over
-it. Seconds are medians over repetitions, each with data of its own: wall clock, and processor
-time beside it, which others on the same machine disturb less.
+examples, N = m. A step is one proposal of 4 points with the sampler as its file in conf/sampler
+has it; a sampler that looks at a surrogate fits it within. The front is a fit and the gradient
+solver over it. Wall-clock seconds on one thread: the median of three, or one measurement where it
+took more than 3 s. What took more than the limit is not tried at larger sizes.
 """
 
 from __future__ import annotations
@@ -21,14 +19,17 @@ from statistics import median
 from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from benchmarks.record import finish
 from map_bo.data import Metric, Observations
+from map_bo.errors import MapBoError
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.rng import make_generator
-from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.hypervolume import QLogNEHVI
+from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.gp import GP
 from map_bo.surrogates.hybrid import Hybrid
 from map_bo.surrogates.prediction import predicted_mean
@@ -36,9 +37,17 @@ from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 
 EXAMPLES = 500
-SURROGATES: dict[str, Surrogate] = {"quadratic": Quadratic(), "gp": GP(), "hybrid": Hybrid()}
-SIZES = [(4, 50, 0.5), (8, 200, 2.0)]  # experts, evaluations, goal with the quadratic
-SMOKE = [(2, 12, None), (5, 14, None)]
+BATCH = 4
+LIMIT = 20.0
+SLOW = 3.0
+CONF = Path(__file__).parents[2] / "conf" / "sampler"
+SURROGATES: dict[str, Surrogate] = {
+    "quadratic": Quadratic(),
+    "gp": GP(),
+    "hybrid": Hybrid(),
+    "auto": Auto(),
+}
+EXPERTS, SIZES = (2, 4, 8, 16), (25, 100, 400)
 
 
 def observations(experts: int, n: int, seed: int) -> tuple[Observations, CoefficientSpace]:
@@ -54,75 +63,98 @@ def observations(experts: int, n: int, seed: int) -> tuple[Observations, Coeffic
     return Observations(X, hits / EXAMPLES, metrics, counts=counts), space
 
 
-def timed(work: Callable[..., Any], *given: Any, **named: Any) -> tuple[float, float, Any]:
-    """Return wall-clock seconds, processor seconds and what ``work`` returned."""
-    wall, processor = time.perf_counter(), time.process_time()
-    result = work(*given, **named)
-    return time.perf_counter() - wall, time.process_time() - processor, result
+def sampler_of(name: str) -> Sampler:
+    config = OmegaConf.load(CONF / f"{name}.yaml")
+    return instantiate(config)  # type: ignore[no-any-return]
 
 
-def measure(surrogate: Surrogate, experts: int, n: int, repeats: int) -> dict[str, Any]:
-    sampler, solver = Adaptive(QLogNEHVI(surrogate=surrogate)), GradientSolver()
-    seconds: dict[str, list[tuple[float, float]]] = {"fit": [], "propose": [], "solve": []}
-    sizes = []
-    for repeat in range(repeats + 1):
-        seen, space = observations(experts, n, repeat)
-        generator = make_generator(repeat)
-        *fit, model = timed(surrogate.fit, seen, space)
-        *propose, _ = timed(sampler.propose, seen, space, 1, generator=generator)
-        *solve, front = timed(solver.solve, predicted_mean(model), space, generator=generator)
-        if repeat:  # the first one warms up: lazy imports, caches
-            sizes.append(len(front))
-            for name, (wall, processor) in zip(seconds, (fit, propose, solve), strict=True):
-                seconds[name].append((wall, processor))
-    fits_itself = experts <= 4
-    parts = {
-        "fit": seconds["fit"],
-        "propose": seconds["propose"],
-        "step": seconds["propose"] if fits_itself else added(seconds["fit"], seconds["propose"]),
-        "fit and front": added(seconds["fit"], seconds["solve"]),
-    }
-    return {
-        "wall": {name: median(wall for wall, _ in values) for name, values in parts.items()},
-        "processor": {name: median(cpu for _, cpu in values) for name, values in parts.items()},
-        "front": median(sizes),
-    }
+def seconds(work: Callable[[int], Any], repeats: int) -> float:
+    """Return the median time of ``work(seed)``; once when slow, after one go to warm up."""
+    times: list[float] = []
+    for seed in range(repeats + 1):
+        start = time.perf_counter()
+        work(seed)
+        times.append(time.perf_counter() - start)
+        if times[-1] > SLOW:
+            return times[-1]
+    return median(times[1:])
 
 
-def added(
-    left: list[tuple[float, float]], right: list[tuple[float, float]]
-) -> list[tuple[float, float]]:
-    return [(a + c, b + d) for (a, b), (c, d) in zip(left, right, strict=True)]
+def over_sizes(
+    work: Callable[[int, int], Callable[[int], Any]],
+    experts: tuple[int, ...],
+    sizes: tuple[int, ...],
+    repeats: int,
+) -> dict[str, float | str]:
+    """Return ``"N n"`` -> seconds, or the reason why there are none."""
+    found: dict[str, float | str] = {}
+    for N in experts:
+        slow = False
+        for n in sizes:
+            key = f"{N} {n}"
+            if slow:
+                found[key] = f"> {LIMIT:g}"
+                continue
+            try:
+                found[key] = taken = seconds(work(N, n), repeats)
+                slow = taken > LIMIT
+            except MapBoError as error:
+                found[key] = "no"
+                print(f"  N={N}, n={n}: {error.message}", flush=True)
+    return found
+
+
+def step(sampler: Sampler) -> Callable[[int, int], Callable[[int], Any]]:
+    def at(experts: int, n: int) -> Callable[[int], Any]:
+        data = [observations(experts, n, seed) for seed in range(4)]
+        return lambda seed: sampler.propose(*data[seed], BATCH, generator=make_generator(seed))
+
+    return at
+
+
+def front(surrogate: Surrogate) -> Callable[[int, int], Callable[[int], Any]]:
+    def at(experts: int, n: int) -> Callable[[int], Any]:
+        data = [observations(experts, n, seed) for seed in range(4)]
+
+        def work(seed: int) -> Any:
+            model = surrogate.fit(*data[seed])
+            space = data[seed][1]
+            return GradientSolver().solve(
+                predicted_mean(model), space, generator=make_generator(seed)
+            )
+
+        return work
+
+    return at
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--smoke", action="store_true", help="small sizes, one repetition")
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
-    parser.add_argument("--repeats", type=int, default=5, help="repetitions (default 5)")
+    names = sorted(path.stem for path in CONF.glob("*.yaml"))
+    parser.add_argument("--samplers", nargs="+", choices=names, default=names)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    names = ["fit", "propose", "step", "fit and front"]
+    experts, sizes, repeats = ((2,), (12,), 1) if arguments.smoke else (EXPERTS, SIZES, 3)
+    if arguments.smoke:  # this one alone imports for seconds
+        arguments.samplers = [name for name in arguments.samplers if name != "ax"]
+    keys = [f"{N} {n}" for N in experts for n in sizes]
     table = [
-        "| N = m | n | surrogate | sampler | "
-        + " | ".join(f"{name} s (processor)" for name in names)
-        + " | front points | goal for a step |",
-        "|" + "---|" * (len(names) + 6),
+        "| | " + " | ".join(f"N={key.replace(' ', ', n=')}" for key in keys) + " |",
+        "|" + "---|" * (len(keys) + 1),
     ]
-    data: list[dict[str, Any]] = []
-    for experts, n, goal in SMOKE if arguments.smoke else SIZES:
-        for name, surrogate in SURROGATES.items():
-            result = measure(surrogate, experts, n, 1 if arguments.smoke else arguments.repeats)
-            sampler = "qLogNEHVI" if experts <= 4 else "Sobol"
-            cells = [
-                f"{result['wall'][part]:.2f} ({result['processor'][part]:.2f})" for part in names
-            ]
-            aim = f"< {goal:g} s" if goal and name == "quadratic" else "reported"
-            table.append(
-                f"| {experts} | {n} | {name} | {sampler} | {' | '.join(cells)} "
-                f"| {result['front']:.0f} | {aim} |"
-            )
-            data.append({"experts": experts, "n": n, "surrogate": name, "goal": goal, **result})
+    data: dict[str, dict[str, float | str]] = {}
+    for name in arguments.samplers:
+        print(f"sampler {name}", flush=True)
+        label = f"propose 4: {name}"
+        data[label] = over_sizes(step(sampler_of(name)), experts, sizes, repeats)
+    for name, surrogate in SURROGATES.items():
+        print(f"surrogate {name}", flush=True)
+        data[f"fit and front: {name}"] = over_sizes(front(surrogate), experts, sizes, repeats)
+    for label, row in data.items():
+        cells = [f"{value:.2f}" if isinstance(value, float) else value for value in row.values()]
+        table.append(f"| {label} | {' | '.join(cells)} |")
     finish("Time outside evaluation", table, {"rows": data}, arguments.out)
 
 

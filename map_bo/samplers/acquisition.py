@@ -19,7 +19,7 @@ from map_bo.samplers.posterior import NEAREST, PosteriorDriven, Situation
 from map_bo.samplers.space_filling import is_repeat, sobol_points
 from map_bo.space import CoefficientSpace
 
-__all__ = ["AcquisitionDriven"]
+__all__ = ["AcquisitionDriven", "first_points"]
 
 _NEAR = 0.1  # standard deviation of starts around good observations, share of the box
 
@@ -96,7 +96,7 @@ class AcquisitionDriven(PosteriorDriven):
         """Return the starts to choose from, ``raw_samples x d`` and no more."""
         space, gains = situation.space, situation.observed
         near = self.raw_samples // 2
-        spread = _first(sobol_points(space, generator=source), self.raw_samples - near)
+        spread = first_points(sobol_points(space, generator=source), self.raw_samples - near)
         # The observations that are best for some weighting are on the front; which, is left to
         # chance, so that starts differ from call to call.
         weights = torch.rand(near, gains.shape[-1], generator=source, dtype=gains.dtype)
@@ -157,7 +157,8 @@ def _constraints(
     return inequalities or None, equalities or None
 
 
-def _first(points: Iterator[Tensor], n: int) -> Tensor:
+def first_points(points: Iterator[Tensor], n: int) -> Tensor:
+    """Return the first ``n`` points of a sequence of chunks, ``n x d``."""
     found = [next(points)]
     while sum(map(len, found)) < n:
         found.append(next(points))

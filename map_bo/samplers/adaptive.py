@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.samplers.hypervolume import MOST_METRICS, QLogNEHVI
+from map_bo.samplers.block_design import TiedSobol
+from map_bo.samplers.front_uncertainty import FrontUncertainty
+from map_bo.samplers.posterior import PosteriorDriven
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 
@@ -16,15 +18,18 @@ __all__ = ["Adaptive"]
 
 @dataclass(frozen=True)
 class Adaptive:
-    """The default: noisy expected hypervolume improvement, where the metrics are few enough.
+    """The default: anchors, then what the posterior says, for any number of metrics.
 
-    With at most four metrics it is :class:`QLogNEHVI`, with more its design all the way.
+    In spaces with several coefficients an expert the design is one for blocks.
 
     Attributes:
-        acquisition: The sampler for up to four metrics.
+        acquisition: Chooses by the posterior; its design is used as it is in spaces with one
+            coefficient an expert.
+        blocks: The design in spaces with more.
     """
 
-    acquisition: QLogNEHVI = field(default_factory=QLogNEHVI)
+    acquisition: PosteriorDriven = field(default_factory=FrontUncertainty)
+    blocks: Sampler = field(default_factory=TiedSobol)
 
     def propose(
         self,
@@ -36,6 +41,7 @@ class Adaptive:
         generator: Generator,
     ) -> Tensor:
         """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
-        few = len(seen.metrics) <= MOST_METRICS
-        chosen: Sampler = self.acquisition if few else self.acquisition.design
+        chosen = self.acquisition
+        if space.d > len(space.experts):
+            chosen = replace(chosen, design=self.blocks)
         return chosen.propose(seen, space, n, pending=pending, generator=generator)

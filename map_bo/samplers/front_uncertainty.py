@@ -54,12 +54,13 @@ from map_bo.pareto.gradient import ascend
 from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed
 from map_bo.samplers.acquisition import AcquisitionDriven
-from map_bo.samplers.covariance import Covariances, measurement_noise
 from map_bo.samplers.posterior import Situation
 from map_bo.samplers.space_filling import is_repeat
+from map_bo.samplers.variance import VarianceReduction, gain_slopes
+from map_bo.space import CoefficientSpace
 from map_bo.surrogates.quadratic_model import QuadraticModel
 
-__all__ = ["FrontUncertainty", "PreferenceGain", "plausible_optima"]
+__all__ = ["FrontUncertainty", "PreferenceGain", "plausible_optima", "utility_weights"]
 
 Criterion = Literal["regret", "variance"]
 
@@ -74,15 +75,16 @@ class FrontUncertainty(AcquisitionDriven):
     """Chooses the measurements that most reduce the doubt about the front; see the module.
 
     Any number of metrics. The phases and what happens on failures: :class:`PosteriorDriven`;
-    ``mc_samples`` are the outcomes ``z`` that a measurement is imagined to have.
+    ``mc_samples`` are the outcomes ``z`` that a measurement is imagined to have under
+    ``"regret"``. By default the first fit comes right after the anchors.
 
     Attributes:
-        criterion: ``"regret"`` or ``"variance"``.
+        criterion: ``"variance"`` or ``"regret"``, which takes several times as long.
         preferences: Weights drawn for each proposal.
         draws: Functions drawn from the posterior for each proposal.
     """
 
-    criterion: Criterion = "regret"
+    criterion: Criterion = "variance"
     preferences: int = 32
     draws: int = 8
 
@@ -99,6 +101,10 @@ class FrontUncertainty(AcquisitionDriven):
                     f"{name} is {getattr(self, name)}", hint=f"{name} must be at least 1"
                 )
 
+    def initial_points(self, space: CoefficientSpace) -> int:
+        """Return how many evaluations come before the first fit."""
+        return len(space.experts) + 2 if self.initial is None else self.initial
+
     def acquisition(
         self, situation: Situation, pending: Tensor, generator: Generator
     ) -> AcquisitionFunction:
@@ -106,23 +112,24 @@ class FrontUncertainty(AcquisitionDriven):
         m = len(situation.good.metrics)
         W = preference_weights(self.preferences, m, generator=child(generator, "preferences"))
         targets = plausible_optima(situation, W, self.draws, generator=generator)
+        if self.criterion == "variance":
+            weights = utility_weights(situation, targets, W)
+            return VarianceReduction(situation, targets, weights, pending)
         half = torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
             m, scramble=True, seed=child_seed(generator, "outcomes")
         ).draw(max(1, self.mc_samples // 2), dtype=torch.float64)
         z = torch.special.ndtri(half.clamp(1e-6, 1 - 1e-6))
-        outcomes = torch.cat([z, -z])
-        return PreferenceGain(situation, targets, W, outcomes, self.criterion, pending)
+        return PreferenceGain(situation, targets, W, torch.cat([z, -z]), pending)
 
 
-class PreferenceGain(AcquisitionFunction):
-    """Logarithm of what one more measurement gains; see the module for both criteria.
+class PreferenceGain(VarianceReduction):
+    """Logarithm of what one more measurement takes off the preference regret; see the module.
 
     Args:
         situation: What is known.
         targets: ``p x d`` points that are plausibly best for some preference.
-        weights: ``k x m`` preferences.
+        preferences: ``k x m`` weights.
         outcomes: ``z x m`` standard normal outcomes, closed under change of sign.
-        criterion: ``"regret"`` or ``"variance"``.
         pending: ``q x d`` points that count as measured.
     """
 
@@ -130,43 +137,38 @@ class PreferenceGain(AcquisitionFunction):
         self,
         situation: Situation,
         targets: Tensor,
-        weights: Tensor,
+        preferences: Tensor,
         outcomes: Tensor,
-        criterion: Criterion,
         pending: Tensor,
     ) -> None:
-        super().__init__(situation.model)
-        self.situation, self.targets = situation, targets
-        self.preferences, self.outcomes, self.criterion = weights, outcomes, criterion
-        self.noise = measurement_noise(situation.model)
+        super().__init__(
+            situation, targets, utility_weights(situation, targets, preferences), pending
+        )
+        self.preferences, self.outcomes = preferences, outcomes
+        # Minimised metrics lose their sign, which does not matter: outcomes are symmetric.
+        self.slopes = gain_slopes(situation, targets)
         with torch.no_grad():
-            mean = situation.model.link_mean(targets)
-            links = situation.model.links
-            slope = torch.stack([link.slope(mean[:, i]) for i, link in enumerate(links)], -1)
-            self.slope = slope / situation.scale  # its sign does not matter: outcomes are symmetric
-            self.utilities = situation.mean_gains(targets) @ weights.T  # p x k
-        self.share = self.slope.square() * weights.square().mean(0) / len(targets)  # p x m
-        self.set_X_pending(pending)
-
-    def set_X_pending(self, X_pending: Tensor | None = None) -> None:
-        """Let pending points (``q x d``) count as measured."""
-        self.covariances = Covariances(self.situation.model, self.targets, self.noise, X_pending)
+            self.utilities = situation.mean_gains(targets) @ preferences.T  # p x k
 
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]  # as botorch's own classes
     def forward(self, X: Tensor) -> Tensor:
         """Return the value at each of ``b`` points (``b x 1 x d``)."""
-        cross, variance = self.covariances.to(X.squeeze(-2))
-        deviation = (variance + self.noise.unsqueeze(-1)).clamp_min(1e-30).sqrt()
-        move = cross / deviation.unsqueeze(-1)  # m x b x p
-        spread = (self.share.T.unsqueeze(1) * move.square()).sum((0, -1))
-        if self.criterion == "variance":
-            return (spread + 1e-30).log()
+        moves = self.moves(X.squeeze(-2))
         # b x z x p x k: utilities of all targets after each outcome, for each preference.
-        step = self.slope.T.unsqueeze(1) * move
+        step = self.slopes.T.unsqueeze(1) * moves
         change = torch.einsum("zi,ibp,ki->bzpk", self.outcomes, step, self.preferences)
         after = (self.utilities + change).amax(-2).mean((-1, -2))
-        before = self.utilities.amax(0).mean()
-        return ((after - before).clamp_min(0.0) + _TIE * spread + 1e-30).log()
+        gained = (after - self.utilities.amax(0).mean()).clamp_min(0.0)
+        return (gained + _TIE * self.drop(moves) + 1e-30).log()
+
+
+def utility_weights(situation: Situation, targets: Tensor, preferences: Tensor) -> Tensor:
+    """Return the weights (``p x m``) by which link variances add up to the utilities' variance.
+
+    The mean over targets (``p x d``) and preferences (``k x m``) of ``(w_i g_i')^2``.
+    """
+    slopes = gain_slopes(situation, targets)
+    return slopes.square() * preferences.square().mean(0) / len(targets)
 
 
 def plausible_optima(

@@ -13,7 +13,6 @@ from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import make_generator
 from map_bo.samplers.acquisition import _constraints
-from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.hypervolume import QLogNEHVI
 from map_bo.samplers.posterior import reference_point
 from map_bo.samplers.sampler import Sampler
@@ -44,16 +43,6 @@ class TestQLogNEHVI(SamplerContract):
     @pytest.fixture(params=["box", "blocks"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
         return SPACES[request.param]
-
-
-class TestAdaptive(SamplerContract):
-    @pytest.fixture
-    def sampler(self) -> Sampler:
-        return Adaptive(small(initial=5))
-
-    @pytest.fixture
-    def space(self) -> CoefficientSpace:
-        return SPACES["sum"]
 
 
 @pytest.mark.parametrize(("experts", "count"), [(2, 6), (4, 8), (8, 14)])
@@ -181,7 +170,7 @@ def test_more_than_four_metrics_are_refused_at_once(seen: int) -> None:
     X = BOX.sample(seen, generator=make_generator(0))
     with pytest.raises(SamplerError, match="up to 4 metrics and there are 5") as caught:
         QLogNEHVI().propose(five_metrics(X), BOX, 1, generator=make_generator(0))
-    assert "sobol" in str(caught.value.hint)
+    assert "front_uncertainty" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -263,16 +252,6 @@ def test_one_metric_is_optimised_too() -> None:
     seen = Observations(X, Y, (metric,), Yvar=torch.full_like(Y, 1e-8))
     found = small().propose(seen, BOX, 1, generator=make_generator(0))
     assert torch.allclose(found, torch.tensor([[0.3, 0.7]]).double(), atol=0.03)
-
-
-def test_adaptive_is_the_acquisition_up_to_four_metrics_and_the_design_above() -> None:
-    inner, generator = small(), make_generator(0)
-    seen = some_seen(BOX, 10)
-    X = Adaptive(inner).propose(seen, BOX, 2, generator=generator)
-    assert torch.equal(X, inner.propose(seen, BOX, 2, generator=generator))
-    many = five_metrics(seen.X)
-    X = Adaptive(inner).propose(many, BOX, 2, generator=generator)
-    assert torch.equal(X, Sobol().propose(many, BOX, 2, generator=generator))
 
 
 @pytest.mark.parametrize("name", sorted(SPACES))

@@ -25,7 +25,7 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
     noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
     cross, variance = Covariances(model, targets, noise, pending).to(points)
     told = noise.expand(len(pending), 2)
-    after = model.condition_on_observations(  # type: ignore[attr-defined]
+    after = model.condition_on_observations(
         pending, model.link_mean(pending), noise=told
     )
     for i in range(2):

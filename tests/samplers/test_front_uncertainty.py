@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,14 +16,18 @@ from map_bo.samplers.front_uncertainty import (
     FrontUncertainty,
     PreferenceGain,
     plausible_optima,
+    utility_weights,
 )
 from map_bo.samplers.posterior import Situation
 from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.variance import VarianceReduction
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
+from map_bo.surrogates.quadratic_model import QuadraticModel
 from map_bo.surrogates.surrogate import Surrogate
 from tests.contracts.sampler_contract import SPACES, SamplerContract, some_seen
+from tests.contracts.surrogate_contract import moments
 
 BOX = CoefficientSpace.box(("a", "b"))
 PEAKS = torch.tensor([[0.9, 0.2], [0.2, 0.8]], dtype=torch.float64)
@@ -82,21 +86,24 @@ def test_the_gain_is_that_of_conditioning_on_each_outcome(criterion: Criterion) 
     targets, x = BOX.sample(7, generator=make_generator(2)), torch.tensor([[0.6, 0.4]]).double()
     z = torch.randn(6, 2, generator=make_generator(4), dtype=torch.float64)
     z = torch.cat([z, -z])
-    gain = PreferenceGain(at, targets, W, z, criterion, at.taken)
+    gain: VarianceReduction = PreferenceGain(at, targets, W, z, at.taken)
+    if criterion == "variance":
+        gain = VarianceReduction(at, targets, utility_weights(at, targets, W), at.taken)
     value = gain(x.unsqueeze(1)).exp()
 
-    model = at.model
-    mean = model.posterior(x).mean[0]  # type: ignore[union-attr]
+    model = cast(QuadraticModel, at.model)
+    mean, deviation = moments(model, x)
     noise = gain.noise
-    sd = (model.posterior(x).variance[0] + noise).sqrt()  # type: ignore[union-attr]
-    condition = model.condition_on_observations  # type: ignore[operator]
+    sd = (deviation[0] + noise).sqrt()
     drops = []
     for row in z:
-        after = condition(x, (mean + sd * row).unsqueeze(0), noise=noise.unsqueeze(0))
+        after = model.condition_on_observations(
+            x, (mean[0] + sd * row).unsqueeze(0), noise=noise.unsqueeze(0)
+        )
         utility = ((after.link_mean(targets) - at.reference) / at.scale) @ W.T
         drops.append(utility.amax(0).mean())
     before = (at.mean_gains(targets) @ W.T).amax(0).mean()
-    fallen = model.posterior(targets).variance - after.posterior(targets).variance  # type: ignore[union-attr]
+    fallen = moments(model, targets)[1] - moments(after, targets)[1]
     spread = (fallen / at.scale.square() * W.square().mean(0)).sum() / len(targets)
     expected = spread if criterion == "variance" else torch.stack(drops).mean() - before
     share = 0.0 if criterion == "variance" else 1e-3 * spread
@@ -106,10 +113,10 @@ def test_the_gain_is_that_of_conditioning_on_each_outcome(criterion: Criterion) 
 def test_measuring_again_what_is_pending_gains_less() -> None:
     at, x = situation(1), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
     W = preference_weights(5, 2, generator=make_generator(1))
-    z = torch.tensor([[1.0, 0.5], [-1.0, -0.5]], dtype=torch.float64)
     targets = BOX.sample(7, generator=make_generator(2))
+    weights = utility_weights(at, targets, W)
     values = [
-        float(PreferenceGain(at, targets, W, z, "variance", pending)(x.unsqueeze(1)))
+        float(VarianceReduction(at, targets, weights, pending)(x.unsqueeze(1)))
         for pending in (at.taken, x)
     ]
     assert values[1] < values[0] - 0.5

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from map_bo.rng import make_generator
+from map_bo.samplers.adaptive import Adaptive
+from map_bo.samplers.block_design import TiedSobol
+from map_bo.samplers.front_uncertainty import FrontUncertainty
+from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.space_filling import Sobol
+from map_bo.space import CoefficientSpace
+from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
+
+SMALL = FrontUncertainty(
+    initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8, preferences=6, draws=2
+)
+
+
+class TestAdaptive(SamplerContract):
+    @pytest.fixture
+    def sampler(self) -> Sampler:
+        return Adaptive(SMALL)
+
+    @pytest.fixture(params=["sum", "blocks"])
+    def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
+        return SPACES[request.param]
+
+
+@pytest.mark.parametrize(("name", "design"), [("box", Sobol()), ("blocks", TiedSobol())])
+def test_the_design_suits_the_space(name: str, design: Sampler) -> None:
+    space, generator = SPACES[name], make_generator(0)
+    nothing = measured(torch.zeros(0, space.d, dtype=torch.float64))
+    X = Adaptive(SMALL).propose(nothing, space, 5, generator=generator)
+    assert torch.equal(X, design.propose(nothing, space, 5, generator=generator))
+
+
+def test_after_the_anchors_the_posterior_decides() -> None:
+    space, generator = SPACES["box"], make_generator(0)
+    seen = some_seen(space, len(space.anchors()))
+    chosen = Adaptive().propose(seen, space, 1, generator=generator)
+    assert torch.equal(chosen, FrontUncertainty().propose(seen, space, 1, generator=generator))
+    assert not torch.equal(chosen, Sobol().propose(seen, space, 1, generator=generator))
