@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
+from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.merging.operator import MergeOperator
 from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.problems.evaluators import Evaluator, accuracy
+from map_bo.problems.evaluators import Evaluator, accuracy, mean_loss, mean_probability
 from map_bo.problems.merged import MergedModelProblem
+from map_bo.problems.zoo_cache import (
+    cache_root,
+    read_network,
+    trained_files,
+    training_shown,
+    write_network,
+)
 from map_bo.problems.zoo_data import (
     TEST_EXAMPLES,
     TRANSFORM_NAMES,
@@ -42,24 +44,13 @@ from map_bo.space import CoefficientSpace
 
 __all__ = ["TRANSFORM_NAMES", "DigitsProblem", "DigitsZoo", "cache_root", "digits_problem"]
 
-CACHE_VARIABLE = "MAP_BO_CACHE"
 
-Report = Callable[[], None]
-
-
-def cache_root(given: str | Path | None = None) -> Path:
-    """Return the folder that trained networks are kept under.
-
-    Args:
-        given: The folder itself; otherwise the environment variable ``MAP_BO_CACHE``, and
-            otherwise the user's cache directory of this system.
-    """
-    chosen = given or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("map_bo"))
+_MEASURES: dict[str, Callable[[Tensor, Tensor, int], Evaluator]] = {
+    "accuracy": accuracy,
+    "probability": mean_probability,
+    "loss": mean_loss,
+}
+_BATCHES = 16
 
 
 @dataclass(frozen=True)
@@ -136,43 +127,43 @@ class DigitsZoo:
         Raises:
             DataError: When the folder cannot be written.
         """
-        folder = self.folder(cache_dir)
-        files = {name: folder / f"{name}.safetensors" for name in ("base", *self.names)}
-        if any(_read(path) is None for path in files.values()):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with FileLock(folder / ".lock"):
-                    self._train(files, progress=progress)
-            except OSError as error:
-                raise DataError(
-                    f"trained experts cannot be kept in {folder}: {error.strerror or error}",
-                    hint=f"set {CACHE_VARIABLE} to a folder that can be written",
-                ) from error
+        files = trained_files(
+            self.folder(cache_dir),
+            ("base", *self.names),
+            lambda files: self._train(files, progress=progress),
+        )
         return Checkpoints(files["base"], {name: files[name] for name in self.names})
 
     def _train(self, files: Mapping[str, Path], *, progress: bool) -> None:
         # Looked at again under the lock: another process may have trained them meanwhile.
-        missing = [name for name, path in files.items() if _read(path) is None]
+        missing = [name for name, path in files.items() if read_network(path) is None]
         recipe = self.recipe
-        with _shown(recipe, missing, progress=progress) as start:
+        steps = {name: recipe.steps(name) for name in missing}
+        with training_shown(steps, progress=progress) as start:
             if "base" in missing:
-                _write(files["base"], recipe.base(on_epoch=start("base")))
-            base = _read(files["base"])
+                write_network(files["base"], recipe.base(on_epoch=start("base")))
+            base = read_network(files["base"])
             assert base is not None
             for name in missing:
                 if name != "base":
-                    _write(files[name], recipe.expert(name, base, on_epoch=start(name)))
+                    write_network(files[name], recipe.expert(name, base, on_epoch=start(name)))
 
-    def evaluators(self, examples: int | None = None) -> dict[str, Evaluator]:
-        """Return for each task the accuracy on its held-out test images.
+    def evaluators(
+        self, examples: int | None = None, measure: str = "accuracy"
+    ) -> dict[str, Evaluator]:
+        """Return for each task what is measured on its held-out test images.
 
         Args:
             examples: How many of the 797 test images to use, the same for every task and
                 evaluation; all of them when None.
+            measure: ``"accuracy"``, or what has gradients: ``"probability"`` (the mean one of the
+                right digit) or ``"loss"`` (mean cross-entropy).
 
         Raises:
-            DataError: When there are not so many.
+            DataError: When there are not so many, or ``measure`` is something else.
         """
+        if measure not in _MEASURES:
+            raise DataError(f"measure is {measure!r}", hint=f"measures are {', '.join(_MEASURES)}")
         count = TEST_EXAMPLES if examples is None else examples
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= TEST_EXAMPLES:
             raise DataError(
@@ -181,8 +172,10 @@ class DigitsZoo:
             )
         _, _, images, targets = digits_split()
         labels = torch.from_numpy(targets[:count])
+        # In batches, the noise of a gradient can be told.
+        size = count if measure == "accuracy" else -(-count // _BATCHES)
         return {
-            name: accuracy(as_inputs(transform(name, images[:count])), labels, batch_size=count)
+            name: _MEASURES[measure](as_inputs(transform(name, images[:count])), labels, size)
             for name in self.names
         }
 
@@ -192,17 +185,30 @@ class DigitsProblem(MergedModelProblem):
 
     Attributes:
         zoo: The experts.
-        examples: Number of test images behind each accuracy.
+        examples: Number of test images behind each metric.
+        measure: What is measured on them.
     """
 
-    def __init__(self, zoo: DigitsZoo, examples: int, *, files: Checkpoints, **settings: Any):
+    def __init__(
+        self,
+        zoo: DigitsZoo,
+        examples: int,
+        *,
+        files: Checkpoints,
+        measure: str = "accuracy",
+        **settings: Any,
+    ):
         self.zoo = zoo
         self.examples = examples
+        self.measure = measure
+        if measure == "loss":
+            metrics = [Metric(name, direction="min", kind="loss") for name in zoo.names]
+            settings.setdefault("metrics", metrics)
         super().__init__(
             network(zoo.arch, generator=make_generator(0)),
             base=files.base,
             experts=dict(files.experts),
-            evaluators=zoo.evaluators(examples),
+            evaluators=zoo.evaluators(examples, measure),
             **settings,
         )
 
@@ -211,7 +217,11 @@ class DigitsProblem(MergedModelProblem):
         return {
             **super().describe(),
             "kind": "digits",
-            "zoo": {**self.zoo.describe(), "examples": self.examples},
+            "zoo": {
+                **self.zoo.describe(),
+                "examples": self.examples,
+                **({} if self.measure == "accuracy" else {"measure": self.measure}),
+            },
         }
 
 
@@ -230,11 +240,13 @@ def digits_problem(
     cache_dir: str | Path | None = None,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
+    measure: str = "accuracy",
+    gradients: bool = False,
 ) -> MergedModelProblem:
     """Return the problem of merging real experts on transformed digits.
 
-    One metric a task: the accuracy on 797 held-out images (to maximise), named like the expert
-    that learned the task. Missing experts are trained first, which takes seconds.
+    One metric a task: by default the accuracy on 797 held-out images (to maximise), named like the
+    expert that learned the task. Missing experts are trained first, which takes seconds.
 
     Args:
         experts: Number of experts, from 2 to 16.
@@ -251,9 +263,12 @@ def digits_problem(
         cache_dir: Where trained experts are kept; see :func:`cache_root`.
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors: float32 or bfloat16.
+        measure: ``"accuracy"``, ``"probability"`` or ``"loss"``; see `DigitsZoo.evaluators`.
+        gradients: Measure derivatives by the coefficients too; an accuracy has none.
 
     Raises:
         DataError: When a setting is not possible, or the cache cannot be written.
+        EvaluationError: When gradients are asked of accuracies.
         MergeError: When the blocks do not fit the network.
     """
     zoo = DigitsZoo(experts, arch, seed, epochs)
@@ -281,65 +296,6 @@ def digits_problem(
         upper=upper,
         space=space,
         dtype=dtype,
+        measure=measure,
+        gradients=gradients,
     )
-
-
-@contextmanager
-def _shown(
-    recipe: Recipe, names: list[str], *, progress: bool
-) -> Iterator[Callable[[str], Report]]:
-    """Yield what to call when the training of a network starts; it returns what to call then.
-
-    With ``progress``, that moves a bar on the error stream after every epoch.
-    """
-    if not progress or not names:
-        yield lambda name: lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=sum(recipe.steps(name) for name in names))
-
-        def start(name: str) -> Report:
-            what = "the base" if name == "base" else f"expert {name}"
-            bar.update(task, description=f"training {what}", refresh=True)
-            return lambda: bar.advance(task)
-
-        yield start
-        bar.update(task, description=f"trained {len(names)} networks, kept for later runs")
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        total.update(value.numpy().tobytes())
-    return total.hexdigest()
-
-
-def _read(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a file, or None when it is missing, truncated or altered."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            digest = (file.metadata() or {}).get("digest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    return tensors if digest == _digest(tensors) else None
-
-
-def _write(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file in one step: it is there complete, or not at all."""
-    content = save(dict(tensors), metadata={"digest": _digest(tensors)})
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)

@@ -176,15 +176,16 @@ def train(
     ``torch.optim`` alone takes longer than the training.
 
     Args:
-        model: Network from ``inputs`` to logits; left in evaluation mode.
-        inputs: ``n x 64`` images.
+        model: Network from ``inputs`` to logits; left in evaluation mode. Parameters that
+            require no gradient stay as they are.
+        inputs: ``n x p`` images.
         labels: ``n`` classes.
         epochs: Passes over the images.
         rate: Learning rate.
         generator: Source of the batch orders.
         on_epoch: Called after each pass.
     """
-    parameters = list(model.parameters())
+    parameters = [p for p in model.parameters() if p.requires_grad]
     weights = torch.cat([p.detach().flatten() for p in parameters])
     gradient, mean, square = (torch.zeros_like(weights) for _ in range(3))
     start = 0

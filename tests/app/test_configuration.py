@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from hydra import compose, initialize_config_module
+from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.app.build import build_problem, build_settings, working_directory
@@ -15,6 +16,7 @@ from map_bo.app.schema import Config, register
 from map_bo.errors import ConfigError, DataError
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
+from map_bo.loop.stopping import Stop
 from map_bo.tracking.jsonl import MemoryStore
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -46,7 +48,7 @@ def test_every_file_composes(group: str, name: str) -> None:
         assert "_target_" in config[group]
 
 
-@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints"}))
+@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints", "images"}))
 def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
     small = ["problem.epochs=1"] if name == "digits" else []
     problem = build_problem(composed(f"problem={name}", *(f"+{key}" for key in small)))
@@ -81,7 +83,39 @@ def test_the_schema_and_the_settings_agree() -> None:
     assert set(schema) == set(Settings(budget=24).__dataclass_fields__) - parts
     defaults: Any = composed().loop
     fresh = Settings(budget=24)
-    assert {key: defaults[key] for key in schema} == {key: getattr(fresh, key) for key in schema}
+    plain = {key: getattr(fresh, key) for key in schema}
+    # A rule is a node of its own; without a criterion it is no rule.
+    assert set(schema["stop"]) == set(Stop.__dataclass_fields__)
+    assert plain["stop"] is None
+    plain["stop"] = {**Stop().describe(), "criterion": None}
+    assert {key: defaults[key] for key in schema} == plain
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stop"),
+    [
+        ([], None),
+        (["loop.stop=null"], None),
+        (["loop.stop.criterion=regret"], Stop()),
+        (
+            ["loop.stop.criterion=hypervolume", "loop.stop.tolerance=0.02", "loop.stop.least=9"],
+            Stop("hypervolume", 0.02, least=9),
+        ),
+        (["loop.stop={criterion: regret, patience: 3}"], Stop(patience=3)),
+    ],
+)
+def test_a_stopping_rule_is_configured(overrides: list[str], stop: Stop | None) -> None:
+    assert build_settings(composed(*overrides)).stop == stop
+
+
+def test_a_wrong_stopping_rule_is_told() -> None:
+    with pytest.raises(ConfigCompositionException, match="tolerence"):
+        composed("loop.stop.tolerence=0.01")
+    with pytest.raises(ConfigError, match="no stopping criterion 'regrets'") as caught:
+        build_settings(composed("loop.stop.criterion=regrets"))
+    assert "did you mean 'regret'?" in (caught.value.hint or "")
+    with pytest.raises(ConfigError, match="stop.tolerance is given and stop.criterion is not"):
+        build_settings(composed("loop.stop.tolerance=0.01"))
 
 
 @pytest.mark.parametrize(

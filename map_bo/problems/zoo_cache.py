@@ -1,0 +1,141 @@
+"""Where trained zoos are kept: one safetensors file a network, complete or not there at all."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from map_bo.errors import DataError
+
+__all__ = [
+    "CACHE_VARIABLE",
+    "cache_root",
+    "read_network",
+    "trained_files",
+    "training_shown",
+    "write_network",
+]
+
+CACHE_VARIABLE = "MAP_BO_CACHE"
+
+Report = Callable[[], None]
+
+
+def cache_root(given: str | Path | None = None) -> Path:
+    """Return the folder that trained networks are kept under.
+
+    Args:
+        given: The folder itself; otherwise the environment variable ``MAP_BO_CACHE``, and
+            otherwise the user's cache directory of this system.
+    """
+    chosen = given or os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    from platformdirs import user_cache_dir
+
+    return Path(user_cache_dir("map_bo"))
+
+
+def trained_files(
+    folder: Path, names: Sequence[str], train: Callable[[Mapping[str, Path]], None]
+) -> dict[str, Path]:
+    """Return name -> file in ``folder``; have missing or damaged ones trained, once.
+
+    Two processes may ask at once: one trains, the other waits for it.
+
+    Args:
+        folder: Where the files are; its name should hold everything that they depend on.
+        names: Names of the networks.
+        train: Called under the folder's lock with the files of all ``names``; it writes those
+            that :func:`read_network` does not read, with :func:`write_network`. It looks again
+            which these are, as another process may have trained them meanwhile.
+
+    Raises:
+        DataError: When the folder cannot be written.
+    """
+    files = {name: folder / f"{name}.safetensors" for name in names}
+    if any(read_network(path) is None for path in files.values()):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / ".lock"):
+                train(files)
+        except OSError as error:
+            raise DataError(
+                f"trained experts cannot be kept in {folder}: {error.strerror or error}",
+                hint=f"set {CACHE_VARIABLE} to a folder that can be written",
+            ) from error
+    return files
+
+
+@contextmanager
+def training_shown(
+    steps: Mapping[str, int], *, progress: bool
+) -> Iterator[Callable[[str], Report]]:
+    """Yield what to call when the training of a network starts; it returns what to call then.
+
+    With ``progress``, that moves a bar on the error stream after every epoch.
+
+    Args:
+        steps: Name -> epochs, of the networks that will be trained.
+        progress: Whether to show anything.
+    """
+    if not progress or not steps:
+        yield lambda name: lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("training", total=sum(steps.values()))
+
+        def start(name: str) -> Report:
+            what = "the base" if name == "base" else f"expert {name}"
+            bar.update(task, description=f"training {what}", refresh=True)
+            return lambda: bar.advance(task)
+
+        yield start
+        bar.update(task, description=f"trained {len(steps)} networks, kept for later runs")
+
+
+def read_network(path: Path) -> dict[str, Tensor] | None:
+    """Return the tensors of a file, or None when it is missing, truncated or altered."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            digest = (file.metadata() or {}).get("digest")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return None
+    return tensors if digest == _digest(tensors) else None
+
+
+def write_network(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file in one step: it is there complete, or not at all."""
+    content = save(dict(tensors), metadata={"digest": _digest(tensors)})
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+        total.update(value.numpy().tobytes())
+    return total.hexdigest()
