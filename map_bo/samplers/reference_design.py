@@ -40,9 +40,13 @@ class ReferenceDesign:
 
     Attributes:
         points: Size of the whole design; ``None`` is ``(N + 1) (N + 2)``, the published default.
+        anchors: Whether the base, the experts and the uniform blend come first, in place of the
+            one-hots alone. The published design has neither base nor blend. They come on top:
+            the levels of the grid stay as they are.
     """
 
     points: int | None = None
+    anchors: bool = False
 
     def __post_init__(self) -> None:
         if self.points is not None and self.points < 1:
@@ -72,7 +76,7 @@ class ReferenceDesign:
 
     def _points(self, space: CoefficientSpace, generator: Generator) -> Iterator[Tensor]:
         anchors = space.anchors()
-        yield anchors.X[[kind == "expert" for kind in anchors.kinds]]
+        yield anchors.X[[self.anchors or kind == "expert" for kind in anchors.kinds]]
         for indices in _shuffled(self.levels(space.d), space.d, child(generator, "grid")):
             top = self.levels(space.d) - 1
             keep = (indices.sum(-1) != top) & (indices != indices[:, :1]).any(-1)

@@ -31,9 +31,11 @@ __all__ = [
     "Dirichlet",
     "Sobol",
     "Uniform",
+    "anchored",
     "fresh_points",
     "is_repeat",
     "sobol_points",
+    "spread_in_space",
     "uniform_points",
 ]
 
@@ -71,7 +73,7 @@ class Sobol:
         Raises:
             SamplerError: When the space has more coefficients than the sequence has dimensions.
         """
-        points = _anchored(self.anchors, space, sobol_points(space, generator=generator))
+        points = anchored(self.anchors, space, sobol_points(space, generator=generator))
         return fresh_points(points, seen, space, n, pending=pending)
 
 
@@ -95,7 +97,7 @@ class Uniform:
         generator: Generator,
     ) -> Tensor:
         """Return the next ``n x d`` points of the sequence; see :class:`Sampler`."""
-        points = _anchored(self.anchors, space, uniform_points(space, generator=generator))
+        points = anchored(self.anchors, space, uniform_points(space, generator=generator))
         return fresh_points(points, seen, space, n, pending=pending)
 
 
@@ -160,7 +162,7 @@ class Dirichlet:
                 inside = space.contains(X).unsqueeze(-1)
                 yield torch.where(inside, X, space.project(X))
 
-        points = _anchored(self.anchors, space, draws())
+        points = anchored(self.anchors, space, draws())
         return fresh_points(points, seen, space, n, pending=pending)
 
 
@@ -184,7 +186,7 @@ def sobol_points(space: CoefficientSpace, *, generator: Generator) -> Iterator[T
         while True:
             yield engine.draw(_CHUNK, dtype=torch.float64)
 
-    return _in_space(cube, space)
+    return spread_in_space(cube, space)
 
 
 def uniform_points(space: CoefficientSpace, *, generator: Generator) -> Iterator[Tensor]:
@@ -195,7 +197,7 @@ def uniform_points(space: CoefficientSpace, *, generator: Generator) -> Iterator
         while True:
             yield torch.rand(_CHUNK, dimension, generator=source, dtype=torch.float64)
 
-    return _in_space(cube, space)
+    return spread_in_space(cube, space)
 
 
 def is_repeat(
@@ -266,13 +268,21 @@ def fresh_points(
     return chosen
 
 
-def _anchored(anchors: bool, space: CoefficientSpace, points: Iterator[Tensor]) -> Iterator[Tensor]:
+def anchored(anchors: bool, space: CoefficientSpace, points: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Yield the anchors of the space, if ``anchors``, and then the chunks of ``points``."""
     if anchors:
         yield space.anchors().X
     yield from points
 
 
-def _in_space(cube: Cube, space: CoefficientSpace) -> Iterator[Tensor]:
+def spread_in_space(cube: Cube, space: CoefficientSpace) -> Iterator[Tensor]:
+    """Yield chunks (``c x d``) of the space made from chunks of a unit cube.
+
+    Args:
+        cube: Returns the endless sequence of chunks ``c x k`` in the unit cube for a dimension
+            ``k``, which is ``d``, or larger where a constraint needs a slack variable.
+        space: The space.
+    """
     # The maps are compared on points of their own, so the choice depends on the space alone.
     if not space.constraints:
         yield from (space.unnormalise(U) for U in cube(space.d))

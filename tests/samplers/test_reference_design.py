@@ -78,6 +78,15 @@ def test_a_design_smaller_than_the_experts_is_their_one_hots() -> None:
     assert torch.equal(design(2, 4, points=2), torch.eye(4, dtype=torch.float64)[:2])
 
 
+def test_anchors_in_front_leave_the_rest_as_it_is() -> None:
+    space = CoefficientSpace.box(("a", "b", "c"))
+    X = ReferenceDesign(anchors=True).propose(
+        Observations.empty(3, METRICS), space, 15, generator=make_generator(0)
+    )
+    assert torch.equal(X[:5], space.anchors().X)
+    assert torch.equal(X[5:], design(13, 3)[3:])
+
+
 def test_one_expert_leaves_nothing_of_the_grid() -> None:
     X = design(6, 1)
     assert float(X[0]) == 1.0
