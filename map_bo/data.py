@@ -118,6 +118,11 @@ class Observations:
         counts: ``n x m`` number of examples that a proportion was measured on; NaN elsewhere.
         cost: ``n`` seconds that each evaluation took.
         failures: ``n`` reasons, ``None`` where the evaluation succeeded.
+        gradients: ``n x m x d`` derivatives of the metrics by the coefficients (metric unit per
+            unit of the coefficient); NaN where there is none, and in failed rows. None when there
+            is none at all, also when all that was given is NaN.
+        gradient_variance: ``n x m x d`` variance of the noise of ``gradients``; 0 where it is
+            known to be exact, NaN where it is unknown. None exactly when ``gradients`` is.
 
     Raises:
         DataError: When shapes disagree, or a succeeded row holds NaN or infinity.
@@ -130,6 +135,8 @@ class Observations:
     counts: Tensor = None  # type: ignore[assignment]
     cost: Tensor = None  # type: ignore[assignment]
     failures: tuple[str | None, ...] = None  # type: ignore[assignment]
+    gradients: Tensor | None = None
+    gradient_variance: Tensor | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -172,6 +179,34 @@ class Observations:
             raise DataError("Yvar holds negative or infinite variances")
         if bool((self.counts <= 0).any()):
             raise DataError("counts must be positive", hint="use NaN where nothing was counted")
+        slopes, noise = self._checked_gradients()
+        put(self, "gradients", slopes)
+        put(self, "gradient_variance", noise)
+
+    def _checked_gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """Return the gradients and their variances as they are kept, or raise."""
+        if self.gradients is None:
+            if self.gradient_variance is not None:
+                raise DataError("there is a gradient_variance without gradients")
+            return None, None
+        slopes = _double(self.gradients)
+        noise = self.gradient_variance
+        noise = torch.full_like(slopes, torch.nan) if noise is None else _double(noise)
+        shape = (*self.Y.shape, self.X.shape[-1])
+        for name, value in (("gradients", slopes), ("gradient_variance", noise)):
+            if value.shape != shape:
+                raise DataError(
+                    f"{name} has shape {tuple(value.shape)}, not {shape}",
+                    hint="give one derivative for each evaluation, metric and coefficient",
+                )
+        if bool(torch.isinf(slopes).any()):
+            raise DataError("gradients hold infinity", hint="use NaN where there is no gradient")
+        if bool(((noise < 0) | torch.isinf(noise)).any()):
+            raise DataError("gradient_variance holds negative or infinite variances")
+        nowhere = slopes.isnan() | ~self.ok.view(-1, 1, 1)
+        if bool(nowhere.all()):
+            return None, None
+        return slopes.masked_fill(nowhere, torch.nan), noise.masked_fill(nowhere, torch.nan)
 
     def __len__(self) -> int:
         return len(self.X)
@@ -193,6 +228,10 @@ class Observations:
             counts=self.counts[index],
             cost=self.cost[index],
             failures=tuple(self.failures[i] for i in index.tolist()),
+            gradients=None if self.gradients is None else self.gradients[index],
+            gradient_variance=(
+                None if self.gradient_variance is None else self.gradient_variance[index]
+            ),
         )
 
     def succeeded(self) -> Observations:
@@ -207,15 +246,38 @@ class Observations:
                 f"{[x.name for x in self.metrics]} in {self.X.shape[-1]} coefficients and "
                 f"{[x.name for x in other.metrics]} in {other.X.shape[-1]}"
             )
-        return Observations(
-            X=torch.cat([self.X, other.X]),
-            Y=torch.cat([self.Y, other.Y]),
-            metrics=self.metrics,
-            Yvar=torch.cat([self.Yvar, other.Yvar]),
-            counts=torch.cat([self.counts, other.counts]),
-            cost=torch.cat([self.cost, other.cost]),
-            failures=self.failures + other.failures,
+        return Observations.joined([self, other], self.X.shape[-1], self.metrics)
+
+    @classmethod
+    def joined(
+        cls, parts: Sequence[Observations], d: int, metrics: Sequence[Metric]
+    ) -> Observations:
+        """Return the rows of all ``parts`` (of ``metrics`` in ``d`` coefficients), in order."""
+        if not parts:
+            return cls.empty(d, metrics)
+        slopes = (
+            [part.slopes() for part in parts]
+            if any(part.gradients is not None for part in parts)
+            else []
         )
+        return cls(
+            X=torch.cat([part.X for part in parts]),
+            Y=torch.cat([part.Y for part in parts]),
+            metrics=tuple(metrics),
+            Yvar=torch.cat([part.Yvar for part in parts]),
+            counts=torch.cat([part.counts for part in parts]),
+            cost=torch.cat([part.cost for part in parts]),
+            failures=tuple(reason for part in parts for reason in part.failures),
+            gradients=torch.cat([value for value, _ in slopes]) if slopes else None,
+            gradient_variance=torch.cat([noise for _, noise in slopes]) if slopes else None,
+        )
+
+    def slopes(self) -> tuple[Tensor, Tensor]:
+        """Return gradients and their variances, ``n x m x d`` each, NaN where there are none."""
+        if self.gradients is None or self.gradient_variance is None:
+            nothing = self.Y.new_full((*self.Y.shape, self.X.shape[-1]), torch.nan)
+            return nothing, nothing
+        return self.gradients, self.gradient_variance
 
     @classmethod
     def empty(cls, d: int, metrics: Sequence[Metric]) -> Observations:
@@ -233,6 +295,9 @@ class Observations:
         )
 
 
+_FRONT_FIELDS = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
+
+
 @dataclass(frozen=True, eq=False)
 class Front:
     """The answer of a run: ``k`` trade-offs, as predicted and, where verified, as measured.
@@ -243,9 +308,13 @@ class Front:
         X: ``k x d`` coefficients.
         mean: ``k x m`` predicted metrics (posterior median, own units and directions).
         std: ``k x m`` predicted standard deviation of the metric, measurement noise excluded.
-        lower: ``k x m`` lower end of the 95 % interval of the prediction.
+        lower: ``k x m`` lower end of the 95 % interval of what would be measured.
         upper: ``k x m`` upper end.
         real: ``k x m`` measured metrics; NaN where the point was not verified.
+        corrected: ``k x m`` predicted metrics once the verified points are among the data; NaN
+            where nothing was verified.
+        probability: ``k`` posterior probabilities that nothing else in the front and nothing
+            evaluated dominates the point; NaN where they were not computed.
         metrics: The ``m`` metrics.
     """
 
@@ -256,20 +325,26 @@ class Front:
     upper: Tensor
     metrics: tuple[Metric, ...]
     real: Tensor = None  # type: ignore[assignment]
+    corrected: Tensor = None  # type: ignore[assignment]
+    probability: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "metrics", check_metrics(self.metrics))
         put(self, "X", _double(self.X))
-        shape = (len(self.X), len(self.metrics))
-        if self.real is None:
-            put(self, "real", torch.full(shape, torch.nan, dtype=torch.float64))
-        for name in ("mean", "std", "lower", "upper", "real"):
-            put(self, name, _double(getattr(self, name)))
+        k, m = len(self.X), len(self.metrics)
+        for name in _FRONT_FIELDS[1:]:
+            shape = (k,) if name == "probability" else (k, m)
+            value = getattr(self, name)
+            if value is None and name in ("real", "corrected", "probability"):
+                value = torch.full(shape, torch.nan, dtype=torch.float64)
+            put(self, name, _double(value))
             if getattr(self, name).shape != shape:
                 raise DataError(
                     f"{name} of a front has shape {tuple(getattr(self, name).shape)}, not {shape}"
                 )
+        if bool(((self.probability < 0) | (self.probability > 1)).any()):
+            raise DataError("probabilities of a front leave [0, 1]")
 
     def __len__(self) -> int:
         return len(self.X)
@@ -288,5 +363,5 @@ class Front:
     def select(self, rows: Tensor | Sequence[int]) -> Front:
         """Return the given points (indices or a boolean mask)."""
         index = torch.as_tensor(rows)
-        fields = ("X", "mean", "std", "lower", "upper", "real")
-        return dataclasses.replace(self, **{name: getattr(self, name)[index] for name in fields})
+        values = {name: getattr(self, name)[index] for name in _FRONT_FIELDS}
+        return dataclasses.replace(self, **values)

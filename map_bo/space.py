@@ -67,6 +67,9 @@ class CoefficientSpace:
             an expert (the default) this is ``0 .. d-1``, with one an expert and block of layers
             several coefficients share an owner.
         experts: Names of the experts; defaults to ``names``.
+        importance: ``d`` positive relative sizes, such as the norms of the parts of the task
+            vectors that the coefficients scale: how far a coefficient of 1 moves the model.
+            Only their ratios count; empty says that all are alike.
 
     Raises:
         SpaceError: On bounds, names, weights or constraints that contradict each other.
@@ -78,6 +81,7 @@ class CoefficientSpace:
     constraints: tuple[LinearConstraint, ...] = ()
     owner: tuple[int, ...] = field(default=())
     experts: tuple[str, ...] = field(default=())
+    importance: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -110,6 +114,14 @@ class CoefficientSpace:
             raise SpaceError(
                 f"owner {self.owner} does not assign {d} coefficients to "
                 f"{len(self.experts)} experts"
+            )
+        put(self, "importance", tuple(float(size) for size in self.importance))
+        if self.importance and (
+            len(self.importance) != d or not all(0 < s < float("inf") for s in self.importance)
+        ):
+            raise SpaceError(
+                f"{d} coefficients have the importance {list(self.importance)}",
+                hint="give one positive finite size a coefficient, or none at all",
             )
         for constraint in self.constraints:
             if len(constraint.weights) != d or not any(constraint.weights):
@@ -179,6 +191,33 @@ class CoefficientSpace:
     def bounds(self) -> Tensor:
         """``2 x d``: lower and upper bounds, as botorch wants them."""
         return torch.stack([self._low, self._high])
+
+    def stretched(self, power: float) -> CoefficientSpace:
+        """Return a box, of widths divided by ``importance ** power``, around the same middle.
+
+        In its unit cube a coefficient moves in proportion to what it does, so surrogates that
+        scale their inputs by this box instead of the space's own have the importances in their
+        prior: lengthscales shrink by ``s_i ** power``, and the weight of a linear feature has a
+        prior variance ``~ s_i^(2 power)``, of a square ``~ s_i^(4 power)``, of a cross feature
+        ``~ (s_i s_j)^(2 power)``.
+
+        Power 1 is what the method's Taylor expansion says of them: ``b_i = v_i . g`` and
+        ``A_ij = v_i' H v_j``, with ``v_i`` the part of a task vector that coefficient ``i``
+        scales. Where gradient ``g`` and Hessian ``H`` favour no direction (``E g g' = a I``, and
+        independent entries of variance ``h`` in ``H``), ``E b_i^2 = a |v_i|^2`` and
+        ``E A_ij^2 = h |v_i|^2 |v_j|^2``, and the importances are the norms ``|v_i|``.
+
+        The importances count relative to their root mean square. Constraints are dropped. With
+        power 0, and where there are no importances, it is the space itself.
+        """
+        if not self.importance or power == 0:
+            return self
+        sizes = torch.tensor(self.importance, dtype=torch.float64).pow(power)
+        sizes = sizes / sizes.square().mean().sqrt()
+        middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2 / sizes
+        return CoefficientSpace(
+            self.names, tuple((middle - half).tolist()), tuple((middle + half).tolist())
+        )
 
     def normalise(self, X: Tensor) -> Tensor:
         """Map the box onto the unit cube (``... x d``)."""
@@ -294,7 +333,7 @@ class CoefficientSpace:
 
     def describe(self) -> dict[str, Any]:
         """Return the space as plain data for the run's record."""
-        return {
+        data: dict[str, Any] = {
             "names": list(self.names),
             "lower": list(self.lower),
             "upper": list(self.upper),
@@ -305,6 +344,8 @@ class CoefficientSpace:
             "owner": list(self.owner),
             "experts": list(self.experts),
         }
+        # Only where there is one, so that the records of all other spaces stay as they were.
+        return {**data, "importance": list(self.importance)} if self.importance else data
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any]) -> CoefficientSpace:
@@ -320,4 +361,5 @@ class CoefficientSpace:
             constraints,
             tuple(data["owner"]),
             tuple(data["experts"]),
+            tuple(data.get("importance", ())),
         )

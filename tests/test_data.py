@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -123,3 +125,90 @@ def test_a_front_of_wrong_shape_is_refused() -> None:
     good = front()
     with pytest.raises(DataError, match="std of a front"):
         Front(good.X, good.mean, good.std[:2], good.lower, good.upper, METRICS)
+
+
+def gradients(n: int = 3) -> torch.Tensor:
+    return torch.rand(n, 2, 2, generator=torch.Generator().manual_seed(n + 2)).double()
+
+
+def test_gradients_are_kept_with_their_rows() -> None:
+    seen = observations(3, gradients=gradients(), gradient_variance=gradients() / 10)
+    assert seen.gradients is not None
+    part = seen.select([2, 0])
+    assert torch.equal(part.slopes()[0], seen.gradients[[2, 0]])
+    assert torch.equal(part.slopes()[1], seen.gradients[[2, 0]] / 10)
+    failed = Observations.failed(torch.zeros(1, 2), METRICS, "lost")
+    for both in (seen.append(failed), failed.append(seen)):
+        slopes, noise = both.slopes()
+        assert bool(slopes[~both.ok].isnan().all())
+        assert torch.equal(both.succeeded().slopes()[0], seen.gradients)
+        assert slopes.shape == noise.shape == (4, 2, 2)
+    joined = Observations.joined([observations(2), seen], 2, METRICS)
+    assert joined.slopes()[0].isnan().all((-1, -2)).tolist() == [True, True, False, False, False]
+    assert len(Observations.joined([], 2, METRICS)) == 0
+
+
+def test_without_gradients_there_are_none() -> None:
+    nothing = torch.full((3, 2, 2), torch.nan)
+    for seen in (
+        observations(3),
+        observations(3, gradients=nothing),
+        Observations.empty(2, METRICS),
+    ):
+        assert seen.gradients is None
+        assert seen.gradient_variance is None
+        assert seen.append(observations(2)).gradients is None
+        assert bool(seen.slopes()[0].isnan().all())
+        assert seen.slopes()[0].shape == (len(seen), 2, 2)
+    one = gradients()
+    one[0] = torch.nan
+    assert observations(3, gradients=one).select([0]).gradients is None
+
+
+def test_a_failed_row_has_no_gradient() -> None:
+    seen = observations(2, failures=("lost", None), gradients=gradients(2))
+    assert bool(seen.slopes()[0][0].isnan().all())
+    unknown = observations(2, gradients=gradients(2)).slopes()[1]
+    assert bool(unknown.isnan().all())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"gradients": torch.zeros(3, 2)}, r"gradients has shape \(3, 2\), not \(3, 2, 2\)"),
+        ({"gradients": torch.full((3, 2, 2), torch.inf)}, "gradients hold infinity"),
+        ({"gradient_variance": torch.zeros(3, 2, 2)}, "gradient_variance without gradients"),
+        (
+            {"gradients": torch.zeros(3, 2, 2), "gradient_variance": torch.zeros(3, 2)},
+            "gradient_variance has shape",
+        ),
+        (
+            {"gradients": torch.zeros(3, 2, 2), "gradient_variance": -torch.ones(3, 2, 2)},
+            "negative or infinite",
+        ),
+    ],
+)
+def test_gradients_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        observations(3, **changes)
+
+
+def test_a_front_may_say_how_sure_it_is() -> None:
+    plain = front()
+    assert bool(plain.corrected.isnan().all())
+    assert bool(plain.probability.isnan().all())
+    sure = dataclasses.replace(
+        plain, corrected=plain.mean - 0.1, probability=torch.tensor([0.0, 0.5, 1.0])
+    )
+    assert torch.equal(sure.mean, plain.mean), "what was predicted stays"
+    some = sure.select([2, 0])
+    assert some.probability.tolist() == [1.0, 0.0]
+    assert torch.equal(some.corrected, sure.corrected[[2, 0]])
+    assert torch.equal(sure.with_real([1], sure.mean[1:2]).probability, sure.probability)
+    for changes, message in (
+        ({"probability": torch.zeros(2)}, "probability of a front has shape"),
+        ({"corrected": plain.mean[:2]}, "corrected of a front has shape"),
+        ({"probability": torch.tensor([0.0, 1.1, 0.2])}, "leave"),
+    ):
+        with pytest.raises(DataError, match=message):
+            dataclasses.replace(plain, **changes)  # type: ignore[arg-type]

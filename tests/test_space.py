@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -152,3 +153,60 @@ def test_points_that_do_not_fit_are_refused(X: Tensor, message: str) -> None:
 def test_checked_points_come_back_as_float64() -> None:
     space = CoefficientSpace.box(["a", "b"])
     assert space.check(torch.zeros(1, 2, dtype=torch.float32)).dtype == torch.float64
+
+
+def weighed(importance: tuple[float, ...]) -> CoefficientSpace:
+    return CoefficientSpace(
+        ("a/x", "a/y", "b/x", "b/y"),
+        (0.0, 0.0, -1.0, 0.0),
+        (1.0, 1.0, 3.0, 1.0),
+        owner=(0, 0, 1, 1),
+        experts=("a", "b"),
+        importance=importance,
+    )
+
+
+def test_importances_are_recorded_only_where_there_are_any() -> None:
+    plain, told = weighed(()), weighed((1.0, 0.5, 2.0, 0.1))
+    assert "importance" not in plain.describe()
+    assert CoefficientSpace.from_description(plain.describe()) == plain
+    described = json.loads(json.dumps(told.describe()))
+    assert described.pop("importance") == [1.0, 0.5, 2.0, 0.1]
+    assert CoefficientSpace.from_description(told.describe()) == told
+    assert CoefficientSpace.from_description(described) == plain
+
+
+@pytest.mark.parametrize(
+    "importance", [(1.0,), (1.0, 0.0, 1.0, 1.0), (1.0, -1.0, 1.0, 1.0), (1.0, 1.0, 1.0, torch.inf)]
+)
+def test_importances_are_positive_and_one_a_coefficient(importance: tuple[float, ...]) -> None:
+    with pytest.raises(SpaceError, match="importance") as caught:
+        weighed(importance)
+    assert caught.value.hint is not None
+
+
+def test_a_stretched_space_is_the_space_without_importances_or_power() -> None:
+    assert weighed(()).stretched(1.0) == weighed(())
+    told = weighed((1.0, 0.5, 2.0, 0.1))
+    assert told.stretched(0.0) is told
+
+
+@given(
+    st.lists(st.floats(0.01, 100), min_size=4, max_size=4),
+    st.floats(0.1, 2.0),
+    st.floats(0.01, 100),
+)
+def test_stretching_moves_each_coefficient_by_its_relative_importance(
+    sizes: list[float], power: float, unit: float
+) -> None:
+    space = weighed(tuple(sizes))
+    box = space.stretched(power)
+    middle = space.bounds.mean(0)
+    torch.testing.assert_close(box.bounds.mean(0), middle)
+    X = space.bounds[1:]  # the upper corner: 1 in every centred coefficient of the space
+    Z = 2 * box.normalise(X) - 1
+    wanted = torch.tensor(sizes, dtype=torch.float64) ** power
+    torch.testing.assert_close(Z[0] / Z[0, 0], wanted / wanted[0])
+    assert float(Z.square().mean().sqrt()) == pytest.approx(1.0)
+    other = weighed(tuple(unit * size for size in sizes)).stretched(power)
+    torch.testing.assert_close(other.bounds, box.bounds, rtol=1e-9, atol=1e-9)

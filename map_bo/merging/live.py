@@ -129,6 +129,15 @@ class LiveModel:
                     bound.live.copy_(bound.slot.of(flat))
         return self.model
 
+    def merged_tensors(self) -> list[tuple[Tensor, Slot]]:
+        """Return the parameters and buffers that are merged, each once, with their slots.
+
+        Two tensors that share memory have the same slot. Only while entered.
+        """
+        if not self._entered:
+            raise MergeError("the model is not live", hint="use it inside `with`")
+        return [(bound.tensor, bound.slot) for bound in self._bound if bound.slot is not None]
+
     def __enter__(self) -> LiveModel:
         """Bind the model's tensors to the buffer; the model has no useful weights yet."""
         if self._entered:

@@ -228,6 +228,37 @@ class LinearMerge:
                     self._add(source, weights.tolist(), target)
             self._vectors.keep_variances(out)
 
+    def directional(self, gradient: Tensor) -> Tensor:
+        """Return the derivatives by the coefficients, ``d`` (float64 on the CPU).
+
+        The merge is linear, so the derivative by the coefficient of an expert and a block is the
+        product of that part of its task vector with the gradient by the merged numbers. One pass
+        over the task vectors. That variances are kept positive is not differentiated.
+
+        Args:
+            gradient: ``P`` in float32 on the task vectors' device: the gradient of a metric by the
+                merged numbers, wherever they are.
+
+        Raises:
+            MergeError: When ``gradient`` has another shape, dtype or device.
+        """
+        deltas = self._vectors.deltas
+        wrong = gradient.shape != deltas.shape[1:] or gradient.dtype != torch.float32
+        if wrong or gradient.device != deltas.device:
+            raise MergeError(
+                f"a gradient has shape {tuple(gradient.shape)} of {gradient.dtype} on "
+                f"{gradient.device}; the task vectors are {tuple(deltas.shape)} on {deltas.device}",
+                hint="give a flat float32 tensor of the layout's size on the same device",
+            )
+        result = torch.zeros(len(deltas), self._blocks, dtype=torch.float64)
+        with torch.no_grad():
+            for start, stop, block in self._segments:
+                for at in range(start, stop, self._chunk):
+                    part = slice(at, min(at + self._chunk, stop))
+                    # Chunks are summed in float64, so the length of a model costs no digits.
+                    result[:, block] += (deltas[:, part].float() @ gradient[part]).cpu().double()
+        return result.flatten()
+
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile
         left = torch.cat([weights.new_ones(1), weights]).to(rows.dtype)

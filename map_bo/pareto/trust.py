@@ -22,6 +22,10 @@ __all__ = ["Coverage", "guard"]
 # Prior for the spread of the data: as much as `_PRIOR` points spread uniformly over the box,
 # whose variance in the unit cube is 1/12 in every direction.
 _PRIOR = 1.0
+# Trusted leverage, as a share of the data's largest, with several coefficients an expert. On 2 to
+# 6 real experts in 4 and 6 blocks, fronts of half the leverage had a tenth less regret on average
+# than fronts of the whole, and hardly any of the optimism.
+_WITH_BLOCKS = 0.5
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,14 +51,17 @@ class Coverage:
     limit: float
 
     @classmethod
-    def of(cls, X: Tensor, space: CoefficientSpace, *, slack: float = 1.0) -> Coverage:
+    def of(cls, X: Tensor, space: CoefficientSpace, *, slack: float | None = None) -> Coverage:
         """Return what the data cover.
 
         Args:
             X: ``n x d`` coefficients of the evaluations that succeeded.
             space: Their space.
             slack: Trusted leverage as a multiple of the largest leverage in the data; at 1 or
-                more every data point, and all between them, is trusted.
+                more every data point, and all between them, is trusted. ``None`` is 1 with one
+                coefficient an expert, and 1/2 with several: there the experts, far outside all
+                other data, would set the limit in all of many directions, some of which the data
+                hardly explored.
 
         Raises:
             SurrogateError: When there are no data, or ``slack`` is not positive.
@@ -64,8 +71,10 @@ class Coverage:
                 "no evaluation has succeeded, so nothing is covered",
                 hint="evaluate the anchors first",
             )
+        if slack is None:
+            slack = _WITH_BLOCKS if space.d > len(space.experts) else 1.0
         if not slack > 0:
-            raise SurrogateError(f"slack is {slack}", hint="slack is positive; 1 is the default")
+            raise SurrogateError(f"slack is {slack}", hint="slack is positive; None is the default")
         Z = space.normalise(X.double())
         centre = Z.mean(0)
         offset = Z - centre

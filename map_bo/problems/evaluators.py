@@ -19,10 +19,12 @@ __all__ = [
     "Accuracy",
     "Evaluator",
     "MeanLoss",
+    "MeanProbability",
     "Measurement",
     "accuracy",
     "binomial_variance",
     "mean_loss",
+    "mean_probability",
     "measure",
 ]
 
@@ -160,14 +162,16 @@ class _Classification:
                 f"batch_size is {self.batch_size}", hint="give at least one example a batch"
             )
 
-    def _batches(self, model: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    def _batches(self, model: nn.Module, *, graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits (``b x classes``, float32) and labels (``b``) of each batch."""
         device = next((tensor.device for tensor in model.parameters()), self.inputs.device)
-        with _evaluating(model), torch.inference_mode():
+        with _evaluating(model):
             for start in range(0, len(self.labels), self.batch_size):
                 batch = slice(start, start + self.batch_size)
-                output = model(self.inputs[batch].to(device))
-                logits = getattr(output, "logits", output).float()
+                # Not around the yield: a generator's modes would reach whoever consumes it.
+                with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
+                    output = model(self.inputs[batch].to(device))
+                    logits = getattr(output, "logits", output).float()
                 if not bool(torch.isfinite(logits).all()):
                     raise EvaluationError(
                         "the model's outputs hold NaN or infinity",
@@ -198,20 +202,49 @@ class Accuracy(_Classification):
         return Measurement(right / len(self.labels), count=len(self.labels))
 
 
-class MeanLoss(_Classification):
-    """The mean cross-entropy; made by `mean_loss`."""
+class _MeanOverExamples(_Classification):
+    """A mean over examples of something differentiable in the weights.
+
+    It is a :class:`~map_bo.problems.differentiable.Differentiable` evaluator.
+    """
 
     def __call__(self, model: nn.Module) -> Measurement:
-        """Return the mean in nats, the variance of that mean, and the number of examples."""
-        losses = torch.cat(
-            [
-                nn.functional.cross_entropy(logits, labels, reduction="none").double().cpu()
-                for logits, labels in self._batches(model)
-            ]
-        )
-        n = len(losses)
-        variance = float(losses.var()) / n if n > 1 else None
-        return Measurement(float(losses.mean()), variance=variance, count=n)
+        """Return the mean, the variance of that mean, and the number of examples."""
+        parts = [self._each(*batch).double().cpu() for batch in self._batches(model)]
+        return self.summary(torch.cat(parts))
+
+    def examples(self, model: nn.Module) -> Iterator[Tensor]:
+        """Yield, batch by batch, the value of each example (``b``) with its graph."""
+        for batch in self._batches(model, graph=True):
+            yield self._each(*batch)
+
+    def summary(self, values: Tensor) -> Measurement:
+        """Return the measurement that the values (``n``) of all examples make."""
+        n = len(values)
+        variance = float(values.var()) / n if n > 1 else None
+        return Measurement(float(values.mean()), variance=variance, count=n)
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class MeanLoss(_MeanOverExamples):
+    """The mean cross-entropy in nats; made by `mean_loss`."""
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+class MeanProbability(_MeanOverExamples):
+    """The mean probability of the right class; made by `mean_probability`."""
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
+
+    def summary(self, values: Tensor) -> Measurement:
+        """Return mean and variance; no count, as the values are no successes and failures."""
+        seen = super().summary(values)
+        return Measurement(seen.value, variance=seen.variance)
 
 
 def accuracy(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> Accuracy:
@@ -239,3 +272,12 @@ def mean_loss(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> MeanLoss
     `accuracy`.
     """
     return MeanLoss(inputs, labels, batch_size)
+
+
+def mean_probability(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> MeanProbability:
+    """Return an evaluator: the mean probability that a classifier gives to the right class.
+
+    A proportion in [0, 1] to maximise, smooth where an accuracy has steps. Otherwise as
+    `accuracy`.
+    """
+    return MeanProbability(inputs, labels, batch_size)

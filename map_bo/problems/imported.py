@@ -40,6 +40,7 @@ def imported_problem(
     sum_at_most: float | None = None,
     dtype: str = "float32",
     device: str = "cpu",
+    gradients: bool = False,
 ) -> MergedModelProblem:
     """Return the problem of merging checkpoints on disk.
 
@@ -58,8 +59,11 @@ def imported_problem(
         sum_at_most: Bound on the sum of an expert's coefficients over the experts.
         dtype: Storage of the task vectors: ``float32`` or ``bfloat16``.
         device: Where the task vectors and the model live.
+        gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
+            be differentiable (see :mod:`map_bo.problems.differentiable`).
 
     Raises:
+        EvaluationError: When gradients are asked of an evaluator that has none.
         ConfigError: On a name that cannot be imported, or metrics without evaluators.
         CheckpointError: On files that cannot be read.
         MergeError: On checkpoints that do not fit each other.
@@ -103,6 +107,7 @@ def imported_problem(
         space=space,
         dtype=_DTYPES[dtype],
         device=device,
+        gradients=gradients,
     )
 
 

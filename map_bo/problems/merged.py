@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,16 @@ from map_bo.data import Metric, Observations, check_metrics
 from map_bo.errors import DataError, EvaluationError, MergeError
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
+from map_bo.merging.importance import block_norms, relative_importance
 from map_bo.merging.live import LiveModel, model_ties
 from map_bo.merging.operator import MergeOperator, PreparedMerge
-from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
+from map_bo.merging.task_arithmetic import LinearMerge, LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors, joined_ties
+from map_bo.problems.differentiable import (
+    Differentiable,
+    check_differentiable,
+    measure_with_gradient,
+)
 from map_bo.problems.evaluators import Evaluator, Measurement, binomial_variance, measure
 from map_bo.space import CoefficientSpace
 
@@ -55,10 +62,15 @@ class MergedModelProblem:
         device: Where the task vectors and the model live. A model that a callable returns is
             moved there; a given one must be there.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        gradients: Whether to measure the derivatives by the coefficients too, with one backward
+            pass a batch (see :mod:`map_bo.problems.differentiable`). Every evaluator must be
+            differentiable and the operator task arithmetic.
 
     Raises:
-        MergeError: When experts, model, operator and space do not fit each other.
-        EvaluationError: When there are no evaluators, or one cannot be called.
+        MergeError: When experts, model, operator and space do not fit each other; when gradients
+            are asked of an operator that is not linear in its coefficients.
+        EvaluationError: When there are no evaluators, or one cannot be called, or has no gradients
+            and they are asked for.
         DataError: When metrics and evaluators have different names.
         CheckpointError: When a checkpoint cannot be read.
     """
@@ -78,6 +90,7 @@ class MergedModelProblem:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         check_base: bool = True,
+        gradients: bool = False,
     ) -> None:
         _check_names(experts, "expert")
         _check_names(evaluators, "evaluator")
@@ -103,13 +116,23 @@ class MergedModelProblem:
         self._dtype = dtype or torch.float32
         self._device = torch.device(device)
         self._check_base = check_base
+        self._gradients = gradients
+        if gradients:
+            _check_gradients(self._evaluators, self._operator)
         self._model: nn.Module | None = None
+        self._measured: CoefficientSpace | None = None
         self._ready: tuple[TaskVectors, PreparedMerge, LiveModel] | None = None
 
     @property
     def space(self) -> CoefficientSpace:
-        """The coefficients."""
-        return self._space
+        """The coefficients; with blocks, their importance is the norm of the part they scale.
+
+        Those norms are read, once, when the space is first asked for: one pass over the
+        checkpoints. With one coefficient an expert nothing is read.
+        """
+        if self._measured is None:
+            self._measured = self._weighed()
+        return self._measured
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -140,6 +163,7 @@ class MergedModelProblem:
         X = self._space.check(X)
         n, m = len(X), len(self._metrics)
         Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
+        slopes, spread = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
         cost = torch.zeros(n, dtype=torch.float64)
         failures: list[str | None] = [None] * n
         _, prepared, live = self._prepare()
@@ -149,13 +173,23 @@ class MergedModelProblem:
                 try:
                     for j, metric in enumerate(self._metrics):
                         live.write(prepared, x)
-                        seen = measure(metric.name, self._evaluators[metric.name], live.model)
+                        evaluator = self._evaluators[metric.name]
+                        if self._gradients:
+                            assert isinstance(evaluator, Differentiable)
+                            assert isinstance(prepared, LinearMerge)
+                            seen, slopes[i, j], spread[i, j] = measure_with_gradient(
+                                metric.name, evaluator, live, prepared.directional
+                            )
+                        else:
+                            seen = measure(metric.name, evaluator, live.model)
                         Y[i, j], Yvar[i, j], counts[i, j] = _entry(seen, metric)
                 except EvaluationError as error:
                     failures[i] = error.message
                     Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
                 cost[i] = time.perf_counter() - start
-        return Observations(X, Y, self._metrics, Yvar, counts, cost, tuple(failures))
+        return Observations(
+            X, Y, self._metrics, Yvar, counts, cost, tuple(failures), slopes, spread
+        )
 
     @contextmanager
     def load(self, x: Tensor) -> Iterator[nn.Module]:
@@ -240,7 +274,17 @@ class MergedModelProblem:
                 for metric in self._metrics
             ],
             "dtype": str(self._dtype).removeprefix("torch."),
+            **({"gradients": True} if self._gradients else {}),
         }
+
+    def _weighed(self) -> CoefficientSpace:
+        """Return the space with importances, where the operator has blocks and nobody gave any."""
+        operator, blocks = self._operator, self._space.d // len(self._experts)
+        if blocks == 1 or self._space.importance or not isinstance(operator, TaskArithmetic):
+            return self._space
+        ties = joined_ties(self._base, model_ties(self._architecture()))
+        norms = block_norms(self._base, self._experts, operator.block, blocks, ties=ties)
+        return replace(self._space, importance=relative_importance(norms))
 
     def _tied(
         self, weights: Callable[[str], Mapping[str, float]]
@@ -305,6 +349,17 @@ def _check_names(given: object, kind: str) -> None:
                 f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",
                 hint="give a function that takes the model and returns a number",
             )
+
+
+def _check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator) -> None:
+    if not isinstance(operator, TaskArithmetic):
+        raise MergeError(
+            f"gradients were asked for, and {type(operator).__name__} is not linear in its "
+            "coefficients",
+            hint="use TaskArithmetic, or pass gradients=False",
+        )
+    for name, evaluator in evaluators.items():
+        check_differentiable(name, evaluator)
 
 
 def _metrics(

@@ -117,6 +117,8 @@ class TableProblem:
             counts=found.counts + blank,
             cost=torch.where(known, found.cost, 0.0),
             failures=tuple(reasons),
+            gradients=found.gradients,
+            gradient_variance=found.gradient_variance,
         )
 
     def describe(self) -> dict[str, Any]:
@@ -125,6 +127,9 @@ class TableProblem:
         content = hashlib.sha256()
         for part in (table.X, table.Y, table.Yvar, table.counts):
             content.update(part.contiguous().numpy().tobytes())
+        if table.gradients is not None:
+            for part in table.slopes():
+                content.update(part.contiguous().numpy().tobytes())
         return {
             "kind": "table",
             "evaluations": len(table),

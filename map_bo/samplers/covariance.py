@@ -8,9 +8,9 @@ import torch
 from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Tensor
 
+from map_bo.surrogates.prediction import observation_variance
 from map_bo.surrogates.quadratic_model import QuadraticModel
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.surrogates.validation import LeavesOneOut
 
 __all__ = ["Covariances", "measurement_noise"]
 
@@ -92,6 +92,4 @@ class Covariances:
 
 def measurement_noise(model: SurrogateModel) -> Tensor:
     """Return the typical variance (``m``, link scale) of one more measurement, misfit included."""
-    if not isinstance(model, LeavesOneOut):
-        return torch.full((len(model.metrics),), 1e-9, dtype=torch.float64)
-    return model.training_targets()[1].median(0).values
+    return observation_variance(model).clamp_min(_RIDGE)

@@ -183,7 +183,7 @@ class LogImprovement(MultiObjectiveMCAcquisitionFunction):
             with torch.no_grad():
                 mean = cast(GPyTorchPosterior, self.model.posterior(X_pending)).mean
                 front = torch.cat([front, self.objective(mean.unsqueeze(0), X=X_pending)[0]])
-        cells = non_dominated_cells(front.unsqueeze(0), torch.zeros_like(front[0]))
+        cells = non_dominated_cells(front.unsqueeze(0), front.new_zeros(front.shape[-1]))
         self.register_buffer("cell_bounds", cells)
 
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]  # as botorch's own classes

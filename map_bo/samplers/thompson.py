@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
+from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Generator, Tensor
 
 from map_bo.errors import SamplerError
@@ -94,15 +96,14 @@ class ThompsonFronts(PosteriorDriven):
         pool = torch.cat(
             [waiting, mean_front, space.sample(self.pool, generator=child(source, "pool"))]
         )
-        noise = torch.randn(
-            1,
-            len(pool),
-            len(situation.scale),
-            generator=child(source, "function"),
-            dtype=torch.float64,
-        )
+        one = torch.Size([1])
         with torch.no_grad():
-            sample = model.posterior(pool).rsample_from_base_samples(torch.Size([1]), noise)[0]
+            # All surrogates are Gaussian; botorch types `posterior` by its base class.
+            posterior = cast(GPyTorchPosterior, model.posterior(pool))
+            shape = one + posterior.base_sample_shape
+            source = child(source, "function")
+            noise = torch.randn(shape, generator=source, dtype=torch.float64)
+            sample = posterior.rsample_from_base_samples(one, noise)[0]
             values = gains(sample, None)
         q = len(waiting)
         X, drawn_gains = pool[q:], values[q:]

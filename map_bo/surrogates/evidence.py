@@ -3,7 +3,8 @@
 Model, for each of ``m`` outputs alone: ``y = Phi w + e``, ``w_j ~ N(0, s_g(j))`` with one prior
 variance for each of ``G`` groups of features, and ``e_i ~ N(0, v_i + t)`` with ``v_i`` the known
 variance of row ``i`` (0 where it is unknown) and ``t`` a fitted variance, the *nugget*: the
-noise where it is unknown, the misfit of the model where it is known.
+noise where it is unknown, the misfit of the model where it is known. (Rows of several kinds, each
+with a nugget of its own, are in :mod:`map_bo.surrogates.row_kinds`.)
 
 The log variances ``theta = (log t, log s_1 .. log s_G)`` maximise the evidence (type-II maximum
 likelihood; MacKay, *Bayesian Interpolation*, Neural Computation 4(3), 1992, section 4) times
@@ -131,10 +132,14 @@ class InWeightSpace:
     known: Tensor
     groups: Tensor
 
+    def variances(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return total noise variances (``... x n``) and log prior variances (``... x G``)."""
+        return self.known + theta[..., :1].exp(), theta[..., 1:]
+
     def solve(self, theta: Tensor) -> Whitened:
         """Return the posterior of the weights at ``theta``."""
-        noise = self.known + theta[..., :1].exp()
-        scale = (theta[..., 1:] / 2).exp()[..., self.groups]
+        noise, by_group = self.variances(theta)
+        scale = (by_group / 2).exp()[..., self.groups]
         design = self.Phi * scale.unsqueeze(-2)
         weighted = design / noise.unsqueeze(-1)
         eye = torch.eye(design.shape[-1], dtype=design.dtype)
@@ -247,6 +252,7 @@ def maximise_evidence(
     start: Tensor | None = None,
     steps: int = 60,
     tolerance: float = 1e-7,
+    nuggets: int = 1,
 ) -> Tensor:
     """Return the log variances (``m x (1 + G)``) of highest evidence times prior.
 
@@ -257,10 +263,13 @@ def maximise_evidence(
             signal, of which the better end is kept.
         steps: Newton steps at most.
         tolerance: Stop when every output's gradient is below it.
+        nuggets: How many of the variances, the first ones, are nuggets.
     """
     m, size = hyper.mean.shape
     if start is None:
-        begin = torch.tensor([[t, *[s] * (size - 1)] for t, s in _STARTS], dtype=torch.float64)
+        begin = torch.tensor(
+            [[t] * nuggets + [s] * (size - nuggets) for t, s in _STARTS], dtype=torch.float64
+        )
         theta = begin.unsqueeze(1).expand(-1, m, -1)
     else:
         theta = start.unsqueeze(0)

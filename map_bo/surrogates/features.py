@@ -11,7 +11,14 @@ from torch import Tensor
 
 from map_bo.space import CoefficientSpace
 
-__all__ = ["GROUPS", "centred", "feature_groups", "n_features", "quadratic_features"]
+__all__ = [
+    "GROUPS",
+    "centred",
+    "feature_groups",
+    "n_features",
+    "quadratic_feature_gradients",
+    "quadratic_features",
+]
 
 GROUPS = ("constant", "linear", "square", "cross")
 
@@ -39,3 +46,16 @@ def quadratic_features(Z: Tensor) -> Tensor:
     return torch.cat(
         [torch.ones_like(Z[..., :1]), Z, Z.square(), Z[..., first] * Z[..., second]], dim=-1
     )
+
+
+def quadratic_feature_gradients(Z: Tensor) -> Tensor:
+    """Return the derivatives of the features by ``Z`` (``... x d``), ``... x d x D``."""
+    d = Z.shape[-1]
+    first, second = torch.triu_indices(d, d, offset=1, device=Z.device)
+    eye = torch.eye(d, dtype=Z.dtype, device=Z.device)
+    linear = eye.expand(*Z.shape, d)
+    square = 2 * eye * Z.unsqueeze(-2)
+    by_first = eye[:, first] * Z[..., second].unsqueeze(-2)
+    by_second = eye[:, second] * Z[..., first].unsqueeze(-2)
+    zeros = torch.zeros_like(Z).unsqueeze(-1)
+    return torch.cat([zeros, linear, square, by_first + by_second], dim=-1)

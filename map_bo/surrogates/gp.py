@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,7 +12,8 @@ import torch
 from botorch.models.gp_regression import SingleTaskGP
 from botorch.models.model_list_gp_regression import ModelListGP
 from gpytorch.distributions import MultivariateNormal
-from gpytorch.means import ConstantMean
+from gpytorch.kernels import Kernel
+from gpytorch.means import ConstantMean, Mean
 from linear_operator import to_linear_operator
 from torch import Tensor
 
@@ -20,6 +21,14 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.closed_form import ClosedFormMean, leave_one_out
+from map_bo.surrogates.gp_gradients import (
+    ConditionedKernel,
+    ConditionedMean,
+    SlopeMean,
+    Slopes,
+    fit_joint,
+)
+from map_bo.surrogates.gradients import gradient_rows, gradient_scale
 from map_bo.surrogates.kernels import Trend, TrendRBFKernel, trend_groups
 from map_bo.surrogates.links import Link, links_for, observed_on_link
 from map_bo.surrogates.marginal import Fitted, Hyperparameters, LogPrior, fit
@@ -100,6 +109,8 @@ class MetricGP(SingleTaskGP):
         misfit: Fitted variance on top of known noise; 0 where the noise is unknown.
         jitter: Variance that is added to the posterior's for numerical reasons.
         note: Why the hyperparameters are not the best ones, ``None`` when they are.
+        cost: Negative log posterior of the hyperparameters, up to what their priors share.
+        slopes: Observed slopes on the link scale, with their total noise variances.
     """
 
     def __init__(
@@ -115,22 +126,29 @@ class MetricGP(SingleTaskGP):
         misfit: float,
         jitter: float,
         note: str | None,
+        cost: float = math.inf,
+        slopes: Slopes | None = None,
     ) -> None:
-        constant = ConstantMean()
-        constant.initialize(constant=mean)
+        constant: Mean = ConstantMean()
+        covariance: Kernel = kernel
+        if slopes is None:
+            constant.initialize(constant=mean)
+        else:
+            covariance = ConditionedKernel(kernel, X, slopes)
+            constant = ConditionedMean(covariance, mean)
         # gpytorch rounds known noise up to 1e-6, which is for targets of unit variance.
         with gpytorch.settings.min_fixed_noise(double_value=1e-300):
             super().__init__(
                 X,
                 z.unsqueeze(-1),
                 variance.unsqueeze(-1),
-                covar_module=kernel,
+                covar_module=covariance,
                 mean_module=constant,
                 outcome_transform=None,
             )
         self.requires_grad_(False)
         self.metric, self.link = metric, link
-        self.misfit, self.jitter, self.note = misfit, jitter, note
+        self.misfit, self.jitter, self.note, self.cost = misfit, jitter, note, cost
         self.eval()
 
     def __call__(self, *args: Any, **kwargs: Any) -> MultivariateNormal:
@@ -160,7 +178,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         self.metrics = tuple(process.metric for process in processes)
         self.links = tuple(process.link for process in processes)
         self.eval()
-        self._mean: ClosedFormMean | None = None
+        self._mean: Callable[[Tensor], Tensor] | None = None
 
     @property
     def processes(self) -> tuple[MetricGP, ...]:
@@ -181,18 +199,21 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         if any(process.train_targets.dim() > 1 for process in self.processes):
             return self.posterior(X).mean
         if self._mean is None:
-            self._mean = ClosedFormMean.of(
-                [
-                    (
-                        process.covar_module,
-                        process.train_inputs[0],
-                        process.train_targets,
-                        process.likelihood.noise,
-                        process.mean_module.constant,
-                    )
-                    for process in self.processes
-                ]
-            )
+            parts = [
+                (
+                    process.covar_module,
+                    process.train_inputs[0],
+                    process.train_targets,
+                    process.likelihood.noise,
+                    process.mean_module.constant,
+                )
+                for process in self.processes
+            ]
+            # One batch where it can be one: processes with slopes have as many as they have.
+            if any(isinstance(part[0], ConditionedKernel) for part in parts):
+                self._mean = SlopeMean.stacked(parts)
+            else:
+                self._mean = ClosedFormMean.of(parts)
         return self._mean(X)
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
@@ -203,10 +224,14 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         """
         means, variances = [], []
         for process in self.processes:
-            noise = process.likelihood.noise
-            K = process.covar_module(process.train_inputs[0]).to_dense() + torch.diag(noise)
+            noise, kernel = process.likelihood.noise, process.covar_module
+            X = process.train_inputs[0]
             residual = process.train_targets - process.mean_module.constant
-            mean, variance = leave_one_out(K, residual, noise)
+            if isinstance(kernel, ConditionedKernel):
+                mean, variance = kernel.leave_one_out(X, residual, noise)
+            else:
+                K = kernel(X).to_dense() + torch.diag(noise)
+                mean, variance = leave_one_out(K, residual, noise)
             means.append(mean + process.mean_module.constant)
             variances.append(variance + process.jitter)
         return torch.stack(means, -1), torch.stack(variances, -1)
@@ -259,14 +284,19 @@ class GP:
     Hyperparameters are set to the mode of marginal likelihood times priors (botorch's for the
     lengthscales). The constant has a prior variance and is integrated out. Known noise
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
-    unknown noise is fitted. A metric should vary by more than 1e-3 on its link scale:
-    gpytorch takes variances below 1e-10 for zero, so they are kept above 2e-10.
+    unknown noise is fitted. Observed gradients are slopes of the process, with noise and a nugget
+    of their own (:mod:`map_bo.surrogates.gp_gradients`). A metric should vary by more than 1e-3 on
+    its link scale: gpytorch takes variances below 1e-10 for zero, so they are kept above 2e-10.
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
+        importance: Power of the space's importances that inputs are scaled by, where the space
+            has any, see :meth:`~map_bo.space.CoefficientSpace.stretched`: the lengthscales' prior
+            shrinks by it. 0 takes all coefficients to matter alike.
     """
 
     link: Literal["auto", "identity"] = "auto"
+    importance: float = 0.5
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -277,6 +307,7 @@ class GP:
         Raises:
             SurrogateError: When fewer than two succeeded.
         """
+        space = space.stretched(self.importance)
         return fit_processes(seen, space, link=self.link, prior=_GP_PRIOR)
 
 
@@ -311,6 +342,7 @@ def fit_processes(
         )
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
+    gradients = gradient_rows(seen, links, space)
     U = space.normalise(seen.X)
     processes = []
     for j, (metric, its_link) in enumerate(zip(seen.metrics, links, strict=True)):
@@ -318,20 +350,25 @@ def fit_processes(
         known = not bool(v.isnan().any())
         v = v.nan_to_num(nan=0.0)
         shift, unit = z.mean(), z.std()
+        slopes = None
+        if gradients is not None:
+            slopes = Slopes.of(gradients.slopes[:, j], gradients.variance[:, j])
+            unit = torch.maximum(unit, gradient_scale(gradients)[j])
         if not float(unit) > 1e-12 * (1 + float(shift.abs())):
             unit = torch.ones_like(unit)
         at = prior.on(space.d, known_noise=known)
-        fitted: Fitted = fit(
-            U,
-            (z - shift) / unit,
-            v / unit.square(),
-            prior.trend,
-            at,
-            prior.starts(at, space.d),
-        )
+        starts, squared = prior.starts(at, space.d), unit.square()
+        values = (z - shift) / unit, v / squared
+        if slopes is None:
+            fitted: Fitted = fit(U, *values, prior.trend, at, starts)
+            nugget = misfit = fitted.hyperparameters.nugget * squared
+        else:
+            fitted, slope_nugget, misfit = fit_joint(
+                U, values, slopes.scaled(unit), prior.trend, at, starts
+            )
+            slopes = slopes.noisier(slope_nugget * squared)
+            nugget, misfit = fitted.hyperparameters.nugget * squared, misfit * squared
         hyper: Hyperparameters = fitted.hyperparameters
-        squared = unit.square()
-        nugget = hyper.nugget * squared
         processes.append(
             MetricGP(
                 seen.X,
@@ -347,9 +384,11 @@ def fit_processes(
                 mean=float(shift),
                 metric=metric,
                 link=its_link,
-                misfit=float(nugget) if known else 0.0,
+                misfit=float(misfit) if known else 0.0,
                 jitter=max(_JITTER * float(squared), _LEAST_JITTER),
                 note=fitted.note,
+                cost=fitted.cost,
+                slopes=slopes,
             )
         )
     return GPModel(*processes)

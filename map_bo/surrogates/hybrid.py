@@ -33,9 +33,12 @@ class Hybrid:
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
+        importance: Power of the space's importances that inputs, and so the features of the
+            quadratic, are scaled by; see :class:`~map_bo.surrogates.quadratic.Quadratic`.
     """
 
     link: Literal["auto", "identity"] = "auto"
+    importance: float = 0.5
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -46,4 +49,5 @@ class Hybrid:
         Raises:
             SurrogateError: When fewer than two succeeded.
         """
+        space = space.stretched(self.importance)
         return fit_processes(seen, space, link=self.link, prior=_HYBRID_PRIOR)

@@ -17,6 +17,7 @@ never raises.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -33,6 +34,7 @@ __all__ = [
     "LogPrior",
     "fit",
     "negative_log_posterior",
+    "search",
 ]
 
 # Targets are standardised, so a nugget of 2e-6 is a thousandth of their standard deviation, and
@@ -76,6 +78,12 @@ class LogPrior:
     mean: Tensor
     spread: Tensor
 
+    def cost(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the negative log density of ``theta`` (``p``) and its gradient (``p``)."""
+        away = (theta - self.mean) / self.spread
+        constant = self.spread.log().sum() + 0.5 * len(theta) * math.log(2 * math.pi)
+        return 0.5 * away.square().sum() + constant, away / self.spread
+
     def bounds(self) -> list[tuple[float, float]]:
         """Return where a search may go: five spreads either way, at most e^12 of anything."""
         reach = 5 * self.spread
@@ -91,10 +99,12 @@ class Fitted:
     Attributes:
         hyperparameters: The mode.
         note: Why the priors' values had to be taken instead, ``None`` when a search succeeded.
+        cost: Negative log posterior at the mode; infinite where none was found.
     """
 
     hyperparameters: Hyperparameters
     note: str | None = None
+    cost: float = math.inf
 
 
 def negative_log_posterior(
@@ -140,10 +150,8 @@ def negative_log_posterior(
             2 * spread / hyper.lengthscale.square(),
         ]
     )
-    away = (theta - prior.mean) / prior.spread
-    value = value + 0.5 * away.square().sum() + prior.spread.log().sum()
-    value = value + 0.5 * len(theta) * math.log(2 * math.pi)
-    return value, away / prior.spread - gradient
+    belief, slope = prior.cost(theta)
+    return value + belief, slope - gradient
 
 
 def fit(
@@ -169,12 +177,46 @@ def fit(
     """
     groups = int(trend_groups(trend, U.shape[-1])[-1]) + 1
     bounds = prior.bounds()
+
+    def objective(theta: Tensor) -> tuple[Tensor, Tensor] | None:
+        return negative_log_posterior(theta, U, y, known, trend, prior)
+
+    best, lowest = search(objective, starts, bounds, steps=steps)
+    if best is None:
+        low, high = np.array(bounds).T
+        return Fitted(
+            Hyperparameters.from_logs(
+                torch.from_numpy(np.clip(prior.mean.numpy(), low, high)), groups
+            ),
+            note="the likelihood was not finite from any start; the priors' values were taken",
+        )
+    return Fitted(Hyperparameters.from_logs(best, groups), cost=lowest)
+
+
+def search(
+    objective: Callable[[Tensor], tuple[Tensor, Tensor] | None],
+    starts: Tensor,
+    bounds: list[tuple[float, float]],
+    *,
+    steps: int = 100,
+) -> tuple[Tensor | None, float]:
+    """Return the best point (``p``) that searches from all ``starts`` (``k x p``) came by.
+
+    Args:
+        objective: Value and gradient; None where there is no value.
+        starts: Where to start.
+        bounds: Where to search.
+        steps: Iterations at most, from each start.
+
+    Returns:
+        The point, None when there was a value nowhere; and its value.
+    """
     low, high = np.array(bounds).T
     best, lowest = None, _FAILED
 
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+    def evaluate(theta: np.ndarray) -> tuple[float, np.ndarray]:
         nonlocal best, lowest
-        result = negative_log_posterior(torch.from_numpy(theta), U, y, known, trend, prior)
+        result = objective(torch.from_numpy(theta))
         if result is None or not bool(torch.isfinite(result[1]).all()):
             return _FAILED, np.zeros_like(theta)
         value = float(result[0])
@@ -184,18 +226,11 @@ def fit(
 
     for start in starts.numpy():
         minimize(
-            objective,
+            evaluate,
             np.clip(start, low, high),
             jac=True,
             method="L-BFGS-B",
             bounds=bounds,
             options={"maxiter": steps, "ftol": 1e-8, "gtol": 1e-3},
         )
-    if best is None:
-        return Fitted(
-            Hyperparameters.from_logs(
-                torch.from_numpy(np.clip(prior.mean.numpy(), low, high)), groups
-            ),
-            note="the likelihood was not finite from any start; the priors' values were taken",
-        )
-    return Fitted(Hyperparameters.from_logs(torch.from_numpy(best), groups))
+    return None if best is None else torch.from_numpy(best), lowest

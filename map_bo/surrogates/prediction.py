@@ -16,8 +16,16 @@ from torch import Tensor
 from map_bo.data import to_maximisation
 from map_bo.surrogates.links import from_link
 from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut
 
-__all__ = ["HasMisfit", "Prediction", "objective", "predict", "predicted_mean"]
+__all__ = [
+    "HasMisfit",
+    "Prediction",
+    "objective",
+    "observation_variance",
+    "predict",
+    "predicted_mean",
+]
 
 _ROWS = 128  # rows a joint posterior is asked for at once: its covariance has rows^2 entries
 _NODES = 20  # Gauss-Hermite nodes; exact to 1e-6 for a sigmoid of a Gaussian with sd below 2
@@ -37,13 +45,15 @@ class HasMisfit(Protocol):
 class Prediction:
     """Predicted metrics at ``n`` points, ``n x m``, own units and directions.
 
-    Measurement noise is excluded: this is about the metric, not about its next measurement.
     What the model knows that it cannot say (:class:`HasMisfit`) is included.
 
     Attributes:
         mean: Inverse link of the posterior mean, which is the posterior median.
-        std: Standard deviation of the metric under the posterior.
-        lower: Lower end of the 95 % interval.
+        std: Standard deviation of the metric under the posterior, measurement noise excluded.
+        lower: Lower end of the 95 % interval of what would be measured: the typical noise of the
+            observations is included. An evaluator that always uses the same examples has errors
+            that are the same at every measurement, so its own metric, too, is known only up to
+            them: without the noise, intervals on such evaluators cover too little.
         upper: Upper end.
     """
 
@@ -65,17 +75,29 @@ def predict(model: SurrogateModel, X: Tensor) -> Prediction:
             posterior = cast(GPyTorchPosterior, model.posterior(X[rows]))
             mean[rows] = posterior.mean
             variance[rows] = posterior.variance.clamp_min(0.0)
-    if isinstance(model, HasMisfit):
-        variance = variance + model.misfit_variance()
+    misfit = model.misfit_variance() if isinstance(model, HasMisfit) else torch.zeros(m)
+    total = variance + torch.maximum(misfit, observation_variance(model))
+    variance = variance + misfit
     deviation = variance.sqrt()
     links = model.links
-    half = _NORMAL_975 * deviation
+    half = _NORMAL_975 * total.sqrt()
     return Prediction(
         mean=from_link(mean, links),
         std=_transformed_std(mean, deviation, lambda F: from_link(F, links)),
         lower=from_link(mean - half, links),
         upper=from_link(mean + half, links),
     )
+
+
+def observation_variance(model: SurrogateModel) -> Tensor:
+    """Return the typical variance of an observation about the latent metric, misfit included.
+
+    ``m`` values on the link scale: the median over what the model was fitted to; 0 for a model
+    that does not tell (:class:`LeavesOneOut` does).
+    """
+    if not isinstance(model, LeavesOneOut):
+        return torch.zeros(len(model.metrics), dtype=torch.float64)
+    return model.training_targets()[1].median(0).values
 
 
 def _transformed_std(

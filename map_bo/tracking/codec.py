@@ -128,8 +128,13 @@ def decode_metric(data: Mapping[str, Any]) -> Metric:
 
 
 def encode_observations(observations: Observations) -> dict[str, Any]:
-    """Return ``observations`` as plain data, without the metrics (the run records them once)."""
-    fields = ("X", "Y", "Yvar", "counts", "cost")
+    """Return ``observations`` as plain data, without the metrics (the run records them once).
+
+    Gradients and their variances are there only when there are any.
+    """
+    fields = ["X", "Y", "Yvar", "counts", "cost"]
+    if observations.gradients is not None:
+        fields += ["gradients", "gradient_variance"]
     return {
         "d": observations.X.shape[-1],
         **{name: encode_tensor(getattr(observations, name)) for name in fields},
@@ -153,12 +158,18 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
         counts=_matrix(data["counts"], m),
         cost=decode_tensor(data["cost"]),
         failures=tuple(data["failures"]),
+        gradients=_slopes(data, "gradients"),
+        gradient_variance=_slopes(data, "gradient_variance"),
     )
+
+
+def _slopes(data: Mapping[str, Any], name: str) -> Tensor | None:
+    return decode_tensor(data[name]) if data.get(name) else None
 
 
 def encode_front(front: Front) -> dict[str, Any]:
     """Return ``front`` as plain data, without the metrics; predicted and real stay apart."""
-    fields = ("X", "mean", "std", "lower", "upper", "real")
+    fields = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
     return {
         "d": front.X.shape[-1],
         **{name: encode_tensor(getattr(front, name)) for name in fields},
@@ -168,15 +179,20 @@ def encode_front(front: Front) -> dict[str, Any]:
 def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
     """Return the front that :func:`encode_front` wrote.
 
+    A front of a version that knew no corrected values or probabilities has none.
+
     Raises:
         KeyError: When a part is missing.
         DataError: When the parts contradict each other or the metrics.
     """
-    fields = ("mean", "std", "lower", "upper", "real")
+    fields = ["mean", "std", "lower", "upper", "real"]
+    fields += ["corrected"] if "corrected" in data else []
+    later = {"probability": decode_tensor(data["probability"])} if "probability" in data else {}
     return Front(
         X=_matrix(data["X"], int(data["d"])),
         metrics=tuple(metrics),
         **{name: _matrix(data[name], len(metrics)) for name in fields},
+        **later,
     )
 
 

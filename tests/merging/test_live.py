@@ -340,3 +340,17 @@ def test_failure_while_entering_restores(monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(RuntimeError, match="out of memory"):
         live.__enter__()
     assert photograph(model) == before
+
+
+def test_merged_tensors_are_told_once_with_their_place() -> None:
+    vectors, merge = prepared("tied")
+    model = build("tied", 5)
+    live = live_model(model, vectors)
+    with pytest.raises(MergeError, match="the model is not live"):
+        live.merged_tensors()
+    with live:
+        live.write(merge, torch.full((3,), 0.3))
+        merged = live.merged_tensors()
+        assert len({id(tensor) for tensor, _ in merged}) == len(merged)
+        assert {slot.name for _, slot in merged} == {slot.name for slot in vectors.layout.slots}
+        assert all(torch.equal(tensor, slot.of(live.flat)) for tensor, slot in merged)

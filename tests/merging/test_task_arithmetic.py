@@ -226,3 +226,25 @@ def test_settings_are_equal_by_value_and_described() -> None:
     assert TaskArithmetic(BLOCKS) == TaskArithmetic(dict(BLOCKS))
     assert TaskArithmetic(BLOCKS).describe() == {"name": "task_arithmetic", "blocks": BLOCKS}
     assert TaskArithmetic().describe()["blocks"] is None
+
+
+@pytest.mark.parametrize("blocks", [None, BLOCKS])
+@pytest.mark.parametrize("chunk", [None, 7])
+def test_directional_derivatives_are_those_of_the_merge(
+    blocks: dict[str, str] | None, chunk: int | None
+) -> None:
+    vectors = without_floors(example_vectors())
+    linear = TaskArithmetic(blocks).prepare(vectors)
+    if chunk is not None:
+        linear = LinearMerge(vectors, linear._segments, linear._blocks, chunk=chunk)
+    generator = torch.Generator().manual_seed(0)
+    gradient = torch.randn(vectors.layout.size, generator=generator)
+    found = linear.directional(gradient)
+    zero = torch.zeros(len(found))
+    for i in range(len(found)):
+        # Along coefficient i the merge moves by its part of a task vector.
+        moved = merge(vectors, torch.eye(len(found))[i], blocks) - merge(vectors, zero, blocks)
+        assert float(found[i]) == pytest.approx(float(moved @ gradient), rel=1e-4, abs=1e-5)
+    for wrong in (gradient[:-1], gradient.double()):
+        with pytest.raises(MergeError, match=r"a gradient has shape .*\nhint: give a flat float32"):
+            linear.directional(wrong)

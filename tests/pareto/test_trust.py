@@ -227,3 +227,16 @@ def test_nothing_seen_covers_nothing() -> None:
 def test_slack_must_be_positive() -> None:
     with pytest.raises(SurrogateError, match="slack is 0"):
         Coverage.of(torch.zeros(1, 2), box(2), slack=0.0)
+
+
+def test_with_blocks_half_the_leverage_is_trusted_and_without_all_of_it() -> None:
+    blocks = CoefficientSpace.box(("a", "b"), blocks=("x", "y", "z"))
+    X = default_design(6, 30, 0)
+    assert Coverage.of(X, box(6)).limit == Coverage.of(X, box(6), slack=1.0).limit
+    whole, half = Coverage.of(X, blocks, slack=1.0), Coverage.of(X, blocks)
+    assert half.limit == pytest.approx(0.5 * whole.limit)
+    assert bool(whole.trusted(X).all())
+    assert not bool(half.trusted(X).all())
+    inside = half.shrink(X)
+    assert bool(half.trusted(inside).all())
+    blocks.check(inside)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from map_bo.errors import DataError
+from map_bo.errors import DataError, EvaluationError
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.problems.merged import MergedModelProblem
 from map_bo.problems.problem import Problem
@@ -261,3 +261,20 @@ def test_the_cnn_merges_with_its_buffers() -> None:
     shown = as_inputs(transform("rot90", images[:200]))
     right = model(shown).argmax(-1) == torch.from_numpy(labels[:200])
     assert float(seen.Y[1, 0]) == pytest.approx(float(right.float().mean()), abs=0.011)
+
+
+def test_losses_and_probabilities_have_gradients() -> None:
+    for measure in ("loss", "probability"):
+        problem = digits_problem(2, examples=64, measure=measure, gradients=True)
+        seen = problem.evaluate(torch.full((1, 2), 0.4), generator=make_generator(0))
+        slopes, noise = seen.slopes()
+        assert slopes.shape == (1, 2, 2)
+        assert bool((slopes != 0).all())
+        assert bool((noise > 0).all())
+        assert problem.metrics[0].kind == ("loss" if measure == "loss" else "proportion")
+        assert problem.describe()["zoo"]["measure"] == measure
+    assert "measure" not in digits_problem(2).describe()["zoo"]
+    with pytest.raises(EvaluationError, match=r"\(Accuracy\) has none"):
+        digits_problem(2, gradients=True)
+    with pytest.raises(DataError, match="measure is 'auc'\nhint: measures are accuracy, prob"):
+        digits_problem(2, measure="auc")

@@ -25,9 +25,7 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
     noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
     cross, variance = Covariances(model, targets, noise, pending).to(points)
     told = noise.expand(len(pending), 2)
-    after = model.condition_on_observations(
-        pending, model.link_mean(pending), noise=told
-    )
+    after = model.condition_on_observations(pending, model.link_mean(pending), noise=told)
     for i in range(2):
         joint = cast(
             GPyTorchPosterior, after.subset_output([i]).posterior(torch.cat([targets, points]))

@@ -3,18 +3,30 @@ from __future__ import annotations
 import pytest
 import torch
 from botorch.acquisition.multi_objective import logei
-from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
-from botorch.acquisition.multi_objective.objective import IdentityMCMultiOutputObjective
+from botorch.acquisition.multi_objective.logei import (
+    qLogExpectedHypervolumeImprovement,
+    qLogNoisyExpectedHypervolumeImprovement,
+)
+from botorch.acquisition.multi_objective.objective import (
+    GenericMCMultiOutputObjective,
+    IdentityMCMultiOutputObjective,
+)
 from botorch.exceptions.errors import UnsupportedError
 from botorch.models import SingleTaskGP
 from botorch.sampling.normal import SobolQMCNormalSampler
+from botorch.utils.multi_objective.box_decompositions import NondominatedPartitioning
 from botorch.utils.multi_objective.hypervolume import Hypervolume
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.rng import make_generator
-from map_bo.samplers.improvement import LogNoisyImprovement, _no_compiler, non_dominated_cells
+from map_bo.samplers.improvement import (
+    LogImprovement,
+    LogNoisyImprovement,
+    _no_compiler,
+    non_dominated_cells,
+)
 
 # Points that are known well are nearly dependent, and the Cholesky factor takes some jitter.
 pytestmark = pytest.mark.filterwarnings("ignore:A not p.d.")
@@ -129,6 +141,72 @@ def test_several_points_at_once_are_refused() -> None:
     model, X = model_of(0)
     with pytest.raises(UnsupportedError, match="of one point"):
         acquisition_of(model, X, None)(uniform(1, 2, 2, seed=0))
+
+
+def above(samples: Tensor, X: Tensor | None = None) -> Tensor:
+    """Move the outcomes above 0, where the reference point is."""
+    return samples + 1.0
+
+
+ABOVE = GenericMCMultiOutputObjective(above)
+
+
+def over_front_of(model: SingleTaskGP, front: Tensor, pending: Tensor | None) -> LogImprovement:
+    return LogImprovement(
+        model,
+        front,
+        sampler=SobolQMCNormalSampler(torch.Size([32]), seed=3),
+        objective=ABOVE,
+        X_pending=pending,
+    )
+
+
+@pytest.mark.parametrize("n", [0, 1, 6])
+def test_values_over_a_front_are_those_of_botorch(n: int) -> None:
+    model, _ = model_of(1)
+    front, probes = uniform(n, 3, seed=2), uniform(6, 1, 2, seed=9)
+    zero = torch.zeros(3, dtype=torch.float64)
+    with _no_compiler(), torch.no_grad():
+        theirs = qLogExpectedHypervolumeImprovement(
+            model,
+            zero,
+            NondominatedPartitioning(zero, Y=front),
+            sampler=SobolQMCNormalSampler(torch.Size([32]), seed=3),
+            objective=ABOVE,
+        )(probes)
+        ours = over_front_of(model, front, None)(probes)
+    # Where next to nothing is gained, each smooths in its own way.
+    assert float(theirs.max()) > -5
+    assert torch.allclose(ours.exp(), theirs.exp(), rtol=0.01, atol=1e-4)
+
+
+def test_pending_points_join_a_front_at_their_means() -> None:
+    model, _ = model_of(0)
+    front, pending = uniform(4, 3, seed=2), uniform(2, 2, seed=4)
+    with torch.no_grad():
+        mean = model.posterior(pending).mean + 1.0
+        late = over_front_of(model, front, None)
+        probes = uniform(3, 1, 2, seed=5)
+        before = late(probes)
+        late.set_X_pending(pending)
+        expected = over_front_of(model, torch.cat([front, mean]), None)(probes)
+        assert torch.equal(late(probes), expected)
+        late.set_X_pending(None)
+        assert torch.equal(late(probes), before)
+
+
+def test_over_a_front_too_there_is_a_gradient_where_nothing_is_gained() -> None:
+    model, _ = model_of(0)
+    probe = uniform(1, 1, 2, seed=5).requires_grad_()
+    acquisition = over_front_of(model, torch.full((1, 3), 9.0, dtype=torch.float64), None)
+    value = acquisition(probe)
+    value.sum().backward()
+    assert torch.isfinite(value).all()
+    assert probe.grad is not None
+    assert torch.isfinite(probe.grad).all()
+    assert float(probe.grad.abs().max()) > 0
+    with pytest.raises(AssertionError, match="q=1"):
+        acquisition(uniform(1, 2, 2, seed=0))
 
 
 def test_no_kernel_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.pareto.indicators import hypervolume
 from map_bo.rng import child, make_generator
+from map_bo.samplers.acquisition import AcquisitionDriven
 from map_bo.samplers.hypervolume import QLogNEHVI
 from map_bo.samplers.posterior import Situation
 from map_bo.samplers.sampler import Sampler
@@ -160,6 +161,27 @@ def test_every_point_of_a_batch_has_its_own_scalarisation() -> None:
     at = situation(2, 30)
     X = ScalarisedUCB(beta=0.0, **SIZES).choose(at, 4)
     assert float(torch.pdist(X).min()) > 1e-3
+
+
+@pytest.mark.parametrize("m", [1, 8])
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        HypervolumeScalarised(rays=32, **SIZES),
+        QLogNParEGO(**SIZES),
+        ScalarisedUCB(**SIZES),
+        ScalarisedUCB(scalarisation="linear", **SIZES),
+    ],
+    ids=["hvs_nei", "qlognparego", "ucb", "ucb_linear"],
+)
+def test_one_metric_and_many_are_chosen_for(sampler: AcquisitionDriven, m: int) -> None:
+    at = situation(m, 12)
+    X = sampler.choose(at, 2)  # not `propose`, whose design would stand in for a failure
+    at.space.check(X)
+    assert len(X) == 2
+    assert float(torch.pdist(X)) > 1e-4
+    if m == 1:
+        assert float((X[:1] - 0.8).abs().max()) < 0.1  # the peak
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.gp import GP
 from tests.contracts.sampler_contract import SPACES, SamplerContract
 from tests.samplers.test_front_uncertainty import PEAKS, situation
+from tests.samplers.test_scalarised import situation as of_metrics
 
 SOLVER = GradientSolver(points=24, steps=20)
 
@@ -47,6 +50,19 @@ def test_with_much_data_it_samples_the_front(surrogate: GP | None) -> None:
     assert len(X) == 6
     assert float(away.mean()) < 0.08
     assert float(torch.pdist(X).max()) > 0.2
+
+
+@pytest.mark.parametrize("surrogate", [None, GP()], ids=repr)
+@pytest.mark.parametrize("m", [1, 8])
+def test_one_metric_and_many_are_chosen_for(surrogate: GP | None, m: int) -> None:
+    at = of_metrics(m, 12)
+    if surrogate is not None:
+        at = dataclasses.replace(at, model=surrogate.fit(at.good, at.space))
+    X = ThompsonFronts(solver=SOLVER, rays=64, pool=64).choose(at, 2)
+    at.space.check(X)
+    assert X.shape == (2, at.space.d)
+    if m == 1:
+        assert float((X[:1] - 0.8).abs().max()) < 0.1  # the peak
 
 
 @pytest.mark.parametrize("name", ["pool", "rays"])

@@ -6,6 +6,7 @@ import torch
 from map_bo.rng import make_generator
 from map_bo.samplers.acquisition import first_points
 from map_bo.samplers.covariance import measurement_noise
+from map_bo.samplers.exchange import box_moments
 from map_bo.samplers.sampler import Sampler
 from map_bo.samplers.space_filling import sobol_points
 from map_bo.samplers.variance import IntegratedVariance, VarianceReduction, gain_slopes
@@ -46,6 +47,23 @@ def test_it_is_the_drop_of_the_variance_over_the_space(surrogate: Surrogate) -> 
     drop = (moments(at.model, T)[1] - moments(after, T)[1]) / at.scale.square()
     value = acquisition(x.unsqueeze(1)).exp()
     torch.testing.assert_close(value, drop.mean(0).sum().reshape(1), rtol=2e-3, atol=1e-9)
+
+
+def test_for_the_quadratic_it_is_the_closed_form() -> None:
+    # The variance over the box is tr(S E[phi phi']), and a measurement takes a rank-one part off S.
+    at = situation(12)
+    acquisition = IntegratedVariance(targets=2048).acquisition(at, at.taken, make_generator(0))
+    X = BOX.sample(20, generator=make_generator(4))
+    model, moments_ = at.model, box_moments(BOX)
+    assert isinstance(model, QuadraticModel)
+    phi = model.features(X)
+    drop = torch.zeros(len(X), dtype=torch.float64)
+    for i, noise in enumerate(measurement_noise(model)):
+        S = model.root[i] @ model.root[i].mT
+        for k, f in enumerate(phi):
+            after = S - torch.outer(S @ f, S @ f) / (f @ S @ f + noise)
+            drop[k] += torch.trace((S - after) @ moments_) / at.scale[i] ** 2
+    torch.testing.assert_close(acquisition(X.unsqueeze(1)).exp(), drop, rtol=0.01, atol=0.0)
 
 
 def test_targets_fill_the_space() -> None:

@@ -20,7 +20,7 @@ from map_bo.surrogates.links import links_for, observed_on_link
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
-from map_bo.surrogates.validation import log_densities
+from map_bo.surrogates.validation import count_log_densities, log_densities
 from tests.contracts.surrogate_contract import LeaveOneOutContract, mixed_observations, moments
 
 
@@ -110,7 +110,12 @@ def test_scores_are_on_the_same_targets(
     model = Auto().fit(seen, space)
     targets, _ = observed_on_link(seen, links_for(seen.metrics))
     for name, settings in (("quadratic", Quadratic()), ("gp", GP())):
-        expected = log_densities(settings.fit(seen, space), targets).mean(0)
+        fitted = settings.fit(seen, space)
+        expected = log_densities(fitted, targets).mean(0)
+        # The accuracy is counted: the counts are scored, not their logits.
+        part, n = fitted.subset_output([0]), seen.counts[:, :1]
+        by_count = count_log_densities(part, seen.Y[:, :1] * n, n, part.misfit_variance())
+        expected[0] = by_count.mean()
         scores = [dict(selection.scores)[name] for selection in model.selection]
         torch.testing.assert_close(torch.tensor(scores).double(), expected)
 
@@ -257,3 +262,41 @@ def test_description_is_plain_data() -> None:
     assert set(described[0]["scores"]) == {"quadratic", "hybrid", "gp"}
     assert described[0]["chosen"] in described[0]["scores"]
     assert described[0]["skipped"] == {}
+
+
+def many(d: int, *, blocks: int = 1) -> tuple[Observations, CoefficientSpace]:
+    """Return 20 evaluations of a smooth truth in ``d`` coefficients."""
+    parts = tuple(f"b{i}" for i in range(blocks)) if blocks > 1 else ()
+    space = CoefficientSpace.box(tuple(f"e{i}" for i in range(d // blocks)), blocks=parts)
+    X = space.sample(20, generator=make_generator(2))
+    y = torch.sin(3 * X[:, 0]) + X[:, -1]
+    return Observations(X, y.unsqueeze(-1), (Metric("y", kind="unbounded"),)), space
+
+
+@pytest.mark.parametrize(
+    ("d", "blocks", "chosen", "names"),
+    [
+        (8, 1, "quadratic", ["quadratic", "hybrid", "gp"]),
+        (8, 4, "quadratic", ["quadratic", "hybrid", "gp"]),
+        (10, 1, "gp", ["quadratic", "hybrid", "gp"]),
+        (10, 5, "gp", ["quadratic", "hybrid", "gp", "sparse"]),
+        (36, 6, "gp", ["hybrid", "gp", "sparse"]),
+    ],
+)
+def test_many_coefficients_have_their_own_candidates(
+    d: int, blocks: int, chosen: str, names: list[str]
+) -> None:
+    selection = Auto().fit(*many(d, blocks=blocks)).selection[0]
+    assert selection.chosen == chosen
+    assert [name for name, _ in selection.scores] == names
+    fewest = 32 if d == 8 else 3 * d
+    assert f"fewer than {fewest}" in selection.reason
+
+
+def test_with_enough_evaluations_scores_decide_in_many_coefficients_too() -> None:
+    seen, space = many(10)
+    model = Auto(per_coefficient=1.0).fit(seen, space)
+    assert "fewer than" not in model.selection[0].reason
+    assert Auto(per_coefficient=1.0, candidates=(("only", GP()),)).fit(seen, space).selection[
+        0
+    ].chosen == ("only")

@@ -9,10 +9,17 @@ from torch import Tensor
 
 from map_bo.data import Metric
 from map_bo.errors import SurrogateError
+from map_bo.rng import make_generator
 from map_bo.surrogates.gp import GP
 from map_bo.surrogates.links import IdentityLink
+from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.surrogates.validation import LeavesOneOut, log_densities, validate
+from map_bo.surrogates.validation import (
+    LeavesOneOut,
+    count_log_densities,
+    log_densities,
+    validate,
+)
 from tests.contracts.surrogate_contract import METRICS, mixed_observations
 
 
@@ -80,4 +87,67 @@ def test_description_is_plain_data() -> None:
     described = json.loads(json.dumps(validate(model).describe()))
     assert described["n"] == 9
     assert list(described["metrics"]) == [metric.name for metric in METRICS]
-    assert set(described["metrics"]["loss"]) == {"log_density", "coverage", "rmse"}
+    assert set(described["metrics"]["loss"]) == {"log_density", "coverage", "rmse", "pit"}
+    assert [sum(each["pit"]) for each in described["metrics"].values()] == [9, 9, 9]
+
+
+def test_pit_counts_evaluations_by_the_probability_of_less() -> None:
+    # One deviation above and below the mean, then at the mean and four deviations above.
+    first, second = validate(Told()).pit
+    assert first == (0, 1, 0, 0, 0, 0, 0, 0, 1, 0)
+    assert second == (0, 0, 0, 0, 0, 1, 0, 0, 0, 1)
+
+
+def test_pit_of_a_calibrated_model_is_level_and_of_a_sure_one_is_not() -> None:
+    class Drawn(Told):
+        def __init__(self, deviation: float) -> None:
+            super().__init__()
+            noise = torch.randn(2000, 2, generator=make_generator(0), dtype=torch.float64)
+            self._targets = deviation * noise
+
+        def leave_one_out(self) -> tuple[Tensor, Tensor]:
+            return torch.zeros_like(self._targets), torch.full_like(self._targets, 0.75)
+
+        def training_targets(self) -> tuple[Tensor, Tensor]:
+            return self._targets, torch.full_like(self._targets, 0.25)
+
+    level = torch.tensor(validate(Drawn(1.0)).pit)
+    assert int(level.min()) > 150
+    assert int(level.max()) < 250
+    sure = torch.tensor(validate(Drawn(3.0)).pit)
+    assert bool((sure[:, [0, -1]] > 500).all())
+    assert bool((sure[:, 4:6] < 150).all())
+
+
+def test_what_is_not_finite_is_none_in_the_record() -> None:
+    class Sure(Told):
+        def leave_one_out(self) -> tuple[Tensor, Tensor]:
+            mean, _ = super().leave_one_out()
+            return mean, torch.full_like(mean, torch.inf)
+
+    described = validate(Sure()).describe()["metrics"]["a"]
+    assert described["log_density"] is None
+    assert described["coverage"] == 1.0
+
+
+def test_probabilities_of_all_counts_add_up_to_one() -> None:
+    seen, space = mixed_observations()
+    part = Quadratic().fit(seen, space).subset_output([0])
+    n = torch.full((len(seen), 1), 12.0, dtype=torch.float64)
+    misfit = torch.tensor([0.3], dtype=torch.float64)
+    total = sum(
+        count_log_densities(part, torch.full_like(n, k), n, misfit).exp() for k in range(13)
+    )
+    torch.testing.assert_close(torch.as_tensor(total), torch.ones_like(n), rtol=1e-6, atol=1e-6)
+
+
+def test_certain_logits_give_the_binomial() -> None:
+    seen, space = mixed_observations()
+    part = Quadratic().fit(seen, space).subset_output([0])
+    part._loo_variance.zero_()
+    mean, _ = part.leave_one_out()
+    n = torch.full_like(mean, 20.0)
+    k = torch.full_like(mean, 7.0)
+    found = count_log_densities(part, k, n, torch.zeros(1, dtype=torch.float64))
+    exact = torch.distributions.Binomial(20, logits=mean).log_prob(k)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-6)

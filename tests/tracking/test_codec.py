@@ -151,3 +151,40 @@ def test_a_newer_format_is_refused() -> None:
 def test_what_is_no_json_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode_event(line)
+
+
+def test_gradients_are_written_only_when_there_are_any() -> None:
+    plain = observations()
+    written = encode_observations(plain)
+    assert not {"gradients", "gradient_variance"} & written.keys()
+    assert decode_observations(through_json(written), METRICS).gradients is None
+    n, m, d = len(plain), len(METRICS), plain.X.shape[-1]
+    slopes = torch.arange(1.0 * n * m * d).reshape(n, m, d).double() / 3
+    slopes[-1, 0, 0] = torch.nan
+    before = Observations(
+        plain.X,
+        torch.ones(n, m),
+        METRICS,
+        gradients=slopes,
+        gradient_variance=slopes.square(),
+    )
+    after = decode_observations(through_json(encode_observations(before)), METRICS)
+    for ours, theirs in zip(after.slopes(), before.slopes(), strict=True):
+        assert identical(ours, theirs)
+
+
+def test_a_front_comes_back_with_what_is_known_of_it_and_from_before_it_was() -> None:
+    mean = torch.rand(3, 3, dtype=torch.float64)
+    before = Front(
+        mean[:, :2], mean, mean, mean, mean, METRICS,
+        corrected=mean - 0.1, probability=torch.tensor([0.1, float("nan"), 1.0]),
+    )  # fmt: skip
+    written = through_json(encode_front(before))
+    after = decode_front(written, METRICS)
+    assert identical(after.corrected, before.corrected)
+    assert identical(after.probability, before.probability)
+    older = {name: written[name] for name in written if name not in ("corrected", "probability")}
+    old = decode_front(older, METRICS)
+    assert identical(old.mean, mean)
+    assert bool(old.corrected.isnan().all())
+    assert bool(old.probability.isnan().all())

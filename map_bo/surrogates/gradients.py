@@ -1,0 +1,215 @@
+"""Observed gradients as rows of a regression: on the link scale, in the unit of half a box.
+
+A gradient is observed on the metric's own scale, per unit of a coefficient. A surrogate works on
+the link scale and on centred coefficients, so the chain rule has two factors: the slope of the
+link at the observed value, and half the width of the box. In that unit the derivative of a metric
+that falls by its whole range across the box is of the order of the range, whatever the bounds.
+
+For the quadratic, a gradient is ``d`` more linear rows ``d phi / d z . w``. With values alone its
+``(d + 1)(d + 2) / 2`` weights need as many evaluations; with gradients ``d + 1`` of them identify
+it: ``K`` evaluations have rank ``1 + d + d (K - 1) - (K - 1)(K - 2) / 2``, as values beyond the
+first are implied by gradients and the symmetry of the Hessian makes some of those repeat others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Observations
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.evidence import Hyperprior, Whitened, maximise_evidence
+from map_bo.surrogates.features import centred, quadratic_feature_gradients
+from map_bo.surrogates.links import Link, observed_on_link
+from map_bo.surrogates.row_kinds import RowKinds, leave_blocks_out
+
+__all__ = [
+    "STEEPNESS",
+    "GradientRows",
+    "WithGradients",
+    "feature_derivatives",
+    "fit_with_gradients",
+    "gradient_rows",
+    "gradient_scale",
+    "slope_prior",
+]
+
+# How much larger the variance of a gradient's misfit is expected to be than that of a value's, in
+# the unit of half a box. On merges of digit experts it was .3 to 6, most often 2.
+STEEPNESS = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class GradientRows:
+    """Observed gradients on the link scale, per half width of the box.
+
+    Attributes:
+        slopes: ``n x m x d``; NaN where there is none.
+        variance: ``n x m x d`` noise variances; NaN where unknown or where there is no slope.
+    """
+
+    slopes: Tensor
+    variance: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """``n x m x d`` booleans: where there is a slope."""
+        return ~self.slopes.isnan()
+
+    def patterns(self) -> Iterator[tuple[list[int], Tensor]]:
+        """Yield metrics that have their gradients in the same places, and those (``n x d``)."""
+        seen: dict[bytes, list[int]] = {}
+        present = self.present
+        for j in range(present.shape[1]):
+            mask = present[:, j]
+            if bool(mask.any()):
+                seen.setdefault(mask.contiguous().numpy().tobytes(), []).append(j)
+        for columns in seen.values():
+            yield columns, present[:, columns[0]]
+
+
+def gradient_rows(
+    seen: Observations, links: Sequence[Link], space: CoefficientSpace
+) -> GradientRows | None:
+    """Return the gradients of ``seen`` as a surrogate takes them, or None when there are none.
+
+    With ``z = link(y)``: ``dz/dc = (dy/dc) / s`` for the inverse link's slope ``s = dy/dz`` at
+    the value on the link scale. The noise follows by the delta method, from that of the gradient
+    and, as the slope depends on it, that of the value; the two are taken as independent. An
+    unknown variance of the value counts as 0 here. Where a value was moved inside its bounds,
+    where the link has no finite slope, the gradient is left out.
+
+    Args:
+        seen: Evaluations that succeeded.
+        links: One link a metric.
+        space: Whose box sets the unit.
+    """
+    if seen.gradients is None:
+        return None
+    G, V = seen.slopes()
+    Z, _ = observed_on_link(seen, links)
+    half = (space.bounds[1] - space.bounds[0]) / 2
+    slopes, variances = torch.empty_like(G), torch.empty_like(V)
+    for j, link in enumerate(links):
+        y, noise = seen.Y[:, j], seen.Yvar[:, j].nan_to_num(nan=0.0)
+        slope, bend = _slope_and_bend(link, Z[:, j])
+        inside = link.inside(y, noise.sqrt() / 2) == y
+        g = torch.where(inside.unsqueeze(-1), G[:, j], torch.nan) * half
+        slopes[:, j] = g / slope.unsqueeze(-1)
+        through_value = g * (bend / slope**3).unsqueeze(-1)
+        variances[:, j] = V[:, j] * (
+            half / slope.unsqueeze(-1)
+        ).square() + through_value.square() * noise.unsqueeze(-1)
+    if bool(slopes.isnan().all()):
+        return None
+    return GradientRows(slopes, variances)
+
+
+def _slope_and_bend(link: Link, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Return first and second derivative of the inverse link at ``z`` (``n``)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        at = z.detach().clone().requires_grad_(True)
+        slope = link.slope(at)
+        if not slope.requires_grad:  # the identity
+            return slope, torch.zeros_like(slope)
+        (bend,) = torch.autograd.grad(slope.sum(), at)
+    return slope.detach(), bend
+
+
+def gradient_scale(rows: GradientRows) -> Tensor:
+    """Return the spread over the box that the gradients speak of, ``m``; 0 without gradients.
+
+    A linear function of slopes ``b`` per half width has variance ``|b|^2 / 3`` over the box. It
+    bounds the unit of standardised targets from below: few values can be alike by chance.
+    """
+    d = rows.slopes.shape[-1]
+    there = rows.present
+    total = rows.slopes.nan_to_num(nan=0.0).square().sum((0, 2))
+    return (d * total / there.sum((0, 2)).clamp_min(1) / 3).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class WithGradients:
+    """The fit of some metrics to values and gradients, standardised.
+
+    Attributes:
+        columns: The ``k`` metrics.
+        state: The solution; its rows are the ``n`` values, then the slopes.
+        log_variances: ``k x (2 + G)``: nugget of values, of slopes, then groups.
+        misfit: ``k`` variance of what the quadratic cannot say of a value, see
+            :func:`fit_with_gradients`.
+        left_out: ``k x n`` residual of each value in the posterior without that evaluation.
+        left_out_variance: ``k x n`` posterior variance there.
+    """
+
+    columns: list[int]
+    state: Whitened
+    log_variances: Tensor
+    misfit: Tensor
+    left_out: Tensor
+    left_out_variance: Tensor
+
+
+def fit_with_gradients(
+    columns: list[int],
+    where: Tensor,
+    values: tuple[Tensor, Tensor],
+    slopes: tuple[Tensor, Tensor],
+    features: tuple[Tensor, Tensor],
+    derivatives: Tensor,
+    hyper: Hyperprior,
+    known: Tensor,
+) -> WithGradients:
+    """Fit metrics whose gradients are in the same places.
+
+    Values and slopes have a nugget each, as neither tells the other's noise. Misfit is not
+    independent from row to row as the nuggets have it: a function that leaves the quadratic
+    between two evaluations does so in all their slopes. With many slopes to a value the nugget of
+    the values then says too little about a point that was not evaluated. So the misfit is the
+    larger of that nugget and what the slopes' implies (divided by :data:`STEEPNESS`). On merges
+    of 4 digit experts, 16 evaluations, that took the coverage of 95 % intervals from .80 to .95.
+
+    Args:
+        columns: The ``k`` metrics.
+        where: ``n x d`` booleans: which slopes were observed.
+        values: ``k x n`` standardised targets and known variances (0 where unknown).
+        slopes: ``k x n x d`` standardised slopes and known variances (0 where unknown).
+        features: ``n x D`` features and their ``D`` groups.
+        derivatives: ``n x d x D``, see :func:`feature_derivatives`.
+        hyper: Priors on the variances, ``k x (2 + G)``.
+        known: ``k`` booleans: where the noise of values and slopes is known, so that both nuggets
+            are misfit.
+    """
+    Phi, groups = features
+    n = len(Phi)
+    y = torch.cat([values[0], slopes[0][:, where]], -1)
+    v = torch.cat([values[1], slopes[1][:, where]], -1)
+    kinds = torch.tensor([0, 1]).repeat_interleave(torch.tensor([n, y.shape[-1] - n]))
+    problem = RowKinds(torch.cat([Phi, derivatives[where]]), y, v, groups, kinds)
+    theta = maximise_evidence(problem, hyper, nuggets=2)
+    state = problem.solve(theta)
+    eye = torch.eye(Phi.shape[-1], dtype=Phi.dtype)
+    half = state.design @ torch.linalg.solve_triangular(state.cholesky, eye, upper=False).mT
+    owner = where.nonzero()[:, 0]
+    blocks = [[i, *(n + (owner == i).nonzero().flatten()).tolist()] for i in range(n)]
+    left_out = leave_blocks_out(half, state.noise, state.residual, blocks)
+    implied = torch.where(known, theta[:, 1].exp() / STEEPNESS, 0.0)
+    misfit = torch.maximum(theta[:, 0].exp(), implied)
+    return WithGradients(columns, state, theta, misfit, *left_out)
+
+
+def feature_derivatives(X: Tensor, space: CoefficientSpace) -> Tensor:
+    """Return the derivatives of the features at ``X`` per half width of the box, ``n x d x D``."""
+    Z = centred(X, space)
+    ends = centred(space.bounds, space)
+    unit = (ends[1] - ends[0]) / 2  # of the centred coefficients, per half width
+    return quadratic_feature_gradients(Z) * unit.unsqueeze(-1)
+
+
+def slope_prior(nugget: Tensor) -> Tensor:
+    """Return the mean of the log nugget of slopes for that of values."""
+    return nugget + math.log(STEEPNESS)
