@@ -201,6 +201,7 @@ def _choose(options: argparse.Namespace) -> None:
         lower=choice.lower,
         upper=choice.upper,
         real=choice.real,
+        corrected=choice.corrected,
     )
 
 

@@ -8,7 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["Config", "LoopConfig", "register"]
+__all__ = ["Config", "LoopConfig", "StopConfig", "register"]
+
+
+@dataclass
+class StopConfig:
+    """Mirror of :class:`map_bo.loop.stopping.Stop`; no criterion is no stopping rule."""
+
+    criterion: str | None = None
+    tolerance: float = 0.005
+    patience: int = 2
+    least: int | None = None
 
 
 @dataclass
@@ -24,6 +34,7 @@ class LoopConfig:
     retries: int = 1
     timeout: float | None = None
     max_failure_share: float = 0.5
+    stop: StopConfig | None = field(default_factory=StopConfig)
 
 
 @dataclass

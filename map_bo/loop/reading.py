@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from map_bo.errors import StoreError
+from map_bo.loop.recommend import refitted
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.problems.problem import Problem
@@ -59,7 +60,8 @@ def load_result(
         run_dir: The run's directory.
         problem: The run's problem, needed only to export a choice.
         surrogate: The run's surrogate settings. When given, it is fitted again to the recorded
-            evaluations, so that choices can go beyond the points of the front.
+            evaluations, and to those with the verified points, so that choices can go beyond the
+            points of the front.
 
     Raises:
         StoreError: When there is no run, or it has no front yet.
@@ -68,4 +70,8 @@ def load_result(
     result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
     if surrogate is None:
         return result
-    return replace(result, model=surrogate.fit(state.seen, space))
+    return replace(
+        result,
+        model=surrogate.fit(state.seen, space),
+        refitted=refitted(state, space, surrogate) if result.is_corrected else None,
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,14 +13,25 @@ from torch import Generator, Tensor
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, SurrogateError
 from map_bo.loop.settings import Settings
+from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut, validate
+from map_bo.tracking.codec import encode_front, encode_tensor
 
-__all__ = ["Recommendation", "Reference", "recommend", "reference_of", "spread_rows"]
+__all__ = [
+    "Recommendation",
+    "Reference",
+    "recommend",
+    "reference_of",
+    "refitted",
+    "scaled_gains",
+    "spread_rows",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +124,9 @@ class Recommendation:
         verify: Rows of the front to measure, the most telling first.
         reference: The scale of the metrics.
         surrogate: What is worth recording about the fit, as plain data.
-        seconds: Time for fitting and for solving.
+        seconds: Time for fitting, for solving, and for saying how sure the front is.
+        uncertainty: What the posterior says about the front as a whole, as plain data; see
+            :class:`map_bo.loop.front_posterior.FrontUncertainty`.
     """
 
     front: Front
@@ -122,6 +135,22 @@ class Recommendation:
     reference: Reference
     surrogate: dict[str, Any]
     seconds: dict[str, float]
+    uncertainty: Mapping[str, Any] = field(default_factory=dict)
+
+    def recorded(self) -> dict[str, Any]:
+        """Return all but the model as plain data, as it is recorded."""
+        return {
+            "front": encode_front(self.front),
+            "verify": self.verify,
+            "reference": {
+                "point": encode_tensor(self.reference.point),
+                "best": encode_tensor(self.reference.best),
+                "rule": self.reference.rule,
+            },
+            "surrogate": self.surrogate,
+            "seconds": self.seconds,
+            "uncertainty": dict(self.uncertainty),
+        }
 
 
 def recommend(
@@ -165,12 +194,27 @@ def recommend(
     gains = scaled_gains(front.mean[fresh], seen.metrics, reference)
     spread = spread_rows(gains, min(settings.verifications, len(fresh)))
     rows = [int(fresh[i]) for i in spread]
-    about = {"settings": repr(settings.surrogate), "model": type(model).__name__}
+    about: dict[str, Any] = {"settings": repr(settings.surrogate), "model": type(model).__name__}
     selection = getattr(model, "describe_selection", None)
     if selection is not None:
         about["selection"] = selection()
+    if isinstance(model, LeavesOneOut):
+        about["validation"] = validate(model).describe()
     seconds = {"fit": fitted - start, "solve": time.perf_counter() - fitted}
     return Recommendation(front, model, rows, reference, about, seconds)
+
+
+def refitted(
+    state: RunState, space: CoefficientSpace, surrogate: Surrogate
+) -> SurrogateModel | None:
+    """Return the surrogate fitted to the search and the verification together.
+
+    None when no verification succeeded.
+
+    Raises:
+        SurrogateError: When it cannot be fitted.
+    """
+    return surrogate.fit(state.data, space) if bool(state.verification.ok.any()) else None
 
 
 def spread_rows(gains: Tensor, count: int) -> list[int]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from math import nan, sqrt
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -49,6 +50,8 @@ class Choice:
         lower: ``m`` lower ends of their 95 % intervals.
         upper: ``m`` upper ends.
         real: ``m`` measured metrics, NaN where the point was not verified.
+        corrected: ``m`` predicted metrics once the verified points are among the data; NaN where
+            nothing was verified. What the choice was made by, where it is known.
         metrics: The metrics.
         space: The coefficients.
         preference: What it was chosen by, or None when chosen by number.
@@ -63,11 +66,18 @@ class Choice:
     lower: Tensor
     upper: Tensor
     real: Tensor
+    corrected: Tensor
     metrics: tuple[Metric, ...]
     space: CoefficientSpace
     preference: Preference | None = None
     refined: bool = False
     problem: Problem | None = None
+
+    @property
+    def expected(self) -> Tensor:
+        """``m`` values the choice was made by: corrected ones where known, else predicted."""
+        known = bool(torch.isfinite(self.corrected).all())
+        return self.corrected if known else self.mean
 
     @property
     def coefficients(self) -> dict[str, float]:
@@ -90,6 +100,7 @@ class Choice:
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
             "predicted_upper": named(self.upper),
+            "corrected": named(self.corrected),
             "real": named(self.real),
             "preference": None if self.preference is None else asdict(self.preference),
         }
@@ -120,9 +131,12 @@ class Result:
         summary: Plain data, as written to ``summary.json``.
         space: The coefficients.
         problem: The problem, when it is at hand.
-        model: The fitted surrogate, when it was fitted in this process.
+        model: The surrogate that predicted the front, when it was fitted in this process.
+        refitted: The surrogate fitted to the search and the verification together, when anything
+            was verified and it was fitted in this process.
         run_dir: Where the run was recorded, if anywhere.
         guarded: Whether the front was kept where the data support the surrogate.
+        posterior: What was recorded with the front of its uncertainty.
     """
 
     front: Front
@@ -135,6 +149,8 @@ class Result:
     model: SurrogateModel | None = None
     run_dir: Path | None = None
     guarded: bool = True
+    refitted: SurrogateModel | None = None
+    posterior: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -144,6 +160,7 @@ class Result:
         *,
         problem: Problem | None = None,
         model: SurrogateModel | None = None,
+        refitted: SurrogateModel | None = None,
         run_dir: Path | None = None,
     ) -> Result:
         """Return the result that the state of a run stands for.
@@ -169,9 +186,16 @@ class Result:
             space=space,
             problem=problem,
             model=model,
+            refitted=refitted,
             run_dir=run_dir,
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
+            posterior=state.front_data.get("uncertainty", {}),
         )
+
+    @property
+    def is_corrected(self) -> bool:
+        """Whether the front has corrected predictions."""
+        return len(self.front) > 0 and bool(torch.isfinite(self.front.corrected).all())
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -185,11 +209,13 @@ class Result:
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
+        corrected: bool = True,
     ) -> Choice:
         """Return the merge that suits a preference best, at no further evaluation.
 
         The best point of the front is taken; when the surrogate is at hand and, solved for this
-        very preference, promises noticeably more than that point, its solution is.
+        very preference, promises noticeably more than that point, its solution is. Where points
+        were verified, all this goes by the corrected predictions.
 
         Args:
             prefer: Weight of each metric; those not named weigh nothing, none named weighs all
@@ -197,6 +223,8 @@ class Result:
             at_least: Bounds from below on predicted metrics, in their own units.
             at_most: Bounds from above.
             rule: How weights become one number.
+            corrected: Whether to go by the corrected predictions where there are any, and not by
+                those that the front was solved with.
 
         Raises:
             PreferenceError: On an unknown metric, bad weights, or bounds no point satisfies.
@@ -208,21 +236,26 @@ class Result:
             rule=rule,
         )
         scale = {"reference": self.reference.point, "best": self.reference.best}
-        row = choose(self.front.mean, self.metrics, preference, **scale)
-        x = self._refined(row, preference)
+        corrected = corrected and self.is_corrected
+        values = self.front.corrected if corrected else self.front.mean
+        row = choose(values, self.metrics, preference, **scale)
+        x = self._refined(row, preference, self.refitted if corrected else self.model)
         return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
 
-    def _refined(self, row: int, preference: Preference) -> Tensor | None:
+    def _refined(
+        self, row: int, preference: Preference, model: SurrogateModel | None
+    ) -> Tensor | None:
         """Solve the surrogate for one preference, from the front point that suits it best.
 
         Returns:
             ``d`` coefficients, or None when that promises no noticeably better model: then the
             front point stays, whose metrics may have been measured.
         """
-        if self.model is None:
+        if model is None:
             return None
-        mean = predicted_mean(self.model)
+        mean = predicted_mean(model)
         width = (self.reference.best - self.reference.point).abs()
+        # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
@@ -246,15 +279,19 @@ class Result:
         return x[0] if keeps and after > before + _NOTICEABLE else None
 
     def _refinement(self, row: int, x: Tensor, preference: Preference) -> Choice:
-        assert self.model is not None
-        prediction = predict(self.model, x.unsqueeze(0))
+        best = self.model or self.refitted
+        assert best is not None
+        prediction = predict(best, x.unsqueeze(0))
+        unknown = torch.full((len(self.metrics),), torch.nan, dtype=torch.float64)
+        again = None if self.refitted is None else predict(self.refitted, x.unsqueeze(0))
         return replace(
             self._choice(row, preference),
             x=x,
             mean=prediction.mean[0],
             lower=prediction.lower[0],
             upper=prediction.upper[0],
-            real=torch.full((len(self.metrics),), torch.nan, dtype=torch.float64),
+            real=unknown,
+            corrected=unknown if again is None else again.mean[0],
             refined=True,
         )
 
@@ -276,6 +313,7 @@ class Result:
             lower=front.lower[row],
             upper=front.upper[row],
             real=front.real[row],
+            corrected=front.corrected[row],
             metrics=self.metrics,
             space=self.space,
             preference=preference,
@@ -294,3 +332,29 @@ class Result:
             metric.name: value if value == value else None
             for metric, value in zip(self.metrics, mean.tolist(), strict=True)
         }
+
+    def uncertainty(self) -> dict[str, Any]:
+        """Return how sure the front is, as plain data, as in ``summary.json``.
+
+        ``hypervolume`` (the posterior of the real hypervolume of the front's points) and
+        ``optimism`` of each metric, positive when predicted too well: ``left_out`` (leaving
+        evaluations out) and ``simulated`` (were the surrogate right) are estimates without
+        verification; ``measured`` is :meth:`optimism` with its standard error, measurement noise
+        included; ``corrected`` is by how much the corrected predictions lie below those of the
+        front, on average over all its points.
+        """
+        front, names = self.front, [metric.name for metric in self.metrics]
+        gap = (front.mean - front.real)[front.verified] * directions(self.metrics)
+        count = len(gap)
+        error = gap.std(0) / sqrt(count) if count > 1 else gap.new_full((len(names),), nan)
+        shift = ((front.mean - front.corrected) * directions(self.metrics)).mean(0)
+        told = dict(self.posterior.get("optimism", {}))
+        told["measured"] = {
+            name: {"mean": mean, "se": se if se == se else None, "points": count}
+            for (name, mean), se in zip(self.optimism().items(), error.tolist(), strict=True)
+        }
+        told["corrected"] = {
+            name: value if value == value else None
+            for name, value in zip(names, shift.tolist(), strict=True)
+        }
+        return {"hypervolume": self.posterior.get("hypervolume"), "optimism": told}

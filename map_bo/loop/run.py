@@ -15,18 +15,23 @@ import torch
 from torch import Generator
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, EvaluationError, StoreError
+from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
-from map_bo.loop.progress import Progress, RichProgress, silent
-from map_bo.loop.recommend import Recommendation, recommend
+from map_bo.loop.expected_gain import look
+from map_bo.loop.front_posterior import with_uncertainty
+from map_bo.loop.identity import refuse_another
+from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
+from map_bo.loop.recommend import Recommendation, recommend, refitted
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, replay
+from map_bo.loop.stopping import notes_on, told
 from map_bo.loop.summary import summarise, versions
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
+from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import (
-    encode_front,
     encode_metric,
     encode_observations,
     encode_tensor,
@@ -161,7 +166,7 @@ class Run:
             self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
             report.done(len(self.state.outcomes) + len(self.state.verified))
-            while self.state.front is None and len(self.state.outcomes) < self.settings.search:
+            while self._searching(report):
                 room = self.settings.search - len(self.state.X)
                 waiting = self.state.pending or self.ask(min(self.settings.batch, room))
                 for index in waiting:
@@ -180,6 +185,26 @@ class Run:
                     outcome = self._verify(row)
                     report.measured(outcome)
         return self._finish(recommendation)
+
+    def _searching(self, report: Reporter) -> bool:
+        """Return whether the search goes on, after a look by the stopping rule if one is due."""
+        state, stop, space = self.state, self.settings.stop, self.problem.space
+        done = len(state.outcomes)
+        if state.front is not None or state.stopped or done >= self.settings.search:
+            return False
+        looked = any(look["evaluations"] == done for look in state.checks)
+        if stop is None or looked or state.pending or int(state.seen.ok.sum()) < stop.first(space):
+            return True
+        report.evaluating("looking whether the search can stop")
+        try:
+            found = look(state.seen, state.checks, space, self.settings, generator=self.generator)
+        except SurrogateError as error:
+            logger.warning("the stopping rule could not look: %s", error.message)
+            return True
+        self._record("checked", found)
+        if found["stop"]:
+            logger.info("the search stops after %d evaluations: %s", done, found["stop"])
+        return found["stop"] is None
 
     def _evaluate(self, index: int) -> Observations:
         while True:
@@ -225,26 +250,33 @@ class Run:
             )
 
     def _recommend(self) -> Recommendation:
-        found = recommend(
-            self.state.seen, self.problem.space, self.settings, generator=self.generator
-        )
-        self._record(
-            "front",
-            {
-                "front": encode_front(found.front),
-                "verify": found.verify,
-                "reference": {
-                    "point": encode_tensor(found.reference.point),
-                    "best": encode_tensor(found.reference.best),
-                    "rule": found.reference.rule,
-                },
-                "surrogate": found.surrogate,
-                "seconds": found.seconds,
-            },
-        )
+        seen, space = self.state.seen, self.problem.space
+        found = recommend(seen, space, self.settings, generator=self.generator)
+        found = with_uncertainty(found, seen, space, self.settings, generator=self.generator)
+        self._record("front", found.recorded())
         return found
 
+    def _correct(self) -> SurrogateModel | None:
+        """Fit again with the verified points among the data, and record what that predicts.
+
+        Returns:
+            The fit, or None when nothing was verified or it cannot be done.
+        """
+        state = self.state
+        try:
+            model = refitted(state, self.problem.space, self.settings.surrogate)
+        except SurrogateError as error:
+            self.notes.append(f"the predictions could not be corrected: {error.message}")
+            return None
+        front = state.front
+        done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
+        if model is not None and front is not None and not done:
+            values = predict(model, front.X).mean
+            self._record("corrected", {"corrected": encode_tensor(values)})
+        return model
+
     def _finish(self, found: Recommendation | None) -> Result:
+        again = self._correct()
         state = self.state
         directory = self.store.directory if isinstance(self.store, JsonlStore) else None
         result = Result.of(
@@ -254,10 +286,13 @@ class Run:
             model=self.settings.surrogate.fit(state.seen, self.problem.space)
             if found is None
             else found.model,
+            refitted=again,
             run_dir=directory,
         )
         if state.summary is not None:
             return result
+        unused = self.settings.search - len(state.outcomes)
+        stop = told(self.settings.stop, state.checks, unused)
         summary = summarise(
             front=result.front,
             seen=result.seen,
@@ -266,13 +301,16 @@ class Run:
             reference=result.reference,
             settings=self.settings,
             optimism=result.optimism(),
+            uncertainty=result.uncertainty(),
+            stop=stop,
             surrogate=state.front_data["surrogate"],
             seconds={
                 "propose": state.proposing,
                 "evaluate": float(torch.cat([result.seen.cost, result.verification.cost]).sum()),
                 **state.front_data["seconds"],
+                **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=self.notes,
+            notes=[*self.notes, *notes_on(stop)],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
@@ -285,37 +323,6 @@ def _check_reference(settings: Settings, problem: Problem) -> None:
             f"the reference point is {dict(given)}, the metrics are {sorted(names)}",
             hint="give one finite value for every metric",
         )
-
-
-def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare what a run recorded of itself with what it would record now.
-
-    Files may have moved, but their digests must be the same.
-
-    Raises:
-        StoreError: When they differ; the message names the first difference.
-    """
-    before = _flat({part: recorded.get(part) for part in identity})
-    now = _flat(identity)
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if different:
-        key = different[0]
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise StoreError(
-            "the run directory belongs to another run: "
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}",
-            hint="use another run directory, or the settings that the run was started with",
-        )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key != "source":  # files may move; their digests tell whether they are the same
-            flat[f"{prefix}{key}"] = value
-    return flat
 
 
 def optimize(

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from map_bo.errors import BudgetError, ConfigError
+from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
@@ -40,6 +41,8 @@ class Settings:
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good.
+        stop: When the search stops before its budget is spent, a rule or its fields as a mapping;
+            ``None`` for never. Verification takes place all the same.
     """
 
     budget: int
@@ -55,6 +58,7 @@ class Settings:
     retries: int = 1
     timeout: float | None = None
     max_failure_share: float = 0.5
+    stop: Stop | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("budget", 1), ("batch", 1), ("retries", 0), ("verify", 0)):
@@ -80,6 +84,13 @@ class Settings:
                 f"after {self.verifications} to verify",
                 hint="no front can be predicted from fewer than 3 evaluations; raise the budget, "
                 "lower `verify`, or set `verify_extra`",
+            )
+        object.__setattr__(self, "stop", Stop.of(self.stop))
+        if self.stop is not None and (self.stop.least or 0) >= self.search:
+            raise ConfigError(
+                f"the stopping rule first looks after {self.stop.least} evaluations, "
+                f"and the search has {self.search}",
+                hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
 
     @classmethod
@@ -110,6 +121,7 @@ class Settings:
         parts = {"sampler", "surrogate", "solver"}
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
         plain["reference"] = dict(self.reference) if self.reference is not None else None
+        plain["stop"] = None if self.stop is None else self.stop.describe()
         return {**plain, **{name: _told(getattr(self, name)) for name in sorted(parts)}}
 
 

@@ -10,6 +10,9 @@ Events and their data:
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
+``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a look of the stopping
+               rule after so many evaluations; the reason to stop, or None
+``corrected``  ``corrected``: the front's predictions with the verified points among the data
 ``finished``   the summary
 """
 
@@ -46,6 +49,7 @@ class RunState:
         verified: Row of the front -> its one-row observations.
         summary: The summary, once the run has finished.
         proposing: Seconds spent on proposals.
+        checks: The looks of the stopping rule, in order.
     """
 
     metrics: tuple[Metric, ...]
@@ -59,6 +63,7 @@ class RunState:
     verified: Mapping[int, Observations] = field(default_factory=dict)
     summary: Mapping[str, Any] | None = None
     proposing: float = 0.0
+    checks: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def seen(self) -> Observations:
@@ -71,24 +76,23 @@ class RunState:
         return _joined([self.verified[row] for row in sorted(self.verified)], self)
 
     @property
+    def stopped(self) -> str | None:
+        """Why the search stopped before its budget was spent; None when it did not."""
+        return self.checks[-1]["stop"] if self.checks else None
+
+    @property
+    def data(self) -> Observations:
+        """All outcomes: the search, then the verification."""
+        return self.seen.append(self.verification)
+
+    @property
     def pending(self) -> list[int]:
         """Indices of the rows that were proposed and have no outcome."""
         return [i for i in range(len(self.X)) if i not in self.outcomes]
 
 
 def _joined(rows: list[Observations], state: RunState) -> Observations:
-    result = Observations.empty(state.X.shape[-1], state.metrics)
-    if not rows:
-        return result
-    return Observations(
-        X=torch.cat([row.X for row in rows]),
-        Y=torch.cat([row.Y for row in rows]),
-        metrics=state.metrics,
-        Yvar=torch.cat([row.Yvar for row in rows]),
-        counts=torch.cat([row.counts for row in rows]),
-        cost=torch.cat([row.cost for row in rows]),
-        failures=tuple(reason for row in rows for reason in row.failures),
-    )
+    return Observations.joined(rows, state.X.shape[-1], state.metrics)
 
 
 def advance(state: RunState, event: Event) -> RunState:
@@ -116,6 +120,7 @@ def advance(state: RunState, event: Event) -> RunState:
                 state,
                 outcomes={i: out for i, out in state.outcomes.items() if i not in again},
                 attempts={i: tried for i, tried in state.attempts.items() if i not in again},
+                checks=(),  # they were of other data
             )
         case "front":
             return new(state, front=decode_front(data["front"], state.metrics), front_data=data)
@@ -129,6 +134,11 @@ def advance(state: RunState, event: Event) -> RunState:
             ):
                 front = front.with_real([data["row"]], outcome.Y)
             return new(state, verified={**state.verified, data["row"]: outcome}, front=front)
+        case "checked":
+            return new(state, checks=(*state.checks, {"stop": data["stop"], **data}))
+        case "corrected" if state.front is not None:
+            values = decode_tensor(data["corrected"])
+            return new(state, front=dataclasses.replace(state.front, corrected=values))
         case "finished":
             return new(state, summary=data["summary"])
     return state

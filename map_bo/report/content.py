@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from map_bo.report.certainty import stop_words
 from map_bo.report.numbers import better, metric_value, seconds
 from map_bo.report.view import RunView, scale
 
@@ -37,6 +38,8 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         ("failed", str(failed) if failed else "none"),
         ("front", f"{points}, {real or 'none'} of them also measured"),
     ]
+    if stop_words(view):
+        rows.append(("stopped", stop_words(view)))
     surrogate = summary.get("surrogate")
     if isinstance(surrogate, Mapping) and surrogate:
         rows.append(("surrogate", _surrogate(surrogate)))

@@ -11,6 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from map_bo.data import Metric
+from map_bo.report.calibration import calibration_rows, calibration_words, pit_rows
+from map_bo.report.certainty import (
+    has_corrected,
+    has_probability,
+    hypervolume_words,
+    optimism_rows,
+    optimism_words,
+)
 from map_bo.report.content import (
     facts,
     failure_rows,
@@ -20,7 +28,7 @@ from map_bo.report.content import (
     notes,
 )
 from map_bo.report.files import write_whole
-from map_bo.report.numbers import coefficient, interval, metric_value
+from map_bo.report.numbers import coefficient, interval, metric_value, share
 from map_bo.report.page_style import STYLE
 from map_bo.report.plots import describe_plot
 from map_bo.report.view import (
@@ -56,8 +64,10 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
         ("front", "The front", _front(view, plots)),
         ("comparison", "Comparison", _comparison(view, plots)),
         ("evaluations", "Evaluations", _evaluations(view)),
+        ("calibration", "Calibration of the surrogate", _calibration(view)),
         ("provenance", "Provenance", _provenance(view)),
     ]
+    sections = [section for section in sections if section[2]]
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections)
     body = "".join(
         f'<section aria-labelledby="{name}"><h2 id="{name}">{title}</h2>{content}</section>\n'
@@ -93,6 +103,13 @@ def _front(view: RunView, plots: Sequence[Path]) -> str:
         if real
         else "No point was measured: all values are predictions."
     )
+    if has_corrected(view):
+        said += " Corrected values were predicted with the measured points among the data."
+    if has_probability(view):
+        said += (
+            " The probability is that nothing else in the front, and nothing evaluated, dominates "
+            "the point, under the posterior of the surrogate."
+        )
     few = _front_table(view, rows, f"{len(rows)} trade-offs that stand for the whole front.")
     parts = [*_figures(view, [p for p in plots if p.stem != "progress"]), f"<p>{said}</p>", few]
     if len(rows) < len(front):
@@ -119,21 +136,26 @@ def _figures(view: RunView, plots: Iterable[Path]) -> list[str]:
 
 def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
     front, metrics, d = view.front, view.metrics, view.space.d
+    corrected, probability = has_corrected(view), has_probability(view)
     groups = [
         f'<th class="group" scope="colgroup" colspan="{span}">{title}</th>'
         for title, span in (
             ("coefficients", d),
             ('<span class="predicted">predicted</span> (95 % interval)', len(metrics)),
+            *([('<span class="predicted">corrected</span>', len(metrics))] if corrected else []),
             ('<span class="real">real</span>', len(metrics)),
         )
     ]
-    names = [*view.space.names, *(metric.name for metric in metrics), *(x.name for x in metrics)]
+    if probability:
+        groups.append('<th scope="col" rowspan="2">probability</th>')
+    names = [*view.space.names, *[x.name for x in metrics] * (3 if corrected else 2)]
     head = (
         f'<tr><th scope="col" rowspan="2">point</th>{"".join(groups)}</tr>'
         f"<tr>{''.join(_column(name) for name in names)}</tr>"
     )
     values = (front.X, front.mean, front.lower, front.upper, front.real)
     X, mean, lower, upper, real = (value.tolist() for value in values)
+    later, chances = front.corrected.tolist(), front.probability.tolist()
     body = []
     for row in rows:
         cells = [f"<td>{coefficient(value)}</td>" for value in X[row]]
@@ -144,7 +166,14 @@ def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
             cells.append(
                 f'<td class="predicted">{metric_value(value, metric)} <small>{between}</small></td>'
             )
+        if corrected:
+            cells += [
+                f'<td class="predicted">{metric_value(value, metric)}</td>'
+                for value, metric in zip(later[row], metrics, strict=True)
+            ]
         cells += _real_cells(real[row], metrics)
+        if probability:
+            cells.append(f"<td>{escape(share(chances[row]))}</td>")
         body.append(f'<tr><th scope="row">{row}</th>{"".join(cells)}</tr>')
     return _table(caption, head, body)
 
@@ -175,17 +204,36 @@ def _comparison(view: RunView, plots: Sequence[Path]) -> str:
     ]
     columns = _column("metric", name=True) + _column("direction", name=True)
     columns += "".join(map(_column, ("reference point", "best expert", "optimism")))
+    certain = hypervolume_words(view)
     optimism = (
         "Optimism is predicted minus real, averaged over the verified points; it is positive "
         "when the prediction was too good, whatever the direction."
     )
+    measured = f"<p>{optimism}</p>" if bool(view.front.verified.any()) else ""
     return (
         f"<p>{escape(hypervolume_scale(view))}</p>"
         + _table("Hypervolumes, larger is better.", head, volumes)
+        + (f"<p>{escape(certain)}</p>" if certain else "")
         + _table("The metrics and their scale, in their own units.", f"<tr>{columns}</tr>", metrics)
-        + (f"<p>{optimism}</p>" if bool(view.front.verified.any()) else "")
+        + (_optimism(view) or measured)
         + "".join(_figures(view, [plot for plot in plots if plot.stem == "progress"]))
     )
+
+
+def _optimism(view: RunView) -> str:
+    """Return optimism estimated, measured and corrected; nothing where none of it is known."""
+    rows = [
+        f'<tr><th class="name" scope="row">{escape(name)}</th>'
+        + "".join(f"<td>{cell}</td>" for cell in cells)
+        + "</tr>"
+        for name, *cells in optimism_rows(view)
+    ]
+    if not rows:
+        return ""
+    columns = "".join(map(_column, ("estimated", "measured", "corrected")))
+    head = f"<tr>{_column('metric', name=True)}{columns}</tr>"
+    words = f"<p>{escape(optimism_words(view))}</p>"
+    return _table("Optimism of the prediction, in the metrics' own units.", head, rows) + words
 
 
 def _evaluations(view: RunView) -> str:
@@ -232,6 +280,36 @@ def _evaluations_table(view: RunView) -> str:
             f"<td>{spent}</td></tr>"
         )
     return _table("Every evaluation in order, as in evaluations.csv.", head, rows)
+
+
+def _calibration(view: RunView) -> str:
+    """Return the leave-one-out results, nothing where the surrogate has none."""
+    rows = calibration_rows(view)
+    if not rows:
+        return ""
+
+    def body(lines: Sequence[Sequence[str]]) -> list[str]:
+        return [
+            f'<tr><th class="name" scope="row">{escape(name)}</th>'
+            + "".join(f"<td>{cell}</td>" for cell in cells)
+            + "</tr>"
+            for name, *cells in lines
+        ]
+
+    titles = ("95 % coverage", "log density", "error")
+    head = f"<tr>{_column('metric', name=True)}{''.join(map(_column, titles))}</tr>"
+    words, pit = calibration_words(view), pit_rows(view)
+    tenths = "".join(_column(f"{i / 10:.1f}") for i in range(len(pit[0]) - 1)) if pit else ""
+    histogram = _table(
+        "Evaluations by their predictive probability of a smaller value, from each tenth on.",
+        f"<tr>{_column('metric', name=True)}{tenths}</tr>",
+        body(pit),
+    )
+    return (
+        f"<p>{escape(words)}</p>"
+        + _table("Every evaluation predicted from all others, link scale.", head, body(rows))
+        + (f"<details><summary>PIT histogram</summary>{histogram}</details>" if pit else "")
+    )
 
 
 def _provenance(view: RunView) -> str:

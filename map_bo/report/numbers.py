@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from map_bo.data import Metric
 
-__all__ = ["better", "coefficient", "interval", "metric_value", "seconds", "shortened"]
+__all__ = ["better", "coefficient", "interval", "metric_value", "seconds", "share", "shortened"]
 
 
 def metric_value(value: float, metric: Metric, *, missing: str = "") -> str:
@@ -34,6 +34,18 @@ def coefficient(value: float) -> str:
 def better(metric: Metric) -> str:
     """Return ``"higher is better"`` or ``"lower is better"``."""
     return "higher is better" if metric.direction == "max" else "lower is better"
+
+
+def share(value: float) -> str:
+    """Return a probability with two decimals; what is not quite certain never reads as if it was.
+
+    Empty where it is not known.
+    """
+    if math.isnan(value):
+        return ""
+    if 0 < value < 0.005:
+        return "<0.01"
+    return ">0.99" if 0.995 <= value < 1 else f"{value:.2f}"
 
 
 def seconds(value: float) -> str:

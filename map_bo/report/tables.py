@@ -56,26 +56,30 @@ def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
     """Write one row a front point.
 
     Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
-    metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval) and
-    ``real:NAME``, which is empty where the point was not verified.
+    metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval),
+    ``corrected:NAME`` (predicted with the verified points among the data; empty where nothing was
+    verified) and ``real:NAME``, which is empty where the point was not verified; last
+    ``probability`` (of being non-dominated; empty where it is not known).
 
     Raises:
         OSError: When the file cannot be written; it is then as it was before.
     """
     header = ["point", *(f"c:{name}" for name in space.names)]
     for metric in front.metrics:
-        parts = ("predicted", "std", "lower", "upper", "real")
+        parts = ("predicted", "std", "lower", "upper", "corrected", "real")
         header += [f"{part}:{metric.name}" for part in parts]
-    columns = (front.mean, front.std, front.lower, front.upper, front.real)
+    columns = (front.mean, front.std, front.lower, front.upper, front.corrected, front.real)
     values = [
         [_number(v) for group in zip(*parts, strict=True) for v in group]
         for parts in zip(*(column.tolist() for column in columns), strict=True)
     ]
     rows = (
-        [str(point), *map(_number, x), *row]
-        for point, (x, row) in enumerate(zip(front.X.tolist(), values, strict=True))
+        [str(point), *map(_number, x), *row, _number(probability)]
+        for point, (x, row, probability) in enumerate(
+            zip(front.X.tolist(), values, front.probability.tolist(), strict=True)
+        )
     )
-    _write(header, rows, path)
+    _write([*header, "probability"], rows, path)
 
 
 def _number(value: float) -> str:

@@ -85,3 +85,16 @@ def test_the_guard_keeps_the_front_where_the_data_are() -> None:
     free = recommend(data, SPACE, quick(12, guard=False), generator=make_generator(0))
     assert float(guarded.front.X.sum(-1).max()) < float(free.front.X.sum(-1).max())
     assert float((guarded.front.X.sum(-1) - 0.3).abs().max()) < 0.2
+
+
+def test_how_well_the_surrogate_predicts_is_recorded_with_the_front() -> None:
+    problem = Bowls()
+    X = problem.space.sample(12, generator=make_generator(3))
+    data = problem.evaluate(X, generator=make_generator(0))
+    found = recommend(data, problem.space, quick(), generator=make_generator(1))
+    recorded = found.surrogate["validation"]
+    assert recorded["n"] == 12
+    assert set(recorded["metrics"]) == {metric.name for metric in data.metrics}
+    for results in recorded["metrics"].values():
+        assert sum(results["pit"]) == 12
+        assert 0 <= results["coverage"] <= 1

@@ -12,6 +12,8 @@ from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.preferences import Preference, utility
+from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, quick
@@ -31,7 +33,7 @@ def test_a_preference_moves_the_choice(result: Result) -> None:
 
 def test_bounds_are_honoured_in_the_metrics_own_units(result: Result) -> None:
     choice = result.choose({"near a": 1}, at_most={"far from b": 0.6})
-    assert float(choice.mean[1]) <= 0.6
+    assert float(choice.expected[1]) <= 0.6
     with pytest.raises(PreferenceError, match="far from b"):
         result.choose(at_most={"far from b": 0.01})
 
@@ -42,7 +44,7 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     ).drive()
     assert coarse.model is not None
     wanted = {"near a": 2, "far from b": 1}
-    by_point = replace(coarse, model=None).choose(wanted)
+    by_point = replace(coarse, model=None, refitted=None).choose(wanted)
     solved = coarse.choose(wanted)
     assert solved.refined
     assert not by_point.refined
@@ -50,7 +52,7 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     scale = {"reference": coarse.reference.point, "best": coarse.reference.best}
     preference = Preference(weights=wanted)
     before, after = (
-        float(utility(c.mean.unsqueeze(0), coarse.metrics, preference, **scale))
+        float(utility(c.expected.unsqueeze(0), coarse.metrics, preference, **scale))
         for c in (by_point, solved)
     )
     assert after > before
@@ -63,7 +65,7 @@ def test_a_solved_choice_keeps_its_bounds() -> None:
         Bowls(), quick(12, solver=GradientSolver(points=6, steps=20)), MemoryStore()
     ).drive()
     choice = coarse.choose({"near a": 1}, at_most={"far from b": 1.0})
-    assert float(choice.mean[1]) <= 1.0 + 1e-6
+    assert float(choice.expected[1]) <= 1.0 + 1e-6
 
 
 def test_points_are_chosen_by_number(result: Result) -> None:
@@ -106,3 +108,56 @@ def test_a_record_changed_by_hand_is_refused(tmp_path: Path) -> None:
     run.store.append(Event("observed", {"index": 0}))
     with pytest.raises(StoreError, match=r"event 2 .'observed'."):
         load_result(tmp_path / "run")
+
+
+def test_verified_points_correct_the_predictions_and_overwrite_none(tmp_path: Path) -> None:
+    store = JsonlStore.create(tmp_path / "run")
+    result = Run(Bowls(noise=0.3), quick(10, verify=3), store).drive()
+    assert result.model is not None
+    assert result.refitted is not None
+    joined = Quadratic().fit(result.seen.append(result.verification), result.space)
+    assert torch.equal(result.front.corrected, predict(joined, result.front.X).mean)
+    assert torch.equal(result.front.mean, predict(result.model, result.front.X).mean)
+    assert not torch.allclose(result.front.corrected, result.front.mean)
+    wanted = {"near a": 1.0, "far from b": 2.0}
+    read = load_result(tmp_path / "run", surrogate=Quadratic())
+    for corrected in (True, False):
+        chosen = result.choose(wanted, corrected=corrected)
+        assert torch.equal(read.choose(wanted, corrected=corrected).x, chosen.x)
+    values = result.front.corrected
+    bare = replace(result, model=None, refitted=None)
+    scale = {"reference": result.reference.point, "best": result.reference.best}
+    scores = utility(values, result.metrics, Preference(weights=wanted), **scale)
+    assert bare.choose(wanted).point == int(scores.argmax())
+    scores = utility(result.front.mean, result.metrics, Preference(weights=wanted), **scale)
+    assert bare.choose(wanted, corrected=False).point == int(scores.argmax())
+    assert result.choose(wanted).describe()["corrected"]["near a"] is not None
+
+
+def test_optimism_is_told_as_estimated_measured_and_corrected() -> None:
+    result = Run(Bowls(noise=0.3), quick(10, verify=3), MemoryStore()).drive()
+    told = result.summary["uncertainty"]
+    gap = (result.front.mean - result.front.real)[result.front.verified]
+    measured = told["optimism"]["measured"]
+    assert measured["near a"]["mean"] == pytest.approx(float(gap[:, 0].mean()))
+    assert measured["far from b"]["mean"] == pytest.approx(-float(gap[:, 1].mean()))
+    assert measured["near a"]["se"] == pytest.approx(float(gap[:, 0].std()) / 3**0.5)
+    assert measured["near a"]["points"] == 3
+    shift = float((result.front.mean - result.front.corrected)[:, 1].mean())
+    assert told["optimism"]["corrected"]["far from b"] == pytest.approx(-shift)
+    assert told["optimism"]["left_out"]["near a"]["se"] > 0
+    assert told["hypervolume"]["lower"] < told["hypervolume"]["upper"]
+
+
+def test_without_verification_nothing_is_corrected() -> None:
+    result = Run(Bowls(), quick(8, verify=0), MemoryStore()).drive()
+    assert not result.is_corrected
+    assert result.refitted is None
+    assert bool(torch.isnan(result.choose().corrected).all())
+    assert torch.equal(result.choose().expected, result.choose().mean)
+    told = result.summary["uncertainty"]["optimism"]
+    assert told["measured"]["near a"] == {"mean": None, "se": None, "points": 0}
+    assert told["corrected"]["near a"] is None
+    assert told["left_out"]["near a"]["mean"] is not None
+    one = Run(Bowls(), quick(8, verify=1), MemoryStore()).drive()
+    assert one.summary["uncertainty"]["optimism"]["measured"]["near a"]["se"] is None

@@ -15,6 +15,7 @@ from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
 from map_bo.loop.settings import Settings
+from map_bo.loop.stopping import Stop
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
@@ -47,7 +48,9 @@ class CrashingStore:
 def outcome(result: Result) -> list[Any]:
     front, seen = result.front, result.seen
     tensors = [seen.X, seen.Y, front.X, front.mean, front.std, front.real, result.verification.Y]
-    return [tensor.nan_to_num(-99.0).tolist() for tensor in tensors] + [seen.failures]
+    tensors += [front.corrected, front.probability]
+    told = [result.summary[name] for name in ("uncertainty", "stop", "notes")]
+    return [tensor.nan_to_num(-99.0).tolist() for tensor in tensors] + [seen.failures, told]
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -75,6 +78,34 @@ def test_a_run_killed_at_any_event_and_resumed_equals_one_never_killed(
             with pytest.raises(CrashError):
                 Run(problem(), settings, CrashingStore(inner, 1, after=True)).drive()
         assert outcome(Run(problem(), settings, inner).drive()) == expected
+
+
+@pytest.mark.parametrize(
+    ("stop", "stops"),
+    [
+        (Stop(tolerance=0.2, patience=2, least=3), True),  # two bowls are plain by then
+        (Stop("hypervolume", tolerance=1e-9, patience=1, least=3), False),
+    ],
+)
+def test_a_run_killed_around_a_look_at_its_end_equals_one_never_killed(
+    stop: Stop, stops: bool
+) -> None:
+    settings = quick(9, batch=2, stop=stop)
+    whole = MemoryStore()
+    result = Run(Bowls(noise=0.05), settings, whole).drive()
+    assert (result.summary["stop"]["reason"] is not None) == stops
+    kinds = [event.kind for event in whole.read()]
+    assert kinds.count("checked") == 2
+    assert kinds.count("corrected") == 1
+    for kind in ("checked", "corrected"):
+        at = len(kinds) - kinds[::-1].index(kind)  # the last of them, counted from 1
+        for after in (False, True):
+            inner = MemoryStore()
+            with pytest.raises(CrashError):
+                Run(Bowls(noise=0.05), settings, CrashingStore(inner, at, after=after)).drive()
+            again = Run(Bowls(noise=0.05), settings, inner).drive()
+            assert outcome(again) == outcome(result)
+            assert [event.kind for event in inner.read()] == kinds
 
 
 def test_nothing_finished_is_evaluated_again(tmp_path: Path, bowls: Bowls) -> None:

@@ -56,8 +56,12 @@ def make_view(
     metrics: tuple[Metric, ...] | None = None,
     title: str = "digits_four",
     notes: Sequence[str] = ("the front is kept where the evaluations support the surrogate",),
+    certain: bool = False,
 ) -> RunView:
-    """Return a run with ``m`` metrics and ``d`` experts (``max(m, 2)`` by default)."""
+    """Return a run with ``m`` metrics and ``d`` experts (``max(m, 2)`` by default).
+
+    With ``certain`` it says how sure its front is, and that a stopping rule ended the search.
+    """
     generator = make_generator(seed)
     metrics = metrics or metrics_of(m, loss)
     d = d or max(m, 2)
@@ -95,6 +99,12 @@ def make_view(
     spread = torch.linspace(0, len(front) - 1, verify).long().tolist()
     real = within(truth[spread] + 0.01 * noise[evaluations : evaluations + verify], metrics)
     front = front.with_real(spread, real)
+    if certain:
+        front = dataclasses.replace(
+            front,
+            corrected=front.corrected if verify == 0 else front.mean - 0.01 * directions(metrics),
+            probability=torch.linspace(0.001, 0.999, len(front)),
+        )
     seen = seen.append(
         Observations(X=front.X[spread], Y=real, metrics=metrics, cost=torch.full((verify,), 0.7))
     )
@@ -109,6 +119,8 @@ def make_view(
         summary={},
     )
     summary = summary_of(view, verify, notes, seed)
+    if certain:
+        summary |= certainty_of(view, verify)
     return dataclasses.replace(view, summary=summary)
 
 
@@ -157,4 +169,43 @@ def summary_of(view: RunView, verify: int, notes: Sequence[str], seed: int) -> d
         "notes": list(notes),
         "versions": {"python": "3.11.9", "map-bo": "0.1.0", "torch": "2.13.0"},
         "commit": "0123456789abcdef0123456789abcdef01234567",
+    }
+
+
+def certainty_of(view: RunView, verify: int) -> dict[str, Any]:
+    names = [metric.name for metric in view.metrics]
+    return {
+        "uncertainty": {
+            "hypervolume": {
+                "median": 0.8123,
+                "lower": 0.7712,
+                "upper": 0.8534,
+                "predicted": 0.82,
+                "draws": 128,
+                "points": len(view.front),
+                "kind": "exact",
+            },
+            "optimism": {
+                "left_out": {name: {"mean": 0.0131, "se": 0.0042} for name in names},
+                "simulated": {name: {"mean": 0.001, "sd": 0.01} for name in names},
+                "measured": {
+                    name: {"mean": 0.012 if verify else None, "se": 0.003 if verify > 1 else None}
+                    for name in names
+                },
+                "corrected": dict.fromkeys(names, 0.01 if verify else None),
+            },
+        },
+        "stop": {
+            "criterion": "regret",
+            "tolerance": 0.005,
+            "patience": 2,
+            "least": None,
+            "reason": (
+                "expected regret still to be gained at most 0.005 for 2 rounds (0.004, 0.003)"
+            ),
+            "series": [[10, 0.02], [11, 0.004], [12, 0.003]],
+            "least_gain": 0.003,
+            "floor": 0.001,
+            "unused": 5,
+        },
     }

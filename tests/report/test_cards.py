@@ -22,14 +22,19 @@ def printed(view: RunView, width: int = 80, encoding: str = "utf-8") -> str:
 
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 @pytest.mark.parametrize("width", [80, 200])
-def test_nothing_is_wider_than_the_terminal_or_cut(m: int, width: int) -> None:
-    view = make_view(m, d=max(m, 3), evaluations=12, points=20, loss=(0,), failures=(9,))
+@pytest.mark.parametrize("certain", [False, True])
+def test_nothing_is_wider_than_the_terminal_or_cut(m: int, width: int, certain: bool) -> None:
+    view = make_view(
+        m, d=max(m, 3), evaluations=12, points=20, loss=(0,), failures=(9,), certain=certain
+    )
     text = printed(view, width)
     assert "\x1b" not in text  # not a terminal: no colour codes
     assert max(map(len, text.splitlines())) <= width
     assert "\u2026" not in text
     for name in ("rot90 loss", "worst of base and experts", "CUDA out of memory", "Notes"):
         assert name in text
+    for row in view.front.verified.nonzero().flatten().tolist():
+        assert any(line.split()[:1] == [str(row)] for line in text.splitlines())
 
 
 def test_predicted_and_real_stand_apart() -> None:
@@ -112,3 +117,45 @@ def test_a_choice_shows_coefficients_intervals_and_real_values() -> None:
     assert f"{float(view.front.real[0, 2]):.3f}" in text
     assert text.count("not measured") == 3
     assert torch.isnan(view.front.real[1]).all()
+
+
+def test_what_is_sure_stands_with_the_numbers() -> None:
+    view = make_view(2, points=30, verify=2, certain=True)
+    text = " ".join(printed(view, 120).split())
+    assert "0.8123, 95 % interval 0.7712 to 0.8534 (128 posterior draws at" in text
+    assert "+0.013 \u00b1 0.0042 +0.012 \u00b1 0.003 +0.010" in text
+    assert "stopped expected regret still to be gained at most 0.005" in text
+    assert "5 evaluations of the budget unused" in text
+    row = int(view.front.verified.nonzero()[0])
+    line = next(x.split() for x in printed(view, 120).splitlines() if x.split()[:1] == [str(row)])
+    assert f"{float(view.front.corrected[row, 0]):.3f}" in line
+    assert line[-1] == "<0.01", "the probability of the first point is 0.001"
+    unverified = printed(make_view(2, points=30, verify=0, certain=True), 120)
+    assert "Nothing was verified, so it was neither measured nor corrected." in " ".join(
+        unverified.split()
+    )
+
+
+def test_plus_or_minus_is_ascii_where_the_output_is() -> None:
+    for width in (80, 160):
+        text = printed(make_view(6, evaluations=12, points=9, certain=True), width, "ascii")
+        assert "+-" in text
+        assert "\\xb1" not in text
+
+
+def test_a_choice_shows_what_was_corrected() -> None:
+    view = make_view(2, verify=1, certain=True)
+    out = io.StringIO()
+    print_choice(
+        Console(file=out, width=80),
+        space=view.space,
+        metrics=view.metrics,
+        x=view.front.X[1],
+        mean=view.front.mean[1],
+        lower=view.front.lower[1],
+        upper=view.front.upper[1],
+        real=view.front.real[1],
+        corrected=view.front.corrected[1],
+    )
+    assert "corrected" in out.getvalue()
+    assert f"{float(view.front.corrected[1, 0]):.3f}" in out.getvalue()

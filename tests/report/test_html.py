@@ -175,3 +175,20 @@ def test_text_is_readable_in_light_and_dark() -> None:
         for ink in ("ink", "soft", "predicted", "real", "accent"):
             for paper in ("paper", "band"):
                 assert contrast(colours[ink], colours[paper]) >= 4.5, (ink, paper)
+
+
+def test_what_is_sure_stands_apart_and_in_tables_of_even_rows(tmp_path: Path) -> None:
+    view = make_view(2, points=9, verify=2, certain=True)
+    _, text = page_of(view, tmp_path)
+    for name in ("corrected", "probability", "Optimism of the prediction", "stopped"):
+        assert name in text
+    assert "95 % interval 0.7712 to 0.8534" in text
+    assert "&lt;0.01" in text
+    assert f'<td class="predicted">{float(view.front.corrected[0, 0]):.3f}</td>' in text
+    for table in re.findall(r"<table>.*?</table>", text, re.DOTALL):
+        body = table.split("<tbody>")[1]
+        widths = {len(re.findall(r"<t[hd][ >]", row)) for row in body.split("<tr>")[1:]}
+        assert len(widths) == 1, widths
+    _, plain = page_of(make_view(2, points=9, verify=2), tmp_path)
+    assert "probability is" not in plain
+    assert "Optimism of the prediction" not in plain

@@ -14,6 +14,7 @@ from map_bo.report.numbers import (
     interval,
     metric_value,
     seconds,
+    share,
     shortened,
 )
 
@@ -78,3 +79,14 @@ def test_names_that_would_look_alike_are_numbered() -> None:
     assert len(set(short)) == 3
     assert short[2] == "c"
     assert all(len(name) <= 12 for name in short)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.0, "0.00"), (0.001, "<0.01"), (0.5, "0.50"), (0.999, ">0.99"), (1.0, "1.00")],
+)
+def test_a_probability_that_is_not_quite_certain_does_not_read_as_if(
+    value: float, shown: str
+) -> None:
+    assert share(value) == shown
+    assert share(float("nan")) == ""

@@ -58,6 +58,7 @@ def test_what_was_never_verified_stays_empty(tmp_path: Path) -> None:
         assert float(row["lower:invert"]) == view.front.lower[i, 1]
         assert float(row["upper:invert"]) == view.front.upper[i, 1]
         assert float(row["std:invert"]) == view.front.std[i, 1]
+        assert row["corrected:invert"] == row["probability"] == ""
         if view.front.verified[i]:
             assert float(row["real:invert"]) == view.front.real[i, 1]
         else:
@@ -81,3 +82,14 @@ def test_nothing_measured_gives_the_header_alone(tmp_path: Path) -> None:
     empty = dataclasses.replace(view, seen=Observations.empty(2, view.metrics))
     write_evaluations_csv(empty, view.space, tmp_path / "e.csv")
     assert len((tmp_path / "e.csv").read_text().splitlines()) == 1
+
+
+def test_corrected_values_and_probabilities_have_columns_of_their_own(tmp_path: Path) -> None:
+    view = make_view(2, points=30, verify=2, certain=True)
+    write_front_csv(view.front, view.space, tmp_path / "front.csv")
+    rows = read(tmp_path / "front.csv")
+    assert list(rows[0])[-1] == "probability"
+    for i, row in enumerate(rows):
+        assert float(row["corrected:invert"]) == view.front.corrected[i, 1]
+        assert float(row["predicted:invert"]) == view.front.mean[i, 1]
+        assert float(row["probability"]) == view.front.probability[i]

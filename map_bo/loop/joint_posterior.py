@@ -1,0 +1,205 @@
+"""Joint draws of the real metrics at many points, and the small things made from such draws.
+
+The metrics are drawn independently of each other, as every surrogate models them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+from torch import Generator, Tensor
+
+from map_bo.data import Metric, to_maximisation
+from map_bo.pareto.trust import Coverage
+from map_bo.rng import child
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.links import Link, from_link
+from map_bo.surrogates.prediction import HasMisfit
+from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut
+
+__all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "spread", "volumes"]
+
+DIRECTIONS = 512
+"""Directions of :func:`volumes`."""
+
+_MISFIT_LENGTH = 0.1  # of the box, times sqrt(d): how far a misfit reaches among front points
+_JITTERS = (1e-10, 1e-8, 1e-6)  # shares of the mean variance that make a covariance factorisable
+_STEP = 0.06  # of the box: how far plausible points lie from the front, typically
+
+
+@dataclass(frozen=True, eq=False)
+class JointPosterior:
+    """The Gaussian posterior of ``m`` independent metrics at ``q`` points, link scale.
+
+    Attributes:
+        mean: ``q x m``.
+        covariance: ``m x q x q``; may be singular, as with more points than features.
+        metrics: The ``m`` metrics.
+        links: Their links.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    metrics: tuple[Metric, ...]
+    links: tuple[Link, ...]
+
+    @classmethod
+    def of(cls, model: SurrogateModel, X: Tensor) -> JointPosterior:
+        """Return the posterior of ``model`` at ``X`` (``q x d``), metric by metric."""
+        m, q = len(model.metrics), len(X)
+        mean, covariance = X.new_zeros(q, m), X.new_zeros(m, q, q)
+        with torch.no_grad():
+            for j in range(m):
+                # A joint posterior of all metrics would have a covariance of (q m)^2 entries.
+                alone = cast(SurrogateModel, model.subset_output([j])) if m > 1 else model
+                posterior = cast(GPyTorchPosterior, alone.posterior(X))
+                mean[:, j] = posterior.mean.squeeze(-1)
+                covariance[j] = posterior.distribution.covariance_matrix
+        return cls(mean, covariance, model.metrics, model.links)
+
+    def draw(self, count: int, *, generator: Generator) -> Tensor:
+        """Return ``count x q x m`` draws on the link scale."""
+        m, q = len(self.metrics), len(self.mean)
+        normal = torch.randn(m, q, count, generator=generator, dtype=torch.float64)
+        draws = [root(C) @ part for C, part in zip(self.covariance, normal, strict=True)]
+        return self.mean + torch.stack(draws, -1).transpose(0, 1)
+
+    def gains(self, F: Tensor) -> Tensor:
+        """Return link-scale values (``... x m``) as metrics, larger is better in each."""
+        return to_maximisation(from_link(F, self.links), self.metrics)
+
+
+def root(covariance: Tensor) -> Tensor:
+    """Return ``R`` with ``R R' = covariance`` (``q x q``), which may be singular.
+
+    A Cholesky factor of the matrix with as little on its diagonal as makes it definite, at most
+    one part in 1e6 of the mean variance; failing that, the root of its positive part.
+    """
+    size = covariance.diagonal().mean().clamp_min(1e-300)
+    eye = torch.eye(len(covariance), dtype=covariance.dtype)
+    for jitter in _JITTERS:
+        factor, info = torch.linalg.cholesky_ex(covariance + jitter * size * eye)
+        if int(info) == 0:
+            return cast(Tensor, factor)
+    values, vectors = torch.linalg.eigh((covariance + covariance.mT) / 2)
+    return cast(Tensor, vectors * values.clamp_min(0.0).sqrt())
+
+
+def real_draws(
+    model: SurrogateModel,
+    X: Tensor,
+    evaluated: Tensor,
+    space: CoefficientSpace,
+    *,
+    count: int,
+    generator: Generator,
+) -> tuple[Tensor, Tensor]:
+    """Return draws of the real metrics at ``X`` and where evaluations succeeded.
+
+    The real metric on the link scale is ``f(x) + e(x)``: the surrogate's function, and its misfit
+    with the variance ``s`` that the surrogate gives it (:class:`HasMisfit`), as in the intervals of
+    a prediction. A surrogate treats the misfit as independent from point to point. Among hundreds
+    of points of one front that is untenable, for the luckiest of many neighbours would dominate
+    the rest and their hypervolume would grow with their number; so over ``X`` it is drawn with the
+    correlation ``exp(-|u - u'|^2 / (2 l^2))`` in the unit cube, ``l = 0.1 sqrt(d)``. At an
+    evaluated point with value ``z`` and noise variance ``v`` the misfit has been seen:
+    ``e | f, z ~ N(w (z - f), w v)`` with ``w = s / (s + v)``, and a point of ``X`` that was
+    evaluated takes the draw of its evaluation.
+
+    Args:
+        model: The fitted surrogate.
+        X: ``k x d`` points.
+        evaluated: ``n x d`` the rows that ``model`` was fitted to, in their order.
+        space: The coefficients.
+        count: How many draws.
+        generator: Source of all randomness.
+
+    Returns:
+        ``count x k x m`` and ``count x n x m`` values, own units turned so that larger is better.
+    """
+    joint = JointPosterior.of(model, torch.cat([X, evaluated]))
+    F = joint.draw(count, generator=child(generator, "function"))
+    k = len(X)
+    if isinstance(model, HasMisfit):
+        misfit = model.misfit_variance()
+        noise = child(generator, "misfit")
+        normal = torch.randn(F.shape, generator=noise, dtype=torch.float64)
+        U = space.normalise(X)
+        apart = torch.cdist(U, U).square() / (2 * _MISFIT_LENGTH**2 * space.d)
+        error = misfit.sqrt() * normal
+        error[:, :k] = misfit.sqrt() * (root(torch.exp(-apart)) @ normal[:, :k])
+        if isinstance(model, LeavesOneOut):
+            targets, total = model.training_targets()
+            share = misfit / total.clamp_min(1e-300)
+            width = (share * (total - misfit).clamp_min(0.0)).sqrt()
+            error[:, k:] = share * (targets - F[:, k:]) + width * normal[:, k:]
+        F = F + error
+    if k and len(evaluated):
+        distance, nearest = torch.cdist(X, evaluated, p=torch.inf).min(-1)
+        same = (distance <= 1e-9).nonzero().flatten()
+        F[:, same] = F[:, k + nearest[same]]
+    values = joint.gains(F)
+    return values[:, :k], values[:, k:]
+
+
+def volumes(gains: Tensor, *, generator: Generator) -> Tensor:
+    """Return hypervolumes by random scalarisation, ``s`` for ``s x k x m``, reference at 0.
+
+    ``c E[max_i min_j (y_ij / u_j)_+^m]`` over directions ``u`` uniform on the positive part of
+    the sphere, ``c = pi^(m/2) / (2^m Gamma(m/2 + 1))`` (Deng, Li & Zhang, *Approximating
+    hypervolume contributions*, 2019; Zhang & Golovin, *Random hypervolume scalarizations*, 2020,
+    lemma 5). The same 512 directions serve all ``s`` sets, so that sets compare well.
+    """
+    s, _, m = gains.shape
+    normal = torch.randn(DIRECTIONS, m, generator=generator, dtype=torch.float64).abs()
+    inverse = normal.norm(dim=-1) / normal.clamp_min(1e-12).mT  # m x directions
+    factor = math.exp(0.5 * m * math.log(math.pi) - m * math.log(2) - math.lgamma(m / 2 + 1))
+    result = gains.new_zeros(s)
+    for i, Y in enumerate(gains):
+        length = Y[:, :1] * inverse[0]
+        for j in range(1, m):
+            torch.minimum(length, Y[:, j : j + 1] * inverse[j], out=length)
+        result[i] = factor * length.amax(0).clamp_min(0.0).pow(m).mean()
+    return result
+
+
+def spread(gains: Tensor, count: int) -> Tensor:
+    """Return ``count`` rows of ``gains`` (``k x m``), far apart, in ascending order."""
+    k = len(gains)
+    if k <= count:
+        return torch.arange(k)
+    taken = torch.zeros(count, dtype=torch.long)
+    taken[0] = gains.amin(-1).argmax()
+    distance = (gains - gains[taken[0]]).square().sum(-1)
+    for i in range(1, count):
+        taken[i] = distance.argmax()
+        distance = torch.minimum(distance, (gains - gains[taken[i]]).square().sum(-1))
+    return taken.sort().values
+
+
+def plausible_points(
+    X: Tensor,
+    space: CoefficientSpace,
+    coverage: Coverage | None,
+    *,
+    count: int,
+    generator: Generator,
+) -> Tensor:
+    """Return ``count x d`` points near the front ``X``: what another truth would have as its own.
+
+    Normal steps around points of the front, of three widths about 0.06 of the box, and every
+    fourth point anywhere in the space; all drawn in to where the surrogate is trusted.
+    """
+    chosen = torch.randint(len(X), (count,), generator=child(generator, "which"))
+    normal = torch.randn(count, space.d, generator=child(generator, "steps"), dtype=torch.float64)
+    width = _STEP * torch.tensor([0.5, 1.0, 2.5], dtype=torch.float64)
+    Z = space.normalise(X[chosen]) + width[torch.arange(count) % 3].unsqueeze(-1) * normal
+    points = space.project(space.unnormalise(Z))
+    everywhere = space.sample(count, generator=child(generator, "everywhere"))
+    points = torch.where((torch.arange(count) % 4 == 3).unsqueeze(-1), everywhere, points)
+    return points if coverage is None else coverage.shrink(points)
