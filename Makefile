@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-oldest lint types bench clean
+.PHONY: demo test test-slow test-oldest lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -32,6 +32,12 @@ types: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python -m benchmarks.run
+
+# The study behind docs/evidence.md, every method on every case: hours, but it goes on where it was
+# stopped. Image cases need MAP_BO_DATA.
+study: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
+	$(BIN)/python -m benchmarks.quality --methods all --out benchmarks/results/quality.json
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "map_bo needs Python 3.11 or newer; run make PYTHON=python3.11")'

@@ -1,9 +1,9 @@
 """Run every benchmark and put its table into README.md.
 
-python -m benchmarks.run            all of them, then README.md
+python -m benchmarks.run            all of them, then README.md and docs/evidence.md
 python -m benchmarks.run --smoke    tiny sizes, nothing written: do they run?
 python -m benchmarks.run --only merge kill
-python -m benchmarks.run --readme   only put the recorded tables into README.md
+python -m benchmarks.run --readme   only put the recorded tables into both documents
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from benchmarks.quality import evidence
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
@@ -25,13 +26,15 @@ MODULES = {
     "step": "benchmarks.speed.step",
     "kill": "benchmarks.quality.kill",
 }
+# Longer than all others together; it has a document of its own, docs/evidence.md.
+STUDY = {"quality": "benchmarks.quality"}
 
 
 def filled(text: str) -> str:
     """Return README text with the recorded tables between their markers."""
-    for name in MODULES:
+    for name in {**MODULES, **STUDY}:
         path = RESULTS / f"{name}.json"
-        if not path.exists():
+        if not path.exists() or f"<!-- table:{name} -->" not in text:
             continue
         table = "\n".join(json.loads(path.read_text())["table"]).strip()
         opening, closing = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
@@ -42,20 +45,22 @@ def filled(text: str) -> str:
 
 
 def main() -> None:
+    modules = {**MODULES, **STUDY}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=sorted(MODULES), default=list(MODULES))
-    parser.add_argument("--readme", action="store_true", help="only rewrite README.md")
+    parser.add_argument("--only", nargs="+", choices=sorted(modules), default=list(modules))
+    parser.add_argument("--readme", action="store_true", help="only rewrite the documents")
     options = parser.parse_args()
     if not options.readme:
         with tempfile.TemporaryDirectory() as scratch:
             for name in options.only:
                 out = (Path(scratch) if options.smoke else RESULTS) / f"{name}.json"
-                command = [sys.executable, "-m", MODULES[name], "--out", str(out)]
+                command = [sys.executable, "-m", modules[name], "--out", str(out)]
                 print(f"== {name}", flush=True)
                 subprocess.run([*command, *(["--smoke"] if options.smoke else [])], check=True)
     if not options.smoke:
         README.write_text(filled(README.read_text()))
+        evidence.write()
 
 
 if __name__ == "__main__":
