@@ -20,7 +20,6 @@ from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 MODULES = {
-    "founding": "benchmarks.quality.founding",
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
     "step": "benchmarks.speed.step",

@@ -117,7 +117,18 @@ def test_the_wheel_lists_every_package_and_configuration_folder() -> None:
 
 @pytest.mark.parametrize("module", ["map_bo", "map_bo.app.main", "map_bo.app.schema"])
 def test_the_way_to_help_loads_nothing_heavy(module: str) -> None:
-    heavy = {"torch", "botorch", "gpytorch", "hydra", "matplotlib", "pymoo", "sklearn", "rich"}
+    heavy = {
+        "ax",
+        "cma",
+        "torch",
+        "botorch",
+        "gpytorch",
+        "hydra",
+        "matplotlib",
+        "pymoo",
+        "sklearn",
+        "rich",
+    }
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []

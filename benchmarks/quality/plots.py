@@ -67,7 +67,7 @@ def _curves(rows: Sequence[Row], measure: str, label: str) -> Figure | None:
     for axis in axes[len(cases) :]:
         axis.set_visible(False)
     handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=8, frameon=False)
     figure.supxlabel("evaluations", fontsize=9)
     figure.supylabel(label, fontsize=9)
     return figure

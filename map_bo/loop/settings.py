@@ -12,6 +12,7 @@ from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
+from map_bo.samplers.posterior import TakesReference
 from map_bo.samplers.sampler import Sampler
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate
@@ -36,7 +37,8 @@ class Settings:
         verify_extra: Whether verification comes on top of the budget instead of inside it.
         guard: Whether the front is kept where the data support the surrogate.
         reference: Reference point of the hypervolume by metric name, own units; ``None`` takes
-            the worst value among the base and the experts.
+            the worst value among the base and the experts. A sampler that scales by one takes it
+            too, unless it was given its own.
         retries: How often a failed evaluation is tried again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
@@ -86,6 +88,8 @@ class Settings:
                 "lower `verify`, or set `verify_extra`",
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
+        if self.reference is not None and isinstance(self.sampler, TakesReference):
+            object.__setattr__(self, "sampler", self.sampler.above(self.reference))
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the stopping rule first looks after {self.stop.least} evaluations, "

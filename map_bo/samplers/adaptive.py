@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Generator, Tensor
@@ -30,6 +31,10 @@ class Adaptive:
 
     acquisition: PosteriorDriven = field(default_factory=FrontUncertainty)
     blocks: Sampler = field(default_factory=TiedSobol)
+
+    def above(self, reference: Mapping[str, float]) -> Adaptive:
+        """Return the sampler with this reference point, unless it has one of its own."""
+        return replace(self, acquisition=self.acquisition.above(reference))
 
     def propose(
         self,

@@ -7,7 +7,8 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from botorch.exceptions.errors import BotorchError
@@ -22,13 +23,15 @@ from map_bo.rng import child, child_seed
 from map_bo.samplers.sampler import Sampler
 from map_bo.samplers.space_filling import Sobol, is_repeat
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.gp import GP
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
-__all__ = ["NEAREST", "PosteriorDriven", "Situation", "reference_point"]
+__all__ = ["NEAREST", "PosteriorDriven", "Situation", "TakesReference", "reference_point"]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
+_MOST_DIMENSIONS = 32  # a quadratic has 561 coefficients then
 _LOWER = 0.1  # share of the observed range below the worst value, where no anchor is at hand
 _FAILURES = (
     SurrogateError,
@@ -89,6 +92,15 @@ class Situation:
         return (to_maximisation(self.good.Y, self.good.metrics) - self.reference) / self.scale
 
 
+@runtime_checkable
+class TakesReference(Protocol):
+    """A sampler that scales metrics by a reference point, and takes the run's."""
+
+    def above(self, reference: Mapping[str, float]) -> Sampler:
+        """Return the sampler with this reference point, unless it has one of its own."""
+        ...
+
+
 @dataclass(frozen=True)
 class PosteriorDriven:
     """Base of the samplers that fit a surrogate and choose by its posterior.
@@ -103,7 +115,8 @@ class PosteriorDriven:
     cannot be fitted, and when the choice fails numerically or ends in points known already.
 
     Attributes:
-        surrogate: What is fitted; ``None`` is the quadratic surrogate.
+        surrogate: What is fitted; ``None`` is the quadratic surrogate, and beyond 32 coefficients,
+            where it has too many terms of its own, the Gaussian process.
         design: Proposes the initial points.
         initial: Evaluations, seen or pending, before the first fit. ``None``: as many as a box has
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
@@ -164,6 +177,10 @@ class PosteriorDriven:
         )
         return torch.cat([chosen, rest])
 
+    def above(self, reference: Mapping[str, float]) -> Self:
+        """Return the sampler with this reference point, unless it has one of its own."""
+        return self if self.reference is not None else replace(self, reference=dict(reference))
+
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""
         experts = len(space.experts)
@@ -196,7 +213,8 @@ class PosteriorDriven:
         generator: Generator,
     ) -> Tensor:
         good = seen.succeeded()
-        model = (Quadratic() if self.surrogate is None else self.surrogate).fit(seen, space)
+        usual = Quadratic() if space.d <= _MOST_DIMENSIONS else GP()
+        model = (self.surrogate or usual).fit(seen, space)
         reference = reference_point(seen, space, self.reference)
         gains = to_maximisation(good.Y, good.metrics)
         situation = Situation(

@@ -17,6 +17,8 @@ from map_bo.loop.run import Run, optimize
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.rng import child, child_seed, make_generator
+from map_bo.samplers.adaptive import Adaptive
+from map_bo.samplers.front_uncertainty import FrontUncertainty
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
@@ -385,3 +387,12 @@ def test_the_reference_point_can_be_given(bowls: Bowls) -> None:
     result = Run(bowls, quick(8, reference=given), MemoryStore()).drive()
     assert result.summary["reference_point"] == given
     assert result.reference.rule == "given by the user"
+
+
+def test_the_reference_of_the_run_is_the_samplers_too() -> None:
+    given = {"first": 0.1, "second": 0.2}
+    sampler = Settings(budget=12, reference=given).sampler
+    assert isinstance(sampler, Adaptive)
+    assert sampler.acquisition.reference == given
+    own = FrontUncertainty(reference={"first": 0.3})
+    assert Settings(budget=12, reference=given, sampler=own).sampler == own

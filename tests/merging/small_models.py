@@ -65,6 +65,7 @@ def inputs(kind: str) -> Tensor:
 def build(kind: str, seed: int = 0) -> nn.Module:
     """Return a model with weights that depend on ``seed`` alone."""
     with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = MODELS[kind]()
     scramble(model, make_generator(seed), 1.0)
     return model.eval()

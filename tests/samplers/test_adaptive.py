@@ -41,3 +41,10 @@ def test_after_the_anchors_the_posterior_decides() -> None:
     chosen = Adaptive().propose(seen, space, 1, generator=generator)
     assert torch.equal(chosen, FrontUncertainty().propose(seen, space, 1, generator=generator))
     assert not torch.equal(chosen, Sobol().propose(seen, space, 1, generator=generator))
+
+
+def test_the_reference_of_the_run_reaches_the_acquisition() -> None:
+    given = {"first": 0.2, "second": 0.9}
+    assert Adaptive().above(given).acquisition.reference == given
+    own = Adaptive(FrontUncertainty(reference={"first": 0.1}))
+    assert own.above(given) == own

@@ -30,14 +30,29 @@ def losses(X: Tensor, m: int = 1) -> Observations:
 
 
 @pytest.mark.slow
-class TestAxSampler(SamplerContract):
+class TestTheStart(SamplerContract):
+    """The laws up to the first fit; a fit takes seconds, and has tests of its own below."""
+
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return AxSampler()
+        return AxSampler(initial=16)
 
-    @pytest.fixture(params=["box", "sum", "blocks"])
+    @pytest.fixture(params=["box", "sum"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
         return SPACES[request.param]
+
+
+@pytest.mark.slow
+def test_a_fit_is_decided_by_the_seed_and_leaves_random_states_alone() -> None:
+    seen, generator = some_seen(BOX, 9), make_generator(3)
+    states = generator.get_state(), torch.random.get_rng_state()
+    first = AxSampler().propose(seen, BOX, 2, generator=generator)
+    assert torch.equal(generator.get_state(), states[0])
+    assert torch.equal(torch.random.get_rng_state(), states[1])
+    torch.rand(5, generator=generator)
+    assert torch.equal(AxSampler().propose(seen, BOX, 2, generator=generator), first)
+    more = AxSampler().propose(seen, BOX, 2, pending=first, generator=generator)
+    assert len(torch.unique(torch.cat([seen.X, first, more]), dim=0)) == 13
 
 
 @pytest.mark.parametrize("name", ["box", "wide", "sum"])
