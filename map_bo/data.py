@@ -27,6 +27,7 @@ __all__ = [
 
 Direction = Literal["max", "min"]
 Kind = Literal["proportion", "loss", "unbounded"]
+Examples = Literal["same", "fresh"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Metric:
             ``"loss"`` (bounded below by ``lower``, no upper bound) or ``"unbounded"``.
         lower: Smallest possible value; defaults to 0 for proportions and losses.
         upper: Largest possible value; defaults to 1 for proportions.
+        examples: ``"same"`` when every evaluation measures it on the same examples, as a test set
+            does; ``"fresh"`` when each draws its own. ``None`` says nothing and is taken for
+            ``"fresh"``, the more cautious of the two; a problem that knows fills it in.
     """
 
     name: str
@@ -47,6 +51,7 @@ class Metric:
     kind: Kind = "proportion"
     lower: float | None = None
     upper: float | None = None
+    examples: Examples | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -60,6 +65,11 @@ class Metric:
             raise DataError(
                 f"metric {self.name!r} has kind {self.kind!r}",
                 hint="kinds are 'proportion', 'loss' and 'unbounded'",
+            )
+        if self.examples not in ("same", "fresh", None):
+            raise DataError(
+                f"metric {self.name!r} has examples {self.examples!r}",
+                hint="examples are 'same' or 'fresh'; leave it out when neither is known",
             )
         if self.kind in ("proportion", "loss") and self.lower is None:
             object.__setattr__(self, "lower", 0.0)

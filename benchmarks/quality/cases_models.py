@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,8 +66,8 @@ class FewExamples:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics."""
-        return self.full.metrics
+        """The metrics, each measured on examples of its own every time."""
+        return tuple(replace(metric, examples="fresh") for metric in self.full.metrics)
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every row of ``X`` (``n x d``) on examples of its own.

@@ -53,7 +53,8 @@ class MergedModelProblem:
             `Measurement`. The names need not be those of experts.
         operator: How to merge; task arithmetic by default.
         metrics: One for each evaluator, by name. By default each is a proportion in [0, 1] of
-            which more is better.
+            which more is better. Evaluators are taken to use the same examples every time; one
+            that draws its own needs a metric with ``examples="fresh"``.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
@@ -366,7 +367,7 @@ def _metrics(
     evaluators: Mapping[str, Evaluator], metrics: Sequence[Metric] | None
 ) -> tuple[Metric, ...]:
     if metrics is None:
-        return tuple(Metric(name) for name in evaluators)
+        return tuple(Metric(name, examples="same") for name in evaluators)
     given = check_metrics(metrics)
     names = {metric.name for metric in given}
     if names != set(evaluators):
@@ -375,7 +376,11 @@ def _metrics(
             f"{', '.join(sorted(evaluators))}",
             hint="give one metric for each evaluator, with its name",
         )
-    return given
+    # An evaluator is given a model and no source of chance, so it has examples of its own to use.
+    return tuple(
+        replace(metric, examples="same") if metric.examples is None else metric
+        for metric in given
+    )
 
 
 def _entry(seen: Measurement, metric: Metric) -> tuple[float, float, float]:

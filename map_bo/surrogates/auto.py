@@ -22,6 +22,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.gp import GP
 from map_bo.surrogates.hybrid import Hybrid
 from map_bo.surrogates.links import LogitLink, links_for, observed_on_link
+from map_bo.surrogates.noise import as_fitted
 from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.sparse import Sparse
@@ -31,7 +32,7 @@ from map_bo.surrogates.validation import LeavesOneOut, count_log_densities, log_
 __all__ = ["Auto", "AutoModel", "Selection"]
 
 _FEWEST = 8  # evaluations from which on scores decide, however few coefficients there are
-_MANY = 8  # coefficients up to which the simplest candidate is also the safest
+_MANY = 8  # coefficients up to which few evaluations are enough for a hybrid
 _QUADRATIC = 32  # coefficients up to which a quadratic's 561 weights are a matter of a second
 _ALLOWANCE = 2.0  # nats over all evaluations that do not count as better
 # What a numerical failure of a candidate's fit or validation may raise.
@@ -264,13 +265,14 @@ class Auto:
     Learning*, 2009, section 7.10), or by no more than 2 nats over all evaluations together, about
     what two more fitted hyperparameters gain by chance. Leave-one-out holds hyperparameters that
     every row had a say in, which flatters the candidates with many of them when rows are few:
-    below 8 evaluations, and below ``per_coefficient`` for each coefficient, the first candidate
-    that could be fitted is taken, whatever the scores.
+    below 8 evaluations, and below ``per_coefficient`` for each coefficient, one candidate is
+    taken whatever the scores: of given candidates the first that could be fitted.
 
-    Up to eight coefficients that is the quadratic. In more, a quadratic has hundreds of weights
-    and its prior decides; there the process is taken as long as scores do not decide (real merges
-    of 12 and 16 experts, and of 2 to 6 experts in 4 and 6 blocks: about a sixth less regret than
-    the quadratic at 30 evaluations).
+    Of the default ones it is the hybrid up to eight coefficients: as good as the quadratic where
+    that fits, and less far off where it does not. In more, a quadratic has hundreds of weights
+    and its prior decides; there the process is taken (real merges of 12 and 16 experts, and of 2
+    to 6 experts in 4 and 6 blocks: about a sixth less regret than the quadratic at 30
+    evaluations).
 
     Attributes:
         candidates: Name and settings, simplest first; by default quadratic (up to 32
@@ -319,15 +321,14 @@ class Auto:
         Raises:
             SurrogateError: When fewer than two succeeded, or no candidate could be fitted.
         """
-        total = len(seen)
-        seen = seen.succeeded()
-        if len(seen) < 2:
+        good = as_fitted(seen)
+        if len(good) < 2:
             raise SurrogateError(
-                f"{len(seen)} of {total} evaluations succeeded; a surrogate needs at least 2",
+                f"{len(good)} of {len(seen)} evaluations succeeded; a surrogate needs at least 2",
                 hint="evaluate more points, or look at the reasons of those that failed",
             )
         links = links_for(seen.metrics, kind=self.link)
-        targets, _ = observed_on_link(seen, links)
+        targets, _ = observed_on_link(good, links)
         fitted: dict[str, tuple[SurrogateModel, Tensor]] = {}
         skipped: list[tuple[str, str]] = []
         for name, settings in self._candidates(space):
@@ -335,7 +336,7 @@ class Auto:
                 model = settings.fit(seen, space)
                 if model.links != links:
                     raise SurrogateError("its links differ, so its densities do not compare")
-                densities = _scores(model, seen, targets)
+                densities = _scores(model, good, targets)
                 if not bool(torch.isfinite(densities).all()):
                     raise SurrogateError("its leave-one-out densities are not finite")
             except _FAILURES as error:
@@ -350,7 +351,7 @@ class Auto:
                 hint="choose one surrogate by name to see its error in full",
             )
         fewest = self._fewest(space.d)
-        safest = "gp" if space.d > _MANY and not self.candidates else ""
+        safest = "" if self.candidates else "gp" if space.d > _MANY else "hybrid"
         selection = [
             self._select(metric.name, j, fitted, tuple(skipped), fewest, safest)
             for j, metric in enumerate(seen.metrics)

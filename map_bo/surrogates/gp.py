@@ -32,6 +32,7 @@ from map_bo.surrogates.gradients import gradient_rows, gradient_scale
 from map_bo.surrogates.kernels import Trend, TrendRBFKernel, trend_groups
 from map_bo.surrogates.links import Link, links_for, observed_on_link
 from map_bo.surrogates.marginal import Fitted, Hyperparameters, LogPrior, fit
+from map_bo.surrogates.noise import as_fitted
 from map_bo.surrogates.surrogate import SurrogateModel
 
 __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
@@ -334,7 +335,7 @@ def fit_processes(
         SurrogateError: When fewer than two succeeded.
     """
     total = len(seen)
-    seen = seen.succeeded()
+    seen = as_fitted(seen)
     if len(seen) < 2:
         raise SurrogateError(
             f"{len(seen)} of {total} evaluations succeeded; a Gaussian process needs at least 2",

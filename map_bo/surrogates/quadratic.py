@@ -38,6 +38,7 @@ from map_bo.surrogates.gradients import (
 )
 from map_bo.surrogates.laplace import binomial_working_responses
 from map_bo.surrogates.links import Link, LogitLink, links_for, observed_on_link
+from map_bo.surrogates.noise import as_fitted
 from map_bo.surrogates.quadratic_model import QuadraticModel
 
 __all__ = ["Quadratic", "QuadraticModel"]
@@ -94,7 +95,7 @@ class Quadratic:
             SurrogateError: When fewer than two succeeded.
         """
         total = len(seen)
-        seen = seen.succeeded()
+        seen = as_fitted(seen)
         if len(seen) < 2:
             raise SurrogateError(
                 f"{len(seen)} of {total} evaluations succeeded; a quadratic needs at least 2",

@@ -100,6 +100,7 @@ def encode_metric(metric: Metric) -> dict[str, Any]:
         "kind": metric.kind,
         "lower": _bound(metric.lower),
         "upper": _bound(metric.upper),
+        "examples": metric.examples,
     }
 
 
@@ -124,6 +125,7 @@ def decode_metric(data: Mapping[str, Any]) -> Metric:
         kind=data["kind"],
         lower=bound(data["lower"]),
         upper=bound(data["upper"]),
+        examples=data.get("examples"),
     )
 
 
