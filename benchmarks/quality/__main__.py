@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.quality import evidence
+from benchmarks.quality import evidence, kept
 from benchmarks.quality.methods import CORE, METHODS, TIERS, matching, unavailable
 from benchmarks.quality.study import CACHE, CASES, Study
 from benchmarks.quality.tidy import read
@@ -102,6 +102,8 @@ def main(arguments: list[str] | None = None) -> None:
             if options.tables:
                 rows = read((scratch if apart(options) else RESULTS) / "quality.csv")
             else:
+                if not options.smoke:
+                    kept.restore()
                 rows = study(options, scratch).run(lambda line: print(line, flush=True))
         data = {"rows": len(rows), "seconds": time.perf_counter() - start, "core": CORE}
         finish("quality", evidence.readme_table(rows), data, options.out)

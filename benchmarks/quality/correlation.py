@@ -35,9 +35,7 @@ def correlations(name: str) -> tuple[float, float]:
     networks = getattr(held.measure, "__self__", None)
     assert isinstance(networks, MergedNetworks)
     space, source = held.problem.space, make_generator(0)
-    X = torch.cat(
-        [space.anchors().X[1:], space.sample(_POINTS, generator=child(source, "points"))]
-    )
+    X = torch.cat([space.anchors().X[1:], space.sample(_POINTS, generator=child(source, "points"))])
     step = torch.randn(X.shape, generator=child(source, "steps"), dtype=torch.float64)
     here = _standardised(networks.right(X))
     there = _standardised(networks.right(space.project(X + _NEAR * step)))

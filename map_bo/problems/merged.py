@@ -378,8 +378,7 @@ def _metrics(
         )
     # An evaluator is given a model and no source of chance, so it has examples of its own to use.
     return tuple(
-        replace(metric, examples="same") if metric.examples is None else metric
-        for metric in given
+        replace(metric, examples="same") if metric.examples is None else metric for metric in given
     )
 
 

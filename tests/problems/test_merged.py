@@ -78,7 +78,7 @@ def test_evaluates_merged_models(kind: str, as_function: bool) -> None:
     tested = problem(kind, model=make if as_function else model)
     assert isinstance(tested, Problem)
     assert tested.space == CoefficientSpace.box(("e0", "e1", "e2"))
-    assert tested.metrics == (Metric("mean"), Metric("spread"))
+    assert tested.metrics == (Metric("mean", examples="same"), Metric("spread", examples="same"))
     assert not made
     seen = tested.evaluate(X, generator=G)
     tested.evaluate(X[:1], generator=G)
@@ -408,3 +408,9 @@ def test_paths_are_taken(tmp_path: Path) -> None:
     expected = problem().evaluate(X, generator=G)
     assert torch.equal(tested.evaluate(X, generator=G).Y, expected.Y)
     assert tested.describe()["experts"]["e0"]["source"] == paths["e0"]
+
+
+def test_examples_of_a_given_metric_are_filled_in_and_never_overruled() -> None:
+    given = (Metric("mean"), Metric("spread", examples="fresh"))
+    tested = problem("mlp", metrics=given)
+    assert [metric.examples for metric in tested.metrics] == ["same", "fresh"]

@@ -276,8 +276,8 @@ def many(d: int, *, blocks: int = 1) -> tuple[Observations, CoefficientSpace]:
 @pytest.mark.parametrize(
     ("d", "blocks", "chosen", "names"),
     [
-        (8, 1, "quadratic", ["quadratic", "hybrid", "gp"]),
-        (8, 4, "quadratic", ["quadratic", "hybrid", "gp"]),
+        (8, 1, "hybrid", ["quadratic", "hybrid", "gp"]),
+        (8, 4, "hybrid", ["quadratic", "hybrid", "gp"]),
         (10, 1, "gp", ["quadratic", "hybrid", "gp"]),
         (10, 5, "gp", ["quadratic", "hybrid", "gp", "sparse"]),
         (36, 6, "gp", ["hybrid", "gp", "sparse"]),

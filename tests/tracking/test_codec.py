@@ -27,7 +27,11 @@ from map_bo.tracking.codec import (
 from map_bo.tracking.store import Event
 from tests.contracts.store_contract import strict
 
-METRICS = (Metric("acc"), Metric("loss", "min", "loss"), Metric("z", kind="unbounded"))
+METRICS = (
+    Metric("acc", examples="same"),
+    Metric("loss", "min", "loss", examples="fresh"),
+    Metric("z", kind="unbounded"),
+)
 
 
 def through_json(data: Any) -> Any:
@@ -82,6 +86,17 @@ def test_ragged_rows_are_refused() -> None:
 )
 def test_metrics_come_back(metric: Metric) -> None:
     assert decode_metric(through_json(encode_metric(metric))) == metric
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_metrics_come_back_with_what_is_known_of_their_examples(metric: Metric) -> None:
+    assert decode_metric(through_json(encode_metric(metric))) == metric
+
+
+def test_metrics_recorded_before_examples_were_still_read() -> None:
+    data = encode_metric(Metric("acc"))
+    del data["examples"]
+    assert decode_metric(data) == Metric("acc")
 
 
 def observations() -> Observations:
