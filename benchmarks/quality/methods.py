@@ -54,7 +54,8 @@ class Method:
         anytime: Whether one sequence of evaluations serves all budgets. Otherwise the design
             depends on the budget and the method starts anew for each.
         box: ``"wide"`` searches in [-3, 3] where a case has such a problem.
-        noise: ``"ignored"`` hides variances and counts from sampler and surrogate.
+        noise: ``"ignored"`` hides variances and counts from sampler and surrogate;
+            ``"independent"`` hides that evaluations share their examples.
         refine: Whether the surrogate is also solved for each preference, as ``Result.choose``
             does.
         needs: Libraries that must be importable.
@@ -69,7 +70,7 @@ class Method:
     answer: Literal["front", "observed", "blend", "expert", "direct"] = "front"
     anytime: bool = True
     box: Literal["unit", "wide"] = "unit"
-    noise: Literal["known", "ignored"] = "known"
+    noise: Literal["known", "ignored", "independent"] = "known"
     refine: bool = True
     needs: tuple[str, ...] = ()
     most_metrics: int | None = None
@@ -296,6 +297,7 @@ def _ablations() -> list[Method]:
         Method(prefix + "sampler qlognehvi", acquisition, "ablation", most_metrics=4),
         Method(prefix + "sampler front_uncertainty", front, "ablation"),
         Method(prefix + "no known noise", default, "ablation", noise="ignored"),
+        Method(prefix + "independent noise", default, "ablation", noise="independent"),
         Method(prefix + "without prior", unprior, "ablation"),
         Method(prefix + "without guard", unguarded, "ablation"),
     ]

@@ -166,6 +166,16 @@ def direct(case: Case, seed: int, evaluations: int) -> Record:
     return Record(about, checkpoints={evaluations: answer}, front=case.known_front)
 
 
+def shown(seen: Observations, entry: Method) -> Observations:
+    """Return the observations as a method sees them."""
+    if entry.noise == "ignored":
+        return hidden(seen)
+    if entry.noise == "independent":
+        metrics = tuple(dataclasses.replace(m, examples="fresh") for m in seen.metrics)
+        return dataclasses.replace(seen, metrics=metrics)
+    return seen
+
+
 def hidden(seen: Observations) -> Observations:
     """Return the observations without what is known of their noise."""
     unknown = torch.full_like(seen.Y, torch.nan)
@@ -186,7 +196,7 @@ def _search(
     assert parts.sampler is not None
     while len(seen) < stop:
         count = min(batch_at(len(seen)), stop - len(seen))
-        known = hidden(seen) if entry.noise == "ignored" else seen
+        known = shown(seen, entry)
         start = time.perf_counter()
         X = parts.sampler.propose(known, problem.space, count, generator=child(root, "propose"))
         X = problem.space.check(X)
@@ -257,7 +267,7 @@ def _answer(
     if entry.answer == "observed":
         rows = non_dominated(to_maximisation(good.Y, good.metrics))
         return _Answer(good.X[rows], good.Y[rows])
-    known = hidden(seen) if entry.noise == "ignored" else seen
+    known = shown(seen, entry)
     return _front(case, parts, known, problem.space, seed, refine=entry.refine)
 
 
@@ -344,5 +354,18 @@ def _scored(case: Case, answer: _Answer, seed: int) -> Checkpoint:
     numbers = {"points": float(len(predicted)), "fit_s": fit, "solve_s": solve}
     numbers |= measures(predicted[rows], real, chosen, solved, weights)
     if answer.lower is not None and answer.upper is not None:
-        numbers["coverage"] = coverage(values, answer.lower[rows], answer.upper[rows])
+        measured = _measured(case, answer.X[rows], values, seed)
+        numbers["coverage"] = coverage(measured, answer.lower[rows], answer.upper[rows])
     return Checkpoint(numbers, predicted[rows], real, chosen, solved)
+
+
+def _measured(case: Case, X: Tensor, values: Tensor, seed: int) -> Tensor:
+    """Return what one more evaluation of each row (``k x d``) gives, ``k x m`` in own units.
+
+    That is what an interval of a prediction is about. On the same examples every time it is the
+    truth (``values``); otherwise it is measured anew.
+    """
+    if any(metric.examples == "same" for metric in case.problem.metrics):
+        return values
+    source = child(make_generator(seed), "measured again")
+    return case.problem.evaluate(X, generator=source).Y

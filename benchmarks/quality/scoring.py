@@ -104,7 +104,7 @@ def best_attained(gains: Tensor, weights: Tensor) -> Tensor:
 
 
 def coverage(real: Tensor, lower: Tensor, upper: Tensor) -> float:
-    """Return the share of true values (``k x m``) inside their intervals."""
+    """Return the share of values (``k x m``) inside their intervals."""
     return float(((real >= lower) & (real <= upper)).double().mean())
 
 
