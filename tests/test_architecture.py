@@ -128,6 +128,7 @@ def test_the_way_to_help_loads_nothing_heavy(module: str) -> None:
         "pymoo",
         "sklearn",
         "rich",
+        "wandb",
     }
     code = f"import sys, {module}; print(*sorted({heavy!r} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -17,10 +17,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from map_bo.errors import ConfigError, MapBoError
+from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
 from map_bo.problems.problem import Problem
+from map_bo.tracking.tracker import Tracking
 
-__all__ = ["build_problem", "build_settings", "working_directory"]
+__all__ = ["build_problem", "build_settings", "build_tracking", "working_directory"]
 
 
 def build_problem(config: DictConfig) -> Problem:
@@ -46,6 +48,29 @@ def build_settings(config: DictConfig) -> Settings:
     return Settings.checked(seed=int(config.seed), **loop, **parts)
 
 
+def build_tracking(config: DictConfig) -> list[Tracking]:
+    """Build the settings of the trackers in ``config.tracking``.
+
+    The configuration of a run that was recorded without this group has the local files alone.
+
+    Raises:
+        ConfigError: On a key that a tracker does not take, or a part that is no tracker.
+    """
+    if "tracking" not in config:
+        return [Local()]
+    found = []
+    for name in config.tracking or {}:
+        part = _build(config.tracking, name, f"tracking.{name}")
+        if not isinstance(part, Tracking):
+            raise ConfigError(
+                f"tracking.{name} gives a {type(part).__name__}, which is no tracker",
+                hint="choose with tracking=none, local, wandb or [local,wandb]; settings of a "
+                "tracker have `open(directory)`",
+            )
+        found.append(part)
+    return found
+
+
 @contextmanager
 def working_directory(path: str | Path | None) -> Iterator[None]:
     """Enter ``path`` for the block, so that relative paths mean what they meant at the start."""
@@ -60,15 +85,17 @@ def working_directory(path: str | Path | None) -> Iterator[None]:
         os.chdir(before)
 
 
-def _build(config: DictConfig, group: str) -> Any:
+def _build(config: DictConfig, key: str, group: str = "") -> Any:
+    group = group or key
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # a user's own classes stand in the working directory
-    node = config[group]
+    node = config[key]
     if node is None or "_target_" not in node:
         raise ConfigError(
             f"the configuration of {group} has no _target_",
-            hint=f"choose one with {group}=NAME; `map-bo run --help` lists the names",
+            hint=f"choose one with {group.partition('.')[0]}=NAME; `map-bo run --help` lists the "
+            "names",
         )
     try:
         OmegaConf.resolve(node)

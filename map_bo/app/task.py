@@ -24,39 +24,49 @@ def run_task(config: DictConfig) -> float:
         The hypervolume of the predicted front, as the value of the job in a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
+    hydra = HydraConfig.get()
+    directory = Path(hydra.runtime.output_dir)
+    if hydra.mode == RunMode.MULTIRUN:
+        _group(config, Path(hydra.sweep.dir).name)
     result = drive(config, directory, fresh=True)
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
 
+def _group(config: DictConfig, sweep: str) -> None:
+    """Name the sweep in the trackers that group runs and were told no group."""
+    for node in (config.tracking or {}).values():
+        if "group" in node and node.group is None:
+            OmegaConf.update(node, "group", sweep)
+
+
 def drive(
     config: DictConfig, directory: Path, *, fresh: bool = False, retry_failed: bool = False
 ) -> Result:
-    """Start (``fresh``) or go on with the run in ``directory``, and write its report."""
-    from map_bo.app.build import build_problem, build_settings
+    """Start (``fresh``) or go on with the run in ``directory``, telling its trackers."""
+    from map_bo.app.build import build_problem, build_settings, build_tracking
+    from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
-    from map_bo.loop.publish import publish
     from map_bo.loop.run import Run
     from map_bo.tracking.jsonl import JsonlStore
 
     settings = build_settings(config)
+    mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     plain = {"tree": OmegaConf.to_container(config, resolve=True), "cwd": str(Path.cwd())}
-    with store.lock():
-        run = Run(problem, settings, store, config=plain)
+    with store.lock(), mirrors as tracker:
+        run = Run(problem, settings, store, config=plain, tracker=tracker)
         if retry_failed:
             run.reopen_failures()
         try:
-            result = run.drive(RichProgress() if config.progress else silent)
+            return run.drive(RichProgress() if config.progress else silent)
         except KeyboardInterrupt:
             command = f"map-bo resume {shlex.quote(_shown(directory, Path.cwd()))}"
             sys.stderr.write(f"\ninterrupted; what was measured is kept: `{command}` goes on\n")
             raise
-        publish(result)
-    return result
 
 
 def show(result: Result, here: Path) -> None:
@@ -78,9 +88,9 @@ def _print_next_steps(console: Console, result: Result, here: Path) -> None:
     directory = _shown(result.run_dir, here)
     first = shlex.quote(f"{result.metrics[0].name}=2")
     console.print("\n[bold]Written[/bold]", highlight=False)
-    for name in ("report.html", "front.csv", "evaluations.csv", "summary.json", "plots"):
-        if (result.run_dir / name).exists():
-            console.print(f"  {directory}/{name}", highlight=False, soft_wrap=True, markup=False)
+    names = ("report.html", "front.csv", "evaluations.csv", "summary.json", "plots")
+    for name in [n for n in names if (result.run_dir / n).exists()] or ["events.jsonl"]:
+        console.print(f"  {directory}/{name}", highlight=False, soft_wrap=True, markup=False)
     console.print("\n[bold]Next[/bold]", highlight=False)
     run = shlex.quote(directory)
     commands = [f"map-bo choose {run} --prefer {first}"]

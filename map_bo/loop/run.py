@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import look
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.identity import refuse_another
+from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend, refitted
 from map_bo.loop.result import Result
@@ -38,6 +39,7 @@ from map_bo.tracking.codec import (
 )
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
+from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
 __all__ = ["Run", "optimize", "refuse_another"]
 
@@ -55,6 +57,7 @@ class Run:
         settings: How.
         store: Where events go; when it already holds a run, that run goes on.
         config: Extra plain data to record (for example the resolved configuration).
+        tracker: Is told every event once it has been recorded, those of the store first.
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
@@ -67,6 +70,7 @@ class Run:
         store: RunStore,
         *,
         config: Mapping[str, Any] | None = None,
+        tracker: Tracker | None = None,
     ) -> None:
         self.problem = problem
         self.settings = settings
@@ -81,12 +85,16 @@ class Run:
                 f"{anchors} of base, experts and uniform blend: a design that starts with these "
                 "skips the last of them"
             )
-        self.state: RunState = replay(store.read(), problem.metrics, problem.space.d)
+        self._trackers = Trackers([] if tracker is None else [tracker])
+        events = list(store.read())
+        self.state: RunState = replay(events, problem.metrics, problem.space.d)
         identity = self._identity()
         if not self.state.created:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
             refuse_another(self.state.created, identity)
+            for event in events:
+                self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
         describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
@@ -106,6 +114,7 @@ class Run:
         after = advance(self.state, event)  # first: what cannot be replayed is not written
         self.store.append(event)
         self.state = after
+        self._trackers.observe(event)
 
     def ask(self, n: int) -> list[int]:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
@@ -333,6 +342,7 @@ def optimize(
     run_dir: str | Path | None = None,
     progress: bool | Progress = True,
     config: Mapping[str, Any] | None = None,
+    tracking: str | Tracking | Sequence[str | Tracking] = "local",
     **settings: Any,
 ) -> Result:
     """Find the Pareto front of a problem in ``budget`` evaluations.
@@ -346,6 +356,9 @@ def optimize(
             where it was, or is returned when it had finished. None keeps it in memory.
         progress: Whether to show a progress bar.
         config: Extra plain data to record with the run.
+        tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
+            ``run_dir``), ``"wandb"``, settings such as :class:`map_bo.tracking.wandb.Wandb`, or
+            several of these.
         **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 
@@ -361,16 +374,14 @@ def optimize(
     chosen = Settings.checked(budget=budget, seed=seed, **settings)
     bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
     if run_dir is None:
-        return Run(problem, chosen, MemoryStore(), config=config).drive(bar)
-    from map_bo.loop.publish import publish  # brings the plotting library along
-
+        with trackers(tracking, None) as tracker:
+            return Run(problem, chosen, MemoryStore(), config=config, tracker=tracker).drive(bar)
     directory = Path(run_dir)
+    mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
     store = (
         JsonlStore.open(directory)
         if (directory / "events.jsonl").exists()
         else JsonlStore.create(directory)
     )
-    with store.lock():
-        result = Run(problem, chosen, store, config=config).drive(bar)
-        publish(result)
-    return result
+    with store.lock(), mirrors as tracker:
+        return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)

@@ -9,15 +9,23 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
-from map_bo.app.build import build_problem, build_settings, working_directory
+from map_bo.app.build import (
+    build_problem,
+    build_settings,
+    build_tracking,
+    working_directory,
+)
 from map_bo.app.schema import Config, register
 from map_bo.errors import ConfigError, DataError
+from map_bo.loop.mirrors import Local
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.tracking.jsonl import MemoryStore
+from map_bo.tracking.tracker import Tracking
+from map_bo.tracking.wandb import Wandb
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {
@@ -44,7 +52,9 @@ def composed(*overrides: str) -> DictConfig:
 def test_every_file_composes(group: str, name: str) -> None:
     config = composed(f"{group}={name}")
     assert config.loop.budget >= 1
-    if group != "experiment":
+    if group == "tracking":  # several may be chosen, each a node of its own
+        assert set(config.tracking) == {name} - {"none"}
+    elif group != "experiment":
         assert "_target_" in config[group]
 
 
@@ -128,6 +138,50 @@ def test_a_wrong_stopping_rule_is_told() -> None:
 def test_a_wrong_key_is_told(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build_problem(composed(*overrides))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        ([], [Local()]),
+        (["tracking=none"], []),
+        (["tracking=[]"], []),
+        (["tracking=local"], [Local()]),
+        (["tracking=wandb"], [Wandb()]),
+        (
+            ["tracking=[local,wandb]", "tracking.wandb.tags=[a]", "tracking.wandb.mode=offline"],
+            [Local(), Wandb(tags=("a",), mode="offline")],
+        ),
+    ],
+)
+def test_trackers_are_combined(overrides: list[str], expected: list[Tracking]) -> None:
+    assert build_tracking(composed(*overrides)) == expected
+
+
+def test_a_run_recorded_before_there_were_trackers_has_the_local_files() -> None:
+    config = composed()
+    with open_dict(config):
+        del config["tracking"]
+    assert build_tracking(config) == [Local()]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message", "hint"),
+    [
+        (["tracking=wandb", "+tracking.wandb.projekt=x"], "no option 'projekt'", "project"),
+        (["tracking=wandb", "tracking.wandb.mode=of"], "mode of wandb is 'of'", "offline"),
+        (["+tracking.mine={a: 1}"], "tracking.mine has no _target_", "tracking=NAME"),
+        (
+            ["+tracking.mine={_target_: map_bo.rng.make_generator, seed: 3}"],
+            "tracking.mine gives a Generator, which is no tracker",
+            "tracking=none, local, wandb",
+        ),
+    ],
+)
+def test_a_wrong_tracker_is_told(overrides: list[str], message: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        build_tracking(composed(*overrides))
+    assert hint in str(caught.value.hint)
 
 
 def test_what_is_not_a_problem_is_told() -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result, load_state
 from tests.integration.conftest import SMALL, Shell
+from tests.tracking.wandb_reader import sessions
 
 
 def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -226,6 +227,8 @@ def test_resume_goes_on_where_the_record_ends(
         (["run", "experiment=nothing"], "reference"),
         (["run", "loop.budget=2"], "budget"),
         (["run", "surrogate="], "surrogate"),
+        (["run", "tracking=tensorboard"], "wandb"),
+        (["run", "tracking=wandb", "tracking.wandb.mode=of"], "offline"),
         (["run", "a b c="], "a b c"),
         (["run", "problem=checkpoints"], "base"),
         (["choose", "nowhere"], "nowhere"),
@@ -275,3 +278,24 @@ def test_a_multirun_gives_every_job_its_directory(shell: Shell, tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     first, second = (load_result(tmp_path / "sweep" / job) for job in ("0", "1"))
     assert not torch.equal(first.seen.X, second.seen.X)
+
+
+@pytest.mark.slow
+def test_a_sweep_is_a_group_of_wandb_runs(
+    shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_DIR"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sweep = f"hydra.sweep.dir={tmp_path / 'sweep'}"
+    done = shell("run", "-m", *SMALL, "seed=0,1", "tracking=[local,wandb]", sweep)
+    assert done.returncode == 0, done.stderr
+    for job in ("0", "1"):
+        (told,) = sessions(tmp_path / "sweep" / job)
+        assert told.identity["run_group"] == "sweep"
+        assert told.identity["display_name"] == f"sweep-{job}"
+        assert told.config["seed"] == int(job)
+        assert told.config["loop"]["budget"] == 12
+        assert (tmp_path / "sweep" / job / "report.html").exists()

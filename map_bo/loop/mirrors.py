@@ -1,0 +1,78 @@
+"""The trackers of a run: what its directory holds for people, and services that show it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+
+from map_bo.errors import ConfigError
+from map_bo.tracking.store import Event
+from map_bo.tracking.tracker import Tracker, Trackers, Tracking
+from map_bo.tracking.wandb import Wandb
+
+__all__ = ["Local", "trackers"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Local:
+    """Tables, plots and a page in the run directory, written when the run has ended."""
+
+    def open(self, directory: Path | None) -> Tracker:
+        """See :class:`map_bo.tracking.tracker.Tracking`."""
+        return _Directory(directory)
+
+
+@dataclass(frozen=True)
+class _Directory:
+    directory: Path | None
+
+    def observe(self, event: Event) -> None:
+        """Do nothing: the files are made from the record when it is whole."""
+
+    def finish(self, *, whole: bool) -> None:
+        """Write the files from the record."""
+        if self.directory is None or not whole:
+            return
+        from map_bo.loop.publish import publish  # brings the plotting library along
+        from map_bo.loop.reading import load_result
+
+        publish(load_result(self.directory))
+
+
+def trackers(given: str | Tracking | Sequence[str | Tracking], directory: Path | None) -> Trackers:
+    """Open the trackers of the run in ``directory``.
+
+    Args:
+        given: One or several of ``"none"``, ``"local"``, ``"wandb"`` and settings of trackers.
+        directory: The run's directory, or None for a run that is kept in memory.
+
+    Returns:
+        The trackers as one; the local files come first, for others may show them.
+
+    Raises:
+        ConfigError: On an unknown name, or something that is no tracker.
+    """
+    several = [given] if isinstance(given, str | Tracking) else list(given)
+    settings = [part for one in several for part in _settings(one)]
+    settings.sort(key=lambda part: not isinstance(part, Local))
+    return Trackers([part.open(directory) for part in settings])
+
+
+def _settings(given: object) -> list[Tracking]:
+    known: dict[str, list[Tracking]] = {"none": [], "local": [Local()], "wandb": [Wandb()]}
+    if isinstance(given, str) and given in known:
+        return known[given]
+    if isinstance(given, Tracking):
+        return [given]
+    near = get_close_matches(given, known, n=1) if isinstance(given, str) else []
+    raise ConfigError(
+        f"there is no tracker {given!r}",
+        hint=f"did you mean {near[0]!r}?"
+        if near
+        else f"trackers are {', '.join(known)}, and settings that have `open(directory)`",
+    )

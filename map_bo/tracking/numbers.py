@@ -1,0 +1,159 @@
+"""The events of a run as named numbers, for trackers that plot numbers over time."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Metric
+from map_bo.tracking.codec import decode_front, decode_metric, decode_observations, decode_tensor
+from map_bo.tracking.store import Event
+
+__all__ = ["Numbers", "flat", "front_table"]
+
+
+class Numbers:
+    """Reads the record of a run event by event.
+
+    After the last event ``front`` is the front with real and corrected values, ``summary`` the
+    summary and ``created`` what the run recorded of itself.
+
+    Attributes:
+        created: The data of ``created``; empty before it.
+        front: The front, once it was solved.
+        summary: The summary, once the run has ended; empty before.
+        names: Names of the ``d`` coefficients.
+        metrics: The ``m`` metrics.
+    """
+
+    def __init__(self) -> None:
+        self.created: Mapping[str, Any] = {}
+        self.front: Front | None = None
+        self.summary: Mapping[str, Any] = {}
+        self.names: tuple[str, ...] = ()
+        self.metrics: tuple[Metric, ...] = ()
+        self._rounds = self._evaluations = self._verifications = self._retries = 0
+
+    def of(self, event: Event) -> dict[str, float]:
+        """Return what ``event`` has to show by name; nothing for an event without numbers.
+
+        ``proposed``: ``round``, ``proposal/points`` and ``proposal/seconds``. ``observed``:
+        ``evaluation`` (counted from 1), ``coefficient/NAME``, ``metric/NAME`` (own unit),
+        ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1).
+        ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
+        ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
+        ``checked`` and ``front``: whatever numbers were recorded, below ``stop/``,
+        ``surrogate/``, ``uncertainty/`` and ``front/``.
+
+        Raises:
+            KeyError, TypeError, ValueError, MapBoError: When it is no event of a run.
+        """
+        data = event.data
+        match event.kind:
+            case "created":
+                self.created = data
+                self.names = tuple(data["space"]["names"])
+                self.metrics = tuple(decode_metric(metric) for metric in data["metrics"])
+            case "proposed":
+                self._rounds += 1
+                return {
+                    "round": self._rounds,
+                    "proposal/points": len(data["X"]),
+                    "proposal/seconds": data["seconds"],
+                }
+            case "attempt":
+                self._retries += 1
+                return {"retries": self._retries}
+            case "observed":
+                self._evaluations += 1
+                return {"evaluation": self._evaluations, **self._outcome(data)}
+            case "checked":
+                return flat(data, "stop")
+            case "front":
+                self.front = decode_front(data["front"], self.metrics)
+                return {
+                    "front/points": len(self.front),
+                    **flat(data.get("surrogate") or {}, "surrogate"),
+                    **flat(data.get("uncertainty") or {}, "uncertainty"),
+                    **flat(data.get("seconds") or {}, "front/seconds"),
+                }
+            case "verified":
+                return self._verified(data)
+            case "corrected" if self.front is not None:
+                values = decode_tensor(data["corrected"])
+                self.front = dataclasses.replace(self.front, corrected=values)
+            case "finished":
+                self.summary = data["summary"]
+        return {}
+
+    def _outcome(self, data: Mapping[str, Any]) -> dict[str, float]:
+        outcome = decode_observations(data["observation"], self.metrics)
+        names = [metric.name for metric in self.metrics]
+        return {
+            **_named("coefficient", self.names, outcome.X[0]),
+            **_named("metric", names, outcome.Y[0]),
+            **_named("noise", names, outcome.Yvar[0].sqrt()),
+            "seconds": float(outcome.cost[0]),
+            "failed": float(outcome.failures[0] is not None),
+        }
+
+    def _verified(self, data: Mapping[str, Any]) -> dict[str, float]:
+        self._verifications += 1
+        outcome = decode_observations(data["observation"], self.metrics)
+        names, row = [metric.name for metric in self.metrics], int(data["row"])
+        numbers = {
+            "verification": self._verifications,
+            **_named("real", names, outcome.Y[0]),
+            "verification/seconds": float(outcome.cost[0]),
+            "verification/failed": float(outcome.failures[0] is not None),
+        }
+        if self.front is None:
+            return numbers
+        near = torch.allclose(outcome.X[0], self.front.X[row], rtol=0.0, atol=1e-6)
+        if outcome.failures[0] is None and near:
+            self.front = self.front.with_real([row], outcome.Y)
+        return {**numbers, **_named("predicted", names, self.front.mean[row])}
+
+
+def _named(kind: str, names: tuple[str, ...] | list[str], values: Tensor) -> dict[str, float]:
+    pairs = zip(names, values.tolist(), strict=True)
+    return {f"{kind}/{name}": value for name, value in pairs if math.isfinite(value)}
+
+
+def flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
+    """Return the finite numbers in nested plain data; keys are joined by slashes."""
+    numbers: dict[str, float] = {}
+    for key, value in data.items():
+        name = f"{prefix}/{key}" if prefix else str(key)
+        if isinstance(value, Mapping):
+            numbers.update(flat(value, name))
+        elif (
+            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        ):
+            numbers[name] = value
+    return numbers
+
+
+def front_table(front: Front, names: tuple[str, ...]) -> tuple[list[str], list[list[float | None]]]:
+    """Return the columns and rows of a front as a table.
+
+    Columns: ``point``, ``c:NAME`` for each coefficient; for each metric ``predicted:NAME``,
+    ``std:NAME``, ``lower:NAME``, ``upper:NAME``, ``corrected:NAME`` and ``real:NAME``, in own
+    units; ``probability``. What is unknown is None. They are the columns of ``front.csv``.
+    """
+    parts = ("predicted", "std", "lower", "upper", "corrected", "real")
+    values = (front.mean, front.std, front.lower, front.upper, front.corrected, front.real)
+    columns = ["point", *(f"c:{name}" for name in names)]
+    columns += [f"{part}:{metric.name}" for metric in front.metrics for part in parts]
+    rows: list[list[float | None]] = []
+    for k in range(len(front)):
+        row = [float(k), *front.X[k].tolist()]
+        row += [float(part[k, j]) for j in range(len(front.metrics)) for part in values]
+        row.append(float(front.probability[k]))
+        rows.append([value if math.isfinite(value) else None for value in row])
+    return [*columns, "probability"], rows
