@@ -20,7 +20,7 @@ from map_bo.loop.run import optimize
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb import Wandb, WandbMirror, default_mode
 from tests.loop.bowls import Bowls, quick
-from tests.tracking.wandb_reader import Recorded, recorded, sessions
+from tests.tracking.wandb_reader import Recorded, ended, recorded, sessions
 
 KEY = "0" * 40
 
@@ -295,6 +295,6 @@ def test_wrong_settings_are_told() -> None:
 def test_the_reader_passes_over_a_torn_end(tmp_path: Path, no_account: Path) -> None:
     run(tmp_path, tracking="wandb")
     (path,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    whole = recorded(path)
+    whole = ended(path)
     path.write_bytes(path.read_bytes()[:-100])
     assert recorded(path).history[:5] == whole.history[:5]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -93,10 +94,18 @@ def recorded(path: Path) -> Recorded:
     return found
 
 
+def ended(path: Path, patience: float = 30.0) -> Recorded:
+    """Read a file once its end is written, which wandb's own process does in its own time."""
+    until = time.monotonic() + patience
+    while (found := recorded(path)).exit_code is None and time.monotonic() < until:
+        time.sleep(0.05)
+    return found
+
+
 def sessions(folder: Path) -> list[Recorded]:
     """Read all sessions below a folder, the oldest first."""
     paths = folder.glob("**/offline-run-*/run-*.wandb")
-    return [recorded(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
+    return [ended(path) for path in sorted(paths, key=lambda path: path.stat().st_mtime_ns)]
 
 
 def _items(items: Any) -> dict[str, Any]:
