@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from map_bo.app.jobs import record_of, register_job_name, run_job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +18,10 @@ if TYPE_CHECKING:
     from map_bo.loop.result import Result
 
 __all__ = ["drive", "run_task", "show"]
+
+# Launchers ship the task to processes that know nothing else of this package, and there the
+# configuration is resolved again; so what it needs is registered wherever the task can be loaded.
+register_job_name()
 
 
 def run_task(config: DictConfig) -> float:
@@ -24,17 +31,34 @@ def run_task(config: DictConfig) -> float:
         The hypervolume of the predicted front, as the value of the job in a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    directory = Path(HydraConfig.get().runtime.output_dir)
-    result = drive(config, directory, fresh=True)
+    hydra = HydraConfig.get()
+    directory, told = Path(hydra.runtime.output_dir), record_of(hydra)
+    if hydra.mode == RunMode.MULTIRUN:
+        return run_job(config, directory, told)
+    result = drive(config, directory, fresh=True, told=told)
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
 
 def drive(
-    config: DictConfig, directory: Path, *, fresh: bool = False, retry_failed: bool = False
+    config: DictConfig,
+    directory: Path,
+    *,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    told: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Start (``fresh``) or go on with the run in ``directory``, and write its report."""
+    """Start (``fresh``) or go on with the run in ``directory``, and write its report.
+
+    Args:
+        config: The resolved configuration.
+        directory: The run's directory.
+        fresh: Whether the run is new; an existing one is then refused.
+        retry_failed: Whether to evaluate again what had failed.
+        told: Further plain data to record with a new run.
+    """
     from map_bo.app.build import build_problem, build_settings
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.publish import publish
@@ -44,7 +68,8 @@ def drive(
     settings = build_settings(config)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
-    plain = {"tree": OmegaConf.to_container(config, resolve=True), "cwd": str(Path.cwd())}
+    tree = OmegaConf.to_container(config, resolve=True)
+    plain = {"tree": tree, "cwd": str(Path.cwd()), **(told or {})}
     with store.lock():
         run = Run(problem, settings, store, config=plain)
         if retry_failed:
