@@ -24,7 +24,7 @@ from map_bo.report.comparison_tables import (
 )
 from map_bo.report.page_style import STYLE
 
-__all__ = ["PLOTS", "comparison_html", "comparison_markdown"]
+__all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part"]
 
 PLOTS = {
     "progress": (
@@ -43,7 +43,7 @@ PLOTS = {
 """Name of every plot and what it shows."""
 
 _EXTRA = """
-th.name, td.name { white-space: normal; overflow-wrap: anywhere; min-width: 11rem; }
+th.name, td.name { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
 thead th { white-space: normal; min-width: 5.5rem; max-width: 16rem; }
 caption span { display: block; position: sticky; left: 0;
   max-width: min(44rem, calc(100vw - 2rem)); }
@@ -160,14 +160,18 @@ def comparison_markdown(found: Comparison) -> str:
     for _, title, parts in _sections(found):
         lines += [f"## {title}", ""]
         for part in parts:
-            if isinstance(part, Table):
-                lines += [_plain(part.caption), "", *_markdown_table(part), ""]
-            elif part.startswith("plot:"):
-                name = part.removeprefix("plot:")
-                lines += [f"![{PLOTS[name]}](comparison/{name}.png)", ""]
-            else:
-                lines += [_plain(part), ""]
+            lines += [*markdown_part(part), ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_part(part: str | Table) -> list[str]:
+    """Return a table or a sentence as lines of Markdown; a plot (``plot:NAME``) as its image."""
+    if isinstance(part, Table):
+        return [_plain(part.caption), "", *_markdown_table(part)]
+    if part.startswith("plot:"):
+        name = part.removeprefix("plot:")
+        return [f"![{PLOTS[name]}](comparison/{name}.png)"]
+    return [_plain(part)]
 
 
 def _markdown_table(table: Table) -> list[str]:

@@ -120,27 +120,23 @@ def difference_table(found: Comparison) -> Table | None:
     """Return what each variant has more than the baseline, seed by seed; ``None`` for one."""
     if len(found.variants) < 2:
         return None
-    measures = [m for m in MEASURES if m.name not in ("evaluations", "failures")]
+    kept = [
+        measure
+        for measure in MEASURES
+        if any(found.difference(variant, measure.name) for variant in found.variants[1:])
+    ]
     rows = []
     for variant in found.variants[1:]:
-        for measure in measures:
-            gap = found.difference(variant, measure.name)
-            if gap is not None:
-                rows.append(
-                    (
-                        variant,
-                        measure.title,
-                        str(gap.count),
-                        _estimate(gap, measure, sign=True),
-                        gap.reading,
-                    )
-                )
+        gaps = [found.difference(variant, measure.name) for measure in kept]
+        pairs = max((gap.count for gap in gaps if gap is not None), default=0)
+        cells = (_difference(gap, measure) for gap, measure in zip(gaps, kept, strict=True))
+        rows.append((variant, str(pairs), *cells))
     return Table(
         f"Differences from the baseline ({found.baseline}), paired by seed, with 95 % bootstrap "
-        f"intervals over the pairs. Below {LEAST} pairs none is called clear.",
-        ("variant", "measure", "pairs", "difference", "reading"),
+        "intervals over the pairs. Those whose interval leaves out 0 are marked higher or lower; "
+        f"below {LEAST} pairs none is.",
+        ("variant", "pairs", *(_title(measure) for measure in kept)),
         tuple(rows),
-        (1, 4),
     )
 
 
@@ -237,6 +233,11 @@ def _estimate(value: Estimate | None, measure: Measure, *, sign: bool = False) -
     if value.low != value.low:
         return mean
     return f"{mean} [{format(value.low, form)}, {format(value.high, form)}]"
+
+
+def _difference(gap: Estimate | None, measure: Measure) -> str:
+    text = _estimate(gap, measure, sign=True)
+    return f"{text} {gap.reading}" if gap and gap.reading in ("higher", "lower") else text
 
 
 def _rate(value: float | None) -> str:
