@@ -1,15 +1,15 @@
-"""Hydra callbacks: refuse to run into a directory that already holds a run."""
+"""Hydra callbacks: refuse to run over a run; compare the runs of a sweep at its end."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
-__all__ = ["RefuseExistingRun"]
+__all__ = ["CompareRuns", "RefuseExistingRun"]
 
 
 class RefuseExistingRun(Callback):
@@ -26,21 +26,48 @@ class RefuseExistingRun(Callback):
             )
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with status 2 when the sweep directory holds events of a run."""
+        """Exit with status 2 when the sweep directory itself is that of a run.
+
+        One that holds the jobs of a sweep is welcome: finished jobs are skipped, others go on.
+        """
         directory = Path(config.hydra.sweep.dir)
-        if any(map(_holds_a_run, directory.glob("**/events.jsonl"))):
+        if _holds_a_run(directory / "events.jsonl"):
             _refuse(
-                f"{directory} already holds the runs of a sweep",
-                "choose another directory with hydra.sweep.dir=..., or go on with each run by "
-                "`map-bo resume`",
+                f"{directory} is the directory of a run, not of a sweep",
+                "choose another directory with hydra.sweep.dir=...",
             )
+
+
+class CompareRuns(Callback):
+    """Writes the comparison report into the directory of a sweep when all its jobs are through."""
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Write the report and say where; exit with 1 when a job did not finish, 2 without one."""
+        from map_bo.app.comparing import compare_directories
+        from map_bo.errors import MapBoError
+
+        directory = Path(config.hydra.sweep.dir)
+        try:
+            compared = compare_directories([directory], directory)
+        except MapBoError as error:
+            _refuse(error.message, error.hint or "`map-bo report` writes the report again")
+        sys.stdout.write(f"comparison of {compared.finished} runs: {compared.page}\n")
+        if compared.missing:
+            sys.stderr.write(f"error: {len(compared.missing)} jobs did not finish\n")
+            for name, reason in compared.missing:
+                sys.stderr.write(f"  {name}: {reason}\n")
+            sys.stderr.write(
+                "hint: repeat the command with "
+                f"hydra.sweep.dir={directory} to go on with these alone\n"
+            )
+            raise SystemExit(1)
 
 
 def _holds_a_run(path: Path) -> bool:
     return path.exists() and path.stat().st_size > 0
 
 
-def _refuse(message: str, hint: str) -> None:
+def _refuse(message: str, hint: str) -> NoReturn:
     sys.stderr.write(f"error: {message}\nhint: {hint}\n")
     # Hydra turns exceptions of callbacks into warnings; this passes through.
     raise SystemExit(2)

@@ -19,7 +19,8 @@ _EPILOG = """\
 examples:
   map-bo run                                            four digit experts, no set-up needed
   map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
-  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep
+  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep, and the comparison of its runs
+  map-bo report SWEEP                                   write that comparison again
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
   map-bo resume RUN                                     go on after any interruption
@@ -29,7 +30,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted."""
+    """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted.
+
+    1 says that some jobs of a sweep did not finish; its report lists them.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
@@ -92,7 +96,16 @@ def _parser() -> argparse.ArgumentParser:
     _choice_options(merge)
     merge.add_argument("--out", required=True, metavar="DIR", help="directory to write (new)")
 
-    _command(commands, "report", "write tables, plots and the page of a run again", _report)
+    report = _command(
+        commands, "report", "write the report of a run or sweep again, or compare several", _report
+    )
+    report.add_argument("more", nargs="*", metavar="RUN", help="further runs or sweeps to compare")
+    report.add_argument(
+        "--out", metavar="DIR", help="where to write (default: RUN; of several: comparison)"
+    )
+    report.add_argument(
+        "--baseline", metavar="VARIANT", help="variant that the others are compared with"
+    )
     return parser
 
 
@@ -244,12 +257,30 @@ def _resume(options: argparse.Namespace) -> None:
 def _report(options: argparse.Namespace) -> None:
     from pathlib import Path
 
+    from map_bo.loop.sweeps import is_run
+
+    if options.more or not is_run(options.run):
+        from map_bo.app.comparing import compare_directories
+
+        given = [options.run, *options.more]
+        out = options.out or ("comparison" if options.more else options.run)
+        compared = compare_directories(given, out, baseline=options.baseline)
+        sys.stdout.write(f"comparison of {compared.finished} runs written to {compared.page}\n")
+        for name, reason in compared.missing:
+            sys.stdout.write(f"did not finish: {name}: {reason}\n")
+        return
     from map_bo.loop.publish import view_of
     from map_bo.loop.reading import load_result
     from map_bo.report.artifacts import write_report
 
-    write_report(view_of(load_result(options.run)), Path(options.run))
-    sys.stdout.write(f"report written to {options.run}/report.html\n")
+    if options.baseline is not None:
+        raise ConfigError(
+            f"{options.run} is a single run, and --baseline names a variant of several",
+            hint="name a sweep, or several runs",
+        )
+    out = options.out or options.run
+    write_report(view_of(load_result(options.run)), Path(out))
+    sys.stdout.write(f"report written to {out}/report.html\n")
 
 
 def _recorded_config(run: str, *, required: bool = True) -> Any:

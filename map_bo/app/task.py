@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from map_bo.app.jobs import record_of, register_job_name, run_job
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -15,6 +18,10 @@ if TYPE_CHECKING:
     from map_bo.loop.result import Result
 
 __all__ = ["drive", "run_task", "show"]
+
+# Launchers ship the task to processes that know nothing else of this package, and there the
+# configuration is resolved again; so what it needs is registered wherever the task can be loaded.
+register_job_name()
 
 
 def run_task(config: DictConfig) -> float:
@@ -27,10 +34,11 @@ def run_task(config: DictConfig) -> float:
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
-    directory = Path(hydra.runtime.output_dir)
+    directory, told = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:
         _group(config, Path(hydra.sweep.dir).name)
-    result = drive(config, directory, fresh=True)
+        return run_job(config, directory, told)
+    result = drive(config, directory, fresh=True, told=told)
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
@@ -43,9 +51,22 @@ def _group(config: DictConfig, sweep: str) -> None:
 
 
 def drive(
-    config: DictConfig, directory: Path, *, fresh: bool = False, retry_failed: bool = False
+    config: DictConfig,
+    directory: Path,
+    *,
+    fresh: bool = False,
+    retry_failed: bool = False,
+    told: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Start (``fresh``) or go on with the run in ``directory``, telling its trackers."""
+    """Start (``fresh``) or go on with the run in ``directory``, telling its trackers.
+
+    Args:
+        config: The resolved configuration.
+        directory: The run's directory.
+        fresh: Whether the run is new; an existing one is then refused.
+        retry_failed: Whether to evaluate again what had failed.
+        told: Further plain data to record with a new run.
+    """
     from map_bo.app.build import build_problem, build_settings, build_tracking
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
@@ -56,7 +77,8 @@ def drive(
     mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
-    plain = {"tree": OmegaConf.to_container(config, resolve=True), "cwd": str(Path.cwd())}
+    tree = OmegaConf.to_container(config, resolve=True)
+    plain = {"tree": tree, "cwd": str(Path.cwd()), **(told or {})}
     with store.lock(), mirrors as tracker:
         run = Run(problem, settings, store, config=plain, tracker=tracker)
         if retry_failed:

@@ -1,0 +1,57 @@
+"""From directories of sweeps to their comparison report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Compared", "compare_directories"]
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison was made of.
+
+    Attributes:
+        page: The page that was written.
+        finished: Number of runs that finished.
+        missing: Name and reason of those that did not.
+    """
+
+    page: Path
+    finished: int
+    missing: tuple[tuple[str, str], ...]
+
+
+def compare_directories(
+    directories: Sequence[str | Path], out: str | Path, *, baseline: str | None = None
+) -> Compared:
+    """Read sweeps (or single runs) from their stores alone and write their comparison.
+
+    Args:
+        directories: Directories of sweeps or runs.
+        out: Directory to write into; made when missing.
+        baseline: Variant that the others are compared with; the first by default.
+
+    Raises:
+        StoreError: When a directory holds no run, or ``out`` cannot be written.
+        DataError: When no run finished, or the runs have no metric in common.
+    """
+    from map_bo.errors import StoreError
+    from map_bo.loop.sweeps import read_runs
+    from map_bo.report.comparison import compare
+    from map_bo.report.comparison_files import write_comparison
+
+    records = read_runs(directories, beside=out)
+    names = [Path(directory).resolve().name for directory in directories]
+    found = compare(records, title=" and ".join(names), baseline=baseline)
+    try:
+        write_comparison(found, Path(out))
+    except OSError as error:
+        raise StoreError(
+            f"the report cannot be written to {out}: {error.strerror or error}",
+            hint="make the directory writable, or name another with `map-bo report ... --out DIR`",
+        ) from error
+    missing = tuple((record.name, record.reason) for record in found.missing)
+    return Compared(Path(out) / "report.html", len(found.runs), missing)

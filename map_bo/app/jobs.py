@@ -1,0 +1,125 @@
+"""The jobs of a sweep: named by their overrides, skipped when finished, gone on with when not."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+import sys
+from collections.abc import Mapping
+from math import nan
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from map_bo.errors import MapBoError
+
+if TYPE_CHECKING:
+    from map_bo.loop.result import Result
+
+__all__ = ["job_name", "record_of", "register_job_name", "run_job"]
+
+logger = logging.getLogger(__name__)
+
+_LONGEST = 80
+
+
+def job_name(overrides: str) -> str:
+    """Return the directory of a job, a function of its own overrides alone.
+
+    The overrides as they are where they can be a file name, so that repeating a sweep finds its
+    jobs again, whatever their order and number. What cannot stand in a file name is replaced, and
+    then, as for long names, a digest of the overrides keeps names apart.
+
+    Args:
+        overrides: Sorted overrides, such as ``"seed=0,surrogate=gp"``.
+    """
+    if not overrides:
+        return "defaults"
+    clean = re.sub(r"[^\w.,=+@-]+", "_", overrides)
+    if clean == overrides and len(clean) <= _LONGEST and clean.strip("."):
+        return clean
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:10]
+    return f"{clean[:_LONGEST].strip('.')}-{digest}"
+
+
+def register_job_name() -> None:
+    """Make :func:`job_name` known to configuration as ``${map_bo.job_name:...}``."""
+    OmegaConf.register_new_resolver("map_bo.job_name", job_name, replace=True)
+
+
+def record_of(hydra: Any) -> dict[str, Any]:
+    """Return what the command of a run chose, as plain data to record with it.
+
+    Args:
+        hydra: Hydra's own configuration.
+    """
+    choices = {
+        str(group): None if choice is None else str(choice)
+        for group, choice in hydra.runtime.choices.items()
+        if not str(group).startswith("hydra/")
+    }
+    return {"overrides": [str(text) for text in hydra.overrides.task], "choices": choices}
+
+
+def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> float:
+    """Do one job of a sweep, or what is left of it.
+
+    A finished job is read back and not repeated. A job that fails leaves its reason in its
+    directory and does not take the others with it.
+
+    Args:
+        config: The resolved configuration of the job.
+        directory: The job's directory, see :func:`job_name`.
+        told: What its command chose, see :func:`record_of`.
+
+    Returns:
+        The hypervolume of the predicted front; NaN when the job failed.
+    """
+    from map_bo.loop.sweeps import clear_failure, record_failure
+
+    try:
+        result = _done(config, directory, told)
+        clear_failure(directory)
+        return float(result.summary["hypervolume"]["predicted front"])
+    except MapBoError as error:
+        sys.stderr.write(f"error: {directory.name}: {error.message}\n")
+        if error.hint:
+            sys.stderr.write(f"hint: {error.hint}\n")
+        record_failure(directory, error)
+    except Exception as error:
+        logger.exception("%s failed", directory.name)
+        record_failure(directory, error)
+    return nan
+
+
+def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Result:
+    from map_bo.app.task import drive, show
+    from map_bo.loop.identity import refuse_another
+    from map_bo.loop.reading import created_of, load_state
+    from map_bo.loop.result import Result
+    from map_bo.loop.sweeps import is_run
+
+    if is_run(directory):
+        recorded = (created_of(directory).get("config") or {}).get("tree") or {}
+        now: Any = OmegaConf.to_container(config, resolve=True)
+        refuse_another(_comparable(recorded), _comparable(now))
+        state, space = load_state(directory)
+        if state.summary is not None and (directory / "report.html").exists():
+            sys.stdout.write(f"already finished: {directory.name}\n")
+            return Result.of(state, space, run_dir=directory)
+    result = drive(config, directory, fresh=not (directory / "events.jsonl").exists(), told=told)
+    show(result, Path.cwd())
+    return result
+
+
+def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes two jobs the same; whether progress is shown does not."""
+
+    def kept(node: Any) -> Any:
+        if isinstance(node, Mapping):
+            return {key: kept(value) for key, value in node.items() if key != "progress"}
+        return node
+
+    return {key: kept(value) for key, value in tree.items() if key != "progress"}

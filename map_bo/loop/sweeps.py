@@ -1,0 +1,169 @@
+"""Reading the runs of a sweep back from their stores, finished or not."""
+
+from __future__ import annotations
+
+import json
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from map_bo.errors import MapBoError, StoreError
+from map_bo.loop.reading import created_of, load_state
+from map_bo.report.measured import Outcome, RunRecord, Status
+from map_bo.tracking.codec import decode_tensor
+
+__all__ = [
+    "clear_failure",
+    "is_run",
+    "read_runs",
+    "record_failure",
+]
+
+_EVENTS = "events.jsonl"
+_FAILURE = "failure.json"
+_IGNORED = {"progress"}  # settings that change nothing of what is found
+
+
+def is_run(directory: str | Path) -> bool:
+    """Return whether a directory holds the record of a run."""
+    path = Path(directory) / _EVENTS
+    return path.is_file() and path.stat().st_size > 0
+
+
+def record_failure(directory: Path, error: BaseException) -> None:
+    """Write into a job's directory why it failed, for the report of its sweep.
+
+    Raises:
+        OSError: When it cannot be written.
+    """
+    known = isinstance(error, MapBoError)
+    reason = error.message if isinstance(error, MapBoError) else f"{type(error).__name__}: {error}"
+    told = {
+        "reason": reason,
+        "hint": error.hint if isinstance(error, MapBoError) else None,
+        "trace": None if known else "".join(traceback.format_exception(error)),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _FAILURE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def clear_failure(directory: Path) -> None:
+    """Remove what :func:`record_failure` wrote; the job has finished after all."""
+    with suppress(FileNotFoundError):
+        (directory / _FAILURE).unlink()
+
+
+def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[RunRecord]:
+    """Return every run in the given sweeps (or runs), in the order of their paths.
+
+    A run is a directory with ``events.jsonl``, or one in which a job failed before its first
+    evaluation. Hidden directories (those of launchers) are passed over.
+
+    Args:
+        directories: Directories of sweeps, or of single runs.
+        beside: Where the report will be; links are relative to it.
+
+    Raises:
+        StoreError: When a directory does not exist or holds no run.
+    """
+    records = []
+    several = len(directories) > 1
+    titles = _titles([Path(directory) for directory in directories])
+    for title, directory in zip(titles, map(Path, directories), strict=True):
+        if not directory.is_dir():
+            raise StoreError(
+                f"{directory} is not a directory",
+                hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
+            )
+        found = list(_jobs(directory))
+        if not found:
+            raise StoreError(
+                f"{directory} holds no run: there is no {_EVENTS} in it or below it",
+                hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
+            )
+        for job in found:
+            inside = str(job.relative_to(directory))
+            name = title if inside == "." else f"{title}/{inside}" if several else inside
+            records.append(_record(job, name, title, Path(beside)))
+    return records
+
+
+def _titles(directories: Sequence[Path]) -> list[str]:
+    names = [directory.resolve().name for directory in directories]
+    return [
+        name if names.count(name) == 1 else str(directory)
+        for name, directory in zip(names, directories, strict=True)
+    ]
+
+
+def _jobs(directory: Path) -> Iterator[Path]:
+    for folder, inside, files in os.walk(directory):
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if is_run(folder) or _FAILURE in files:
+            inside.clear()
+            yield Path(folder)
+
+
+def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
+    page = job / "report.html"
+    target = os.path.relpath(page if page.exists() else job, beside)
+    link = quote(target if page.exists() else f"{target}/")
+    failure = _failure_of(job)
+    if not is_run(job):
+        return RunRecord(name, link, sweep, "failed", failure or "it recorded nothing")
+    try:
+        created = created_of(job)
+        settings, named = _settings(created)
+        state, _ = load_state(job)
+    except MapBoError as error:
+        return RunRecord(name, link, sweep, "unreadable", error.message)
+    if state.summary is None or state.front is None:
+        budget = created.get("settings", {}).get("budget", "?")
+        done = f"{len(state.outcomes) + len(state.verified)} of {budget} evaluations are recorded"
+        reason = f"{failure} ({done})" if failure else done
+        status: Status = "failed" if failure else "unfinished"
+        return RunRecord(name, link, sweep, status, reason, settings, named)
+    scale = state.front_data["reference"]
+    outcome = Outcome(
+        seen=state.data,
+        front=state.front,
+        reference_point=decode_tensor(scale["point"]),
+        best=decode_tensor(scale["best"]),
+        rule=str(scale["rule"]),
+        seconds={key: float(value) for key, value in state.summary["seconds"].items()},
+    )
+    return RunRecord(name, link, sweep, "finished", "", settings, named, outcome)
+
+
+def _failure_of(job: Path) -> str:
+    try:
+        return str(json.loads((job / _FAILURE).read_text(encoding="utf-8"))["reason"])
+    except FileNotFoundError:
+        return ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it failed, and why cannot be read"
+
+
+def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the flat settings of a run and the names of those that its command gave."""
+    config = created.get("config") or {}
+    if "tree" not in config:  # a run made in Python
+        return _flat(created.get("settings", {})), ()
+    settings = _flat(config["tree"])
+    settings |= {key: str(value) for key, value in (config.get("choices") or {}).items() if value}
+    named = [text.lstrip("+~").partition("=")[0] for text in config.get("overrides") or ()]
+    return settings, tuple(name.partition("@")[0] for name in named)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif f"{prefix}{key}" not in _IGNORED and not key.startswith("_args_"):
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat

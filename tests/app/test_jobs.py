@@ -1,0 +1,139 @@
+"""Jobs of a sweep: their names, and what is done with one that finished, stopped or failed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_module
+from hypothesis import given
+from hypothesis import strategies as st
+from omegaconf import DictConfig, OmegaConf
+
+from map_bo.app.jobs import job_name, run_job
+from map_bo.app.schema import register
+
+TOLD = {"overrides": ["seed=0"], "choices": {"surrogate": "quadratic"}}
+SMALL = [
+    "problem=sigmoid",
+    "problem.d=2",
+    "problem.m=2",
+    "surrogate=quadratic",
+    "sampler=sobol",
+    "solver.points=20",
+    "loop.budget=8",
+    "loop.verify=1",
+    "progress=false",
+]
+
+
+@pytest.fixture(autouse=True)
+def hydra() -> Iterator[None]:
+    register()
+    with initialize_config_module("map_bo.conf", version_base="1.3"):
+        yield
+
+
+def composed(*overrides: str) -> DictConfig:
+    return compose("config", overrides=[*SMALL, *overrides])
+
+
+@given(st.text(max_size=200))
+def test_a_name_can_be_a_directory(overrides: str) -> None:
+    name = job_name(overrides)
+    assert name == job_name(overrides)
+    assert 0 < len(name.encode()) <= 255
+    assert not set(name) & set("/\\\0:*?\"<>|{}' \n")
+    assert name not in (".", "..")
+    assert not name.startswith(".")
+
+
+@given(st.sets(st.text(max_size=100), min_size=2, max_size=2))
+def test_different_jobs_have_different_names(overrides: set[str]) -> None:
+    assert len({job_name(text) for text in overrides if text}) == len(overrides - {""})
+
+
+def test_plain_overrides_are_the_name() -> None:
+    assert job_name("seed=0,surrogate=gp") == "seed=0,surrogate=gp"
+    assert job_name("").startswith("defaults")
+    assert job_name("problem.base=a/b").startswith("problem.base=a_b-")
+
+
+def test_a_finished_job_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = tmp_path / "job"
+    value = run_job(composed(), job, TOLD)
+    assert value > 0
+    events = (job / "events.jsonl").read_bytes()
+    created = json.loads(events.splitlines()[0])["data"]["config"]
+    assert created["overrides"] == ["seed=0"]
+    assert created["choices"] == {"surrogate": "quadratic"}
+    capsys.readouterr()
+    assert run_job(composed("progress=true"), job, TOLD) == value
+    assert "already finished" in capsys.readouterr().out
+    assert (job / "events.jsonl").read_bytes() == events
+
+
+@pytest.mark.parametrize("lines", [0, 1, 6, -1])
+def test_an_unfinished_job_goes_on_where_it_was(tmp_path: Path, lines: int) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    run_job(composed(), whole, TOLD)
+    cut.mkdir()
+    recorded = (whole / "events.jsonl").read_text().splitlines(keepends=True)
+    (cut / "events.jsonl").write_text("".join(recorded[:lines]))
+    run_job(composed(), cut, TOLD)
+
+    def observed(job: Path) -> list[object]:
+        events = [json.loads(line) for line in (job / "events.jsonl").read_text().splitlines()]
+        return [
+            {k: v for k, v in event["data"]["observation"].items() if k != "cost"}
+            for event in events
+            if event["kind"] == "observed"
+        ]
+
+    assert observed(cut) == observed(whole)
+    assert (cut / "report.html").exists()
+
+
+def test_a_finished_job_of_other_settings_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    run_job(composed(), job, TOLD)
+    assert math.isnan(run_job(composed("loop.budget=9"), job, TOLD))
+    said = capsys.readouterr().err
+    assert "loop.budget was 8 and is 9" in said
+
+
+def test_a_failing_job_leaves_its_reason_and_no_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    assert math.isnan(run_job(composed("problem.d=0"), job, TOLD))
+    assert json.loads((job / "failure.json").read_text())["reason"]
+    assert not (job / "events.jsonl").exists()
+    assert "error: job:" in capsys.readouterr().err
+    # The job is mended and repeated.
+    run_job(composed(), job, TOLD)
+    assert not (job / "failure.json").exists()
+
+
+def test_an_unforeseen_error_is_kept_with_its_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("map_bo.app.task.drive", broken)
+    assert math.isnan(run_job(composed(), tmp_path / "job", TOLD))
+    told = json.loads((tmp_path / "job" / "failure.json").read_text())
+    assert told["reason"] == "RuntimeError: a bug"
+    assert "Traceback" in told["trace"]
+
+
+def test_the_seed_of_a_job_is_its_own_override() -> None:
+    plain = OmegaConf.to_container(composed("seed=7"))
+    assert isinstance(plain, dict)
+    assert plain["seed"] == 7

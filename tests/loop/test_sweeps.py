@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from map_bo.errors import StoreError
+from map_bo.loop.run import optimize
+from map_bo.loop.sweeps import clear_failure, is_run, read_runs, record_failure
+from map_bo.samplers.space_filling import Sobol
+from map_bo.surrogates.quadratic import Quadratic
+from tests.loop.bowls import Bowls
+
+
+def run(directory: Path, seed: int = 0, budget: int = 8, **config: object) -> Path:
+    optimize(
+        Bowls(),
+        budget,
+        seed=seed,
+        run_dir=directory,
+        progress=False,
+        sampler=Sobol(),
+        surrogate=Quadratic(),
+        verify=1,
+        config=config or None,
+    )
+    return directory
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sweep")
+    for seed in (0, 1):
+        tree = {"seed": seed, "progress": True, "surrogate": {"link": "auto"}}
+        run(
+            directory / f"seed={seed}",
+            seed,
+            tree=tree,
+            overrides=[f"seed={seed}", "+surrogate@x=gp"],
+            choices={"surrogate": "gp", "experiment": None},
+        )
+    return directory
+
+
+def test_runs_are_read_from_their_stores_alone(sweep: Path, tmp_path: Path) -> None:
+    for name in ("report.html", "summary.json", "front.csv"):
+        (sweep / "seed=0" / name).unlink(missing_ok=True)
+    first, second = read_runs([sweep], beside=sweep)
+    assert (first.name, first.seed, first.status) == ("seed=0", 0, "finished")
+    assert first.settings == {
+        "seed": "0",
+        "surrogate.link": "auto",
+        "surrogate": "gp",
+    }
+    assert first.named == ("seed", "surrogate")
+    assert first.outcome is not None
+    assert second.outcome is not None
+    assert len(first.outcome.seen) == 8
+    assert not torch.equal(first.outcome.seen.X, second.outcome.seen.X)
+    assert set(first.outcome.seconds) >= {"propose", "evaluate"}
+    assert first.link == "seed%3D0/"
+    assert second.link == "seed%3D1/report.html"
+
+
+def test_a_run_made_in_python_is_told_by_its_settings(tmp_path: Path) -> None:
+    (record,) = read_runs([run(tmp_path / "one")], beside=tmp_path)
+    assert record.name == "one"
+    assert record.settings["budget"] == "8"
+    assert record.seed == 0
+
+
+def test_a_run_that_was_killed_is_unfinished(sweep: Path, tmp_path: Path) -> None:
+    job = tmp_path / "sweep" / "job"
+    job.mkdir(parents=True)
+    lines = (sweep / "seed=0" / "events.jsonl").read_text().splitlines(keepends=True)
+    (job / "events.jsonl").write_text("".join(lines[:6]))
+    (record,) = read_runs([tmp_path / "sweep"], beside=tmp_path)
+    assert record.status == "unfinished"
+    assert "of 8 evaluations are recorded" in record.reason
+    assert record.outcome is None
+    record_failure(job, ValueError("no space"))
+    (record,) = read_runs([tmp_path / "sweep"], beside=tmp_path)
+    assert record.status == "failed"
+    assert record.reason.startswith("ValueError: no space (")
+
+
+def test_failures_are_recorded_read_and_cleared(tmp_path: Path) -> None:
+    job = tmp_path / "job"
+    record_failure(job, StoreError("the disk is full", hint="free some"))
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert (record.status, record.reason) == ("failed", "the disk is full")
+    assert json.loads((job / "failure.json").read_text())["hint"] == "free some"
+    (job / "failure.json").write_text("torn")
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert "cannot be read" in record.reason
+    clear_failure(job)
+    clear_failure(job)
+    with pytest.raises(StoreError, match="holds no run"):
+        read_runs([tmp_path], beside=tmp_path)
+
+
+def test_a_store_that_cannot_be_read_does_not_hide_the_others(sweep: Path, tmp_path: Path) -> None:
+    job = tmp_path / "bad"
+    job.mkdir()
+    (job / "events.jsonl").write_text("nothing\nof the kind\n")
+    records = read_runs([sweep, tmp_path], beside=tmp_path)
+    assert [record.status for record in records] == ["finished", "finished", "unreadable"]
+    assert records[-1].reason
+    assert records[0].name.startswith(f"{sweep.name}/")
+
+
+def test_hidden_directories_and_empty_stores_are_passed_over(tmp_path: Path) -> None:
+    run(tmp_path / ".submitit" / "job")
+    (tmp_path / "job").mkdir()
+    (tmp_path / "job" / "events.jsonl").touch()
+    assert not is_run(tmp_path / "job")
+    with pytest.raises(StoreError, match="holds no run"):
+        read_runs([tmp_path], beside=tmp_path)
+
+
+def test_what_is_no_directory_is_told(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="nowhere is not a directory"):
+        read_runs([tmp_path / "nowhere"], beside=tmp_path)
+
+
+def test_sweeps_of_the_same_name_are_told_apart_by_their_path(sweep: Path, tmp_path: Path) -> None:
+    for part in ("a", "b"):
+        run(tmp_path / part / "sweep" / "job")
+    records = read_runs([tmp_path / "a" / "sweep", tmp_path / "b" / "sweep"], beside=tmp_path)
+    assert len({record.sweep for record in records}) == 2

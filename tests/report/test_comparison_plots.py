@@ -1,0 +1,35 @@
+from __future__ import annotations
+
+import numpy as np
+
+from map_bo.report.comparison_plots import cost_figure, front_overlay, progress_bands
+from tests.report.fake_runs import comparison
+
+
+def test_progress_shows_one_curve_and_one_band_a_variant() -> None:
+    found = comparison(seeds=3)
+    (axes,) = progress_bands(found).axes
+    assert len(axes.lines) == 2
+    assert len(axes.collections) == 2
+    curve = found.curve(found.baseline)
+    assert np.asarray(axes.lines[0].get_ydata()).tolist() == list(curve.mean)
+    assert "real" in axes.get_ylabel()
+
+
+def test_a_single_seed_has_no_band() -> None:
+    (axes,) = progress_bands(comparison(seeds=1)).axes
+    assert not axes.collections
+
+
+def test_fronts_of_three_metrics_are_drawn_in_all_pairs() -> None:
+    assert len(front_overlay(comparison(3, seeds=2)).axes) == 3
+    (axes,) = front_overlay(comparison(2, seeds=2)).axes
+    assert len(axes.lines) == 4 + 2  # runs, and the two lines of the reference point
+    assert len(front_overlay(comparison(6, seeds=1)).axes) == 1
+
+
+def test_cost_is_in_evaluations_and_in_seconds() -> None:
+    left, right = cost_figure(comparison(seeds=2)).axes
+    assert left.get_xlabel() == "evaluations"
+    assert "seconds" in right.get_xlabel()
+    assert len(left.collections) == 4
