@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_module
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -85,6 +87,24 @@ def test_every_experiment_runs_in_a_smoke_size(name: str, zoo_cache: Path) -> No
 def test_every_experiment_has_its_command_in_its_header(name: str) -> None:
     header = (CONF / "experiment" / f"{name}.yaml").read_text().split("\n\n")[0]
     assert f"map-bo run experiment={name}" in header
+
+
+SWEPT = [name for name in GROUPS["experiment"] if name.startswith("ablation_")]
+
+
+@pytest.mark.parametrize("name", SWEPT)
+def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> None:
+    study = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
+    swept = study["hydra"]["sweeper"]["params"]
+    assert swept.pop("seed") == "range(10)"
+    options = [[f"{key}={value}" for value in values.split(",")] for key, values in swept.items()]
+    for overrides in itertools.product(*options):
+        config = composed(f"experiment={name}", *overrides)
+        assert isinstance(build_settings(config), Settings)
+        for override in overrides:
+            key, _, value = override.partition("=")
+            if key not in GROUPS:
+                assert OmegaConf.select(config, key) == yaml.safe_load(value)
 
 
 def test_the_schema_and_the_settings_agree() -> None:
