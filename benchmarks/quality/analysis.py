@@ -28,6 +28,7 @@ __all__ = [
     "needed_interval",
     "paired",
     "ranking",
+    "reach",
     "values",
 ]
 
@@ -168,15 +169,29 @@ def paired(
     return Difference(mean, low, high, sum(sizes), len(groups), min(sizes))
 
 
+def reach(rows: Iterable[Row]) -> dict[tuple[str, str], int]:
+    """Return by (case, method) the evaluations that all of its seeds came to."""
+    most: dict[tuple[str, str], dict[int, int]] = defaultdict(dict)
+    for row in rows:
+        own = most[row["case"], row["method"]]
+        own[row["seed"]] = max(own.get(row["seed"], 0), row["evaluations"])
+    return {key: min(own.values()) for key, own in most.items()}
+
+
 def needed(
     rows: Iterable[Row], *, target: float = TARGET
 ) -> dict[tuple[str, str], dict[int, float]]:
     """Return by (case, method) and seed the evaluations that first reach a share of the best known.
 
-    Infinite where the target was not reached at any checkpoint.
+    Infinite where the target was not reached at any checkpoint that all seeds of the case and the
+    method came to.
     """
+    rows = list(rows)
+    limits = reach(rows)
     found: dict[tuple[str, str], dict[int, float]] = defaultdict(dict)
     for row in rows:
+        if row["evaluations"] > limits[row["case"], row["method"]]:
+            continue
         own, seed = found[row["case"], row["method"]], row["seed"]
         own.setdefault(seed, math.inf)
         if row.get("share") is not None and row["share"] >= target:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from benchmarks.quality.analysis import needed, paired, values
+from benchmarks.quality.analysis import needed, paired, reach, values
 from benchmarks.quality.methods import CORE
 from benchmarks.quality.protocol import CHECKPOINTS
 from benchmarks.quality.tables import count, present, word, worth
@@ -70,7 +70,7 @@ def _few_evaluations(rows: Sequence[Row]) -> Claim:
     )
     rows = _real(rows)
     found = needed([row for row in rows if row["method"] in CORE])
-    limits = {key: max(_evaluations(rows, *key)) for key in found}
+    limits = reach(rows)
     figures, good = [], []
     for case in sorted({case for case, name in found if name == "default"}):
         own = _middle(found[case, "default"])
@@ -95,10 +95,6 @@ def _few_evaluations(rows: Sequence[Row]) -> Claim:
 def _middle(counts: dict[int, float]) -> float:
     held = sorted(counts.values())
     return held[len(held) // 2]
-
-
-def _evaluations(rows: Sequence[Row], case: str, name: str) -> list[int]:
-    return [row["evaluations"] for row in rows if (row["case"], row["method"]) == (case, name)]
 
 
 def _never_worse(rows: Sequence[Row]) -> Claim:

@@ -12,6 +12,7 @@ from benchmarks.quality.analysis import (
     needed_interval,
     paired,
     ranking,
+    reach,
     typical,
     values,
 )
@@ -58,7 +59,7 @@ def overview(rows: Sequence[Row]) -> list[str]:
     body = []
     for case in _cases(rows):
         own = [row for row in rows if row["case"] == case]
-        searched = [row["evaluations"] for row in own if row["method"] != "direct"]
+        searched = [n for (_, name), n in reach(own).items() if name != "direct"]
         seeds = {row["seed"] for row in own if row["method"] == "default"}
         body.append(
             [
@@ -79,12 +80,7 @@ def evaluations_needed(rows: Sequence[Row], *, real: bool | None = None) -> list
     """Median evaluations to 95 % of the best known hypervolume, with bootstrap intervals."""
     names = present(rows, CORE)
     found = needed([row for row in rows if row["method"] in names])
-    limits = {
-        (case, name): max(
-            row["evaluations"] for row in rows if (row["case"], row["method"]) == (case, name)
-        )
-        for case, name in found
-    }
+    limits = reach(rows)
     body = []
     for case in _cases(rows, real=real):
         cells = [case]

@@ -20,6 +20,7 @@ from benchmarks.quality.analysis import (
     needed_interval,
     paired,
     ranking,
+    reach,
 )
 from benchmarks.quality.claims import claims, step_seconds, told
 from benchmarks.quality.tables import against_default, evaluations_needed, matrix
@@ -199,3 +200,10 @@ def test_tables_show_what_was_not_reached() -> None:
     assert matrix(rows, "regret", 6)[-1] == "| one | 0.100 (0.100) | 0.200 (0.200) |"
     assert matrix([], "regret", 6) == ["Not measured yet."]
     assert against_default(study(0.02), ["core"])[-1].startswith("| random | +0.0200 [+0.0200")
+
+
+def test_a_seed_that_went_on_alone_does_not_raise_the_bound() -> None:
+    rows = [row("one", "default", seed, 24, share=0.5) for seed in range(3)]
+    rows.append(row("one", "default", 0, 48, share=0.99))
+    assert reach(rows) == {("one", "default"): 24}
+    assert set(needed(rows)["one", "default"].values()) == {math.inf}

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import time
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,7 +21,6 @@ from map_bo.problems.synthetic import SigmoidQuadratics
 from map_bo.rng import make_generator
 from map_bo.samplers.space_filling import Sobol
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.jsonl import MemoryStore
@@ -189,12 +186,3 @@ def test_a_search_that_never_gets_there_spends_its_budget_and_says_so() -> None:
     assert f"{told['least_gain']:.2g} at the least" in notes
     assert "below" in notes
     assert told["floor"] > 1e-7
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["regret", "hypervolume"])
-def test_a_look_takes_less_than_half_a_second(criterion: Criterion) -> None:
-    gain(24, criterion, d=4, surrogate=Auto())
-    start = time.process_time()
-    gain(24, criterion, d=4, surrogate=Auto(), further=20)
-    assert time.process_time() - start < 0.5
