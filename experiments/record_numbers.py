@@ -20,6 +20,7 @@ from map_bo.loop.sweeps import read_runs
 from map_bo.report.comparison import Comparison, compare
 from map_bo.report.comparison_page import markdown_part
 from map_bo.report.comparison_tables import (
+    Table,
     difference_table,
     measure_tables,
     scale_words,
@@ -64,7 +65,7 @@ def numbers(found: Comparison, command: str) -> str:
     gaps = difference_table(found)
     kept = ("map-bo", "torch", "botorch")
     known = ", ".join(f"{name} {version}" for name, version in versions().items() if name in kept)
-    parts = [
+    parts: list[str | Table] = [
         summary_words(found),
         scale_words(found),
         *measure_tables(found),
