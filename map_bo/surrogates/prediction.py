@@ -51,9 +51,8 @@ class Prediction:
         mean: Inverse link of the posterior mean, which is the posterior median.
         std: Standard deviation of the metric under the posterior, measurement noise excluded.
         lower: Lower end of the 95 % interval of what would be measured: the typical noise of the
-            observations is included. An evaluator that always uses the same examples has errors
-            that are the same at every measurement, so its own metric, too, is known only up to
-            them: without the noise, intervals on such evaluators cover too little.
+            observations is included, as far as it differs between evaluations (see
+            :mod:`map_bo.surrogates.noise`). Without it, intervals cover too little.
         upper: Upper end.
     """
 
