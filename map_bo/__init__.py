@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from map_bo.loop.settings import Settings
     from map_bo.merging.checkpoint import open_checkpoint
     from map_bo.merging.task_arithmetic import TaskArithmetic
+    from map_bo.nested.optimize import optimize_nested
+    from map_bo.nested.reading import load_nested
+    from map_bo.nested.result import NestedResult
+    from map_bo.nested.settings import Nested
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.evaluators import Measurement
     from map_bo.problems.merged import MergedModelProblem
@@ -40,6 +44,8 @@ __all__ = [
     "Measurement",
     "MergedModelProblem",
     "Metric",
+    "Nested",
+    "NestedResult",
     "Observations",
     "Preference",
     "Result",
@@ -49,9 +55,11 @@ __all__ = [
     "TaskArithmetic",
     "__version__",
     "digits_problem",
+    "load_nested",
     "load_result",
     "open_checkpoint",
     "optimize",
+    "optimize_nested",
 ]
 
 _HOME = {
@@ -63,6 +71,8 @@ _HOME = {
     "Measurement": "map_bo.problems.evaluators",
     "MergedModelProblem": "map_bo.problems.merged",
     "Metric": "map_bo.data",
+    "Nested": "map_bo.nested.settings",
+    "NestedResult": "map_bo.nested.result",
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
     "Result": "map_bo.loop.result",
@@ -71,9 +81,11 @@ _HOME = {
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.task_arithmetic",
     "digits_problem": "map_bo.problems.zoo",
+    "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
     "open_checkpoint": "map_bo.merging.checkpoint",
     "optimize": "map_bo.loop.run",
+    "optimize_nested": "map_bo.nested.optimize",
 }
 
 

@@ -67,6 +67,10 @@ class BudgetError(MapBoError):
     """A budget too small for what was asked of it."""
 
 
+class TreeError(MapBoError):
+    """A merge tree that lacks, repeats or invents experts, or cannot have so many stages."""
+
+
 class StoreError(MapBoError):
     """A run directory that is locked, corrupt, full or of another configuration."""
 

@@ -19,10 +19,17 @@ from omegaconf.errors import OmegaConfBaseException
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
+from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
 from map_bo.tracking.tracker import Tracking
 
-__all__ = ["build_problem", "build_settings", "build_tracking", "working_directory"]
+__all__ = [
+    "build_nested",
+    "build_problem",
+    "build_settings",
+    "build_tracking",
+    "working_directory",
+]
 
 
 def build_problem(config: DictConfig) -> Problem:
@@ -46,6 +53,23 @@ def build_settings(config: DictConfig) -> Settings:
     loop: dict[str, Any] = OmegaConf.to_container(config.loop, resolve=True)  # type: ignore[assignment]
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
     return Settings.checked(seed=int(config.seed), **loop, **parts)
+
+
+def build_nested(config: DictConfig) -> Nested | None:
+    """Build ``config.nested``; None where all experts are merged at once.
+
+    Raises:
+        ConfigError: On a key that it does not take, or a value that is not possible.
+    """
+    if "nested" not in config or not config.nested:
+        return None
+    built = _build(config, "nested")
+    if not isinstance(built, Nested):
+        raise ConfigError(
+            f"nested gives a {type(built).__name__}",
+            hint="choose with nested=fronts, surrogates, preferences, published or by_hand",
+        )
+    return built
 
 
 def build_tracking(config: DictConfig) -> list[Tracking]:

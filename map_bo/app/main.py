@@ -164,12 +164,10 @@ def _pairs(given: list[str], option: str) -> dict[str, float]:
 
 
 def _chosen(options: argparse.Namespace) -> Any:
-    from map_bo.loop.reading import load_result
-
     prefer = _pairs(options.prefer, "--prefer")
     at_least = _pairs(options.at_least, "--at-least")
     at_most = _pairs(options.at_most, "--at-most")
-    result = load_result(options.run)
+    result = _loaded(options.run)
     if options.point is not None:
         if prefer or at_least or at_most:
             raise ConfigError(
@@ -188,7 +186,15 @@ def _chosen(options: argparse.Namespace) -> Any:
 
     with working_directory(config[1]):
         surrogate = build_settings(config[0]).surrogate
-    return choice(load_result(options.run, surrogate=surrogate))
+    return choice(_loaded(options.run, surrogate))
+
+
+def _loaded(run: str, surrogate: Any = None) -> Any:
+    from map_bo.loop.reading import created_of, load_result
+    from map_bo.nested.reading import is_nested, load_nested
+
+    load = load_nested if is_nested(created_of(run)) else load_result
+    return load(run, surrogate=surrogate)
 
 
 def _choose(options: argparse.Namespace) -> None:

@@ -67,22 +67,34 @@ def drive(
         retry_failed: Whether to evaluate again what had failed.
         told: Further plain data to record with a new run.
     """
-    from map_bo.app.build import build_problem, build_settings, build_tracking
+    from map_bo.app.build import build_nested, build_problem, build_settings, build_tracking
+    from map_bo.errors import StoreError
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
+    from map_bo.nested.optimize import nested_run
+    from map_bo.nested.run import NestedRun
     from map_bo.tracking.jsonl import JsonlStore
 
-    settings = build_settings(config)
+    settings, nested = build_settings(config), build_nested(config)
     mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     tree = OmegaConf.to_container(config, resolve=True)
     plain = {"tree": tree, "cwd": str(Path.cwd()), **(told or {})}
     with store.lock(), mirrors as tracker:
-        run = Run(problem, settings, store, config=plain, tracker=tracker)
-        if retry_failed:
+        run: Run | NestedRun
+        if nested is not None:
+            run = nested_run(problem, settings, nested, store, config=plain, tracker=tracker)
+        else:
+            run = Run(problem, settings, store, config=plain, tracker=tracker)
+        if retry_failed and isinstance(run, Run):
             run.reopen_failures()
+        elif retry_failed:
+            raise StoreError(
+                "what failed in a nested run is not evaluated again: later nodes rest on it",
+                hint="resume without --retry-failed, or start a new run",
+            )
         try:
             return run.drive(RichProgress() if config.progress else silent)
         except KeyboardInterrupt:

@@ -37,15 +37,18 @@ def created_of(run_dir: str | Path) -> dict[str, Any]:
 def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     """Return the state of a recorded run and its space."""
     created = created_of(run_dir)
+    events = list(JsonlStore.open(Path(run_dir)).read())
+    # A run that merged in stages may end in other coefficients than it began with.
+    spaces = [event.data["space"] for event in events if event.kind == "space"]
     try:
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
-        space = CoefficientSpace.from_description(created["space"])
+        space = CoefficientSpace.from_description([created["space"], *spaces][-1])
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"the record in {run_dir} does not say what was run: {error!r}",
             hint="it was changed by hand, or written by another version",
         ) from error
-    return replay(JsonlStore.open(Path(run_dir)).read(), metrics, space.d), space
+    return replay(events, metrics, space.d), space
 
 
 def load_result(

@@ -92,6 +92,7 @@ class Run:
         if not self.state.created:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
+            refuse_another({"nested": self.state.created.get("nested")}, {"nested": None})
             refuse_another(self.state.created, identity)
             for event in events:
                 self._trackers.observe(event)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Generator, Tensor, nn
 
-from map_bo.data import Metric, Observations, check_metrics
+from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
 from map_bo.merging.importance import block_norms, relative_importance
 from map_bo.merging.live import LiveModel, model_ties
 from map_bo.merging.operator import MergeOperator, PreparedMerge
+from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearMerge, LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors, joined_ties
 from map_bo.problems.differentiable import (
@@ -27,7 +28,8 @@ from map_bo.problems.differentiable import (
     check_differentiable,
     measure_with_gradient,
 )
-from map_bo.problems.evaluators import Evaluator, Measurement, binomial_variance, measure
+from map_bo.problems.evaluators import Evaluator, measure
+from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
@@ -93,8 +95,8 @@ class MergedModelProblem:
         check_base: bool = True,
         gradients: bool = False,
     ) -> None:
-        _check_names(experts, "expert")
-        _check_names(evaluators, "evaluator")
+        check_names(experts, "expert")
+        check_names(evaluators, "evaluator")
         if not callable(model):
             raise MergeError(
                 f"the model is a {type(model).__name__}",
@@ -102,7 +104,7 @@ class MergedModelProblem:
             )
         self._source = model
         self._evaluators = dict(evaluators)
-        self._metrics = _metrics(evaluators, metrics)
+        self._metrics = metrics_of(evaluators, metrics)
         self._operator: MergeOperator = TaskArithmetic() if operator is None else operator
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
         if space is not None and (space.names, space.owner) != (natural.names, natural.owner):
@@ -112,6 +114,7 @@ class MergedModelProblem:
                 hint="build the space from the same experts and blocks, in the same order",
             )
         self._space = natural if space is None else space
+        self._bounds = None if space is not None else (lower, upper)
         self._base = open_checkpoint(base)
         self._experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._dtype = dtype or torch.float32
@@ -183,7 +186,7 @@ class MergedModelProblem:
                             )
                         else:
                             seen = measure(metric.name, evaluator, live.model)
-                        Y[i, j], Yvar[i, j], counts[i, j] = _entry(seen, metric)
+                        Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
                 except EvaluationError as error:
                     failures[i] = error.message
                     Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
@@ -247,6 +250,68 @@ class MergedModelProblem:
             record=dict(record or {}),
             weights=weights,
         )
+
+    def restricted(self, names: Sequence[str]) -> MergedModelProblem:
+        """Return the same merging with these metrics alone; only their evaluators are called.
+
+        Checkpoints are read now if they were not yet, and shared.
+
+        Raises:
+            DataError: When there is no such metric.
+        """
+        known = {metric.name: metric for metric in self._metrics}
+        for name in names:
+            if name not in known:
+                raise DataError(
+                    f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}"
+                )
+        self._prepare()
+        part = copy.copy(self)
+        part._metrics = tuple(known[name] for name in names)
+        part._evaluators = {name: self._evaluators[name] for name in names}
+        return part
+
+    @property
+    def composes(self) -> bool:
+        """Whether merges of merges are merges of the experts: the operator is linear."""
+        return isinstance(self._operator, LinearOperator)
+
+    def with_experts(
+        self, experts: Mapping[str, str | CheckpointSource], names: Sequence[str]
+    ) -> MergedModelProblem:
+        """Return the merging of other experts into the same model, with some of the metrics.
+
+        Args:
+            experts: Name -> checkpoint of what is merged; one of this problem's experts by itself.
+            names: Metrics, in their order.
+
+        Raises:
+            MergeError: When this problem's space has bounds or constraints of its own.
+        """
+        if self._bounds is None:
+            raise MergeError(
+                "a space of your own says nothing about merging other experts",
+                hint="give lower and upper in place of space",
+            )
+        known = {metric.name: metric for metric in self._metrics}
+        low, high = self._bounds
+        return MergedModelProblem(
+            self._architecture(),
+            base=self._base,
+            experts={name: self._experts.get(name, of) for name, of in experts.items()},
+            evaluators={name: self._evaluators[name] for name in names},
+            metrics=[known[name] for name in names],
+            operator=self._operator,
+            lower=low,
+            upper=high,
+            dtype=self._dtype,
+            device=self._device,
+            check_base=self._check_base,
+        )
+
+    def similarity(self) -> Tensor:
+        """Return the cosines between the experts' task vectors, ``N x N``; see `cosines`."""
+        return cosines(self._prepare()[0])
 
     def describe(self) -> dict[str, Any]:
         """Return plain data by which the same problem is recognised, as when a run is resumed.
@@ -333,25 +398,6 @@ class MergedModelProblem:
         return self._model
 
 
-def _check_names(given: object, kind: str) -> None:
-    error = MergeError if kind == "expert" else EvaluationError
-    if not isinstance(given, Mapping):
-        raise error(
-            f"{kind}s are a {type(given).__name__}",
-            hint=f"give a mapping from {kind} names to {kind}s",
-        )
-    if not given:
-        raise error(f"there are no {kind}s", hint=f"give at least one {kind}")
-    for name, value in given.items():
-        if not isinstance(name, str) or not name.strip():
-            raise error(f"an {kind} has the name {name!r}", hint="names are text")
-        if kind == "evaluator" and not callable(value):
-            raise error(
-                f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",
-                hint="give a function that takes the model and returns a number",
-            )
-
-
 def _check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator) -> None:
     if not isinstance(operator, TaskArithmetic):
         raise MergeError(
@@ -361,43 +407,3 @@ def _check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperato
         )
     for name, evaluator in evaluators.items():
         check_differentiable(name, evaluator)
-
-
-def _metrics(
-    evaluators: Mapping[str, Evaluator], metrics: Sequence[Metric] | None
-) -> tuple[Metric, ...]:
-    if metrics is None:
-        return tuple(Metric(name, examples="same") for name in evaluators)
-    given = check_metrics(metrics)
-    names = {metric.name for metric in given}
-    if names != set(evaluators):
-        raise DataError(
-            f"metrics are {', '.join(sorted(names))}; evaluators are "
-            f"{', '.join(sorted(evaluators))}",
-            hint="give one metric for each evaluator, with its name",
-        )
-    # An evaluator is given a model and no source of chance, so it has examples of its own to use.
-    return tuple(
-        replace(metric, examples="same") if metric.examples is None else metric for metric in given
-    )
-
-
-def _entry(seen: Measurement, metric: Metric) -> tuple[float, float, float]:
-    """Return value, variance and count as `Observations` keeps them, or raise out of bounds."""
-    low = -torch.inf if metric.lower is None else metric.lower
-    high = torch.inf if metric.upper is None else metric.upper
-    slack = 1e-6 * max([1.0, *(abs(x) for x in (low, high) if math.isfinite(x))])
-    if not low - slack <= seen.value <= high + slack:
-        raise EvaluationError(
-            f"evaluator {metric.name!r} returned {seen.value}, outside the metric's bounds "
-            f"[{low}, {high}]",
-            hint="give the metric its own kind and bounds: metrics=[Metric(name, ...)]",
-        )
-    value = min(max(seen.value, low), high)
-    variance = torch.nan if seen.variance is None else seen.variance
-    count = torch.nan
-    if seen.count is not None and metric.kind == "proportion":
-        count = float(seen.count)
-        if seen.variance is None:
-            variance = binomial_variance(value, count, lower=low, upper=high)
-    return value, variance, count

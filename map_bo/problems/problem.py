@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 from torch import Generator, Tensor
@@ -9,7 +10,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Preparable", "Problem"]
+__all__ = ["Divisible", "Preparable", "Problem"]
 
 
 @runtime_checkable
@@ -56,4 +57,17 @@ class Preparable(Protocol):
 
     def prepare(self) -> None:
         """Do that work; doing it again costs nothing."""
+        ...
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """A problem that can measure some of its metrics and spare itself the others."""
+
+    def restricted(self, names: Sequence[str]) -> Problem:
+        """Return the problem in the same space with these metrics alone, in this order.
+
+        Raises:
+            DataError: When there is no such metric.
+        """
         ...

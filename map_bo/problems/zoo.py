@@ -71,7 +71,7 @@ class DigitsZoo:
     """``N`` real experts on transformed digits: the settings, and the way to trained files.
 
     Attributes:
-        experts: Number of experts ``N``, from 2 to 16: the first tasks of ``TRANSFORM_NAMES``.
+        experts: Number of experts ``N``, from 2 to 32: the first tasks of ``TRANSFORM_NAMES``.
         arch: ``"mlp"`` (64-64-10) or ``"cnn"`` (two convolutions with BatchNorm).
         seed: Seed of the training.
         epochs: Passes of an expert over its images; by default 20 (MLP) or 10 (CNN).
@@ -249,7 +249,7 @@ def digits_problem(
     expert that learned the task. Missing experts are trained first, which takes seconds.
 
     Args:
-        experts: Number of experts, from 2 to 16.
+        experts: Number of experts, from 2 to 32.
         arch: ``"mlp"`` or ``"cnn"``.
         seed: Seed of the training (not of any search).
         epochs: Training epochs of an expert; by default 20 (MLP) or 10 (CNN).

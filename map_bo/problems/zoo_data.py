@@ -1,4 +1,4 @@
-"""The images of the digits zoo: scikit-learn's bundled digits and sixteen ways to change them.
+"""The images of the digits zoo: scikit-learn's bundled digits and 32 ways to change them.
 
 Each way is a task: a fixed, information-preserving transform of the 8 x 8 images, distinct from
 the others, under which the labels stay what they were. An expert learns to read one of them.
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Images = NDArray[np.float32]
     Labels = NDArray[np.int64]
 
-__all__ = ["TRANSFORM_NAMES", "digits_split", "transform", "transform_names"]
+__all__ = ["BASE_TASKS", "TRANSFORM_NAMES", "digits_split", "transform", "transform_names"]
 
 TRANSFORM_NAMES = (
     "rot90",
@@ -40,8 +40,27 @@ TRANSFORM_NAMES = (
     "scatter",
     "quadrants",
     "halves",
+    "upside",
+    "antitranspose",
+    "slide",
+    "tiles",
+    "triangle",
+    "frame",
+    "blocks",
+    "comb",
+    "lean",
+    "mixture",
+    "cross",
+    "swap",
+    "bands",
+    "weave",
+    "spiral",
+    "fold",
 )
 """Names of the tasks, in the order in which a zoo of ``N`` experts takes them."""
+
+BASE_TASKS = TRANSFORM_NAMES[:16]
+"""The tasks that every base has seen a little of; later ones are new to it."""
 
 TEST_EXAMPLES = 797
 _SPLIT_SEED = 0
@@ -51,7 +70,7 @@ def transform_names(experts: int) -> tuple[str, ...]:
     """Return the names of the first ``experts`` tasks.
 
     Raises:
-        DataError: When ``experts`` is not from 2 to 16.
+        DataError: When ``experts`` is not from 2 to 32.
     """
     most = len(TRANSFORM_NAMES)
     if isinstance(experts, bool) or not isinstance(experts, int) or not 2 <= experts <= most:
@@ -90,6 +109,9 @@ def _changes() -> dict[str, Callable[[Images], Images]]:
     def inverted(images: Images, where: NDArray[np.bool_]) -> Images:
         return np.where(where, 1 - images, images)
 
+    def reordered(images: Images, at: tuple[NDArray[np.int_], NDArray[np.int_]]) -> Images:
+        return images[:, at[0], at[1]]
+
     def quadrants(images: Images) -> Images:
         # Clockwise, so that it differs from every roll.
         a, b = images[:, :4, :4], images[:, :4, 4:]
@@ -113,6 +135,24 @@ def _changes() -> dict[str, Callable[[Images], Images]]:
         "scatter": lambda images: shuffled(images, 4),
         "quadrants": quadrants,
         "halves": lambda images: inverted(images, column < 4),
+        "upside": lambda images: images[:, ::-1],
+        "antitranspose": lambda images: images[:, ::-1, ::-1].transpose(0, 2, 1),
+        "slide": lambda images: np.roll(images, (0, 4), (1, 2)),
+        "tiles": lambda images: reordered(
+            images, (row // 2 * 2 + column // 4, column % 4 * 2 + row % 2)
+        ),
+        "triangle": lambda images: inverted(images, row < column),
+        "frame": lambda images: inverted(images, np.maximum(abs(row - 3.5), abs(column - 3.5)) > 2),
+        "blocks": lambda images: inverted(images, (row // 2 + column // 2) % 2 == 0),
+        "comb": lambda images: inverted(images, column % 2 == 0),
+        "lean": lambda images: images[:, (row + column) % 8, column],
+        "mixture": lambda images: shuffled(images, 5),
+        "cross": lambda images: inverted(images, (row // 2 % 3 == 1) ^ (column // 2 % 3 == 1)),
+        "swap": lambda images: images[:, (row + 4) % 8, column[:, ::-1]],
+        "bands": lambda images: inverted(images, (row + column) % 8 < 4),
+        "weave": lambda images: images[:, row, (column * 3) % 8],
+        "spiral": lambda images: images[:, (row * 3) % 8, (column * 5 + row) % 8],
+        "fold": lambda images: shuffled(images, 6),
     }
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from map_bo.errors import DataError
-from map_bo.problems.zoo_data import TRANSFORM_NAMES, digits_split, transform
+from map_bo.problems.zoo_data import BASE_TASKS, digits_split, transform
 from map_bo.rng import child, make_generator
 
 __all__ = ["ARCHITECTURES", "TRAINING_VERSION", "Recipe", "as_inputs", "network", "train"]
@@ -35,7 +35,7 @@ _BETAS = (0.9, 0.999)
 class Recipe:
     """The settings of the training; each of them is part of the cache's key.
 
-    The base learns the plain digits and then sees every task of the zoo for a short while: it
+    The base learns the plain digits and then sees sixteen tasks for a short while: it
     is a weak but not a hopeless start for each, as pre-trained models are, and its experts are
     true fine-tunings, with task vectors that are small beside the base.
 
@@ -80,18 +80,18 @@ class Recipe:
         return max(1, self.passes // 2)
 
     def base(self, *, on_epoch: Callable[[], None]) -> Weights:
-        """Train the base: plain digits, then one pass over all sixteen tasks at once."""
+        """Train the base: plain digits, then one pass over sixteen tasks at once."""
         images, targets, _, _ = digits_split()
         labels = torch.from_numpy(targets)
         generator = child(make_generator(self.seed), "base", self.arch)
         model = network(self.arch, generator=generator)
         plain = as_inputs(images)
         train(model, plain, labels, self._pretraining, 3e-3, generator=generator, on_epoch=on_epoch)
-        every = torch.cat([plain, *(as_inputs(transform(n, images)) for n in TRANSFORM_NAMES)])
+        every = torch.cat([plain, *(as_inputs(transform(n, images)) for n in BASE_TASKS)])
         train(
             model,
             every,
-            labels.repeat(1 + len(TRANSFORM_NAMES)),
+            labels.repeat(1 + len(BASE_TASKS)),
             1,
             3e-3,
             generator=generator,

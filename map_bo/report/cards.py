@@ -50,6 +50,11 @@ def print_summary(view: RunView, console: Console) -> None:
         about.add_row(_text(console, label), _text(console, text))
     console.print(about)
 
+    nested = view.summary.get("nested")
+    if nested:
+        _heading(console, "Merge tree")
+        console.print(_text(console, str(nested["drawn"])))
+
     _heading(console, "Metrics")
     metrics = _table(console)
     for title in ("metric", "better", "reference", "best expert", "optimism"):

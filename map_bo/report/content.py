@@ -33,8 +33,19 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     failed = summary.get("failures", sum(reason is not None for reason in view.seen.failures))
     real = int(front.verified.sum())
     points = "1 predicted point" if len(front) == 1 else f"{len(front)} predicted points"
-    rows = [
-        ("evaluations", evaluations),
+    rows = []
+    nested = summary.get("nested")
+    if isinstance(nested, Mapping):
+        rows.append(
+            (
+                "nested",
+                f"{len(nested['nodes'])} merges in {nested['stages']} stages; "
+                f"{nested['data_sets']} measurements of one task at one point, as many as "
+                f"{float(nested['flat_evaluations']):.1f} evaluations of all tasks",
+            )
+        )
+    rows += [
+        ("of all tasks" if nested else "evaluations", evaluations),
         ("failed", str(failed) if failed else "none"),
         ("front", f"{points}, {real or 'none'} of them also measured"),
     ]

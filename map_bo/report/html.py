@@ -31,6 +31,7 @@ from map_bo.report.files import write_whole
 from map_bo.report.numbers import coefficient, interval, metric_value, share
 from map_bo.report.page_style import STYLE
 from map_bo.report.plots import describe_plot
+from map_bo.report.tree_plot import tree_section
 from map_bo.report.view import (
     RunView,
     anchor_values,
@@ -42,6 +43,7 @@ __all__ = ["write_html"]
 
 _CAPTIONS = {
     "front": "The predicted front, what was measured, and what one has without a search.",
+    "tree": "What was merged with what, and how many points were measured for it.",
     "progress": "Hypervolume of the observed points after each evaluation.",
 }
 
@@ -59,9 +61,12 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
     Raises:
         OSError: When a plot cannot be read or the page cannot be written.
     """
+    trees = [plot for plot in plots if plot.stem == "tree"]
+    plots = [plot for plot in plots if plot.stem != "tree"]
     sections = [
         ("run", "What was run", _run(view)),
         ("front", "The front", _front(view, plots)),
+        ("tree", "The merge tree", tree_section(view, "".join(_figures(view, trees)))),
         ("comparison", "Comparison", _comparison(view, plots)),
         ("evaluations", "Evaluations", _evaluations(view)),
         ("calibration", "Calibration of the surrogate", _calibration(view)),

@@ -14,17 +14,24 @@ __all__ = ["describe_plot", "write_plots"]
 
 
 def write_plots(view: RunView, directory: Path) -> list[Path]:
-    """Draw the front and the progress of a run into ``directory``; return the files.
+    """Draw the front and the progress of a run, and its tree, into ``directory``.
+
+    Returns:
+        The files.
 
     Raises:
         OSError: When a file cannot be written.
     """
     from map_bo.report.front_plots import front_figure
     from map_bo.report.progress_plot import progress_figure
+    from map_bo.report.tree_plot import nested_of, tree_figure
 
+    figures = [("front", front_figure), ("progress", progress_figure)]
+    if nested_of(view) is not None:
+        figures.append(("tree", tree_figure))
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for name, draw in (("front", front_figure), ("progress", progress_figure)):
+    for name, draw in figures:
         image = io.BytesIO()
         with warnings.catch_warnings():
             # Names in scripts that the font lacks show as boxes; the tables hold them in full.
@@ -43,6 +50,10 @@ def describe_plot(view: RunView, name: str) -> str:
             "with the predicted front, the verified points, the best expert and the uniform "
             "blend as horizontal lines. The hypervolume table holds the final values."
         )
+    if name == "tree":
+        from map_bo.report.tree_plot import tree_words
+
+        return tree_words(view)
     if name != "front":
         return name
     front, m = view.front, len(view.metrics)

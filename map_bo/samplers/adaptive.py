@@ -13,6 +13,7 @@ from map_bo.samplers.front_uncertainty import FrontUncertainty
 from map_bo.samplers.posterior import PosteriorDriven
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Adaptive"]
 
@@ -35,6 +36,10 @@ class Adaptive:
     def above(self, reference: Mapping[str, float]) -> Adaptive:
         """Return the sampler with this reference point, unless it has one of its own."""
         return replace(self, acquisition=self.acquisition.above(reference))
+
+    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Adaptive:
+        """Return the sampler with this surrogate; see :class:`FitsSurrogate`."""
+        return replace(self, acquisition=self.acquisition.fitting(surrogate, initial=initial))
 
     def propose(
         self,

@@ -28,7 +28,14 @@ from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
-__all__ = ["NEAREST", "PosteriorDriven", "Situation", "TakesReference", "reference_point"]
+__all__ = [
+    "NEAREST",
+    "FitsSurrogate",
+    "PosteriorDriven",
+    "Situation",
+    "TakesReference",
+    "reference_point",
+]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
 _MOST_DIMENSIONS = 32  # a quadratic has 561 coefficients then
@@ -98,6 +105,20 @@ class TakesReference(Protocol):
 
     def above(self, reference: Mapping[str, float]) -> Sampler:
         """Return the sampler with this reference point, unless it has one of its own."""
+        ...
+
+
+@runtime_checkable
+class FitsSurrogate(Protocol):
+    """A sampler that fits a surrogate of its own, and can be given another."""
+
+    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Sampler:
+        """Return the sampler with this surrogate and so many points of design before the first fit.
+
+        Args:
+            surrogate: Takes the place of the sampler's own.
+            initial: Points of the design; as before when None.
+        """
         ...
 
 
@@ -180,6 +201,12 @@ class PosteriorDriven:
     def above(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
+
+    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Self:
+        """See :class:`FitsSurrogate`."""
+        return replace(
+            self, surrogate=surrogate, initial=self.initial if initial is None else initial
+        )
 
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""

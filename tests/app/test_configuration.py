@@ -56,6 +56,8 @@ def test_every_file_composes(group: str, name: str) -> None:
     assert config.loop.budget >= 1
     if group == "tracking":  # several may be chosen, each a node of its own
         assert set(config.tracking) == {name} - {"none"}
+    elif group == "nested" and name == "none":
+        assert not config.nested
     elif group != "experiment":
         assert "_target_" in config[group]
 

@@ -1,0 +1,287 @@
+"""From the root of a tree to the outcome of the whole run, in the coefficients of all experts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Observations
+from map_bo.loop.evaluation import evaluate_row
+from map_bo.loop.front_posterior import assess
+from map_bo.loop.recommend import Reference, reference_of
+from map_bo.loop.result import Choice, Result
+from map_bo.loop.settings import Settings
+from map_bo.loop.state import RunState, replay
+from map_bo.loop.summary import summarise
+from map_bo.nested.handing import chosen
+from map_bo.nested.node_problem import NodeProblem
+from map_bo.nested.nodes import Node
+from map_bo.nested.result import NestedResult, NodeRecord, described
+from map_bo.nested.tree import Group
+from map_bo.rng import child, make_generator
+from map_bo.surrogates.prediction import Prediction, predict
+from map_bo.tracking.codec import encode_front, encode_observations, encode_tensor
+from map_bo.tracking.store import Event
+
+__all__ = ["Final", "Picked", "conclude", "pick"]
+
+_KINDS = ("proposed", "observed", "front", "verified", "corrected", "finished")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Final:
+    """The last run of a tree.
+
+    Attributes:
+        node: The root, or the refinement.
+        result: What it found, in its own space.
+    """
+
+    node: Node
+    result: Result
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Picked:
+    """A merge for a preference that was given in advance.
+
+    Attributes:
+        x: ``d`` coefficients of the experts.
+        prediction: The metrics of all tasks there, one row.
+    """
+
+    x: Tensor
+    prediction: Prediction
+
+
+def pick(final: Final, weights: Mapping[str, float], settings: Settings) -> Picked:
+    """Return the merge of the root's front for a preference, with its metrics task by task.
+
+    Where the root looked at one number a child, the surrogate is fitted once more, to the metrics
+    of the tasks as they were measured on the way.
+    """
+    node, result = final.node, final.result
+    u = chosen(result, weights).x.unsqueeze(0)
+    model = result.model
+    if node.means is not None or model is None:
+        ok = result.seen.succeeded().X
+        known = node.ledger.rows(node.full(ok), node.names)
+        model = settings.surrogate.fit(dataclasses.replace(known, X=ok), node.space)
+    return Picked(node.full(u)[0], predict(model, u))
+
+
+def conclude(
+    tree: Group,
+    nodes: Sequence[NodeRecord],
+    final: Final,
+    picks: Sequence[Picked] | None,
+    *,
+    settings: Settings,
+    verify: int,
+    spent: int,
+    events: Sequence[Event],
+    append: Callable[[Event], None],
+    directory: Path | None,
+) -> NestedResult:
+    """Record the outcome of a nested run as that of a flat one, as far as it is not recorded yet.
+
+    Args:
+        tree: The tree.
+        nodes: What each node did.
+        final: The last run.
+        picks: Merges for given preferences, which are the front then; None keeps the front.
+        settings: The settings of the whole.
+        verify: How many of the picks to measure.
+        spent: Measurements of one metric at one point, before the picks are measured.
+        events: The record, which ``append`` makes longer.
+        append: Adds an event to the record.
+        directory: Where the record lies.
+    """
+    node, result = final.node, final.result
+    problem, ledger = node.whole, node.ledger
+    space = problem.space
+    before = ledger.spent
+
+    def step(event: Event, number: int) -> None:
+        done = sum(e.kind in _KINDS for e in events)
+        if number >= done:
+            append(event)
+
+    written = _outcomes(result.seen, node)
+    own = result.reference
+    reference = own if node.means is None else reference_of(written, space)
+    front, data = _front(final, picks, reference, settings)
+    step(Event("proposed", {"X": encode_tensor(written.X), "seconds": 0.0}), 0)
+    count = 1
+    for i in range(len(written)):
+        one = {"index": i, "observation": encode_observations(written.select([i]))}
+        step(Event("observed", one), count)
+        count += 1
+    step(Event("front", {"front": encode_front(front), **data}), count)
+    count += 1
+    for row, outcome in _verified(final, front, picks, settings, verify):
+        one = {"row": row, "observation": encode_observations(outcome)}
+        step(Event("verified", one), count)
+        count += 1
+    corrected = result.front.corrected
+    if picks is None and len(corrected) and bool(corrected.isfinite().all()):
+        step(Event("corrected", {"corrected": encode_tensor(corrected)}), count)
+        count += 1
+    state: RunState = replay(events, problem.metrics, space.d)
+    told = NestedResult(
+        **vars(Result.of(state, space, problem=problem, run_dir=directory)),
+        tree=tree,
+        root=result if picks is None else None,
+        directions=node.directions,
+        nodes=tuple(nodes),
+    )
+    if state.summary is None:
+        summary = _summary(told, state, settings, spent + ledger.spent - before, nodes, result)
+        append(Event("finished", {"summary": summary}))
+        told = dataclasses.replace(told, summary=summary)
+    if picks is None:
+        return told
+    choices: tuple[Choice, ...] = tuple(told.point(i) for i in range(len(picks)))
+    return dataclasses.replace(told, choices=choices)
+
+
+def _outcomes(seen: Observations, node: Node) -> Observations:
+    """Return a node's outcomes in the full space, task by task."""
+    X, ledger = node.full(seen.X), node.ledger
+    rows = []
+    for i, reason in enumerate(seen.failures):
+        at = X[i : i + 1]
+        if reason is None:
+            known = ledger.rows(at, [metric.name for metric in ledger.metrics])
+            rows.append(dataclasses.replace(known, cost=seen.cost[i : i + 1]))
+        else:
+            rows.append(Observations.failed(at, ledger.metrics, reason))
+    return Observations.joined(rows, X.shape[-1], ledger.metrics)
+
+
+def _front(
+    final: Final,
+    picks: Sequence[Picked] | None,
+    reference: Reference,
+    settings: Settings,
+) -> tuple[Front, dict[str, Any]]:
+    """Return the front in the full space, nothing verified, and what else is recorded with it."""
+    node, result = final.node, final.result
+    uncertainty: Mapping[str, Any] = {}
+    if picks is None:
+        own = dataclasses.replace(
+            result.front,
+            real=torch.full_like(result.front.real, torch.nan),
+            corrected=torch.full_like(result.front.corrected, torch.nan),
+        )
+        uncertainty = result.posterior
+        if not _same_scale(reference, result.reference) and result.model is not None:
+            sure = assess(
+                own,
+                result.model,
+                result.seen,
+                result.space,
+                reference,
+                guarded=settings.guard,
+                generator=child(make_generator(settings.seed), "conclusion"),
+            )
+            uncertainty = sure.describe()
+        front = dataclasses.replace(own, X=node.full(own.X))
+    else:
+        values = [one.prediction for one in picks]
+        front = Front(
+            X=torch.stack([one.x for one in picks]),
+            mean=torch.cat([v.mean for v in values]),
+            std=torch.cat([v.std for v in values]),
+            lower=torch.cat([v.lower for v in values]),
+            upper=torch.cat([v.upper for v in values]),
+            metrics=node.problem().tasks,
+        )
+    return front, {
+        "verify": [],
+        "reference": {
+            "point": encode_tensor(reference.point),
+            "best": encode_tensor(reference.best),
+            "rule": reference.rule,
+        },
+        "surrogate": dict(result.summary.get("surrogate") or {}),
+        "seconds": {
+            key: value
+            for key, value in (result.summary.get("seconds") or {}).items()
+            if key in ("fit", "solve", "uncertainty")
+        },
+        "uncertainty": dict(uncertainty),
+    }
+
+
+def _same_scale(one: Reference, other: Reference) -> bool:
+    return (
+        one.point.shape == other.point.shape
+        and torch.allclose(one.point, other.point)
+        and torch.allclose(one.best, other.best)
+    )
+
+
+def _verified(
+    final: Final,
+    front: Front,
+    picks: Sequence[Picked] | None,
+    settings: Settings,
+    verify: int,
+) -> list[tuple[int, Observations]]:
+    """Return what was measured at points of the front, in the full space."""
+    node, result = final.node, final.result
+    if picks is None:
+        outcomes = _outcomes(result.verification, node)
+        gaps = torch.cdist(result.verification.X, result.front.X)
+        rows = gaps.argmin(-1).tolist() if len(outcomes) else []
+        return [(row, outcomes.select([i])) for i, row in enumerate(rows)]
+    names = [metric.name for metric in node.whole.metrics]
+    eye = torch.eye(node.whole.space.d, dtype=torch.float64)
+    whole = NodeProblem(node.whole, names, node.whole.space, eye, node.ledger)
+    return [
+        (
+            row,
+            evaluate_row(
+                whole,
+                front.X[row],
+                timeout=settings.timeout,
+                generator=child(make_generator(settings.seed), "verify", row),
+            ),
+        )
+        for row in range(min(verify, len(front)))
+    ]
+
+
+def _summary(
+    told: NestedResult,
+    state: RunState,
+    settings: Settings,
+    spent: int,
+    nodes: Sequence[NodeRecord],
+    root: Result,
+) -> dict[str, Any]:
+    assert told.tree is not None
+    summary = summarise(
+        front=told.front,
+        seen=told.seen,
+        verification=told.verification,
+        space=told.space,
+        reference=told.reference,
+        settings=settings,
+        optimism=told.optimism(),
+        uncertainty=told.uncertainty(),
+        stop=None,
+        surrogate=state.front_data["surrogate"],
+        seconds=root.summary.get("seconds") or {},
+        notes=list(root.summary.get("notes") or ()),
+    )
+    return {
+        **summary,
+        "nested": described(told.tree, nodes, spent, len(told.metrics)),
+    }

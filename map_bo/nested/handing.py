@@ -1,0 +1,79 @@
+"""What a node hands up: one merge a preference, a few that stand for its front, or its experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from map_bo.loop.recommend import Reference, scaled_gains, spread_rows
+from map_bo.loop.result import Choice, Result
+
+__all__ = ["chosen", "representatives", "weights_of"]
+
+_NOTHING = 1e-3  # a merge this near the base is nothing that a node above could scale
+_ALIKE = 0.02  # merges nearer than this are one
+
+
+def weights_of(
+    preference: Mapping[str, float], children: Mapping[str, Sequence[str]] | Sequence[str]
+) -> dict[str, float]:
+    """Return the weights of a node's metrics under a preference for all metrics.
+
+    Args:
+        preference: Weight by metric name; empty weighs all alike.
+        children: The node's metrics; or, when it looks at one number a child, label of the child
+            -> names of its metrics, whose weights add up.
+
+    Returns:
+        Weights; all alike where the preference has none below the node.
+    """
+    given = preference or {}
+    if isinstance(children, Mapping):
+        found = {
+            label: sum(given.get(name, 0.0) if given else 1.0 for name in names)
+            for label, names in children.items()
+        }
+    else:
+        found = {name: given.get(name, 0.0) if given else 1.0 for name in children}
+    return found if any(found.values()) else dict.fromkeys(found, 1.0)
+
+
+def chosen(result: Result, weights: Mapping[str, float]) -> Choice:
+    """Return the merge of a node's front that suits the weights, and is more than the base."""
+    choice = result.choose(dict(weights))
+    if float(choice.x.abs().max()) > _NOTHING:
+        return choice
+    sizes = result.front.X.abs().amax(-1)
+    rows = (sizes > _NOTHING).nonzero().flatten()
+    if not len(rows):
+        return choice
+    values = scaled_gains(result.front.mean[rows], result.metrics, result.reference)
+    weight = torch.tensor([weights[m.name] for m in result.metrics], dtype=torch.float64)
+    return result.point(int(rows[int((values @ weight).argmax())]))
+
+
+def representatives(result: Result, count: int, reference: Reference) -> Tensor:
+    """Return up to ``count`` merges that stand for a node's front, ``r x k``.
+
+    The most balanced point first, then one after another the point whose metrics are farthest from
+    those taken, on the scale of ``reference``; points that are nothing, or hardly differ from one
+    taken, are passed over. At least one is returned.
+    """
+    front = result.front
+    gains = scaled_gains(front.mean, front.metrics, reference)
+    order = spread_rows(gains, min(len(front), 4 * count))
+    taken: list[Tensor] = []
+    for row in order:
+        x = front.X[row]
+        apart = all(float((x - other).abs().max()) > _ALIKE for other in taken)
+        if float(x.abs().max()) > _NOTHING and apart:
+            taken.append(x)
+        if len(taken) == count:
+            break
+    if not taken:
+        space = result.space
+        blend = space.anchors().X[-1] if len(space.anchors()) else space.bounds.mean(0)
+        taken = [blend]
+    return torch.stack(taken)

@@ -1,0 +1,191 @@
+"""Everything that a nested run has measured, by point and metric, so that nothing is paid twice.
+
+Points are coefficients of all experts, in the full space: what a node searches is a view of it. The
+unit of cost is one *data set*: one metric measured at one point. Every measurement is an event of
+its own in the record, from which the ledger of a run that goes on is made again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.loop.recommend import Reference
+from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import decode_observations, encode_observations
+from map_bo.tracking.store import Event
+
+__all__ = ["MEASURED", "Ledger"]
+
+MEASURED = "measured"
+"""Kind of the events that hold one point and what was measured there (``names``)."""
+
+_DIGITS = 9
+_RULE = "worst of base and experts, where they were measured"
+
+
+@dataclass(frozen=True)
+class _Entry:
+    value: float
+    variance: float
+    count: float
+    number: int
+
+
+class Ledger:
+    """Measurements in the order in which they came.
+
+    Args:
+        metrics: The metrics of the whole problem.
+        append: Adds an event to the record, durably.
+        before: The events that it holds already.
+    """
+
+    def __init__(
+        self,
+        metrics: Sequence[Metric],
+        append: Callable[[Event], None] = lambda event: None,
+        before: Iterable[Event] = (),
+    ) -> None:
+        self._append = append
+        self.metrics = tuple(metrics)
+        self._by_name = {metric.name: metric for metric in metrics}
+        self._points: dict[tuple[float, ...], Tensor] = {}
+        self._entries: dict[tuple[float, ...], dict[str, _Entry]] = {}
+        self.spent = 0
+        """Data sets measured so far, failed ones included."""
+        self.measured = 0
+        """Points measured so far; what comes later can be told from what was known at some time."""
+        for event in before:
+            if event.kind == MEASURED and "node" not in event.data:
+                own = tuple(self._by_name[name] for name in event.data["names"])
+                outcome = decode_observations(event.data["observation"], own)
+                self._keep(outcome.X[0], outcome)
+
+    def missing(self, x: Tensor, names: Sequence[str], *, before: int | None = None) -> list[str]:
+        """Return which of the metrics are not known at ``x`` (``d``).
+
+        Args:
+            x: A point.
+            names: Metrics.
+            before: Only so many of the first points measured count; all when None.
+        """
+        known = self._entries.get(_key(x), {})
+        last = self.measured if before is None else before
+        return [name for name in names if name not in known or known[name].number >= last]
+
+    def add(self, outcome: Observations) -> None:
+        """Record one row, measured in the full space; a failed one counts, and teaches nothing."""
+        names = [metric.name for metric in outcome.metrics]
+        data = {"names": names, "observation": encode_observations(outcome)}
+        self._append(Event(MEASURED, data))
+        self._keep(outcome.X[0], outcome)
+
+    def _keep(self, x: Tensor, outcome: Observations) -> None:
+        key = _key(x)
+        known = self._entries.setdefault(key, {})
+        self._points.setdefault(key, x)
+        self.spent += len(outcome.metrics)
+        number, self.measured = self.measured, self.measured + 1
+        if outcome.failures[0] is not None:
+            return
+        for j, metric in enumerate(outcome.metrics):
+            known[metric.name] = _Entry(
+                float(outcome.Y[0, j]),
+                float(outcome.Yvar[0, j]),
+                float(outcome.counts[0, j]),
+                number,
+            )
+
+    def rows(self, X: Tensor, names: Sequence[str]) -> Observations:
+        """Return what is known at the rows of ``X`` (``n x d``); all of ``names`` must be."""
+        entries = [[self._entries[_key(x)][name] for name in names] for x in X]
+
+        def table(part: str) -> Tensor:
+            found = [[getattr(entry, part) for entry in row] for row in entries]
+            return torch.tensor(found, dtype=torch.float64).reshape(len(X), len(names))
+
+        metrics = tuple(self._by_name[name] for name in names)
+        return Observations(X, table("value"), metrics, table("variance"), table("count"))
+
+    def whole(self, names: Sequence[str], columns: Tensor, *, before: int | None = None) -> Tensor:
+        """Return the points (``n x d``) at which all ``names`` are known.
+
+        Args:
+            names: Metrics.
+            columns: ``d`` booleans: points with coefficients elsewhere are left out.
+            before: See :meth:`missing`.
+        """
+        found = [
+            x
+            for x in self._points.values()
+            if not bool(x[~columns].any()) and not self.missing(x, names, before=before)
+        ]
+        return torch.stack(found) if found else torch.zeros(0, len(columns), dtype=torch.float64)
+
+    def about(
+        self, names: Sequence[str], columns: Tensor, *, before: int | None = None
+    ) -> dict[str, Observations]:
+        """Return all that is known of each metric where only some coefficients are not zero.
+
+        Args:
+            names: Metrics.
+            columns: ``d`` booleans: which coefficients may differ from zero.
+            before: See :meth:`missing`.
+
+        Returns:
+            Metric -> its measurements, in the coefficients of ``columns``.
+        """
+        found = {}
+        for name in names:
+            X = self.whole([name], columns, before=before)
+            if len(X):
+                known = self.rows(X, [name])
+                found[name] = Observations(
+                    X[:, columns], known.Y, known.metrics, known.Yvar, known.counts
+                )
+        return found
+
+    def reference(
+        self, space: CoefficientSpace, names: Sequence[str], *, before: int | None = None
+    ) -> Reference | None:
+        """Return the scale of metrics that the base and the experts give, as far as measured.
+
+        For each metric, the reference is the worst value of the base and of the experts that it
+        was measured on, and the other end is the best of those experts.
+
+        Args:
+            space: The full space.
+            names: Metrics.
+            before: See :meth:`missing`.
+
+        Returns:
+            The two ends; None when a metric was measured on no expert.
+        """
+        anchors = space.anchors()
+        point, best = [], []
+        for name in names:
+            ends = [
+                (kind, self._entries[_key(x)][name].value)
+                for kind, x in zip(anchors.kinds, anchors.X, strict=True)
+                if kind != "blend" and not self.missing(x, [name], before=before)
+            ]
+            sign = float(to_maximisation(torch.ones(1), (self._by_name[name],)))
+            experts = [sign * value for kind, value in ends if kind == "expert"]
+            if not experts:
+                return None
+            low = min(sign * value for _, value in ends)
+            point.append(sign * low)
+            best.append(sign * max(*experts, low + 1e-9))
+        return Reference(
+            torch.tensor(point, dtype=torch.float64), torch.tensor(best, dtype=torch.float64), _RULE
+        )
+
+
+def _key(x: Tensor) -> tuple[float, ...]:
+    # Zero has two signs, and only one key.
+    return tuple(round(value, _DIGITS) + 0.0 for value in x.tolist())

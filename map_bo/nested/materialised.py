@@ -1,0 +1,284 @@
+"""Nested merging with operators that are not linear: what a node hands up is a model, not a row.
+
+Coefficients do not multiply along the path then. So the merges that a node hands up are made, kept
+in memory as long as they fit and else in safetensors files, and take the place of experts above.
+The coefficients of the result are those of what the root merged.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from map_bo.errors import ConfigError, StoreError
+from map_bo.loop.settings import Settings
+from map_bo.merging.checkpoint import CheckpointSource
+from map_bo.nested.composition import Part
+from map_bo.nested.conclusion import Final
+from map_bo.nested.ledger import Ledger
+from map_bo.nested.node_problem import ChildMean
+from map_bo.nested.nodes import Node
+from map_bo.nested.result import NestedResult
+from map_bo.nested.run import NestedRun
+from map_bo.nested.settings import Nested
+from map_bo.nested.tree import Group, Path, path_name
+from map_bo.problems.problem import Problem
+from map_bo.tracking.codec import decode_tensor, encode_tensor
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event, RunStore
+from map_bo.tracking.tracker import Tracker
+
+__all__ = ["MaterialisedRun", "Mergeable", "composes", "rebuilt"]
+
+_FOLDER = "merged"
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """A problem of real models, whose merges can be experts of another merge."""
+
+    @property
+    def composes(self) -> bool:
+        """Whether merges of merges are merges of the experts."""
+        ...
+
+    def with_experts(self, experts: Mapping[str, Any], names: Sequence[str]) -> Any:
+        """Return the merging of other experts, with some of the metrics."""
+        ...
+
+    def merged(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the state dict merged with ``x`` (``d``)."""
+        ...
+
+
+def composes(problem: Problem) -> bool:
+    """Return whether coefficients of a problem multiply along the path of a tree.
+
+    They do unless the problem says otherwise: a table or a formula knows no other merge than that
+    of its coefficients.
+    """
+    return bool(getattr(problem, "composes", True))
+
+
+class Models:
+    """The merges that nodes handed up: in memory up to a limit, then in files.
+
+    Args:
+        directory: Where files go; None keeps all in memory.
+        limit: Bytes that may be in memory.
+    """
+
+    def __init__(self, directory: FilePath | None, limit: float) -> None:
+        self._directory, self._left = directory, limit
+        self._held: dict[str, CheckpointSource] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._held
+
+    def __getitem__(self, name: str) -> CheckpointSource:
+        return self._held[name]
+
+    def keep(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Keep a merge under a name.
+
+        Raises:
+            StoreError: When its file cannot be written.
+        """
+        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        if size <= self._left or self._directory is None:
+            self._left -= size
+            self._held[name] = dict(tensors)
+            return
+        folder = self._directory / _FOLDER
+        path = folder / f"{len(self._held)}.safetensors"
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Tied tensors share memory, which the format does not allow.
+            save_file({key: value.clone() for key, value in tensors.items()}, temporary)
+            temporary.replace(path)
+        except OSError as error:
+            raise StoreError(
+                f"a merge cannot be written to {path}: {error.strerror or error}",
+                hint="free some space and resume; nothing that was measured is lost",
+            ) from error
+        self._held[name] = path
+
+
+class MaterialisedRun(NestedRun):
+    """A nested run whose nodes hand up models; see :class:`NestedRun` for all else.
+
+    Every node searches the coefficients of what it merges, and looks at the metrics of the tasks
+    below it. What nodes measure is not shared between them.
+
+    Raises:
+        ConfigError: When the settings need coefficients that compose.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        settings: Settings,
+        nested: Nested,
+        store: RunStore,
+        *,
+        config: Mapping[str, Any] | None = None,
+        tracker: Tracker | None = None,
+    ) -> None:
+        if not isinstance(problem, Mergeable):
+            raise ConfigError(f"{type(problem).__name__} has no models to merge in stages")
+        for wrong, name in (
+            (nested.hand_up == "surrogate", "nested.hand_up=surrogate"),
+            (nested.refine > 0, f"nested.refine={nested.refine}"),
+            (bool(nested.inform), "nested.inform=true"),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"{name} needs an operator that is linear in its coefficients",
+                    hint="use operator=task_arithmetic, or nested.hand_up=points without it",
+                )
+        super().__init__(problem, settings, nested, store, config=config, tracker=tracker)
+        self._mergeable: Mergeable = problem
+        directory = store.directory if isinstance(store, JsonlStore) else None
+        self._models = Models(directory, nested.memory * 1e9)
+        self._ledgers: dict[str, Ledger] = {}
+
+    @property
+    def spent(self) -> int:
+        """Measurements of one metric at one point so far."""
+        return self.ledger.spent + sum(ledger.spent for ledger in self._ledgers.values())
+
+    @property
+    def shares(self) -> bool:
+        """Whether nodes use what was measured elsewhere: never."""
+        return False
+
+    def _scaled(self, name: str, finals: Sequence[Final]) -> list[Final]:
+        """Return the runs as they are: experts are not measured above their own node."""
+        return list(finals)
+
+    def _ledger_of(self, key: str) -> Ledger:
+        if key not in self._ledgers:
+
+            def append(event: Event) -> None:
+                self._append(Event(event.kind, {**event.data, "node": key}, event.time))
+
+            before = [
+                Event(e.kind, {k: v for k, v in e.data.items() if k != "node"})
+                for e in self._events
+                if e.data.get("node") == key
+            ]
+            self._ledgers[key] = Ledger(self.problem.metrics, append, before)
+        return self._ledgers[key]
+
+    def _node(
+        self,
+        path: Path,
+        group: Group,
+        handed: Mapping[Path, Sequence[Part]],
+        number: int,
+        key: str,
+    ) -> Node:
+        parts: list[Part] = []
+        experts: dict[str, Any] = {}
+        for i, item in enumerate(group.children):
+            if isinstance(item, str):
+                parts.append(Part(item, (item,), torch.zeros(1, 0)))
+                experts[item] = item
+            else:
+                part = handed[*path, i][number]
+                parts.append(part)
+                experts |= {name: self._models[name] for name in part.names}
+        names = self.tasks.below(group) if path else self.tasks.metrics
+        whole = self._mergeable.with_experts(experts, names)
+        means = None
+        if self.nested.measure == "children":
+            means = ChildMean.of(whole.metrics, self._children(group), self.preferences[number])
+        eye = torch.eye(whole.space.d, dtype=torch.float64)
+        return Node(
+            key, tuple(parts), names, whole.space, eye, not path, whole, self._ledger_of(key), means
+        )
+
+    def _hand_up(self, path: Path, group: Group, finals: Sequence[Final]) -> None:
+        """Record the coefficients of the merges that a node hands up, in its own space."""
+        if self._recorded("handed", path_name(path)) is not None:
+            return
+        parts: list[dict[str, Any]] = []
+        found = self._merges(finals)
+        for number, U in enumerate(found):
+            key = finals[number].node.key
+            same = [i for i in range(number) if parts[i]["key"] == key and torch.equal(found[i], U)]
+            if same:
+                parts.append(parts[same[0]])
+                continue
+            said = group.label if not number else f"{group.label} (preference {number + 1})"
+            names = [said] if len(U) == 1 else [f"{said} #{i + 1}" for i in range(len(U))]
+            parts.append({"names": names, "rows": encode_tensor(U), "key": key})
+        self._record("handed", node=path_name(path), parts=parts)
+
+    def _handed(
+        self, path: Path, group: Group, nodes: Sequence[Node], of: Sequence[int]
+    ) -> list[Part]:
+        """Make the merges that a node handed up."""
+        parts = super()._handed(path, group, nodes, of)
+        for number, part in enumerate(parts):
+            whole = nodes[of[number]].whole
+            assert isinstance(whole, Mergeable)
+            for name, u in zip(part.names, part.rows, strict=True):
+                if name not in self._models:
+                    self._models.keep(name, whole.merged(u))
+        return parts
+
+    def _coordinates(self, node: Node) -> tuple[str, ...]:
+        """Return the names of the coefficients in which a node hands up: its own."""
+        return node.space.names
+
+    def _before_conclusion(self, final: Final) -> None:
+        """Record the coefficients that the result is in: those of what the root merges."""
+        if self._recorded("space") is None:
+            self._record("space", space=final.node.space.describe())
+
+
+def rebuilt(problem: Problem, result: NestedResult, events: Sequence[Event]) -> Problem:
+    """Return the problem of the root of a finished run, its experts merged once more.
+
+    Args:
+        problem: The problem of all experts.
+        result: The result of the run.
+        events: Its record.
+
+    Raises:
+        StoreError: When the record does not say what was handed up.
+    """
+    assert isinstance(problem, Mergeable)
+    assert result.tree is not None
+    handed = {e.data["node"]: e.data for e in events if e.kind == "handed"}
+    models = Models(None, float("inf"))
+    names = [metric.name for metric in problem.metrics]
+
+    def made(path: Path, group: Group, number: int) -> Any:
+        experts: dict[str, Any] = {}
+        for i, item in enumerate(group.children):
+            if isinstance(item, str):
+                experts[item] = item
+                continue
+            part = handed[path_name((*path, i))]["parts"][number]
+            below = made((*path, i), item, number)
+            for name, u in zip(part["names"], decode_tensor(part["rows"]), strict=True):
+                models.keep(name, below.merged(u))
+                experts[name] = models[name]
+        return problem.with_experts(experts, names)
+
+    try:
+        return made((), result.tree, 0)  # type: ignore[no-any-return]
+    except (KeyError, IndexError) as error:
+        raise StoreError(
+            f"the record does not say what node {error} handed up",
+            hint="finish the run with `map-bo resume`",
+        ) from error

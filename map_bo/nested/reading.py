@@ -1,0 +1,112 @@
+"""Reading a recorded nested run back, with a root that preferences can be solved for."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from map_bo.errors import StoreError
+from map_bo.loop.reading import load_state
+from map_bo.loop.recommend import refitted
+from map_bo.loop.result import Result
+from map_bo.loop.state import replay
+from map_bo.nested.composition import subspace
+from map_bo.nested.ledger import Ledger
+from map_bo.nested.result import NestedResult, NodeRecord
+from map_bo.nested.store import NodeStore
+from map_bo.nested.tree import Group
+from map_bo.problems.problem import Problem
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.informed import Informed
+from map_bo.surrogates.surrogate import Surrogate
+from map_bo.tracking.codec import decode_metric
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
+
+__all__ = ["is_nested", "load_nested"]
+
+
+def is_nested(created: dict[str, Any]) -> bool:
+    """Return whether what a run recorded of itself is that of a nested run."""
+    return bool(created.get("nested"))
+
+
+def load_nested(
+    run_dir: str | Path,
+    *,
+    problem: Problem | None = None,
+    surrogate: Surrogate | None = None,
+) -> NestedResult:
+    """Return the result of a recorded nested run; nothing is loaded and nothing evaluated.
+
+    Args:
+        run_dir: The run's directory.
+        problem: The run's problem, needed only to export a choice.
+        surrogate: The run's surrogate settings. When given, that of the root is fitted again, so
+            that choices can go beyond the points of the front.
+
+    Raises:
+        StoreError: When there is no such run, or it has not come to its end.
+    """
+    state, space = load_state(run_dir)
+    events = list(JsonlStore.open(Path(run_dir)).read())
+    created = state.created
+    if not is_nested(dict(created)):
+        raise StoreError(f"the run in {run_dir} is no nested one")
+    flat = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
+    try:
+        tree = Group.of(next(e.data["tree"] for e in events if e.kind == "planned"))
+        records = tuple(_record(node) for node in flat.summary["nested"]["nodes"])
+        result = NestedResult(**vars(flat), tree=tree, nodes=records)
+        if created["nested"]["hand_up"] == "point" and not created["nested"]["refine"]:
+            choices = tuple(result.point(i) for i in range(len(result.front)))
+            return dataclasses.replace(result, choices=choices)
+        if surrogate is None:
+            return result
+        key = "refine" if created["nested"]["refine"] else "root"
+        own = list(NodeStore(key, lambda event: None, events).read())
+        about = own[0].data
+        directions = torch.tensor(about["problem"]["directions"], dtype=torch.float64)
+        node_space = CoefficientSpace.from_description(about["space"])
+        metrics = tuple(decode_metric(metric) for metric in about["metrics"])
+        node_state = replay(own, metrics, node_space.d)
+    except (KeyError, StopIteration, IndexError, TypeError) as error:
+        raise StoreError(
+            f"the record in {run_dir} cannot be read as that of a nested run: {error!r}",
+            hint="finish the run with `map-bo resume`, unless its record was changed by hand",
+        ) from error
+    if "Informed(" in str(about["settings"]["surrogate"]):
+        ledger = Ledger(state.metrics, before=events)
+        columns = directions.abs().sum(0) > 0
+        names = [metric.name for metric in metrics]
+        known = ledger.about(names, columns, before=_measured_before(events, key))
+        surrogate = Informed(surrogate, subspace(space, columns), directions[:, columns], known)
+    root = dataclasses.replace(
+        Result.of(node_state, node_space, problem=None),
+        model=surrogate.fit(node_state.seen, node_space),
+        refitted=refitted(node_state, node_space, surrogate) if flat.is_corrected else None,
+    )
+    return dataclasses.replace(result, root=root, directions=directions)
+
+
+def _measured_before(events: Sequence[Event], key: str) -> int:
+    """Return how many points had been measured when a node began."""
+    found = next(e.data for e in events if e.kind == "found" and e.data["node"] == key)
+    return int(found["measured"])
+
+
+def _record(node: dict[str, Any]) -> NodeRecord:
+    return NodeRecord(
+        name=node["node"],
+        label=node["label"],
+        stage=node["stage"],
+        tasks=node["tasks"],
+        coefficients=node["coefficients"],
+        evaluations=node["evaluations"],
+        data_sets=node["data_sets"],
+        handed=tuple(node["handed"]),
+    )

@@ -1,0 +1,95 @@
+"""The record of a nested run: one store for all of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from map_bo.loop.identity import refuse_another
+from map_bo.loop.result import Result
+from map_bo.loop.summary import versions
+from map_bo.nested.ledger import Ledger
+from map_bo.nested.tree import Path
+from map_bo.tracking.store import Event, RunStore
+from map_bo.tracking.tracker import Tracker, Trackers
+
+__all__ = ["Record"]
+
+
+class Record:
+    """Writes events, and finds them again when a run goes on.
+
+    Args:
+        store: Where events go.
+        identity: What makes two runs the same.
+        config: Extra plain data to record.
+        tracker: Is told every event, those of the store first.
+
+    Raises:
+        StoreError: When the store holds another run.
+    """
+
+    ledger: Ledger
+
+    def __init__(
+        self,
+        store: RunStore,
+        identity: Mapping[str, Any],
+        *,
+        config: Mapping[str, Any] | None = None,
+        tracker: Tracker | None = None,
+    ) -> None:
+        self.store = store
+        self._trackers = Trackers([] if tracker is None else [tracker])
+        self._events: list[Event] = []
+        before = list(store.read())
+        if not before:
+            self._record("created", **identity, versions=versions(), config=config)
+            return
+        refuse_another(before[0].data, identity)
+        for event in before:
+            self._events.append(event)
+            self._trackers.observe(event)
+
+    @property
+    def spent(self) -> int:
+        """Measurements of one metric at one point so far."""
+        return self.ledger.spent
+
+    def _append(self, event: Event) -> None:
+        self.store.append(event)
+        self._events.append(event)
+        self._trackers.observe(event)
+
+    def _record(self, kind: str, **data: Any) -> None:
+        self._append(Event(kind, data))
+
+    def _recorded(self, kind: str, node: str | None = None) -> Mapping[str, Any] | None:
+        for event in self._events:
+            if event.kind == kind and event.data.get("node") == node:
+                return event.data
+        return None
+
+    def _begin(self, name: str, take: Callable[[Path, int], int], path: Path) -> Mapping[str, Any]:
+        """Return what a node was given, and give it when its turn has come."""
+        begun = self._recorded("begun", name)
+        spent = self.spent if begun is None else int(begun["spent"])
+        evaluations = take(path, spent)
+        if begun is None:
+            self._record("begun", node=name, spent=spent, evaluations=evaluations)
+            begun = self._recorded("begun", name)
+        assert begun is not None
+        return begun
+
+    def _finish(self, name: str, results: Sequence[Result], begun: Mapping[str, Any]) -> None:
+        """Record what a node has cost."""
+        if self._recorded("done", name) is None:
+            count = sum(len(result.seen) + len(result.verification) for result in results)
+            spent = self.spent - int(begun["spent"])
+            self._record(
+                "done",
+                node=name,
+                data_sets=spent,
+                evaluations=count,
+                measured=self.ledger.measured,
+            )

@@ -1,0 +1,127 @@
+"""What a nested run returns: a front over all tasks, and how each node came to its part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from map_bo.loop.result import Choice, Result
+from map_bo.nested.tree import Group, drawn, path_name
+
+__all__ = ["NestedResult", "NodeRecord", "described"]
+
+
+@dataclass(frozen=True)
+class NodeRecord:
+    """What one node did.
+
+    Attributes:
+        name: ``root``, numbers of children from the root down as in ``0.1``, or ``refine``.
+        label: The experts below it.
+        stage: Its stage; 0 for the refinement.
+        tasks: Number of metrics that it measured.
+        coefficients: Number of coefficients that it searched.
+        evaluations: Points that it looked at, reused ones included.
+        data_sets: Measurements of one metric at one point that it cost.
+        handed: For each merge that it handed up the coefficients of the experts, those below it.
+    """
+
+    name: str
+    label: str
+    stage: int
+    tasks: int
+    coefficients: int
+    evaluations: int
+    data_sets: int
+    handed: tuple[Mapping[str, float], ...] = ()
+
+    def describe(self) -> dict[str, Any]:
+        """Return the record as plain data."""
+        return {
+            "node": self.name,
+            "label": self.label,
+            "stage": self.stage,
+            "tasks": self.tasks,
+            "coefficients": self.coefficients,
+            "evaluations": self.evaluations,
+            "data_sets": self.data_sets,
+            "handed": [dict(one) for one in self.handed],
+        }
+
+
+def described(
+    tree: Group, nodes: Sequence[NodeRecord], data_sets: int, tasks: int
+) -> dict[str, Any]:
+    """Return what the summary of a run says of its tree."""
+    paths = {path_name(path): path for path, _ in tree.nodes()}
+    notes = {
+        paths[node.name]: f"{node.evaluations} evaluations of {node.tasks} tasks, "
+        f"{node.data_sets} data sets"
+        for node in nodes
+        if node.name in paths
+    }
+    return {
+        "tree": tree.plain(),
+        "stages": tree.stage,
+        "drawn": drawn(tree, notes),
+        "data_sets": data_sets,
+        "flat_evaluations": data_sets / tasks,
+        "nodes": [node.describe() for node in nodes],
+    }
+
+
+@dataclass(frozen=True, eq=False)
+class NestedResult(Result):
+    """The outcome of a nested run, in the coefficients of all experts.
+
+    Everything that a flat :class:`Result` has; ``seen`` and ``verification`` are the evaluations of
+    all tasks, made at the root.
+
+    Attributes:
+        tree: The tree that was merged.
+        root: The result of the root in its own small space, where a preference can be solved for;
+            None where the tree was merged for preferences given in advance.
+        directions: ``k x d``: what the root's coefficients are in those of the experts.
+        nodes: What each node did, in the order in which they ran.
+        choices: One merge for each preference given in advance.
+    """
+
+    tree: Group | None = None
+    root: Result | None = None
+    directions: Tensor | None = None
+    nodes: tuple[NodeRecord, ...] = ()
+    choices: tuple[Choice, ...] = ()
+
+    @property
+    def data_sets(self) -> int:
+        """Measurements of one metric at one point, in all."""
+        return int(self.summary["nested"]["data_sets"])
+
+    def choose(
+        self,
+        prefer: Mapping[str, float] | None = None,
+        *,
+        at_least: Mapping[str, float] | None = None,
+        at_most: Mapping[str, float] | None = None,
+        rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
+        corrected: bool = True,
+    ) -> Choice:
+        """Return the merge that suits a preference best; see :meth:`Result.choose`.
+
+        Where the root's surrogate is at hand it is solved for the preference, among the merges of
+        what its children handed up.
+        """
+        if self.root is None or self.directions is None:
+            return super().choose(
+                prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
+            )
+        inner = replace(self.root, reference=self.reference).choose(
+            prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
+        )
+        if not inner.refined:
+            return self._choice(inner.point, inner.preference)
+        x = self.space.project(inner.x.unsqueeze(0) @ self.directions)[0]
+        return replace(inner, x=x, space=self.space, problem=self.problem)

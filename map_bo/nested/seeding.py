@@ -1,0 +1,44 @@
+"""A design of points that are known already, before a sampler goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Generator, Tensor
+
+from map_bo.data import Observations
+from map_bo.samplers.sampler import Sampler
+from map_bo.space import CoefficientSpace
+
+__all__ = ["Seeded"]
+
+
+@dataclass(frozen=True, eq=False)
+class Seeded:
+    """Proposes given points first, one after another, and then what a sampler says.
+
+    Attributes:
+        points: ``n x d`` points to begin with.
+        sampler: Goes on after them.
+    """
+
+    points: Tensor
+    sampler: Sampler
+
+    def __repr__(self) -> str:
+        return f"Seeded({len(self.points)} points, {self.sampler!r})"
+
+    def propose(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> Tensor:
+        """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
+        count = len(seen) + (0 if pending is None else len(pending))
+        if count < len(self.points):
+            return space.project(self.points[count : count + n])
+        return self.sampler.propose(seen, space, n, pending=pending, generator=generator)

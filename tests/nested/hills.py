@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.loop.settings import Settings
+from map_bo.pareto.gradient import GradientSolver
+from map_bo.samplers.space_filling import Sobol
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.quadratic import Quadratic
+
+
+@dataclass
+class Hills:
+    """Each expert has a task that wants its own coefficient high and the others low.
+
+    Counts, task by task, what it measures.
+    """
+
+    experts: tuple[str, ...] = ("a", "b", "c", "d")
+    only: tuple[str, ...] = ()
+    box: CoefficientSpace | None = None
+    fails: Callable[[Tensor], str | None] = lambda x: None
+    measured: list[tuple[str, tuple[float, ...]]] = field(default_factory=list)
+
+    @property
+    def space(self) -> CoefficientSpace:
+        return self.box or CoefficientSpace.box(self.experts)
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(Metric(name, kind="unbounded") for name in self.only or self.experts)
+
+    def restricted(self, names: Sequence[str]) -> Hills:
+        return Hills(self.experts, tuple(names), self.box, self.fails, self.measured)
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "Hills", "experts": list(self.experts)}
+
+    def truth(self, X: Tensor) -> Tensor:
+        own = torch.eye(len(self.experts), dtype=torch.float64)
+        pull = own - 0.3 * (1 - own) * torch.linspace(0.5, 1.5, len(self.experts)).double()
+        gains = X @ pull.T - 0.2 * X.square().sum(-1, keepdim=True)
+        return gains[:, [self.experts.index(metric.name) for metric in self.metrics]]
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        X = self.space.check(X)
+        reasons = [self.fails(x) for x in X]
+        for x in X:
+            self.measured += [(metric.name, tuple(x.tolist())) for metric in self.metrics]
+        Y = self.truth(X)
+        Y[[reason is not None for reason in reasons]] = torch.nan
+        return Observations(X, Y, self.metrics, failures=tuple(reasons))
+
+
+def quick(budget: int = 24, **changes: Any) -> Settings:
+    """Settings whose fits and fronts take milliseconds."""
+    return Settings(budget=budget, **options(**changes))
+
+
+def options(**changes: Any) -> dict[str, Any]:
+    return {
+        "sampler": Sobol(),
+        "surrogate": Quadratic(),
+        "solver": GradientSolver(points=20, steps=20),
+        "verify": 1,
+        "retries": 0,
+        **changes,
+    }

@@ -1,0 +1,348 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from map_bo.errors import (
+    BudgetError,
+    ConfigError,
+    EvaluationError,
+    SpaceError,
+    StoreError,
+    TreeError,
+)
+from map_bo.loop.reading import load_result
+from map_bo.loop.run import optimize
+from map_bo.nested.optimize import optimize_nested
+from map_bo.nested.reading import load_nested
+from map_bo.nested.result import NestedResult
+from map_bo.nested.run import NestedRun
+from map_bo.nested.settings import Nested
+from map_bo.space import CoefficientSpace, LinearConstraint
+from map_bo.tracking.jsonl import MemoryStore
+from map_bo.tracking.store import Event
+from tests.nested.hills import Hills, options, quick
+
+
+def nested(problem: Any = None, budget: int = 24, **settings: Any) -> NestedResult:
+    how = Nested(**{k: settings.pop(k) for k in list(settings) if k in Nested.__dataclass_fields__})
+    return optimize_nested(
+        problem or Hills(),
+        budget,
+        nested=how,
+        progress=False,
+        tracking="none",
+        **options(**settings),
+    )
+
+
+def outcome(result: NestedResult) -> list[Any]:
+    front, seen = result.front, result.seen
+    tensors = [seen.X, seen.Y, front.X, front.mean, front.std, front.real, result.verification.Y]
+    told = [tensor.nan_to_num(-99.0).tolist() for tensor in tensors]
+    return [*told, seen.failures, result.data_sets, [node.describe() for node in result.nodes]]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "points": {"stages": 2},
+    "pairs": {"stages": 2, "points": 1, "budget_split": "equal"},
+    "informed": {"stages": 2, "inform": True},
+    "surrogate": {"stages": 2, "hand_up": "surrogate"},
+    "point": {"stages": 2, "hand_up": "point"},
+    "published": {"group_size": 2, "order": "score", "hand_up": "point", "measure": "children"},
+    "preferences": {
+        "stages": 2,
+        "hand_up": "point",
+        "preferences": (
+            {"a": 1, "b": 1, "c": 1, "d": 1},
+            {"a": 3, "b": 0, "c": 1, "d": 0},
+        ),
+    },
+    "refined": {"stages": 2, "refine": 4},
+    "adaptive": {"stages": 2, "budget_split": "adaptive"},
+    "conflict": {"stages": 2, "order": "conflict", "probe": 6},
+}
+
+
+def test_one_stage_is_the_flat_run() -> None:
+    flat = optimize(Hills(), 16, progress=False, tracking="none", **options(verify=2))
+    one = nested(budget=16, stages=1, verify=2)
+    assert torch.equal(one.seen.X, flat.seen.X)
+    assert torch.equal(one.front.X, flat.front.X)
+    assert torch.equal(one.front.real.nan_to_num(), flat.front.real.nan_to_num())
+    assert one.data_sets == 16 * 4
+    assert one.summary["hypervolume"] == flat.summary["hypervolume"]
+    given = {"a": 2.0, "b": 1.0}
+    assert torch.allclose(one.choose(given).x, flat.choose(given).x)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_measures_no_more_than_its_budget_and_nothing_twice(name: str) -> None:
+    problem = Hills()
+    result = nested(problem, budget=32, **VARIANTS[name])
+    assert result.data_sets == len(problem.measured) <= 32 * 4
+    assert len(set(problem.measured)) == len(problem.measured)
+    assert result.summary["nested"]["flat_evaluations"] == result.data_sets / 4
+    assert bool(result.space.contains(result.front.X).all())
+    # Real values are those of the coefficients of the experts, wherever they were measured.
+    assert torch.allclose(problem.truth(result.seen.X), result.seen.Y)
+    at = result.front.verified
+    assert torch.allclose(problem.truth(result.front.X[at]), result.front.real[at])
+    assert int(at.sum()) >= 1
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_front_predicts_what_its_coefficients_do(name: str) -> None:
+    problem = Hills()
+    result = nested(problem, budget=48, **VARIANTS[name])
+    # The truth is a quadratic, so the surrogate of each node is right but for its prior.
+    assert torch.allclose(problem.truth(result.front.X), result.front.mean, atol=0.05)
+
+
+def test_a_node_measures_only_the_tasks_below_it() -> None:
+    problem = Hills()
+    nested(problem, stages=2)
+    first = [task for task, x in problem.measured if x[2] == x[3] == 0 and (x[0] or x[1])]
+    ends = [x for _, x in problem.measured if x[0] and x[2]]
+    assert ends  # the root merges both halves
+    alone = {task for task, x in problem.measured if x[0] > 0 and x[1] > 0 and x[2] == x[3] == 0}
+    assert {"a", "b"} <= alone
+    # Only the merges that are handed up are measured on the tasks of the other half.
+    others = {x for task, x in problem.measured if task in "cd" and x[2] == x[3] == 0 and any(x)}
+    assert len(others) <= 3
+    assert len(first) > len(others)
+
+
+class CrashError(BaseException):
+    """Stands for SIGKILL: nothing catches it."""
+
+
+class CrashingStore:
+    def __init__(self, inner: MemoryStore, at: int) -> None:
+        self.inner, self.left = inner, at
+
+    def append(self, event: Event) -> None:
+        self.left -= 1
+        if self.left < 0:
+            raise CrashError
+        self.inner.append(event)
+
+    def read(self) -> Iterator[Event]:
+        return self.inner.read()
+
+
+def survives(name: str, deaths: int) -> None:
+    """Kill a run after each of some events, go on with it, and compare."""
+    how, settings = Nested(**VARIANTS[name]), quick(24)
+    whole, problem = MemoryStore(), Hills()
+    expected = outcome(NestedRun(problem, settings, how, whole).drive())
+    count = len(list(whole.read()))
+    for at in [*range(1, count, max(1, count // deaths)), count - 1]:
+        store, again = MemoryStore(), Hills()
+        with pytest.raises(CrashError):
+            NestedRun(again, settings, how, CrashingStore(store, at)).drive()
+        assert outcome(NestedRun(again, settings, how, store).drive()) == expected
+        kinds = [event.kind for event in store.read()]
+        assert kinds == [event.kind for event in whole.read()]
+        # At most the one measurement that was not recorded yet is made again.
+        assert len(again.measured) - len(problem.measured) <= 4
+
+
+@pytest.mark.parametrize("name", ["points", "preferences"])
+def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(name: str) -> None:
+    survives(name, deaths=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["points", "informed", "published", "preferences", "refined"])
+def test_every_variant_survives_being_killed_at_many_places(name: str) -> None:
+    survives(name, deaths=25)
+
+
+def test_a_finished_run_is_returned_without_measuring(tmp_path: Path) -> None:
+    first, again = Hills(), Hills()
+    how, folder = Nested(stages=2), tmp_path / "run"
+    one = optimize_nested(first, 24, nested=how, run_dir=folder, progress=False, **options())
+    two = optimize_nested(again, 24, nested=how, run_dir=folder, progress=False, **options())
+    assert not again.measured
+    assert outcome(one) == outcome(two)
+
+
+def test_the_record_is_that_of_a_run_and_reads_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    result = optimize_nested(
+        Hills(), 24, nested=Nested(stages=2), run_dir=folder, progress=False, **options()
+    )
+    flat = load_result(folder)
+    assert torch.equal(flat.front.X, result.front.X)
+    assert torch.equal(flat.seen.X, result.seen.X)
+    back = load_nested(folder, surrogate=quick().surrogate)
+    given = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 0.0}
+    assert torch.allclose(back.choose(given).x, result.choose(given).x, atol=1e-6)
+    assert outcome(back) == outcome(result)
+    assert json.loads((folder / "summary.json").read_text())["nested"]["stages"] == 2
+    page = (folder / "report.html").read_text()
+    assert "The merge tree" in page
+    assert "a+b" in page
+    assert (folder / "plots" / "tree.png").stat().st_size > 1000
+
+
+def test_informed_choices_read_back(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    how = Nested(stages=2, hand_up="surrogate")
+    result = optimize_nested(
+        Hills(), 28, nested=how, run_dir=folder, progress=False, tracking="none", **options()
+    )
+    back = load_nested(folder, surrogate=quick().surrogate)
+    given = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 0.0}
+    assert torch.allclose(back.choose(given).x, result.choose(given).x, atol=1e-6)
+
+
+def test_merges_for_given_preferences_are_the_front(tmp_path: Path) -> None:
+    preferences = ({"a": 1, "b": 0, "c": 0, "d": 0}, {"a": 0, "b": 0, "c": 0, "d": 1})
+    folder = tmp_path / "run"
+    how = Nested(stages=2, hand_up="point", preferences=preferences)
+    result = optimize_nested(
+        Hills(), 40, nested=how, run_dir=folder, progress=False, tracking="none", **options()
+    )
+    assert len(result.front) == len(result.choices) == 2
+    first, second = (choice.x for choice in result.choices)
+    assert float(first[0]) > float(first[3])
+    assert float(second[3]) > float(second[0])
+    assert result.choose({"a": 1.0}).point == 0
+    assert result.choose({"d": 1.0}).point == 1
+    assert len(load_nested(folder).choices) == 2
+
+
+def test_refinement_never_forgets_what_the_tree_found() -> None:
+    problem = Hills()
+    tree = nested(problem, budget=28, stages=2)
+    refined = nested(Hills(), budget=34, stages=2, refine=6)
+    assert len(refined.seen) > 6  # the points of the tree that were measured on all tasks, and more
+    assert refined.nodes[-1].name == "refine"
+    assert refined.nodes[-1].data_sets <= 6 * 4
+    given = {"a": 1.0, "b": 1.0, "c": 1.0, "d": 1.0}
+    value = [float(problem.truth(r.choose(given).x[None]).sum()) for r in (tree, refined)]
+    assert value[1] >= value[0] - 0.02
+
+
+def test_constraints_hold_for_the_experts() -> None:
+    box = CoefficientSpace.box(("a", "b", "c", "d"), sum_at_most=1.2)
+    problem = Hills(box=box)
+    result = nested(problem, budget=28, stages=2)
+    assert max(sum(x) for _, x in problem.measured) <= 1.2 + 1e-6
+    assert float(result.front.X.sum(-1).max()) <= 1.2 + 1e-6
+
+
+def test_blocks_have_coefficients_of_their_own() -> None:
+    box = CoefficientSpace.box(("a", "b", "c", "d"), blocks=("lower", "upper"))
+
+    class Blocks(Hills):
+        def truth(self, X: torch.Tensor) -> torch.Tensor:
+            return super().truth(X.reshape(len(X), 4, 2).mean(-1))
+
+        def restricted(self, names: Any) -> Blocks:
+            return Blocks(self.experts, tuple(names), self.box, self.fails, self.measured)
+
+    result = nested(Blocks(box=box), budget=40, stages=2)
+    assert result.space.d == 8
+    assert result.nodes[0].coefficients == 4
+
+
+def test_a_failed_measurement_is_counted_and_kept_out() -> None:
+    problem = Hills(fails=lambda x: "no luck" if 0.4 < float(x[0]) < 0.6 else None)
+    result = nested(problem, budget=36, stages=2)
+    assert result.data_sets == len(problem.measured)
+    assert bool(result.front.mean.isfinite().all())
+
+
+def test_a_node_that_fails_too_often_says_which() -> None:
+    problem = Hills(fails=lambda x: "no luck" if float(x[2] + x[3]) else None)
+    with pytest.raises(EvaluationError, match=r"node 1: .*failed"):
+        nested(problem, budget=36, stages=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "match"),
+    [
+        ({"stages": 3}, TreeError, "4 experts cannot be merged in 3 stages"),
+        ({"tree": [["a", "b"], ["c"]]}, TreeError, "lacks d"),
+        ({"tree": [["a", "b"], ["c", "a"]]}, TreeError, "lacks d"),
+        ({"tree": [["a", "b"], ["c", "d", "a"]]}, TreeError, "repeats a"),
+        ({"tree": [["a", "b"], ["c", "d", "x"]]}, TreeError, "invents x"),
+        ({"tree": "a"}, TreeError, "a tree is a list"),
+        ({"budget": 8}, BudgetError, "its anchors and one more"),
+        ({"budgets": {"0.7": 5}}, TreeError, "names the node '0.7'"),
+        ({"stage_budgets": (8,)}, BudgetError, "1 numbers for 2 stages"),
+        ({"tasks": {"z": ("a",)}}, ConfigError, "unknown experts: z"),
+        ({"tasks": {"a": ("z",)}}, ConfigError, "unknown metrics z"),
+        ({"order": "similarity"}, ConfigError, "how alike its experts are"),
+        (
+            {"hand_up": "point", "preferences": ({"a": 1},)},
+            ConfigError,
+            "does not name b, c, d",
+        ),
+        (
+            {"hand_up": "point", "preferences": ({"a": 1, "b": 1, "c": 1, "d": 1, "z": 1},)},
+            ConfigError,
+            "names z, which no metric is called",
+        ),
+        (
+            {"hand_up": "point", "preferences": ({"a": 0, "b": 0, "c": 0, "d": 0},)},
+            ConfigError,
+            "no weight above 0",
+        ),
+        ({"reference": {"a": 0.0}}, ConfigError, "the reference point names"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_measured(
+    settings: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    problem = Hills()
+    with pytest.raises(error, match=match):
+        nested(problem, **settings)
+    assert not problem.measured
+
+
+def test_an_expert_without_a_task_is_refused() -> None:
+    problem = dataclasses.replace(Hills(), experts=("a", "b", "c", "d"), only=("a", "b", "c"))
+    with pytest.raises(ConfigError, match="expert d has no task"):
+        nested(problem)
+
+
+def test_a_space_without_zero_is_refused() -> None:
+    box = CoefficientSpace.box(("a", "b", "c", "d"), lower=0.1)
+    with pytest.raises(SpaceError, match="cannot"):
+        nested(Hills(box=box))
+
+
+def test_shares_that_add_up_to_one_can_be_nested() -> None:
+    box = CoefficientSpace.box(("a", "b", "c", "d"), simplex=True)
+    result = nested(Hills(box=box), budget=30, stages=2)
+    assert torch.allclose(result.front.X.sum(-1), torch.ones(()).double(), atol=1e-6)
+
+
+def test_another_run_in_the_directory_is_refused(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"run_dir": tmp_path, "progress": False, "tracking": "none"}
+    optimize_nested(Hills(), 24, nested=Nested(stages=2), **how, **options())
+    with pytest.raises(StoreError, match=r"nested\.stages was 2"):
+        optimize_nested(Hills(), 24, nested=Nested(stages=1), **how, **options())
+    with pytest.raises(StoreError, match="another run"):
+        optimize(Hills(), 24, **how, **options())
+
+
+def test_constraints_with_negative_weights_compose() -> None:
+    space = CoefficientSpace(
+        ("a", "b", "c", "d"),
+        (-0.5,) * 4,
+        (1.0,) * 4,
+        (LinearConstraint((1.0, -1.0, 0.0, 0.0), 0.5),),
+    )
+    result = nested(Hills(box=space), budget=30, stages=2)
+    assert bool(space.contains(result.front.X).all())
