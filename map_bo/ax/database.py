@@ -139,11 +139,9 @@ def read_experiment(path: str | Path, name: str | None = None) -> Experiment:
     if name is None and len(names) == 1:
         name = names[0]
     if name not in names:
-        wrong = "holds no experiment" if name is None else f"holds no experiment {name!r}"
+        held = f"{len(names)} experiments" if name is None else f"no experiment {name!r}"
         raise StoreError(
-            f"{path} holds {len(names)} experiments"
-            if name is None and names
-            else f"{path} {wrong}",
+            f"{path} holds {held}",
             hint=f"name one of them: {', '.join(names)}" if names else "name another file",
         )
     require_storage()
