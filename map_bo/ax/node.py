@@ -27,6 +27,7 @@ import_ax("map_bo.ax.node")
 
 from ax.core.data import Data  # noqa: E402
 from ax.core.experiment import Experiment  # noqa: E402
+from ax.core.generator_run import GeneratorRun  # noqa: E402
 from ax.core.parameter import ParameterType, RangeParameter  # noqa: E402
 from ax.core.types import TParameterization  # noqa: E402
 from ax.generation_strategy.external_generation_node import (  # noqa: E402
@@ -117,6 +118,12 @@ class MapBoNode(ExternalGenerationNode):
             generator=self._generator,
         )[0]
         return dict(zip(names, x.tolist(), strict=True))
+
+    def _gen(self, *args: Any, **kwargs: Any) -> GeneratorRun:
+        generated = super()._gen(*args, **kwargs)
+        # Ax puts an integer here, and then cannot match what it saved with what it holds.
+        self.fit_time_since_gen = 0.0
+        return generated
 
     @classmethod
     def serialize_init_args(cls, obj: Any) -> dict[str, Any]:

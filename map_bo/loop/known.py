@@ -14,7 +14,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.store import Event, RunStore
 
-__all__ = ["begin_with", "check_known", "include"]
+__all__ = ["begin_with", "check_known", "include", "notes_on_imported"]
 
 _SAME = 1e-9  # of a coefficient: rows nearer than this are one point
 
@@ -58,14 +58,15 @@ def include(
         DataError: When they are of other metrics or coefficients.
         StoreError: When the front of the run has been solved, or the event cannot be written.
     """
+    if not len(found):
+        return state
     if state.front is not None:
         raise StoreError(
             "the front of this run has been solved: no observation can be added any more",
-            hint="start a new run with all observations",
+            hint="start a new run with all of them: `map-bo run ... start_from=FILE`, or "
+            "map_bo.optimize(..., known=observations)",
         )
     _check(found, state.metrics, state.X.shape[-1])
-    if not len(found):
-        return state
     waiting, number, indices = list(state.pending), len(state.X), []
     for x in found.X:
         same = [i for i in waiting if torch.allclose(state.X[i], x, rtol=0.0, atol=_SAME)]
@@ -84,3 +85,9 @@ def begin_with(known: Observations, store: RunStore, state: RunState) -> None:
     """Record ``known`` in a run that has no evaluation yet; leave any other as it is."""
     if not len(state.X):
         include(known, store, state, {"from": "python"})
+
+
+def notes_on_imported(state: RunState) -> list[str]:
+    """Return what the summary says of observations that the run did not make itself."""
+    count = len(state.imported)
+    return [f"{count} of the evaluations were made elsewhere and imported"] if count else []

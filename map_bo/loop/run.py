@@ -20,7 +20,7 @@ from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import look
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.identity import refuse_another
-from map_bo.loop.known import begin_with, check_known
+from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend, refitted
@@ -320,7 +320,7 @@ class Run:
                 **state.front_data["seconds"],
                 **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=[*self.notes, *notes_on(stop)],
+            notes=[*self.notes, *notes_on_imported(state), *notes_on(stop)],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)

@@ -125,6 +125,7 @@ def advance(state: RunState, event: Event) -> RunState:
                 outcomes={i: out for i, out in state.outcomes.items() if i not in again},
                 attempts={i: tried for i, tried in state.attempts.items() if i not in again},
                 checks=(),  # they were of other data
+                imported={i: told for i, told in state.imported.items() if i not in again},
             )
         case "imported":
             return _with_imported(state, data)

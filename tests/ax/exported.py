@@ -119,11 +119,15 @@ def own_client(**experiment: Any) -> Client:
     names = experiment.pop("names", ("a", "b"))
     objective = experiment.pop("objective", "near_a, -far_from_b")
     storage_config = experiment.pop("storage_config", None)
-    client = Client(storage_config=storage_config, random_seed=0)
-    client.configure_experiment(
-        [RangeParameterConfig(name=n, bounds=(0.0, 1.0), parameter_type="float") for n in names],
-        name="native",
-        **experiment,
-    )
-    client.configure_optimization(objective)
+    with quiet():
+        client = Client(storage_config=storage_config, random_seed=0)
+        client.configure_experiment(
+            [
+                RangeParameterConfig(name=n, bounds=(0.0, 1.0), parameter_type="float")
+                for n in names
+            ],
+            name="native",
+            **experiment,
+        )
+        client.configure_optimization(objective)
     return client

@@ -50,6 +50,17 @@ class Spy:
         return torch.full((n, space.d), point, dtype=torch.float64)
 
 
+class Complaints(logging.Handler):
+    """Keeps what a logger says."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.told: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.told.append(record.getMessage())
+
+
 def strategy(*arguments: Any, **settings: Any) -> Any:
     from map_bo.ax import node
 
@@ -97,6 +108,22 @@ def test_a_run_goes_round_and_on(tmp_path: Path, box: dict[str, Any]) -> None:
     assert found.observations.X[7].tolist() == list(first.values())
     assert found.observations.Yvar[7].tolist() == pytest.approx([0.01, 0.04])
     assert [left.trial for left in found.left_out] == [7, *several]
+
+
+def test_ax_recognises_what_it_saved(tmp_path: Path) -> None:
+    unfinished(tmp_path / "run")
+    file = exported(tmp_path / "run", tmp_path / "ax.db")
+    handler = Complaints(logging.WARNING)
+    logger = logging.getLogger("ax.storage.sqa_store.save")
+    with storage(file) as url:
+        client = load(url, "run")
+        client.set_generation_strategy(strategy())
+        logger.addHandler(handler)
+        try:
+            client.get_next_trials(3)
+        finally:
+            logger.removeHandler(handler)
+    assert handler.told == []
 
 
 def test_it_is_told_what_was_seen_and_what_waits(tmp_path: Path) -> None:

@@ -2,9 +2,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from map_bo.ax.plain import from_plain, to_plain
 from map_bo.errors import SamplerError
@@ -13,6 +16,8 @@ from map_bo.samplers.front_uncertainty import FrontUncertainty
 from map_bo.samplers.hypervolume import QLogNEHVI
 from map_bo.samplers.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
+
+SAMPLERS = sorted((Path(__file__).parents[2] / "conf" / "sampler").glob("*.yaml"))
 
 
 @pytest.mark.parametrize(
@@ -27,6 +32,14 @@ from map_bo.surrogates.quadratic import Quadratic
 )
 def test_settings_survive(value: Any) -> None:
     assert from_plain(json.loads(json.dumps(to_plain(value)))) == value
+
+
+@pytest.mark.parametrize("file", SAMPLERS, ids=lambda path: path.stem)
+def test_every_sampler_of_the_configuration_can_be_stored(file: Path) -> None:
+    settings = {k: v for k, v in yaml.safe_load(file.read_text()).items() if k != "_target_"}
+    module, _, name = yaml.safe_load(file.read_text())["_target_"].rpartition(".")
+    made = getattr(import_module(module), name)(**settings)
+    assert repr(from_plain(json.loads(json.dumps(to_plain(made))))) == repr(made)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,7 @@ def test_a_run_goes_on_with_what_was_known_in_its_budget(tmp_path: Path) -> None
     result = optimize(tmp_path / "run")
     assert len(problem.calls) == 5
     assert len(result.seen) == 6
+    assert "3 of the evaluations were made elsewhere" in result.summary["notes"][0]
     assert torch.equal(result.seen.X[:3], known.X)
     problem.calls.clear()
     assert torch.equal(optimize(tmp_path / "run").front.X, result.front.X)  # and not twice
