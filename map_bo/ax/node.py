@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -194,8 +195,7 @@ def strategy(sampler: Sampler | None = None, **settings: Any) -> GenerationStrat
 
 
 def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpace:
-    if kept.get("space"):
-        return CoefficientSpace.from_description(kept["space"])
+    """Return the search space, with the names, experts and importances of the run it was."""
     parameters = list(experiment.parameters.values())
     for parameter in parameters:
         if (
@@ -209,23 +209,27 @@ def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpa
                 hint="map_bo searches coefficients between two bounds",
             )
     names = tuple(parameter.name for parameter in parameters)
-    constraints = tuple(
-        LinearConstraint(
-            tuple(constraint.constraint_dict.get(name, 0.0) for name in names),
-            constraint.bound,
-            constraint.is_equality,
-        )
-        for constraint in experiment.search_space.parameter_constraints
-    )
-    return CoefficientSpace(
+    space = CoefficientSpace(
         names,
         tuple(float(parameter.lower) for parameter in parameters),  # type: ignore[attr-defined]
         tuple(float(parameter.upper) for parameter in parameters),  # type: ignore[attr-defined]
-        constraints,
+        tuple(
+            LinearConstraint(
+                tuple(constraint.constraint_dict.get(name, 0.0) for name in names),
+                constraint.bound,
+                constraint.is_equality,
+            )
+            for constraint in experiment.search_space.parameter_constraints
+        ),
     )
+    if list(names) != kept.get("parameter_names"):
+        return space
+    run = CoefficientSpace.from_description(kept["space"])
+    return replace(run, lower=space.lower, upper=space.upper, constraints=space.constraints)
 
 
 def _metrics_of(experiment: Experiment, kept: Mapping[str, Any]) -> tuple[Metric, ...]:
+    """Return the metrics of the objective, as the run knew them where it did."""
     config = experiment.optimization_config
     if config is None:
         raise SamplerError(
@@ -237,11 +241,15 @@ def _metrics_of(experiment: Experiment, kept: Mapping[str, Any]) -> tuple[Metric
             "samplers do not know",
             hint="name the metrics one by one: client.configure_optimization('a, -b')",
         )
-    if kept.get("metrics"):
-        return tuple(decode_metric(metric) for metric in kept["metrics"])
+    run = dict(zip(kept.get("metric_names", ()), kept.get("metrics", ()), strict=True))
+    weights = weights_in(experiment)
+    ordered = [name for name in run if name in weights]
+    ordered += [name for name in weights if name not in run]
     return tuple(
-        Metric(name, "min" if weight < 0 else "max", "unbounded")
-        for name, weight in weights_in(experiment).items()
+        decode_metric(run[name])
+        if name in run
+        else Metric(name, "min" if weights[name] < 0 else "max", "unbounded")
+        for name in ordered
     )
 
 

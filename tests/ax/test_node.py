@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.ax.database import read_experiment
+from map_bo.ax.experiment import experiment_of
 from map_bo.ax.observations import observations_of
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
@@ -178,6 +179,33 @@ def test_an_experiment_of_axs_own_is_searched(caplog: pytest.LogCaptureFixture) 
     assert (weights, bound, equality) == ((1.0, 2.0), 2.0, False)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("map_bo")]
     assert told == ["trial 0 is left out: it has no value of far_from_b"]  # once
+
+
+def test_what_was_changed_in_ax_after_the_export_counts(tmp_path: Path) -> None:
+    from ax.api.utils.instantiation.from_string import optimization_config_from_string
+    from ax.core.parameter import RangeParameter
+    from ax.core.parameter_constraint import ParameterConstraint
+
+    from map_bo.ax.node import MapBoNode
+
+    unfinished(tmp_path)
+    experiment, node = experiment_of(tmp_path), MapBoNode(Sobol())
+    with quiet():
+        parameter = experiment.parameters["c_a"]
+        assert isinstance(parameter, RangeParameter)
+        parameter.update_range(lower=0.0, upper=0.5)
+        order = ParameterConstraint(inequality="c_a <= c_b")
+        experiment.search_space.add_parameter_constraints([order])
+        config = optimization_config_from_string("-far_from_b")
+        experiment.optimization_config = config
+        node.update_generator_state(experiment, experiment.lookup_data())
+        point = node.get_next_candidate([])
+    assert node._space.names == ("a", "b")
+    assert node._space.upper == (0.5, 1.0)
+    assert float(point["c_a"]) <= min(0.5, float(point["c_b"]))  # type: ignore[arg-type]
+    assert node._metrics == (Metric("far from b", "min", "loss"),)
+    assert bool(node._space.contains(node._seen.X).all())
+    assert len(node._seen) < 7
 
 
 def test_space_and_metrics_can_be_told() -> None:
