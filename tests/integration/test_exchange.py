@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from map_bo.app.main import main
 from map_bo.ax.database import experiment_names, read_experiment, write_experiment
@@ -95,20 +96,48 @@ def test_what_ax_measured_comes_back_and_the_run_goes_on(
     assert same(after.seen.select(range(len(before.seen))), before.seen)
 
 
-def test_a_new_run_starts_from_an_experiment(shell: Shell, finished: Path, tmp_path: Path) -> None:
-    main(["export", str(finished), "--to", str(tmp_path / "ax.db")])
+@pytest.fixture(scope="module")
+def started(shell: Shell, finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new run that began with the trials of an experiment."""
+    here = tmp_path_factory.mktemp("started")
+    main(["export", str(finished), "--to", str(here / "ax.db")])
     more = ["loop.budget=16", "start_from=ax.db", "hydra.run.dir=new"]
-    done = shell("run", *SMALL, *more, cwd=tmp_path)
+    done = shell("run", *SMALL, *more, cwd=here)
     assert done.returncode == 0, done.stderr
     assert "12 observations recorded" in done.stdout
+    return here
+
+
+def test_a_new_run_starts_from_an_experiment(finished: Path, started: Path) -> None:
     old, _ = load_state(finished)
-    state, _ = load_state(tmp_path / "new")
+    state, _ = load_state(started / "new")
     assert state.summary is not None
     assert state.summary["evaluations"] == 16
     assert same(state.seen.select(range(12)), old.data)
-    # Once recorded, the file is not needed any more.
-    os.unlink(tmp_path / "ax.db")
-    assert shell("resume", "new", cwd=tmp_path).returncode == 0
+
+
+def test_killed_before_the_trials_were_recorded_it_takes_them_when_it_goes_on(
+    started: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    killed = started / "killed"
+    killed.mkdir()
+    first = (started / "new" / "events.jsonl").read_text().splitlines(keepends=True)[0]
+    (killed / "events.jsonl").write_text(first)
+    main(["resume", str(killed)])
+    assert "12 observations recorded" in capsys.readouterr().out
+    state, _ = load_state(started / "new")
+    again, _ = load_state(killed)
+    assert torch.equal(again.data.X, state.data.X)
+    assert torch.equal(again.data.Y, state.data.Y)
+
+
+def test_once_recorded_the_file_is_not_needed_any_more(started: Path, tmp_path: Path) -> None:
+    shutil.copytree(started / "new", tmp_path / "new")
+    os.rename(started / "ax.db", started / "away.db")
+    try:
+        main(["resume", str(tmp_path / "new")])
+    finally:
+        os.rename(started / "away.db", started / "ax.db")
 
 
 @pytest.mark.parametrize(
