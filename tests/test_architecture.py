@@ -18,7 +18,7 @@ FLOORS = [
     {"problems"},
     {"samplers", "report"},
     {"loop"},
-    {"nested"},
+    {"nested", "ax"},
     {"app"},
 ]
 LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}

@@ -12,7 +12,7 @@ from map_bo.errors import ConfigError, MapBoError
 
 __all__ = ["main"]
 
-COMMANDS = ("run", "resume", "choose", "merge", "report")
+COMMANDS = ("run", "resume", "choose", "merge", "report", "export", "import")
 
 _DESCRIPTION = "Find the Pareto front of merging fine-tuned models, for a handful of evaluations."
 _EPILOG = """\
@@ -24,6 +24,7 @@ examples:
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
   map-bo resume RUN                                     go on after any interruption
+  map-bo export RUN --to ax.db                          the run as an Ax experiment
 
 `map-bo run --help` lists the configuration groups and their options.
 """
@@ -106,6 +107,17 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument(
         "--baseline", metavar="VARIANT", help="variant that the others are compared with"
     )
+
+    export = _command(commands, "export", "write a run as an Ax experiment", _export)
+    export.add_argument("--to", required=True, metavar="FILE", help="SQLite file to write (new)")
+    export.add_argument("--name", help="name of the experiment (default: the run directory's)")
+
+    text = "record the trials of an Ax experiment in a run"
+    taking = commands.add_parser("import", help=text, description=text)
+    taking.add_argument("database", metavar="FILE", help="SQLite file of Ax")
+    taking.add_argument("--into", required=True, metavar="RUN", help="directory of a run")
+    taking.add_argument("--name", help="name of the experiment, when the file holds several")
+    taking.set_defaults(command=_import)
     return parser
 
 
@@ -287,6 +299,18 @@ def _report(options: argparse.Namespace) -> None:
     out = options.out or options.run
     write_report(view_of(load_result(options.run)), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
+
+
+def _export(options: argparse.Namespace) -> None:
+    from map_bo.app.exchange import export_run
+
+    export_run(options)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from map_bo.app.exchange import import_into
+
+    import_into(options)
 
 
 def _recorded_config(run: str, *, required: bool = True) -> Any:

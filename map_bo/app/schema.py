@@ -43,6 +43,7 @@ class Config:
 
     seed: int = 0
     progress: bool = True
+    start_from: str | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     problem: dict[str, Any] = field(default_factory=dict)
     operator: dict[str, Any] = field(default_factory=dict)

@@ -13,9 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from map_bo.app.jobs import record_of, register_job_name, run_job
 
 if TYPE_CHECKING:
+    from ax.core.experiment import Experiment
     from rich.console import Console
 
     from map_bo.loop.result import Result
+    from map_bo.loop.run import Run
+    from map_bo.problems.problem import Problem
 
 __all__ = ["drive", "run_task", "show"]
 
@@ -68,7 +71,7 @@ def drive(
         told: Further plain data to record with a new run.
     """
     from map_bo.app.build import build_nested, build_problem, build_settings, build_tracking
-    from map_bo.errors import StoreError
+    from map_bo.errors import ConfigError, StoreError
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
@@ -77,8 +80,15 @@ def drive(
     from map_bo.tracking.jsonl import JsonlStore
 
     settings, nested = build_settings(config), build_nested(config)
+    if nested is not None and config.get("start_from") is not None:
+        raise ConfigError(
+            "a nested run cannot start from an experiment: its nodes measure other points",
+            hint="leave out start_from, or merge all experts at once with nested=none",
+        )
     mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
+    begun = not fresh and _has_begun(directory)
+    experiment = None if begun else _experiment(config.get("start_from"), problem)
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     tree = OmegaConf.to_container(config, resolve=True)
     plain = {"tree": tree, "cwd": str(Path.cwd()), **(told or {})}
@@ -87,6 +97,8 @@ def drive(
         if nested is not None:
             run = nested_run(problem, settings, nested, store, config=plain, tracker=tracker)
         else:
+            if experiment is not None:
+                _start_from(experiment, Run(problem, settings, store, config=plain))
             run = Run(problem, settings, store, config=plain, tracker=tracker)
         if retry_failed and isinstance(run, Run):
             run.reopen_failures()
@@ -101,6 +113,34 @@ def drive(
             command = f"map-bo resume {shlex.quote(_shown(directory, Path.cwd()))}"
             sys.stderr.write(f"\ninterrupted; what was measured is kept: `{command}` goes on\n")
             raise
+
+
+def _has_begun(directory: Path) -> bool:
+    from map_bo.tracking.jsonl import JsonlStore
+
+    return any(event.kind != "created" for event in JsonlStore.open(directory).read())
+
+
+def _experiment(database: str | None, problem: Problem) -> Experiment | None:
+    """Return the experiment of Ax that a run starts from, if it fits the problem."""
+    if database is None:
+        return None
+    from map_bo.ax.database import read_experiment
+    from map_bo.ax.observations import names_in
+
+    experiment = read_experiment(database)
+    names_in(experiment, problem.space, problem.metrics)
+    return experiment
+
+
+def _start_from(experiment: Experiment, run: Run) -> None:
+    """Record the trials of an Ax experiment as the first evaluations of a run."""
+    from map_bo.app.exchange import report_recorded
+    from map_bo.ax.recording import record
+    from map_bo.tracking.jsonl import JsonlStore
+
+    assert isinstance(run.store, JsonlStore)
+    report_recorded(record(experiment, run.store))
 
 
 def show(result: Result, here: Path) -> None:

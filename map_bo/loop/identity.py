@@ -7,26 +7,34 @@ from typing import Any
 
 from map_bo.errors import StoreError
 
-__all__ = ["refuse_another"]
+__all__ = ["difference", "refuse_another"]
+
+
+def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Return in words the first way in which a record differs from ``identity``, or None.
+
+    Files may have moved, but their digests must be the same.
+    """
+    before = _flat({part: recorded.get(part) for part in identity})
+    now = _flat(identity)
+    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not different:
+        return None
+    key = different[0]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}"
 
 
 def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
     """Compare what a run recorded of itself with what it would record now.
 
-    Files may have moved, but their digests must be the same.
-
     Raises:
         StoreError: When they differ; the message names the first difference.
     """
-    before = _flat({part: recorded.get(part) for part in identity})
-    now = _flat(identity)
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if different:
-        key = different[0]
-        more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    found = difference(recorded, identity)
+    if found is not None:
         raise StoreError(
-            "the run directory belongs to another run: "
-            f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}",
+            f"the run directory belongs to another run: {found}",
             hint="use another run directory, or the settings that the run was started with",
         )
 

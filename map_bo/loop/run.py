@@ -20,6 +20,7 @@ from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import look
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.identity import refuse_another
+from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend, refitted
@@ -320,7 +321,7 @@ class Run:
                 **state.front_data["seconds"],
                 **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=[*self.notes, *notes_on(stop)],
+            notes=[*self.notes, *notes_on_imported(state), *notes_on(stop)],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
@@ -342,6 +343,7 @@ def optimize(
     seed: int = 0,
     run_dir: str | Path | None = None,
     progress: bool | Progress = True,
+    known: Observations | None = None,
     config: Mapping[str, Any] | None = None,
     tracking: str | Tracking | Sequence[str | Tracking] = "local",
     **settings: Any,
@@ -356,6 +358,7 @@ def optimize(
         run_dir: Where to record the run. When it already holds this same run, the run goes on
             where it was, or is returned when it had finished. None keeps it in memory.
         progress: Whether to show a progress bar.
+        known: Observations from elsewhere, recorded at the start of a new run, in its budget.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
             ``run_dir``), ``"wandb"``, settings such as :class:`map_bo.tracking.wandb.Wandb`, or
@@ -374,9 +377,18 @@ def optimize(
     """
     chosen = Settings.checked(budget=budget, seed=seed, **settings)
     bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
+
+    if known is not None:  # before the store, too: what is refused leaves no run behind
+        check_known(known, problem.metrics, problem.space)
+
+    def run(store: RunStore, tracker: Tracker) -> Result:
+        if known is not None:
+            begin_with(known, store, Run(problem, chosen, store, config=config).state)
+        return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
+
     if run_dir is None:
         with trackers(tracking, None) as tracker:
-            return Run(problem, chosen, MemoryStore(), config=config, tracker=tracker).drive(bar)
+            return run(MemoryStore(), tracker)
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
     store = (
@@ -385,4 +397,4 @@ def optimize(
         else JsonlStore.create(directory)
     )
     with store.lock(), mirrors as tracker:
-        return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
+        return run(store, tracker)

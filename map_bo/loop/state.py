@@ -8,6 +8,8 @@ Events and their data:
                evaluation failed and is tried again
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included
 ``reopened``   ``indices``: failed rows that are to be evaluated again
+``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
+               rows numbered on; ``source``: where they come from
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a look of the stopping
@@ -50,6 +52,7 @@ class RunState:
         summary: The summary, once the run has finished.
         proposing: Seconds spent on proposals.
         checks: The looks of the stopping rule, in order.
+        imported: Index of a proposed row whose outcome comes from elsewhere -> its source.
     """
 
     metrics: tuple[Metric, ...]
@@ -64,6 +67,7 @@ class RunState:
     summary: Mapping[str, Any] | None = None
     proposing: float = 0.0
     checks: tuple[Mapping[str, Any], ...] = ()
+    imported: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
 
     @property
     def seen(self) -> Observations:
@@ -121,7 +125,10 @@ def advance(state: RunState, event: Event) -> RunState:
                 outcomes={i: out for i, out in state.outcomes.items() if i not in again},
                 attempts={i: tried for i, tried in state.attempts.items() if i not in again},
                 checks=(),  # they were of other data
+                imported={i: told for i, told in state.imported.items() if i not in again},
             )
+        case "imported":
+            return _with_imported(state, data)
         case "front":
             return new(state, front=decode_front(data["front"], state.metrics), front_data=data)
         case "verified":
@@ -142,6 +149,23 @@ def advance(state: RunState, event: Event) -> RunState:
         case "finished":
             return new(state, summary=data["summary"])
     return state
+
+
+def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
+    found = decode_observations(data["observations"], state.metrics)
+    indices, first = [int(index) for index in data["indices"]], len(state.X)
+    added = [row for row, index in enumerate(indices) if index >= first]
+    if [indices[row] for row in added] != list(range(first, first + len(added))):
+        raise StoreError(f"imported rows are numbered {indices} after {first} others")
+    return dataclasses.replace(
+        state,
+        X=torch.cat([state.X, found.X[added]]),
+        outcomes={
+            **state.outcomes,
+            **{i: found.select([row]) for row, i in enumerate(indices)},
+        },
+        imported={**state.imported, **dict.fromkeys(indices, data["source"])},
+    )
 
 
 def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunState:

@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,8 +23,9 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations, to_maximisation
-from map_bo.errors import MissingDependencyError, SamplerError
+from map_bo.errors import SamplerError
 from map_bo.rng import child_seed
+from map_bo.samplers.ax_library import import_ax, quiet
 from map_bo.samplers.posterior import NEAREST, reference_point
 from map_bo.samplers.space_filling import fresh_points, is_repeat
 from map_bo.space import CoefficientSpace
@@ -90,7 +88,7 @@ class AxSampler:
                 "Ax has no equality constraints, and this space requires one (the simplex does)",
                 hint="use sampler=adaptive, or bound the sum from above instead",
             )
-        _require()
+        import_ax("sampler=ax")
         waiting = torch.zeros(0, space.d, dtype=torch.float64)
         if pending is not None:
             waiting = pending.to(torch.float64)
@@ -115,7 +113,7 @@ class AxSampler:
         """Yield chunks of the points that Ax starts an experiment with: the centre, then Sobol."""
         seed, drawn = child_seed(generator, "ax", "start"), 0
         while True:
-            with _quiet():
+            with quiet():
                 client = self._client(space, seen.metrics, seed, initial=n)
                 points = _points(client, n, space)
             yield points[drawn:]
@@ -136,7 +134,7 @@ class AxSampler:
         inside = seen.select(space.contains(seen.X))
         failures = (AxError, BotorchError, NanError, NotPSDError, RuntimeError, ValueError)
         try:
-            with _quiet():
+            with quiet():
                 client = self._client(space, seen.metrics, seed, seen=inside)
                 _attach(client, inside, space)
                 for row in space.project(waiting):
@@ -231,36 +229,3 @@ def _points(client: Client, n: int, space: CoefficientSpace) -> Tensor:
 
 def _named(x: Tensor) -> dict[str, float]:
     return {f"c{i}": value for i, value in enumerate(x.tolist())}
-
-
-def _require() -> None:
-    if sys.modules.get("ax.api.client") is not None:
-        return
-    disabled = logging.root.manager.disable
-    try:
-        with warnings.catch_warnings():
-            # Importing Ax warns, changes which warnings are shown, and reports its storage.
-            warnings.simplefilter("ignore")
-            logging.disable(max(disabled, logging.INFO))
-            import ax.api.client  # noqa: F401
-    except ImportError as error:
-        raise MissingDependencyError(
-            f"sampler=ax needs Ax, which cannot be imported ({error})",
-            hint='pip install "ax-platform>=1.3.1"',
-        ) from error
-    finally:
-        logging.disable(disabled)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    # Ax reports every trial and warns of its own defaults; none of it is news to our user.
-    logger = logging.getLogger("ax")
-    handlers, propagate = logger.handlers, logger.propagate
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logger.handlers, logger.propagate = [logging.NullHandler()], False
-        try:
-            yield
-        finally:
-            logger.handlers, logger.propagate = handlers, propagate

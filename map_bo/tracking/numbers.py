@@ -47,6 +47,7 @@ class Numbers:
         ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1).
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
+        ``imported``: ``evaluation`` after them, and ``imported``, how many they are.
         ``checked`` and ``front``: whatever numbers were recorded, below ``stop/``,
         ``surrogate/``, ``uncertainty/`` and ``front/``.
 
@@ -72,6 +73,10 @@ class Numbers:
             case "observed":
                 self._evaluations += 1
                 return {"evaluation": self._evaluations, **self._outcome(data)}
+            case "imported":
+                count = len(data["indices"])
+                self._evaluations += count
+                return {"evaluation": self._evaluations, "imported": count}
             case "checked":
                 return flat(data, "stop")
             case "front":

@@ -1,0 +1,1 @@
+"""Ax: a run as an Ax experiment, an Ax experiment's trials as observations, samplers as nodes."""

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import torch
+
+from map_bo.data import Metric, Observations
+from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import encode_metric, encode_observations
+from map_bo.tracking.numbers import Numbers
+from map_bo.tracking.store import Event
+
+
+def test_imported_observations_are_counted_among_the_evaluations() -> None:
+    metric, numbers = Metric("m"), Numbers()
+    space = CoefficientSpace.box(("a", "b")).describe()
+    numbers.of(Event("created", {"space": space, "metrics": [encode_metric(metric)]}))
+    found = Observations(torch.rand(3, 2), torch.rand(3, 1), (metric,))
+    data = {"indices": [0, 1, 2], "observations": encode_observations(found), "source": {}}
+    assert numbers.of(Event("imported", data)) == {"evaluation": 3, "imported": 3}
+    one = {"index": 3, "observation": encode_observations(found.select([0]))}
+    assert numbers.of(Event("observed", one))["evaluation"] == 4
