@@ -1,0 +1,356 @@
+"""Merging in stages against merging all at once, at equal cost, on 2 to 32 real experts.
+
+python -m benchmarks.quality.nested                         goes on where it was stopped
+python -m benchmarks.quality.nested --experts 16 --seeds 5
+python -m benchmarks.quality.nested --smoke                 tiny, nothing recorded
+python -m benchmarks.quality.nested --tables                only write the tables again
+
+Cost is counted in data sets: one task measured at one point. A budget of ``B`` is what a flat run
+of ``B`` evaluations costs, ``B N`` data sets. Regret is the mean, over preferences, of the best known
+utility less that of the choice, on real metrics scaled to 0 at the worst of base and experts and 1
+at the best expert. Volume is the side of the cube as large as what the real front dominates, along
+2,048 directions (scalarised; 1 is all experts' abilities in one model).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality import kept
+from benchmarks.quality.cases_models import digits_networks
+from benchmarks.quality.nested_tables import figure, tables
+from benchmarks.quality.scoring import representatives
+from benchmarks.record import RESULTS, finish
+from map_bo.loop.run import optimize
+from map_bo.nested.optimize import optimize_nested
+from map_bo.nested.planner import most_stages
+from map_bo.nested.settings import Nested
+from map_bo.pareto.evolution import NSGA
+from map_bo.pareto.indicators import preference_weights
+from map_bo.problems.zoo import DigitsZoo, digits_problem
+from map_bo.rng import child, make_generator
+from map_bo.samplers.reference_design import ReferenceDesign
+from map_bo.surrogates.reference import Reference
+
+__all__ = ["METHODS", "Cell", "best_known", "main"]
+
+CACHE = Path(".bench_cache") / "nested"
+TABLE = RESULTS / "nested.csv"
+KNOWN = RESULTS / "nested_known.json"
+PLOT = Path(__file__).parents[2] / "docs" / "evidence" / "nested.png"
+PREFERENCES, GIVEN = 32, 4
+PER_NODE = 20  # evaluations of a node as published
+_DIRECTIONS = 2048
+
+METHODS: dict[str, dict[str, Any] | None] = {
+    "flat": None,
+    "fronts, 2 stages": {"stages": 2},
+    "fronts, 2 stages, informed": {"stages": 2, "inform": True},
+    "fronts, pairs": {"stages": 0},
+    "surrogates, 2 stages": {"stages": 2, "hand_up": "surrogate"},
+    "fronts, 2 stages, refined": {"stages": 2, "refine": -4},
+    "given preferences, 2 stages": {"stages": 2, "hand_up": "point"},
+    "published": {
+        "group_size": 2,
+        "order": "score",
+        "hand_up": "point",
+        "measure": "children",
+        "budget_split": "equal",
+    },
+}
+"""Settings of each method; 0 stages are as many as there can be, a negative ``refine`` is a share
+of the budget. The last two merge for preferences given in advance."""
+
+BUDGETS = {2: (12, 24), 4: (12, 24, 48), 8: (16, 24, 48), 16: (16, 24, 48), 32: (16, 24, 48)}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run."""
+
+    experts: int
+    method: str
+    budget: int
+    seed: int
+
+    @property
+    def path(self) -> Path:
+        name = self.method.replace(", ", "-").replace(" ", "-")
+        return CACHE / f"{self.experts}-{name}-{self.budget}-{self.seed}.json"
+
+
+def cells(experts: Sequence[int], seeds: int, methods: Sequence[str]) -> Iterator[Cell]:
+    """Yield all cells, seed by seed and the small zoos first."""
+    for seed in range(seeds):
+        for n in experts:
+            for method in methods:
+                if method != "flat" and n == 2:
+                    continue  # two experts have one stage: the flat run
+                if method == "published":
+                    yield Cell(n, method, PER_NODE * most_stages(n) + 1, seed)
+                    continue
+                for budget in BUDGETS[n]:
+                    if _affordable(n, method, budget):
+                        yield Cell(n, method, budget, seed)
+
+
+def _affordable(n: int, method: str, budget: int) -> bool:
+    stages = (METHODS[method] or {}).get("stages")
+    least = {"fronts, pairs": 8 * most_stages(n), "given preferences, 2 stages": 16}
+    if method in least:
+        return budget >= least[method]
+    return stages is None or budget >= 12
+
+
+def preferences(n: int, count: int) -> Tensor:
+    """Return the preferences that all methods are judged by, ``count x n``."""
+    return preference_weights(count, n, generator=child(make_generator(0), "nested", n))
+
+
+def scale(n: int) -> tuple[Tensor, Tensor]:
+    """Return the worst of base and experts and the best expert, for each task."""
+    networks = digits_networks(DigitsZoo(n))
+    ends = networks.accuracy(torch.cat([torch.zeros(1, n), torch.eye(n)]).double())
+    return ends.amin(0), ends[1:].amax(0)
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Do one run and measure what it hands over on the truth."""
+    torch.set_num_threads(1)
+    n, start = cell.experts, time.perf_counter()
+    problem = digits_problem(n)
+    names = [metric.name for metric in problem.metrics]
+    given = METHODS[cell.method]
+    W = preferences(n, PREFERENCES)
+    common: dict[str, Any] = {"seed": cell.seed, "progress": False, "tracking": "none"}
+    if given is None:
+        flat = optimize(problem, cell.budget, **common)
+        spent = (len(flat.seen) + len(flat.verification)) * n
+        chosen = torch.stack([flat.choose(dict(zip(names, w, strict=True))).x for w in W.tolist()])
+        front = flat.front
+    elif given.get("hand_up") == "point":
+        W = W[:GIVEN]
+        chosen, spent = _given(cell, problem, names, W, common)
+        front = None
+    else:
+        how = {**given, "stages": given["stages"] or most_stages(n)}
+        if how.get("refine", 0) < 0:
+            how["refine"] = cell.budget // -how["refine"]
+        found = optimize_nested(problem, cell.budget, nested=Nested(**how), **common)
+        spent = found.data_sets
+        chosen = torch.stack([found.choose(dict(zip(names, w, strict=True))).x for w in W.tolist()])
+        front = found.front
+    seconds = time.perf_counter() - start
+    networks, (low, high) = digits_networks(DigitsZoo(n)), scale(n)
+    gains = (networks.accuracy(chosen) - low) / (high - low)
+    side = None
+    if front is not None:
+        rows = representatives((front.mean - low) / (high - low))
+        side = volume_side((networks.accuracy(front.X[rows]) - low) / (high - low))
+    return {
+        **asdict(cell),
+        "data_sets": spent,
+        "side": side,
+        "seconds": seconds,
+        "utilities": (W * gains).sum(-1).tolist(),
+    }
+
+
+def _given(
+    cell: Cell, problem: Any, names: list[str], W: Tensor, common: Mapping[str, Any]
+) -> tuple[Tensor, int]:
+    """Merge for preferences given in advance: one after the other as published, or all at once."""
+    wanted = [dict(zip(names, w, strict=True)) for w in W.tolist()]
+    given = dict(METHODS[cell.method] or {})
+    if cell.method != "published":
+        how = Nested(**given, preferences=tuple(wanted))
+        found = optimize_nested(problem, cell.budget, nested=how, **common)
+        return torch.stack([choice.x for choice in found.choices]), found.data_sets
+    chosen, spent = [], 0
+    for one in wanted:
+        how = Nested(**given, preferences=(one,), stage_budgets=(PER_NODE,) * _stages(cell.experts))
+        found = optimize_nested(
+            problem,
+            cell.budget,
+            nested=how,
+            sampler=ReferenceDesign(points=PER_NODE),
+            surrogate=Reference(),
+            solver=NSGA(),
+            guard=False,
+            verify=0,
+            **common,
+        )
+        chosen.append(found.choices[0].x)
+        spent += found.data_sets
+    return torch.stack(chosen), spent // len(wanted)  # of one preference
+
+
+def _stages(n: int) -> int:
+    return most_stages(n)
+
+
+def volume_side(gains: Tensor) -> float:
+    """Return the side of the cube that is as large as what ``k x m`` gains dominate.
+
+    The scalarised hypervolume ``mean_w max_y min_i (y_i / w_i)^m`` over directions ``w`` of the
+    positive orthant (Zhang and Golovin 2020), relative to that of the point (1, ..., 1).
+    """
+    m = gains.shape[-1]
+    W = torch.randn(
+        _DIRECTIONS, m, generator=child(make_generator(0), "directions"), dtype=torch.float64
+    ).abs()
+    W = W / W.norm(dim=-1, keepdim=True)
+    reach = (gains.clamp_min(0.0).unsqueeze(1) / W).amin(-1).amax(0)
+    whole = (1 / W).amin(-1)
+    return float((reach.pow(m).mean() / whole.pow(m).mean()).pow(1 / m))
+
+
+def best_known(n: int, found: Sequence[Mapping[str, Any]], direct: int) -> list[float]:
+    """Return the best utility known for each preference: of all runs, and of a direct search.
+
+    The direct search climbs the truth from the best of ``direct`` random merges, one preference at
+    a time, by Gaussian steps that shrink.
+    """
+    networks, (low, high) = digits_networks(DigitsZoo(n)), scale(n)
+    W = preferences(n, PREFERENCES)
+    source = child(make_generator(1), "direct", n)
+    X = torch.rand(direct, n, generator=source, dtype=torch.float64)
+    X = X * torch.rand(direct, 1, generator=source, dtype=torch.float64)
+    best = X[((networks.accuracy(X) - low) / (high - low) @ W.T).argmax(0)]
+    value = _utility(networks, best, W, low, high)
+    for step in (0.2, 0.1, 0.1, 0.05, 0.05, 0.05, 0.02, 0.02, 0.02, 0.02):
+        for _ in range(max(1, direct // 200)):
+            noise = torch.randn(*best.shape, generator=source, dtype=torch.float64)
+            tried = (best + step * noise).clamp(0.0, 1.0)
+            now = _utility(networks, tried, W, low, high)
+            better = now > value
+            best, value = torch.where(better[:, None], tried, best), torch.maximum(now, value)
+    for row in found:
+        own = torch.tensor(row["utilities"], dtype=torch.float64)
+        value[: len(own)] = torch.maximum(value[: len(own)], own)
+    known: list[float] = value.tolist()
+    return known
+
+
+def _utility(networks: Any, X: Tensor, W: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    gains = (networks.accuracy(X) - low) / (high - low)
+    total: Tensor = (W * gains).sum(-1)
+    return total
+
+
+def gather(experts: Sequence[int], direct: int) -> list[dict[str, Any]]:
+    """Return all rows with their regrets, and record them."""
+    found: list[dict[str, Any]] = [
+        json.loads(path.read_text()) for path in sorted(CACHE.glob("*.json"))
+    ]
+    rows = {_key(row): row for row in read()}
+    known: dict[str, list[float]] = json.loads(KNOWN.read_text()) if KNOWN.exists() else {}
+    for n in sorted({row["experts"] for row in found} & set(experts)):
+        own = [row for row in found if row["experts"] == n]
+        if str(n) not in known:
+            known[str(n)] = best_known(n, own, direct)
+        best = torch.tensor(known[str(n)], dtype=torch.float64)
+        for row in own:
+            values = torch.tensor(row["utilities"], dtype=torch.float64)
+            best[: len(values)] = torch.maximum(best[: len(values)], values)
+        known[str(n)] = best.tolist()
+        for row in own:
+            values = torch.tensor(row["utilities"], dtype=torch.float64)
+            regret = float((best[: len(values)] - values).mean())
+            plain = {key: row[key] for key in COLUMNS if key in row}
+            rows[_key(row)] = {**plain, "regret": regret}
+    ordered = [rows[key] for key in sorted(rows)]
+    KNOWN.write_text(json.dumps(known) + "\n")
+    with TABLE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(ordered)
+    return ordered
+
+
+COLUMNS = ("experts", "method", "budget", "seed", "data_sets", "regret", "side", "seconds")
+
+
+def _key(row: Mapping[str, Any]) -> tuple[int, str, int, int]:
+    return int(row["experts"]), str(row["method"]), int(row["budget"]), int(row["seed"])
+
+
+def read(path: Path = TABLE) -> list[dict[str, Any]]:
+    """Return the recorded rows."""
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return [
+            {
+                **row,
+                **{k: int(row[k]) for k in ("experts", "budget", "seed", "data_sets")},
+                **{k: float(row[k]) if row[k] else None for k in ("regret", "side", "seconds")},
+            }
+            for row in csv.DictReader(file)
+        ]
+
+
+def _work(cell: Cell) -> tuple[Cell, float]:
+    start = time.perf_counter()
+    cell.path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = cell.path.with_suffix(f".{os.getpid()}.tmp")
+    temporary.write_text(json.dumps(run(cell)))
+    temporary.replace(cell.path)
+    return cell, time.perf_counter() - start
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--experts", nargs="+", type=int, default=list(BUDGETS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--direct", type=int, default=4000, help="evaluations of a direct search")
+    parser.add_argument("--smoke", action="store_true", help="tiny, nothing recorded")
+    parser.add_argument("--tables", action="store_true", help="only write the tables again")
+    parser.add_argument("--out", type=Path, help="record the summary as JSON")
+    options = parser.parse_args(arguments)
+    if options.smoke:
+        row = run(Cell(4, "fronts, 2 stages", 12, 0))
+        known = best_known(4, [row], 200)
+        finish("nested", [f"{row['data_sets']} data sets, {len(known)} preferences"], {}, None)
+        return
+    if not options.tables:
+        kept.restore()
+        have = {_key(row) for row in read()}
+        todo = [
+            cell
+            for cell in cells(options.experts, options.seeds, options.methods)
+            if not cell.path.exists() and _key(asdict(cell)) not in have
+        ]
+        os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+            waiting = [pool.submit(_work, cell) for cell in todo]
+            for number, future in enumerate(as_completed(waiting), start=1):
+                try:
+                    cell, seconds = future.result()
+                    print(f"[{number}/{len(todo)}] {cell} in {seconds:.0f} s", flush=True)
+                except Exception as error:  # the others go on
+                    print(f"[{number}/{len(todo)}] failed: {error}", flush=True)
+        gather(options.experts, options.direct)
+    rows = read()
+    figure(rows, PLOT)
+    finish("nested", tables(rows), {"rows": len(rows)}, options.out)
+
+
+if __name__ == "__main__":
+    main()
