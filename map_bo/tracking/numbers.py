@@ -44,7 +44,8 @@ class Numbers:
 
         ``proposed``: ``round``, ``proposal/points`` and ``proposal/seconds``. ``observed``:
         ``evaluation`` (counted from 1), ``coefficient/NAME``, ``metric/NAME`` (own unit),
-        ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1).
+        ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1),
+        ``hypervolume/observed points`` (real, scaled; once base and experts were measured).
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
         ``checked`` and ``front``: whatever numbers were recorded, below ``stop/``,
@@ -71,7 +72,10 @@ class Numbers:
                 return {"retries": self._retries}
             case "observed":
                 self._evaluations += 1
-                return {"evaluation": self._evaluations, **self._outcome(data)}
+                numbers = {"evaluation": self._evaluations, **self._outcome(data)}
+                if "hypervolume" in data:
+                    numbers["hypervolume/observed points"] = data["hypervolume"]
+                return numbers
             case "checked":
                 return flat(data, "stop")
             case "front":
