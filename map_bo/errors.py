@@ -75,5 +75,9 @@ class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
 
 
+class PublishError(MapBoError):
+    """A service that would not take a report; what was written locally stands."""
+
+
 class MissingDependencyError(MapBoError):
     """An optional package is needed here and is not installed; the hint is the install line."""

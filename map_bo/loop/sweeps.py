@@ -15,6 +15,7 @@ from map_bo.errors import MapBoError, StoreError
 from map_bo.loop.reading import created_of, load_state
 from map_bo.report.measured import Outcome, RunRecord, Status
 from map_bo.tracking.codec import decode_tensor
+from map_bo.tracking.wandb_run import wandb_run_of
 
 __all__ = [
     "clear_failure",
@@ -121,12 +122,13 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
         state, _ = load_state(job)
     except MapBoError as error:
         return RunRecord(name, link, sweep, "unreadable", error.message)
+    mirror = wandb_run_of(job, created.get("config"))
     if state.summary is None or state.front is None:
         budget = created.get("settings", {}).get("budget", "?")
         done = f"{len(state.outcomes) + len(state.verified)} of {budget} evaluations are recorded"
         reason = f"{failure} ({done})" if failure else done
         status: Status = "failed" if failure else "unfinished"
-        return RunRecord(name, link, sweep, status, reason, settings, named)
+        return RunRecord(name, link, sweep, status, reason, settings, named, wandb=mirror)
     scale = state.front_data["reference"]
     outcome = Outcome(
         seen=state.data,
@@ -136,7 +138,7 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
         rule=str(scale["rule"]),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
     )
-    return RunRecord(name, link, sweep, "finished", "", settings, named, outcome)
+    return RunRecord(name, link, sweep, "finished", "", settings, named, outcome, mirror)
 
 
 def _failure_of(job: Path) -> str:

@@ -24,7 +24,7 @@ from map_bo.report.comparison_tables import (
 )
 from map_bo.report.page_style import STYLE
 
-__all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part"]
+__all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part", "sections"]
 
 PLOTS = {
     "progress": (
@@ -51,13 +51,13 @@ caption span { display: block; position: sticky; left: 0;
 """
 
 
-def _sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
+def sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
     """Return anchor, title, and content of every section; plots are named ``plot:NAME``."""
     varied, gaps, missing = varied_table(found), difference_table(found), missing_table(found)
     wins = win_rate_tables(found)
     quality, cost = measure_tables(found)
     same = "Only the seed varied."
-    sections: list[tuple[str, str, list[str | Table]]] = [
+    every: list[tuple[str, str, list[str | Table]]] = [
         (
             "compared",
             "What was compared",
@@ -71,8 +71,8 @@ def _sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
         ("runs", "Runs", [runs_table(found)]),
     ]
     if missing:
-        sections.append(("missing", "Runs that did not finish", [missing]))
-    return sections
+        every.append(("missing", "Runs that did not finish", [missing]))
+    return every
 
 
 def comparison_html(found: Comparison, plots: Mapping[str, bytes]) -> str:
@@ -83,12 +83,12 @@ def comparison_html(found: Comparison, plots: Mapping[str, bytes]) -> str:
         plots: PNG of each plot by its name in :data:`PLOTS`.
     """
     title = escape(f"Comparison of {found.title}")
-    sections = _sections(found)
-    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in sections)
+    every = sections(found)
+    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in every)
     body = "".join(
         f'<section aria-labelledby="{name}"><h2 id="{name}">{text}</h2>'
         f"{''.join(_html(part, found, plots) for part in parts)}</section>\n"
-        for name, text, parts in sections
+        for name, text, parts in every
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -157,7 +157,7 @@ def _html_cell(cell: Cell) -> str:
 def comparison_markdown(found: Comparison) -> str:
     """Return the comparison as Markdown; its plots are the files ``comparison/NAME.png``."""
     lines = [f"# Comparison of {_plain(found.title)}", ""]
-    for _, title, parts in _sections(found):
+    for _, title, parts in sections(found):
         lines += [f"## {title}", ""]
         for part in parts:
             lines += [*markdown_part(part), ""]
@@ -184,7 +184,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, Link):
-        return f"[{_plain(cell.text)}]({quote(cell.target, safe='/%=,+@~')})"
+        return f"[{_plain(cell.text)}]({quote(cell.target, safe='/%=,+@~:')})"
     return _plain(cell)
 
 

@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-__all__ = ["cost_figure", "front_overlay", "progress_bands"]
+__all__ = ["COLOURS", "cost_figure", "front_overlay", "progress_bands"]
 
 # Okabe and Ito, "Color Universal Design" (2008); shapes and dashes tell apart beyond colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 1, 2)))
 _PAIRS_UP_TO = 4
@@ -58,9 +58,9 @@ def _looks(found: Comparison) -> dict[str, _Look]:
     return {
         variant: _Look(
             plain(name),
-            _COLOURS[i % len(_COLOURS)],
+            COLOURS[i % len(COLOURS)],
             _SHAPES[i % len(_SHAPES)],
-            _DASHES[i // len(_COLOURS) % len(_DASHES)],
+            _DASHES[i // len(COLOURS) % len(_DASHES)],
         )
         for i, (variant, name) in enumerate(zip(found.variants, names, strict=True))
     }
