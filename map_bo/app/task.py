@@ -67,12 +67,13 @@ def drive(
         retry_failed: Whether to evaluate again what had failed.
         told: Further plain data to record with a new run.
     """
-    from map_bo.app.build import build_problem, build_settings, build_tracking
+    from map_bo.app.build import build_problem, build_settings, build_tracking, refuse_unknown
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
     from map_bo.tracking.jsonl import JsonlStore
 
+    refuse_unknown(config)
     settings = build_settings(config)
     mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: what cannot be built leaves no run behind

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from map_bo.errors import StoreError
+from map_bo.errors import AnotherRunError
 
 __all__ = ["refuse_another"]
 
@@ -16,7 +16,7 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     Files may have moved, but their digests must be the same.
 
     Raises:
-        StoreError: When they differ; the message names the first difference.
+        AnotherRunError: When they differ; the message names the first difference.
     """
     before = _flat({part: recorded.get(part) for part in identity})
     now = _flat(identity)
@@ -24,7 +24,7 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     if different:
         key = different[0]
         more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-        raise StoreError(
+        raise AnotherRunError(
             "the run directory belongs to another run: "
             f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}",
             hint="use another run directory, or the settings that the run was started with",

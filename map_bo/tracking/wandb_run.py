@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-__all__ = ["STATE", "WandbRun", "has_key", "wandb_run_of"]
+__all__ = ["STATE", "WandbRun", "has_key", "mirrored", "wandb_run_of"]
 
 STATE = "wandb.json"
 """The file in a run directory by which a run goes on with its wandb run."""
@@ -73,6 +73,14 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(node, Mapping) and node.get("_target_") == _TARGET:
             return dict(node)
     return {}
+
+
+def mirrored(directory: Path) -> bool:
+    """Return whether the wandb run of the run in ``directory`` was told all of it."""
+    try:
+        return bool(json.loads((directory / STATE).read_text(encoding="utf-8"))["whole"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def has_key(environment: Mapping[str, str]) -> bool:
