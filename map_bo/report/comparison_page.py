@@ -57,6 +57,11 @@ def sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
     wins = win_rate_tables(found)
     quality, cost = measure_tables(found)
     same = "Only the seed varied."
+    crowded = (
+        [f"Win rates of {len(found.variants)} variants, each over each, are left out."]
+        if len(found.variants) > 1
+        else []
+    )
     every: list[tuple[str, str, list[str | Table]]] = [
         (
             "compared",
@@ -65,7 +70,7 @@ def sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
         ),
         ("quality", "Quality", [scale_words(found), quality, *([gaps] if gaps else [])]),
         ("progress", "Progress", ["plot:progress"]),
-        ("fronts", "Fronts", ["plot:fronts", *wins]),
+        ("fronts", "Fronts", ["plot:fronts", *(wins or crowded)]),
         ("cost", "Cost against quality", ["plot:cost", cost]),
         ("scale", "Scale", [scale_table(found)]),
         ("runs", "Runs", [runs_table(found)]),

@@ -28,6 +28,7 @@ _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 1, 2)))
 _PAIRS_UP_TO = 4
 _LABEL = 44
+_LINE = 0.19  # inches that a line of the legend takes
 
 
 @dataclass(frozen=True)
@@ -226,10 +227,13 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, title: str, looks: dict[str, _Look]) -> None:
     figure.suptitle(title, fontsize=11, color=INK)
+    columns = 2 if max(len(look.label) for look in looks.values()) > 24 else 3
+    lines = -(-len(looks) // columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * max(0, lines - 2))  # the axes keep theirs
     legend = figure.legend(
         handles=[look.handle() for look in looks.values()],
         loc="outside lower center",
-        ncols=2 if max(len(look.label) for look in looks.values()) > 24 else 3,
+        ncols=columns,
         frameon=False,
         fontsize=9,
     )
