@@ -47,7 +47,12 @@ th.name, td.name { white-space: normal; overflow-wrap: anywhere; min-width: 13re
 thead th { white-space: normal; min-width: 5.5rem; max-width: 16rem; }
 caption span { display: block; position: sticky; left: 0;
   max-width: min(44rem, calc(100vw - 2rem)); }
-@media print { caption span { max-width: none; } }
+table.matrix thead th { min-width: 0; }
+@media print {
+  caption span { max-width: 18cm; }
+  table.matrix { font-size: 6pt; }
+  table.matrix th, table.matrix td { padding: .1rem; }
+  table.matrix td { white-space: nowrap; } }
 """
 
 
@@ -146,8 +151,9 @@ def _html_table(table: Table) -> str:
         )
         rows.append(f"<tr>{cells}</tr>")
     caption = escape(table.caption)
+    square = ' class="matrix"' if table.matrix else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table{square}>'
         f"<caption><span>{caption}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
