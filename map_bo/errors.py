@@ -75,8 +75,16 @@ class StoreError(MapBoError):
     """A run directory that is locked, corrupt, full or of another configuration."""
 
 
+class AnotherRunError(StoreError):
+    """A run directory that holds a run of other settings than those it is to go on with."""
+
+
 class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
+
+
+class PublishError(MapBoError):
+    """A service that would not take a report; what was written locally stands."""
 
 
 class MissingDependencyError(MapBoError):

@@ -6,8 +6,8 @@ python -m benchmarks.quality.nested --smoke                 tiny, nothing record
 python -m benchmarks.quality.nested --tables                only write the tables again
 
 Cost is counted in data sets: one task measured at one point. A budget of ``B`` is what a flat run
-of ``B`` evaluations costs, ``B N`` data sets. Regret is the mean, over preferences, of the best known
-utility less that of the choice, on real metrics scaled to 0 at the worst of base and experts and 1
+of ``B`` evaluations costs, ``B N`` data sets. Regret is the mean, over preferences, of the
+best known utility less that of the choice, on real metrics scaled to 0 at the worst of base and experts and 1
 at the best expert. Volume is the side of the cube as large as what the real front dominates, along
 2,048 directions (scalarised; 1 is all experts' abilities in one model).
 """
@@ -38,12 +38,12 @@ from map_bo.loop.run import optimize
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.planner import most_stages
 from map_bo.nested.settings import Nested
-from map_bo.pareto.evolution import NSGA
+from map_bo.pareto.evolution import NSGA3
 from map_bo.pareto.indicators import preference_weights
 from map_bo.problems.zoo import DigitsZoo, digits_problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.reference_design import ReferenceDesign
-from map_bo.surrogates.reference import Reference
+from map_bo.surrogates.reference import ReferenceQuadratic
 
 __all__ = ["METHODS", "Cell", "best_known", "main"]
 
@@ -75,6 +75,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 of the budget. The last two merge for preferences given in advance."""
 
 BUDGETS = {2: (12, 24), 4: (12, 24, 48), 8: (16, 24, 48), 16: (16, 24, 48), 32: (16, 24, 48)}
+SEEDS = {16: 3, 32: 2}  # larger zoos have fewer, unless more are asked for
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,12 @@ class Cell:
         return CACHE / f"{self.experts}-{name}-{self.budget}-{self.seed}.json"
 
 
-def cells(experts: Sequence[int], seeds: int, methods: Sequence[str]) -> Iterator[Cell]:
+def cells(experts: Sequence[int], seeds: int | None, methods: Sequence[str]) -> Iterator[Cell]:
     """Yield all cells, seed by seed and the small zoos first."""
-    for seed in range(seeds):
+    for seed in range(seeds or 5):
         for n in experts:
+            if seed >= (seeds or SEEDS.get(n, 5)):
+                continue
             for method in methods:
                 if method != "flat" and n == 2:
                     continue  # two experts have one stage: the flat run
@@ -181,14 +184,16 @@ def _given(
         return torch.stack([choice.x for choice in found.choices]), found.data_sets
     chosen, spent = [], 0
     for one in wanted:
-        how = Nested(**given, preferences=(one,), stage_budgets=(PER_NODE,) * _stages(cell.experts))
+        how = Nested(
+            **given, preferences=(one,), stage_budgets=(PER_NODE,) * most_stages(cell.experts)
+        )
         found = optimize_nested(
             problem,
             cell.budget,
             nested=how,
             sampler=ReferenceDesign(points=PER_NODE),
-            surrogate=Reference(),
-            solver=NSGA(),
+            surrogate=ReferenceQuadratic(),
+            solver=NSGA3(),
             guard=False,
             verify=0,
             **common,
@@ -196,10 +201,6 @@ def _given(
         chosen.append(found.choices[0].x)
         spent += found.data_sets
     return torch.stack(chosen), spent // len(wanted)  # of one preference
-
-
-def _stages(n: int) -> int:
-    return most_stages(n)
 
 
 def volume_side(gains: Tensor) -> float:
@@ -316,7 +317,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--experts", nargs="+", type=int, default=list(BUDGETS))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, help="default: 5, fewer for larger zoos")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--direct", type=int, default=4000, help="evaluations of a direct search")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing recorded")

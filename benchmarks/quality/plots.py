@@ -16,7 +16,7 @@ from benchmarks.quality.protocol import CHECKPOINTS
 from benchmarks.quality.tables import present
 from benchmarks.quality.tidy import Row
 
-__all__ = ["LARGEST", "draw"]
+__all__ = ["LARGEST", "draw", "save_figure"]
 
 LARGEST = 100_000  # bytes of a plot, so that repositories stay light
 _MOST = 9  # cases in one figure
@@ -34,10 +34,10 @@ def draw(rows: Sequence[Row], folder: Path) -> list[Path]:
     ):
         figure = _curves(rows, measure, label)
         if figure is not None:
-            found.append(_save(figure, folder / f"{measure}.png"))
+            found.append(save_figure(figure, folder / f"{measure}.png"))
     figure = _ranks(rows)
     if figure is not None:
-        found.append(_save(figure, folder / "ranks.png"))
+        found.append(save_figure(figure, folder / "ranks.png"))
     return found
 
 
@@ -117,7 +117,7 @@ def _ranks(rows: Sequence[Row]) -> Figure | None:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     """Write a figure, coarser until it is small enough."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure)

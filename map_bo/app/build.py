@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from map_bo.app.schema import Config
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
@@ -28,8 +30,25 @@ __all__ = [
     "build_problem",
     "build_settings",
     "build_tracking",
+    "refuse_unknown",
     "working_directory",
 ]
+
+
+def refuse_unknown(config: DictConfig) -> None:
+    """Refuse options that nothing reads, which a ``+`` on the command line lets in.
+
+    Raises:
+        ConfigError: On the first of them.
+    """
+    known = [field.name for field in fields(Config)]
+    for key in map(str, config):
+        if key not in known:
+            near = get_close_matches(key, known, n=1)
+            raise ConfigError(
+                f"there is no option {key!r}",
+                hint=f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}",
+            )
 
 
 def build_problem(config: DictConfig) -> Problem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -10,6 +11,8 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
 __all__ = ["CompareRuns", "RefuseExistingRun"]
+
+logger = logging.getLogger(__name__)
 
 
 class RefuseExistingRun(Callback):
@@ -50,7 +53,13 @@ class CompareRuns(Callback):
         try:
             compared = compare_directories([directory], directory)
         except MapBoError as error:
-            _refuse(error.message, error.hint or "`map-bo report` writes the report again")
+            _refuse(error.message, error.hint or f"`map-bo report {directory}` writes it again")
+        except Exception as error:  # Hydra would make a warning of it, and the command a success
+            logger.exception("the comparison of %s failed", directory)
+            _refuse(
+                f"the runs are done, and their comparison failed: {type(error).__name__}: {error}",
+                f"`map-bo report {directory}` writes it again",
+            )
         sys.stdout.write(f"comparison of {compared.finished} runs: {compared.page}\n")
         if compared.missing:
             sys.stderr.write(f"error: {len(compared.missing)} jobs did not finish\n")

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["Compared", "compare_directories"]
+if TYPE_CHECKING:
+    from map_bo.report.comparison import Comparison
+
+__all__ = ["Compared", "compare_directories", "publish_comparison"]
 
 
 @dataclass(frozen=True)
@@ -14,11 +18,13 @@ class Compared:
     """What a comparison was made of.
 
     Attributes:
+        found: The comparison.
         page: The page that was written.
         finished: Number of runs that finished.
         missing: Name and reason of those that did not.
     """
 
+    found: Comparison
     page: Path
     finished: int
     missing: tuple[tuple[str, str], ...]
@@ -54,4 +60,30 @@ def compare_directories(
             hint="make the directory writable, or name another with `map-bo report ... --out DIR`",
         ) from error
     missing = tuple((record.name, record.reason) for record in found.missing)
-    return Compared(Path(out) / "report.html", len(found.runs), missing)
+    return Compared(found, Path(out) / "report.html", len(found.runs), missing)
+
+
+def publish_comparison(found: Comparison, *, place: str | None = None) -> tuple[str, int]:
+    """Make a W&B Report of a comparison.
+
+    Args:
+        found: The comparison.
+        place: Project of the runs, ``PROJECT`` or ``ENTITY/PROJECT``, where it is not the one
+            that they were recorded for.
+
+    Returns:
+        The address of the report, and how many of its runs were recorded offline.
+
+    Raises:
+        MissingDependencyError: Without ``wandb-workspaces``.
+        PublishError: When no run was tracked with wandb, without a login, or when the server
+            refuses the key, does not answer, or does not take the report.
+    """
+    from map_bo.report.wandb_publish import account, save_report
+    from map_bo.report.wandb_spec import require_tracked, wandb_report
+
+    require_tracked(found)  # first: who has nothing to show needs no login
+    who = account()
+    address = save_report(wandb_report(found, entity=who.entity, place=place, site=who.site))
+    offline = sum(run.record.wandb is not None and run.record.wandb.offline for run in found.runs)
+    return address, offline

@@ -6,7 +6,7 @@ import hashlib
 import logging
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.errors import MapBoError
+from map_bo.tracking.wandb_run import mirrored
 
 if TYPE_CHECKING:
     from map_bo.loop.result import Result
@@ -23,6 +24,8 @@ __all__ = ["job_name", "record_of", "register_job_name", "run_job"]
 logger = logging.getLogger(__name__)
 
 _LONGEST = 80
+_LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.Wandb"
+_MIRRORS = ("progress", "tracking")  # settings that only show a job; its name is without them
 
 
 def job_name(overrides: str) -> str:
@@ -45,8 +48,19 @@ def job_name(overrides: str) -> str:
 
 
 def register_job_name() -> None:
-    """Make :func:`job_name` known to configuration as ``${map_bo.job_name:...}``."""
-    OmegaConf.register_new_resolver("map_bo.job_name", job_name, replace=True)
+    """Make the names of jobs known to configuration, as ``${map_bo.job_name:OVERRIDES}``."""
+    OmegaConf.register_new_resolver("map_bo.job_name", _named_by, replace=True)
+
+
+def _named_by(overrides: Sequence[str]) -> str:
+    """Return the name of the job with these overrides, in any order."""
+    return job_name(",".join(sorted(text for text in overrides if _telling(text))))
+
+
+def _telling(override: str) -> bool:
+    """Return whether an override changes what a job finds."""
+    group = re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0]
+    return group not in _MIRRORS
 
 
 def record_of(hydra: Any) -> dict[str, Any]:
@@ -106,7 +120,7 @@ def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Resul
         now: Any = OmegaConf.to_container(config, resolve=True)
         refuse_another(_comparable(recorded), _comparable(now))
         state, space = load_state(directory)
-        if state.summary is not None and (directory / "report.html").exists():
+        if state.summary is not None and _shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")
             return Result.of(state, space, run_dir=directory)
     result = drive(config, directory, fresh=not (directory / "events.jsonl").exists(), told=told)
@@ -114,12 +128,23 @@ def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Resul
     return result
 
 
+def _shown(config: DictConfig, directory: Path) -> bool:
+    """Return whether the trackers of a finished job have told all of it."""
+    nodes = config.tracking if "tracking" in config else {"local": {"_target_": _LOCAL}}
+    for node in (nodes or {}).values():
+        if node.get("_target_") == _LOCAL and not (directory / "report.html").exists():
+            return False
+        if node.get("_target_") == _WANDB and not mirrored(directory):
+            return False
+    return True
+
+
 def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two jobs the same; whether progress is shown does not."""
+    """Return what makes two jobs the same; how they are shown does not."""
 
     def kept(node: Any) -> Any:
         if isinstance(node, Mapping):
             return {key: kept(value) for key, value in node.items() if key != "progress"}
         return node
 
-    return {key: kept(value) for key, value in tree.items() if key != "progress"}
+    return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}

@@ -6,7 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from map_bo.errors import ConfigError, MapBoError
 
@@ -33,7 +33,8 @@ examples:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted.
 
-    1 says that some jobs of a sweep did not finish; its report lists them.
+    1 says that part of it is done: some jobs of a sweep did not finish, and its report lists
+    them; or a report was written and could not be put on Weights & Biases.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -53,11 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
 
 
-def _fail(message: str, hint: str | None = None) -> None:
+def _fail(message: str, hint: str | None = None, *, status: int = 2) -> NoReturn:
     sys.stderr.write(f"error: {message}\n")
     if hint:
         sys.stderr.write(f"hint: {hint}\n")
-    raise SystemExit(2)
+    raise SystemExit(status)
 
 
 def _dispatch(arguments: list[str]) -> None:
@@ -106,6 +107,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     report.add_argument(
         "--baseline", metavar="VARIANT", help="variant that the others are compared with"
+    )
+    report.add_argument(
+        "--wandb", action="store_true", help="also make a W&B Report of the comparison"
+    )
+    report.add_argument(
+        "--wandb-project",
+        metavar="[ENTITY/]PROJECT",
+        help="where its runs are, if not where they were recorded for",
     )
 
     export = _command(commands, "export", "write a run as an Ax experiment", _export)
@@ -273,32 +282,51 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from map_bo.loop.sweeps import is_run
 
     if options.more or not is_run(options.run):
-        from map_bo.app.comparing import compare_directories
-
-        given = [options.run, *options.more]
-        out = options.out or ("comparison" if options.more else options.run)
-        compared = compare_directories(given, out, baseline=options.baseline)
-        sys.stdout.write(f"comparison of {compared.finished} runs written to {compared.page}\n")
-        for name, reason in compared.missing:
-            sys.stdout.write(f"did not finish: {name}: {reason}\n")
+        _report_comparison(options)
         return
+    from pathlib import Path
+
     from map_bo.loop.publish import view_of
     from map_bo.loop.reading import load_result
     from map_bo.report.artifacts import write_report
 
-    if options.baseline is not None:
-        raise ConfigError(
-            f"{options.run} is a single run, and --baseline names a variant of several",
-            hint="name a sweep, or several runs",
-        )
+    wandb = options.wandb or options.wandb_project
+    for name, asked in (("--baseline", options.baseline), ("--wandb", wandb)):
+        if asked:
+            raise ConfigError(
+                f"{options.run} is a single run, and {name} is for a comparison of several",
+                hint="name a sweep, or several runs",
+            )
     out = options.out or options.run
     write_report(view_of(load_result(options.run)), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
+
+
+def _report_comparison(options: argparse.Namespace) -> None:
+    from map_bo.app.comparing import compare_directories, publish_comparison
+
+    given = [options.run, *options.more]
+    out = options.out or ("comparison" if options.more else options.run)
+    compared = compare_directories(given, out, baseline=options.baseline)
+    sys.stdout.write(f"comparison of {compared.finished} runs written to {compared.page}\n")
+    for name, reason in compared.missing:
+        sys.stdout.write(f"did not finish: {name}: {reason}\n")
+    if not (options.wandb or options.wandb_project):
+        return
+    try:
+        address, offline = publish_comparison(compared.found, place=options.wandb_project)
+    except MapBoError as error:
+        sys.stdout.flush()
+        _fail(error.message, error.hint, status=1)
+    sys.stdout.write(f"W&B Report: {address}\n")
+    if offline:
+        sys.stdout.write(
+            f"{offline} of its runs were recorded offline: `wandb sync` uploads what is not yet "
+            "there\n"
+        )
 
 
 def _export(options: argparse.Namespace) -> None:

@@ -70,7 +70,13 @@ def drive(
         retry_failed: Whether to evaluate again what had failed.
         told: Further plain data to record with a new run.
     """
-    from map_bo.app.build import build_nested, build_problem, build_settings, build_tracking
+    from map_bo.app.build import (
+        build_nested,
+        build_problem,
+        build_settings,
+        build_tracking,
+        refuse_unknown,
+    )
     from map_bo.errors import ConfigError, StoreError
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
@@ -79,6 +85,7 @@ def drive(
     from map_bo.nested.run import NestedRun
     from map_bo.tracking.jsonl import JsonlStore
 
+    refuse_unknown(config)
     settings, nested = build_settings(config), build_nested(config)
     if nested is not None and config.get("start_from") is not None:
         raise ConfigError(

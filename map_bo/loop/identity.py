@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from map_bo.errors import StoreError
+from map_bo.errors import AnotherRunError
 
 __all__ = ["difference", "refuse_another"]
 
@@ -29,11 +29,11 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     """Compare what a run recorded of itself with what it would record now.
 
     Raises:
-        StoreError: When they differ; the message names the first difference.
+        AnotherRunError: When they differ; the message names the first difference.
     """
     found = difference(recorded, identity)
     if found is not None:
-        raise StoreError(
+        raise AnotherRunError(
             f"the run directory belongs to another run: {found}",
             hint="use another run directory, or the settings that the run was started with",
         )

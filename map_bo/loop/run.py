@@ -22,6 +22,7 @@ from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.identity import refuse_another
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
+from map_bo.loop.observed import ObservedVolume
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend, refitted
 from map_bo.loop.result import Result
@@ -86,6 +87,7 @@ class Run:
                 f"{anchors} of base, experts and uniform blend: a design that starts with these "
                 "skips the last of them"
             )
+        self._volume = ObservedVolume(problem.space, settings.reference)
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
         self.state: RunState = replay(events, problem.metrics, problem.space.d)
@@ -148,7 +150,8 @@ class Run:
                 f"{[metric.name for metric in outcome.metrics]}",
                 hint=f"metrics are {[metric.name for metric in self.problem.metrics]}",
             )
-        self._record("observed", {"index": index, "observation": encode_observations(outcome)})
+        data = {"index": index, "observation": encode_observations(outcome)}
+        self._record("observed", {**data, **self._volume.after(self.state.seen.append(outcome))})
 
     def reopen_failures(self) -> int:
         """Put every failed evaluation of the search back in line; return how many.
@@ -164,6 +167,7 @@ class Run:
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
         if failed:
             self._record("reopened", {"indices": failed})
+            self._volume = ObservedVolume(self.problem.space, self.settings.reference)
         return len(failed)
 
     def drive(self, progress: Progress = silent) -> Result:

@@ -6,7 +6,8 @@ Events and their data:
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again
-``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included
+``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
+               ``hypervolume`` of all points measured until then, once base and experts are known
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
                rows numbered on; ``source``: where they come from

@@ -7,14 +7,16 @@ import os
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from map_bo.errors import MapBoError, StoreError
+from map_bo.errors import AnotherRunError, MapBoError, StoreError
 from map_bo.loop.reading import created_of, load_state
 from map_bo.report.measured import Outcome, RunRecord, Status
 from map_bo.tracking.codec import decode_tensor
+from map_bo.tracking.wandb_run import wandb_run_of
 
 __all__ = [
     "clear_failure",
@@ -25,7 +27,8 @@ __all__ = [
 
 _EVENTS = "events.jsonl"
 _FAILURE = "failure.json"
-_IGNORED = {"progress"}  # settings that change nothing of what is found
+_HYDRA = ".hydra"  # every job begins with it
+_IGNORED = ("progress", "tracking")  # groups and settings that change nothing of what is found
 
 
 def is_run(directory: str | Path) -> bool:
@@ -45,6 +48,7 @@ def record_failure(directory: Path, error: BaseException) -> None:
     told = {
         "reason": reason,
         "hint": error.hint if isinstance(error, MapBoError) else None,
+        "refused": isinstance(error, AnotherRunError),
         "trace": None if known else "".join(traceback.format_exception(error)),
     }
     directory.mkdir(parents=True, exist_ok=True)
@@ -60,8 +64,8 @@ def clear_failure(directory: Path) -> None:
 def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[RunRecord]:
     """Return every run in the given sweeps (or runs), in the order of their paths.
 
-    A run is a directory with ``events.jsonl``, or one in which a job failed before its first
-    evaluation. Hidden directories (those of launchers) are passed over.
+    A run is a directory with ``events.jsonl``, or one in which a job failed or was killed before
+    it recorded anything. Hidden directories (those of launchers) are passed over.
 
     Args:
         directories: Directories of sweeps, or of single runs.
@@ -102,8 +106,9 @@ def _titles(directories: Sequence[Path]) -> list[str]:
 
 def _jobs(directory: Path) -> Iterator[Path]:
     for folder, inside, files in os.walk(directory):
+        begun = _HYDRA in inside
         inside[:] = sorted(name for name in inside if not name.startswith("."))
-        if is_run(folder) or _FAILURE in files:
+        if is_run(folder) or _FAILURE in files or begun:
             inside.clear()
             yield Path(folder)
 
@@ -112,21 +117,33 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
     page = job / "report.html"
     target = os.path.relpath(page if page.exists() else job, beside)
     link = quote(target if page.exists() else f"{target}/")
-    failure = _failure_of(job)
+    failure, refused = _failure_of(job)
     if not is_run(job):
-        return RunRecord(name, link, sweep, "failed", failure or "it recorded nothing")
+        status: Status = "failed" if failure else "unfinished"
+        return RunRecord(name, link, sweep, status, failure or "it recorded nothing")
     try:
-        created = created_of(job)
-        settings, named = _settings(created)
-        state, _ = load_state(job)
+        return _read(job, RunRecord(name, link, sweep, "finished"), failure, refused)
     except MapBoError as error:
-        return RunRecord(name, link, sweep, "unreadable", error.message)
+        reason = error.message
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"its record was changed, or written by another version: {error!r}"
+    return RunRecord(name, link, sweep, "unreadable", reason)
+
+
+def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord:
+    created = created_of(job)
+    settings, named = _settings(created)
+    state, _ = load_state(job)
+    known = replace(
+        known, settings=settings, named=named, wandb=wandb_run_of(job, created.get("config"))
+    )
     if state.summary is None or state.front is None:
         budget = created.get("settings", {}).get("budget", "?")
         done = f"{len(state.outcomes) + len(state.verified)} of {budget} evaluations are recorded"
         reason = f"{failure} ({done})" if failure else done
-        status: Status = "failed" if failure else "unfinished"
-        return RunRecord(name, link, sweep, status, reason, settings, named)
+        return replace(known, status="failed" if failure else "unfinished", reason=reason)
+    if refused:  # what finished there is not what was asked for
+        return replace(known, status="failed", reason=failure)
     scale = state.front_data["reference"]
     outcome = Outcome(
         seen=state.data,
@@ -136,16 +153,18 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
         rule=str(scale["rule"]),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
     )
-    return RunRecord(name, link, sweep, "finished", "", settings, named, outcome)
+    return replace(known, outcome=outcome)
 
 
-def _failure_of(job: Path) -> str:
+def _failure_of(job: Path) -> tuple[str, bool]:
+    """Return why a job failed, and whether it was refused for the run that lies there."""
     try:
-        return str(json.loads((job / _FAILURE).read_text(encoding="utf-8"))["reason"])
+        told = json.loads((job / _FAILURE).read_text(encoding="utf-8"))
+        return str(told["reason"]), bool(told.get("refused"))
     except FileNotFoundError:
-        return ""
-    except (OSError, ValueError, KeyError, TypeError):
-        return "it failed, and why cannot be read"
+        return "", False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "it failed, and why cannot be read", False
 
 
 def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
@@ -154,7 +173,8 @@ def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ..
     if "tree" not in config:  # a run made in Python
         return _flat(created.get("settings", {})), ()
     settings = _flat(config["tree"])
-    settings |= {key: str(value) for key, value in (config.get("choices") or {}).items() if value}
+    choices = config.get("choices") or {}
+    settings |= {key: str(value) for key, value in choices.items() if value and key not in _IGNORED}
     named = [text.lstrip("+~").partition("=")[0] for text in config.get("overrides") or ()]
     return settings, tuple(name.partition("@")[0] for name in named)
 
@@ -162,8 +182,10 @@ def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ..
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat: dict[str, str] = {}
     for key, value in data.items():
+        if f"{prefix}{key}" in _IGNORED or key == "progress":  # a problem may have its own
+            continue
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{key}.")
-        elif f"{prefix}{key}" not in _IGNORED and not key.startswith("_args_"):
+        elif not key.startswith("_args_"):
             flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
     return flat

@@ -174,21 +174,21 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
     settings = [dict(record.settings) for record in done]
     told = list(dict.fromkeys(key for record in done for key in record.named))
     found = variation(settings, told)
-    pairs = [(label, r.seed) for label, r in zip(found.labels, done, strict=True)]
+    pairs = [(label, r.seed or 0) for label, r in zip(found.labels, done, strict=True)]
     if len(set(pairs)) < len(pairs) and len({record.sweep for record in done}) > 1:
         for one, record in zip(settings, done, strict=True):
             one["sweep"] = record.sweep
         found = variation(settings, ["sweep", *told])
         notes.append("the sweeps share settings and seeds, so their runs are kept apart by sweep")
     point, best, rule = _scale(done, metrics)
-    runs: dict[tuple[str, int | None], Measured] = {}
+    runs: dict[tuple[str, int], Measured] = {}
     for record, label in zip(done, found.labels, strict=True):
-        if (label, record.seed) in runs:
+        if (label, record.seed or 0) in runs:
             notes.append(
                 f"{record.name} repeats the settings and the seed of another run; left out"
             )
             continue
-        runs[label, record.seed] = measured(record, label, metrics, point, best)
+        runs[label, record.seed or 0] = measured(record, label, metrics, point, best)
     order = list(found.order)
     if baseline is not None:
         if baseline not in order:

@@ -53,10 +53,11 @@ def results_csv(found: Comparison) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     references = [repr(value) for value in found.reference_point.tolist()]
+    keys = [key for key in found.keys if key != "sweep"]  # it has its column
     writer.writerow(
         [
             *("run", "sweep", "status", "reason", "variant", "seed"),
-            *found.keys,
+            *keys,
             *(measure.name for measure in MEASURES),
             *(f"reference:{metric.name}" for metric in found.metrics),
         ]
@@ -74,7 +75,7 @@ def results_csv(found: Comparison) -> str:
                 record.reason,
                 "" if run is None else run.variant,
                 "" if record.seed is None else str(record.seed),
-                *(record.settings.get(key, "") for key in found.keys),
+                *(record.settings.get(key, "") for key in keys),
                 *(repr(values[m.name]) if m.name in values else "" for m in MEASURES),
                 *(references if run is not None else [""] * len(references)),
             ]

@@ -24,7 +24,7 @@ from map_bo.report.comparison_tables import (
 )
 from map_bo.report.page_style import STYLE
 
-__all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part"]
+__all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part", "sections"]
 
 PLOTS = {
     "progress": (
@@ -47,17 +47,27 @@ th.name, td.name { white-space: normal; overflow-wrap: anywhere; min-width: 13re
 thead th { white-space: normal; min-width: 5.5rem; max-width: 16rem; }
 caption span { display: block; position: sticky; left: 0;
   max-width: min(44rem, calc(100vw - 2rem)); }
-@media print { caption span { max-width: none; } }
+table.matrix thead th { min-width: 0; }
+@media print {
+  caption span { max-width: 18cm; }
+  table.matrix { font-size: 6pt; }
+  table.matrix th, table.matrix td { padding: .1rem; }
+  table.matrix td { white-space: nowrap; } }
 """
 
 
-def _sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
+def sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
     """Return anchor, title, and content of every section; plots are named ``plot:NAME``."""
     varied, gaps, missing = varied_table(found), difference_table(found), missing_table(found)
     wins = win_rate_tables(found)
     quality, cost = measure_tables(found)
     same = "Only the seed varied."
-    sections: list[tuple[str, str, list[str | Table]]] = [
+    crowded = (
+        [f"Win rates of {len(found.variants)} variants, each over each, are left out."]
+        if len(found.variants) > 1
+        else []
+    )
+    every: list[tuple[str, str, list[str | Table]]] = [
         (
             "compared",
             "What was compared",
@@ -65,14 +75,14 @@ def _sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
         ),
         ("quality", "Quality", [scale_words(found), quality, *([gaps] if gaps else [])]),
         ("progress", "Progress", ["plot:progress"]),
-        ("fronts", "Fronts", ["plot:fronts", *wins]),
+        ("fronts", "Fronts", ["plot:fronts", *(wins or crowded)]),
         ("cost", "Cost against quality", ["plot:cost", cost]),
         ("scale", "Scale", [scale_table(found)]),
         ("runs", "Runs", [runs_table(found)]),
     ]
     if missing:
-        sections.append(("missing", "Runs that did not finish", [missing]))
-    return sections
+        every.append(("missing", "Runs that did not finish", [missing]))
+    return every
 
 
 def comparison_html(found: Comparison, plots: Mapping[str, bytes]) -> str:
@@ -83,12 +93,12 @@ def comparison_html(found: Comparison, plots: Mapping[str, bytes]) -> str:
         plots: PNG of each plot by its name in :data:`PLOTS`.
     """
     title = escape(f"Comparison of {found.title}")
-    sections = _sections(found)
-    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in sections)
+    every = sections(found)
+    links = "".join(f'<li><a href="#{name}">{text}</a></li>' for name, text, _ in every)
     body = "".join(
         f'<section aria-labelledby="{name}"><h2 id="{name}">{text}</h2>'
         f"{''.join(_html(part, found, plots) for part in parts)}</section>\n"
-        for name, text, parts in sections
+        for name, text, parts in every
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -141,8 +151,9 @@ def _html_table(table: Table) -> str:
         )
         rows.append(f"<tr>{cells}</tr>")
     caption = escape(table.caption)
+    square = ' class="matrix"' if table.matrix else ""
     return (
-        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table>'
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{caption}"><table{square}>'
         f"<caption><span>{caption}</span></caption><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
@@ -157,7 +168,7 @@ def _html_cell(cell: Cell) -> str:
 def comparison_markdown(found: Comparison) -> str:
     """Return the comparison as Markdown; its plots are the files ``comparison/NAME.png``."""
     lines = [f"# Comparison of {_plain(found.title)}", ""]
-    for _, title, parts in _sections(found):
+    for _, title, parts in sections(found):
         lines += [f"## {title}", ""]
         for part in parts:
             lines += [*markdown_part(part), ""]
@@ -184,7 +195,7 @@ def _markdown_table(table: Table) -> list[str]:
 
 def _markdown_cell(cell: Cell) -> str:
     if isinstance(cell, Link):
-        return f"[{_plain(cell.text)}]({quote(cell.target, safe='/%=,+@~')})"
+        return f"[{_plain(cell.text)}]({quote(cell.target, safe='/%=,+@~:')})"
     return _plain(cell)
 
 

@@ -20,14 +20,15 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-__all__ = ["cost_figure", "front_overlay", "progress_bands"]
+__all__ = ["COLOURS", "cost_figure", "front_overlay", "progress_bands"]
 
 # Okabe and Ito, "Color Universal Design" (2008); shapes and dashes tell apart beyond colour.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 1, 2)))
 _PAIRS_UP_TO = 4
 _LABEL = 44
+_LINE = 0.19  # inches that a line of the legend takes
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,9 @@ def _looks(found: Comparison) -> dict[str, _Look]:
     return {
         variant: _Look(
             plain(name),
-            _COLOURS[i % len(_COLOURS)],
+            COLOURS[i % len(COLOURS)],
             _SHAPES[i % len(_SHAPES)],
-            _DASHES[i // len(_COLOURS) % len(_DASHES)],
+            _DASHES[i // len(COLOURS) % len(_DASHES)],
         )
         for i, (variant, name) in enumerate(zip(found.variants, names, strict=True))
     }
@@ -226,10 +227,13 @@ def _figure(width: float, height: float) -> Figure:
 
 def _finish(figure: Figure, title: str, looks: dict[str, _Look]) -> None:
     figure.suptitle(title, fontsize=11, color=INK)
+    columns = 2 if max(len(look.label) for look in looks.values()) > 24 else 3
+    lines = -(-len(looks) // columns)
+    figure.set_figheight(figure.get_figheight() + _LINE * max(0, lines - 2))  # the axes keep theirs
     legend = figure.legend(
         handles=[look.handle() for look in looks.values()],
         loc="outside lower center",
-        ncols=2 if max(len(look.label) for look in looks.values()) > 24 else 3,
+        ncols=columns,
         frameon=False,
         fontsize=9,
     )

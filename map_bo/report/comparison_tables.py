@@ -25,7 +25,8 @@ __all__ = [
     "win_rate_tables",
 ]
 
-_HELD = 40  # variants beyond which the win-rate matrix would no longer be read
+_NAMED = 6  # variants beyond which the columns of the win-rate matrix have numbers for names
+_HELD = 24  # variants beyond which the win-rate matrix would no longer be read
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,14 @@ class Table:
         columns: Titles, as many as every row has cells.
         rows: The cells.
         words: Columns that hold words and not numbers, the first one aside.
+        matrix: Whether columns are what rows are, as many as there may be.
     """
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
     words: tuple[int, ...] = ()
+    matrix: bool = False
 
 
 def summary_words(found: Comparison) -> str:
@@ -158,20 +161,28 @@ def win_rate_tables(found: Comparison) -> list[Table]:
             "Share of pairs of front points in which the row's dominates the column's.",
         ),
     )
+    numbers = [str(number) for number in range(1, len(found.variants) + 1)]
+    few = len(found.variants) <= _NAMED
+    rows = (
+        found.variants
+        if few
+        else [f"{n}: {name}" for n, name in zip(numbers, found.variants, strict=True)]
+    )
     return [
         Table(
             f"{title} {what}. {definition}",
-            ("variant", *found.variants),
+            ("variant", *(found.variants if few else numbers)),
             tuple(
                 (
-                    row,
+                    name,
                     *(
                         "" if row == column else _rate(found.win_rate(row, column, kind))
                         for column in found.variants
                     ),
                 )
-                for row in found.variants
+                for name, row in zip(rows, found.variants, strict=True)
             ),
+            matrix=True,
         )
         for title, kind, definition in definitions
     ]

@@ -13,6 +13,7 @@ from torch import Tensor
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.indicators import hypervolume, scaled
+from map_bo.tracking.wandb_run import WandbRun
 
 __all__ = [
     "MEASURES",
@@ -66,6 +67,7 @@ class RunRecord:
         settings: Name and value of every setting.
         named: The settings that the user gave, most telling first.
         outcome: What it found; ``None`` unless it finished.
+        wandb: Where it is on Weights & Biases; ``None`` where it is not.
     """
 
     name: str
@@ -76,6 +78,7 @@ class RunRecord:
     settings: Mapping[str, str] = field(default_factory=dict)
     named: tuple[str, ...] = ()
     outcome: Outcome | None = None
+    wandb: WandbRun | None = None
 
     @property
     def seed(self) -> int | None:

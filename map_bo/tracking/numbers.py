@@ -38,16 +38,21 @@ class Numbers:
         self.names: tuple[str, ...] = ()
         self.metrics: tuple[Metric, ...] = ()
         self._rounds = self._evaluations = self._verifications = self._retries = 0
+        self._data_sets = 0
+        self._nodes: dict[str, Numbers] = {}
 
     def of(self, event: Event) -> dict[str, float]:
         """Return what ``event`` has to show by name; nothing for an event without numbers.
 
         ``proposed``: ``round``, ``proposal/points`` and ``proposal/seconds``. ``observed``:
         ``evaluation`` (counted from 1), ``coefficient/NAME``, ``metric/NAME`` (own unit),
-        ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1).
+        ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1),
+        ``hypervolume/observed points`` (real, scaled; once base and experts were measured).
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
         ``imported``: ``evaluation`` after them, and ``imported``, how many they are.
+        ``node``: what an event of a node of a nested run has to show, below ``nested/NODE/``;
+        ``measured``: ``nested/data_sets`` so far.
         ``checked`` and ``front``: whatever numbers were recorded, below ``stop/``,
         ``surrogate/``, ``uncertainty/`` and ``front/``.
 
@@ -72,11 +77,21 @@ class Numbers:
                 return {"retries": self._retries}
             case "observed":
                 self._evaluations += 1
-                return {"evaluation": self._evaluations, **self._outcome(data)}
+                numbers = {"evaluation": self._evaluations, **self._outcome(data)}
+                if "hypervolume" in data:
+                    numbers["hypervolume/observed points"] = data["hypervolume"]
+                return numbers
             case "imported":
                 count = len(data["indices"])
                 self._evaluations += count
                 return {"evaluation": self._evaluations, "imported": count}
+            case "node":
+                node = self._nodes.setdefault(data["node"], Numbers())
+                found = node.of(Event(data["kind"], data["data"], event.time))
+                return {f"nested/{data['node']}/{name}": value for name, value in found.items()}
+            case "measured":
+                self._data_sets += len(data["names"])
+                return {"nested/data_sets": self._data_sets}
             case "checked":
                 return flat(data, "stop")
             case "front":

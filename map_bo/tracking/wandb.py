@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import netrc
 import os
 import uuid
 from collections.abc import Mapping
@@ -12,13 +11,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
-from urllib.parse import urlparse
 
 from map_bo.errors import ConfigError
 from map_bo.tracking.background import Background
 from map_bo.tracking.numbers import Numbers, flat, front_table
 from map_bo.tracking.store import Event
 from map_bo.tracking.tracker import Tracker
+from map_bo.tracking.wandb_run import STATE, has_key
 
 if TYPE_CHECKING:
     import wandb
@@ -29,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["online", "offline", "disabled"]
 
-_STATE = "wandb.json"
-_HOST = "https://api.wandb.ai"
 _WRITTEN = (
     "events.jsonl",
     "evaluations.csv",
@@ -93,8 +90,7 @@ class Wandb:
 def default_mode(environment: Mapping[str, str]) -> Mode:
     """Return the mode of a run that was given none, by ``WANDB_MODE`` or by whether there is a key.
 
-    A key stands in ``WANDB_API_KEY``, or in the netrc file (``NETRC``, else ``~/.netrc``) under
-    the host of ``WANDB_BASE_URL``. Without one wandb would ask for it and wait.
+    Without a key wandb would ask for it and wait; see :func:`map_bo.tracking.wandb_run.has_key`.
     """
     asked = environment.get("WANDB_MODE", "").lower()
     if asked in ("offline", "dryrun"):
@@ -103,14 +99,7 @@ def default_mode(environment: Mapping[str, str]) -> Mode:
         return "disabled"
     if asked in ("online", "run"):
         return "online"
-    if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return "online"
-    host = urlparse(environment.get("WANDB_BASE_URL") or _HOST).hostname or ""
-    with suppress(OSError, netrc.NetrcParseError):
-        path = Path(environment.get("NETRC") or "~/.netrc").expanduser()
-        if netrc.netrc(str(path)).authenticators(host):
-            return "online"
-    return "offline"
+    return "online" if has_key(environment) else "offline"
 
 
 class WandbMirror:
@@ -133,7 +122,7 @@ class WandbMirror:
         self._state: dict[str, Any] = {"id": _new_id(), "events": 0, "whole": False}
         path = self._state_path()
         if path is not None:
-            with suppress(OSError, ValueError):
+            with suppress(OSError, ValueError, TypeError):
                 self._state.update(json.loads(path.read_text()))
 
     def observe(self, event: Event) -> None:
@@ -187,11 +176,19 @@ class WandbMirror:
             else:
                 self._state["id"] = _new_id()
             self._run = self._started("offline")
-        for kind in ("metric", "noise", "coefficient"):
+        for kind in ("metric", "noise", "coefficient", "hypervolume"):
             self._run.define_metric(
                 f"{self._settings.prefix}{kind}/*", step_metric=f"{self._settings.prefix}evaluation"
             )
-        self._keep()
+        offline = self._run.settings.mode == "offline"
+        self._keep(
+            project=self._settings.project,
+            entity=self._settings.entity or self._run.entity or None,
+            group=self._settings.group,
+            prefix=self._settings.prefix,
+            mode=mode,
+            offline=bool(self._state.get("offline")) or offline,
+        )
         return self._run
 
     def _started(self, mode: Mode) -> wandb.Run:
@@ -255,7 +252,7 @@ class WandbMirror:
             run.log_artifact(artifact)
 
     def _state_path(self) -> Path | None:
-        return None if self._directory is None else self._directory / _STATE
+        return None if self._directory is None else self._directory / STATE
 
     def _keep(self, **changes: Any) -> None:
         self._state.update(changes)
@@ -271,8 +268,13 @@ def _new_id() -> str:
 
 
 def _configuration(created: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved configuration, and below ``run`` what the run recorded of itself."""
-    config = created.get("config")
-    tree = config.get("tree", config) if isinstance(config, Mapping) else None
+    """Return the resolved configuration with what was chosen of each group below ``choices``.
+
+    What the run recorded of itself stands below ``run``.
+    """
+    given = created.get("config")
+    config = given if isinstance(given, Mapping) else {}
+    tree = config.get("tree", config)
+    choices = {"choices": config["choices"]} if config.get("choices") else {}
     own = {name: value for name, value in created.items() if name != "config"}
-    return {**(tree if isinstance(tree, Mapping) else {}), "run": own}
+    return {**(tree if isinstance(tree, Mapping) else {}), **choices, "run": own}

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from omegaconf import DictConfig, OmegaConf
 
-from map_bo.app.jobs import job_name, run_job
+from map_bo.app.jobs import job_name, register_job_name, run_job
 from map_bo.app.schema import register
 
 TOLD = {"overrides": ["seed=0"], "choices": {"surrogate": "quadratic"}}
@@ -62,6 +62,24 @@ def test_plain_overrides_are_the_name() -> None:
     assert job_name("problem.base=a/b").startswith("problem.base=a_b-")
 
 
+def test_the_name_of_a_job_is_without_what_only_shows_it() -> None:
+    register_job_name()
+    telling = ["surrogate=gp", "seed=0"]
+    shown = [
+        "progress=false",
+        "tracking=[local,wandb]",
+        "tracking.wandb.project=x",
+        "+tracking@a=b",
+    ]
+    named = OmegaConf.create({"told": telling, "name": "${map_bo.job_name:${told}}"})
+    assert named.name == "seed=0,surrogate=gp"
+    for more in shown:
+        named.told = [more, *telling]
+        assert named.name == "seed=0,surrogate=gp"
+    named.told = ["problem.progress=false", *telling]
+    assert named.name == "problem.progress=false,seed=0,surrogate=gp"
+
+
 def test_a_finished_job_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     job = tmp_path / "job"
     value = run_job(composed(), job, TOLD)
@@ -105,6 +123,36 @@ def test_a_finished_job_of_other_settings_is_refused(
     assert math.isnan(run_job(composed("loop.budget=9"), job, TOLD))
     said = capsys.readouterr().err
     assert "loop.budget was 8 and is 9" in said
+    assert json.loads((job / "failure.json").read_text())["refused"] is True
+
+
+def test_a_job_goes_on_with_another_tracking(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = tmp_path / "job"
+    value = run_job(composed("tracking=none"), job, TOLD)
+    assert not (job / "report.html").exists()
+    events = (job / "events.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run_job(composed("tracking=none"), job, TOLD) == value
+    assert "already finished" in capsys.readouterr().out
+    # What shows it is made up for, from the record.
+    assert run_job(composed("tracking=local"), job, TOLD) == value
+    assert (job / "report.html").exists()
+    assert (job / "events.jsonl").read_bytes() == events
+    monkeypatch.setattr("map_bo.app.jobs.mirrored", lambda directory: True)
+    capsys.readouterr()
+    run_job(composed("tracking=wandb"), job, TOLD)
+    assert "already finished" in capsys.readouterr().out
+
+
+def test_an_option_that_nothing_reads_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert math.isnan(run_job(composed("+sampelr=sobol"), tmp_path / "job", TOLD))
+    said = capsys.readouterr().err
+    assert "there is no option 'sampelr'" in said
+    assert "did you mean 'sampler'?" in said
 
 
 def test_a_failing_job_leaves_its_reason_and_no_run(

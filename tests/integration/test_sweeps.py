@@ -147,18 +147,59 @@ def test_a_failing_job_is_listed_and_the_others_finish(
         assert sorted(row["status"] for row in csv.DictReader(file)) == ["failed", "finished"]
 
 
+def test_a_comparison_that_fails_is_no_success(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("map_bo.app.comparing.compare_directories", broken)
+    words = ["run", "-m", *JOB, "surrogate=quadratic,gp", "seed=0,1", f"hydra.sweep.dir={sweep}"]
+    said = failing(capsys, *words)
+    assert "their comparison failed: RuntimeError: no font" in said
+    assert f"`map-bo report {sweep}`" in said
+
+
+def test_a_sweep_goes_on_with_another_tracking(
+    sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "another name"
+    shutil.copytree(sweep, copy)
+    capsys.readouterr()
+    words = ["run", "-m", *JOB, "tracking=none", "surrogate=quadratic,gp", "seed=0,1"]
+    main([*words, f"hydra.sweep.dir={copy}"])
+    assert capsys.readouterr().out.count("already finished") == 4
+    assert len(jobs(copy)) == 4
+
+
+def test_a_sweep_over_an_option_that_nothing_reads_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing(capsys, "run", "-m", *JOB, "+sed=0,1", f"hydra.sweep.dir={tmp_path}")
+    assert "there is no option 'sed'" in said
+    assert "did you mean 'seed'?" in said
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("launcher", "plugin", "more"),
+    ("launcher", "more"),
     [
-        ("joblib", "hydra_plugins.hydra_joblib_launcher", ["hydra.launcher.n_jobs=2"]),
-        ("submitit_local", "hydra_plugins.hydra_submitit_launcher", []),
+        ("joblib", ["hydra.launcher.n_jobs=2"]),
+        ("submitit_local", []),
+        ("ray", ["++hydra.launcher.ray.init.num_cpus=1"]),
     ],
 )
 def test_launchers_do_the_same_jobs(
-    launcher: str, plugin: str, more: list[str], tmp_path: Path, shell: Shell
+    launcher: str,
+    more: list[str],
+    tmp_path: Path,
+    shell: Shell,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    pytest.importorskip(plugin)
+    if launcher == "ray":  # the others belong to the extra `dev`
+        pytest.importorskip("ray", reason="Ray is not installed: pip install 'map-bo[ray]'")
+        monkeypatch.setenv("HOME", str(tmp_path))  # it keeps a token there
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     results = []
     for name, chosen in (("basic", []), (launcher, [f"hydra/launcher={launcher}", *more])):
         directory = tmp_path / name

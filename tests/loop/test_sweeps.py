@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.errors import StoreError
+from map_bo.errors import AnotherRunError, StoreError
 from map_bo.loop.run import optimize
 from map_bo.loop.sweeps import clear_failure, is_run, read_runs, record_failure
 from map_bo.samplers.space_filling import Sobol
@@ -99,6 +99,53 @@ def test_failures_are_recorded_read_and_cleared(tmp_path: Path) -> None:
     clear_failure(job)
     with pytest.raises(StoreError, match="holds no run"):
         read_runs([tmp_path], beside=tmp_path)
+
+
+def test_a_job_that_was_killed_before_its_first_event_is_listed(tmp_path: Path) -> None:
+    (tmp_path / "job" / ".hydra").mkdir(parents=True)
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert (record.status, record.reason) == ("unfinished", "it recorded nothing")
+
+
+def test_a_job_that_was_refused_is_not_the_run_that_lies_there(tmp_path: Path) -> None:
+    run(tmp_path / "job")
+    record_failure(tmp_path / "job", ValueError("the report could not be drawn"))
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert record.status == "finished"
+    record_failure(tmp_path / "job", AnotherRunError("seed was 0 and is 1"))
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert (record.status, record.reason) == ("failed", "seed was 0 and is 1")
+    assert record.outcome is None
+
+
+def test_what_only_shows_a_run_is_no_setting(tmp_path: Path) -> None:
+    tree = {
+        "seed": 0,
+        "progress": True,
+        "problem": {"progress": True, "experts": 4},
+        "tracking": {"wandb": {"group": "study"}},
+    }
+    run(tmp_path / "job", tree=tree, overrides=["tracking=wandb"], choices={"tracking": "wandb"})
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert record.settings == {"seed": "0", "problem.experts": "4"}
+
+
+def test_where_a_run_is_on_wandb_is_known(tmp_path: Path) -> None:
+    told = {"id": "abc", "events": 9, "project": "merging", "entity": "team"}
+    (run(tmp_path / "job") / "wandb.json").write_text(json.dumps(told))
+    (record,) = read_runs([tmp_path], beside=tmp_path)
+    assert record.wandb is not None
+    assert (record.wandb.id, record.wandb.entity) == ("abc", "team")
+
+
+@pytest.mark.parametrize("part", ["best", "reference"])
+def test_a_record_of_another_version_does_not_hide_the_others(tmp_path: Path, part: str) -> None:
+    run(tmp_path / "good")
+    lines = (run(tmp_path / "old") / "events.jsonl").read_text().replace(f'"{part}"', '"other"')
+    (tmp_path / "old" / "events.jsonl").write_text(lines)
+    good, old = read_runs([tmp_path], beside=tmp_path)
+    assert (good.status, old.status) == ("finished", "unreadable")
+    assert "another version" in old.reason
 
 
 def test_a_store_that_cannot_be_read_does_not_hide_the_others(sweep: Path, tmp_path: Path) -> None:

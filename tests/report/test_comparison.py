@@ -159,3 +159,9 @@ def test_a_repeated_run_and_a_missing_seed_are_noted() -> None:
     assert len(found.runs) == 1
     assert "b repeats" in found.notes[0]
     assert "no recorded seed" in compare([record({"a": "1"})], title="x").notes[0]
+
+
+def test_a_run_without_a_seed_does_not_stand_beside_seed_0() -> None:
+    found = compare([record({"seed": "0"}), record({}, name="made in Python")], title="x")
+    assert len(found.runs) == 1
+    assert any("made in Python repeats the settings" in note for note in found.notes)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from map_bo.report.comparison import compare
 from map_bo.report.comparison_files import results_csv, write_comparison
 from map_bo.report.measured import MEASURES
-from tests.report.fake_runs import comparison, failed
+from tests.report.fake_runs import comparison, failed, record
 
 
 def test_the_table_has_every_run_and_every_digit() -> None:
@@ -22,6 +23,15 @@ def test_the_table_has_every_run_and_every_digit() -> None:
         assert rows[-1][measure.name] == ""
     assert rows[-1]["reason"] == "out of memory"
     assert float(rows[0]["reference:rot90"]) == float(found.reference_point[0])
+
+
+def test_runs_that_are_told_apart_by_sweep_have_one_column_of_it() -> None:
+    one = [record({"seed": "0"}, sweep=name, name=f"{name}/job") for name in ("a", "b")]
+    found = compare(one, title="a and b")
+    assert found.keys == ("sweep",)
+    header, *rows = csv.reader(io.StringIO(results_csv(found)))
+    assert header.count("sweep") == 1
+    assert [row[header.index("sweep")] for row in rows] == ["a", "b"]
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 6])
@@ -40,9 +50,6 @@ def test_all_files_are_written_for_any_number_of_metrics(m: int, tmp_path: Path)
 
 
 def test_many_variants_with_strange_names_are_drawn(tmp_path: Path) -> None:
-    from map_bo.report.comparison import compare
-    from tests.report.fake_runs import record
-
     names = [f"$x_{i}^{{2}}$ 合并 {'long' * 20}" for i in range(12)]
     found = compare(
         [record({"name": name, "seed": "0"}, verify=0, evaluations=8) for name in names], title="x"

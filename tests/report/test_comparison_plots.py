@@ -1,9 +1,15 @@
 from __future__ import annotations
 
-import numpy as np
+import io
+from collections.abc import Callable
 
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+
+from map_bo.report.comparison import Comparison, compare
 from map_bo.report.comparison_plots import cost_figure, front_overlay, progress_bands
-from tests.report.fake_runs import comparison
+from tests.report.fake_runs import comparison, record
 
 
 def test_progress_shows_one_curve_and_one_band_a_variant() -> None:
@@ -19,6 +25,20 @@ def test_progress_shows_one_curve_and_one_band_a_variant() -> None:
 def test_a_single_seed_has_no_band() -> None:
     (axes,) = progress_bands(comparison(seeds=1)).axes
     assert not axes.collections
+
+
+@pytest.mark.parametrize("draw", [progress_bands, front_overlay, cost_figure])
+def test_axes_keep_their_size_whatever_the_number_of_variants(
+    draw: Callable[[Comparison], Figure],
+) -> None:
+    def height(variants: int) -> float:
+        names = [f"sampler number {i}, a long name" for i in range(variants)]
+        runs = [record({"s": name, "seed": "0"}, verify=0, evaluations=5) for name in names]
+        figure = draw(compare(runs, title="x"))
+        figure.savefig(io.BytesIO(), format="png")  # warns when there is no room
+        return figure.axes[0].get_window_extent().height
+
+    assert height(50) > 0.85 * height(2)
 
 
 def test_fronts_of_three_metrics_are_drawn_in_all_pairs() -> None:

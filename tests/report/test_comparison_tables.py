@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from map_bo.report.comparison import Comparison, compare
+from map_bo.report.comparison_page import comparison_markdown
 from map_bo.report.comparison_tables import (
     Link,
     difference_table,
@@ -12,7 +14,7 @@ from map_bo.report.comparison_tables import (
     varied_table,
     win_rate_tables,
 )
-from tests.report.fake_runs import comparison, failed
+from tests.report.fake_runs import comparison, failed, record
 
 
 def test_every_row_has_as_many_cells_as_there_are_columns() -> None:
@@ -81,3 +83,17 @@ def test_runs_are_linked_and_failures_say_why() -> None:
     assert table is not None
     assert table.rows[0][1:] == ("failed", "out of memory")
     assert missing_table(comparison(seeds=1)) is None
+
+
+def test_a_large_matrix_has_numbers_for_columns_and_a_larger_one_is_left_out() -> None:
+    def of(variants: int) -> Comparison:
+        runs = [record({"s": f"a{i}", "seed": "0"}, evaluations=5) for i in range(variants)]
+        return compare(runs, title="x")
+
+    table = win_rate_tables(of(7))[0]
+    assert table.columns == ("variant", *"1234567")
+    assert [row[0] for row in table.rows[:2]] == ["1: s=a0", "2: s=a1"]
+    assert win_rate_tables(of(6))[0].columns[1] == "s=a0"
+    assert not win_rate_tables(of(25))
+    text = comparison_markdown(of(25))
+    assert "Win rates of 25 variants, each over each, are left out." in text

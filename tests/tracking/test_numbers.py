@@ -18,3 +18,22 @@ def test_imported_observations_are_counted_among_the_evaluations() -> None:
     assert numbers.of(Event("imported", data)) == {"evaluation": 3, "imported": 3}
     one = {"index": 3, "observation": encode_observations(found.select([0]))}
     assert numbers.of(Event("observed", one))["evaluation"] == 4
+
+
+def test_nodes_of_a_nested_run_have_names_of_their_own() -> None:
+    metric, numbers = Metric("m"), Numbers()
+    space = CoefficientSpace.box(("a", "b")).describe()
+    created = {"space": space, "metrics": [encode_metric(metric)]}
+    numbers.of(Event("created", created))
+    assert numbers.of(Event("measured", {"names": ["m"]})) == {"nested/data_sets": 1}
+    assert numbers.of(Event("measured", {"names": ["m"]})) == {"nested/data_sets": 2}
+
+    def node(kind: str, data: object) -> dict[str, float]:
+        return numbers.of(Event("node", {"node": "0.1", "kind": kind, "data": data}))
+
+    assert node("created", created) == {}
+    one = Observations(torch.rand(1, 2), torch.rand(1, 1), (metric,))
+    found = node("observed", {"index": 0, "observation": encode_observations(one)})
+    assert found["nested/0.1/evaluation"] == 1
+    assert found["nested/0.1/metric/m"] == float(one.Y[0, 0])
+    assert "evaluation" not in found

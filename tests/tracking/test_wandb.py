@@ -77,6 +77,9 @@ def test_a_whole_run_is_mirrored(
         assert told.column(f"metric/{metric.name}") == result.seen.Y[:, j].tolist()
         assert told.column(f"real/{metric.name}") == result.verification.Y[:, j].tolist()
     assert told.column("failed") == [0] * 5
+    volumes = told.column("hypervolume/observed points")
+    assert len(volumes) == 3  # base and both experts come first
+    assert volumes[-1] == result.summary["hypervolume"]["observed points"]
     assert told.column("round") == [1, 2, 3, 4, 5]
     steps = told.column("_step")
     assert steps == sorted(set(steps))
@@ -246,9 +249,12 @@ def test_a_directory_that_cannot_be_written_costs_nothing(
     assert len(warnings_of(caplog)) <= 1
 
 
-def test_a_damaged_state_begins_a_new_wandb_run(tmp_path: Path, no_account: Path) -> None:
+@pytest.mark.parametrize("content", ["{", "null", "[3]"])
+def test_a_damaged_state_begins_a_new_wandb_run(
+    tmp_path: Path, no_account: Path, content: str
+) -> None:
     run(tmp_path, tracking="none")
-    (tmp_path / "wandb.json").write_text("{")
+    (tmp_path / "wandb.json").write_text(content)
     run(tmp_path, tracking="wandb")
     told = only(tmp_path)  # all that the record holds, though it was made without wandb
     assert told.column("metric/near a") == load_result(tmp_path).seen.Y[:, 0].tolist()

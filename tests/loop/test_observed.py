@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from map_bo.loop.observed import ObservedVolume
+from map_bo.loop.run import Run
+from map_bo.space import CoefficientSpace
+from map_bo.tracking.jsonl import MemoryStore
+from tests.loop.bowls import Bowls, quick
+
+
+def volumes(problem: Bowls, budget: int = 12, **changes: object) -> tuple[Run, list[float | None]]:
+    run = Run(problem, quick(budget, **changes), MemoryStore())
+    run.drive()
+    told = [e.data.get("hypervolume") for e in run.store.read() if e.kind == "observed"]
+    return run, told
+
+
+def test_it_begins_with_base_and_experts_and_ends_as_the_summary_says() -> None:
+    run, told = volumes(Bowls())
+    known = [value for value in told if value is not None]
+    assert told[:2] == [None, None]  # base, a, b
+    assert len(known) == len(told) - 2
+    assert known == sorted(known)
+    assert run.state.summary is not None
+    assert known[-1] == pytest.approx(run.state.summary["hypervolume"]["observed points"])
+
+
+def test_a_failed_expert_does_not_hold_it_back_and_failures_add_nothing() -> None:
+    _, told = volumes(Bowls(fails=lambda number, x: "broken" if number in (3, 6) else None))
+    assert told[2] is not None
+    assert told[5] == told[4]
+
+
+def test_a_given_reference_point_is_taken() -> None:
+    run, told = volumes(Bowls(), reference={"near a": -3.0, "far from b": 5.0})
+    assert run.state.summary is not None
+    assert told[-1] == pytest.approx(run.state.summary["hypervolume"]["observed points"])
+
+
+def test_going_on_says_the_same() -> None:
+    whole, told = volumes(Bowls(noise=0.01))
+    store = MemoryStore()
+    for event in [*whole.store.read()][:12]:
+        store.append(event)
+    again = Run(Bowls(noise=0.01), quick(12), store)
+    again.drive()
+    assert [e.data.get("hypervolume") for e in store.read() if e.kind == "observed"] == told
+
+
+def test_without_experts_there_is_no_scale() -> None:
+    problem = Bowls()
+    seen = problem.evaluate(torch.full((3, 2), 0.3), generator=torch.Generator())
+    assert ObservedVolume(CoefficientSpace.box(("a", "b"))).after(seen) == {}
+    lost = Bowls(fails=lambda number, x: "broken")
+    seen = lost.evaluate(torch.eye(2, dtype=torch.float64), generator=torch.Generator())
+    assert ObservedVolume(CoefficientSpace.box(("a", "b"))).after(seen) == {}
