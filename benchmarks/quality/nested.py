@@ -7,9 +7,9 @@ python -m benchmarks.quality.nested --tables                only write the table
 
 Cost is counted in data sets: one task measured at one point. A budget of ``B`` is what a flat run
 of ``B`` evaluations costs, ``B N`` data sets. Regret is the mean, over preferences, of the
-best known utility less that of the choice, on real metrics scaled to 0 at the worst of base and experts and 1
-at the best expert. Volume is the side of the cube as large as what the real front dominates, along
-2,048 directions (scalarised; 1 is all experts' abilities in one model).
+best known utility less that of the choice, on real metrics scaled to 0 at the worst of base
+and experts and 1 at the best expert. Volume is the side of the cube as large as what the real
+front dominates, along 2,048 directions (scalarised; 1 is all experts' abilities in one model).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +34,11 @@ from benchmarks.quality.cases_models import digits_networks
 from benchmarks.quality.nested_tables import figure, tables
 from benchmarks.quality.scoring import representatives
 from benchmarks.record import RESULTS, finish
+from map_bo.errors import BudgetError
 from map_bo.loop.run import optimize
+from map_bo.nested.budget import Purse, node_sizes
 from map_bo.nested.optimize import optimize_nested
-from map_bo.nested.planner import most_stages
+from map_bo.nested.planner import balanced, most_stages
 from map_bo.nested.settings import Nested
 from map_bo.pareto.evolution import NSGA3
 from map_bo.pareto.indicators import preference_weights
@@ -74,7 +76,7 @@ METHODS: dict[str, dict[str, Any] | None] = {
 """Settings of each method; 0 stages are as many as there can be, a negative ``refine`` is a share
 of the budget. The last two merge for preferences given in advance."""
 
-BUDGETS = {2: (12, 24), 4: (12, 24, 48), 8: (16, 24, 48), 16: (16, 24, 48), 32: (16, 24, 48)}
+BUDGETS = {2: (12, 24), 4: (16, 24, 48), 8: (24, 48), 16: (24, 48), 32: (36, 64)}
 SEEDS = {16: 3, 32: 2}  # larger zoos have fewer, unless more are asked for
 
 
@@ -106,16 +108,48 @@ def cells(experts: Sequence[int], seeds: int | None, methods: Sequence[str]) -> 
                     yield Cell(n, method, PER_NODE * most_stages(n) + 1, seed)
                     continue
                 for budget in BUDGETS[n]:
-                    if _affordable(n, method, budget):
-                        yield Cell(n, method, budget, seed)
+                    cell = Cell(n, method, budget, seed)
+                    if affordable(cell):
+                        yield cell
 
 
-def _affordable(n: int, method: str, budget: int) -> bool:
-    stages = (METHODS[method] or {}).get("stages")
-    least = {"fronts, pairs": 8 * most_stages(n), "given preferences, 2 stages": 16}
-    if method in least:
-        return budget >= least[method]
-    return stages is None or budget >= 12
+def settings_of(cell: Cell) -> Nested | None:
+    """Return how a cell merges in stages, for one preference where it is as published."""
+    given = METHODS[cell.method]
+    if given is None:
+        return None
+    how = dict(given)
+    if "stages" in how:
+        how["stages"] = how["stages"] or most_stages(cell.experts)
+    if how.get("refine", 0) < 0:
+        how["refine"] = cell.budget // -how["refine"]
+    if cell.method == "published":
+        how["stage_budgets"] = (PER_NODE,) * most_stages(cell.experts)
+    if how.get("hand_up") == "point":
+        names = DigitsZoo(cell.experts).names
+        wanted = preferences(cell.experts, GIVEN).tolist()
+        how["preferences"] = tuple(dict(zip(names, w, strict=True)) for w in wanted)
+    return Nested(**how)
+
+
+def affordable(cell: Cell) -> bool:
+    """Return whether every node of a cell's tree can have the evaluations that it needs."""
+    how, n = settings_of(cell), cell.experts
+    if how is None or cell.method == "published":
+        return True
+    tree = balanced(DigitsZoo(n).names, how.stages or 1)
+    below = {path: len(group.leaves) for path, group in tree.nodes()}
+    verified = min(GIVEN, cell.budget // 10, 8) if how.preferences else 0
+    try:
+        Purse(
+            tree,
+            how,
+            node_sizes(tree, how, below, 1, n),
+            (cell.budget - how.refine - verified) * n,
+        )
+    except BudgetError:
+        return False
+    return True
 
 
 def preferences(n: int, count: int) -> Tensor:
@@ -136,7 +170,7 @@ def run(cell: Cell) -> dict[str, Any]:
     n, start = cell.experts, time.perf_counter()
     problem = digits_problem(n)
     names = [metric.name for metric in problem.metrics]
-    given = METHODS[cell.method]
+    given = settings_of(cell)
     W = preferences(n, PREFERENCES)
     common: dict[str, Any] = {"seed": cell.seed, "progress": False, "tracking": "none"}
     if given is None:
@@ -144,15 +178,12 @@ def run(cell: Cell) -> dict[str, Any]:
         spent = (len(flat.seen) + len(flat.verification)) * n
         chosen = torch.stack([flat.choose(dict(zip(names, w, strict=True))).x for w in W.tolist()])
         front = flat.front
-    elif given.get("hand_up") == "point":
+    elif given.hand_up == "point":
         W = W[:GIVEN]
-        chosen, spent = _given(cell, problem, names, W, common)
+        chosen, spent = _given(cell, problem, given, common)
         front = None
     else:
-        how = {**given, "stages": given["stages"] or most_stages(n)}
-        if how.get("refine", 0) < 0:
-            how["refine"] = cell.budget // -how["refine"]
-        found = optimize_nested(problem, cell.budget, nested=Nested(**how), **common)
+        found = optimize_nested(problem, cell.budget, nested=given, **common)
         spent = found.data_sets
         chosen = torch.stack([found.choose(dict(zip(names, w, strict=True))).x for w in W.tolist()])
         front = found.front
@@ -172,25 +203,17 @@ def run(cell: Cell) -> dict[str, Any]:
     }
 
 
-def _given(
-    cell: Cell, problem: Any, names: list[str], W: Tensor, common: Mapping[str, Any]
-) -> tuple[Tensor, int]:
+def _given(cell: Cell, problem: Any, how: Nested, common: Mapping[str, Any]) -> tuple[Tensor, int]:
     """Merge for preferences given in advance: one after the other as published, or all at once."""
-    wanted = [dict(zip(names, w, strict=True)) for w in W.tolist()]
-    given = dict(METHODS[cell.method] or {})
     if cell.method != "published":
-        how = Nested(**given, preferences=tuple(wanted))
         found = optimize_nested(problem, cell.budget, nested=how, **common)
         return torch.stack([choice.x for choice in found.choices]), found.data_sets
     chosen, spent = [], 0
-    for one in wanted:
-        how = Nested(
-            **given, preferences=(one,), stage_budgets=(PER_NODE,) * most_stages(cell.experts)
-        )
+    for one in how.preferences:
         found = optimize_nested(
             problem,
             cell.budget,
-            nested=how,
+            nested=replace(how, preferences=(one,)),
             sampler=ReferenceDesign(points=PER_NODE),
             surrogate=ReferenceQuadratic(),
             solver=NSGA3(),
@@ -200,7 +223,7 @@ def _given(
         )
         chosen.append(found.choices[0].x)
         spent += found.data_sets
-    return torch.stack(chosen), spent // len(wanted)  # of one preference
+    return torch.stack(chosen), spent // len(how.preferences)  # of one preference
 
 
 def volume_side(gains: Tensor) -> float:
@@ -325,7 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="record the summary as JSON")
     options = parser.parse_args(arguments)
     if options.smoke:
-        row = run(Cell(4, "fronts, 2 stages", 12, 0))
+        row = run(Cell(4, "fronts, 2 stages", 14, 0))
         known = best_known(4, [row], 200)
         finish("nested", [f"{row['data_sets']} data sets, {len(known)} preferences"], {}, None)
         return

@@ -52,8 +52,14 @@ def node_sizes(
         if nested.hand_up == "surrogate":
             coefficients = blocks * len(node.leaves)
         else:
-            each = nested.points if nested.hand_up == "points" else 1
-            coefficients = blocks * outer + each * len(inner)
+            handed = [
+                min(nested.points, sizes[*path, i].coefficients)
+                if nested.hand_up == "points"
+                else 1
+                for i, child in enumerate(node.children)
+                if isinstance(child, Group)
+            ]
+            coefficients = blocks * outer + sum(handed)
         metrics = below[path] if path else everything
         runs = max(1, len(nested.preferences)) if inner and nested.hand_up == "point" else 1
         sizes[path] = NodeSize(coefficients, metrics, runs)
