@@ -152,6 +152,7 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
         best=decode_tensor(scale["best"]),
         rule=str(scale["rule"]),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
+        data_sets=(state.summary.get("nested") or {}).get("data_sets"),
     )
     return replace(known, outcome=outcome)
 

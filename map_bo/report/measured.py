@@ -44,6 +44,8 @@ class Outcome:
         best: ``m`` values at the other end of the scale.
         rule: Where the two come from, such as "worst of base and experts".
         seconds: Seconds spent on each phase.
+        data_sets: Measurements of one metric at one point that it cost. ``None`` is all metrics at
+            every evaluation; a nested run also measures some of them at points of its nodes.
     """
 
     seen: Observations
@@ -52,6 +54,14 @@ class Outcome:
     best: Tensor
     rule: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    data_sets: int | None = None
+
+    @property
+    def evaluations(self) -> float:
+        """How many evaluations of all metrics it cost, or would have."""
+        if self.data_sets is None:
+            return float(len(self.seen))
+        return self.data_sets / len(self.seen.metrics)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +104,8 @@ class Measured:
     Attributes:
         record: The run.
         variant: The settings that tell it from the others.
-        places: Numbers of evaluations.
+        places: Numbers of evaluations. Those of a nested run's nodes come before the first of
+            all metrics.
         volumes: Hypervolume of all points observed until then, real.
         points: ``k x m`` non-dominated observed points, own units, real.
         values: Value of each measure that the run has, by its name.
@@ -175,13 +186,15 @@ def measured(
     if len(metrics) > _EXACT_METRICS and len(places) > _PLACES:
         places = sorted({round(place) for place in np.linspace(1, len(seen), _PLACES)})
     volumes = [hypervolume(observed[:place][seen.ok[:place]], zero) for place in places]
+    before = max(0, round(outcome.evaluations) - len(seen))
+    places = [before + place for place in places]
     rows = seen.ok.nonzero().flatten()
     rows = rows[non_dominated(observed[rows])] if len(rows) else rows
     spent = outcome.seconds
     values = {
         "observed_hypervolume_real": volumes[-1] if volumes else 0.0,
         "front_hypervolume_predicted": hypervolume(gains(front.mean), zero),
-        "evaluations": float(len(seen)),
+        "evaluations": outcome.evaluations,
         "failures": float((~seen.ok).sum()),
         "seconds_evaluating": float(seen.cost.nansum()),
         "seconds_choosing": sum(value for name, value in spent.items() if name != "evaluate"),

@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 from hydra import compose, initialize_config_module
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from map_bo.app.build import (
+    build_nested,
     build_problem,
     build_settings,
     build_tracking,
@@ -25,6 +27,8 @@ from map_bo.loop.mirrors import Local
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
+from map_bo.nested.optimize import nested_run
+from map_bo.nested.settings import Nested
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.tracker import Tracking
 from map_bo.tracking.wandb import Wandb
@@ -81,7 +85,13 @@ def test_every_experiment_runs_in_a_smoke_size(name: str, zoo_cache: Path) -> No
     OmegaConf.update(config, "problem.experts", min(3, config.problem.experts))
     if "points" in config.solver:
         OmegaConf.update(config, "solver.points", 30)
-    result = Run(build_problem(config), build_settings(config), MemoryStore()).drive()
+    nested = build_nested(config)
+    if nested is None:
+        result = Run(build_problem(config), build_settings(config), MemoryStore()).drive()
+    else:
+        config.loop.budget = 12
+        problem, settings = build_problem(config), build_settings(config)
+        result = nested_run(problem, settings, nested, MemoryStore()).drive()
     assert len(result.front) >= 1
 
 
@@ -99,14 +109,33 @@ def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> 
     study = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())
     swept = study["hydra"]["sweeper"]["params"]
     assert swept.pop("seed") == "range(10)"
-    options = [[f"{key}={value}" for value in values.split(",")] for key, values in swept.items()]
+    parsed = OverridesParser.create().parse_overrides([f"{k}={v}" for k, v in swept.items()])
+    options = [
+        [f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()]
+        for one in parsed
+    ]
     for overrides in itertools.product(*options):
         config = composed(f"experiment={name}", *overrides)
         assert isinstance(build_settings(config), Settings)
+        assert build_nested(config) is None or isinstance(build_nested(config), Nested)
         for override in overrides:
             key, _, value = override.partition("=")
             if key not in GROUPS:
-                assert OmegaConf.select(config, key) == yaml.safe_load(value)
+                assert OmegaConf.select(config, key) == yaml.safe_load(value.replace(":", ": "))
+
+
+@pytest.mark.parametrize("name", sorted(set(GROUPS["nested"]) - {"none", "by_hand"}))
+def test_every_way_of_nesting_builds(name: str) -> None:
+    assert isinstance(build_nested(composed(f"nested={name}")), Nested)
+
+
+def test_a_tree_by_hand_has_to_be_given() -> None:
+    with pytest.raises(ConfigError, match=r"nested\.tree|Missing mandatory"):
+        build_nested(composed("nested=by_hand"))
+    tree = "nested.tree=[[rot90,invert],[flip,permute]]"
+    built = build_nested(composed("nested=by_hand", tree))
+    assert built is not None
+    assert built.tree == [["rot90", "invert"], ["flip", "permute"]]
 
 
 def test_the_schema_and_the_settings_agree() -> None:

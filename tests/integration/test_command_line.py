@@ -15,18 +15,8 @@ from safetensors.torch import load_file
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result, load_state
 from tests.integration.conftest import SMALL, Shell
+from tests.integration.mistakes import failing
 from tests.tracking.wandb_reader import sessions
-
-
-def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """Run in this process, expect a user's mistake, and return what was said."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    said = capsys.readouterr().err
-    assert caught.value.code == 2, said
-    assert "Traceback" not in said
-    return said
 
 
 def test_help_names_every_command(shell: Shell) -> None:

@@ -14,7 +14,7 @@ import torch
 from map_bo.app.main import main
 from map_bo.loop.reading import load_state
 from tests.integration.conftest import Shell
-from tests.integration.test_command_line import failing
+from tests.integration.mistakes import failing
 
 JOB = [
     "problem=sigmoid",

@@ -15,7 +15,7 @@ from map_bo.loop.sweeps import read_runs
 from map_bo.report.comparison import compare
 from map_bo.report.wandb_panels import Bars, FrontTable, Grid, Images, Lines, Parallel, Scatter
 from map_bo.report.wandb_spec import wandb_report
-from tests.integration.test_command_line import failing
+from tests.integration.mistakes import failing
 from tests.integration.test_sweeps import JOB
 from tests.report.wandb_server import KEY, serving
 from tests.tracking.wandb_reader import sessions
