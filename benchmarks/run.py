@@ -19,23 +19,31 @@ from benchmarks.quality import evidence
 from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
+NESTED = README.parent / "docs" / "nested.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
     "step": "benchmarks.speed.step",
     "kill": "benchmarks.quality.kill",
 }
-# Longer than all others together; it has a document of its own, docs/evidence.md.
-STUDY = {"quality": "benchmarks.quality"}
+# Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
+STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
 
 
-def filled(text: str) -> str:
-    """Return README text with the recorded tables between their markers."""
+def filled(text: str, *, full: bool = False) -> str:
+    """Return text with the recorded tables between their markers.
+
+    Args:
+        text: That of README.md or of a document beside it.
+        full: Whether to take the long form of a table, where there is one.
+    """
     for name in {**MODULES, **STUDY}:
         path = RESULTS / f"{name}.json"
         if not path.exists() or f"<!-- table:{name} -->" not in text:
             continue
-        table = "\n".join(json.loads(path.read_text())["table"]).strip()
+        record = json.loads(path.read_text())
+        lines = record["data"]["full"] if full else record["table"]
+        table = "\n".join(lines).strip()
         opening, closing = f"<!-- table:{name} -->\n", f"<!-- /table:{name} -->"
         before, rest = text.split(opening)
         after = rest.split(closing, maxsplit=1)[1]
@@ -59,6 +67,7 @@ def main() -> None:
                 subprocess.run([*command, *(["--smoke"] if options.smoke else [])], check=True)
     if not options.smoke:
         README.write_text(filled(README.read_text()))
+        NESTED.write_text(filled(NESTED.read_text(), full=True))
         evidence.write()
 
 

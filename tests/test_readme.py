@@ -46,7 +46,7 @@ def test_every_linked_file_exists() -> None:
 
 
 def test_the_configuration_names_in_the_table_are_the_files() -> None:
-    for group in ("sampler", "surrogate", "solver"):
+    for group in ("sampler", "surrogate", "solver", "nested"):
         (row,) = (line for line in TEXT.splitlines() if line.startswith(f"| {group} |"))
         named = set(re.findall(r"`([a-z0-9_]+)`", row))
         assert named == {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}

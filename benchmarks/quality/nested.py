@@ -31,7 +31,7 @@ from torch import Tensor
 
 from benchmarks.quality import kept
 from benchmarks.quality.cases_models import digits_networks
-from benchmarks.quality.nested_tables import figure, tables
+from benchmarks.quality.nested_tables import figure, short, tables
 from benchmarks.quality.scoring import representatives
 from benchmarks.record import RESULTS, finish
 from map_bo.errors import BudgetError
@@ -373,7 +373,7 @@ def main(arguments: list[str] | None = None) -> None:
         gather(options.experts, options.direct)
     rows = read()
     figure(rows, PLOT)
-    finish("nested", tables(rows), {"rows": len(rows)}, options.out)
+    finish("nested", short(rows), {"rows": len(rows), "full": tables(rows)}, options.out)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from benchmarks.quality.plots import save_figure
 from map_bo.report.bootstrap import mean_interval
 
-__all__ = ["TARGET", "figure", "fitted", "needed", "tables"]
+__all__ = ["TARGET", "figure", "fitted", "needed", "short", "tables"]
 
 TARGET = 0.1
 """Regret that counts as good enough, in units of the best expert."""
@@ -54,6 +54,45 @@ def fitted(points: Sequence[tuple[int, float]]) -> tuple[float, float] | None:
     spread = float(((whole - whole.mean()) ** 2).sum())
     left = float(((logs - logs.mean()) ** 2).sum())
     return math.exp(float(logs.mean())), 1 - left / spread if spread else 1.0
+
+
+def short(rows: Sequence[Row]) -> list[str]:
+    """Return what README.md shows: flat and nested at equal cost, and who has the lower regret."""
+    lines = [
+        "| experts | budget | flat | best nested that keeps a front | lower in "
+        "| published, one preference (data sets) |",
+        "|---:|---:|---:|---:|---|---:|",
+    ]
+    won, pairs = 0, 0
+    for n in sorted({row["experts"] for row in rows if row["experts"] > 2}):
+        published = _held(rows, experts=n, method="published")
+        told = "-"
+        if published:
+            cost = np.mean([row["data_sets"] for row in published])
+            told = f"{_mean(published):.3f} ({cost:.0f})"
+        for budget in sorted({row["budget"] for row in _held(rows, experts=n, method="flat")}):
+            here = _held(rows, experts=n, budget=budget)
+            flat = {row["seed"]: row["regret"] for row in _held(here, method="flat")}
+            kept = [m for m in _methods(here) if m.startswith(("fronts", "surrogates"))]
+            if not kept:
+                continue
+            best = min(kept, key=lambda name: _mean(_held(here, method=name)))
+            own = [row for row in _held(here, method=best) if row["seed"] in flat]
+            lower = sum(row["regret"] < flat[row["seed"]] for row in own)
+            won, pairs = won + lower, pairs + len(own)
+            lines.append(
+                f"| {n} | {budget} | {_mean(_held(here, method='flat')):.3f} | "
+                f"{_mean(own):.3f} ({best}) | {lower} of {len(own)} | {told} |"
+            )
+    said = (
+        f"Mean regret at equal cost. The best of the nested variants that keep a front has a lower "
+        f"regret than the flat run in {won} of {pairs} paired runs."
+    )
+    return [said, "", *lines]
+
+
+def _mean(rows: Sequence[Row]) -> float:
+    return float(np.mean([row["regret"] for row in rows]))
 
 
 def tables(rows: Sequence[Row]) -> list[str]:

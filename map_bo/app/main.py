@@ -252,6 +252,8 @@ def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.build import build_problem, working_directory
     from map_bo.loop.reading import created_of
     from map_bo.loop.run import refuse_another
+    from map_bo.nested.materialised import exporting
+    from map_bo.nested.reading import is_nested
 
     choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
     out = os.path.abspath(options.out)
@@ -264,7 +266,10 @@ def _merge(options: argparse.Namespace) -> None:
             # The coefficients are worth nothing for other checkpoints than those of the run.
             now = json.loads(json.dumps(describe()))
             refuse_another({"problem": created["problem"]}, {"problem": now})
-        written = replace(choice, problem=problem).export(out)
+        exports = None
+        if is_nested(created):
+            exports = exporting(problem, options.run)
+        written = replace(choice, problem=problem, exports=exports).export(out)
     sys.stdout.write(f"merged model written to {written}\n")
 
 

@@ -58,6 +58,7 @@ class Choice:
         refined: Whether the surrogate was solved for this very preference, starting from
             ``point``, because that promised more than the point itself.
         problem: The problem, needed to export.
+        exports: What writes the model in place of the problem, where that is something else.
     """
 
     point: int
@@ -72,6 +73,7 @@ class Choice:
     preference: Preference | None = None
     refined: bool = False
     problem: Problem | None = None
+    exports: Exportable | None = None
 
     @property
     def expected(self) -> Tensor:
@@ -111,12 +113,13 @@ class Choice:
         Raises:
             MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
         """
-        if not isinstance(self.problem, Exportable):
+        writer = self.problem if self.exports is None else self.exports
+        if not isinstance(writer, Exportable):
             raise MergeError(
                 f"{type(self.problem).__name__} has no models to merge",
                 hint="export works for problems whose points are merged checkpoints",
             )
-        return self.problem.export(self.x, out, record={"choice": self.describe()})
+        return writer.export(self.x, out, record={"choice": self.describe()})
 
 
 @dataclass(frozen=True, eq=False)

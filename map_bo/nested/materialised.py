@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import ConfigError, StoreError
+from map_bo.loop.result import Exportable
 from map_bo.loop.settings import Settings
 from map_bo.merging.checkpoint import CheckpointSource
 from map_bo.nested.composition import Part
@@ -24,7 +25,8 @@ from map_bo.nested.conclusion import Final
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.node_problem import ChildMean
 from map_bo.nested.nodes import Node
-from map_bo.nested.result import NestedResult
+from map_bo.nested.reading import load_nested
+from map_bo.nested.result import Exporting, NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Path, path_name
@@ -34,7 +36,7 @@ from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker
 
-__all__ = ["MaterialisedRun", "Mergeable", "composes", "rebuilt"]
+__all__ = ["MaterialisedRun", "Mergeable", "composes", "exporting", "rebuilt"]
 
 _FOLDER = "merged"
 
@@ -282,3 +284,19 @@ def rebuilt(problem: Problem, result: NestedResult, events: Sequence[Event]) -> 
             f"the record does not say what node {error} handed up",
             hint="finish the run with `map-bo resume`",
         ) from error
+
+
+def exporting(problem: Problem, run_dir: str | FilePath) -> Exportable | None:
+    """Return what writes the models of a recorded nested run; None when they are no models.
+
+    Args:
+        problem: The problem of all experts.
+        run_dir: The run's directory.
+
+    Raises:
+        StoreError: When the record does not say what was merged.
+    """
+    result = load_nested(run_dir)
+    if not composes(problem):
+        problem = rebuilt(problem, result, list(JsonlStore.open(FilePath(run_dir)).read()))
+    return Exporting(problem, result.summary) if isinstance(problem, Exportable) else None

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor
 
-from map_bo.loop.result import Choice, Result
+from map_bo.loop.result import Choice, Exportable, Result
 from map_bo.nested.tree import Group, drawn, path_name
+from map_bo.pareto.preferences import Preference
 
-__all__ = ["NestedResult", "NodeRecord", "described"]
+__all__ = ["Exporting", "NestedResult", "NodeRecord", "described"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,29 @@ def described(
 
 
 @dataclass(frozen=True, eq=False)
+class Exporting:
+    """Writes models as a problem does, with the tree that they come from in the recipe.
+
+    Attributes:
+        problem: Writes the models.
+        summary: The summary of the nested run.
+    """
+
+    problem: Exportable
+    summary: Mapping[str, Any]
+
+    def export(self, x: Tensor, out: str | Path, *, record: Mapping[str, Any]) -> Path:
+        """Write the model with coefficients ``x`` (``d``); see :class:`Exportable`."""
+        told = self.summary["nested"]
+        nodes = [
+            {"node": node["node"], "merges": node["label"], "handed": node["handed"]}
+            for node in told["nodes"]
+        ]
+        recipe = {**record, "nested": {"tree": told["tree"], "nodes": nodes}}
+        return self.problem.export(x, out, record=recipe)
+
+
+@dataclass(frozen=True, eq=False)
 class NestedResult(Result):
     """The outcome of a nested run, in the coefficients of all experts.
 
@@ -124,4 +149,11 @@ class NestedResult(Result):
         if not inner.refined:
             return self._choice(inner.point, inner.preference)
         x = self.space.project(inner.x.unsqueeze(0) @ self.directions)[0]
-        return replace(inner, x=x, space=self.space, problem=self.problem)
+        nearest = self._choice(inner.point, inner.preference)
+        return replace(inner, x=x, space=self.space, problem=self.problem, exports=nearest.exports)
+
+    def _choice(self, row: int, preference: Preference | None) -> Choice:
+        choice = super()._choice(row, preference)
+        if not isinstance(self.problem, Exportable) or not self.summary:
+            return choice
+        return replace(choice, exports=Exporting(self.problem, self.summary))
