@@ -176,8 +176,11 @@ def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ..
     settings = _flat(config["tree"])
     choices = config.get("choices") or {}
     settings |= {key: str(value) for key, value in choices.items() if value and key not in _IGNORED}
-    named = [text.lstrip("+~").partition("=")[0] for text in config.get("overrides") or ()]
-    return settings, tuple(name.partition("@")[0] for name in named)
+    given = [text.lstrip("+~").partition("=") for text in config.get("overrides") or ()]
+    named = {name.partition("@")[0]: value for name, _, value in given}
+    # One that is a mapping has no value of its own among the flat settings.
+    settings |= {name: value for name, value in named.items() if name not in settings}
+    return {k: v for k, v in settings.items() if k not in _IGNORED}, tuple(named)
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -22,6 +22,7 @@ from map_bo.nested.handing import chosen
 from map_bo.nested.node_problem import NodeProblem
 from map_bo.nested.nodes import Node
 from map_bo.nested.result import NestedResult, NodeRecord, described
+from map_bo.nested.store import NODE
 from map_bo.nested.tree import Group
 from map_bo.rng import child, make_generator
 from map_bo.surrogates.prediction import Prediction, predict
@@ -141,7 +142,9 @@ def conclude(
         nodes=tuple(nodes),
     )
     if state.summary is None:
-        summary = _summary(told, state, settings, spent + ledger.spent - before, nodes, result)
+        spent += ledger.spent - before
+        summary = _summary(told, state, settings, spent, nodes, _seconds(events))
+        summary["notes"] = list(result.summary.get("notes") or ())
         append(Event("finished", {"summary": summary}))
         told = dataclasses.replace(told, summary=summary)
     if picks is None:
@@ -264,7 +267,7 @@ def _summary(
     settings: Settings,
     spent: int,
     nodes: Sequence[NodeRecord],
-    root: Result,
+    seconds: Mapping[str, float],
 ) -> dict[str, Any]:
     assert told.tree is not None
     summary = summarise(
@@ -278,10 +281,20 @@ def _summary(
         uncertainty=told.uncertainty(),
         stop=None,
         surrogate=state.front_data["surrogate"],
-        seconds=root.summary.get("seconds") or {},
-        notes=list(root.summary.get("notes") or ()),
+        seconds=seconds,
+        notes=[],
     )
     return {
         **summary,
         "nested": described(told.tree, nodes, spent, len(told.metrics)),
     }
+
+
+def _seconds(events: Sequence[Event]) -> dict[str, float]:
+    """Return the seconds of each phase, over all nodes."""
+    total: dict[str, float] = {}
+    for event in events:
+        if event.kind == NODE and event.data["kind"] == "finished":
+            for name, value in (event.data["data"]["summary"].get("seconds") or {}).items():
+                total[name] = total.get(name, 0.0) + float(value)
+    return total

@@ -49,4 +49,19 @@ def test_every_study_has_its_claim_command_and_numbers(path: Path) -> None:
     name = f"ablation_{path.stem}"
     assert f"`map-bo run -m experiment={name}`" in text
     assert (ROOT / "conf" / "experiment" / f"{name}.yaml").exists()
-    assert text.partition(FIRST)[2].partition(LAST)[0].strip().startswith("`map-bo run -m ")
+    assert recorded(text).startswith("`map-bo run -m ")
+
+
+def recorded(text: str) -> str:
+    return text.partition(FIRST)[2].partition(LAST)[0].strip()
+
+
+def test_the_reproduction_has_its_claim_command_and_numbers() -> None:
+    text = (ROOT / "experiments" / "reproduction" / "published.md").read_text()
+    assert "Claim:" in text
+    assert "experiment=reference,reference_kind_box,defaults" in recorded(text)
+
+
+def test_every_study_has_a_file() -> None:
+    swept = (ROOT / "conf" / "experiment").glob("ablation_*.yaml")
+    assert {f"ablation_{path.stem}" for path in STUDIES} == {path.stem for path in swept}
