@@ -272,7 +272,7 @@ def test_a_node_that_fails_too_often_says_which() -> None:
     ("settings", "error", "match"),
     [
         ({"stages": 3}, TreeError, "4 experts cannot be merged in 3 stages"),
-        ({"tree": [["a", "b"], ["c"]]}, TreeError, "lacks d"),
+        ({"tree": [["a", "b"], "c"]}, TreeError, "lacks d"),
         ({"tree": [["a", "b"], ["c", "a"]]}, TreeError, "lacks d"),
         ({"tree": [["a", "b"], ["c", "d", "a"]]}, TreeError, "repeats a"),
         ({"tree": [["a", "b"], ["c", "d", "x"]]}, TreeError, "invents x"),
