@@ -209,7 +209,8 @@ class NestedRun(Record):
         )
         aside = self.nested.refine + probes(self.nested, len(space.experts))
         aside += self._verifications()
-        return Purse(tree, self.nested, sizes, (self.settings.budget - aside) * metrics)
+        total = (self.settings.budget - aside) * metrics
+        return Purse(tree, self.nested, sizes, total, aside=aside)
 
     def _verifications(self) -> int:
         """Return how many merges for given preferences are measured at the end."""
