@@ -149,6 +149,8 @@ class MaterialisedRun(NestedRun):
         self._models = Models(directory, nested.memory * 1e9)
         self._ledgers: dict[str, Ledger] = {}
 
+    composes = False
+
     @property
     def spent(self) -> int:
         """Measurements of one metric at one point so far."""
