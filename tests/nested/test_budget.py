@@ -14,7 +14,7 @@ from map_bo.nested.tree import Group, Path, path_name
 from tests.nested.trees import trees
 
 FOUR = Group.of([["a", "b"], ["c", "d"]])
-SPLITS = st.sampled_from(["equal", "by_size", "adaptive"])
+SPLITS: Any = st.sampled_from(["equal", "by_size", "adaptive"])
 
 
 def sizes_of(tree: Group, nested: Nested, blocks: int = 1, extra: int = 0) -> dict[Path, NodeSize]:
@@ -125,7 +125,7 @@ def test_sizes_are_those_of_what_children_hand_up() -> None:
         ({"hand_up": "point"}, 1 + 1),
         ({"hand_up": "surrogate"}, 3),
     ):
-        sizes = sizes_of(tree, Nested(**settings))  # type: ignore[arg-type]
+        sizes = sizes_of(tree, Nested(**settings))
         assert sizes == {(0,): NodeSize(2, 2), (): NodeSize(coefficients, 3)}
     assert sizes_of(tree, Nested(points=3), blocks=2, extra=4) == {
         (0,): NodeSize(4, 2),

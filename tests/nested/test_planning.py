@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,7 @@ def test_one_expert_disturbs_nobody() -> None:
 
 
 def planned(
-    problem: Any, nested: Nested, tasks: dict[str, tuple[str, ...]] | None = None
+    problem: Any, nested: Nested, tasks: Mapping[str, tuple[str, ...]] | None = None
 ) -> tuple[Group, Ledger]:
     ledger = Ledger(problem.metrics)
     of = Tasks.given(problem.space.experts, problem.metrics, tasks or {})

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 import pytest
 
 from map_bo.nested.planner import balanced, most_stages
@@ -144,8 +145,11 @@ def test_the_figure_draws_every_expert_and_merge(tree: Group) -> None:
     assert marks.count("o") == len(tree.leaves)
     assert marks.count("s") == merges
     # Experts stand at 0, one below the other, and a merge right of all that it merges.
-    leaves = [line.get_xydata() for line in axes.lines if line.get_marker() == "o"]
-    assert [tuple(xy[0]) for xy in leaves] == [(0.0, -float(i)) for i in range(len(leaves))]
-    merged = [float(line.get_xydata()[0][0]) for line in axes.lines if line.get_marker() == "s"]
+    places: dict[str, list[list[float]]] = {"o": [], "s": []}
+    for line in axes.lines:
+        if line.get_marker() in places:
+            places[str(line.get_marker())] += np.asarray(line.get_xydata()).tolist()
+    assert places["o"] == [[0.0, -float(i)] for i in range(len(tree.leaves))]
+    merged = [x for x, _ in places["s"]]
     assert merged == [float(node.stage) for _, node in tree.nodes()]
     assert max(len(text.split("\n")[0]) for text in texts) <= 24
