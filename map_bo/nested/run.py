@@ -215,7 +215,10 @@ class NestedRun(Record):
         aside += self._verifications()
         lost = unshared(self.nested, self.tasks, space, composes=self.composes)
         total = (self.settings.budget - aside) * metrics - lost
-        return Purse(tree, self.nested, sizes, total, aside=aside + math.ceil(lost / metrics))
+        purse = Purse(tree, self.nested, sizes, total, aside=aside + math.ceil(lost / metrics))
+        if self.nested.hand_up != "point":  # refuses a root with nothing left after verification
+            dataclasses.replace(self.settings, budget=purse.planned()[()], stop=None)
+        return purse
 
     def _verifications(self) -> int:
         """Return how many merges for given preferences are measured at the end."""
