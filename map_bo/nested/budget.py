@@ -74,14 +74,22 @@ class Purse:
         nested: The settings.
         sizes: Sizes of the nodes.
         total: Data sets in all.
+        aside: Evaluations of all metrics that the run makes besides, for the hint of an error.
 
     Raises:
-        BudgetError: When some node would have too few evaluations.
+        BudgetError: When some node would have too few evaluations, or all together more than there
+            are.
         TreeError: When ``nested.budgets`` names a node that there is not.
     """
 
     def __init__(
-        self, tree: Group, nested: Nested, sizes: Mapping[Path, NodeSize], total: int
+        self,
+        tree: Group,
+        nested: Nested,
+        sizes: Mapping[Path, NodeSize],
+        total: int,
+        *,
+        aside: int = 0,
     ) -> None:
         self._nested, self._sizes, self._total = nested, dict(sizes), total
         self._left = list(sizes)
@@ -106,16 +114,35 @@ class Purse:
         planned = self.planned()
         short = [path for path in sizes if planned[path] < fewest(sizes[path])]
         if short:
-            needed = sum(fewest(size) * size.data_sets for size in sizes.values())
-            path = short[0]
+            raise self._too_little(short[0], planned[short[0]], aside)
+        cost = self._cost(planned)
+        if cost > total:
             raise BudgetError(
-                f"node {path_name(path)} would have {planned[path]} evaluations and needs "
-                f"{fewest(sizes[path])}: its anchors and one more"
-                + ("" if sizes[path].runs == 1 else f" for each of {sizes[path].runs} preferences"),
-                hint=f"the tree as a whole needs {needed} measurements of one task"
-                + (f", a budget of {math.ceil(needed / sizes[()].data_sets)}" if sizes else "")
-                + "; raise the budget, or take fewer stages or preferences",
+                f"nested.budgets and nested.stage_budgets come to {cost} measurements of one task, "
+                f"more than {total}",
+                hint=f"lower them, or raise the budget to {self._budget(cost, aside)}",
             )
+
+    def _too_little(self, path: Path, count: int, aside: int) -> BudgetError:
+        """Return the error that a node with so many evaluations is."""
+        size = self._sizes[path]
+        needed = self._cost({p: self._fixed.get(p, fewest(s)) for p, s in self._sizes.items()})
+        return BudgetError(
+            f"node {path_name(path)} would have {count} evaluations and needs {fewest(size)}: "
+            "its anchors and one more"
+            + ("" if size.runs == 1 else f" for each of {size.runs} preferences"),
+            hint="give it more in nested.budgets or nested.stage_budgets"
+            if path in self._fixed
+            else f"the tree as a whole needs {needed} measurements of one task, a budget of "
+            f"{self._budget(needed, aside)}; raise the budget, or take fewer stages or preferences",
+        )
+
+    def _cost(self, counts: Mapping[Path, int]) -> int:
+        return sum(count * self._sizes[path].data_sets for path, count in counts.items())
+
+    def _budget(self, data_sets: int, aside: int) -> int:
+        """Return the budget of the run that holds so many data sets."""
+        return math.ceil(data_sets / self._sizes[()].data_sets) + aside
 
     def planned(self) -> dict[Path, int]:
         """Return the evaluations of all nodes, were nothing left over or saved."""
@@ -140,7 +167,7 @@ class Purse:
     def _shares(self, paths: list[Path], total: int) -> dict[Path, int]:
         fixed = {path: self._fixed[path] for path in paths if path in self._fixed}
         free = [path for path in paths if path not in fixed]
-        left = total - sum(count * self._sizes[path].data_sets for path, count in fixed.items())
+        left = total - self._cost(fixed)
         split = self._equal if self._nested.budget_split == "equal" else self._by_size
         return {**fixed, **split(free, left)}
 
@@ -149,7 +176,7 @@ class Purse:
         needy: dict[Path, int] = {}
         while True:
             rest = [path for path in paths if path not in needy]
-            left = total - sum(count * self._sizes[p].data_sets for p, count in needy.items())
+            left = total - self._cost(needy)
             cost = sum(self._sizes[path].data_sets for path in rest)
             each = max(0, left // cost) if cost else 0
             more = {p: fewest(self._sizes[p]) for p in rest if fewest(self._sizes[p]) > each}
@@ -162,9 +189,9 @@ class Purse:
         sizes = self._sizes
         least = {path: fewest(sizes[path]) for path in paths}
         weight = {path: sizes[path].runs * (sizes[path].coefficients + 2) for path in paths}
-        left = total - sum(count * sizes[path].data_sets for path, count in least.items())
+        left = total - self._cost(least)
         if left < 0:  # too little for all, and the caller says so
-            share = total / max(1, sum(c * sizes[p].data_sets for p, c in least.items()))
+            share = total / max(1, self._cost(least))
             return {path: math.floor(count * share) for path, count in least.items()}
         cost = sum(weight[path] * sizes[path].data_sets for path in paths)
         unit = left / cost if cost else 0.0

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from map_bo.loop.recommend import Reference, scaled_gains, spread_rows
 from map_bo.loop.result import Choice, Result
+from map_bo.space import CoefficientSpace
 
 __all__ = ["chosen", "representatives", "weights_of"]
 
@@ -74,8 +75,14 @@ def representatives(result: Result, count: int, reference: Reference) -> Tensor:
             taken.append(x)
         if len(taken) == count:
             break
-    if not taken:
-        space = result.space
-        blend = space.anchors().X[-1] if len(space.anchors()) else space.bounds.mean(0)
-        taken = [blend]
-    return torch.stack(taken)
+    return torch.stack(taken) if taken else _something(result.space)
+
+
+def _something(space: CoefficientSpace) -> Tensor:
+    """Return a point (``1 x d``) that is more than the base, as near the uniform blend as can be.
+
+    Bounds or constraints may keep the blend itself out of the space.
+    """
+    blend = torch.full((1, space.d), 1.0 / len(space.experts), dtype=torch.float64)
+    X = space.project(torch.cat([blend, space.bounds.mean(0, keepdim=True), space.bounds]))
+    return X[(X.abs().amax(-1) > _NOTHING).int().argmax()].unsqueeze(0)

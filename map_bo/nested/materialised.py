@@ -145,11 +145,20 @@ class MaterialisedRun(NestedRun):
                     f"{name} needs an operator that is linear in its coefficients",
                     hint="use operator=task_arithmetic, or nested.hand_up=points without it",
                 )
+        if len(nested.preferences) > 1:
+            # Each has experts of its own at the root, and a result is in the space of one root.
+            raise ConfigError(
+                f"{len(nested.preferences)} preferences need an operator that is linear in its "
+                "coefficients",
+                hint="run once for each preference, or keep fronts with nested.hand_up=points",
+            )
         super().__init__(problem, settings, nested, store, config=config, tracker=tracker)
         self._mergeable: Mergeable = problem
         directory = store.directory if isinstance(store, JsonlStore) else None
         self._models = Models(directory, nested.memory * 1e9)
         self._ledgers: dict[str, Ledger] = {}
+
+    composes = False
 
     @property
     def spent(self) -> int:

@@ -28,7 +28,7 @@ from map_bo.samplers.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 
-__all__ = ["HasSimilarity", "conflict", "plan", "probes"]
+__all__ = ["HasSimilarity", "conflict", "plan", "probes", "unshared"]
 
 
 @runtime_checkable
@@ -91,17 +91,34 @@ def probes(nested: Nested, experts: int) -> int:
     return 2 * experts + 2 if nested.probe is None else nested.probe
 
 
+def unshared(nested: Nested, tasks: Tasks, space: CoefficientSpace, *, composes: bool) -> int:
+    """Return how many data sets the order takes that no node measures anyway.
+
+    The order by score measures experts by themselves. Nodes begin with the same points and look
+    them up, but not where an expert by itself is outside the space, nor where merges do not compose
+    and nodes share nothing.
+    """
+    if nested.order != "score" or nested.tree is not None or len(space.experts) < 2:
+        return 0
+    alone = torch.stack([_alone(space, expert) for expert in space.experts])
+    inside = space.contains(alone).tolist()
+    return sum(
+        len(tasks.of[expert])
+        for expert, within in zip(space.experts, inside, strict=True)
+        if not (within and composes)
+    )
+
+
 def _scores(
     problem: Problem, tasks: Tasks, settings: Settings, ledger: Ledger, *, generator: Generator
 ) -> dict[str, float]:
     """Return how well each expert does its own tasks, on the mean, larger is better."""
     space, found = problem.space, {}
-    anchors = space.anchors()
     for expert in space.experts:
         node = NodeProblem(problem, tasks.of[expert], space, _identity(space), ledger)
-        [at] = [i for i, name in enumerate(anchors.names) if name == expert and i]
+        x = space.project(_alone(space, expert).unsqueeze(0))[0]
         outcome = evaluate_row(
-            node, anchors.X[at], timeout=settings.timeout, generator=child(generator, expert)
+            node, x, timeout=settings.timeout, generator=child(generator, expert)
         )
         if outcome.failures[0] is not None:
             raise EvaluationError(
@@ -149,7 +166,7 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
         settings: With the surrogate.
     """
     mean = predicted_mean(settings.surrogate.fit(seen, space))
-    half = torch.stack([expert_part(space, name).rows.sum(0) / 2 for name in space.experts])
+    half = torch.stack([_alone(space, name) / 2 for name in space.experts])
     n = len(half)
     pairs = list(itertools.combinations(range(n), 2))
     both = torch.stack([half[i] + half[j] for i, j in pairs]) if pairs else half[:0]
@@ -164,6 +181,11 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
         value = float((at[0][row] - at[1][i] - at[1][j] + at[2][0]).abs().sum())
         found[i, j] = found[j, i] = value if math.isfinite(value) else 0.0
     return found
+
+
+def _alone(space: CoefficientSpace, expert: str) -> Tensor:
+    """Return the coefficients (``d``) of an expert by itself, wherever the bounds are."""
+    return expert_part(space, expert).rows.sum(0)
 
 
 def _identity(space: CoefficientSpace) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from map_bo.nested.handing import chosen, representatives, weights_of
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.node_problem import ChildMean
 from map_bo.nested.nodes import Node, handed_part, informed, node_settings, run_node
-from map_bo.nested.planning import plan, probes
+from map_bo.nested.planning import plan, probes, unshared
 from map_bo.nested.progress import Tally, Under
 from map_bo.nested.record import Record
 from map_bo.nested.result import NestedResult, NodeRecord
@@ -102,6 +103,9 @@ class NestedRun(Record):
         }
         plain: dict[str, Any] = json.loads(json.dumps(identity))
         return plain
+
+    composes = True
+    """Whether coefficients multiply along the path, so that nodes measure points of one space."""
 
     @property
     def shares(self) -> bool:
@@ -209,7 +213,12 @@ class NestedRun(Record):
         )
         aside = self.nested.refine + probes(self.nested, len(space.experts))
         aside += self._verifications()
-        return Purse(tree, self.nested, sizes, (self.settings.budget - aside) * metrics)
+        lost = unshared(self.nested, self.tasks, space, composes=self.composes)
+        total = (self.settings.budget - aside) * metrics - lost
+        purse = Purse(tree, self.nested, sizes, total, aside=aside + math.ceil(lost / metrics))
+        if self.nested.hand_up != "point":  # refuses a root with nothing left after verification
+            dataclasses.replace(self.settings, budget=purse.planned()[()], stop=None)
+        return purse
 
     def _verifications(self) -> int:
         """Return how many merges for given preferences are measured at the end."""

@@ -37,7 +37,10 @@ class Seeded:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> Tensor:
-        """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
+        """Return ``n x d`` points to evaluate next; see :class:`Sampler`.
+
+        Fewer where the given points come to their end, so that the sampler sees them all.
+        """
         count = len(seen) + (0 if pending is None else len(pending))
         if count < len(self.points):
             return space.project(self.points[count : count + n])

@@ -100,9 +100,10 @@ class Nested:
                     f"nested.{name} is {value!r}",
                     hint=f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}",
                 )
-        for name, least in (("stages", 1), ("group_size", 2), ("points", 1), ("refine", 0)):
+        least_of = {"stages": 1, "group_size": 2, "points": 1, "refine": 0, "probe": 1}
+        for name, least in least_of.items():
             value = getattr(self, name)
-            if value is None and name in ("stages", "group_size"):
+            if value is None and name in ("stages", "group_size", "probe"):
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(

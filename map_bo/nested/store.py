@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from copy import deepcopy
 
 from map_bo.tracking.store import Event
 
@@ -31,9 +32,9 @@ class NodeStore:
 
     def append(self, event: Event) -> None:
         """Add one event durably; see :class:`map_bo.tracking.store.RunStore`."""
-        data = {"node": self._key, "kind": event.kind, "data": dict(event.data)}
-        self._append(Event(NODE, data, event.time))
-        self._events.append(event)
+        own = deepcopy(dict(event.data))  # the caller's may change afterwards
+        self._append(Event(NODE, {"node": self._key, "kind": event.kind, "data": own}, event.time))
+        self._events.append(Event(event.kind, own, event.time))
 
     def read(self) -> Iterator[Event]:
         """Yield all events of the node in their order."""

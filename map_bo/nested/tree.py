@@ -41,9 +41,11 @@ class Group:
         object.__setattr__(self, "children", tuple(self.children))
         if not self.children:
             raise TreeError("a group of the tree is empty", hint="leave it out")
-        if len(self.children) == 1 and isinstance(self.children[0], Group):
+        inner = [child for child in self.children if isinstance(child, Group)]
+        alone = [child for child in inner if len(self.children) == 1 or len(child.children) == 1]
+        if alone:
             raise TreeError(
-                f"the group of {', '.join(self.leaves)} has one child only, a group",
+                f"the group of {', '.join(alone[0].leaves)} has one child only",
                 hint="leave out the pair of brackets around it",
             )
 

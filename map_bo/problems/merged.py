@@ -259,15 +259,10 @@ class MergedModelProblem:
         Raises:
             DataError: When there is no such metric.
         """
-        known = {metric.name: metric for metric in self._metrics}
-        for name in names:
-            if name not in known:
-                raise DataError(
-                    f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}"
-                )
+        metrics = self._named(names)
         self._prepare()
         part = copy.copy(self)
-        part._metrics = tuple(known[name] for name in names)
+        part._metrics = metrics
         part._evaluators = {name: self._evaluators[name] for name in names}
         return part
 
@@ -282,10 +277,12 @@ class MergedModelProblem:
         """Return the merging of other experts into the same model, with some of the metrics.
 
         Args:
-            experts: Name -> checkpoint of what is merged; one of this problem's experts by itself.
+            experts: Name -> checkpoint of what is merged; one of this problem's experts by its
+                name in place of a checkpoint.
             names: Metrics, in their order.
 
         Raises:
+            DataError: When there is no such metric.
             MergeError: When this problem's space has bounds or constraints of its own.
         """
         if self._bounds is None:
@@ -293,14 +290,18 @@ class MergedModelProblem:
                 "a space of your own says nothing about merging other experts",
                 hint="give lower and upper in place of space",
             )
-        known = {metric.name: metric for metric in self._metrics}
+        metrics = self._named(names)
         low, high = self._bounds
         return MergedModelProblem(
             self._architecture(),
             base=self._base,
-            experts={name: self._experts.get(name, of) for name, of in experts.items()},
+            experts={
+                # A merge may be called like an expert, so it is what is given that counts.
+                name: self._experts.get(of, of) if isinstance(of, str) else of
+                for name, of in experts.items()
+            },
             evaluators={name: self._evaluators[name] for name in names},
-            metrics=[known[name] for name in names],
+            metrics=metrics,
             operator=self._operator,
             lower=low,
             upper=high,
@@ -342,6 +343,15 @@ class MergedModelProblem:
             "dtype": str(self._dtype).removeprefix("torch."),
             **({"gradients": True} if self._gradients else {}),
         }
+
+    def _named(self, names: Sequence[str]) -> tuple[Metric, ...]:
+        known = {metric.name: metric for metric in self._metrics}
+        for name in names:
+            if name not in known:
+                raise DataError(
+                    f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}"
+                )
+        return tuple(known[name] for name in names)
 
     def _weighed(self) -> CoefficientSpace:
         """Return the space with importances, where the operator has blocks and nobody gave any."""

@@ -272,7 +272,7 @@ def test_a_node_that_fails_too_often_says_which() -> None:
     ("settings", "error", "match"),
     [
         ({"stages": 3}, TreeError, "4 experts cannot be merged in 3 stages"),
-        ({"tree": [["a", "b"], ["c"]]}, TreeError, "lacks d"),
+        ({"tree": [["a", "b"], "c"]}, TreeError, "lacks d"),
         ({"tree": [["a", "b"], ["c", "a"]]}, TreeError, "lacks d"),
         ({"tree": [["a", "b"], ["c", "d", "a"]]}, TreeError, "repeats a"),
         ({"tree": [["a", "b"], ["c", "d", "x"]]}, TreeError, "invents x"),
@@ -280,6 +280,8 @@ def test_a_node_that_fails_too_often_says_which() -> None:
         ({"budget": 8}, BudgetError, "its anchors and one more"),
         ({"budgets": {"0.7": 5}}, TreeError, "names the node '0.7'"),
         ({"stage_budgets": (8,)}, BudgetError, "1 numbers for 2 stages"),
+        ({"budget": 14, "verify": 8}, BudgetError, "1 evaluations for the search after 8"),
+        ({"budget": 18, "refine": 3, "verify": 8}, BudgetError, "for the search after 8"),
         ({"tasks": {"z": ("a",)}}, ConfigError, "unknown experts: z"),
         ({"tasks": {"a": ("z",)}}, ConfigError, "unknown metrics z"),
         ({"order": "similarity"}, ConfigError, "how alike its experts are"),
