@@ -32,6 +32,7 @@ from map_bo.loop.stopping import notes_on, told
 from map_bo.loop.summary import summarise, versions
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
+from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import (
@@ -124,7 +125,8 @@ class Run:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
         start = time.perf_counter()
         waiting = self.state.pending
-        X = self.settings.sampler.propose(
+        X, told = proposed(
+            self.settings.sampler,
             self.state.seen,
             self.problem.space,
             n,
@@ -134,7 +136,8 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds})
+        fit = {"surrogate": dict(told)} if told else {}
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **fit})
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, proposed
 from map_bo.space import CoefficientSpace
 
 __all__ = ["Seeded"]
@@ -41,7 +43,19 @@ class Seeded:
 
         Fewer where the given points come to their end, so that the sampler sees them all.
         """
+        return self.propose_and_tell(seen, space, n, pending=pending, generator=generator)[0]
+
+    def propose_and_tell(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return the points and what the sampler tells of its fit; see :class:`TellsFit`."""
         count = len(seen) + (0 if pending is None else len(pending))
         if count < len(self.points):
-            return space.project(self.points[count : count + n])
-        return self.sampler.propose(seen, space, n, pending=pending, generator=generator)
+            return space.project(self.points[count : count + n]), {}
+        return proposed(self.sampler, seen, space, n, pending=pending, generator=generator)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Generator, Tensor
 
@@ -51,7 +52,22 @@ class Adaptive:
         generator: Generator,
     ) -> Tensor:
         """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
-        chosen = self.acquisition
+        return self._chosen(space).propose(seen, space, n, pending=pending, generator=generator)
+
+    def propose_and_tell(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return the points and the scores of the fit; see :class:`TellsFit`."""
+        chosen = self._chosen(space)
+        return chosen.propose_and_tell(seen, space, n, pending=pending, generator=generator)
+
+    def _chosen(self, space: CoefficientSpace) -> PosteriorDriven:
         if space.d > len(space.experts):
-            chosen = replace(chosen, design=self.blocks)
-        return chosen.propose(seen, space, n, pending=pending, generator=generator)
+            return replace(self.acquisition, design=self.blocks)
+        return self.acquisition

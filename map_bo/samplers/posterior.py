@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from botorch.exceptions.errors import BotorchError
@@ -27,6 +27,7 @@ from map_bo.surrogates.gp import GP
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut, validate
 
 __all__ = [
     "NEAREST",
@@ -171,6 +172,18 @@ class PosteriorDriven:
             SamplerError: When the sampler cannot handle these metrics; or when ``reference``
                 names an unknown one.
         """
+        return self.propose_and_tell(seen, space, n, pending=pending, generator=generator)[0]
+
+    def propose_and_tell(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return the points and the leave-one-out scores of the fit; see :class:`TellsFit`."""
         self.check(seen.metrics)
         waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
         count = len(seen) + len(waiting)
@@ -180,15 +193,16 @@ class PosteriorDriven:
         if first == n or succeeded < needed:
             if first < n:
                 _log.warning("%d of %d evaluations succeeded: the design goes on", succeeded, count)
-            return self.design.propose(seen, space, n, pending=pending, generator=generator)
+            points = self.design.propose(seen, space, n, pending=pending, generator=generator)
+            return points, {}
         chosen = self.design.propose(seen, space, first, pending=pending, generator=generator)
         waiting = torch.cat([waiting, chosen])
         with _seeded(child_seed(generator, "acquisition", count)):
             try:
-                found = self._choose(seen, space, n - first, waiting, generator)
+                found, told = self._choose(seen, space, n - first, waiting, generator)
             except _FAILURES as error:
                 _log.warning("the design goes on: %s: %s", type(error).__name__, error)
-                found = seen.X[:0]
+                found, told = seen.X[:0], {}
             else:
                 if len(found) < n - first:
                     _log.warning("the design goes on: it is best at points known already")
@@ -196,7 +210,7 @@ class PosteriorDriven:
         rest = self.design.propose(
             seen, space, n - len(chosen), pending=waiting, generator=generator
         )
-        return torch.cat([chosen, rest])
+        return torch.cat([chosen, rest]), told
 
     def above(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
@@ -238,7 +252,7 @@ class PosteriorDriven:
         n: int,
         waiting: Tensor,
         generator: Generator,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Mapping[str, Any]]:
         good = seen.succeeded()
         usual = Quadratic() if space.d <= _MOST_DIMENSIONS else GP()
         model = (self.surrogate or usual).fit(seen, space)
@@ -254,7 +268,8 @@ class PosteriorDriven:
             scale=(gains.amax(0) - torch.minimum(reference, gains.amin(0))).clamp_min(1e-12),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
         )
-        return self.choose(situation, n)
+        found = self.choose(situation, n)
+        return found, validate(model).describe() if isinstance(model, LeavesOneOut) else {}
 
 
 def reference_point(

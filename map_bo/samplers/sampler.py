@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Sampler"]
+__all__ = ["Sampler", "TellsFit", "proposed"]
 
 
 @runtime_checkable
@@ -42,3 +43,38 @@ class Sampler(Protocol):
                 many points were seen and are pending, so nothing depends on earlier draws.
         """
         ...
+
+
+@runtime_checkable
+class TellsFit(Protocol):
+    """A sampler that fits a surrogate, and says how good the fit was that it chose by."""
+
+    def propose_and_tell(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """Return what ``propose`` returns, and the scores of the fit as plain data.
+
+        The scores are empty where nothing was fitted.
+        """
+        ...
+
+
+def proposed(
+    sampler: Sampler,
+    seen: Observations,
+    space: CoefficientSpace,
+    n: int,
+    *,
+    pending: Tensor | None,
+    generator: Generator,
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """Return a sampler's proposal, and what it tells of its fit, if it tells anything."""
+    if isinstance(sampler, TellsFit):
+        return sampler.propose_and_tell(seen, space, n, pending=pending, generator=generator)
+    return sampler.propose(seen, space, n, pending=pending, generator=generator), {}

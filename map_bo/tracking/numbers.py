@@ -44,7 +44,8 @@ class Numbers:
     def of(self, event: Event) -> dict[str, float]:
         """Return what ``event`` has to show by name; nothing for an event without numbers.
 
-        ``proposed``: ``round``, ``proposal/points`` and ``proposal/seconds``. ``observed``:
+        ``proposed``: ``round``, ``proposal/points``, ``proposal/seconds`` and, where the
+        sampler fits a surrogate, its scores below ``surrogate/round/``. ``observed``:
         ``evaluation`` (counted from 1), ``coefficient/NAME``, ``metric/NAME`` (own unit),
         ``noise/NAME`` (its standard error where known), ``seconds``, ``failed`` (0 or 1),
         ``hypervolume/observed points`` (real, scaled; once base and experts were measured).
@@ -71,6 +72,7 @@ class Numbers:
                     "round": self._rounds,
                     "proposal/points": len(data["X"]),
                     "proposal/seconds": data["seconds"],
+                    **flat(data.get("surrogate") or {}, "surrogate/round"),
                 }
             case "attempt":
                 self._retries += 1

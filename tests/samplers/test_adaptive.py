@@ -48,3 +48,16 @@ def test_the_reference_of_the_run_reaches_the_acquisition() -> None:
     assert Adaptive().above(given).acquisition.reference == given
     own = Adaptive(FrontUncertainty(reference={"first": 0.1}))
     assert own.above(given) == own
+
+
+def test_it_tells_the_scores_of_the_fit_that_it_chose_by() -> None:
+    space, generator = SPACES["box"], make_generator(0)
+    sampler = Adaptive(SMALL)
+    nothing = measured(torch.zeros(0, space.d, dtype=torch.float64))
+    X, told = sampler.propose_and_tell(nothing, space, 2, generator=generator)
+    assert told == {}
+    seen = some_seen(space, len(space.anchors()))
+    X, told = sampler.propose_and_tell(seen, space, 2, generator=generator)
+    assert torch.equal(X, sampler.propose(seen, space, 2, generator=generator))
+    assert told["n"] == len(seen.succeeded())
+    assert set(told["metrics"]) == {metric.name for metric in seen.metrics}

@@ -37,3 +37,11 @@ def test_nodes_of_a_nested_run_have_names_of_their_own() -> None:
     assert found["nested/0.1/evaluation"] == 1
     assert found["nested/0.1/metric/m"] == float(one.Y[0, 0])
     assert "evaluation" not in found
+
+
+def test_a_proposal_shows_the_scores_of_the_fit_it_was_chosen_by() -> None:
+    scores = {"n": 5, "metrics": {"m": {"log_density": -1.5, "coverage": 0.8, "pit": [1, 2]}}}
+    found = Numbers().of(Event("proposed", {"X": [[0.5]], "seconds": 0.1, "surrogate": scores}))
+    assert found["surrogate/round/metrics/m/log_density"] == -1.5
+    assert found["surrogate/round/n"] == 5
+    assert not [name for name in found if "pit" in name]
