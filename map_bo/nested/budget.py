@@ -53,7 +53,7 @@ def node_sizes(
             coefficients = blocks * len(node.leaves)
         else:
             handed = [
-                min(nested.points, sizes[*path, i].coefficients)
+                min(nested.points, sizes[*path, i].coefficients + 1)
                 if nested.hand_up == "points"
                 else 1
                 for i, child in enumerate(node.children)

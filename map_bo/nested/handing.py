@@ -60,10 +60,10 @@ def representatives(result: Result, count: int, reference: Reference) -> Tensor:
 
     The most balanced point first, then one after another the point whose metrics are farthest from
     those taken, on the scale of ``reference``; points that are nothing, or hardly differ from one
-    taken, are passed over. At least one is returned, and no more than the node has coefficients:
-    as many span its space.
+    taken, are passed over. At least one is returned, and at most one more than the node has
+    coefficients: a balanced point and the ends of the front.
     """
-    count = min(count, result.space.d)
+    count = min(count, result.space.d + 1)
     front = result.front
     gains = scaled_gains(front.mean, front.metrics, reference)
     order = spread_rows(gains, min(len(front), 4 * count))

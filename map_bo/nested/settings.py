@@ -47,7 +47,8 @@ class Nested:
             about them.
         preferences: Preferences (weight by metric name) that ``"point"`` merges for; none is the
             one that weighs all metrics alike.
-        points: How many merges ``"points"`` hands up, if the node has so many coefficients.
+        points: How many merges ``"points"`` hands up; at most one more than the node has
+            coefficients.
         inform: Whether nodes also use what was measured below them and for other preferences; by
             default with ``"surrogate"``, and with several preferences.
         measure: What a node looks at: the metrics of all tasks below it, or as published one number

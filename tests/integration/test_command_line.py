@@ -210,7 +210,7 @@ def test_resume_goes_on_where_the_record_ends(
         (["run", "surrogate=quadratik"], "hybrid"),
         (["run", "loop.budgett=3"], "budgett"),
         (["run", "loop.budget=few"], "few"),
-        (["run", "problem.experts=99"], "16"),
+        (["run", "problem.experts=99"], "from 2 to 32"),
         (["run", "experiment=nothing"], "reference"),
         (["run", "loop.budget=2"], "budget"),
         (["run", "surrogate="], "surrogate"),

@@ -145,9 +145,10 @@ def test_equal_numbers_where_none_needs_more() -> None:
 
 def test_equal_numbers_but_for_those_that_need_more() -> None:
     nested = Nested(budget_split="equal", points=4)
-    sizes = sizes_of(FOUR, nested)  # the root has 8 coefficients and needs 11
-    planned = Purse(FOUR, nested, sizes, 4 * 11 + 2 * 2 * 6 + 3).planned()
-    assert planned == {(0,): 6, (1,): 6, (): 11}
+    # A pair hands up three at most, so the root has 6 coefficients and needs 9.
+    sizes = sizes_of(FOUR, nested)
+    planned = Purse(FOUR, nested, sizes, 4 * 9 + 2 * 2 * 6 + 3).planned()
+    assert planned == {(0,): 6, (1,): 6, (): 9}
 
 
 def test_by_size_is_what_each_needs_and_the_rest_in_proportion() -> None:
