@@ -10,6 +10,7 @@ from torch import Tensor
 
 from map_bo.errors import DataError
 from map_bo.pareto.indicators import (
+    _along_directions,
     default_reference_point,
     epsilon_additive,
     gd,
@@ -243,3 +244,21 @@ class TestPreferences:
         W = preference_weights(2, 2, generator=make_generator(0))
         with pytest.raises(DataError, match="do not describe one front"):
             preference_regret(torch.ones(3, 2), torch.ones(4, 2), torch.ones(1, 2), W)
+
+
+def test_beyond_thirty_one_metrics_a_volume_is_approximate_and_grows() -> None:
+    zero = torch.zeros(32, dtype=torch.float64)
+    one = torch.linspace(0.9, 1.0, 32, dtype=torch.float64).unsqueeze(0)
+    assert hypervolume(one, zero) == pytest.approx(float(one.prod()))
+    assert hypervolume_kind(one, zero) == "exact"
+    two = torch.cat([one, one.flip(-1)])
+    assert hypervolume_kind(two, zero) == "approximate"
+    assert float(one.prod()) <= hypervolume(two, zero) <= 2 * float(one.prod())
+    assert hypervolume(two, zero) == hypervolume(two, zero)
+    assert hypervolume(-two, zero) == 0
+
+
+def test_directions_agree_with_exact_volumes() -> None:
+    Y = torch.rand(8, 3, generator=make_generator(0), dtype=torch.float64)
+    zero = torch.zeros(3, dtype=torch.float64)
+    assert _along_directions(Y) == pytest.approx(hypervolume(Y, zero), rel=0.05)
