@@ -342,7 +342,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, help="default: 5, fewer for larger zoos")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--direct", type=int, default=4000, help="evaluations of a direct search")
+    parser.add_argument("--direct", type=int, default=300, help="evaluations of a direct search")
     parser.add_argument("--smoke", action="store_true", help="tiny, nothing recorded")
     parser.add_argument("--tables", action="store_true", help="only write the tables again")
     parser.add_argument("--out", type=Path, help="record the summary as JSON")

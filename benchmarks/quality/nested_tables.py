@@ -15,7 +15,7 @@ from map_bo.report.bootstrap import mean_interval
 
 __all__ = ["TARGET", "figure", "fitted", "needed", "short", "tables"]
 
-TARGET = 0.1
+TARGET = 0.02
 """Regret that counts as good enough, in units of the best expert."""
 
 Row = Mapping[str, Any]
