@@ -50,6 +50,7 @@ def test_every_cell_of_the_grid_can_be_paid_for() -> None:
     assert not nested.affordable(nested.Cell(16, "fronts, 2 stages", 16, 0))
 
 
+@pytest.mark.slow
 def test_a_cell_measures_what_it_hands_over(zoo_cache: Path) -> None:
     found = nested.run(nested.Cell(4, "fronts, 2 stages", 14, 0))
     assert found["data_sets"] <= 14 * 4

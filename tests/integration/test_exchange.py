@@ -65,6 +65,7 @@ def test_a_run_is_exported_by_the_real_command_line(
     assert experiment_names(tmp_path / "ax.db") == ["mine"]
 
 
+@pytest.mark.slow
 def test_what_ax_measured_comes_back_and_the_run_goes_on(
     shell: Shell, cut: Path, tmp_path: Path
 ) -> None:

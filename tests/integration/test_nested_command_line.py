@@ -79,6 +79,7 @@ def test_a_choice_is_solved_for_and_its_model_is_what_was_chosen(
         assert torch.allclose(tensor, expected[name], atol=1e-6), name
 
 
+@pytest.mark.slow
 def test_a_nested_run_goes_on_after_it_was_cut_off(
     shell: Shell, nested: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_a_nested_run_goes_on_after_it_was_cut_off(
     assert "later nodes rest on it" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_sweep_over_stages_is_compared_at_equal_cost(shell: Shell, tmp_path: Path) -> None:
     sweep = tmp_path / "sweep"
     done = shell("run", "-m", *NESTED, "nested.stages=1,2", f"hydra.sweep.dir={sweep}")

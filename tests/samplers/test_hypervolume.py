@@ -27,6 +27,7 @@ class TestQLogEHVI(SamplerContract):
         return SPACES[request.param]
 
 
+@pytest.mark.slow
 def test_its_values_are_those_of_botorch() -> None:
     at, generator = situation(6), make_generator(1)
     ours = QLogEHVI(mc_samples=64).acquisition(at, at.taken, generator)
