@@ -41,7 +41,11 @@ from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.planner import balanced, most_stages
 from map_bo.nested.settings import Nested
 from map_bo.pareto.evolution import NSGA3
-from map_bo.pareto.indicators import preference_weights
+from map_bo.pareto.indicators import (
+    directional_hypervolume,
+    inverse_directions,
+    preference_weights,
+)
 from map_bo.problems.zoo import DigitsZoo, digits_problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.reference_design import ReferenceDesign
@@ -229,17 +233,13 @@ def _given(cell: Cell, problem: Any, how: Nested, common: Mapping[str, Any]) -> 
 def volume_side(gains: Tensor) -> float:
     """Return the side of the cube that is as large as what ``k x m`` gains dominate.
 
-    The scalarised hypervolume ``mean_w max_y min_i (y_i / w_i)^m`` over directions ``w`` of the
-    positive orthant (Zhang and Golovin 2020), relative to that of the point (1, ..., 1).
+    The directional hypervolume, relative to that of the point (1, ..., 1).
     """
     m = gains.shape[-1]
-    W = torch.randn(
-        _DIRECTIONS, m, generator=child(make_generator(0), "directions"), dtype=torch.float64
-    ).abs()
-    W = W / W.norm(dim=-1, keepdim=True)
-    reach = (gains.clamp_min(0.0).unsqueeze(1) / W).amin(-1).amax(0)
-    whole = (1 / W).amin(-1)
-    return float((reach.pow(m).mean() / whole.pow(m).mean()).pow(1 / m))
+    source = child(make_generator(0), "directions")
+    inverse = inverse_directions(m, _DIRECTIONS, generator=source)
+    whole = directional_hypervolume(torch.ones(1, m, dtype=torch.float64), inverse)
+    return float((directional_hypervolume(gains, inverse) / whole) ** (1 / m))
 
 
 def best_known(n: int, found: Sequence[Mapping[str, Any]], direct: int) -> list[float]:

@@ -5,7 +5,6 @@ The metrics are drawn independently of each other, as every surrogate models the
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,6 +13,7 @@ from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, to_maximisation
+from map_bo.pareto.indicators import directional_hypervolume, inverse_directions
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
 from map_bo.space import CoefficientSpace
@@ -150,22 +150,10 @@ def real_draws(
 def volumes(gains: Tensor, *, generator: Generator) -> Tensor:
     """Return hypervolumes by random scalarisation, ``s`` for ``s x k x m``, reference at 0.
 
-    ``c E[max_i min_j (y_ij / u_j)_+^m]`` over directions ``u`` uniform on the positive part of
-    the sphere, ``c = pi^(m/2) / (2^m Gamma(m/2 + 1))`` (Deng, Li & Zhang, *Approximating
-    hypervolume contributions*, 2019; Zhang & Golovin, *Random hypervolume scalarizations*, 2020,
-    lemma 5). The same 512 directions serve all ``s`` sets, so that sets compare well.
+    The same 512 directions serve all ``s`` sets, so that sets compare well.
     """
-    s, _, m = gains.shape
-    normal = torch.randn(DIRECTIONS, m, generator=generator, dtype=torch.float64).abs()
-    inverse = normal.norm(dim=-1) / normal.clamp_min(1e-12).mT  # m x directions
-    factor = math.exp(0.5 * m * math.log(math.pi) - m * math.log(2) - math.lgamma(m / 2 + 1))
-    result = gains.new_zeros(s)
-    for i, Y in enumerate(gains):
-        length = Y[:, :1] * inverse[0]
-        for j in range(1, m):
-            torch.minimum(length, Y[:, j : j + 1] * inverse[j], out=length)
-        result[i] = factor * length.amax(0).clamp_min(0.0).pow(m).mean()
-    return result
+    inverse = inverse_directions(gains.shape[-1], DIRECTIONS, generator=generator)
+    return gains.new_tensor([directional_hypervolume(Y, inverse) for Y in gains])
 
 
 def spread(gains: Tensor, count: int) -> Tensor:

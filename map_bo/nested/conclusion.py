@@ -26,7 +26,12 @@ from map_bo.nested.store import NODE
 from map_bo.nested.tree import Group
 from map_bo.rng import child, make_generator
 from map_bo.surrogates.prediction import Prediction, predict
-from map_bo.tracking.codec import encode_front, encode_observations, encode_tensor
+from map_bo.tracking.codec import (
+    decode_observations,
+    encode_front,
+    encode_observations,
+    encode_tensor,
+)
 from map_bo.tracking.store import Event
 
 __all__ = ["Final", "Picked", "conclude", "pick"]
@@ -79,7 +84,7 @@ def pick(final: Final, weights: Mapping[str, float], settings: Settings) -> Pick
 def conclude(
     tree: Group,
     nodes: Sequence[NodeRecord],
-    final: Final,
+    finals: Sequence[Final],
     picks: Sequence[Picked] | None,
     *,
     settings: Settings,
@@ -94,7 +99,7 @@ def conclude(
     Args:
         tree: The tree.
         nodes: What each node did.
-        final: The last run.
+        finals: The last runs, one a preference; several preferences may share one.
         picks: Merges for given preferences, which are the front then; None keeps the front.
         settings: The settings of the whole.
         verify: How many of the picks to measure.
@@ -103,6 +108,7 @@ def conclude(
         append: Adds an event to the record.
         directory: Where the record lies.
     """
+    final = finals[0]
     node, result = final.node, final.result
     problem, ledger = node.whole, node.ledger
     space = problem.space
@@ -113,7 +119,9 @@ def conclude(
         if number >= done:
             append(event)
 
-    written = _outcomes(result.seen, node)
+    different = {one.node.key: one for one in finals}.values()
+    parts = [_outcomes(one.result.seen, one.node) for one in different]
+    written = Observations.joined(parts, space.d, problem.metrics)
     own = result.reference
     reference = own if node.means is None else reference_of(written, space)
     front, data = _front(final, picks, reference, settings)
@@ -125,7 +133,8 @@ def conclude(
         count += 1
     step(Event("front", {"front": encode_front(front), **data}), count)
     count += 1
-    for row, outcome in _verified(final, front, picks, settings, verify):
+    known = {int(e.data["row"]): e for e in events if e.kind == "verified"}
+    for row, outcome in _verified(final, front, picks, settings, verify, known):
         one = {"row": row, "observation": encode_observations(outcome)}
         step(Event("verified", one), count)
         count += 1
@@ -143,8 +152,8 @@ def conclude(
     )
     if state.summary is None:
         spent += ledger.spent - before
-        summary = _summary(told, state, settings, spent, nodes, _seconds(events))
-        summary["notes"] = list(result.summary.get("notes") or ())
+        notes = list(result.summary.get("notes") or ())
+        summary = _summary(told, state, settings, spent, nodes, _seconds(events), notes)
         append(Event("finished", {"summary": summary}))
         told = dataclasses.replace(told, summary=summary)
     if picks is None:
@@ -236,8 +245,12 @@ def _verified(
     picks: Sequence[Picked] | None,
     settings: Settings,
     verify: int,
+    known: Mapping[int, Event],
 ) -> list[tuple[int, Observations]]:
-    """Return what was measured at points of the front, in the full space."""
+    """Return what was measured at points of the front, in the full space.
+
+    What is recorded already (``known``) is not measured again, were it a failure.
+    """
     node, result = final.node, final.result
     if picks is None:
         outcomes = _outcomes(result.verification, node)
@@ -247,18 +260,19 @@ def _verified(
     names = [metric.name for metric in node.whole.metrics]
     eye = torch.eye(node.whole.space.d, dtype=torch.float64)
     whole = NodeProblem(node.whole, names, node.whole.space, eye, node.ledger)
-    return [
-        (
-            row,
-            evaluate_row(
+    found = []
+    for row in range(min(verify, len(front))):
+        if row in known:
+            outcome = decode_observations(known[row].data["observation"], whole.metrics)
+        else:
+            outcome = evaluate_row(
                 whole,
                 front.X[row],
                 timeout=settings.timeout,
                 generator=child(make_generator(settings.seed), "verify", row),
-            ),
-        )
-        for row in range(min(verify, len(front)))
-    ]
+            )
+        found.append((row, outcome))
+    return found
 
 
 def _summary(
@@ -268,6 +282,7 @@ def _summary(
     spent: int,
     nodes: Sequence[NodeRecord],
     seconds: Mapping[str, float],
+    notes: list[str],
 ) -> dict[str, Any]:
     assert told.tree is not None
     summary = summarise(
@@ -282,7 +297,7 @@ def _summary(
         stop=None,
         surrogate=state.front_data["surrogate"],
         seconds=seconds,
-        notes=[],
+        notes=notes,
     )
     return {
         **summary,

@@ -31,7 +31,7 @@ from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Path, path_name
 from map_bo.problems.problem import Problem
-from map_bo.tracking.codec import decode_tensor, encode_tensor
+from map_bo.tracking.codec import decode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker
@@ -79,9 +79,6 @@ class Models:
     def __init__(self, directory: FilePath | None, limit: float) -> None:
         self._directory, self._left = directory, limit
         self._held: dict[str, CheckpointSource] = {}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
 
     def __getitem__(self, name: str) -> CheckpointSource:
         return self._held[name]
@@ -216,34 +213,17 @@ class MaterialisedRun(NestedRun):
             key, tuple(parts), names, whole.space, eye, not path, whole, self._ledger_of(key), means
         )
 
-    def _hand_up(self, path: Path, group: Group, finals: Sequence[Final]) -> None:
-        """Record the coefficients of the merges that a node hands up, in its own space."""
-        if self._recorded("handed", path_name(path)) is not None:
-            return
-        parts: list[dict[str, Any]] = []
-        found = self._merges(finals)
-        for number, U in enumerate(found):
-            key = finals[number].node.key
-            same = [i for i in range(number) if parts[i]["key"] == key and torch.equal(found[i], U)]
-            if same:
-                parts.append(parts[same[0]])
-                continue
-            said = group.label if not number else f"{group.label} (preference {number + 1})"
-            names = [said] if len(U) == 1 else [f"{said} #{i + 1}" for i in range(len(U))]
-            parts.append({"names": names, "rows": encode_tensor(U), "key": key})
-        self._record("handed", node=path_name(path), parts=parts)
+    def _in_record(self, final: Final, U: Tensor) -> Tensor:
+        """Return merges as they are recorded: in the coefficients of the node itself."""
+        return U
 
-    def _handed(
-        self, path: Path, group: Group, nodes: Sequence[Node], of: Sequence[int]
-    ) -> list[Part]:
+    def _handed(self, path: Path, group: Group, nodes: Sequence[Node]) -> list[Part]:
         """Make the merges that a node handed up."""
-        parts = super()._handed(path, group, nodes, of)
-        for number, part in enumerate(parts):
-            whole = nodes[of[number]].whole
-            assert isinstance(whole, Mergeable)
-            for name, u in zip(part.names, part.rows, strict=True):
-                if name not in self._models:
-                    self._models.keep(name, whole.merged(u))
+        parts = super()._handed(path, group, nodes)
+        [part], [node] = parts, nodes  # there is one preference at most
+        assert isinstance(node.whole, Mergeable)
+        for name, u in zip(part.names, part.rows, strict=True):
+            self._models.keep(name, node.whole.merged(u))
         return parts
 
     def _coordinates(self, node: Node) -> tuple[str, ...]:
@@ -273,21 +253,21 @@ def rebuilt(problem: Problem, result: NestedResult, events: Sequence[Event]) -> 
     models = Models(None, float("inf"))
     names = [metric.name for metric in problem.metrics]
 
-    def made(path: Path, group: Group, number: int) -> Any:
+    def made(path: Path, group: Group) -> Any:
         experts: dict[str, Any] = {}
         for i, item in enumerate(group.children):
             if isinstance(item, str):
                 experts[item] = item
                 continue
-            part = handed[path_name((*path, i))]["parts"][number]
-            below = made((*path, i), item, number)
+            part = handed[path_name((*path, i))]["parts"][0]
+            below = made((*path, i), item)
             for name, u in zip(part["names"], decode_tensor(part["rows"]), strict=True):
                 models.keep(name, below.merged(u))
                 experts[name] = models[name]
         return problem.with_experts(experts, names)
 
     try:
-        return made((), result.tree, 0)  # type: ignore[no-any-return]
+        return made((), result.tree)  # type: ignore[no-any-return]
     except (KeyError, IndexError) as error:
         raise StoreError(
             f"the record does not say what node {error} handed up",

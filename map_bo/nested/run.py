@@ -143,7 +143,7 @@ class NestedRun(Record):
                 nodes, of = self._nodes(path, group, handed)
                 done = self._recorded("done", path_name(path))
                 if path and done is not None:  # what it handed up is all that is needed of it
-                    handed[path] = self._handed(path, group, nodes, of)
+                    handed[path] = self._handed(path, group, nodes)
                     shown.done(int(done["evaluations"]))
                 else:
                     each = int(begun["evaluations"]) // len(nodes)
@@ -152,7 +152,7 @@ class NestedRun(Record):
                     finals = self._scaled(path_name(path), found)
                     if path:
                         self._hand_up(path, group, finals)
-                        handed[path] = self._handed(path, group, nodes, of)
+                        handed[path] = self._handed(path, group, nodes)
                     self._finish(path_name(path), results, begun)
                 records.append(self._told(path_name(path), group, nodes[0], handed.get(path, [])))
             if self.nested.refine:
@@ -163,8 +163,7 @@ class NestedRun(Record):
                 self._finish(REFINE, [result], begun)
                 records.append(self._told(REFINE, whole, node, []))
             report.evaluating("the front of all tasks")
-            final = finals[0]
-            self._before_conclusion(final)
+            self._before_conclusion(finals[0])
             picks = None
             if self.nested.hand_up == "point" and not self.nested.refine:
                 picks = [
@@ -174,7 +173,7 @@ class NestedRun(Record):
             return conclude(
                 tree,
                 records,
-                final,
+                finals,
                 picks,
                 settings=self.settings,
                 verify=self._verifications(),
@@ -290,8 +289,7 @@ class NestedRun(Record):
             else None
         )
         store = NodeStore(node.key, self._append, self._events)
-        result = run_node(node, settings, store, progress, surrogate=surrogate)
-        return result
+        return run_node(node, settings, store, progress, surrogate=surrogate)
 
     def _found(self, node: Node) -> tuple[int, int]:
         """Return what a run of a node found when it began.
@@ -323,17 +321,19 @@ class NestedRun(Record):
         return scaled
 
     def _hand_up(self, path: Path, group: Group, finals: Sequence[Final]) -> None:
-        """Record for each preference what a node hands up, in the full space."""
+        """Record for each preference what a node hands up."""
         if self._recorded("handed", path_name(path)) is None:
-            rows = [
-                final.node.full(U) for final, U in zip(finals, self._merges(finals), strict=False)
-            ]
-            parts = [handed_part(group.label, R) for R in rows]
+            found = zip(finals, self._merges(finals), strict=True)
+            parts = [handed_part(group.label, self._in_record(one, U)) for one, U in found]
             self._record(
                 "handed",
                 node=path_name(path),
                 parts=[{"names": list(p.names), "rows": encode_tensor(p.rows)} for p in parts],
             )
+
+    def _in_record(self, final: Final, U: Tensor) -> Tensor:
+        """Return merges of a node (``r x k``) as they are recorded: in the full space."""
+        return final.node.full(U)
 
     def _merges(self, finals: Sequence[Final]) -> list[Tensor]:
         """Return the merges that a node hands up, in its own space: ``r x k`` a preference."""
@@ -345,9 +345,7 @@ class NestedRun(Record):
         result = finals[0].result
         return [representatives(result, self.nested.points, result.reference)]
 
-    def _handed(
-        self, path: Path, group: Group, nodes: Sequence[Node], of: Sequence[int]
-    ) -> list[Part]:
+    def _handed(self, path: Path, group: Group, nodes: Sequence[Node]) -> list[Part]:
         """Return for each preference what a node handed up, as recorded."""
         recorded = self._recorded("handed", path_name(path))
         assert recorded is not None

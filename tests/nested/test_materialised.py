@@ -305,8 +305,6 @@ def test_models_are_kept_in_memory_as_long_as_they_fit(tmp_path: Path) -> None:
     kept = Models(tmp_path, 90)
     for name in "abc":
         kept.keep(name, {"weight": tensors["weight"] + ord(name)})
-    assert all(name in kept for name in "abc")
-    assert "d" not in kept
     assert [isinstance(kept[name], dict) for name in "abc"] == [True, True, False]
     for name in "abc":
         found = open_checkpoint(kept[name]).load("weight")

@@ -220,6 +220,27 @@ def test_merges_for_given_preferences_are_the_front(tmp_path: Path) -> None:
     assert len(load_nested(folder).choices) == 2
 
 
+def test_all_runs_of_the_root_are_in_the_record() -> None:
+    result = nested(budget=32, **VARIANTS["preferences"])
+    assert len(result.seen) == result.nodes[-1].evaluations
+
+
+def test_a_chosen_merge_that_could_not_be_measured_is_not_tried_again(tmp_path: Path) -> None:
+    how, folder = Nested(stages=2, hand_up="point"), tmp_path / "run"
+    quiet: dict[str, Any] = {"nested": how, "progress": False, "tracking": "none", **options()}
+    whole = Hills()
+    optimize_nested(whole, 32, **quiet)
+    before = len(whole.measured) - 4  # the last four are those of the choice
+    problem = Hills()
+    problem.fails = lambda x: "no luck" if len(problem.measured) >= before else None
+    first = optimize_nested(problem, 32, run_dir=folder, **quiet)
+    assert first.verification.failures == ("no luck",)
+    count = len(problem.measured)
+    again = optimize_nested(problem, 32, run_dir=folder, **quiet)
+    assert len(problem.measured) == count
+    assert outcome(again) == outcome(first)
+
+
 def test_refinement_never_forgets_what_the_tree_found() -> None:
     problem = Hills()
     tree = nested(problem, budget=28, stages=2)
