@@ -17,6 +17,7 @@ from torch import Tensor
 
 from map_bo.merging.chunked import Kernel, SpanKernel
 from map_bo.merging.deltas import Deltas
+from map_bo.merging.linear_merge import coefficient_table
 from map_bo.merging.workers import spread
 from map_bo.operators.searchable import SearchableOperator, one_of
 
@@ -45,8 +46,7 @@ class WeightedAverage(SearchableOperator):
 
     def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
         """Return tensor name -> weight of each expert's task vector, as streaming wants it."""
-        count = len(self.blocks or (0,))
-        table = c.double().view(len(experts), count).T
+        table = coefficient_table(c, len(experts), len(self.blocks or (0,)))
         table = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
 
         def of(name: str) -> Mapping[str, float]:
