@@ -88,6 +88,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             started = threading.Barrier(threads + 1)
 
             def begin() -> None:
+                # Asked for first, since a thread takes over torch's number when it first needs it.
+                torch.get_num_threads()
                 torch.set_num_threads(1)  # of this thread alone
                 started.wait()
 
