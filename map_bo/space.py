@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -182,16 +182,25 @@ class CoefficientSpace:
         parts = len(blocks) or 1
         names = tuple(f"{e}/{b}" for e in experts for b in blocks) if blocks else experts
         owner = tuple(i for i in range(len(experts)) for _ in range(parts))
-        constraints: list[LinearConstraint] = []
-        if simplex or sum_at_most is not None:
-            bound = 1.0 if simplex else float(sum_at_most or 0.0)
-            for part in range(parts):
-                weights = tuple(float(i % parts == part) for i in range(len(names)))
-                constraints.append(LinearConstraint(weights, bound, equality=simplex))
         d = len(names)
-        return cls(
-            names, (lower,) * d, (upper,) * d, tuple(constraints), owner=owner, experts=experts
+        box = cls(names, (lower,) * d, (upper,) * d, owner=owner, experts=experts)
+        if simplex:
+            return box.with_sum(1.0, equality=True)
+        return box if sum_at_most is None else box.with_sum(float(sum_at_most))
+
+    def with_sum(self, bound: float, *, equality: bool = False) -> CoefficientSpace:
+        """Return the space with a bound on the sum over the experts, within each block.
+
+        Coefficients that belong to no expert count in no sum.
+        """
+        part = [
+            self.owner[:i].count(owner) if owner >= 0 else -1 for i, owner in enumerate(self.owner)
+        ]
+        sums = tuple(
+            LinearConstraint(tuple(float(p == block) for p in part), bound, equality)
+            for block in range(self.blocks)
         )
+        return replace(self, constraints=(*self.constraints, *sums))
 
     @property
     def d(self) -> int:

@@ -85,14 +85,8 @@ def imported_problem(
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
-        if operator is not None and operator.describe().get("blocks"):
-            raise ConfigError(
-                "sum_at_most and blocks were both given",
-                hint="bound the coefficients with lower and upper instead",
-            )
-        space = CoefficientSpace.box(
-            tuple(experts), lower=lower, upper=upper, sum_at_most=sum_at_most
-        )
+        merging = TaskArithmetic() if operator is None else operator
+        space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
     return MergedModelProblem(
         named(model, "problem.model") if model is not None else _architecture(Path(base)),
         base=base,

@@ -282,11 +282,7 @@ def digits_problem(
     space = None
     if sum_at_most is not None:
         natural = (operator or TaskArithmetic()).space(zoo.names, lower=lower, upper=upper)
-        parts = tuple(str(part) for part in range(natural.d // len(zoo.names)))
-        bounded = CoefficientSpace.box(
-            zoo.names, blocks=parts, lower=lower, upper=upper, sum_at_most=sum_at_most
-        )
-        space = replace(natural, constraints=bounded.constraints)
+        space = natural.with_sum(sum_at_most)
     return DigitsProblem(
         zoo,
         TEST_EXAMPLES if examples is None else examples,
