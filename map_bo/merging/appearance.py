@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from dataclasses import dataclass
 
 __all__ = ["HEAD_BYTES", "Appearance", "appearance"]
@@ -88,8 +89,8 @@ def _text(head: bytes) -> Appearance | None:
             "open its address in a browser to see what is wrong, then " + _AGAIN,
         )
     try:
-        # A character may be cut in two at the end of the head.
-        text = start.decode("utf-8") if len(head) < HEAD_BYTES else start[:-3].decode("utf-8")
+        # A character may be cut in two at the end of the head; the decoder waits for the rest.
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
     except UnicodeDecodeError:
         return None
     if not text or any(not c.isprintable() and c not in "\r\n\t" for c in text):

@@ -40,6 +40,9 @@ def writing_draft(target: Path) -> Iterator[Path]:
     try:
         # Locked before it has the name that others look for, so none takes it for stale.
         lock = _locked(young)
+        if lock is None:
+            # Where files cannot be locked, this draft must not look like one with a dead writer.
+            (young / _LOCK).unlink(missing_ok=True)
         young.rename(draft)
         yield draft
     except BaseException:
