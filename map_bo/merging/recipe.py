@@ -91,8 +91,9 @@ def recipe_text(
 ) -> str:
     """Return the text of ``recipe.yaml``: every input with its digest, and what was done."""
 
-    def origin(checkpoint: Checkpoint) -> dict[str, str]:
-        return {"source": checkpoint.source, "sha256": checkpoint.digest()}
+    def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+        fitting = {"fitting": plain(checkpoint.fitting)} if checkpoint.fitting else {}
+        return {"source": checkpoint.source, "sha256": checkpoint.digest(), **fitting}
 
     content = {
         "recipe": _FORMAT,
@@ -187,6 +188,8 @@ def _mergekit(
     for label, checkpoint in checkpoints.items():
         if checkpoint.directory is None:
             raise _NotExpressible(f"{label} is not a Hugging Face directory")
+        if checkpoint.fitting:
+            raise _NotExpressible(f"{label} was fitted to the base's vocabulary")
     folders = [checkpoint.directory for checkpoint in checkpoints.values()]
     if len(set(folders)) < len(folders):
         raise _NotExpressible(
