@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
-from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
 from map_bo.merging.importance import block_norms, relative_importance
 from map_bo.merging.live import LiveModel, model_ties
@@ -23,13 +23,11 @@ from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearMerge, LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors, joined_ties
-from map_bo.problems.differentiable import (
-    Differentiable,
-    check_differentiable,
-    measure_with_gradient,
-)
+from map_bo.problems.differentiable import Differentiable, measure_with_gradient
 from map_bo.problems.evaluators import Evaluator, measure
 from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
+from map_bo.problems.merged_checks import check_gradients, check_model, check_space
+from map_bo.problems.merged_description import described
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
@@ -97,22 +95,14 @@ class MergedModelProblem:
     ) -> None:
         check_names(experts, "expert")
         check_names(evaluators, "evaluator")
-        if not callable(model):
-            raise MergeError(
-                f"the model is a {type(model).__name__}",
-                hint="give a torch.nn.Module, or a function that returns one",
-            )
+        check_model(model)
         self._source = model
         self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
         self._operator: MergeOperator = TaskArithmetic() if operator is None else operator
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
-        if space is not None and (space.names, space.owner) != (natural.names, natural.owner):
-            raise MergeError(
-                f"the space has the coefficients {', '.join(space.names)}; the operator takes "
-                f"{', '.join(natural.names)}",
-                hint="build the space from the same experts and blocks, in the same order",
-            )
+        if space is not None:
+            check_space(space, natural)
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
         self._base = open_checkpoint(base)
@@ -122,7 +112,7 @@ class MergedModelProblem:
         self._check_base = check_base
         self._gradients = gradients
         if gradients:
-            _check_gradients(self._evaluators, self._operator)
+            check_gradients(self._evaluators, self._operator)
         self._model: nn.Module | None = None
         self._measured: CoefficientSpace | None = None
         self._ready: tuple[TaskVectors, PreparedMerge, LiveModel] | None = None
@@ -320,29 +310,15 @@ class MergedModelProblem:
         It holds the digests of all checkpoints, so they are read once. Evaluators are told apart
         by name only.
         """
-
-        def origin(checkpoint: Checkpoint) -> dict[str, str]:
-            return {"source": checkpoint.source, "digest": checkpoint.digest()}
-
-        return {
-            "kind": "merged_model",
-            "base": origin(self._base),
-            "experts": {name: origin(expert) for name, expert in self._experts.items()},
-            "operator": self._operator.describe(),
-            "space": self._space.describe(),
-            "metrics": [
-                {
-                    "name": metric.name,
-                    "direction": metric.direction,
-                    "kind": metric.kind,
-                    "lower": metric.lower,
-                    "upper": metric.upper,
-                }
-                for metric in self._metrics
-            ],
-            "dtype": str(self._dtype).removeprefix("torch."),
-            **({"gradients": True} if self._gradients else {}),
-        }
+        return described(
+            base=self._base,
+            experts=self._experts,
+            operator=self._operator,
+            space=self._space,
+            metrics=self._metrics,
+            dtype=self._dtype,
+            gradients=self._gradients,
+        )
 
     def _named(self, names: Sequence[str]) -> tuple[Metric, ...]:
         known = {metric.name: metric for metric in self._metrics}
@@ -406,14 +382,3 @@ class MergedModelProblem:
             )
         self._model = model if model is self._source else model.to(self._device)
         return self._model
-
-
-def _check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator) -> None:
-    if not isinstance(operator, TaskArithmetic):
-        raise MergeError(
-            f"gradients were asked for, and {type(operator).__name__} is not linear in its "
-            "coefficients",
-            hint="use TaskArithmetic, or pass gradients=False",
-        )
-    for name, evaluator in evaluators.items():
-        check_differentiable(name, evaluator)
