@@ -49,6 +49,7 @@ def export_merged(
     record: Mapping[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
     weights: Weights | None = None,
+    recalibrated: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
@@ -78,6 +79,8 @@ def export_merged(
         weights: Tensor name -> weight of each expert, where the merge is linear: it lets
             ``mergekit.yaml`` express coefficients that differ between tensors. Without it, the
             coefficients must be one for each expert to be expressible.
+        recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
+            batch normalisation that were measured anew. Names that the base lacks are passed over.
 
     Returns:
         The absolute path of the folder.
@@ -106,7 +109,9 @@ def export_merged(
             tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
         )
     try:
-        _write_weights(draft, tensors, layouts, base, shard_bytes)
+        measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
+        placed = ((name, measured.get(name, tensor)) for name, tensor in tensors)
+        _write_weights(draft, placed, layouts, base, shard_bytes)
         for file in carried:
             with _writing(target):
                 copied = draft / file.relative_to(base.directory or file.parent)
@@ -118,7 +123,10 @@ def export_merged(
             operator=operator,
             coefficients=coefficients,
             # Read back from the file: a recipe never vouches for weights that cannot be opened.
-            merged={"sha256": open_checkpoint(draft).digest()},
+            merged={
+                "sha256": open_checkpoint(draft).digest(),
+                **({"recalibrated": sorted(measured)} if measured else {}),
+            },
             record=further,
         )
         mergekit = mergekit_text(
@@ -127,6 +135,7 @@ def export_merged(
             operator=operator,
             coefficients=coefficients,
             weights=weights,
+            recalibrated=bool(measured),
         )
         with _writing(target):
             (draft / RECIPE).write_text(recipe, encoding="utf-8")

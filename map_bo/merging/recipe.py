@@ -153,6 +153,7 @@ def mergekit_text(
     operator: Mapping[str, Any],
     coefficients: Mapping[str, float],
     weights: Weights | None,
+    recalibrated: bool = False,
 ) -> str:
     """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
 
@@ -162,7 +163,8 @@ def mergekit_text(
 
     Weights that differ between tensors are written with mergekit's filters. A filter there is a
     substring of a tensor's name and the first match counts, so a filter per tensor, longest name
-    first, expresses any assignment; shorter filters are used where they give the same.
+    first, expresses any assignment; shorter filters are used where they give the same. What
+    mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
 
     Where mergekit cannot express the merge, the text is a comment that says why.
     """
@@ -171,7 +173,9 @@ def mergekit_text(
     except _NotExpressible as reason:
         return f"# No mergekit configuration gives this merge: {reason}.\n"
     head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
-    if any(is_variance(name) for name in base.names):
+    if recalibrated:
+        head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
+    elif any(is_variance(name) for name in base.names):
         head += "# mergekit does not keep running variances above the least of the models.\n"
     return head + _dump(content)
 

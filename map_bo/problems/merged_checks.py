@@ -41,11 +41,13 @@ def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
         )
 
 
-def check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator) -> None:
+def check_gradients(
+    evaluators: Mapping[str, Evaluator], operator: MergeOperator, *, recalibrated: bool
+) -> None:
     """Refuse gradients where metrics are no differentiable function of the coefficients.
 
     Raises:
-        MergeError: For an operator that is not linear in its coefficients.
+        MergeError: For an operator that is not linear in its coefficients, and with recalibration.
         EvaluationError: For an evaluator without gradients.
     """
     if not isinstance(operator, TaskArithmetic):
@@ -53,6 +55,12 @@ def check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator
             f"gradients were asked for, and {type(operator).__name__} is not linear in its "
             "coefficients",
             hint="use TaskArithmetic, or pass gradients=False",
+        )
+    if recalibrated:
+        raise MergeError(
+            "gradients were asked for together with recalibration, and they would leave out how "
+            "the statistics follow the coefficients",
+            hint="leave recalibration out, or pass gradients=False",
         )
     for name, evaluator in evaluators.items():
         check_differentiable(name, evaluator)
