@@ -239,7 +239,7 @@ def _vocabulary(expert: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, tup
     sizes, own_sizes = _sizes(base), _sizes(expert)
     for name, other in _counterparts(expert, base).items():
         mine, theirs = expert.layout(name), base.layout(other)
-        across = bool(_ACROSS.search(other)) and len(theirs.shape) == 2
+        across = bool(_ACROSS.search(other)) and theirs.shape[:-1] == (1,)
         axis = 1 if across else 0
         if not (mine.dtype.is_floating_point and theirs.dtype.is_floating_point):
             continue
@@ -323,13 +323,36 @@ class _FittedReader:
         return Layout(given.shape, torch.promote_types(own.dtype, given.dtype))
 
     def load(self, name: str) -> Tensor:
-        tuned = self._expert.load(name)
         if name not in self._rows:
-            return tuned
-        part, dtype = self._rows[name], self.layouts[name].dtype
-        pre = self._base.load(part.base_name).detach().to(dtype, copy=True)
-        chosen = tuned.detach().to(dtype).index_select(part.axis, part.source)
-        return pre.index_copy_(part.axis, part.target, chosen)
+            return self._expert.load(name)
+        shape = self.layouts[name].shape
+        return self.read(name, 0, shape.numel()).view(shape)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the row-major elements ``start`` to ``stop`` of one tensor, in ``out`` if given.
+
+        Of an embedding no more than the rows that the piece touches is held.
+        """
+        if name in self._rows:
+            piece = self._gathered(name, start, stop)
+        else:
+            piece = self._expert.load(name).reshape(-1)[start:stop]
+        if out is None:
+            return piece
+        room = out.reshape(-1).view(torch.uint8)[: piece.numel() * piece.element_size()]
+        return room.view(piece.dtype).copy_(piece)
+
+    def _gathered(self, name: str, start: int, stop: int) -> Tensor:
+        part, layout = self._rows[name], self.layouts[name]
+        width = max(1, layout.shape.numel() // max(1, part.there))
+        first, last = start // width, -(-stop // width)
+        pre = self._base.load(part.base_name).detach().reshape(part.there, -1)
+        tuned = self._expert.load(name).detach().reshape(part.here, -1)
+        rows = pre[first:last].to(layout.dtype, copy=True)
+        begin, end = torch.searchsorted(part.target, torch.tensor([first, last])).tolist()
+        chosen = tuned[part.source[begin:end]].to(layout.dtype)
+        rows[part.target[begin:end] - first] = chosen
+        return rows.reshape(-1)[start - first * width : stop - first * width]
 
     def version(self) -> object | None:
         return None
