@@ -18,6 +18,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.formats import DTYPES, Layout, raw_bytes
 from map_bo.merging.messages import listed
+from map_bo.merging.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.recipe import (
     RECIPE,
     Weights,
@@ -64,7 +65,9 @@ def export_merged(
       licence files. Python files are left out, so a model that needs ``trust_remote_code`` needs
       them copied by hand;
     - ``recipe.yaml``: all inputs with their digests, operator, coefficients, versions, ``record``;
-    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none.
+    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none;
+    - ``README.md``: a model card with what was merged, how, and the metrics in ``record``. That of
+      the base is not carried.
 
     Args:
         out: Folder to create; it may exist only when it is empty.
@@ -137,7 +140,16 @@ def export_merged(
             weights=weights,
             recalibrated=bool(measured),
         )
+        card = model_card_text(
+            base=base,
+            experts=experts,
+            operator=plain(operator),
+            coefficients=coefficients,
+            record=further,
+            recalibrated=bool(measured),
+        )
         with _writing(target):
+            (draft / MODEL_CARD).write_text(card, encoding="utf-8")
             (draft / RECIPE).write_text(recipe, encoding="utf-8")
             (draft / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
             _publish(draft, target)
