@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from map_bo.errors import EvaluationError, MergeError
 from map_bo.merging.messages import first_line, listed
+from map_bo.merging.saved_names import saved_as
 
 __all__ = ["Batches", "Recalibration", "recalibrate", "require_batch_norm", "statistics"]
 
@@ -85,12 +86,17 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, momentum: float | N
 
 
 def statistics(model: nn.Module) -> dict[str, Tensor]:
-    """Return copies of all running statistics and batch counters by name in the state dict."""
-    return {
+    """Return copies of all running statistics and batch counters.
+
+    Names are those of the state dict, and those in the model's files where they differ.
+    """
+    found = {
         f"{name}.{kind}" if name else kind: value
         for name, layer in _layers(model, every_name=True).items()
         for kind, value in _copies(layer).items()
     }
+    parts = saved_as(model)
+    return found | {name: found[p.name] for name, p in parts.items() if p.name in found}
 
 
 def require_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -387,6 +387,8 @@ class MergedModelProblem:
                 )
             if self._recalibration is not None:
                 require_batch_norm(model)
+            if self._gradients:
+                live.require_whole()
             self._ready = vectors, self._operator.prepare(vectors), live
         return self._ready
 
