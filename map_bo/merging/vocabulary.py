@@ -140,7 +140,7 @@ def require_shapes(
         f"{message}; only its vocabulary differs",
         hint="vocabulary='base' fits it to the base by position (further rows are dropped, "
         "missing ones stay the base's), vocabulary='tokens' by token; on the command line "
-        "+problem.vocabulary=base",
+        "problem.vocabulary=base",
     )
 
 
