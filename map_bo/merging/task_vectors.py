@@ -18,6 +18,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.messages import listed
+from map_bo.merging.vocabulary import require_shapes
 
 __all__ = ["TaskVectors"]
 
@@ -258,16 +259,7 @@ def _matched(
             f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
             hint=_ARCHITECTURE,
         )
-    shapes = [
-        f"{name} {list(expert.shape(mine))} against {list(base.shape(name))}"
-        for name, mine in own.items()
-        if expert.shape(mine) != base.shape(name)
-    ]
-    if shapes:
-        raise MergeError(
-            f"expert {label!r} has other shapes than the base: {listed(shapes)}",
-            hint=_ARCHITECTURE,
-        )
+    require_shapes(base, expert, label, own)
     kinds = [
         f"{name} {expert.dtype(mine)} against {base.dtype(name)}"
         for name, mine in own.items()
