@@ -22,7 +22,7 @@ from map_bo.merging.formats import (
 )
 from map_bo.merging.pickles import state_dict
 
-__all__ = ["Checkpoint", "CheckpointSource", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointSource", "adapter_file", "open_checkpoint"]
 
 # In the order in which they are looked for: safetensors first, and a whole file before shards,
 # as transformers does.
@@ -32,6 +32,7 @@ _KNOWN_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _CHUNK = 1 << 26
 
 
@@ -186,18 +187,30 @@ def _open_path(path: Path) -> Checkpoint:
     return Checkpoint(reader, source=str(path), directory=directory)
 
 
+def adapter_file(path: Path) -> Path | None:
+    """Return the weights of an adapter: the file of that name, or the one in a folder.
+
+    None where there is no such file, and for a folder that holds a whole model too.
+    """
+    if path.name in _ADAPTER_FILES and path.is_file():
+        return path
+    if any((path / name).is_file() for name in _KNOWN_FILES):
+        return None
+    return next((path / name for name in _ADAPTER_FILES if (path / name).is_file()), None)
+
+
 def _weights_in(folder: Path) -> Path:
     for name in _KNOWN_FILES:
         if (folder / name).is_file():
             return folder / name
+    if adapter_file(folder) is not None:
+        raise CheckpointError(
+            f"{folder} holds an adapter, not the weights of a whole model",
+            hint="give it as an expert beside its base, or merge it first (peft: "
+            "merge_and_unload, then save_pretrained)",
+        )
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = sorted(folder.glob(pattern))
-        if [file.name for file in found] == ["adapter_model.safetensors"]:
-            raise CheckpointError(
-                f"{folder} holds an adapter, not the weights of a whole model",
-                hint="merge the adapter into its base first (peft: merge_and_unload, then "
-                "save_pretrained)",
-            )
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(

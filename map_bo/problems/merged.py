@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
+from map_bo.merging.adapters import open_expert
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
 from map_bo.merging.importance import block_norms, relative_importance
@@ -116,7 +117,7 @@ class MergedModelProblem:
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
         self._base = open_checkpoint(base)
-        self._experts = {name: open_checkpoint(source) for name, source in experts.items()}
+        self._experts = {name: open_expert(e, self._base) for name, e in experts.items()}
         self._dtype = dtype or torch.float32
         self._device = torch.device(device)
         self._check_base = check_base
