@@ -1,8 +1,6 @@
-"""PEFT LoRA adapters as experts: a base and what is added to it, never multiplied out on disk.
+"""PEFT LoRA adapters: what they add to each tensor of a base, read without peft.
 
-An adapter is read from its folder (``adapter_config.json`` beside ``adapter_model.safetensors``)
-without peft. Seen as a `Checkpoint` it is the base with the adapter merged into it, one tensor at
-a time, so that everything that takes a checkpoint takes an adapter.
+An adapter is a folder with ``adapter_config.json`` and ``adapter_model.safetensors``.
 """
 
 from __future__ import annotations
@@ -20,17 +18,12 @@ from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapter_names import Orientation, OwnTensor, own_tensors, place
-from map_bo.merging.checkpoint import (
-    Checkpoint,
-    CheckpointSource,
-    adapter_file,
-    open_checkpoint,
-)
-from map_bo.merging.formats import Layout, TensorReader, open_file, raw_bytes
+from map_bo.merging.checkpoint import Checkpoint, adapter_file
+from map_bo.merging.formats import TensorReader, open_file, raw_bytes
 from map_bo.merging.lora_config import LoraSettings, read_settings
 from map_bo.merging.low_rank import LowRank
 
-__all__ = ["Adapter", "AdapterCheckpoint", "adapter_checkpoint", "open_adapter", "open_expert"]
+__all__ = ["Adapter", "open_adapter", "wide"]
 
 logger = logging.getLogger(__name__)
 
@@ -96,8 +89,8 @@ class Adapter:
         delta: Tensor | None = None
         if name in self.values:
             value, pre = self._load(self.values[name]), self.base.load(name)
-            wide = torch.promote_types(value.dtype, _wide(pre.dtype))
-            delta = value.to(wide) - pre.to(wide)
+            both = torch.promote_types(value.dtype, wide(pre.dtype))
+            delta = value.to(both) - pre.to(both)
         if name in self.biases:
             own, scale = self.biases[name]
             shift = scale * self._load(own)
@@ -150,63 +143,9 @@ class Adapter:
         return tensor
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which changes of a tensor are added: float32, or float64 for float64."""
     return dtype if dtype == torch.float64 else torch.float32
-
-
-class AdapterReader:
-    """The tensors of a base with an adapter merged in, one at a time.
-
-    Changed tensors are in float32 (float64 for a base of float64), so that a base in bfloat16
-    does not round the change away; the others are the base's as they are.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        base = adapter.base
-        changed = set(adapter.names)
-        self.ties: Mapping[str, str] = base.ties
-        self.layouts: Mapping[str, Layout] = {
-            name: Layout(base.shape(name), _wide(base.dtype(name)))
-            if self.ties.get(name, name) in changed
-            else base.layout(name)
-            for name in base.names
-        }
-
-    def load(self, name: str) -> Tensor:
-        """Return one merged tensor."""
-        value = self.adapter.base.load(name)
-        delta = self.adapter.delta(self.ties.get(name, name))
-        if delta is None:
-            return value
-        dtype = self.layouts[name].dtype
-        return (value.to(delta.dtype) + delta).to(dtype)
-
-    def version(self) -> object | None:
-        """Return the version of the adapter's file: a digest is over its tensors alone."""
-        return self.adapter.reader.version()
-
-
-class AdapterCheckpoint(Checkpoint):
-    """An adapter seen as the checkpoint of the model that it makes of its base.
-
-    Its digest is that of the adapter alone; the base has its own. It has no ``directory``, since
-    its folder is no model.
-
-    Attributes:
-        adapter: The adapter.
-    """
-
-    def __init__(self, adapter: Adapter) -> None:
-        super().__init__(AdapterReader(adapter), source=adapter.source, directory=None)
-        self.adapter = adapter
-
-    def digest(self) -> str:
-        """Return the digest of the adapter's own tensors; see `Adapter.digest`."""
-        version = self._reader.version()
-        if self._digest is None or version is None or self._digest[0] != version:
-            self._digest = (version, self.adapter.digest())
-        return self._digest[1]
 
 
 def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
@@ -257,34 +196,6 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
         base=base,
         reader=reader,
     )
-
-
-def adapter_checkpoint(source: str | Path, base: Checkpoint) -> AdapterCheckpoint:
-    """Open a PEFT LoRA adapter as the checkpoint of its base with it merged in.
-
-    Raises:
-        CheckpointError: When files are missing or damaged, or the adapter is not plain LoRA.
-        MergeError: When it does not fit the base.
-    """
-    return AdapterCheckpoint(open_adapter(source, base))
-
-
-def open_expert(source: CheckpointSource, base: Checkpoint) -> Checkpoint:
-    """Open an expert: whatever `open_checkpoint` takes, or the folder of a LoRA adapter.
-
-    Args:
-        source: Where the expert is.
-        base: The base, which an adapter is added to.
-
-    Raises:
-        CheckpointError: When it cannot be read.
-        MergeError: When an adapter does not fit the base.
-    """
-    if isinstance(source, (str, Path)):
-        path = Path(source).expanduser().absolute()
-        if adapter_file(path) is not None:
-            return adapter_checkpoint(path, base)
-    return open_checkpoint(source)
 
 
 def _note_base(settings: LoraSettings, base: Checkpoint, folder: Path) -> None:

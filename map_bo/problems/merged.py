@@ -15,7 +15,7 @@ from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
-from map_bo.merging.adapters import open_expert
+from map_bo.merging.adapter_checkpoint import open_expert
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
 from map_bo.merging.importance import block_norms, relative_importance
@@ -235,7 +235,6 @@ class MergedModelProblem:
             MergeError: When it cannot be written; nothing is left behind.
         """
         row = self._row(x)
-        names = self._space.names
         weights: Callable[[str], Mapping[str, float]] | None = None
         tensors: Iterator[tuple[str, Tensor]]
         if isinstance(self._operator, LinearOperator):
@@ -249,7 +248,7 @@ class MergedModelProblem:
             base=self._base,
             experts=self._experts,
             operator=self._operator.describe(),
-            coefficients=dict(zip(names, row.tolist(), strict=True)),
+            coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
             record=dict(record or {}),
             weights=weights,
         )

@@ -11,7 +11,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging.adapters import AdapterCheckpoint, adapter_checkpoint, open_expert
+from map_bo.merging.adapter_checkpoint import (
+    AdapterCheckpoint,
+    adapter_checkpoint,
+    open_expert,
+)
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.export import merge_streamed
 from tests.merging.peft_models import language_model, trained, with_settings
