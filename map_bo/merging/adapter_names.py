@@ -90,13 +90,19 @@ def _strange(name: str, origin: str) -> CheckpointError:
     )
 
 
-def place(targets: Iterable[str], base: Checkpoint, origin: str) -> dict[str, str]:
-    """Return, for every target, the name of the base's tensor, ties resolved.
+def place(
+    targets: Iterable[str], base: Checkpoint, origin: str
+) -> tuple[dict[str, str], tuple[str, str]]:
+    """Find, for every target, the tensor of the base.
 
     The trained model may have called its modules with another prefix than the base's file does
     (``model.layers`` against ``layers``). A target is the base's tensor of the same name, or the
     only one whose name ends with it, or the one that its name ends with. All targets must need
     the same change of prefix.
+
+    Returns:
+        Target -> canonical name in the base; and the prefixes of targets that the base's names
+        lack, and of the base's names that targets lack.
 
     Raises:
         MergeError: When a target is missing from the base, fits several of its tensors, or needs
@@ -115,7 +121,7 @@ def place(targets: Iterable[str], base: Checkpoint, origin: str) -> dict[str, st
             f"{listed(shifts.values())}",
             hint="give the base that the adapter was trained from",
         )
-    return placed
+    return placed, next(iter(shifts), ("", ""))
 
 
 def _placed(

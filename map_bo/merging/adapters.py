@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ from map_bo.merging.formats import TensorReader, open_file, raw_bytes
 from map_bo.merging.lora_config import LoraSettings, read_settings
 from map_bo.merging.low_rank import LowRank
 
-__all__ = ["Adapter", "open_adapter", "wide"]
+__all__ = ["Adapter", "Kind", "open_adapter", "wide"]
+
+Kind = Literal["linear", "transposed", "embedding", "conv"]
+"""How a module uses its weight: ``out x in``, ``in x out`` (GPT-2's ``Conv1D``), a table of rows,
+or a convolution without groups."""
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +40,12 @@ class _Factors:
     A: str
     B: str
     scale: float
-    flipped: bool  # the base stores the weight in x out
+    kind: Kind
+
+    @property
+    def flipped(self) -> bool:
+        """Whether the base stores the transpose of what the factors multiply to."""
+        return self.kind in ("transposed", "embedding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +62,9 @@ class Adapter:
         biases: Tensor -> name and scale of a bias that is added (peft's ``lora_bias``).
         base: The base.
         reader: The adapter's file.
+        settings: Its configuration.
+        prefix: What the names of the trained model begin with and the base's do not, and the
+            other way round.
     """
 
     source: str
@@ -60,11 +73,18 @@ class Adapter:
     biases: Mapping[str, tuple[str, float]]
     base: Checkpoint
     reader: TensorReader = field(repr=False)
+    settings: LoraSettings
+    prefix: tuple[str, str] = ("", "")
 
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The tensors that it changes, sorted."""
         return tuple(sorted({*self.factors, *self.values, *self.biases}))
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """Tensor -> kind of its module, for those that have factors."""
+        return {name: pair.kind for name, pair in self.factors.items()}
 
     def low_rank(self, name: str) -> LowRank | None:
         """Return the change of low rank of a tensor, ``shape[0] x numel / shape[0]``, or None.
@@ -178,7 +198,9 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
     settings = read_settings(folder)
     reader = open_file(file)
     own = own_tensors(reader.layouts, str(folder))
-    placed = place(dict.fromkeys(tensor.target for tensor in own.values()), base, str(folder))
+    placed, prefix = place(
+        dict.fromkeys(tensor.target for tensor in own.values()), base, str(folder)
+    )
     _note_base(settings, base, folder)
     for name, tensor in own.items():
         target = placed[tensor.target]
@@ -195,6 +217,8 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
         biases=_biases(own, placed, settings, reader, base, folder),
         base=base,
         reader=reader,
+        settings=settings,
+        prefix=prefix,
     )
 
 
@@ -259,12 +283,17 @@ def _factors(
         if plain and flipped:
             square.append((target, A, B, scale))
         else:
-            found[target] = _Factors(A, B, scale, flipped)
-            if not embedded:
+            kind: Kind = "embedding" if embedded else "conv" if len(a) > 2 else _linear(flipped)
+            found[target] = _Factors(A, B, scale, kind)
+            if kind in ("linear", "transposed"):
                 orientation.seen[target] = flipped
     for target, A, B, scale in square:
-        found[target] = _Factors(A, B, scale, orientation.of_square(target))
+        found[target] = _Factors(A, B, scale, _linear(orientation.of_square(target)))
     return found
+
+
+def _linear(flipped: bool) -> Kind:
+    return "transposed" if flipped else "linear"
 
 
 def _factor_names(pair: Mapping[str, str]) -> str:

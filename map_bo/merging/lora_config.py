@@ -49,6 +49,7 @@ class LoraSettings:
         fan_in_fan_out: Whether weights are stored ``in x out``, as in GPT-2's ``Conv1D``. Only
             square weights need it; the shape tells of others.
         base: What the adapter was trained from, as the configuration calls it, or None.
+        task: peft's name of the model's task, or None.
     """
 
     r: int
@@ -58,6 +59,7 @@ class LoraSettings:
     rslora: bool = False
     fan_in_fan_out: bool = False
     base: str | None = None
+    task: str | None = None
 
     def rank(self, module: str) -> int:
         """Return the rank of the factors of a module."""
@@ -111,6 +113,7 @@ def read_settings(folder: Path) -> LoraSettings:
         )
     assert isinstance(r, int)
     assert isinstance(alpha, (int, float))
+    task = content.get("task_type")
     named = content.get("base_model_name_or_path")
     return LoraSettings(
         r=r,
@@ -120,6 +123,7 @@ def read_settings(folder: Path) -> LoraSettings:
         rslora=bool(content.get("use_rslora")),
         fan_in_fan_out=bool(content.get("fan_in_fan_out")),
         base=named if isinstance(named, str) and named else None,
+        task=task if isinstance(task, str) else None,
     )
 
 

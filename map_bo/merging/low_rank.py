@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
-__all__ = ["LowRank", "exact_products", "inner_product", "stacked", "truncated"]
+__all__ = ["LowRank", "approximated", "exact_products", "stacked", "truncated"]
+
+# Up to this length of its shorter side a matrix is decomposed whole, in float64.
+_WHOLE = 512
+_OVERSAMPLED, _POWER = 16, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,16 +55,6 @@ def exact_products(device: torch.device) -> bool:
     return precision in ("none", "ieee")
 
 
-def inner_product(first: LowRank, second: LowRank) -> float:
-    """Return the Frobenius inner product of two changes of one tensor.
-
-    ``<s B A, t D C> = s t sum((B^T D) * (A C^T))``: products of ``r x r``, in float64.
-    """
-    left = first.B.double().T @ second.B.double()
-    right = first.A.double() @ second.A.double().T
-    return first.scale * second.scale * float((left * right).sum())
-
-
 def stacked(parts: Sequence[LowRank]) -> LowRank:
     """Return the sum of changes of one tensor as one change; its rank is the sum of theirs."""
     B = torch.cat([part.scale * part.B for part in parts], dim=1)
@@ -94,3 +88,38 @@ def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]
     B = (Q @ (U[:, :keep] * roots)).float()
     A = ((roots[:, None] * Vh[:keep]) @ P.T).float()
     return LowRank(B, A), float(values[keep:].norm()), float(values.norm())
+
+
+def approximated(
+    matrix: Tensor, rank: int, *, generator: Generator
+) -> tuple[LowRank, float, float]:
+    """Return an approximation of a matrix by one of at most ``rank``, with its error.
+
+    Small matrices go through their singular value decomposition. Large ones, of which few
+    singular vectors are wanted, go through a randomised range finder with power iterations
+    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1). The error is measured
+    either way.
+
+    Args:
+        matrix: ``rows x columns``.
+        rank: Largest rank.
+        generator: Draws the random directions, where there are any.
+
+    Returns:
+        The approximation with scale 1, in float32; the Frobenius norm of the error; and that of
+        the matrix.
+    """
+    wide = matrix.double() if min(matrix.shape) <= _WHOLE else matrix.float()
+    size = rank + _OVERSAMPLED
+    if min(matrix.shape) <= _WHOLE or 4 * size > min(matrix.shape):
+        U, values, Vh = torch.linalg.svd(wide, full_matrices=False)
+    else:
+        draws = torch.randn(wide.shape[1], size, generator=generator, dtype=wide.dtype)
+        Q = torch.linalg.qr(wide @ draws.to(wide.device)).Q
+        for _ in range(_POWER):
+            Q = torch.linalg.qr(wide @ torch.linalg.qr(wide.T @ Q).Q).Q
+        small, values, Vh = torch.linalg.svd(Q.T @ wide, full_matrices=False)
+        U = Q @ small
+    roots = values[:rank].sqrt()
+    change = LowRank((U[:, :rank] * roots).float(), (roots[:, None] * Vh[:rank]).float())
+    return change, float((wide - change.dense()).norm()), float(wide.norm())
