@@ -14,7 +14,13 @@ from map_bo.merging.adapters import Adapter, open_adapter, wide
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, adapter_file, open_checkpoint
 from map_bo.merging.formats import Layout
 
-__all__ = ["AdapterCheckpoint", "AdapterReader", "adapter_checkpoint", "open_expert"]
+__all__ = [
+    "AdapterCheckpoint",
+    "AdapterReader",
+    "adapter_checkpoint",
+    "adapter_over",
+    "open_expert",
+]
 
 
 class AdapterReader:
@@ -80,6 +86,13 @@ def adapter_checkpoint(source: str | Path, base: Checkpoint) -> AdapterCheckpoin
         MergeError: When it does not fit the base.
     """
     return AdapterCheckpoint(open_adapter(source, base))
+
+
+def adapter_over(base: Checkpoint, expert: Checkpoint) -> Adapter | None:
+    """Return the adapter over this very base that an expert is, or None where it is none."""
+    if isinstance(expert, AdapterCheckpoint) and expert.adapter.base is base:
+        return expert.adapter
+    return None
 
 
 def open_expert(source: CheckpointSource, base: Checkpoint) -> Checkpoint:

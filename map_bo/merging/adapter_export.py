@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapter_checkpoint import AdapterCheckpoint
+from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapter_files import AdapterContent, adapter_content
 from map_bo.merging.adapters import Adapter, Kind, open_adapter, wide
 from map_bo.merging.checkpoint import Checkpoint
@@ -130,7 +130,7 @@ def export_adapter(
     summed = experts if merged is None else {"merged": merged}
     of = weights if merged is None else lambda name: {"merged": 1.0}
     changes = _Changes(base, summed, of, rank, others, kinds).found()
-    adapters = [a for e in experts.values() if (a := _adapter(e, base)) is not None]
+    adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
     content = adapter_content(
         changes.factors,
         changes.values,
@@ -195,11 +195,6 @@ def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str])
         raise
 
 
-def _adapter(expert: Checkpoint, base: Checkpoint) -> Adapter | None:
-    known = isinstance(expert, AdapterCheckpoint) and expert.adapter.base is base
-    return expert.adapter if known and isinstance(expert, AdapterCheckpoint) else None
-
-
 def _common(values: list[str | None]) -> str | None:
     """Return the one value that all have, or None."""
     return values[0] if len(set(values)) == 1 else None
@@ -239,7 +234,7 @@ class _Changes:
     ) -> None:
         self._base, self._experts, self._weights = base, experts, weights
         self._rank, self._others, self._given = rank, others, kinds
-        self._adapters = {name: _adapter(expert, base) for name, expert in experts.items()}
+        self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
         self._names = {
             name: _aligned(base, expert, name)
             for name, expert in experts.items()

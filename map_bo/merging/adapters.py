@@ -202,6 +202,7 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
         dict.fromkeys(tensor.target for tensor in own.values()), base, str(folder)
     )
     _note_base(settings, base, folder)
+    _note_ties(placed, base, folder)
     for name, tensor in own.items():
         target = placed[tensor.target]
         if not base.dtype(target).is_floating_point:
@@ -228,6 +229,19 @@ def _note_base(settings: LoraSettings, base: Checkpoint, folder: Path) -> None:
         logger.warning(
             "the adapter %s was trained from %s; the base here is %s", folder, named, base.source
         )
+
+
+def _note_ties(placed: Mapping[str, str], base: Checkpoint, folder: Path) -> None:
+    changed = list(placed.values())
+    for alias, name in base.ties.items():
+        if changed.count(name) == 1:
+            logger.warning(
+                "the adapter %s changes %s, which the base ties to %s: merged, both change, and "
+                "the adapter was trained with one of them changed",
+                folder,
+                name,
+                alias,
+            )
 
 
 def _factors(

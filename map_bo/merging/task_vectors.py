@@ -15,7 +15,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapted import Adapted
-from map_bo.merging.adapter_checkpoint import AdapterCheckpoint
+from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapters import Adapter
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors, require_tied
@@ -155,7 +155,7 @@ class TaskVectors:
           deltas are taken in float32 (float64 where one of them is) and stored in ``dtype``.
         - Other tensors come from the base. Experts may differ in counters (integers with one
           element, such as ``num_batches_tracked``), in nothing larger.
-        - Adapters over this base (`AdapterCheckpoint`) keep their factors, in float32; what they
+        - Adapters over this base (`adapter_over`) keep their factors, in float32; what they
           change by full values (modules to save, biases) is stored in ``dtype``.
         - An expert that equals the base, or another expert, is refused: its coefficient would
           mean nothing.
@@ -189,9 +189,8 @@ class TaskVectors:
         layout = FlatLayout.of(base, joined_ties(base, ties or {}))
         readers = [ExpertReader(base, expert, name, layout) for name, expert in experts.items()]
         require_tied(base, layout.ties, "the base")
-        adapters = {
-            i: found for i, e in enumerate(experts.values()) if (found := _adapter(e, base))
-        }
+        over = [adapter_over(base, expert) for expert in experts.values()]
+        adapters = {i: adapter for i, adapter in enumerate(over) if adapter is not None}
         _require_distinct_adapters(tuple(experts), adapters)
         dense = tuple(i for i in range(len(experts)) if i not in adapters)
         rows = torch.zeros(1 + len(dense), layout.size, dtype=dtype, device=device)
@@ -241,13 +240,6 @@ def _same(first: str, second: str) -> MergeError:
         f"experts {first!r} and {second!r} have the same weights",
         hint="leave one of them out, or check the paths",
     )
-
-
-def _adapter(expert: Checkpoint, base: Checkpoint) -> Adapter | None:
-    """Return the adapter that an expert is, over this very base."""
-    if isinstance(expert, AdapterCheckpoint) and expert.adapter.base is base:
-        return expert.adapter
-    return None
 
 
 def _require_distinct_adapters(names: tuple[str, ...], adapters: Mapping[int, Adapter]) -> None:

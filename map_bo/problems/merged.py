@@ -26,6 +26,7 @@ from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
+from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.differentiable import (
     Differentiable,
     check_differentiable,
@@ -38,7 +39,7 @@ from map_bo.space import CoefficientSpace
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem:
+class MergedModelProblem(AdapterExporting):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -51,9 +52,8 @@ class MergedModelProblem:
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
             a callable that returns one and is called once.
-        base: The model that the experts were fine-tuned from: a module, a state dict, or a path
-            (see `map_bo.open_checkpoint`).
-        experts: Expert name -> checkpoint.
+        base: The model that the experts were fine-tuned from; see `map_bo.open_checkpoint`.
+        experts: Expert name -> checkpoint, or the folder of a LoRA adapter over the base.
         evaluators: Metric name -> callable that takes the model and returns a float or a
             `Measurement`. The names need not be those of experts.
         operator: How to merge; task arithmetic by default.

@@ -142,11 +142,12 @@ class TestTies:
         return language_model("gpt2")
 
     def test_an_adapted_embedding_that_is_tied_changes_both_names_as_peft_does(
-        self, tmp_path: Path
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         base = self.base()
         merged = open_checkpoint(trained(base, tmp_path, target_modules=["wte"]))
         found = adapter_checkpoint(tmp_path, open_checkpoint(base))
+        assert "which the base ties to lm_head.weight: merged, both change" in caplog.text
         assert found.ties == {"lm_head.weight": "transformer.wte.weight"}
         for name in ("lm_head.weight", "transformer.wte.weight"):
             close(found.load(name), merged.load(name))
