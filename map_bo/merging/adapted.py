@@ -110,15 +110,8 @@ class Adapted:
     def read(self, expert: int, start: int, stop: int, out: Tensor) -> None:
         """Add the elements ``start`` to ``stop``, row-major, of an expert's change to ``out``."""
         mine = self._span(expert)
-        columns = self.A.shape[1]
-        if mine.start < mine.stop and start < stop:
-            top, bottom = start // columns, -(-stop // columns)
-            B, A = self.B[top:bottom, mine], self.A[mine]
-            piece = slice(start - top * columns, stop - top * columns)
-            if bottom - top == 1:  # of one long row no more is multiplied out than is asked for
-                out += _product(B, A[:, piece])[0]
-            else:
-                out += _product(B, A).view(-1)[piece]
+        if mine.start < mine.stop:
+            out += LowRank(self.B[:, mine], self.A[mine]).piece(start, stop)
         if expert in self.values:
             out += self.values[expert][start:stop]
 

@@ -11,8 +11,15 @@ from pathlib import Path
 from torch import Tensor
 
 from map_bo.merging.adapters import Adapter, open_adapter, wide
-from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, adapter_file, open_checkpoint
-from map_bo.merging.formats import Layout
+from map_bo.merging.checkpoint import (
+    Checkpoint,
+    CheckpointSource,
+    absolute_path,
+    adapter_file,
+    open_checkpoint,
+)
+from map_bo.merging.formats import Layout, buffer_for
+from map_bo.merging.hub import fetch, hub_model
 
 __all__ = [
     "AdapterCheckpoint",
@@ -50,6 +57,18 @@ class AdapterReader:
             return value
         dtype = self.layouts[name].dtype
         return (value.to(delta.dtype) + delta).to(dtype)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the elements ``start`` to ``stop`` of one merged tensor, row-major."""
+        base = self.adapter.base
+        delta = self.adapter.piece(self.ties.get(name, name), start, stop)
+        if delta is None:
+            return base.read(name, start, stop, out=out)
+        merged = base.read(name, start, stop).to(delta.dtype) + delta
+        dtype = self.layouts[name].dtype
+        return (
+            merged.to(dtype) if out is None else buffer_for(stop - start, dtype, out).copy_(merged)
+        )
 
     def version(self) -> object | None:
         """Return the version of the adapter's file: a digest is over its tensors alone."""
@@ -96,7 +115,7 @@ def adapter_over(base: Checkpoint, expert: Checkpoint) -> Adapter | None:
 
 
 def open_expert(source: CheckpointSource, base: Checkpoint) -> Checkpoint:
-    """Open an expert: whatever `open_checkpoint` takes, or the folder of a LoRA adapter.
+    """Open an expert: whatever `open_checkpoint` takes, or a LoRA adapter's folder or hub name.
 
     Args:
         source: Where the expert is.
@@ -106,8 +125,12 @@ def open_expert(source: CheckpointSource, base: Checkpoint) -> Checkpoint:
         CheckpointError: When it cannot be read.
         MergeError: When an adapter does not fit the base.
     """
-    if isinstance(source, (str, Path)):
-        path = Path(source).expanduser().absolute()
+    if isinstance(source, str) and (model := hub_model(source)) is not None:
+        snapshot = fetch(model)
+        if adapter_file(snapshot.folder) is not None:
+            return AdapterCheckpoint(open_adapter(snapshot.folder, base, label=snapshot.source))
+    elif isinstance(source, (str, Path)):
+        path = absolute_path(source)
         if adapter_file(path) is not None:
             return adapter_checkpoint(path, base)
     return open_checkpoint(source)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +18,8 @@ from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapter_files import AdapterContent, adapter_content
 from map_bo.merging.adapters import Adapter, Kind, open_adapter, wide
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.export import _publish, _refuse_existing, _require_space, _writing
+from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
+from map_bo.merging.export import _refuse_existing, _require_space, _writing
 from map_bo.merging.formats import Layout
 from map_bo.merging.layout import is_variance
 from map_bo.merging.lora_config import CONFIG
@@ -172,27 +172,20 @@ def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str])
     layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_drafts(target)
         _require_space(target.parent, layouts, [])
-        draft = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        )
-    try:
+    with ExitStack() as stack:
         with _writing(target):
-            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
-            try:
+            draft = stack.enter_context(writing_draft(target))
+            with closing(SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})) as writer:
                 for name, tensor in content.tensors.items():
                     writer.write(name, tensor)
-            finally:
-                writer.close()
             settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
             (draft / CONFIG).write_text(settings, encoding="utf-8")
         text = recipe(draft)
         with _writing(target):
             (draft / RECIPE).write_text(text, encoding="utf-8")
-            _publish(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            publish(draft, target)
 
 
 def _common(values: list[str | None]) -> str | None:

@@ -20,9 +20,11 @@ from torch import Tensor
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapter_names import Orientation, OwnTensor, own_tensors, place
 from map_bo.merging.checkpoint import Checkpoint, adapter_file
-from map_bo.merging.formats import TensorReader, open_file, raw_bytes
+from map_bo.merging.formats import TensorReader, raw_bytes
 from map_bo.merging.lora_config import LoraSettings, read_settings
 from map_bo.merging.low_rank import LowRank
+from map_bo.merging.tensor_names import refuse_odd_names
+from map_bo.merging.weight_formats import open_file
 
 __all__ = ["Adapter", "Kind", "open_adapter", "wide"]
 
@@ -126,6 +128,14 @@ class Adapter:
         product = low_rank.dense().view(self.base.shape(name))
         return product if delta is None else delta + product
 
+    def piece(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Return the elements ``start`` to ``stop``, row-major, of a tensor's change, or None."""
+        low_rank, dense = self.low_rank(name), self.dense(name)
+        if low_rank is None:
+            return None if dense is None else dense.flatten()[start:stop]
+        product = low_rank.piece(start, stop)
+        return product if dense is None else product + dense.flatten()[start:stop]
+
     def digest(self) -> str:
         """Return a SHA-256 over names, scales, shapes and values of the adapter's own tensors.
 
@@ -168,7 +178,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
+def open_adapter(source: str | Path, base: Checkpoint, *, label: str | None = None) -> Adapter:
     """Open a PEFT LoRA adapter over its base; names and shapes are checked, nothing is read yet.
 
     Read are plain LoRA factors of linear layers (GPT-2's ``Conv1D`` too), embeddings and
@@ -181,6 +191,7 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
             ``adapter_model.safetensors``, or ``adapter_model.bin``, which is read without
             running code.
         base: The base that it was trained from.
+        label: What to call the source; by default the folder.
 
     Raises:
         CheckpointError: When files are missing or damaged, or the adapter is not plain LoRA.
@@ -197,6 +208,13 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
         )
     settings = read_settings(folder)
     reader = open_file(file)
+    refuse_odd_names(reader.layouts, str(folder))
+    odd = [name for name, layout in reader.layouts.items() if not layout.dtype.is_floating_point]
+    if odd:
+        raise CheckpointError(
+            f"tensor {odd[0]!r} of the adapter {folder} is {reader.layouts[odd[0]].dtype}",
+            hint="an adapter holds floating numbers; save it unquantised",
+        )
     own = own_tensors(reader.layouts, str(folder))
     placed, prefix = place(
         dict.fromkeys(tensor.target for tensor in own.values()), base, str(folder)
@@ -212,7 +230,7 @@ def open_adapter(source: str | Path, base: Checkpoint) -> Adapter:
                 hint="quantised bases are expanded before merging",
             )
     return Adapter(
-        source=str(folder),
+        source=label or str(folder),
         factors=_factors(own, placed, settings, reader, base, folder),
         values=_values(own, placed, reader, base, folder),
         biases=_biases(own, placed, settings, reader, base, folder),

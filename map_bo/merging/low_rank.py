@@ -43,6 +43,19 @@ class LowRank:
         """Return the change multiplied out, ``rows x columns``."""
         return (self.scale * self.B) @ self.A
 
+    def piece(self, start: int, stop: int) -> Tensor:
+        """Return the elements ``start`` to ``stop``, row-major; only their rows are multiplied."""
+        columns = self.A.shape[1]
+        if start >= stop or not self.rank:
+            return self.A.new_zeros(stop - start)
+        top, bottom = start // columns, -(-stop // columns)
+        B, A = self.scale * self.B[top:bottom], self.A
+        where = slice(start - top * columns, stop - top * columns)
+        if bottom - top == 1:  # of one long row no more than the piece
+            A, where = A[:, where], slice(None)
+        product = B @ A if exact_products(B.device) else (B.double() @ A.double()).to(B.dtype)
+        return product.reshape(-1)[where]
+
 
 def exact_products(device: torch.device) -> bool:
     """Return whether float32 products on this device keep float32's precision.
