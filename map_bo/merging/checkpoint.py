@@ -37,7 +37,7 @@ _PLACES = (
     "give a file or folder on this machine, or a model of the Hugging Face hub as "
     "organisation/name or hf://organisation/name"
 )
-_CHUNK = 1 << 26  # bytes that the digest holds
+_CHUNK = 1 << 23  # bytes that the digest holds
 
 
 class Checkpoint:
@@ -162,7 +162,7 @@ class Checkpoint:
 
         It does not depend on the file format, the shards or the order: the same weights have the
         same digest. Aliases of tied tensors are left out, since files leave them out too. Pieces
-        of 64 MiB are read. The result is kept until the tensors or files change.
+        of 8 MiB are read. The result is kept until the tensors or files change.
         """
         version = self._reader.version()
         if self._digest is not None and version is not None and self._digest[0] == version:

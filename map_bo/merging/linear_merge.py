@@ -23,7 +23,7 @@ __all__ = ["LinearMerge", "coefficient_table", "segments"]
 _TILE = 1 << 17
 # Rows in a narrower storage are widened chunk by chunk, on a CPU into this many numbers in all;
 # on a GPU a longer chunk hides the launches.
-_ROOM = 1 << 21
+_ROOM = 1_000_000
 _CHUNK = 1 << 23
 _APART = 1 << 19  # numbers of a tensor that is merged in float32 before it is rounded
 

@@ -22,7 +22,7 @@ from map_bo.operators.searchable import SearchableOperator, one_of
 
 __all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 _STEPS, _CLOSE = 100, 1e-12
 _PARALLEL = 1e-8  # the sine of an angle below which the chord is as good as the arc
 

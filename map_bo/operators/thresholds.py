@@ -20,7 +20,7 @@ from map_bo.operators.quantiles import (
 __all__ = ["TRIMS", "Thresholds", "sketches", "thresholds"]
 
 TRIMS = ("global", "tensor")
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 Thresholds = tuple[tuple[float, ...], ...]
 """By tensor of the layout and by expert: the smallest magnitude that is kept."""
