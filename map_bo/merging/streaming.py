@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import is_variance
 from map_bo.merging.messages import listed
@@ -72,6 +73,12 @@ def _merge(
             for expert, checkpoint in experts.items():
                 weight = given.get(expert, 0.0)
                 if weight == 0 and least is None:
+                    continue
+                adapter = adapter_over(base, checkpoint) if least is None else None
+                if adapter is not None:  # the base is not read again for what it leaves alone
+                    delta = adapter.delta(name)
+                    if delta is not None:
+                        total.add_(delta, alpha=weight)
                     continue
                 tuned = checkpoint.load(names[expert][name])
                 _require_tied(name, aliases.get(name, []), tuned, expert, checkpoint)

@@ -15,6 +15,7 @@ from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
+from map_bo.merging.adapter_checkpoint import open_expert
 from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
 from map_bo.merging.importance import block_norms, relative_importance
 from map_bo.merging.layout import joined_ties
@@ -26,6 +27,7 @@ from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.vocabulary import VocabularyRule, fitted_experts
+from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.differentiable import Differentiable, measure_with_gradient
 from map_bo.problems.evaluators import Evaluator, measure
 from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
@@ -37,7 +39,7 @@ from map_bo.space import CoefficientSpace
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem:
+class MergedModelProblem(AdapterExporting):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -50,9 +52,8 @@ class MergedModelProblem:
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
             a callable that returns one and is called once.
-        base: The model that the experts were fine-tuned from: a module, a state dict, or a path
-            (see `map_bo.open_checkpoint`).
-        experts: Expert name -> checkpoint.
+        base: The model that the experts were fine-tuned from; see `map_bo.open_checkpoint`.
+        experts: Expert name -> checkpoint, or the folder of a LoRA adapter over the base.
         evaluators: Metric name -> callable that takes the model and returns a float or a
             `Measurement`. The names need not be those of experts.
         operator: How to merge; task arithmetic by default.
@@ -118,7 +119,7 @@ class MergedModelProblem:
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
         self._base = open_checkpoint(base)
-        given = {name: open_checkpoint(source) for name, source in experts.items()}
+        given = {name: open_expert(source, self._base) for name, source in experts.items()}
         self._experts = fitted_experts(given, self._base, vocabulary)
         self._dtype = dtype or torch.float32
         self._device = torch.device(device)

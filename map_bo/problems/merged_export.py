@@ -15,7 +15,7 @@ from map_bo.merging.recipe import Weights
 from map_bo.merging.task_arithmetic import LinearOperator
 from map_bo.space import CoefficientSpace
 
-__all__ = ["write_merged"]
+__all__ = ["tied_weights", "write_merged"]
 
 
 def write_merged(
@@ -52,9 +52,7 @@ def write_merged(
     """
     weights: Weights | None = None
     if isinstance(operator, LinearOperator):
-        weights = operator.weights(tuple(experts), x)
-        if space.d > len(experts):  # else they are the same for all tensors
-            weights = _tied(weights, ties())
+        weights = tied_weights(operator.weights(tuple(experts), x), space, ties)
     if tensors is None:
         assert weights is not None
         tensors = merge_streamed(base, experts, weights)
@@ -71,6 +69,11 @@ def write_merged(
     )
 
 
-def _tied(weights: Weights, ties: Mapping[str, str]) -> Weights:
+def tied_weights(
+    weights: Weights, space: CoefficientSpace, ties: Callable[[], Mapping[str, str]]
+) -> Weights:
     """Return the weights with every tied name under that of its tensor."""
-    return lambda name: weights(ties.get(name, name))
+    if space.blocks == 1:
+        return weights  # they are the same for all tensors
+    canonical = ties()
+    return lambda name: weights(canonical.get(name, name))
