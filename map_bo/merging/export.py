@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
 from map_bo.merging.formats import DTYPES, Layout, raw_bytes
 from map_bo.merging.messages import listed
 from map_bo.merging.model_card import MODEL_CARD, model_card_text
@@ -55,7 +54,8 @@ def export_merged(
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
     The folder appears whole or not at all: everything goes to a hidden folder beside it, is
-    forced to the disk, and is renamed at the end. It holds
+    forced to the disk, and is renamed at the end. What a killed export to the same folder left
+    hidden is removed by the next one; an export that still runs is left alone. It holds
 
     - ``model.safetensors``, or shards with ``model.safetensors.index.json``. Each tensor has the
       base's name, shape and dtype (values of another floating dtype are rounded to it). A tied
@@ -107,13 +107,13 @@ def export_merged(
     carried = _carried(base.directory)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_drafts(target)
         _require_space(target.parent, layouts, carried)
-        draft = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        )
-    try:
-        measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
-        placed = ((name, measured.get(name, tensor)) for name, tensor in tensors)
+    measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
+    placed = ((name, measured.get(name, tensor)) for name, tensor in tensors)
+    with ExitStack() as stack:
+        with _writing(target):
+            draft = stack.enter_context(writing_draft(target))
         _write_weights(draft, placed, layouts, base, shard_bytes)
         for file in carried:
             with _writing(target):
@@ -152,10 +152,7 @@ def export_merged(
             (draft / MODEL_CARD).write_text(card, encoding="utf-8")
             (draft / RECIPE).write_text(recipe, encoding="utf-8")
             (draft / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
-            _publish(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            publish(draft, target)
     return target
 
 
@@ -286,23 +283,3 @@ def _require_tied(
             f"{other!r} and {name!r} are one tensor in the base but differ in the merged model",
             hint="give tied tensors the same coefficients, or untie them in the base",
         )
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Force the draft to the disk and give it its name."""
-    for path in [*(file for file in draft.rglob("*")), draft]:
-        _sync(path)
-    # mkdtemp makes a folder that only its owner can read; a result is as public as any other.
-    mask = os.umask(0)
-    os.umask(mask)
-    draft.chmod(0o777 & ~mask)
-    draft.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
