@@ -19,7 +19,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.formats import Layout
+from map_bo.merging.formats import Layout, buffer_for
 from map_bo.merging.messages import listed
 from map_bo.merging.tokenizer import token_ids
 
@@ -331,28 +331,28 @@ class _FittedReader:
     def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Return the row-major elements ``start`` to ``stop`` of one tensor, in ``out`` if given.
 
-        Of an embedding no more than the rows that the piece touches is held.
+        Of an embedding no more is read than the rows that the piece touches, and, where tokens
+        moved, those between the first and the last of them in the expert.
         """
-        if name in self._rows:
-            piece = self._gathered(name, start, stop)
-        else:
-            piece = self._expert.load(name).reshape(-1)[start:stop]
-        if out is None:
-            return piece
-        room = out.reshape(-1).view(torch.uint8)[: piece.numel() * piece.element_size()]
-        return room.view(piece.dtype).copy_(piece)
+        if name not in self._rows:
+            return self._expert.read(name, start, stop, out=out)
+        piece = self._gathered(name, start, stop)
+        return piece if out is None else buffer_for(len(piece), piece.dtype, out).copy_(piece)
 
     def _gathered(self, name: str, start: int, stop: int) -> Tensor:
         part, layout = self._rows[name], self.layouts[name]
         width = max(1, layout.shape.numel() // max(1, part.there))
         first, last = start // width, -(-stop // width)
-        pre = self._base.load(part.base_name).detach().reshape(part.there, -1)
-        tuned = self._expert.load(name).detach().reshape(part.here, -1)
-        rows = pre[first:last].to(layout.dtype, copy=True)
+        pre = self._base.read(part.base_name, first * width, last * width)
+        rows = pre.detach().to(layout.dtype, copy=True).view(last - first, width)
         begin, end = torch.searchsorted(part.target, torch.tensor([first, last])).tolist()
-        chosen = tuned[part.source[begin:end]].to(layout.dtype)
-        rows[part.target[begin:end] - first] = chosen
-        return rows.reshape(-1)[start - first * width : stop - first * width]
+        source = part.source[begin:end]
+        if len(source):
+            low, high = int(source.min()), int(source.max()) + 1
+            tuned = self._expert.read(name, low * width, high * width).detach()
+            chosen = tuned.view(high - low, width)[source - low]
+            rows[part.target[begin:end] - first] = chosen.to(layout.dtype)
+        return rows.view(-1)[start - first * width : stop - first * width]
 
     def version(self) -> object | None:
         return None

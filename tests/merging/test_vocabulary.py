@@ -84,14 +84,13 @@ class TestByPosition:
     def test_a_piece_is_a_part_of_the_whole(self, data: st.DataObject) -> None:
         tuned = weights(data.draw(st.integers(1, 9)), 1)
         result = fitted(open_checkpoint(tuned), open_checkpoint(weights(5)), "base")
-        reader: Any = result._reader
         for name in result.names:
             whole = result.load(name).reshape(-1)
             stop = data.draw(st.integers(0, whole.numel()))
             start = data.draw(st.integers(0, stop))
-            assert torch.equal(reader.read(name, start, stop), whole[start:stop])
+            assert torch.equal(result.read(name, start, stop), whole[start:stop])
             room = torch.empty(4 * (stop - start) + 4, dtype=torch.uint8)
-            piece = reader.read(name, start, stop, room)
+            piece = result.read(name, start, stop, out=room)
             assert torch.equal(piece, whole[start:stop])
             assert piece.data_ptr() == room.data_ptr() or not piece.numel()
 
