@@ -14,8 +14,9 @@ from torch.utils._pytree import tree_leaves
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.layout import is_variance
 from map_bo.merging.operator import MergeOperator, PreparedMerge
-from map_bo.merging.task_vectors import TaskVectors, is_variance
+from map_bo.merging.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 
@@ -46,7 +47,7 @@ def example_vectors(size: int = 40, dtype: torch.dtype = torch.float32) -> TaskV
     )
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the size in bytes of the largest new tensor that an operation makes."""
 
     def __init__(self, known: tuple[Tensor, ...]) -> None:
@@ -160,7 +161,7 @@ class OperatorContract:
             c = space.sample(1, generator=make_generator(4))[0]
             for kind in (torch.float32, torch.bfloat16):
                 out = torch.empty(vectors.layout.size, dtype=kind)
-                with _Allocations((vectors.rows, out)) as seen:
+                with Allocations((vectors.rows, out)) as seen:
                     prepared.write(c, out)
                 assert seen.largest < min(self.scratch_limit, out.nbytes)
 

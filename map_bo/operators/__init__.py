@@ -1,0 +1,1 @@
+"""Merge operators beyond task arithmetic, each from its paper."""
