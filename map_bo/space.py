@@ -65,11 +65,14 @@ class CoefficientSpace:
         constraints: Linear constraints on top of the box; the box and they must share a point.
         owner: For each coefficient the index of the expert that it scales; with one coefficient
             an expert (the default) this is ``0 .. d-1``, with one an expert and block of layers
-            several coefficients share an owner.
+            several coefficients share an owner. -1 is a setting of the merge operator, such as
+            a density, that belongs to no expert.
         experts: Names of the experts; defaults to ``names``.
         importance: ``d`` positive relative sizes, such as the norms of the parts of the task
             vectors that the coefficients scale: how far a coefficient of 1 moves the model.
             Only their ratios count; empty says that all are alike.
+        resting: The value of each coefficient that belongs to no expert, in their order, at the
+            anchors: an operator's setting has no natural zero.
 
     Raises:
         SpaceError: On bounds, names, weights or constraints that contradict each other.
@@ -82,6 +85,7 @@ class CoefficientSpace:
     owner: tuple[int, ...] = field(default=())
     experts: tuple[str, ...] = field(default=())
     importance: tuple[float, ...] = field(default=())
+    resting: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -110,10 +114,17 @@ class CoefficientSpace:
             put(self, "owner", tuple(range(d)))
         if not self.experts:
             put(self, "experts", self.names)
-        if len(self.owner) != d or set(self.owner) != set(range(len(self.experts))):
+        if len(self.owner) != d or set(self.owner) - {-1} != set(range(len(self.experts))):
             raise SpaceError(
                 f"owner {self.owner} does not assign {d} coefficients to "
                 f"{len(self.experts)} experts"
+            )
+        put(self, "resting", tuple(float(value) for value in self.resting))
+        if len(self.resting) != self.owner.count(-1):
+            raise SpaceError(
+                f"{self.owner.count(-1)} coefficients belong to no expert, and {len(self.resting)} "
+                "have a resting value",
+                hint="give one resting value for each setting of the operator",
             )
         put(self, "importance", tuple(float(size) for size in self.importance))
         if self.importance and (
@@ -178,6 +189,22 @@ class CoefficientSpace:
     def d(self) -> int:
         """Number of coefficients."""
         return len(self.names)
+
+    @property
+    def blocks(self) -> int:
+        """The most coefficients that an expert has: 1, or the number of blocks of layers."""
+        return max(self.owner.count(i) for i in range(len(self.experts)))
+
+    @property
+    def settings(self) -> tuple[str, ...]:
+        """Names of the coefficients that belong to no expert."""
+        return tuple(n for n, owner in zip(self.names, self.owner, strict=True) if owner < 0)
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """For each coefficient its expert's index, or ``N + k`` for the k-th setting."""
+        further = iter(range(len(self.experts), len(self.experts) + self.d))
+        return tuple(next(further) if owner < 0 else owner for owner in self.owner)
 
     @property
     def _low(self) -> Tensor:
@@ -323,6 +350,7 @@ class CoefficientSpace:
                 torch.full((1, self.d), 1.0 / len(self.experts), dtype=torch.float64),
             ]
         )
+        X[:, owner < 0] = torch.tensor(self.resting, dtype=torch.float64)
         names = ("base", *self.experts, "uniform blend")
         kinds = ("base", *("expert" for _ in self.experts), "blend")
         keep = self.contains(X).tolist()
@@ -344,8 +372,12 @@ class CoefficientSpace:
             "owner": list(self.owner),
             "experts": list(self.experts),
         }
-        # Only where there is one, so that the records of all other spaces stay as they were.
-        return {**data, "importance": list(self.importance)} if self.importance else data
+        # Only where there are some, so that the records of all other spaces stay as they were.
+        if self.importance:
+            data["importance"] = list(self.importance)
+        if self.resting:
+            data["resting"] = list(self.resting)
+        return data
 
     @classmethod
     def from_description(cls, data: Mapping[str, Any]) -> CoefficientSpace:
@@ -362,4 +394,5 @@ class CoefficientSpace:
             tuple(data["owner"]),
             tuple(data["experts"]),
             tuple(data.get("importance", ())),
+            tuple(data.get("resting", ())),
         )

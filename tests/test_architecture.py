@@ -15,6 +15,7 @@ PACKAGE = ROOT / "map_bo"
 FLOORS = [
     {"errors", "rng", "data", "space"},
     {"pareto", "merging", "surrogates", "tracking"},
+    {"operators"},
     {"problems"},
     {"samplers", "report"},
     {"loop"},

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
+from map_bo.merging.layout import Slot
 from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import Slot, TaskVectors
+from map_bo.merging.task_vectors import TaskVectors
 
 __all__ = ["Examples", "MergedNetworks"]
 

@@ -28,8 +28,9 @@ from torch import Generator, Tensor
 
 from benchmarks.record import finish
 from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.layout import FlatLayout
 from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import FlatLayout, TaskVectors
+from map_bo.merging.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 
 EXPERTS = 8

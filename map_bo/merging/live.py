@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
+from map_bo.merging.layout import FlatLayout, Slot
 from map_bo.merging.messages import listed
 from map_bo.merging.operator import PreparedMerge
-from map_bo.merging.task_vectors import FlatLayout, Slot
 
 __all__ = ["LiveModel", "model_ties"]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from map_bo.space import CoefficientSpace
 
 if TYPE_CHECKING:
-    from map_bo.merging.task_vectors import TaskVectors
+    from map_bo.merging.deltas import Deltas
 
 __all__ = ["MergeOperator", "PreparedMerge"]
 
@@ -35,7 +35,7 @@ class MergeOperator(Protocol):
         """Return the coefficients that this operator takes for these experts."""
         ...
 
-    def prepare(self, deltas: TaskVectors) -> PreparedMerge:
+    def prepare(self, deltas: Deltas) -> PreparedMerge:
         """Do, once, all the work that does not depend on the coefficients."""
         ...
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.task_vectors import is_variance
+from map_bo.merging.layout import is_variance
 
 __all__ = [
     "RECIPE",

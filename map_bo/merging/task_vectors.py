@@ -16,109 +16,17 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
+from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.messages import listed
 
-__all__ = ["FlatLayout", "Slot", "TaskVectors", "is_variance", "joined_ties"]
+__all__ = ["TaskVectors"]
 
-_ALIGNMENT = 32  # numbers: every tensor starts on 64 bytes in bfloat16 and 128 in float32
 _STORAGE = (torch.float32, torch.bfloat16)
 # Measured on MLPs for digits: trained from its random start for 2000 steps at a learning rate of
 # .01, a model keeps a cosine of .34 with that start; two trainings from different starts have .02.
 _UNRELATED = 0.1
 _ENOUGH = 1000  # numbers from which a cosine between unrelated weights is reliably below .1
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
-
-
-def is_variance(name: str) -> bool:
-    """Return whether a tensor of this name holds variances, which must not become negative.
-
-    Batch normalisation calls its buffer ``running_var``, whatever the module around it.
-    """
-    return name.rpartition(".")[2] == "running_var"
-
-
-@dataclass(frozen=True)
-class Slot:
-    """Where one floating tensor lies in the flat layout.
-
-    Attributes:
-        name: Its canonical name.
-        shape: Its shape.
-        offset: Index of its first number.
-        dtype: The dtype that it has in the base; a merged checkpoint gets it back.
-    """
-
-    name: str
-    shape: torch.Size
-    offset: int
-    dtype: torch.dtype
-
-    @property
-    def numel(self) -> int:
-        """How many numbers it has."""
-        return math.prod(self.shape)
-
-    @property
-    def stop(self) -> int:
-        """Index after its last number."""
-        return self.offset + self.numel
-
-    def of(self, flat: Tensor) -> Tensor:
-        """Return this tensor as a view of ``flat`` (``P``)."""
-        return flat[self.offset : self.stop].view(self.shape)
-
-
-@dataclass(frozen=True)
-class FlatLayout:
-    """How the floating tensors of a model lie behind each other in one flat tensor.
-
-    Attributes:
-        slots: One for each floating tensor, by ascending offset; tied tensors have one slot.
-        fixed: Names of the other tensors (integers, booleans): copied from the base, not merged.
-        ties: Alias -> canonical name, for the names that are another's tensor.
-        size: ``P``, the length of the flat tensor, padding included.
-    """
-
-    slots: tuple[Slot, ...]
-    fixed: tuple[str, ...] = ()
-    ties: Mapping[str, str] = field(default_factory=dict)
-    size: int = 0
-
-    @classmethod
-    def of(cls, base: Checkpoint, ties: Mapping[str, str]) -> FlatLayout:
-        """Lay out the tensors of ``base``; ``ties`` maps the aliases to canonical names."""
-        slots: list[Slot] = []
-        fixed: list[str] = []
-        end = 0
-        for name in base.names:
-            dtype = base.dtype(name)
-            if dtype.is_complex:
-                raise MergeError(
-                    f"tensor {name!r} of the base is {dtype}; complex tensors cannot be merged "
-                    "resident",
-                    hint="merge them as two real tensors (torch.view_as_real)",
-                )
-            if not dtype.is_floating_point:
-                fixed.append(name)
-            elif name not in ties:
-                slot = Slot(name, base.shape(name), end, dtype)
-                slots.append(slot)
-                end += -(-slot.numel // _ALIGNMENT) * _ALIGNMENT
-        if not end:
-            raise MergeError(
-                f"{base.source} has no floating tensors to merge",
-                hint="give the weights of a model; quantised weights are expanded first",
-            )
-        return cls(tuple(slots), tuple(fixed), dict(ties), end)
-
-    def state_dict(self, flat: Tensor, fixed: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return new tensors under all names, from ``flat`` (``P``) and the fixed ones.
-
-        They have the base's shapes and dtypes; tied names share one tensor.
-        """
-        result = {slot.name: slot.of(flat).to(slot.dtype, copy=True) for slot in self.slots}
-        result |= {name: fixed[name].clone() for name in self.fixed if name not in self.ties}
-        return result | {alias: result[name] for alias, name in self.ties.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,6 +48,32 @@ class TaskVectors:
     rows: Tensor
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     floors: tuple[tuple[slice, Tensor], ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows live."""
+        return self.rows.device
+
+    @property
+    def in_place(self) -> bool:
+        """Whether pieces are views; see `Deltas`."""
+        return self.rows.dtype == torch.float32
+
+    def read(self, slot: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return a piece of a tensor in float32, a view where it can be; see `Deltas`."""
+        offset = self.layout.slots[slot].offset
+        part = self.rows[:, offset + start : offset + stop]
+        if part.dtype == torch.float32:
+            return part
+        return part.float() if out is None else out.copy_(part)
+
+    def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
+        """Raise a merged piece of a variance to the least of its models; see `Deltas`."""
+        offset = self.layout.slots[slot].offset
+        for where, floor in self.floors:
+            if where.start == offset:
+                part = floor[start : start + len(piece)]
+                torch.maximum(piece, part.to(piece.dtype), out=piece)
 
     @property
     def base(self) -> Tensor:
@@ -293,19 +227,6 @@ class _Reader:
                 hint="fine-tuning leaves the similarity near 1; give the base that the expert "
                 "was trained from, or pass check_base=False",
             )
-
-
-def joined_ties(base: Checkpoint, further: Mapping[str, str]) -> dict[str, str]:
-    """Return the ties of ``base`` and those of ``further`` that it knows: alias -> canonical."""
-    groups: dict[str, set[str]] = {}
-    for alias, canonical in (*base.ties.items(), *further.items()):
-        both = groups.get(alias, {alias}) | groups.get(canonical, {canonical})
-        groups.update(dict.fromkeys(both, both))
-    ties: dict[str, str] = {}
-    for group in groups.values():
-        known = sorted(group & set(base.names), key=lambda name: (name in base.ties, name))
-        ties.update((alias, known[0]) for alias in known[1:])
-    return ties
 
 
 def _matched(

@@ -84,5 +84,7 @@ def _something(space: CoefficientSpace) -> Tensor:
     Bounds or constraints may keep the blend itself out of the space.
     """
     blend = torch.full((1, space.d), 1.0 / len(space.experts), dtype=torch.float64)
+    moving = torch.tensor(space.owner) >= 0
+    blend[:, ~moving] = torch.tensor(space.resting, dtype=torch.float64)
     X = space.project(torch.cat([blend, space.bounds.mean(0, keepdim=True), space.bounds]))
-    return X[(X.abs().amax(-1) > _NOTHING).int().argmax()].unsqueeze(0)
+    return X[(X[:, moving].abs().amax(-1) > _NOTHING).int().argmax()].unsqueeze(0)

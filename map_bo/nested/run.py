@@ -207,7 +207,7 @@ class NestedRun(Record):
             tree,
             self.nested,
             {path: len(self.tasks.below(group)) for path, group in tree.nodes() if path},
-            space.d // len(space.experts),
+            space.blocks,
             metrics,
         )
         aside = self.nested.refine + probes(self.nested, len(space.experts))

@@ -1,1 +1,1 @@
-"""Merge operators beyond task arithmetic, and the statistics of experts that some of them need."""
+"""Merge operators beyond task arithmetic, each from its paper."""

@@ -72,7 +72,7 @@ class Coverage:
                 hint="evaluate the anchors first",
             )
         if slack is None:
-            slack = _WITH_BLOCKS if space.d > len(space.experts) else 1.0
+            slack = _WITH_BLOCKS if space.blocks > 1 else 1.0
         if not slack > 0:
             raise SurrogateError(f"slack is {slack}", hint="slack is positive; None is the default")
         Z = space.normalise(X.double())

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from map_bo.errors import EvaluationError
+from map_bo.merging.layout import Slot
 from map_bo.merging.live import LiveModel
-from map_bo.merging.task_vectors import Slot
 from map_bo.problems.evaluators import Evaluator, Measurement, measure
 
 __all__ = ["Differentiable", "check_differentiable", "measure_with_gradient"]

@@ -18,11 +18,13 @@ from map_bo.errors import DataError, EvaluationError, MergeError
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
 from map_bo.merging.importance import block_norms, relative_importance
+from map_bo.merging.layout import joined_ties
+from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.live import LiveModel, model_ties
 from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.similarity import cosines
-from map_bo.merging.task_arithmetic import LinearMerge, LinearOperator, TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors, joined_ties
+from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
+from map_bo.merging.task_vectors import TaskVectors
 from map_bo.problems.differentiable import (
     Differentiable,
     check_differentiable,
@@ -317,8 +319,7 @@ class MergedModelProblem:
     def describe(self) -> dict[str, Any]:
         """Return plain data by which the same problem is recognised, as when a run is resumed.
 
-        It holds the digests of all checkpoints, so they are read once. Evaluators are told apart
-        by name only.
+        It holds the digests of all checkpoints, so they are read. Evaluators are told by name.
         """
 
         def origin(checkpoint: Checkpoint) -> dict[str, str]:

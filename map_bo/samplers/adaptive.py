@@ -68,6 +68,6 @@ class Adaptive:
         return chosen.propose_and_tell(seen, space, n, pending=pending, generator=generator)
 
     def _chosen(self, space: CoefficientSpace) -> PosteriorDriven:
-        if space.d > len(space.experts):
+        if space.blocks > 1:
             return replace(self.acquisition, design=self.blocks)
         return self.acquisition

@@ -81,7 +81,7 @@ class TiedSobol:
         if tied is None:
             yield from sobol_points(space, generator=generator)
             return
-        owner = torch.tensor(space.owner)
+        owner = torch.tensor(space.groups)
         rest = len(space.experts) if self.tied is None else self.tied
         low, high = space.bounds
         cube = CoefficientSpace(space.names, (-1.0,) * space.d, (1.0,) * space.d)
@@ -96,17 +96,17 @@ class TiedSobol:
 
 
 def tied_space(space: CoefficientSpace) -> CoefficientSpace | None:
-    """Return the space of the experts' shared coefficients, ``N`` of them.
+    """Return the space of the experts' shared coefficients, ``N`` of them, and the settings.
 
     Their bounds and constraints are those that all blocks meet together.
 
     Returns:
         ``None`` when there is nothing to tie, or no tied point lies in the space.
     """
-    count = len(space.experts)
-    if space.d == count:
+    if space.blocks == 1:
         return None
-    owner = torch.tensor(space.owner)
+    names = (*space.experts, *space.settings)
+    owner, count = torch.tensor(space.groups), len(names)
     low, high = space.bounds
     members = [owner == i for i in range(count)]
     constraints = {
@@ -119,7 +119,7 @@ def tied_space(space: CoefficientSpace) -> CoefficientSpace | None:
     }
     try:
         return CoefficientSpace(
-            space.experts,
+            names,
             tuple(float(low[rows].max()) for rows in members),
             tuple(float(high[rows].min()) for rows in members),
             tuple(sorted(constraints, key=repr)),

@@ -151,11 +151,16 @@ class Dirichlet:
             )
         blocks = _blocks(space)
         totals = [_total(space, block, self.total) for block in blocks]
+        settings = torch.tensor(space.owner) < 0
 
         def draws() -> Iterator[Tensor]:
             source = numpy_generator(generator, "dirichlet")
             while True:
+                # A setting of the operator is no weight; it is drawn uniformly.
+                U = torch.from_numpy(source.random((_CHUNK, int(settings.sum()))))
                 X = torch.zeros(_CHUNK, space.d, dtype=torch.float64)
+                low, high = space.bounds[:, settings]
+                X[:, settings] = low + (high - low) * U
                 for block, total in zip(blocks, totals, strict=True):
                     alpha = [self.concentration] * len(block)
                     X[:, block] = total * torch.from_numpy(source.dirichlet(alpha, _CHUNK))
@@ -345,10 +350,15 @@ def _simplices(space: CoefficientSpace) -> tuple[int, Image] | None:
 
 
 def _blocks(space: CoefficientSpace) -> list[list[int]]:
-    """Return the coefficients of each block: the j-th one of every expert makes block j."""
+    """Return the coefficients of each block: the j-th one of every expert makes block j.
+
+    Settings of the operator are in none.
+    """
     seen = [0] * len(space.experts)
     blocks: dict[int, list[int]] = {}
     for i, owner in enumerate(space.owner):
+        if owner < 0:
+            continue
         blocks.setdefault(seen[owner], []).append(i)
         seen[owner] += 1
     return list(blocks.values())

@@ -300,7 +300,7 @@ class Auto:
     def _candidates(self, space: CoefficientSpace) -> tuple[tuple[str, Surrogate], ...]:
         if self.candidates:
             return self.candidates
-        blocks = space.d > max(_MANY, len(space.experts))
+        blocks = space.d > _MANY and space.blocks > 1
         return (
             *([("quadratic", Quadratic(link=self.link))] if space.d <= _QUADRATIC else []),
             ("hybrid", Hybrid(link=self.link)),

@@ -9,8 +9,9 @@ from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.live import LiveModel, model_ties
-from map_bo.merging.task_arithmetic import LinearMerge, TaskArithmetic
+from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from tests.merging.small_models import MODELS, Tied, build, family, inputs
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.export import merge_streamed
+from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_arithmetic import LinearMerge, LinearOperator, TaskArithmetic
+from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.merging.small_models import MODELS, family

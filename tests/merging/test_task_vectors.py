@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.task_vectors import FlatLayout, TaskVectors, is_variance, joined_ties
+from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
+from map_bo.merging.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 from tests.merging.small_models import MODELS, build, family
 

@@ -1,0 +1,210 @@
+"""Merging piece by piece: one operator for resident models and for models on disk.
+
+A kernel merges a piece of a tensor; the driver here cuts tensors into pieces, spreads them over
+threads, and puts the results where they belong.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from map_bo.errors import MergeError
+from map_bo.merging.workers import spread
+
+if TYPE_CHECKING:
+    from map_bo.merging.deltas import Deltas
+
+__all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
+
+# Numbers of a piece. On 2 cores with 1 MiB of second-level cache each, shorter pieces cost more
+# in calls than they gain in locality; on a GPU a longer one hides the launches.
+_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
+
+Sink = Callable[[int, int, Tensor], None]
+"""Takes the index of a tensor, the first element of a merged piece, and the piece (float32)."""
+
+
+def checked_coefficients(c: Tensor, d: int) -> Tensor:
+    """Return ``c`` (``d``) in float64 on the CPU.
+
+    Raises:
+        MergeError: When it has another shape or is not finite.
+    """
+    c = torch.as_tensor(c).detach().to(device="cpu", dtype=torch.float64)
+    if c.shape != (d,):
+        raise MergeError(
+            f"coefficients have shape {tuple(c.shape)}; this merge takes {d}",
+            hint="give one vector, not a batch",
+        )
+    if not bool(torch.isfinite(c).all()):
+        raise MergeError(f"coefficients are not finite: {c.tolist()}")
+    return c
+
+
+class Kernel(ABC):
+    """How an operator merges one piece of a tensor, with all that no coefficient changes ready."""
+
+    def at(self, settings: Mapping[str, float]) -> Kernel:
+        """Return the kernel for values of the settings that are searched, by name."""
+        return self
+
+    def whole(self, slot: int) -> bool:
+        """Return whether this tensor must not be cut."""
+        return False
+
+    def unit(self, slot: int) -> int:
+        """Return a number of elements: this tensor is cut at its multiples only."""
+        return 1
+
+    @abstractmethod
+    def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        """Merge a piece.
+
+        Args:
+            rows: ``(1 + N) x n`` in float32: the piece of the base and of the task vectors. Not
+                to be written to.
+            slot: Index of the tensor in the layout.
+            start: First element of the piece; 0 where the tensor is ``whole``.
+            c: ``N`` coefficients of the tensor's block in float64 on the CPU, not all zero.
+
+        Returns:
+            ``n`` merged numbers in float32, in new memory.
+        """
+
+
+class SpanKernel(Kernel):
+    """A kernel whose result is a combination of base and task vectors, by tensor."""
+
+    @abstractmethod
+    def weights(self, slot: int, c: Tensor) -> Tensor:
+        """Return ``1 + N`` weights in float64 of the rows of a tensor for ``c`` (``N``)."""
+
+    def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        """Return the weighted sum of the rows."""
+        return rows.t() @ self.weights(slot, c).to(rows)
+
+
+class ChunkedMerge:
+    """A kernel bound to task vectors: a :class:`~map_bo.merging.operator.PreparedMerge`.
+
+    Args:
+        deltas: Where the pieces come from.
+        kernel: How one is merged.
+        blocks: Block of every slot.
+        count: Number of blocks ``B``; coefficients are ordered expert by expert.
+        settings: Names of the settings that follow the ``N B`` coefficients.
+        chunk: Numbers of a piece; by default what suits the device.
+    """
+
+    def __init__(
+        self,
+        deltas: Deltas,
+        kernel: Kernel,
+        blocks: tuple[int, ...],
+        count: int = 1,
+        *,
+        settings: tuple[str, ...] = (),
+        chunk: int | None = None,
+    ) -> None:
+        self.deltas = deltas
+        self.kernel = kernel
+        self._blocks = blocks
+        self._count = count
+        self._settings = settings
+        self._chunk = chunk or _CHUNK.get(deltas.device.type, _CHUNK["cuda"])
+
+    def write(self, c: Tensor, out: Tensor) -> None:
+        """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).
+
+        Raises:
+            MergeError: When ``c`` or ``out`` has another shape, ``c`` is not finite, or ``out``
+                lives on another device.
+        """
+        layout, device = self.deltas.layout, self.deltas.device
+        c = self._checked(c)
+        if out.shape != (layout.size,) or out.device != device or not out.is_contiguous():
+            raise MergeError(
+                f"the merged model would be written to {tuple(out.shape)} on {out.device}; the "
+                f"task vectors are ({layout.size},) on {device}",
+                hint="give a contiguous flat tensor of the layout's size on the same device",
+            )
+
+        def put(slot: int, start: int, piece: Tensor) -> None:
+            first = layout.slots[slot].offset + start
+            out[first : first + len(piece)].copy_(piece)
+
+        with torch.no_grad():
+            end = 0
+            for slot in layout.slots:  # the padding between tensors
+                out[end : slot.offset].zero_()
+                end = slot.stop
+            out[end:].zero_()
+            self.run(c, put)
+
+    def run(self, c: Tensor, sink: Sink, *, done: Callable[[int], None] | None = None) -> None:
+        """Merge all pieces and give them to ``sink``, from several threads.
+
+        Args:
+            c: ``d`` coefficients.
+            sink: Takes every piece, in any order.
+            done: Called with the number of elements after each piece.
+        """
+        c = self._checked(c)
+        d = c.numel() - len(self._settings)
+        settings = dict(zip(self._settings, c[d:].tolist(), strict=True))
+        table = c[:d].view(-1, self._count).T.contiguous()
+        kernel = self.kernel.at(settings)
+
+        def work(item: tuple[int, int, int], scratch: Scratch) -> None:
+            slot, start, stop = item
+            weights = table[self._blocks[slot]]
+            room = None
+            if not self.deltas.in_place:
+                room = scratch.of(1 + len(self.deltas.experts), stop - start)
+            rows = self.deltas.read(slot, start, stop, room)
+            if bool(weights.any()):
+                piece = kernel.piece(rows, slot, start, weights)
+                self.deltas.floor_piece(slot, start, piece)
+            else:
+                piece = rows[0]
+            sink(slot, start, piece)
+            if done is not None:
+                done(stop - start)
+
+        with torch.no_grad():
+            threads = None if self.deltas.device.type == "cpu" else 1
+            spread(work, self._items(kernel), lambda: Scratch(self.deltas.device), threads=threads)
+
+    def _checked(self, c: Tensor) -> Tensor:
+        d = len(self.deltas.experts) * self._count + len(self._settings)
+        return checked_coefficients(c, d)
+
+    def _items(self, kernel: Kernel) -> list[tuple[int, int, int]]:
+        items: list[tuple[int, int, int]] = []
+        for index, slot in enumerate(self.deltas.layout.slots):
+            unit = slot.numel if kernel.whole(index) else kernel.unit(index)
+            step = unit * max(1, self._chunk // max(unit, 1))
+            items += [
+                (index, start, min(start + step, slot.numel))
+                for start in range(0, slot.numel, max(step, 1))
+            ]
+        return items
+
+
+class Scratch:
+    """Memory that one thread reads pieces into again and again."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._flat = torch.empty(0, device=device)
+
+    def of(self, rows: int, length: int) -> Tensor:
+        """Return ``rows x length`` float32 memory; what an earlier call returned is reused."""
+        if self._flat.numel() < rows * length:
+            self._flat = torch.empty(rows * length, device=self._device)
+        return self._flat[: rows * length].view(rows, length)

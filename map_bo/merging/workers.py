@@ -1,0 +1,104 @@
+"""Threads for work that goes chunk by chunk through memory.
+
+An operation of torch that is cut over threads waits for the slowest of them at its end. For many
+short operations on chunks that fit into a cache it is faster to give each thread chunks of its
+own and let torch use one thread within an operation; torch holds no lock while it computes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import TypeVar
+
+import torch
+
+__all__ = ["spread"]
+
+Item = TypeVar("Item")
+State = TypeVar("State")
+
+_lock = threading.Lock()
+_pools: dict[int, ThreadPoolExecutor] = {}
+
+
+def spread(
+    work: Callable[[Item, State], None],
+    items: Sequence[Item],
+    state: Callable[[], State],
+    *,
+    threads: int | None = None,
+) -> None:
+    """Do ``work(item, state)`` for all items, on as many threads as torch uses.
+
+    Args:
+        work: What to do with an item; different items must not write to the same memory.
+        items: The items; threads take them in their order.
+        state: Makes what one thread needs for itself, such as buffers; called in that thread.
+        threads: How many threads; by default those of torch.
+
+    Raises:
+        BaseException: What ``work`` raised first; other threads stop after their current item.
+    """
+    threads = min(threads or torch.get_num_threads(), len(items))
+    if threads <= 1:
+        if items:
+            own = state()
+            for item in items:
+                work(item, own)
+        return
+    tickets, failed = count(), threading.Event()
+
+    def run(inference: bool) -> None:
+        # The modes of the caller are those of its thread alone.
+        with torch.inference_mode(inference), torch.no_grad():
+            own = state()
+            while not failed.is_set():
+                ticket = next(tickets)  # one bytecode of C code: no two threads get the same
+                if ticket >= len(items):
+                    return
+                try:
+                    work(items[ticket], own)
+                except BaseException:
+                    failed.set()
+                    raise
+
+    pool = _pool(threads)
+    inference = torch.is_inference_mode_enabled()
+    futures = [pool.submit(run, inference) for _ in range(threads)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    if errors:
+        raise errors[0]
+
+
+def _pool(threads: int) -> ThreadPoolExecutor:
+    with _lock:
+        if threads not in _pools:
+            within = torch.get_num_threads()
+            started = threading.Barrier(threads + 1)
+
+            def begin() -> None:
+                torch.set_num_threads(1)  # of this thread alone
+                started.wait()
+
+            pool = ThreadPoolExecutor(threads, "map-bo-merge")
+            for _ in range(threads):
+                pool.submit(begin)
+            started.wait()
+            # torch also remembers the last number that any thread gave, for threads to come.
+            torch.set_num_threads(within)
+            _pools[threads] = pool
+        return _pools[threads]
+
+
+def _forget() -> None:
+    global _lock
+    _lock = threading.Lock()
+    _pools.clear()
+
+
+if hasattr(os, "register_at_fork"):  # threads do not survive in a forked child
+    os.register_at_fork(after_in_child=_forget)
