@@ -153,8 +153,8 @@ class _FisherKernel(Kernel):
                         f"the Fisher of {expert!r} is negative in {name!r}",
                         hint="a Fisher is a mean of squares; compute it with `fisher`",
                     )
-                squares[n] += float(tensor.double().square().sum())
-                sums[n] += float(tensor.double().sum())
+                squares[n] += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+                sums[n] += float(tensor.sum(dtype=torch.float64))
                 # Of a file in float32 this is a view of the mapped pages, and takes no memory.
                 flat = tensor.flatten()
                 self._fishers[index].append(flat.to(deltas.device) if deltas.in_place else flat)

@@ -118,6 +118,12 @@ def fisher(
                     directions = _directions(scores, part, mode, samples, generator)
                 gradients.add(part, directions)
             examples += n
+    if examples and not any(bool(total.any()) for total in gradients.totals.values()):
+        raise MergeError(
+            "no log-likelihood depends on the weights: all gradients are zero",
+            hint="compute it without torch.no_grad() and .detach(); given labels that the model "
+            "is certain of have no gradient either, and labels='exact' is better",
+        )
     return finished(
         "fisher",
         {
@@ -239,10 +245,7 @@ class _Gradients:
         with torch.enable_grad():
             score = functional_call(self.scorer, leaves, (batch,))[0]
         if not score.requires_grad:
-            raise MergeError(
-                "the log-likelihood does not depend on the weights",
-                hint="compute it without torch.no_grad() and without .detach()",
-            )
+            return  # it does not depend on the weights
         for k, direction in enumerate(along.unbind()):
             gradients = torch.autograd.grad(
                 score,

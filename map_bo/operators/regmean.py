@@ -146,10 +146,12 @@ def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -
     total = float(c.sum())
     if not total:
         return base.clone()
-    right = torch.einsum("n,noi,nij->oj", c, deltas.double(), products.double())
-    change = _solve(_factor(products, c), right)
-    if change is None:
+    factor = _factor(products, c)
+    if factor is None:
         change = torch.einsum("n,noi->oi", c / total, deltas.double())
+    else:
+        right = torch.einsum("n,noi,nij->oj", c, deltas.double(), products.double())
+        change = _solve(factor, right)
     return (base.double() + total * change).to(base.dtype)
 
 
@@ -160,6 +162,7 @@ def _factor(products: Tensor, c: Tensor) -> Tensor | None:
         left.add_(product, alpha=weight)
     if not bool(left.any()):
         return None
+    factor: Tensor
     factor, failed = torch.linalg.cholesky_ex(left)
     if int(failed):
         raise MergeError(
@@ -169,10 +172,8 @@ def _factor(products: Tensor, c: Tensor) -> Tensor | None:
     return factor
 
 
-def _solve(factor: Tensor | None, right: Tensor) -> Tensor | None:
+def _solve(factor: Tensor, right: Tensor) -> Tensor:
     """Return ``right A^-1`` (``o x d``) for the factor of ``A``."""
-    if factor is None:
-        return None
     found: Tensor = torch.cholesky_solve(right.mT, factor).mT
     return found
 
@@ -243,7 +244,6 @@ class _RegressionKernel(Kernel):
             for weight, v, product in zip(c.tolist(), rows[1:], layer.products, strict=True):
                 right.add_(layer.matrix(v.double()) @ product.double(), alpha=weight)
         change = _solve(factor, right)
-        assert change is not None
         return rows[0] + float(c.sum()) * layer.flat(change).float()
 
     def _factor(self, slot: int, layer: _Layer, c: Tensor) -> Tensor | None:

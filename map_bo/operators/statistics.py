@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -222,7 +223,8 @@ def save_statistics(path: str | Path, statistics: Statistics) -> Path:
             hint="free some space, or choose a folder that can be written to",
         ) from error
     finally:
-        scratch.unlink(missing_ok=True)
+        with suppress(OSError):  # also where its folder is none
+            scratch.unlink()
     return target
 
 

@@ -25,6 +25,7 @@ from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
+from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.differentiable import (
     Differentiable,
     check_differentiable,
@@ -234,7 +235,6 @@ class MergedModelProblem:
             MergeError: When it cannot be written; nothing is left behind.
         """
         row = self._row(x)
-        names = self._space.names
         weights: Callable[[str], Mapping[str, float]] | None = None
         tensors: Iterator[tuple[str, Tensor]]
         if isinstance(self._operator, LinearOperator):
@@ -248,7 +248,7 @@ class MergedModelProblem:
             base=self._base,
             experts=self._experts,
             operator=self._operator.describe(),
-            coefficients=dict(zip(names, row.tolist(), strict=True)),
+            coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
             record=dict(record or {}),
             weights=weights,
         )
@@ -333,11 +333,8 @@ class MergedModelProblem:
             "space": self._space.describe(),
             "metrics": [
                 {
-                    "name": metric.name,
-                    "direction": metric.direction,
-                    "kind": metric.kind,
-                    "lower": metric.lower,
-                    "upper": metric.upper,
+                    key: getattr(metric, key)
+                    for key in ("name", "direction", "kind", "lower", "upper")
                 }
                 for metric in self._metrics
             ],
@@ -387,6 +384,8 @@ class MergedModelProblem:
                 check_base=self._check_base,
                 ties=model_ties(model),
             )
+            if isinstance(self._operator, NeedsStatistics):
+                self._operator.check_experts(self._experts)
             live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
             if live.device != vectors.rows.device:
                 raise MergeError(
