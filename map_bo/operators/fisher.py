@@ -119,14 +119,19 @@ def fisher_average(base: Tensor, deltas: Tensor, fishers: Tensor, c: Tensor) -> 
         c: ``N`` coefficients in float64 on the CPU, not negative.
     """
     total = float(c.sum())
-    if not total:
-        return base.clone()
-    weights = fishers * c.to(fishers)[:, None]
-    mass = weights.sum(0)
-    shares = (c / total).to(fishers)[:, None]
-    # With one coefficient only, x / x = 1: the expert comes out exactly.
-    weights = torch.where(mass > 0, weights / mass, shares)
-    return base + total * (weights * deltas).sum(0)
+    used = [(n, weight) for n, weight in enumerate(c.tolist()) if weight]
+    if len(used) < 2:  # the base, or an expert: without the rounding of F v / F
+        return base + total * deltas[used[0][0]] if used else base.clone()
+    mass, sums = torch.zeros_like(base), torch.zeros_like(base)
+    for n, weight in used:
+        counted = fishers[n] * weight
+        mass += counted
+        sums.addcmul_(counted, deltas[n])
+    average = sums / mass
+    nothing = mass == 0
+    if bool(nothing.any()):
+        average = torch.where(nothing, (c / total).to(deltas) @ deltas, average)
+    return base + total * average
 
 
 class _FisherKernel(Kernel):
@@ -148,12 +153,14 @@ class _FisherKernel(Kernel):
                         f"tensor {list(slots[index].shape)}",
                         hint="it is that of another model; compute it again",
                     )
-                if float(tensor.min() if tensor.numel() else 0) < 0:
+                least, most = map(float, torch.aminmax(tensor)) if tensor.numel() else (0.0, 0.0)
+                if least < 0:
                     raise MergeError(
                         f"the Fisher of {expert!r} is negative in {name!r}",
                         hint="a Fisher is a mean of squares; compute it with `fisher`",
                     )
-                squares[n] += float(torch.linalg.vector_norm(tensor, dtype=torch.float64)) ** 2
+                if most:  # squares of small Fishers leave float32
+                    squares[n] += (most * float(torch.linalg.vector_norm(tensor / most))) ** 2
                 sums[n] += float(tensor.sum(dtype=torch.float64))
                 # Of a file in float32 this is a view of the mapped pages, and takes no memory.
                 flat = tensor.flatten()
