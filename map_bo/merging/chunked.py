@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.arena import arena
 from map_bo.merging.workers import spread
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ __all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
 # Numbers of a piece. On 2 cores with 1 MiB of second-level cache each, shorter pieces cost more
 # in calls than they gain in locality; on a GPU a longer one hides the launches.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
+
+_SHORTEST = 1 << 12
 
 Sink = Callable[[int, int, Tensor], None]
 """Takes the index of a tensor, the first element of a merged piece, and the piece (float32)."""
@@ -57,6 +60,10 @@ class Kernel(ABC):
         """Return whether this tensor must not be cut."""
         return False
 
+    def room(self, experts: int) -> int:
+        """Return how many bytes of temporary memory a number of a piece takes, at most."""
+        return 64 + 40 * experts
+
     def unit(self, slot: int) -> int:
         """Return a number of elements: this tensor is cut at its multiples only."""
         return 1
@@ -73,7 +80,8 @@ class Kernel(ABC):
             c: ``N`` coefficients of the tensor's block in float64 on the CPU, not all zero.
 
         Returns:
-            ``n`` merged numbers in float32, in new memory.
+            ``n`` merged numbers in float32, in memory of their own or in the thread's `arena`,
+            which is used again for the next piece.
         """
 
 
@@ -86,7 +94,8 @@ class SpanKernel(Kernel):
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         """Return the weighted sum of the rows."""
-        return rows.t() @ self.weights(slot, c).to(rows)
+        out = arena.empty(rows.shape[1], device=rows.device)
+        return torch.mv(rows.t(), self.weights(slot, c).to(rows), out=out)
 
 
 class ChunkedMerge:
@@ -158,14 +167,15 @@ class ChunkedMerge:
         d = c.numel() - len(self._settings)
         settings = dict(zip(self._settings, c[d:].tolist(), strict=True))
         table = c[:d].view(-1, self._count).T.contiguous()
-        kernel = self.kernel.at(settings)
+        kernel, device = self.kernel.at(settings), self.deltas.device
 
-        def work(item: tuple[int, int, int], scratch: Scratch) -> None:
+        def work(item: tuple[int, int, int], _: None) -> None:
             slot, start, stop = item
             weights = table[self._blocks[slot]]
             room = None
+            arena.reset()
             if not self.deltas.in_place:
-                room = scratch.of(1 + len(self.deltas.experts), stop - start)
+                room = arena.empty(1 + len(self.deltas.experts), stop - start, device=device)
             rows = self.deltas.read(slot, start, stop, room)
             if bool(weights.any()):
                 piece = kernel.piece(rows, slot, start, weights)
@@ -177,8 +187,30 @@ class ChunkedMerge:
                 done(stop - start)
 
         with torch.no_grad():
-            threads = None if self.deltas.device.type == "cpu" else 1
-            spread(work, self._items(kernel), lambda: Scratch(self.deltas.device), threads=threads)
+            threads = None if device.type == "cpu" else 1
+            spread(work, self._items(kernel), lambda: None, threads=threads)
+
+    def limit(self, room: int, threads: int) -> None:
+        """Choose pieces so small that all threads together need no more than ``room`` bytes.
+
+        Raises:
+            MergeError: When a tensor that must not be cut so small needs more.
+        """
+        count = len(self.deltas.experts)
+        each = 4 * (1 + count) + 8 + self.kernel.room(count)
+        chunk = min(self._chunk, room // max(1, threads) // each)
+        units = [
+            slot.numel if self.kernel.whole(i) else self.kernel.unit(i)
+            for i, slot in enumerate(self.deltas.layout.slots)
+        ]
+        needed = max([_SHORTEST, *units])
+        if chunk < needed:
+            raise MergeError(
+                f"merging needs at least {needed * each * threads / 1e6:.0f} MB beside what the "
+                f"program itself takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
+                hint="allow more memory, or choose an operator that merges number by number",
+            )
+        self._chunk = chunk
 
     def _checked(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count + len(self._settings)
@@ -194,17 +226,3 @@ class ChunkedMerge:
                 for start in range(0, slot.numel, max(step, 1))
             ]
         return items
-
-
-class Scratch:
-    """Memory that one thread reads pieces into again and again."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._flat = torch.empty(0, device=device)
-
-    def of(self, rows: int, length: int) -> Tensor:
-        """Return ``rows x length`` float32 memory; what an earlier call returned is reused."""
-        if self._flat.numel() < rows * length:
-            self._flat = torch.empty(rows * length, device=self._device)
-        return self._flat[: rows * length].view(rows, length)

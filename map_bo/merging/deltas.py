@@ -36,6 +36,11 @@ class Deltas(Protocol):
         ...
 
     @property
+    def resident(self) -> bool:
+        """Whether it is all in memory, so that what is prepared from it may take memory too."""
+        ...
+
+    @property
     def in_place(self) -> bool:
         """Whether pieces are views of what is in memory, so that ``read`` needs no room."""
         ...

@@ -14,10 +14,13 @@ from map_bo.merging.workers import spread
 
 __all__ = ["LinearMerge", "coefficient_table", "segments"]
 
-# Measured on 2 cores for N = 2, 4, 8: tiles of 2^13 to 2^18 are within a tenth of each other.
-_TILE = 1 << 15
-# Rows in a narrower storage are widened chunk by chunk; on a GPU a longer one hides the launches.
-_CHUNK = {"cpu": 1 << 16, "cuda": 1 << 23}
+# Measured on 2 cores for N = 2, 4, 8: tiles of 2^13 to 2^18 are within a tenth of each other, and
+# the longer ones lose less where the machine is busy.
+_TILE = 1 << 17
+# Rows in a narrower storage are widened chunk by chunk, on a CPU into this many numbers in all;
+# on a GPU a longer chunk hides the launches.
+_ROOM = 1_000_000
+_CHUNK = 1 << 23
 
 
 def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], ...]:
@@ -70,7 +73,8 @@ class LinearMerge:
         self._segments = segments
         self._blocks = blocks
         self._tile = tile
-        self._chunk = chunk or _CHUNK.get(vectors.rows.device.type, _CHUNK["cuda"])
+        cpu = vectors.rows.device.type == "cpu"
+        self._chunk = chunk or (max(_ROOM // len(vectors.rows), 1 << 14) if cpu else _CHUNK)
 
     def write(self, c: Tensor, out: Tensor) -> None:
         """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).

@@ -14,7 +14,7 @@ from map_bo.merging.layout import is_variance
 from map_bo.merging.messages import listed
 from map_bo.merging.recipe import Weights
 
-__all__ = ["merge_streamed"]
+__all__ = ["aligned_names", "merge_streamed"]
 
 
 def merge_streamed(
@@ -42,7 +42,9 @@ def merge_streamed(
             other shapes or kinds of dtype; while merging, for a weight that is not finite or of
             an unknown expert, and for an expert in which tied tensors of the base differ.
     """
-    names = {expert: _aligned(base, checkpoint, expert) for expert, checkpoint in experts.items()}
+    names = {
+        expert: aligned_names(base, checkpoint, expert) for expert, checkpoint in experts.items()
+    }
     return _merge(base, experts, weights, names)
 
 
@@ -113,7 +115,7 @@ def _require_tied(
             )
 
 
-def _aligned(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]:
+def aligned_names(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]:
     """Return, for each canonical name of the base, the expert's name of the same tensor."""
     of_expert = set(expert.names)
     names: dict[str, str] = {}

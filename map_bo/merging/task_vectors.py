@@ -55,6 +55,11 @@ class TaskVectors:
         return self.rows.device
 
     @property
+    def resident(self) -> bool:
+        """True; see `Deltas`."""
+        return True
+
+    @property
     def in_place(self) -> bool:
         """Whether pieces are views; see `Deltas`."""
         return self.rows.dtype == torch.float32

@@ -18,6 +18,7 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.operator import MergeOperator
 from map_bo.problems.merged import MergedModelProblem
 from map_bo.space import CoefficientSpace
@@ -46,9 +47,10 @@ def imported_problem(
 
     Args:
         model: ``module:callable`` that returns the architecture (weights do not matter), or None
-            for a Hugging Face directory, whose ``config.json`` names it.
-        base: Path of the base checkpoint.
-        experts: Paths of the experts by name.
+            for a Hugging Face directory or a model of its hub, whose ``config.json`` names it.
+        base: The base checkpoint: a path, or a model of the Hugging Face hub (see
+            `map_bo.open_checkpoint`).
+        experts: The experts by name, likewise.
         evaluators: ``module:callable`` by metric name; each takes the model and returns a float
             or a :class:`~map_bo.problems.evaluators.Measurement`.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
@@ -93,9 +95,12 @@ def imported_problem(
         space = CoefficientSpace.box(
             tuple(experts), lower=lower, upper=upper, sum_at_most=sum_at_most
         )
+    opened: str | Checkpoint = base
+    if model is None and not Path(base).expanduser().exists():
+        opened = open_checkpoint(base)
     return MergedModelProblem(
-        named(model, "problem.model") if model is not None else _architecture(Path(base)),
-        base=base,
+        named(model, "problem.model") if model is not None else _architecture(opened),
+        base=opened,
         experts=dict(experts),
         evaluators={
             name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
@@ -137,11 +142,14 @@ def named(where: str, key: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _architecture(directory: Path) -> Callable[[], nn.Module]:
-    path = directory / "config.json"
-    if not path.is_file():
+def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
+    shown, directory = (
+        (base, Path(base).expanduser()) if isinstance(base, str) else (base.source, base.directory)
+    )
+    path = None if directory is None else directory / "config.json"
+    if path is None or not path.is_file():
         raise ConfigError(
-            f"problem.model is not given and {directory} has no config.json to tell it by",
+            f"problem.model is not given and {shown} has no config.json to tell it by",
             hint="give problem.model=module:function returning the architecture",
         )
     try:
@@ -166,7 +174,7 @@ def _architecture(directory: Path) -> Callable[[], nn.Module]:
                 f"transformers has no architecture {name!r}, which {path} names",
                 hint="upgrade transformers, or give problem.model=module:function",
             )
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(path.parent)
         model: nn.Module = kind(config)
         return model
 

@@ -1,0 +1,118 @@
+"""Magnitudes at which a share of the numbers is kept: exact, or from sketches of bounded size.
+
+The bits of a non-negative float, read as a whole number, are in the order of the floats. So a
+histogram over the leading bits finds, in one pass and bounded memory, the bin that holds a
+quantile; a second pass over the numbers of that bin alone finds it exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["MagnitudeSketch", "kept_count", "largest_magnitude"]
+
+_SHIFT = 14  # 8 bits of exponent and 9 of mantissa: bins are 0.2 % wide
+_BINS = 1 << (31 - _SHIFT)
+_KNOTS = 1024
+
+
+def kept_count(density: float, total: int) -> int:
+    """Return how many of ``total`` numbers a density keeps: ``floor(density total)``, at least 1.
+
+    A density of 0 keeps none.
+    """
+    if density <= 0 or total == 0:
+        return 0
+    # A product such as .29 * 100 may come out just below a whole number.
+    return min(max(1, int(density * total * (1 + 1e-12))), total)
+
+
+def magnitude_bins(values: Tensor) -> Tensor:
+    """Return how many magnitudes fall into each of ``_BINS`` bins, for float32 values."""
+    bits = values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
+    return torch.bincount(bits.bitwise_right_shift_(_SHIFT).flatten(), minlength=_BINS)
+
+
+@dataclass(frozen=True, eq=False)
+class MagnitudeSketch:
+    """The distribution of magnitudes of one tensor, or of a whole task vector.
+
+    ``_KNOTS + 1`` quantiles at equal steps of the share of numbers, read from a histogram whose
+    bins are 0.2 % wide, and the shares of the numbers that the histogram tells them by.
+
+    Attributes:
+        shares: ``k`` ascending shares of the numbers that lie below a knot.
+        knots: ``k`` magnitudes, ascending.
+        total: How many numbers there are.
+        error: The largest share by which what `threshold` keeps can differ from what was asked.
+    """
+
+    shares: Tensor
+    knots: Tensor
+    total: int
+    error: float
+
+    @classmethod
+    def of(cls, counts: Tensor) -> MagnitudeSketch:
+        """Make a sketch of a histogram (see `magnitude_bins`)."""
+        counts = counts.cpu()
+        filled = counts.nonzero().flatten()
+        total = int(counts.sum())
+        if not total:
+            empty = torch.zeros(1, dtype=torch.float64)
+            return cls(empty, empty, 0, 0.0)
+        inside = counts[filled].double() / total
+        upper = inside.cumsum(0)
+        edges = _edge(filled)
+        # Quantiles at equal steps: of each the lower edge of the first bin that reaches beyond.
+        wanted = torch.arange(_KNOTS + 1, dtype=torch.float64) / _KNOTS
+        at = torch.unique(torch.searchsorted(upper, wanted.clamp_max(1 - 0.5 / total)))
+        shares = upper[at] - inside[at]
+        error = float((torch.cat([shares[1:], torch.ones(1).double()]) - shares).max())
+        return cls(shares, edges[at], total, error)
+
+    def threshold(self, density: float) -> float:
+        """Return a magnitude such that about ``density`` of the numbers are at least as large.
+
+        The share that is kept differs from ``density`` by at most ``error``; it falls steadily
+        with the density.
+        """
+        if density >= 1 or not self.total:
+            return 0.0
+        if density <= 0:
+            return float("inf")
+        return float(np.interp(1 - density, self.shares.numpy(), self.knots.numpy()))
+
+
+def largest_magnitude(pieces: Iterable[Tensor], counts: Tensor, k: int) -> float:
+    """Return the ``k``-th largest magnitude of numbers that come in pieces, exactly.
+
+    Args:
+        pieces: The numbers, float32, as often as they are iterated (once here).
+        counts: Their histogram (see `magnitude_bins`).
+        k: From 1 to the number of numbers; 0 gives infinity.
+    """
+    if k <= 0:
+        return float("inf")
+    above = counts.flip(0).cumsum(0)
+    at = int((above < k).sum())  # bins above the one that holds the k-th
+    bin_ = _BINS - 1 - at
+    left = k - (int(above[at - 1]) if at else 0)
+    low, high = _edge(torch.tensor([bin_, bin_ + 1])).tolist()
+    found = []
+    for piece in pieces:
+        sizes = piece.abs().flatten()
+        found.append(sizes[(sizes >= low) & (sizes < high)])
+    inside = torch.cat(found)
+    return float(inside.kthvalue(len(inside) - left + 1).values)
+
+
+def _edge(bins: Tensor) -> Tensor:
+    """Return the smallest magnitude of each bin, in float64."""
+    bits = bins.to(torch.int64).bitwise_left_shift(_SHIFT).to(torch.int32)
+    return bits.view(torch.float32).double()

@@ -1,0 +1,153 @@
+"""What operators have in common: blocks of coefficients, and settings that can be searched."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from map_bo.errors import MergeError
+from map_bo.merging.blocks import Blocks
+from map_bo.merging.chunked import ChunkedMerge, Kernel
+from map_bo.merging.deltas import Deltas
+from map_bo.space import CoefficientSpace
+
+__all__ = ["SearchableOperator"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchableOperator:
+    """Settings of an operator with a coefficient for each expert and block.
+
+    Attributes:
+        blocks: Block name -> regular expression on tensor names; see `Blocks`. None gives one
+            coefficient an expert.
+        search: Settings that join the search space beside the coefficients: names, which are then
+            searched within the bounds of ``searchable``, or name -> (lower, upper). The value of
+            the setting itself is what anchors (base, experts, blend) are measured with.
+    """
+
+    name: ClassVar[str]
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
+    """Settings that can be searched, with their default bounds."""
+    signed: ClassVar[bool] = True
+    """Whether coefficients may be negative."""
+
+    blocks: Mapping[str, str] | None = None
+    search: Sequence[str] | Mapping[str, Sequence[float]] = field(default=())
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        put(self, "blocks", Blocks(self.blocks).patterns)
+        asked = self.search
+        if isinstance(asked, str):
+            asked = [asked]
+        bounds: dict[str, tuple[float, float]] = {}
+        for name in asked:
+            if name not in self.searchable:
+                known = ", ".join(self.searchable) or "none"
+                raise MergeError(
+                    f"{self.name} cannot search {name!r}", hint=f"settings to search: {known}"
+                )
+            given = asked[name] if isinstance(asked, Mapping) else self.searchable[name]
+            if len(given) != 2 or not all(math.isfinite(float(v)) for v in given):
+                raise MergeError(
+                    f"the bounds of {name} are {list(given)}", hint="give (lower, upper)"
+                )
+            bounds[name] = (float(given[0]), float(given[1]))
+        put(self, "search", bounds)
+        self.check({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        for name, pair in bounds.items():
+            for value in pair:
+                self.check({**self._settings(), name: value})
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse values of settings that are not possible.
+
+        Raises:
+            MergeError: Naming the setting.
+        """
+
+    def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
+        """Return a box: a coefficient for each expert and block, then the searched settings.
+
+        Raises:
+            MergeError: When the operator takes no negative coefficients and ``lower`` is one.
+        """
+        if not self.signed and lower < 0:
+            raise MergeError(
+                f"{self.name} takes no negative coefficients, and the lower bound is {lower}",
+                hint="use a lower bound of 0",
+            )
+        box = CoefficientSpace.box(
+            experts, blocks=Blocks(self.blocks).names, lower=lower, upper=upper
+        )
+        bounds: Mapping[str, tuple[float, float]] = self.search  # type: ignore[assignment]
+        if not bounds:
+            return box
+        resting = [
+            min(max(float(getattr(self, name)), low), high) for name, (low, high) in bounds.items()
+        ]
+        return CoefficientSpace(
+            (*box.names, *bounds),
+            (*box.lower, *(low for low, _ in bounds.values())),
+            (*box.upper, *(high for _, high in bounds.values())),
+            owner=(*box.owner, *(-1 for _ in bounds)),
+            experts=box.experts,
+            resting=tuple(resting),
+        )
+
+    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+        """Do, once, all the work that does not depend on the coefficients.
+
+        Raises:
+            MergeError: When the blocks do not fit the tensors.
+        """
+        blocks = Blocks(self.blocks)
+        table = blocks.table(deltas.layout)  # first: a wrong pattern should not wait for the rest
+        kernel = self.kernel(deltas)
+        return ChunkedMerge(deltas, kernel, table, len(blocks), settings=tuple(self.search))
+
+    def kernel(self, deltas: Deltas) -> Kernel:
+        """Return the operator's kernel for these task vectors."""
+        raise NotImplementedError
+
+    def block(self, name: str) -> int:
+        """Return the index of the block of a tensor; 0 where there are no blocks."""
+        return Blocks(self.blocks).of(name)
+
+    def describe(self) -> dict[str, Any]:
+        """Return name and settings as plain data."""
+        return {"name": self.name, **self._settings()}
+
+    def _settings(self) -> dict[str, Any]:
+        def plain(value: Any) -> Any:
+            if isinstance(value, Mapping):
+                return {key: plain(item) for key, item in value.items()}
+            return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+
+
+def share(name: str, value: object, *, open_above: bool = False) -> None:
+    """Refuse a setting that is no share of 1.
+
+    Raises:
+        MergeError: When it is not in ``[0, 1]``, or ``[0, 1)`` where ``open_above``.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= float(value) <= 1 or (open_above and float(value) == 1):  # type: ignore[arg-type]
+        end = ")" if open_above else "]"
+        raise MergeError(f"{name} is {value!r}", hint=f"give a share in [0, 1{end}")
+
+
+def one_of(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a setting that is none of the known words.
+
+    Raises:
+        MergeError: Naming them.
+    """
+    if value not in known:
+        raise MergeError(f"{name} is {value!r}", hint=f"one of {', '.join(known)}")

@@ -1,0 +1,284 @@
+"""Operators that leave out parts of the task vectors and join what stays.
+
+They differ in what is left out (by magnitude, by chance, both) and in how the rest is joined (a
+sum, or the mean of those that agree on a sign). What is left out depends on no coefficient.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from map_bo.errors import MergeError
+from map_bo.merging.arena import arena
+from map_bo.merging.chunked import Kernel
+from map_bo.merging.deltas import Deltas
+from map_bo.operators.election import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
+from map_bo.operators.searchable import SearchableOperator, one_of, share
+from map_bo.operators.sparsifiers import (
+    Band,
+    Drop,
+    RankDrop,
+    Sparsifier,
+    Trim,
+    element_keys,
+    ranked,
+)
+from map_bo.operators.thresholds import TRIMS, Thresholds, sketches, thresholds
+
+__all__ = ["Breadcrumbs", "Dare", "Della", "Magnitude", "SparseOperator", "Ties"]
+
+JOININGS = ("sum", "elect")
+
+
+@dataclass(frozen=True)
+class _SparseKernel(Kernel):
+    sparsifier: Sparsifier
+    joining: str
+    election: str
+    normalisation: str
+    scale: float
+
+    def at(self, settings: Mapping[str, float]) -> Kernel:
+        if not settings:
+            return self
+        scale = settings.get("scale", self.scale)
+        return replace(self, sparsifier=self.sparsifier.at(settings), scale=scale)
+
+    def unit(self, slot: int) -> int:
+        return self.sparsifier.unit(slot)
+
+    def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        sparse = self.sparsifier.apply(rows[1:], slot, start)
+        if self.joining == "sum":
+            joined = weighted_sum(sparse, c, empty=arena.empty)
+        else:
+            joined = elected_sum(sparse, c, self.election, self.normalisation, empty=arena.empty)
+        return joined.mul_(self.scale).add_(rows[0]) if self.scale != 1 else joined.add_(rows[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseOperator(SearchableOperator):
+    """Settings that all of these operators have.
+
+    Attributes:
+        joining: ``"sum"``: ``theta_0 + scale sum_n c_n t_n`` of the sparse task vectors ``t_n``;
+            ``"elect"``: only what agrees with the elected sign counts, see `elected_sum`.
+        election: Whose mass elects the sign: ``"mass"``, ``"weighted_mass"`` or ``"count"``.
+        normalisation: What the sum of those that agree is divided by: ``"agreeing"`` (their
+            number), ``"weights"`` (the sum of their coefficients) or ``"none"``.
+        scale: Factor of all coefficients, the ``lambda`` of the papers.
+        blocks: See `SearchableOperator`.
+        search: See `SearchableOperator`.
+    """
+
+    joining: str = "sum"
+    election: str = "mass"
+    normalisation: str = "agreeing"
+    scale: float = 1.0
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that are not possible; see `SearchableOperator`."""
+        one_of("joining", settings["joining"], JOININGS)
+        one_of("election", settings["election"], ELECTIONS)
+        one_of("normalisation", settings["normalisation"], NORMALISATIONS)
+        if "trim" in settings:
+            one_of("trim", settings["trim"], TRIMS)
+        if "density" in settings:
+            share("density", settings["density"])
+        if "drop_rate" in settings:
+            share("drop_rate", settings["drop_rate"], open_above=True)
+        if "seed" in settings and not isinstance(settings["seed"], int):
+            raise MergeError(f"seed is {settings['seed']!r}", hint="give a whole number")
+
+    def kernel(self, deltas: Deltas) -> Kernel:
+        """Return the kernel: masks and thresholds of these task vectors, and how to join."""
+        return _SparseKernel(
+            self.sparsifier(deltas), self.joining, self.election, self.normalisation, self.scale
+        )
+
+    @abstractmethod
+    def sparsifier(self, deltas: Deltas) -> Sparsifier:
+        """Prepare what is left out of these task vectors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Magnitude(SparseOperator):
+    r"""Magnitude pruning: the largest ``density`` of each task vector, summed.
+
+    ``theta_0 + sum_n c_n t_n``, where ``t_n`` is ``v_n`` with all but its largest numbers set to
+    zero: the trimming of TIES (arXiv 2306.01708, section 4, step 1) without the election.
+
+    Attributes:
+        density: Share of the numbers that stay.
+        trim: ``"global"`` ranks the numbers of a whole task vector, ``"tensor"`` those of each
+            tensor apart, as mergekit does.
+    """
+
+    name: ClassVar[str] = "magnitude"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "density": (0.05, 1.0),
+        "scale": (0.1, 2.0),
+    }
+
+    density: float = 0.2
+    trim: str = "global"
+
+    def sparsifier(self, deltas: Deltas) -> Sparsifier:
+        """Find the thresholds, or sketches of the magnitudes where the density is searched."""
+        if "density" in self.search:
+            found = sketches(deltas, self.trim)
+
+            def limits(density: float) -> Thresholds:
+                return tuple(tuple(s.threshold(density) for s in row) for row in found)
+
+            return Trim(limits(self.density), limits)
+        return Trim(thresholds(deltas, self.density, self.trim), None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ties(Magnitude):
+    r"""TIES: trim, elect signs, and average what agrees.
+
+    Yadav et al., *TIES-Merging: Resolving Interference When Merging Models*, arXiv 2306.01708,
+    section 4. With all coefficients equal to ``lambda`` it is the paper's
+    ``theta_0 + lambda tau_m``; the defaults (the largest 20 %, ranked over the whole task vector,
+    signs elected by the mass of the trimmed vectors) are the paper's too. With
+    ``trim="tensor", election="weighted_mass", normalisation="weights"`` it is mergekit's.
+
+    Attributes:
+        density: Share of the numbers that stay.
+        trim: See `Magnitude`.
+    """
+
+    name: ClassVar[str] = "ties"
+
+    joining: str = "elect"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breadcrumbs(SparseOperator):
+    r"""Model Breadcrumbs: without the smallest numbers and without the outliers.
+
+    Davari and Belilovsky, *Model Breadcrumbs*, arXiv 2312.06795, section 3: in each layer the
+    numbers between the ``beta``-th and the ``gamma``-th percentile of magnitude stay. The paper
+    takes 85 % and 99.3 %, so that 14.3 % stay and the largest 0.7 % go.
+
+    Attributes:
+        density: Share of the numbers that stay.
+        gamma: Share of the largest numbers that go. Where ``density + gamma > 1`` fewer go.
+        trim: ``"tensor"`` (the paper's layers) or ``"global"``.
+    """
+
+    name: ClassVar[str] = "breadcrumbs"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "density": (0.05, 0.95),
+        "gamma": (0.0, 0.05),
+        "scale": (0.1, 2.0),
+    }
+
+    density: float = 0.143
+    gamma: float = 0.007
+    trim: str = "tensor"
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that are not possible; see `SearchableOperator`."""
+        super().check(settings)
+        share("gamma", settings["gamma"])
+
+    def sparsifier(self, deltas: Deltas) -> Sparsifier:
+        """Find both thresholds, or sketches of the magnitudes where a share is searched."""
+        if {"density", "gamma"} & set(self.search):
+            found = sketches(deltas, self.trim)
+
+            def limits(density: float) -> Thresholds:
+                return tuple(tuple(s.threshold(density) for s in row) for row in found)
+
+            return Band.of(self.density, self.gamma, limits, searched=True)
+        return Band.of(
+            self.density,
+            self.gamma,
+            lambda density: thresholds(deltas, density, self.trim),
+            searched=False,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dare(SparseOperator):
+    r"""DARE: drop numbers by chance, and rescale what stays.
+
+    Yu et al., *Language Models are Super Mario*, arXiv 2311.03099, equation (1):
+    ``t_n = m_n v_n / (1 - p)`` with ``m_n ~ Bernoulli(1 - p)``. With ``joining="sum"`` it is the
+    paper's DARE with task arithmetic, with ``joining="elect"`` DARE with TIES. (mergekit rescales
+    each tensor to its old 1-norm instead, which is the same in expectation.)
+
+    Attributes:
+        drop_rate: ``p``, in ``[0, 1)``, taken to the nearest ``1 / 65536``.
+        seed: Seed of the masks. The mask of an element depends on the seed, the expert's name,
+            the tensor's name and the element's index alone.
+    """
+
+    name: ClassVar[str] = "dare"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "drop_rate": (0.0, 0.95),
+        "scale": (0.1, 2.0),
+    }
+
+    drop_rate: float = 0.9
+    seed: int = 0
+
+    def sparsifier(self, deltas: Deltas) -> Sparsifier:
+        """Make the keys of the random numbers."""
+        return Drop(element_keys(deltas, self.seed), self.drop_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Della(SparseOperator):
+    r"""DELLA: drop small numbers more often than large ones, then elect signs.
+
+    Deep et al., *DELLA-Merging*, arXiv 2406.11617, section 3: MAGPRUNE within each row of a
+    matrix (a vector is one row), then sign election, then the mean of those that agree.
+
+    Attributes:
+        drop_rate: Mean drop rate ``p``.
+        epsilon: From the lowest to the highest drop rate: the largest number of a row is dropped
+            with ``p - epsilon / 2``, the smallest with almost ``p + epsilon / 2``.
+        seed: Seed of the masks, see `Dare`.
+    """
+
+    name: ClassVar[str] = "della"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {
+        "drop_rate": (0.1, 0.9),
+        "epsilon": (0.0, 0.15),
+        "scale": (0.1, 2.0),
+    }
+
+    joining: str = "elect"
+    drop_rate: float = 0.7
+    epsilon: float = 0.1
+    seed: int = 0
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that are not possible; see `SearchableOperator`."""
+        super().check(settings)
+        share("epsilon", settings["epsilon"])
+        rate, half = float(settings["drop_rate"]), float(settings["epsilon"]) / 2
+        if rate - half < 0 or rate + half >= 1:
+            raise MergeError(
+                f"drop rates from {rate - half:g} to {rate + half:g} are not in [0, 1)",
+                hint="choose epsilon <= 2 drop_rate and < 2 (1 - drop_rate)",
+            )
+
+    def sparsifier(self, deltas: Deltas) -> Sparsifier:
+        """Rank the numbers of every matrix row; kept (2 bytes each) where deltas are resident."""
+        widths = tuple(s.shape[-1] if len(s.shape) > 1 else s.numel for s in deltas.layout.slots)
+        ranks = None
+        if deltas.resident:
+            ranks = ranked(deltas, widths)
+        return RankDrop(
+            element_keys(deltas, self.seed), widths, ranks, self.drop_rate, self.epsilon
+        )

@@ -1,0 +1,162 @@
+"""Leaving out a part of a task vector: by magnitude, by chance, or both.
+
+Pure functions on pieces ``N x n`` of task vectors in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from map_bo.merging.arena import Empty
+from map_bo.operators.random_mask import LEVELS, uniform_levels
+
+__all__ = ["drop", "keep_band", "keep_largest", "magnitude_ranks", "rank_drop"]
+
+
+def keep_largest(
+    rows: Tensor, thresholds: Sequence[float], *, empty: Empty = torch.empty
+) -> Tensor:
+    """Set to zero what is smaller in magnitude than the row's threshold.
+
+    Args:
+        rows: ``N x n``.
+        thresholds: One for each row; what is equal to it is kept.
+        empty: Where new tensors come from.
+    """
+    result = empty(*rows.shape, dtype=rows.dtype, device=rows.device)
+    for row, out, threshold in zip(rows, result, thresholds, strict=True):
+        _shrink(row, threshold, out)
+    return result
+
+
+def keep_band(
+    rows: Tensor,
+    low: Sequence[float],
+    high: Sequence[float],
+    *,
+    empty: Empty = torch.empty,
+) -> Tensor:
+    """Keep magnitudes from ``low`` to ``high``, both included; see `keep_largest`."""
+    result = keep_largest(rows, low, empty=empty)
+    spare = empty(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    for row, out, limit in zip(rows, result, high, strict=True):
+        if limit < math.inf:
+            torch.ops.aten.hardshrink.out(row, limit, out=spare)  # only what is above the limit
+            out.sub_(spare)
+    return result
+
+
+def _shrink(row: Tensor, threshold: float, out: Tensor) -> None:
+    if threshold <= 0:
+        out.copy_(row)
+    elif threshold == math.inf:
+        out.zero_()
+    else:
+        # hardshrink keeps what is larger than its parameter; the next smaller float32 makes
+        # "larger" into "at least the threshold".
+        below = torch.nextafter(torch.tensor(threshold), torch.tensor(0.0))
+        torch.ops.aten.hardshrink.out(row, float(below), out=out)
+
+
+def drop(
+    rows: Tensor,
+    keys: Sequence[int],
+    start: int,
+    rates: Sequence[float],
+    *,
+    empty: Empty = torch.empty,
+) -> Tensor:
+    r"""Drop each element with the row's rate and rescale what stays: ``m * v / (1 - p)``.
+
+    DARE, Yu et al., *Language Models are Super Mario*, arXiv 2311.03099, equation (1): the
+    expectation of a row is the row itself.
+
+    Args:
+        rows: ``N x n``.
+        keys: Key of the random numbers of each row, see `element_key`.
+        start: Index of the first element in its tensor.
+        rates: Drop rate of each row, in ``[0, 1)``; taken to the nearest ``1 / 65536``.
+        empty: Where new tensors come from.
+    """
+    result = empty(*rows.shape, dtype=rows.dtype, device=rows.device)
+    for row, out, key, rate in zip(rows, result, keys, rates, strict=True):
+        level = min(round(rate * LEVELS), LEVELS - 1)
+        levels = uniform_levels(key, start, start + len(row), rows.device, empty=empty)
+        # Comparing and multiplying in one dtype is several times faster than in a mixture.
+        keep = empty(len(row), device=rows.device)
+        torch.ge(keep.copy_(levels), float(level - LEVELS // 2), out=keep)
+        torch.mul(row, keep, out=out)
+        if level:
+            out.mul_(LEVELS / (LEVELS - level))
+    return result
+
+
+def magnitude_ranks(rows: Tensor, width: int) -> Tensor:
+    """Return the rank of each number within its matrix row, largest magnitude first.
+
+    Args:
+        rows: ``N x n``, where ``n`` is a multiple of ``width``.
+        width: Length of a matrix row.
+
+    Returns:
+        ``N x n`` in uint16 as int16 bits less ``2^15``: the rank ``0 .. width - 1`` as a share of
+        the row, in steps of ``1 / 65536``.
+    """
+    bits = rows.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF).view(-1, width)
+    # The bits of magnitudes are in their order. With the index behind them all keys differ, so
+    # that any sort gives one order, on any machine; sorting keys is faster than sorting indices.
+    keys = bits.neg().to(torch.int64).bitwise_left_shift_(32)
+    keys.bitwise_or_(torch.arange(width, device=rows.device))
+    if keys.device.type == "cpu":
+        keys.numpy().sort(axis=-1)  # twice as fast as torch's and more, on one thread
+    else:
+        keys = keys.sort(dim=-1).values
+    steps = torch.arange(width, device=rows.device) * LEVELS // max(width, 1) - LEVELS // 2
+    ranks = torch.empty(keys.shape, dtype=torch.int16, device=rows.device)
+    order = keys.bitwise_and_(0xFFFFFFFF)
+    ranks.scatter_(-1, order, steps.to(torch.int16).expand_as(order))
+    return ranks.view(rows.shape)
+
+
+def rank_drop(
+    rows: Tensor,
+    ranks: Tensor,
+    keys: Sequence[int],
+    start: int,
+    rate: float,
+    width: float,
+    *,
+    empty: Empty = torch.empty,
+) -> Tensor:
+    r"""Drop small numbers more often than large ones and rescale each by its own rate.
+
+    MAGPRUNE of DELLA, Deep et al., *DELLA-Merging*, arXiv 2406.11617, section 3.1: an element of
+    rank ``r`` among ``n`` (0 is the largest) is dropped with ``p_r = p - e / 2 + e r / n`` and
+    else divided by ``1 - p_r``. (Random levels are whole numbers, so that an element is dropped
+    with ``p_r`` to within ``1 / 65536``.)
+
+    Args:
+        rows: ``N x n``.
+        ranks: ``N x n``, see `magnitude_ranks`.
+        keys: Key of the random numbers of each row.
+        start: Index of the first element in its tensor.
+        rate: The mean drop rate ``p``.
+        width: ``e``, from the lowest to the highest drop rate.
+        empty: Where new tensors come from.
+    """
+    result = empty(*rows.shape, dtype=rows.dtype, device=rows.device)
+    for row, rank, out, key in zip(rows, ranks, result, keys, strict=True):
+        levels = uniform_levels(key, start, start + len(row), rows.device, empty=empty)
+        rates = empty(len(row), device=rows.device)
+        level = empty(len(row), device=rows.device)
+        # Both are shifted by half a range: p_r LEVELS - LEVELS / 2 against the level.
+        rates.copy_(rank).mul_(width).add_(LEVELS * (rate - 0.5))
+        torch.ge(level.copy_(levels), rates, out=level)
+        torch.mul(row, level, out=out)
+        # 1 - p_r = (LEVELS / 2 - rates) / LEVELS
+        out.div_(rates.mul_(-1 / LEVELS).add_(0.5))
+    return result
