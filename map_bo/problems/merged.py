@@ -27,6 +27,7 @@ from map_bo.merging.similarity import cosines
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.vocabulary import VocabularyRule, fitted_experts
+from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.differentiable import Differentiable, measure_with_gradient
 from map_bo.problems.evaluators import Evaluator, measure
@@ -380,6 +381,8 @@ class MergedModelProblem(AdapterExporting):
                 check_base=self._check_base,
                 ties=model_ties(model),
             )
+            if isinstance(self._operator, NeedsStatistics):
+                self._operator.check_experts(self._experts)
             live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
             if live.device != vectors.rows.device:
                 raise MergeError(
