@@ -16,6 +16,7 @@ from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
 from map_bo.merging.adapter_export import AdapterExport
+from map_bo.merging.sizes import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
@@ -36,7 +37,14 @@ _NOTICEABLE = 2e-3
 class Exportable(Protocol):
     """A problem whose points are models that can be written to disk."""
 
-    def export(self, x: Tensor, out: str | Path, *, record: Mapping[str, Any]) -> Path:
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        record: Mapping[str, Any],
+        settings: ExportSettings | None = None,
+    ) -> Path:
         """Write the model with coefficients ``x`` (``d``) into the directory ``out``."""
         ...
 
@@ -109,8 +117,12 @@ class Choice:
             "preference": None if self.preference is None else asdict(self.preference),
         }
 
-    def export(self, out: str | Path) -> Path:
+    def export(self, out: str | Path, *, settings: ExportSettings | None = None) -> Path:
         """Merge with these coefficients and write the model, its recipe and a mergekit file.
+
+        Args:
+            out: Folder to create.
+            settings: Bounds of memory and file sizes.
 
         Raises:
             MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
@@ -121,7 +133,8 @@ class Choice:
                 f"{type(self.problem).__name__} has no models to merge",
                 hint="export works for problems whose points are merged checkpoints",
             )
-        return writer.export(self.x, out, record={"choice": self.describe()})
+        record = {"choice": self.describe()}
+        return writer.export(self.x, out, record=record, settings=settings)
 
     def export_adapter(self, out: str | Path, *, rank: int | None = None) -> AdapterExport:
         """Write the merge with these coefficients as a LoRA adapter over the base.

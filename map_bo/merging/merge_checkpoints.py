@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,19 +11,21 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapter_checkpoint import open_expert
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.export import export_merged
 from map_bo.merging.operator import MergeOperator
 from map_bo.merging.shards import Pieces, Put
+from map_bo.merging.sizes import ExportSettings, resident_bytes
 from map_bo.merging.streamed import StreamedVectors
+from map_bo.merging.streaming import merge_streamed
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 
-__all__ = ["memory_bytes", "merge_checkpoints", "merged_pieces", "resident_bytes"]
+__all__ = ["merge_checkpoints", "merged_pieces", "merging_bar", "streams"]
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-_UNKNOWN_RESIDENT = 500_000_000  # taken where the system does not say
 _SPARE = 64_000_000  # what a program needs besides, such as buffers of files and threads
+_WIDE = (torch.float64, torch.complex64, torch.complex128)
 Advance = Callable[[int], None]
 
 
@@ -45,19 +46,19 @@ def merge_checkpoints(
     """Merge checkpoints that need not fit into memory, and write the merged one.
 
     Tensors are read, merged and written piece by piece on all cores, summed in float32 whatever
-    the storage, and rounded once to the base's dtype. What is written, and how, is said at
-    `export_merged`.
+    the storage, and rounded once to the base's dtype. (Linear merges of float64 and complex
+    tensors keep their precision and go tensor by tensor, on one core.) What is written, and how,
+    is said at `export_merged`.
 
     Args:
         base: The model that the experts were fine-tuned from; see `open_checkpoint`.
-        experts: Expert name -> checkpoint.
+        experts: Expert name -> checkpoint, or LoRA adapter over the base.
         coefficients: Coefficient name -> value: the experts' names, or ``expert/block`` with
             blocks, and the settings that the operator searches. One that is left out is 0.
         out: Folder to create.
         operator: How to merge; task arithmetic by default.
-        max_memory: Bytes of resident memory that the process may have in all, or text such as
-            ``"2GB"``; None leaves the size of pieces to the operator (some hundred MB in all).
-        shard_size: Largest size of one weight file, in bytes or such text.
+        max_memory: See `ExportSettings`.
+        shard_size: See `ExportSettings`.
         ties: Further ties of the base, alias -> canonical name, that its files do not record.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
         record: Further plain data for the recipe.
@@ -70,8 +71,7 @@ def merge_checkpoints(
         MergeError: When the inputs do not fit each other, or memory or disk do not suffice.
         CheckpointError: When a file cannot be read.
     """
-    from map_bo.merging.adapter_checkpoint import open_expert
-
+    settings = ExportSettings(max_memory, shard_size, progress)
     operator = TaskArithmetic() if operator is None else operator
     opened = open_checkpoint(base)
     checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
@@ -89,30 +89,42 @@ def merge_checkpoints(
             hint="give every setting that the operator searches",
         )
     c = torch.tensor([float(coefficients.get(n, 0.0)) for n in space.names], dtype=torch.float64)
-    total = sum(opened.layout(n).shape.numel() for n in opened.names if n not in opened.ties)
-    with _bar(total, "merging", shown=progress) as advance:
-        return export_merged(
-            out,
-            tensors=merged_pieces(
+    weights = (
+        operator.weights(tuple(checkpoints), c) if isinstance(operator, LinearOperator) else None
+    )
+    with merging_bar(opened, shown=progress) as advance:
+        tensors: Pieces | Iterator[tuple[str, Tensor]]
+        if weights is not None and not streams(opened, operator):
+            tensors = merge_streamed(opened, checkpoints, weights)
+        else:
+            tensors = merged_pieces(
                 opened,
                 checkpoints,
                 operator,
                 c,
                 ties=ties,
                 check_base=check_base,
-                max_memory=memory_bytes(max_memory, "max_memory"),
+                max_memory=settings.memory,
                 advance=advance,
-            ),
+            )
+        return export_merged(
+            out,
+            tensors=tensors,
             base=opened,
             experts=checkpoints,
             operator=operator.describe(),
             coefficients=dict(zip(space.names, c.tolist(), strict=True)),
             record=record,
-            shard_bytes=memory_bytes(shard_size, "shard_size") or 5_000_000_000,
-            weights=operator.weights(tuple(checkpoints), c)
-            if isinstance(operator, LinearOperator)
-            else None,
+            shard_bytes=settings.shard_bytes,
+            weights=weights,
         )
+
+
+def streams(base: Checkpoint, operator: MergeOperator) -> bool:
+    """Return whether a merge can be made by pieces, in float32."""
+    return getattr(operator, "streams", False) and not any(
+        base.dtype(name) in _WIDE for name in base.names
+    )
 
 
 def merged_pieces(
@@ -144,22 +156,25 @@ def merged_pieces(
     Raises:
         MergeError: When the inputs do not fit each other, or the memory does not suffice.
     """
-    deltas = StreamedVectors(base, experts, ties=ties, check_base=check_base)
-    deltas.require_same_fixed()
-    prepared = operator.prepare(deltas)
-    if not isinstance(prepared, ChunkedMerge):
+    if not getattr(operator, "streams", False):
         raise MergeError(
             f"the operator {operator.describe().get('name')} cannot merge by pieces",
             hint="export the merge of a loaded problem instead",
         )
+    deltas = StreamedVectors(base, experts, ties=ties, check_base=check_base)
+    deltas.require_same_fixed()
+    prepared = operator.prepare(deltas)
+    assert isinstance(prepared, ChunkedMerge)
     if max_memory is not None:
-        room = max_memory - resident_bytes() - _SPARE
-        prepared.limit(room, torch.get_num_threads())
+        prepared.limit(max_memory - resident_bytes() - _SPARE, torch.get_num_threads())
     slots = deltas.layout.slots
+    # Names that are one tensor in the model and that the base stores apart are written apart.
+    aliases: dict[str, list[str]] = {}
+    for alias, canonical in deltas.layout.ties.items():
+        if alias not in base.ties:
+            aliases.setdefault(canonical, []).append(alias)
 
     def put_all(put: Put) -> None:
-        aliases = _own_aliases(base, deltas.layout.ties)
-
         def sink(slot: int, start: int, piece: Tensor) -> None:
             values = piece.to(slots[slot].dtype)
             for name in (slots[slot].name, *aliases.get(slots[slot].name, ())):
@@ -176,55 +191,28 @@ def merged_pieces(
     return put_all
 
 
-def _own_aliases(base: Checkpoint, ties: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return canonical name -> further names that the base stores as tensors of their own."""
-    aliases: dict[str, list[str]] = {}
-    for alias, canonical in ties.items():
-        if alias not in base.ties:
-            aliases.setdefault(canonical, []).append(alias)
-    return aliases
-
-
-def memory_bytes(text: int | str | None, name: str) -> int | None:
-    """Return a number of bytes from a number or from text such as ``"1.5GB"`` or ``"512MiB"``.
-
-    Raises:
-        MergeError: For text that is no size, and for sizes that are not positive.
-    """
-    if text is None:
-        return None
-    found = re.fullmatch(r"\s*([\d_.]+)\s*([kmg]i?)?b?\s*", str(text).lower())
-    try:
-        size = float(found.group(1)) * _UNITS[found.group(2) or ""] if found else 0.0
-    except ValueError:
-        size = 0.0
-    if size < 1:
-        raise MergeError(
-            f"{name} is {text!r}", hint="give a number of bytes, or such as 500MB, 2GB or 1.5GiB"
-        )
-    return int(size)
-
-
-def resident_bytes() -> int:
-    """Return the resident memory of this process, or a guess where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-    except (OSError, ValueError, IndexError):
-        return _UNKNOWN_RESIDENT
-    import resource
-
-    return pages * resource.getpagesize()
-
-
 @contextmanager
-def _bar(total: int, what: str, *, shown: bool) -> Iterator[Advance | None]:
+def merging_bar(base: Checkpoint, *, shown: bool) -> Iterator[Advance | None]:
+    """Show a progress bar over the elements of a model while the block runs."""
     if not shown:
         yield None
         return
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
-    from rich.progress import TimeRemainingColumn as Left
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), Left())
-    with Progress(*columns, transient=True) as bar:
-        task = bar.add_task(what, total=total)
+    total = sum(base.shape(name).numel() for name in base.names if name not in base.ties)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(f"merging {total / 1e6:.4g} M numbers", total=total)
         yield lambda count: bar.advance(task, count)

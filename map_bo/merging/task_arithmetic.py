@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -44,6 +44,8 @@ class TaskArithmetic:
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks in ``blocks``.
     """
+
+    streams: ClassVar[bool] = True
 
     blocks: Mapping[str, str] | None = None
 

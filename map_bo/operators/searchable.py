@@ -29,6 +29,7 @@ class SearchableOperator:
             the setting itself is what anchors (base, experts, blend) are measured with.
     """
 
+    streams: ClassVar[bool] = True
     name: ClassVar[str]
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Settings that can be searched, with their default bounds."""

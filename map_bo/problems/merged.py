@@ -24,6 +24,7 @@ from map_bo.merging.live import LiveModel, model_ties
 from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.recalibration import Batches, Recalibration, require_batch_norm, statistics
 from map_bo.merging.similarity import cosines
+from map_bo.merging.sizes import ExportSettings
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.vocabulary import VocabularyRule, fitted_experts
@@ -222,16 +223,24 @@ class MergedModelProblem(AdapterExporting):
         state, measured = vectors.layout.state_dict(flat, vectors.fixed), self._statistics(row)
         return {name: measured.get(name, tensor).to(tensor) for name, tensor in state.items()}
 
-    def export(self, x: Tensor, out: str | Path, record: Mapping[str, Any] | None = None) -> Path:
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        record: Mapping[str, Any] | None = None,
+        *,
+        settings: ExportSettings | None = None,
+    ) -> Path:
         """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_merged`.
 
-        A linear operator is streamed from the checkpoints, one tensor at a time, without loss
-        from the storage dtype; another writes what `merged` returns.
+        It is merged anew from the checkpoints, piece by piece, without loss from the storage
+        dtype and without loading the model.
 
         Args:
             x: ``d`` coefficients.
             out: Folder to create.
             record: Further plain data for the recipe.
+            settings: Bounds of memory and file sizes.
 
         Returns:
             The absolute path of the folder.
@@ -243,7 +252,7 @@ class MergedModelProblem(AdapterExporting):
         return write_merged(
             out,
             row,
-            tensors=None if self.composes else self.merged(row).items(),
+            tensors=lambda: self.merged(row),
             base=self._base,
             experts=self._experts,
             operator=self._operator,
@@ -251,6 +260,8 @@ class MergedModelProblem(AdapterExporting):
             ties=lambda: joined_ties(self._base, model_ties(self._architecture())),
             recalibrated=self._statistics(row),
             record=record,
+            check_base=self._check_base,
+            settings=settings,
         )
 
     def restricted(self, names: Sequence[str]) -> MergedModelProblem:

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.export import export_merged, merge_streamed
+from map_bo.merging.merge_checkpoints import merged_pieces, merging_bar, streams
 from map_bo.merging.operator import MergeOperator
 from map_bo.merging.recipe import Weights
+from map_bo.merging.shards import Pieces
+from map_bo.merging.sizes import ExportSettings
 from map_bo.merging.task_arithmetic import LinearOperator
 from map_bo.space import CoefficientSpace
 
@@ -22,7 +25,7 @@ def write_merged(
     out: str | Path,
     x: Tensor,
     *,
-    tensors: Iterable[tuple[str, Tensor]] | None,
+    tensors: Callable[[], Mapping[str, Tensor]],
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     operator: MergeOperator,
@@ -30,14 +33,15 @@ def write_merged(
     ties: Callable[[], Mapping[str, str]],
     recalibrated: Mapping[str, Tensor],
     record: Mapping[str, Any] | None,
+    check_base: bool = True,
+    settings: ExportSettings | None = None,
 ) -> Path:
     """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_merged`.
 
     Args:
         out: Folder to create.
         x: ``d`` coefficients.
-        tensors: The merged tensors; None for a linear operator, whose merge is streamed from the
-            checkpoints.
+        tensors: Returns the merged tensors, for a merge that cannot be made from the files.
         base: The base.
         experts: Name -> checkpoint.
         operator: The operator.
@@ -46,6 +50,8 @@ def write_merged(
             weights differ between tensors.
         recalibrated: Statistics that take the place of merged ones.
         record: Further plain data for the recipe.
+        check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        settings: Bounds of memory and file sizes.
 
     Raises:
         MergeError: When it cannot be written; nothing is left behind.
@@ -53,20 +59,38 @@ def write_merged(
     weights: Weights | None = None
     if isinstance(operator, LinearOperator):
         weights = tied_weights(operator.weights(tuple(experts), x), space, ties)
-    if tensors is None:
-        assert weights is not None
-        tensors = merge_streamed(base, experts, weights)
-    return export_merged(
-        out,
-        tensors=tensors,
-        base=base,
-        experts=experts,
-        operator=operator.describe(),
-        coefficients=dict(zip(space.names, x.tolist(), strict=True)),
-        record=dict(record or {}),
-        weights=weights,
-        recalibrated=recalibrated,
-    )
+    settings = settings or ExportSettings()
+    with merging_bar(base, shown=settings.progress) as advance:
+        merged: Pieces | Iterable[tuple[str, Tensor]]
+        if streams(base, operator):
+            # With one weight an expert for all tensors, tied tensors come out the same anyway.
+            same = weights is not None and space.blocks == 1
+            merged = merged_pieces(
+                base,
+                experts,
+                operator,
+                x,
+                ties=None if same else ties(),
+                check_base=check_base,
+                max_memory=settings.memory,
+                advance=advance,
+            )
+        elif weights is not None:
+            merged = merge_streamed(base, experts, weights)
+        else:
+            merged = tensors().items()
+        return export_merged(
+            out,
+            tensors=merged,
+            base=base,
+            experts=experts,
+            operator=operator.describe(),
+            coefficients=dict(zip(space.names, x.tolist(), strict=True)),
+            record=dict(record or {}),
+            shard_bytes=settings.shard_bytes,
+            weights=weights,
+            recalibrated=recalibrated,
+        )
 
 
 def tied_weights(
