@@ -142,3 +142,13 @@ def test_truth_values_are_true_or_false(tmp_path: Path) -> None:
     assert checkpoint.read("m", 0, 1).tolist() == [True]
     with pytest.raises(Exception, match="holds bytes other than 0 and 1"):
         checkpoint.load("m")
+
+
+@pytest.mark.parametrize("length", [640, 35_615])
+def test_a_length_that_begins_like_another_format(tmp_path: Path, length: int) -> None:
+    """640 is 80 02, as in a pickle of protocol 2, and 35615 is 1f 8b, as in gzip."""
+    header = json.dumps(GOOD).encode().ljust(length)
+    path = written(tmp_path / "x.safetensors", safetensors_bytes(header))
+    assert open_checkpoint(path).names == ("a", "b")
+    error = refused(written(tmp_path / "x.pt", path.read_bytes()), "it is a safetensors file")
+    assert error.hint == "rename it to .safetensors"
