@@ -19,14 +19,15 @@ from map_bo.merging.adapter_files import AdapterContent, adapter_content
 from map_bo.merging.adapters import Adapter, Kind, open_adapter, wide
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
-from map_bo.merging.export import _refuse_existing, _require_space, _writing
+from map_bo.merging.export import _refuse_existing, _require_space
 from map_bo.merging.formats import Layout
 from map_bo.merging.layout import is_variance
 from map_bo.merging.lora_config import CONFIG
 from map_bo.merging.low_rank import LowRank, approximated, stacked, truncated
 from map_bo.merging.messages import listed
 from map_bo.merging.recipe import RECIPE, Weights, plain, recipe_text
-from map_bo.merging.streaming import _aligned, _checked
+from map_bo.merging.shards import writing
+from map_bo.merging.streaming import _checked, aligned_names
 from map_bo.merging.writer import SafetensorsWriter
 from map_bo.rng import make_generator
 
@@ -170,12 +171,12 @@ def export_adapter(
 
 def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str]) -> None:
     layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_drafts(target)
         _require_space(target.parent, layouts, [])
     with ExitStack() as stack:
-        with _writing(target):
+        with writing(target):
             draft = stack.enter_context(writing_draft(target))
             with closing(SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})) as writer:
                 for name, tensor in content.tensors.items():
@@ -183,7 +184,7 @@ def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str])
             settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
             (draft / CONFIG).write_text(settings, encoding="utf-8")
         text = recipe(draft)
-        with _writing(target):
+        with writing(target):
             (draft / RECIPE).write_text(text, encoding="utf-8")
             publish(draft, target)
 
@@ -229,7 +230,7 @@ class _Changes:
         self._rank, self._others, self._given = rank, others, kinds
         self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
         self._names = {
-            name: _aligned(base, expert, name)
+            name: aligned_names(base, expert, name)
             for name, expert in experts.items()
             if self._adapters[name] is None
         }

@@ -22,6 +22,7 @@ from map_bo.merging.importance import block_norms
 from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.low_rank import exact_products
 from map_bo.merging.similarity import cosines
+from map_bo.merging.streamed import StreamedVectors
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.rng import make_generator
@@ -107,6 +108,24 @@ class TestRows:
         room = torch.full((5, stop - start), torch.nan)
         close(vectors.read(slot, start, stop, room), wanted)
         close(vectors.read(slot, start, stop), wanted)
+
+    @given(st.data())
+    def test_pieces_from_checkpoints(self, models: Models, data: st.DataObject) -> None:
+        streamed = StreamedVectors(models.base, models.experts)
+        slot = data.draw(st.integers(0, len(streamed.layout.slots) - 1))
+        where = streamed.layout.slots[slot]
+        start = data.draw(st.integers(0, where.numel))
+        stop = data.draw(st.integers(start, where.numel))
+        close(streamed.read(slot, start, stop), models.multiplied_out().read(slot, start, stop))
+        for expert in models.experts.values():
+            whole = expert.load(where.name).flatten()[start:stop]
+            room = torch.full((stop - start,), torch.nan)
+            for piece in (
+                expert.read(where.name, start, stop),
+                expert.read(where.name, start, stop, out=room),
+            ):
+                assert piece.dtype == whole.dtype
+                close(piece, whole)
 
     def test_other_operators_read_them(self, models: Models) -> None:
         class Largest(Kernel):
