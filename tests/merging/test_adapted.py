@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging import linear_merge
 from map_bo.merging.adapter_checkpoint import adapter_checkpoint
 from map_bo.merging.blocks import Blocks
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
@@ -184,6 +185,15 @@ class TestLinearMerge:
             merge(vectors, c, dtype=torch.bfloat16),
             merge(vectors, c).bfloat16(),
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tensors_may_be_cut(
+        self, models: Models, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
+        c = [1.0, 0.5, 0.25, -1.0]
+        whole = merge(models.low(), c, dtype=dtype)
+        monkeypatch.setattr(linear_merge, "_PIECE", {"cpu": 16, "cuda": 16})
+        close(merge(models.low(), c, dtype=dtype).float(), whole.float(), 1e-6)
 
     def test_variances_stay_above_the_least(self, models: Models) -> None:
         found, wanted = (
