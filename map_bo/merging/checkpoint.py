@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +96,14 @@ class Checkpoint:
     def ties(self) -> Mapping[str, str]:
         """Alias -> canonical name; both are in ``names``."""
         return MappingProxyType(dict(self._reader.ties))
+
+    @property
+    def fitting(self) -> Mapping[str, Any]:
+        """Plain data on how the tensors differ from those of the source; empty where they do not.
+
+        The digest is that of the source. See `map_bo.merging.vocabulary.fitted`.
+        """
+        return MappingProxyType({})
 
     def layout(self, name: str) -> Layout:
         """Return shape and dtype of a tensor without reading it.

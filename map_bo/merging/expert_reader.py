@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -11,14 +10,12 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import FlatLayout
+from map_bo.merging.likeness import Likeness
 from map_bo.merging.messages import listed
+from map_bo.merging.vocabulary import require_shapes
 
 __all__ = ["ExpertReader", "finite", "fixed_tensors", "require_tied"]
 
-# Measured on MLPs for digits: trained from its random start for 2000 steps at a learning rate of
-# .01, a model keeps a cosine of .34 with that start; two trainings from different starts have .02.
-_UNRELATED = 0.1
-_ENOUGH = 1000  # numbers from which a cosine between unrelated weights is reliably below .1
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
 
 
@@ -40,8 +37,7 @@ class ExpertReader:
         self.expert = expert
         self.own = _matched(base, expert, label, layout)
         self.moved = False
-        self._size = 0
-        self._pre = self._tuned = self._both = self._gap = 0.0
+        self._likeness = Likeness(label)
         require_tied(expert, {a: self.own[c] for a, c in layout.ties.items()}, f"expert {label!r}")
 
     def load(self, name: str) -> Tensor:
@@ -55,11 +51,7 @@ class ExpertReader:
         delta = b - a
         self.moved = self.moved or bool(delta.any())
         if pre.dim() >= 2:
-            self._size += pre.numel()
-            self._pre += float(a @ a)
-            self._tuned += float(b @ b)
-            self._both += float(a @ b)
-            self._gap += float(delta @ delta)
+            self._likeness.add(a, delta)
         return delta
 
     def judge(self, check_base: bool) -> None:
@@ -73,18 +65,8 @@ class ExpertReader:
                 f"expert {self.label!r}: its task vector is zero: it is the base",
                 hint="leave it out; the base is coefficient 0 of every expert",
             )
-        if not check_base or self._size < _ENOUGH or not self._pre:
-            return
-        cosine = self._both / math.sqrt(self._pre * self._tuned) if self._tuned else 0.0
-        reach = math.sqrt(self._gap / self._pre)
-        if cosine < _UNRELATED and reach > 1:
-            raise MergeError(
-                f"expert {self.label!r} does not look fine-tuned from this base: the cosine "
-                f"similarity of their weights is {cosine:.3f}, and they differ by {reach:.2f} "
-                "times the norm of the base",
-                hint="fine-tuning leaves the similarity near 1; give the base that the expert "
-                "was trained from, or pass check_base=False",
-            )
+        if check_base:
+            self._likeness.judge()
 
 
 def _matched(
@@ -111,16 +93,7 @@ def _matched(
             f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
             hint=_ARCHITECTURE,
         )
-    shapes = [
-        f"{name} {list(expert.shape(mine))} against {list(base.shape(name))}"
-        for name, mine in own.items()
-        if expert.shape(mine) != base.shape(name)
-    ]
-    if shapes:
-        raise MergeError(
-            f"expert {label!r} has other shapes than the base: {listed(shapes)}",
-            hint=_ARCHITECTURE,
-        )
+    require_shapes(base, expert, label, own)
     kinds = [
         f"{name} {expert.dtype(mine)} against {base.dtype(name)}"
         for name, mine in own.items()

@@ -14,6 +14,7 @@ from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import is_variance
 from map_bo.merging.messages import listed
 from map_bo.merging.recipe import Weights
+from map_bo.merging.vocabulary import require_shapes
 
 __all__ = ["aligned_names", "merge_streamed"]
 
@@ -151,15 +152,7 @@ def aligned_names(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str,
             f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
             hint=hint,
         )
-    shapes = [
-        f"{name} {list(expert.shape(own))} against {list(base.shape(name))}"
-        for name, own in names.items()
-        if expert.shape(own) != base.shape(name)
-    ]
-    if shapes:
-        raise MergeError(
-            f"expert {label!r} has other shapes than the base: {listed(shapes)}", hint=hint
-        )
+    require_shapes(base, expert, label, names)
     kinds = [
         f"{name} {expert.dtype(own)} against {base.dtype(name)}"
         for name, own in names.items()

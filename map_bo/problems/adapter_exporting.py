@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from map_bo.merging.adapter_export import AdapterExport, export_adapter, module_kinds
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.layout import joined_ties
+from map_bo.merging.live import model_ties
 from map_bo.merging.operator import MergeOperator
 from map_bo.merging.task_arithmetic import LinearOperator
+from map_bo.problems.merged_export import tied_weights
 from map_bo.space import CoefficientSpace
 
 __all__ = ["AdapterExporting"]
@@ -30,8 +33,6 @@ class _Merging(Protocol):
     def merged(self, x: Tensor) -> dict[str, Tensor]: ...
 
     def _row(self, x: Tensor) -> Tensor: ...
-
-    def _tied(self, weights: _Weights) -> _Weights: ...
 
     def _architecture(self) -> nn.Module: ...
 
@@ -70,7 +71,11 @@ class AdapterExporting:
         weights: _Weights = lambda name: {}  # noqa: E731 - not asked where there is a model
         merged: Checkpoint | None = None
         if isinstance(self._operator, LinearOperator):
-            weights = self._tied(self._operator.weights(tuple(self._experts), row))
+            weights = tied_weights(
+                self._operator.weights(tuple(self._experts), row),
+                self._space,
+                lambda: joined_ties(self._base, model_ties(self._architecture())),
+            )
         else:
             merged = open_checkpoint(self.merged(row))
         return export_adapter(

@@ -56,11 +56,17 @@ class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # A view of what was prepared is no new memory.
+        given = {
+            leaf.untyped_storage().data_ptr()
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
-                if storage.data_ptr() not in self.known:
+                if storage.data_ptr() not in self.known | given:
                     self.largest = max(self.largest, storage.nbytes())
         return result
 
@@ -70,6 +76,12 @@ class OperatorContract:
 
     # Bytes that one allocation of `write` may take: a chunk, never a model.
     scratch_limit = 4 << 20
+    # Whether coefficients below 0 mean something; an operator that refuses them says so.
+    negative = True
+
+    def fitted(self, operator: MergeOperator, vectors: TaskVectors) -> MergeOperator:
+        """Return the operator for vectors of other shapes; override where it depends on them."""
+        return operator
 
     @pytest.fixture
     def operator(self) -> MergeOperator:
@@ -87,9 +99,27 @@ class OperatorContract:
         self, operator: MergeOperator, space: CoefficientSpace
     ) -> None:
         assert space.experts == EXPERTS
-        wide = operator.space(EXPERTS, lower=-0.5, upper=2.0)
+        lowest = -0.5 if self.negative else 0.5
+        wide = operator.space(EXPERTS, lower=lowest, upper=2.0)
         assert wide.names == space.names
-        assert (min(wide.lower), max(wide.upper)) == (-0.5, 2.0)
+        assert (min(wide.lower), max(wide.upper)) == (lowest, 2.0)
+
+    def test_negative_coefficients_are_merged_or_refused(
+        self, operator: MergeOperator, space: CoefficientSpace
+    ) -> None:
+        vectors = example_vectors()
+        prepared = operator.prepare(vectors)
+        out = torch.full_like(vectors.base, torch.nan)
+        c = torch.linspace(-0.5, 0.5, space.d, dtype=torch.float64)
+        if self.negative:
+            prepared.write(c, out)
+            assert bool(torch.isfinite(out).all())
+        else:
+            with pytest.raises(MergeError, match="negative") as caught:
+                operator.space(EXPERTS, lower=-0.5, upper=2.0)
+            assert caught.value.hint
+            with pytest.raises(MergeError, match="negative"):
+                prepared.write(c, out)
 
     def test_description_is_plain_and_settings_can_be_pickled(
         self, operator: MergeOperator
@@ -125,7 +155,7 @@ class OperatorContract:
 
     def test_variances_stay_positive(self, operator: MergeOperator) -> None:
         vectors = example_vectors()
-        wide = operator.space(EXPERTS, lower=-9.0, upper=9.0)
+        wide = operator.space(EXPERTS, lower=-9.0 if self.negative else 0.0, upper=9.0)
         out = torch.empty_like(vectors.base)
         slot = next(slot for slot in vectors.layout.slots if is_variance(slot.name))
         prepared = operator.prepare(vectors)
@@ -157,7 +187,7 @@ class OperatorContract:
     ) -> None:
         for storage in (torch.float32, torch.bfloat16):
             vectors = example_vectors(100_000, dtype=storage)  # 3 M weights
-            prepared = operator.prepare(vectors)
+            prepared = self.fitted(operator, vectors).prepare(vectors)
             c = space.sample(1, generator=make_generator(4))[0]
             for kind in (torch.float32, torch.bfloat16):
                 out = torch.empty(vectors.layout.size, dtype=kind)
