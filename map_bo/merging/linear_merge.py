@@ -25,7 +25,7 @@ _TILE = 1 << 17
 # on a GPU a longer chunk hides the launches.
 _ROOM = 1_000_000
 _CHUNK = 1 << 23
-_APART = 1 << 19  # numbers of a tensor that is merged in float32 before it is rounded
+_PIECE = {"cpu": 1 << 19, "cuda": 1 << 26}  # numbers of an adapted tensor that are merged at once
 
 
 def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], ...]:
@@ -63,6 +63,12 @@ def _without(
             yield start, stop, block
 
 
+def _rows_of(part: Adapted) -> int:
+    """Return how many rows of an adapted tensor are merged at once."""
+    numbers = _PIECE.get(part.A.device.type, _PIECE["cuda"])
+    return max(1, numbers // max(part.A.shape[1], 1))
+
+
 class LinearMerge:
     """Weighted sums of resident rows, in one streaming pass. Made by an operator's ``prepare``.
 
@@ -72,9 +78,9 @@ class LinearMerge:
     measured on. Other storage is widened to float32 chunk by chunk on a CPU and multiplied there;
     on a GPU rows are added one by one. The only memory taken is one chunk of each row.
 
-    Adapters have no rows. Where ``out`` is float32 their factors are added to each tensor by one
-    product into ``out``; where it is narrower, the tensors that they change are merged apart in
-    float32, some rows at a time, and rounded once.
+    Adapters have no rows. Their factors are multiplied some rows of a tensor at a time, on all
+    cores: into ``out`` where that is float32; where it is narrower, the tensors that they change
+    are merged apart in float32 and rounded once.
 
     Args:
         vectors: The resident task vectors.
@@ -104,6 +110,11 @@ class LinearMerge:
         self._adapted = [
             (slot, part, segments[bisect_right(starts, slot.offset) - 1][2])
             for slot, part in zip(slots, vectors.adapted.values(), strict=True)
+        ]
+        self._pieces = [
+            (slot, part, block, first)
+            for slot, part, block in self._adapted
+            for first in range(0, part.B.shape[0], _rows_of(part))
         ]
         self._gaps = tuple(_without(segments, slots))
 
@@ -142,12 +153,8 @@ class LinearMerge:
                     self._widen(source, weights, target)
                 else:
                     self._add(source, weights.tolist(), target)
-            for slot, part, block in self._adapted:
-                target = out[slot.offset : slot.stop]
-                if together:
-                    part.add(table[block], target)
-                else:
-                    self._apart(rows[:, slot.offset : slot.stop], table[block], part, target)
+            if self._pieces:
+                self._add_adapters(table, out, together)
             self._vectors.keep_variances(out)
 
     def directional(self, gradient: Tensor) -> Tensor:
@@ -185,20 +192,27 @@ class LinearMerge:
                 result[:, block] += adapted.project(gradient[slot.offset : slot.stop], experts)
         return result.flatten()
 
-    def _apart(self, rows: Tensor, weights: Tensor, part: Adapted, out: Tensor) -> None:
-        """Merge one adapted tensor in float32 and round it into ``out``, some rows at a time."""
-        if not bool(weights.any()):
-            out.copy_(rows[0])
-            return
-        dense = weights[list(self._vectors.dense_experts)].tolist()
-        columns = part.A.shape[1]
-        step = max(1, _APART // max(columns, 1))
-        for first in range(0, part.B.shape[0], step):
-            piece = slice(first * columns, (first + step) * columns)
-            total = torch.empty_like(out[piece], dtype=torch.float32)
-            self._add(rows[:, piece], dense, total)
-            part.add(weights, total, first)
-            out[piece].copy_(total)
+    def _add_adapters(self, table: Tensor, out: Tensor, together: bool) -> None:
+        rows, dense = self._vectors.rows, list(self._vectors.dense_experts)
+
+        def merge(item: tuple[Slot, Adapted, int, int], _: None) -> None:
+            slot, part, block, first = item
+            columns, weights = part.A.shape[1], table[block]
+            start = slot.offset + first * columns
+            stop = min(start + _rows_of(part) * columns, slot.stop)
+            target, source = out[start:stop], rows[:, start:stop]
+            if together:
+                part.add(weights, target, first)
+            elif not bool(weights.any()):
+                target.copy_(source[0])
+            else:
+                total = torch.empty_like(target, dtype=torch.float32)
+                self._add(source, weights[dense].tolist(), total)
+                part.add(weights, total, first)
+                target.copy_(total)
+
+        threads = None if rows.device.type == "cpu" else 1
+        spread(merge, self._pieces, lambda: None, threads=threads)
 
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.likeness import Likeness
@@ -93,7 +94,14 @@ class StreamedVectors:
         """
         rows = torch.empty(1 + len(self.checkpoints), stop - start) if out is None else out
         for row, (checkpoint, name, label) in zip(rows, self._sources(slot), strict=True):
-            self._values(checkpoint, name, label, start, stop, row)
+            adapter = adapter_over(self.base, checkpoint)
+            if adapter is None:
+                self._values(checkpoint, name, label, start, stop, row)
+                continue
+            row.copy_(rows[0])  # an adapter is read beside the base, not with it
+            change = adapter.piece(self.base.ties.get(name, name), start, stop)
+            if change is not None:
+                row.add_(change)
         rows[1:].sub_(rows[0])
         return rows
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging import linear_merge
 from map_bo.merging.adapter_checkpoint import adapter_checkpoint
 from map_bo.merging.blocks import Blocks
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
@@ -22,6 +23,7 @@ from map_bo.merging.importance import block_norms
 from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.low_rank import exact_products
 from map_bo.merging.similarity import cosines
+from map_bo.merging.streamed import StreamedVectors
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.rng import make_generator
@@ -108,6 +110,24 @@ class TestRows:
         close(vectors.read(slot, start, stop, room), wanted)
         close(vectors.read(slot, start, stop), wanted)
 
+    @given(st.data())
+    def test_pieces_from_checkpoints(self, models: Models, data: st.DataObject) -> None:
+        streamed = StreamedVectors(models.base, models.experts)
+        slot = data.draw(st.integers(0, len(streamed.layout.slots) - 1))
+        where = streamed.layout.slots[slot]
+        start = data.draw(st.integers(0, where.numel))
+        stop = data.draw(st.integers(start, where.numel))
+        close(streamed.read(slot, start, stop), models.multiplied_out().read(slot, start, stop))
+        for expert in models.experts.values():
+            whole = expert.load(where.name).flatten()[start:stop]
+            room = torch.full((stop - start,), torch.nan)
+            for piece in (
+                expert.read(where.name, start, stop),
+                expert.read(where.name, start, stop, out=room),
+            ):
+                assert piece.dtype == whole.dtype
+                close(piece, whole)
+
     def test_other_operators_read_them(self, models: Models) -> None:
         class Largest(Kernel):
             def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
@@ -165,6 +185,15 @@ class TestLinearMerge:
             merge(vectors, c, dtype=torch.bfloat16),
             merge(vectors, c).bfloat16(),
         )
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_tensors_may_be_cut(
+        self, models: Models, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+    ) -> None:
+        c = [1.0, 0.5, 0.25, -1.0]
+        whole = merge(models.low(), c, dtype=dtype)
+        monkeypatch.setattr(linear_merge, "_PIECE", {"cpu": 16, "cuda": 16})
+        close(merge(models.low(), c, dtype=dtype).float(), whole.float(), 1e-6)
 
     def test_variances_stay_above_the_least(self, models: Models) -> None:
         found, wanted = (

@@ -326,6 +326,11 @@ class TestRefused:
         with pytest.raises(MergeError, match=r"the base's tensor is torch\.int8"):
             adapter_checkpoint(linear_adapter(tmp_path), open_checkpoint(base))
 
+    def test_factors_of_integers(self, tmp_path: Path) -> None:
+        whole = torch.ones(2, 1, dtype=torch.int32)
+        folder = linear_adapter(tmp_path, base_model__model__fc__lora_B__weight=whole)
+        self.refused(folder, "lora_B.weight' of the adapter .* is torch.int32")
+
     def test_half_a_pair(self, tmp_path: Path) -> None:
         folder = linear_adapter(tmp_path)
         save_file({"fc.lora_A.weight": torch.ones(1, 3)}, folder / "adapter_model.safetensors")

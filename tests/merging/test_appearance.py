@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from map_bo.merging.checkpoint import open_checkpoint
 from tests.merging.checkpoints import tensors_of
 from tests.merging.damaged import refused, written
 
@@ -67,6 +68,14 @@ def test_safetensors_with_the_name_of_a_pickle(tmp_path: Path, suffix: str) -> N
 def test_a_pickle_with_the_name_of_safetensors(tmp_path: Path, zipped: bool, what: str) -> None:
     error = refused(written(tmp_path / "x.safetensors", pickled(zipped)), f"it is {what}")
     assert error.hint == "rename it to .pt"
+
+
+@pytest.mark.parametrize("length", [640, 896, 1152, 1408, 2**16 + 640, 0x4B50, 0x8B20 - 1])
+def test_safetensors_whose_length_begins_like_another_format(tmp_path: Path, length: int) -> None:
+    header = b'{"w":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}'.ljust(length)
+    content = length.to_bytes(8, "little") + header + bytes(4)
+    path = written(tmp_path / "x.safetensors", content)
+    assert open_checkpoint(path).shape("w") == (1,)
 
 
 def test_a_tar(tmp_path: Path) -> None:

@@ -13,8 +13,10 @@ import torch
 from safetensors.torch import save
 
 from map_bo.errors import CheckpointError, MissingDependencyError
+from map_bo.merging.adapter_checkpoint import adapter_checkpoint, open_expert
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.hub import hub_model
+from tests.merging.adapters import SHAPES, small_base, write_adapter
 from tests.merging.checkpoints import export
 from tests.merging.damaged import refused
 from tests.merging.hub_server import COMMIT, OTHER, Hub, cached, running
@@ -235,6 +237,17 @@ class TestFetching:
         digest = open_checkpoint(NAME).digest()
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
         assert open_checkpoint(NAME).digest() == digest
+
+    def test_an_adapter(self, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        base = small_base()
+        folder = write_adapter(tmp_path / "adapter", SHAPES, seed=1, modules=["head"])
+        hub.files["org/adapter"] = {file.name: file.read_bytes() for file in folder.iterdir()}
+        found = open_expert("org/adapter", base)
+        assert found.source == f"org/adapter@{COMMIT}"
+        assert found.digest() == adapter_checkpoint(folder, base).digest()
+        assert open_expert(NAME, base).digest() == open_checkpoint(NAME).digest()
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+        assert open_expert("org/adapter", base).digest() == found.digest()
 
     def test_another_revision(self, hub: Hub) -> None:
         hub.commits["v1"] = hub.commits[OTHER] = OTHER
