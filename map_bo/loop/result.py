@@ -15,9 +15,11 @@ from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
+from map_bo.merging.adapter_export import AdapterExport
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
+from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
@@ -120,6 +122,28 @@ class Choice:
                 hint="export works for problems whose points are merged checkpoints",
             )
         return writer.export(self.x, out, record={"choice": self.describe()})
+
+    def export_adapter(self, out: str | Path, *, rank: int | None = None) -> AdapterExport:
+        """Write the merge with these coefficients as a LoRA adapter over the base.
+
+        Args:
+            out: Folder to create.
+            rank: Largest rank; None keeps a linear merge of adapters exact.
+
+        Returns:
+            The folder, and what was lost by the rank.
+
+        Raises:
+            MergeError: When the problem has no models, or the adapter cannot be written.
+        """
+        if not isinstance(self.problem, AdapterExporting) or self.exports is not None:
+            raise MergeError(
+                f"{type(self.problem).__name__} has no merge that an adapter could hold",
+                hint="export_adapter works for problems that merge checkpoints, not in stages",
+            )
+        return self.problem.export_adapter(
+            self.x, out, rank=rank, record={"choice": self.describe()}
+        )
 
 
 @dataclass(frozen=True, eq=False)

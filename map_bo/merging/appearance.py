@@ -64,6 +64,10 @@ def appearance(head: bytes) -> Appearance | None:
     """
     if not head:
         return Appearance("empty", "an empty file", _AGAIN)
+    # First: the length of a header can begin like another format (640 is how a pickle begins),
+    # and no other format has zeros and a brace there.
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _LIMIT:
+        return _SAFETENSORS
     for magic, found in _MAGIC:
         if head.startswith(magic):
             return found
@@ -73,8 +77,6 @@ def appearance(head: bytes) -> Appearance | None:
         return _PICKLE
     if head[257:262] == b"ustar":
         return Appearance("tar", "a tar archive", "unpack it first")
-    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _LIMIT:
-        return _SAFETENSORS
     if not head.strip(b"\0"):
         return Appearance("zeros", "zeros, as a download cut off leaves", _AGAIN)
     return _text(head)

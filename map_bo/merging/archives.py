@@ -38,9 +38,14 @@ def data_sizes(file: WeightFile) -> Counter[int]:
         CheckpointError: For an archive that is damaged or not of torch.save.
     """
     try:
+        if not zipfile.is_zipfile(file.path):
+            raise _Wrong("it is a zip archive, as torch.save writes, that is cut off")
         with zipfile.ZipFile(file.path) as archive:
             return _checked(file, archive.infolist())
-    except (_Wrong, zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+    except CheckpointError:
+        raise
+    # A damaged archive can raise nearly anything, from struct.error to NotImplementedError.
+    except Exception as error:
         raise CheckpointError(
             f"{file.path} cannot be read: {first_line(error)}",
             hint="the file is truncated, damaged or not written by torch.save; fetch it again",

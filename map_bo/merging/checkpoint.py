@@ -8,6 +8,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from map_bo.merging.sharded import ShardedReader
 from map_bo.merging.tensor_names import refuse_odd_names
 from map_bo.merging.weight_formats import open_file
 
-__all__ = ["Checkpoint", "CheckpointSource", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointSource", "absolute_path", "adapter_file", "open_checkpoint"]
 
 # In the order in which they are looked for: safetensors first, and a whole file before shards,
 # as transformers does.
@@ -32,6 +33,7 @@ _KNOWN_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PLACES = (
     "give a file or folder on this machine, or a model of the Hugging Face hub as "
     "organisation/name or hf://organisation/name"
@@ -94,6 +96,14 @@ class Checkpoint:
     def ties(self) -> Mapping[str, str]:
         """Alias -> canonical name; both are in ``names``."""
         return MappingProxyType(dict(self._reader.ties))
+
+    @property
+    def fitting(self) -> Mapping[str, Any]:
+        """Plain data on how the tensors differ from those of the source; empty where they do not.
+
+        The digest is that of the source. See `map_bo.merging.vocabulary.fitted`.
+        """
+        return MappingProxyType({})
 
     def layout(self, name: str) -> Layout:
         """Return shape and dtype of a tensor without reading it.
@@ -221,14 +231,19 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     if isinstance(source, str) and (model := hub_model(source)) is not None:
         return _open_snapshot(model)
     if isinstance(source, (str, Path)):
-        return _open_path(_absolute(source))
+        return _open_path(absolute_path(source))
     raise CheckpointError(
         f"a {type(source).__name__} is not a checkpoint",
         hint="give a path, a module, or a mapping from names to tensors",
     )
 
 
-def _absolute(source: str | Path) -> Path:
+def absolute_path(source: str | Path) -> Path:
+    """Return a path, absolute, with ``~`` expanded; it need not exist.
+
+    Raises:
+        CheckpointError: When it is no path, or its folder may not be entered.
+    """
     try:
         path = Path(source).expanduser().absolute()
         os.lstat(path)
@@ -270,19 +285,31 @@ def _reader(path: Path) -> TensorReader:
     return ShardedReader(file) if file.name.endswith(".index.json") else open_file(file)
 
 
+def adapter_file(path: Path) -> Path | None:
+    """Return the weights of an adapter: the file of that name, or the one in a folder.
+
+    None where there is no such file, and for a folder that holds a whole model too.
+    """
+    if path.name in _ADAPTER_FILES and path.is_file():
+        return path
+    if any((path / name).is_file() for name in _KNOWN_FILES):
+        return None
+    return next((path / name for name in _ADAPTER_FILES if (path / name).is_file()), None)
+
+
 def _weights_in(folder: Path) -> Path:
     for name in _KNOWN_FILES:
         # A link to nothing counts: other files beside it are not what the folder says it holds.
         if os.path.lexists(folder / name):
             return folder / name
+    if adapter_file(folder) is not None:
+        raise CheckpointError(
+            f"{folder} holds an adapter, not the weights of a whole model",
+            hint="give it as an expert beside its base, or merge it first (peft: "
+            "merge_and_unload, then save_pretrained)",
+        )
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = sorted(folder.glob(pattern))
-        if [file.name for file in found] == ["adapter_model.safetensors"]:
-            raise CheckpointError(
-                f"{folder} holds an adapter, not the weights of a whole model",
-                hint="merge the adapter into its base first (peft: merge_and_unload, then "
-                "save_pretrained)",
-            )
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(

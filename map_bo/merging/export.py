@@ -16,6 +16,7 @@ from map_bo.merging.digests import digest_all
 from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
 from map_bo.merging.formats import DTYPES, Layout
 from map_bo.merging.messages import listed
+from map_bo.merging.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.recipe import (
     RECIPE,
     Weights,
@@ -47,6 +48,7 @@ def export_merged(
     record: Mapping[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
     weights: Weights | None = None,
+    recalibrated: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
@@ -62,7 +64,9 @@ def export_merged(
       licence files. Python files are left out, so a model that needs ``trust_remote_code`` needs
       them copied by hand;
     - ``recipe.yaml``: all inputs with their digests, operator, coefficients, versions, ``record``;
-    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none.
+    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none;
+    - ``README.md``: a model card with what was merged, how, and the metrics in ``record``. That of
+      the base is not carried.
 
     Args:
         out: Folder to create; it may exist only when it is empty.
@@ -78,6 +82,8 @@ def export_merged(
         weights: Tensor name -> weight of each expert, where the merge is linear: it lets
             ``mergekit.yaml`` express coefficients that differ between tensors. Without it, the
             coefficients must be one for each expert to be expressible.
+        recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
+            batch normalisation that were measured anew. Names that the base lacks are passed over.
 
     Returns:
         The absolute path of the folder.
@@ -103,10 +109,11 @@ def export_merged(
         target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_drafts(target)
         _require_space(target.parent, layouts, carried)
+    measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
     with ExitStack() as stack:
         with writing(target):
             draft = stack.enter_context(writing_draft(target))
-        write_weights(draft, tensors, layouts, base, shard_bytes)
+        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured)
         for file in carried:
             with writing(target):
                 copied = draft / file.relative_to(base.directory or file.parent)
@@ -120,7 +127,10 @@ def export_merged(
             operator=operator,
             coefficients=coefficients,
             # Read back from the file: a recipe never vouches for weights that cannot be opened.
-            merged={"sha256": written.digest()},
+            merged={
+                "sha256": written.digest(),
+                **({"recalibrated": sorted(measured)} if measured else {}),
+            },
             record=further,
         )
         mergekit = mergekit_text(
@@ -129,8 +139,18 @@ def export_merged(
             operator=operator,
             coefficients=coefficients,
             weights=weights,
+            recalibrated=bool(measured),
+        )
+        card = model_card_text(
+            base=base,
+            experts=experts,
+            operator=plain(operator),
+            coefficients=coefficients,
+            record=further,
+            recalibrated=bool(measured),
         )
         with writing(target):
+            (draft / MODEL_CARD).write_text(card, encoding="utf-8")
             (draft / RECIPE).write_text(recipe, encoding="utf-8")
             (draft / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
             publish(draft, target)

@@ -6,7 +6,9 @@ tensor, or a piece of one, at a time. Nothing here runs code that a file contain
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
@@ -48,6 +50,9 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """The safetensors name of every dtype that is read and written."""
+
+
+_LARGE = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -105,6 +110,18 @@ def byte_view(flat: Tensor) -> memoryview:
     return flat.detach().view(torch.uint8).numpy().data
 
 
+def _new(count: int, dtype: torch.dtype) -> Tensor:
+    size = count * dtype.itemsize
+    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(count, dtype=dtype, device="cpu")
+    # To be given memory page by page costs more than to copy from the page cache into it: 512 MB
+    # in tensors of 64 MB took .67 s in ordinary pages and .25 s in huge ones (Linux 6, one core).
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
+
+
 def buffer_for(count: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """Return a 1-D CPU tensor of ``count`` elements: a new one, or the beginning of ``out``.
 
@@ -118,7 +135,7 @@ def buffer_for(count: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         CheckpointError: When ``out`` cannot be used.
     """
     if out is None:
-        return torch.empty(count, dtype=dtype, device="cpu")
+        return _new(count, dtype)
     hint = f"give a contiguous CPU tensor of {count} {dtype} or {count * dtype.itemsize} uint8"
     if out.device.type != "cpu" or not out.is_contiguous() or out.dtype not in (dtype, torch.uint8):
         raise CheckpointError(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapted import Adapted
 from map_bo.merging.blocks import Blocks
 from map_bo.merging.chunked import checked_coefficients
-from map_bo.merging.layout import FlatLayout
+from map_bo.merging.layout import FlatLayout, Slot
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.workers import spread
 
@@ -21,6 +25,7 @@ _TILE = 1 << 17
 # on a GPU a longer chunk hides the launches.
 _ROOM = 1_000_000
 _CHUNK = 1 << 23
+_APART = 1 << 19  # numbers of a tensor that is merged in float32 before it is rounded
 
 
 def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], ...]:
@@ -43,6 +48,21 @@ def coefficient_table(c: Tensor, experts: int, blocks: int) -> Tensor:
     return c.view(experts, blocks).T
 
 
+def _without(
+    segments: Iterable[tuple[int, int, int]], slots: Iterable[Slot]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield what the slots, in their order, leave of the segments."""
+    rest = list(slots)
+    for start, stop, block in segments:
+        while rest and rest[0].offset < stop:
+            slot = rest.pop(0)
+            if start < slot.offset:
+                yield start, slot.offset, block
+            start = slot.stop
+        if start < stop:
+            yield start, stop, block
+
+
 class LinearMerge:
     """Weighted sums of resident rows, in one streaming pass. Made by an operator's ``prepare``.
 
@@ -51,6 +71,10 @@ class LinearMerge:
     product of the whole, and a loop of additions, were slower on the machine that this was
     measured on. Other storage is widened to float32 chunk by chunk on a CPU and multiplied there;
     on a GPU rows are added one by one. The only memory taken is one chunk of each row.
+
+    Adapters have no rows. Where ``out`` is float32 their factors are added to each tensor by one
+    product into ``out``; where it is narrower, the tensors that they change are merged apart in
+    float32, some rows at a time, and rounded once.
 
     Args:
         vectors: The resident task vectors.
@@ -75,6 +99,13 @@ class LinearMerge:
         self._tile = tile
         cpu = vectors.rows.device.type == "cpu"
         self._chunk = chunk or (max(_ROOM // len(vectors.rows), 1 << 14) if cpu else _CHUNK)
+        slots = [vectors.layout.slots[index] for index in vectors.adapted]
+        starts = [start for start, _, _ in segments]
+        self._adapted = [
+            (slot, part, segments[bisect_right(starts, slot.offset) - 1][2])
+            for slot, part in zip(slots, vectors.adapted.values(), strict=True)
+        ]
+        self._gaps = tuple(_without(segments, slots))
 
     def write(self, c: Tensor, out: Tensor) -> None:
         """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).
@@ -87,7 +118,8 @@ class LinearMerge:
                 lives on another device.
         """
         rows = self._vectors.rows
-        table = coefficient_table(c, len(rows) - 1, self._blocks)
+        table = coefficient_table(c, len(self._vectors.experts), self._blocks)
+        dense = list(self._vectors.dense_experts)
         if out.shape != rows.shape[1:] or out.device != rows.device or not out.is_contiguous():
             raise MergeError(
                 f"the merged model would be written to {tuple(out.shape)} on {out.device}; the "
@@ -98,9 +130,10 @@ class LinearMerge:
         exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
         product = rows.device.type == "cpu" and exact
         whole = rows.dtype == out.dtype == torch.float32
+        together = out.dtype == torch.float32
         with torch.no_grad():
-            for start, stop, block in self._segments:
-                source, target, weights = rows[:, start:stop], out[start:stop], table[block]
+            for start, stop, block in self._segments if together else self._gaps:
+                source, target, weights = rows[:, start:stop], out[start:stop], table[block, dense]
                 if not bool(weights.any()):
                     target.copy_(source[0])
                 elif product and whole:
@@ -109,6 +142,12 @@ class LinearMerge:
                     self._widen(source, weights, target)
                 else:
                     self._add(source, weights.tolist(), target)
+            for slot, part, block in self._adapted:
+                target = out[slot.offset : slot.stop]
+                if together:
+                    part.add(table[block], target)
+                else:
+                    self._apart(rows[:, slot.offset : slot.stop], table[block], part, target)
             self._vectors.keep_variances(out)
 
     def directional(self, gradient: Tensor) -> Tensor:
@@ -125,22 +164,41 @@ class LinearMerge:
         Raises:
             MergeError: When ``gradient`` has another shape, dtype or device.
         """
-        deltas = self._vectors.deltas
-        wrong = gradient.shape != deltas.shape[1:] or gradient.dtype != torch.float32
-        if wrong or gradient.device != deltas.device:
+        rows, experts = self._vectors.rows, len(self._vectors.experts)
+        wrong = gradient.shape != rows.shape[1:] or gradient.dtype != torch.float32
+        if wrong or gradient.device != rows.device:
             raise MergeError(
                 f"a gradient has shape {tuple(gradient.shape)} of {gradient.dtype} on "
-                f"{gradient.device}; the task vectors are {tuple(deltas.shape)} on {deltas.device}",
+                f"{gradient.device}; the task vectors are {tuple(rows.shape[1:])} on {rows.device}",
                 hint="give a flat float32 tensor of the layout's size on the same device",
             )
-        result = torch.zeros(len(deltas), self._blocks, dtype=torch.float64)
+        deltas, dense = rows[1:], list(self._vectors.dense_experts)
+        result = torch.zeros(experts, self._blocks, dtype=torch.float64)
         with torch.no_grad():
             for start, stop, block in self._segments:
                 for at in range(start, stop, self._chunk):
                     part = slice(at, min(at + self._chunk, stop))
                     # Chunks are summed in float64, so the length of a model costs no digits.
-                    result[:, block] += (deltas[:, part].float() @ gradient[part]).cpu().double()
+                    slopes = deltas[:, part].float() @ gradient[part]
+                    result[dense, block] += slopes.cpu().double()
+            for slot, adapted, block in self._adapted:
+                result[:, block] += adapted.project(gradient[slot.offset : slot.stop], experts)
         return result.flatten()
+
+    def _apart(self, rows: Tensor, weights: Tensor, part: Adapted, out: Tensor) -> None:
+        """Merge one adapted tensor in float32 and round it into ``out``, some rows at a time."""
+        if not bool(weights.any()):
+            out.copy_(rows[0])
+            return
+        dense = weights[list(self._vectors.dense_experts)].tolist()
+        columns = part.A.shape[1]
+        step = max(1, _APART // max(columns, 1))
+        for first in range(0, part.B.shape[0], step):
+            piece = slice(first * columns, (first + step) * columns)
+            total = torch.empty_like(out[piece], dtype=torch.float32)
+            self._add(rows[:, piece], dense, total)
+            part.add(weights, total, first)
+            out[piece].copy_(total)
 
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile

@@ -5,7 +5,6 @@ from __future__ import annotations
 import builtins
 import re
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -89,11 +88,6 @@ def _read_pickle(file: WeightFile) -> tuple[dict[str, Tensor], bool]:
             hint=seen.hint,
         )
     mapped = seen is not None and seen.kind == "zip"
-    if mapped and not zipfile.is_zipfile(path):
-        raise CheckpointError(
-            f"{path} cannot be read: it is a zip archive, as torch.save writes, that is cut off",
-            hint="copy or download it again",
-        )
     sizes = data_sizes(file) if mapped else None
     try:
         with warnings.catch_warnings():

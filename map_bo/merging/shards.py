@@ -48,6 +48,8 @@ def write_weights(
     layouts: Mapping[str, Layout],
     base: Checkpoint,
     shard_bytes: int,
+    *,
+    instead: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write ``model.safetensors``, or shards with their index, into a folder.
 
@@ -57,6 +59,7 @@ def write_weights(
         layouts: Layouts of the tensors that are no aliases.
         base: The base checkpoint.
         shard_bytes: Largest size of one file.
+        instead: Name -> tensor to write in place of the one that is given.
 
     Raises:
         MergeError: When tensors are missing, given twice, unknown or of another shape, or the disk
@@ -77,9 +80,10 @@ def write_weights(
             closing.callback(writer.close)
             home.update(dict.fromkeys(group, writer))
         if callable(tensors):
-            seen = _put_pieces(tensors, home, layouts, draft)
+            seen = _put_pieces(tensors, home, layouts, draft, instead or {})
         else:
-            seen = _put_tensors(tensors, home, base, draft)
+            placed = ((name, (instead or {}).get(name, tensor)) for name, tensor in tensors)
+            seen = _put_tensors(placed, home, base, draft)
     missing = sorted(set(layouts) - seen)
     if missing:
         raise MergeError(
@@ -121,11 +125,14 @@ def _put_pieces(
     home: Mapping[str, SafetensorsWriter],
     layouts: Mapping[str, Layout],
     draft: Path,
+    instead: Mapping[str, Tensor],
 ) -> set[str]:
     """Return the names of the tensors that were put as a whole."""
     lock, counts = threading.Lock(), Counter[str]()
 
     def put(name: str, start: int, piece: Tensor) -> None:
+        if name in instead:
+            piece = instead[name].flatten()[start : start + len(piece)].to(piece)
         with writing(draft.parent):
             home[name].write_piece(name, start, piece)
         with lock:

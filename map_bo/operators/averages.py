@@ -8,7 +8,7 @@ linear merge costs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,17 +42,6 @@ class WeightedAverage(SearchableOperator):
     def kernel(self, deltas: Deltas) -> Kernel:
         """Return the kernel; nothing needs preparing."""
         return _Average()
-
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return tensor name -> weight of each expert's task vector, as streaming wants it."""
-        count = len(self.blocks or (0,))
-        table = c.double().view(len(experts), count).T
-        table = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
-
-        def of(name: str) -> Mapping[str, float]:
-            return dict(zip(experts, table[self.block(name)].tolist(), strict=True))
-
-        return of
 
 
 class _Average(SpanKernel):

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.vocabulary import VocabularyRule
 from map_bo.problems.merged import MergedModelProblem
 from map_bo.space import CoefficientSpace
 
@@ -42,6 +43,8 @@ def imported_problem(
     dtype: str = "float32",
     device: str = "cpu",
     gradients: bool = False,
+    vocabulary: VocabularyRule | None = None,
+    recalibration: str | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging checkpoints on disk.
 
@@ -63,6 +66,10 @@ def imported_problem(
         device: Where the task vectors and the model live.
         gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
             be differentiable (see :mod:`map_bo.problems.differentiable`).
+        vocabulary: ``base`` or ``tokens``: how experts with another vocabulary are fitted to the
+            base; by default they are refused.
+        recalibration: ``module:callable`` that returns batches on which the statistics of
+            BatchNorm layers are measured anew after each merge.
 
     Raises:
         EvaluationError: When gradients are asked of an evaluator that has none.
@@ -84,6 +91,10 @@ def imported_problem(
         )
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+    if vocabulary not in (None, *get_args(VocabularyRule)):
+        raise ConfigError(
+            f"vocabulary is {vocabulary!r}", hint=f"one of {', '.join(get_args(VocabularyRule))}"
+        )
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
@@ -113,6 +124,10 @@ def imported_problem(
         dtype=_DTYPES[dtype],
         device=device,
         gradients=gradients,
+        vocabulary=vocabulary,
+        recalibration=None
+        if recalibration is None
+        else named(recalibration, "problem.recalibration"),
     )
 
 

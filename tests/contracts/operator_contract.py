@@ -47,7 +47,7 @@ def example_vectors(size: int = 40, dtype: torch.dtype = torch.float32) -> TaskV
     )
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the size in bytes of the largest new tensor that an operation makes."""
 
     def __init__(self, known: tuple[Tensor, ...]) -> None:
@@ -191,7 +191,7 @@ class OperatorContract:
             c = space.sample(1, generator=make_generator(4))[0]
             for kind in (torch.float32, torch.bfloat16):
                 out = torch.empty(vectors.layout.size, dtype=kind)
-                with _Allocations((vectors.rows, out)) as seen:
+                with Allocations((vectors.rows, out)) as seen:
                     prepared.write(c, out)
                 assert seen.largest < min(self.scratch_limit, out.nbytes)
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import resource
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,18 @@ def refused(source: Any, *parts: str) -> CheckpointError:
         assert part in caught.value.message
     assert caught.value.hint
     return caught.value
+
+
+@contextmanager
+def little_room(room: int = 1 << 30) -> Iterator[None]:
+    """Let the process ask for no more than so many bytes on top of what it has."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now + room, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, limits)
 
 
 def written(path: Path, content: bytes) -> Path:

@@ -124,9 +124,12 @@ def test_a_draft_that_was_never_locked_goes_after_an_hour(tmp_path: Path) -> Non
 
 
 def test_a_draft_that_fails_leaves_nothing_and_a_published_one_only_itself(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="boom"), writing_draft(tmp_path / "m") as draft:
+    def fail(draft: Path) -> None:
         assert hidden(tmp_path) == [draft.name]
         raise ValueError("boom")
+
+    with pytest.raises(ValueError, match="boom"), writing_draft(tmp_path / "m") as draft:
+        fail(draft)
     assert list(tmp_path.iterdir()) == []
     with writing_draft(tmp_path / "m") as draft:
         (draft / "a").write_text("x")

@@ -302,9 +302,7 @@ class TestFetching:
 
 
 @pytest.mark.parametrize("text", [NAME, f"hf://{NAME}"])
-def test_without_the_library(
-    cache: Path, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_the_library(cache: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = builtins.__import__
 
     def missing(name: str, *args: Any, **kwargs: Any) -> Any:

@@ -104,6 +104,17 @@ def test_what_is_read_may_be_written_to_without_touching_the_file(tmp_path: Path
     assert torch.equal(checkpoint.load("layer.weight"), some_tensors()["layer.weight"])
 
 
+def test_a_large_tensor_is_an_ordinary_one(tmp_path: Path) -> None:
+    large = torch.arange(3 << 19).reshape(-1, 2)
+    save_file({"w": large}, tmp_path / "x.safetensors")
+    checkpoint = open_checkpoint(tmp_path / "x.safetensors")
+    loaded = checkpoint.load("w")
+    del checkpoint
+    assert torch.equal(loaded, large)
+    assert torch.equal(pickle.loads(pickle.dumps(loaded)), large)
+    assert torch.equal(loaded.add_(1), large + 1)
+
+
 def test_threads_read_at_once(tmp_path: Path) -> None:
     tensors = {f"t{i}": torch.full((3000,), float(i)) for i in range(8)}
     save_file(tensors, tmp_path / "x.safetensors")
