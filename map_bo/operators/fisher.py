@@ -5,24 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.blocks import Blocks
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.chunked import ChunkedMerge, Kernel
+from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
     loaded,
     matched,
     refuse_negative,
-    space_of,
+    require_statistics,
     statistics_by_expert,
 )
+from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.statistics import StatisticsSource
 from map_bo.space import CoefficientSpace
 
@@ -30,7 +30,7 @@ __all__ = ["Fisher", "fisher_average"]
 
 
 @dataclass(frozen=True, eq=False)
-class Fisher:
+class Fisher(SearchableOperator):
     r"""``theta_0 + s (sum_n c_n F_n v_n) / (sum_n c_n F_n)``, elementwise, with ``s = sum_n c_n``.
 
     Matena and Raffel, *Merging Models with Fisher-Weighted Averaging*, arXiv 2111.09832: where
@@ -49,22 +49,28 @@ class Fisher:
             0 / 0 away. (The authors' code has a floor of 1e-6 for every model, above which hardly
             a number of a large model would rise.) With 0, numbers whose Fisher is zero in all
             experts that count are averaged with the coefficients alone.
-        blocks: Block name -> pattern of tensor names, as of `TaskArithmetic`.
+        blocks: See `SearchableOperator`; nothing else can be searched.
 
     Raises:
         MergeError: When ``floor`` is negative or not finite, or on blocks that cannot be.
     """
 
+    name: ClassVar[str] = "fisher"
+    signed: ClassVar[bool] = False
+
     statistics: Mapping[str, StatisticsSource] = field(default_factory=dict)
     normalise: bool = True
     floor: float = 1e-6
-    blocks: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistics", dict(self.statistics or {}))
-        object.__setattr__(self, "blocks", Blocks(self.blocks).patterns)
-        if not (math.isfinite(self.floor) and self.floor >= 0):
-            raise MergeError(f"floor is {self.floor}", hint="give a small share, such as 1e-6")
+        super().__post_init__()
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse a floor that is no share; see `SearchableOperator.check`."""
+        floor = settings["floor"]
+        if not (math.isfinite(floor) and floor >= 0):
+            raise MergeError(f"floor is {floor}", hint="give a small share, such as 1e-6")
 
     @property
     def statistics_kind(self) -> str:
@@ -85,28 +91,21 @@ class Fisher:
         Raises:
             MergeError: When an expert has no statistics, or ``lower`` is negative.
         """
-        names = Blocks(self.blocks).names
-        return space_of("Fisher", self.statistics, experts, names, lower=lower, upper=upper)
+        require_statistics(self.name, "fisher", self.statistics, experts)
+        return super().space(experts, lower=lower, upper=upper)
 
-    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+    def kernel(self, deltas: Deltas) -> Kernel:
         """Match the Fishers to the tensors, and measure them: one pass over the statistics.
 
         Raises:
             MergeError: When they do not fit the model, are negative, or zero everywhere.
         """
-        blocks = Blocks(self.blocks)
-        kernel = _FisherKernel(self, deltas)
-        return ChunkedMerge(deltas, kernel, blocks.table(deltas.layout), len(blocks))
+        return _FisherKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what the statistics are, as plain data."""
-        return {
-            "name": "fisher",
-            "normalise": self.normalise,
-            "floor": self.floor,
-            "blocks": None if self.blocks is None else dict(self.blocks),
-            "statistics": known_statistics.describe(self.statistics, "fisher"),
-        }
+        """Return name, settings and what tells the statistics, as plain data."""
+        told = known_statistics.describe(self.statistics, "fisher")
+        return {**super().describe(), "statistics": told}
 
 
 def fisher_average(base: Tensor, deltas: Tensor, fishers: Tensor, c: Tensor) -> Tensor:
@@ -138,13 +137,14 @@ class _FisherKernel(Kernel):
     def __init__(self, operator: Fisher, deltas: Deltas) -> None:
         known = statistics_by_expert(operator.statistics, deltas.experts, "fisher")
         slots = deltas.layout.slots
-        self._fishers: dict[int, list[Tensor]] = {}
+        self._names = matched(deltas.layout, known)
+        self._tensors = [statistics.tensors for statistics in known.values()]
+        self._held: dict[tuple[int, int], Tensor] = {}
         squares = [0.0] * len(known)
         sums = [0.0] * len(known)
         count = 0
-        for index, names in matched(deltas.layout, known).items():
+        for index, names in self._names.items():
             count += slots[index].numel
-            self._fishers[index] = []
             for n, (expert, name) in enumerate(zip(known, names, strict=True)):
                 tensor = loaded(known[expert], expert, name)
                 if tensor.shape != slots[index].shape:
@@ -162,9 +162,8 @@ class _FisherKernel(Kernel):
                 if most:  # squares of small Fishers leave float32
                     squares[n] += (most * float(torch.linalg.vector_norm(tensor / most))) ** 2
                 sums[n] += float(tensor.sum(dtype=torch.float64))
-                # Of a file in float32 this is a view of the mapped pages, and takes no memory.
-                flat = tensor.flatten()
-                self._fishers[index].append(flat.to(deltas.device) if deltas.in_place else flat)
+                if deltas.resident:
+                    self._held[index, n] = tensor.flatten().to(deltas.device)
         zero = [expert for expert, total in zip(known, sums, strict=True) if not total]
         if zero:
             raise MergeError(
@@ -177,13 +176,14 @@ class _FisherKernel(Kernel):
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         refuse_negative(c)
-        found = self._fishers.get(slot)
-        if found is None:
+        if slot not in self._names:
             return rows.t() @ torch.cat([c.new_ones(1), c]).to(rows)
         fishers = torch.empty_like(rows[1:])
-        for out, whole, floor, scale in zip(
-            fishers, found, self._floors, self._scales, strict=True
-        ):
-            part = whole[start : start + rows.shape[1]].to(rows.device)
-            torch.clamp(part, min=floor, out=out).mul_(scale)
+        stop = start + rows.shape[1]
+        for n, name in enumerate(self._names[slot]):
+            if (held := self._held.get((slot, n))) is not None:
+                part = held[start:stop]
+            else:
+                part = self._tensors[n].read(name, start, stop).to(fishers)
+            torch.clamp(part, min=self._floors[n], out=fishers[n]).mul_(self._scales[n])
         return fisher_average(rows[0], rows[1:], fishers, c)

@@ -14,7 +14,6 @@ from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import FlatLayout
 from map_bo.merging.messages import listed
 from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
-from map_bo.space import CoefficientSpace
 
 __all__ = [
     "NeedsStatistics",
@@ -23,7 +22,7 @@ __all__ = [
     "loaded",
     "matched",
     "refuse_negative",
-    "space_of",
+    "require_statistics",
     "statistics_by_expert",
 ]
 
@@ -55,36 +54,22 @@ class NeedsStatistics(Protocol):
         ...
 
 
-def space_of(
-    name: str,
-    statistics: Mapping[str, Any],
-    experts: tuple[str, ...],
-    blocks: tuple[str, ...],
-    *,
-    lower: float,
-    upper: float,
-) -> CoefficientSpace:
-    """Return the box of coefficients, after a look at what can be refused at once.
+def require_statistics(
+    name: str, kind: str, statistics: Mapping[str, Any], experts: tuple[str, ...]
+) -> None:
+    """Refuse experts without statistics, before anything is read.
 
     Raises:
-        MergeError: When an expert has no statistics, or a coefficient could be negative: the
-            weighted sums that these operators divide by could then be zero.
+        MergeError: Naming them.
     """
     missing = [expert for expert in experts if expert not in statistics]
     if missing:
-        kind = "fisher" if name == "Fisher" else "grams"
         raise MergeError(
             f"{name} has no statistics for {listed(missing)}",
             hint=f"compute them with `{kind}(model, loader)`, keep them with `save_statistics` and "
             "give statistics={EXPERT: FILE, ...} "
             f"(on the command line +operator.statistics.{missing[0]}=FILE)",
         )
-    if lower < 0:
-        raise MergeError(
-            f"{name} takes no negative coefficients, and the lower bound is {lower:g}",
-            hint="set lower to 0",
-        )
-    return CoefficientSpace.box(experts, blocks=blocks, lower=lower, upper=upper)
 
 
 def statistics_by_expert(

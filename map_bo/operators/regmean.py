@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.blocks import Blocks
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.chunked import ChunkedMerge, Kernel
+from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
 from map_bo.merging.layout import Slot
 from map_bo.operators import known_statistics
@@ -23,9 +23,10 @@ from map_bo.operators.known_statistics import (
     loaded,
     matched,
     refuse_negative,
-    space_of,
+    require_statistics,
     statistics_by_expert,
 )
+from map_bo.operators.searchable import SearchableOperator, share
 from map_bo.operators.statistics import Statistics, StatisticsSource
 from map_bo.space import CoefficientSpace
 
@@ -33,7 +34,7 @@ __all__ = ["RegMean", "regression_mean", "scaled_products"]
 
 
 @dataclass(frozen=True, eq=False)
-class RegMean:
+class RegMean(SearchableOperator):
     r"""Linear layers by regression, everything else by the weighted average.
 
     Jin et al., *Dataless Knowledge Fusion by Merging Weights of Language Models*, arXiv 2212.09849:
@@ -56,25 +57,32 @@ class RegMean:
             both sides. So it pulls to the weighted average, and only in directions that no input
             has; it is always added, because a term that comes and goes with the coefficients
             would make the merge jump.
-        blocks: Block name -> pattern of tensor names, as of `TaskArithmetic`.
+        blocks: See `SearchableOperator`.
+        search: The same; ``alpha`` can be searched.
 
     Raises:
         MergeError: When ``alpha`` is not from 0 to 1, or ``ridge`` negative or not finite, or on
             blocks that cannot be.
     """
 
+    name: ClassVar[str] = "regmean"
+    signed: ClassVar[bool] = False
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"alpha": (0.0, 1.0)}
+
     statistics: Mapping[str, StatisticsSource] = field(default_factory=dict)
     alpha: float = 0.9
     ridge: float = 1e-6
-    blocks: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "statistics", dict(self.statistics or {}))
-        object.__setattr__(self, "blocks", Blocks(self.blocks).patterns)
-        if not 0 <= self.alpha <= 1:
-            raise MergeError(f"alpha is {self.alpha}", hint="give a number from 0 to 1")
-        if not (math.isfinite(self.ridge) and self.ridge >= 0):
-            raise MergeError(f"ridge is {self.ridge}", hint="give a small share, such as 1e-6")
+        super().__post_init__()
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse an alpha or a ridge that is no share; see `SearchableOperator.check`."""
+        share("alpha", settings["alpha"])
+        ridge = settings["ridge"]
+        if not (math.isfinite(ridge) and ridge >= 0):
+            raise MergeError(f"ridge is {ridge}", hint="give a small share, such as 1e-6")
 
     @property
     def statistics_kind(self) -> str:
@@ -95,28 +103,21 @@ class RegMean:
         Raises:
             MergeError: When an expert has no statistics, or ``lower`` is negative.
         """
-        names = Blocks(self.blocks).names
-        return space_of("RegMean", self.statistics, experts, names, lower=lower, upper=upper)
+        require_statistics(self.name, "grams", self.statistics, experts)
+        return super().space(experts, lower=lower, upper=upper)
 
-    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+    def kernel(self, deltas: Deltas) -> Kernel:
         """Match the products to the layers, and multiply them with the task vectors.
 
         Raises:
             MergeError: When they do not fit the model.
         """
-        blocks = Blocks(self.blocks)
-        kernel = _RegressionKernel(self, deltas)
-        return ChunkedMerge(deltas, kernel, blocks.table(deltas.layout), len(blocks))
+        return _RegressionKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what the statistics are, as plain data."""
-        return {
-            "name": "regmean",
-            "alpha": self.alpha,
-            "ridge": self.ridge,
-            "blocks": None if self.blocks is None else dict(self.blocks),
-            "statistics": known_statistics.describe(self.statistics, "grams"),
-        }
+        """Return name, settings and what tells the statistics, as plain data."""
+        told = known_statistics.describe(self.statistics, "grams")
+        return {**super().describe(), "statistics": told}
 
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
@@ -146,7 +147,7 @@ def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -
     total = float(c.sum())
     if not total:
         return base.clone()
-    factor = _factor(products, c)
+    factor = _cholesky(torch.einsum("n,nij->ij", c, products.double()))
     if factor is None:
         change = torch.einsum("n,noi->oi", c / total, deltas.double())
     else:
@@ -155,11 +156,8 @@ def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -
     return (base.double() + total * change).to(base.dtype)
 
 
-def _factor(products: Tensor, c: Tensor) -> Tensor | None:
-    """Return the Cholesky factor of ``sum_n c_n G_n``; None where all of it is zero."""
-    left = torch.zeros(products.shape[1:], dtype=torch.float64, device=products.device)
-    for weight, product in zip(c.tolist(), products, strict=True):
-        left.add_(product, alpha=weight)
+def _cholesky(left: Tensor) -> Tensor | None:
+    """Return the Cholesky factor of a sum of products (``d x d``); None where it is all zero."""
     if not bool(left.any()):
         return None
     factor: Tensor
@@ -182,13 +180,44 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
 class _Layer:
     """A linear layer: its products, and its task vectors times them where they are kept."""
 
-    products: Tensor  # N x d x d
+    grams: Tensor  # N x d x d
+    extra: float  # added to each diagonal
     transposed: bool
-    right: Tensor | None  # N x numel in float64, in the order of the tensor's elements
+    right: Tensor | None = None  # N x numel in float64, in the order of the tensor's elements
 
     @property
     def inputs(self) -> int:
-        return self.products.shape[1]
+        return self.grams.shape[1]
+
+    def left(self, c: Tensor, alpha: float) -> Tensor:
+        """Return the weighted sum of the scaled products, in float64."""
+        result = torch.zeros_like(self.grams[0], dtype=torch.float64)
+        for weight, gram in zip(c.tolist(), self.grams, strict=True):
+            result.add_(gram, alpha=weight)
+        diagonal = result.diagonal() + float(c.sum()) * self.extra
+        result.mul_(alpha).diagonal().copy_(diagonal)
+        return result
+
+    def weighted(self, v: Tensor, c: Tensor, alpha: float, start: int) -> Tensor:
+        """Return the sum of task vectors times scaled products, ``outputs x inputs``.
+
+        Args:
+            v: ``N x k`` task vectors, from the element ``start`` on.
+            c: ``N`` coefficients.
+            alpha: Factor of what is off the diagonal.
+            start: First element.
+        """
+        if self.right is not None:
+            kept = self.right[:, start : start + v.shape[1]]
+            result = self.matrix(c.to(kept) @ kept).mul(alpha)
+        else:
+            result = torch.zeros_like(self.matrix(v[0]), dtype=torch.float64)
+            for weight, row, gram in zip(c.tolist(), v, self.grams, strict=True):
+                result.addmm_(self.matrix(row.double()), gram.double(), alpha=alpha * weight)
+        for weight, row, gram in zip(c.tolist(), v, self.grams, strict=True):
+            own = (1 - alpha) * gram.diagonal().double() + self.extra
+            result.addcmul_(self.matrix(row).double(), own, value=weight)
+        return result
 
     def matrix(self, flat: Tensor) -> Tensor:
         """Return elements (``... x k``) as ``... x outputs x inputs``."""
@@ -208,6 +237,7 @@ class _RegressionKernel(Kernel):
 
     def __init__(self, operator: RegMean, deltas: Deltas) -> None:
         known = statistics_by_expert(operator.statistics, deltas.experts, "grams")
+        self._alpha = operator.alpha
         self._layers: dict[int, _Layer] = {}
         self._factors: OrderedDict[tuple[object, ...], Tensor | None] = OrderedDict()
         self._lock = threading.Lock()
@@ -216,12 +246,20 @@ class _RegressionKernel(Kernel):
             _check_shapes(known, names, slot)
             found = [loaded(known[e], e, name) for e, name in zip(known, names, strict=True)]
             grams = torch.stack(found).to(deltas.device)
-            products = scaled_products(grams, operator.alpha, operator.ridge)
-            layer = _Layer(products, _transposed(known, names, slot), None)
-            if deltas.in_place:
+            diagonals = grams.diagonal(dim1=1, dim2=2)
+            extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
+            layer = _Layer(grams, extra, _transposed(known, names, slot))
+            if deltas.resident:
                 v = layer.matrix(deltas.read(index, 0, slot.numel)[1:])
-                layer = replace(layer, right=layer.flat(v.double() @ products.double()))
+                layer = replace(layer, right=layer.flat(v.double() @ grams.double()))
             self._layers[index] = layer
+
+    def at(self, settings: Mapping[str, float]) -> Kernel:
+        if "alpha" not in settings:
+            return self
+        other = copy.copy(self)
+        other._alpha = settings["alpha"]
+        return other
 
     def whole(self, slot: int) -> bool:
         layer = self._layers.get(slot)
@@ -237,21 +275,16 @@ class _RegressionKernel(Kernel):
         factor = None if layer is None else self._factor(slot, layer, c)
         if layer is None or factor is None:
             return rows.t() @ torch.cat([c.new_ones(1), c]).to(rows)
-        if layer.right is not None:
-            right = layer.matrix(c.to(layer.right) @ layer.right[:, start : start + rows.shape[1]])
-        else:
-            right = torch.zeros_like(layer.matrix(rows[0]), dtype=torch.float64)
-            for weight, v, product in zip(c.tolist(), rows[1:], layer.products, strict=True):
-                right.add_(layer.matrix(v.double()) @ product.double(), alpha=weight)
+        right = layer.weighted(rows[1:], c, self._alpha, start)
         change = _solve(factor, right)
         return rows[0] + float(c.sum()) * layer.flat(change).float()
 
     def _factor(self, slot: int, layer: _Layer, c: Tensor) -> Tensor | None:
-        key = (slot, *c.tolist())
+        key = (slot, self._alpha, *c.tolist())
         with self._lock:
             if key in self._factors:
                 return self._factors[key]
-        factor = _factor(layer.products, c)
+        factor = _cholesky(layer.left(c, self._alpha))
         with self._lock:
             self._factors[key] = factor
             while len(self._factors) > self._KEPT:

@@ -10,13 +10,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.streamed import StreamedVectors
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.operators.fisher import Fisher, fisher_average
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.rng import make_generator
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.operators.expert_statistics import fishers
 
@@ -136,6 +139,30 @@ def test_one_hot_is_the_expert(i: int) -> None:
     assert torch.equal(found, vectors.base + vectors.deltas[i])
 
 
+def test_streamed_task_vectors_and_files_give_the_same(tmp_path: Path) -> None:
+    generator = make_generator(7)
+    base = {"w": torch.randn(12, 5, generator=generator), "b": torch.randn(9, generator=generator)}
+    experts = {
+        e: open_checkpoint(
+            {k: t + 0.1 * torch.randn(t.shape, generator=generator) for k, t in base.items()}
+        )
+        for e in EXPERTS
+    }
+    resident = TaskVectors.load(open_checkpoint(base), experts)
+    found = fishers(resident)
+    files = {
+        e: save_statistics(tmp_path / f"{e}.safetensors", statistics_of(found[e], "fisher"))
+        for e in EXPERTS
+    }
+    streamed = StreamedVectors(open_checkpoint(base), experts)
+    blocks = tuple(0 for _ in resident.layout.slots)
+    one, other = (torch.zeros(resident.layout.size) for _ in range(2))
+    Fisher(found).prepare(resident).write(C, one)
+    kernel = Fisher(files).prepare(streamed).kernel
+    ChunkedMerge(streamed, kernel, blocks, chunk=7).write(C, other)
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 @given(st.integers(1, 2000))
 def test_chunks_do_not_matter(chunk: int) -> None:
     vectors = example_vectors()
@@ -180,7 +207,7 @@ def test_tensors_without_a_fisher_are_averaged() -> None:
 def test_it_needs_statistics_of_every_expert() -> None:
     operator = Fisher()
     assert isinstance(operator, NeedsStatistics)
-    with pytest.raises(MergeError, match="Fisher has no statistics for e0, e1, e2") as caught:
+    with pytest.raises(MergeError, match="fisher has no statistics for e0, e1, e2") as caught:
         operator.space(EXPERTS, lower=0, upper=1)
     assert "fisher(model, loader)" in str(caught.value.hint)
     with pytest.raises(MergeError, match="no statistics for e0"):

@@ -12,6 +12,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.streamed import StreamedVectors
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.operators.known_statistics import NeedsStatistics
@@ -162,6 +163,49 @@ def test_scaling_laws(c: list[float], t: float, scale: float) -> None:
     assert torch.allclose(other - base, t * (one - base), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_streamed_task_vectors_give_the_same(transposed: bool) -> None:
+    generator = make_generator(7)
+    base = {"w": torch.randn(12, 5, generator=generator), "b": torch.randn(9, generator=generator)}
+    experts = {
+        e: open_checkpoint(
+            {k: t + 0.1 * torch.randn(t.shape, generator=generator) for k, t in base.items()}
+        )
+        for e in EXPERTS
+    }
+    width = 12 if transposed else 5
+    operator = RegMean({e: {"w": (x := inputs(e, 30, width)).T @ x} for e in EXPERTS})
+    resident = TaskVectors.load(open_checkpoint(base), experts)
+    streamed = StreamedVectors(open_checkpoint(base), experts)
+    one, other = (torch.zeros(resident.layout.size) for _ in range(2))
+    operator.prepare(resident).write(C, one)
+    operator.prepare(streamed).write(C, other)
+    assert torch.allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_write_the_same() -> None:
+    vectors = example_vectors(20_000)
+    operator = RegMean(products(vectors))
+    alone = merge(vectors, operator, C)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert torch.allclose(merge(vectors, operator, C), alone, rtol=1e-6, atol=1e-6)
+    finally:
+        torch.set_num_threads(before)
+
+
+@given(coefficients, st.floats(0, 1))
+def test_alpha_can_be_searched(c: list[float], alpha: float) -> None:
+    vectors = example_vectors()
+    operator = RegMean(products(vectors), search=["alpha"])
+    assert operator.space(EXPERTS, lower=0, upper=1).names[-1] == "alpha"
+    x = torch.tensor(c, dtype=torch.float64)
+    found = merge(vectors, operator, torch.cat([x, x.new_tensor([alpha])]))
+    fixed = merge(vectors, RegMean(products(vectors), alpha=alpha), x)
+    assert torch.allclose(found, fixed, rtol=1e-6, atol=1e-6)
+
+
 @given(st.integers(1, 3000))
 def test_chunks_do_not_matter(chunk: int) -> None:
     vectors = example_vectors()
@@ -235,7 +279,7 @@ def test_a_square_transposed_weight_is_told_by_its_record() -> None:
 def test_it_needs_fitting_statistics_of_every_expert() -> None:
     vectors = example_vectors()
     assert isinstance(RegMean(), NeedsStatistics)
-    with pytest.raises(MergeError, match="RegMean has no statistics for e0, e1, e2"):
+    with pytest.raises(MergeError, match="regmean has no statistics for e0, e1, e2"):
         RegMean().space(EXPERTS, lower=0, upper=1)
     found = products(vectors)
     for shape in ((29, 29), (30, 29), (30,)):

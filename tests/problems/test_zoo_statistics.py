@@ -65,7 +65,7 @@ def test_given_statistics_stay(tmp_path: Path) -> None:
 
 def test_a_problem_of_other_models_names_what_is_missing() -> None:
     files = DigitsZoo(2, epochs=1).checkpoints()
-    with pytest.raises(MergeError, match="RegMean has no statistics for rot90, invert") as caught:
+    with pytest.raises(MergeError, match="regmean has no statistics for rot90, invert") as caught:
         MergedModelProblem(
             torch.nn.Identity(),
             base=files.base,
