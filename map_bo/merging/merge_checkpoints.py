@@ -12,6 +12,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapter_checkpoint import open_expert
+from map_bo.merging.block_specs import with_known_blocks
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.export import export_merged
@@ -75,6 +76,7 @@ def merge_checkpoints(
     operator = TaskArithmetic() if operator is None else operator
     opened = open_checkpoint(base)
     checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
+    operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
     unknown = [name for name in coefficients if name not in space.names]
     if unknown:

@@ -39,7 +39,8 @@ class TaskArithmetic:
             example ``r"layers\.[0-5]\."``). Every tensor must belong to exactly one block; the
             pattern ``"*"`` takes the tensors that no other pattern takes. There is then one
             coefficient for each expert and block, ordered expert by expert. Without it, one
-            for each expert.
+            for each expert. In words: ``"layers:K"``, ``"kinds"`` or ``"balanced:K"``, see
+            `map_bo.merging.block_specs.blocks_of`.
 
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks in ``blocks``.
@@ -47,7 +48,7 @@ class TaskArithmetic:
 
     streams: ClassVar[bool] = True
 
-    blocks: Mapping[str, str] | None = None
+    blocks: Mapping[str, str] | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", Blocks(self.blocks).patterns)
@@ -55,7 +56,7 @@ class TaskArithmetic:
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return a box with one coefficient for each expert, or each expert and block."""
         return CoefficientSpace.box(
-            experts, blocks=tuple(self.blocks or ()), lower=lower, upper=upper
+            experts, blocks=Blocks(self.blocks).names, lower=lower, upper=upper
         )
 
     def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge:
@@ -73,7 +74,7 @@ class TaskArithmetic:
         """Return name and settings as plain data."""
         return {
             "name": "task_arithmetic",
-            "blocks": None if self.blocks is None else dict(self.blocks),
+            "blocks": dict(self.blocks) if isinstance(self.blocks, Mapping) else self.blocks,
         }
 
     def block(self, name: str) -> int:

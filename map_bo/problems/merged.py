@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from torch import Generator, Tensor, nn
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
 from map_bo.merging.adapter_checkpoint import open_expert
+from map_bo.merging.block_specs import with_known_blocks
 from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
-from map_bo.merging.importance import block_norms, relative_importance
 from map_bo.merging.layout import joined_ties
 from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.live import LiveModel, model_ties
@@ -36,6 +35,7 @@ from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
 from map_bo.problems.merged_checks import check_gradients, check_model, check_space
 from map_bo.problems.merged_description import described
 from map_bo.problems.merged_export import write_merged
+from map_bo.problems.merged_space import weighed_space
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
@@ -114,15 +114,16 @@ class MergedModelProblem(AdapterExporting):
         self._source = model
         self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
-        self._operator: MergeOperator = TaskArithmetic() if operator is None else operator
+        self._base = open_checkpoint(base)
+        given = {name: open_expert(source, self._base) for name, source in experts.items()}
+        self._experts = fitted_experts(given, self._base, vocabulary)
+        given_operator = TaskArithmetic() if operator is None else operator
+        self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
         if space is not None:
             check_space(space, natural)
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
-        self._base = open_checkpoint(base)
-        given = {name: open_expert(source, self._base) for name, source in experts.items()}
-        self._experts = fitted_experts(given, self._base, vocabulary)
         self._dtype = dtype or torch.float32
         self._device = torch.device(device)
         self._check_base = check_base
@@ -144,7 +145,9 @@ class MergedModelProblem(AdapterExporting):
         checkpoints. With one coefficient an expert nothing is read.
         """
         if self._measured is None:
-            self._measured = self._weighed()
+            self._measured = weighed_space(
+                self._space, self._operator, self._base, self._experts, self._ties
+            )
         return self._measured
 
     @property
@@ -257,7 +260,7 @@ class MergedModelProblem(AdapterExporting):
             experts=self._experts,
             operator=self._operator,
             space=self._space,
-            ties=lambda: joined_ties(self._base, model_ties(self._architecture())),
+            ties=self._ties,
             recalibrated=self._statistics(row),
             record=record,
             check_base=self._check_base,
@@ -353,15 +356,6 @@ class MergedModelProblem(AdapterExporting):
                 )
         return tuple(known[name] for name in names)
 
-    def _weighed(self) -> CoefficientSpace:
-        """Return the space with importances, where the operator has blocks and nobody gave any."""
-        operator, blocks = self._operator, self._space.d // len(self._experts)
-        if blocks == 1 or self._space.importance or not isinstance(operator, TaskArithmetic):
-            return self._space
-        ties = joined_ties(self._base, model_ties(self._architecture()))
-        norms = block_norms(self._base, self._experts, operator.block, blocks, ties=ties)
-        return replace(self._space, importance=relative_importance(norms))
-
     def _write(self, x: Tensor) -> nn.Module:
         """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it."""
         _, prepared, live = self._prepare()
@@ -406,6 +400,9 @@ class MergedModelProblem(AdapterExporting):
                 live.require_whole()
             self._ready = vectors, self._operator.prepare(vectors), live
         return self._ready
+
+    def _ties(self) -> dict[str, str]:
+        return joined_ties(self._base, model_ties(self._architecture()))
 
     def _architecture(self) -> nn.Module:
         if self._model is not None:
