@@ -21,11 +21,18 @@ if TYPE_CHECKING:
     from map_bo.loop.run import Run, optimize
     from map_bo.loop.settings import Settings
     from map_bo.merging.checkpoint import open_checkpoint
+    from map_bo.merging.merge_checkpoints import merge_checkpoints
+    from map_bo.merging.sizes import ExportSettings
     from map_bo.merging.task_arithmetic import TaskArithmetic
     from map_bo.nested.optimize import optimize_nested
     from map_bo.nested.reading import load_nested
     from map_bo.nested.result import NestedResult
     from map_bo.nested.settings import Nested
+    from map_bo.operators.averages import Slerp, WeightedAverage
+    from map_bo.operators.consensus import Consensus
+    from map_bo.operators.fisher import Fisher
+    from map_bo.operators.regmean import RegMean
+    from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.evaluators import Measurement
     from map_bo.problems.merged import MergedModelProblem
@@ -36,10 +43,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Breadcrumbs",
     "Choice",
     "CoefficientSpace",
+    "Consensus",
+    "Dare",
+    "Della",
+    "ExportSettings",
+    "Fisher",
     "Front",
     "LinearConstraint",
+    "Magnitude",
     "MapBoError",
     "Measurement",
     "MergedModelProblem",
@@ -48,25 +62,37 @@ __all__ = [
     "NestedResult",
     "Observations",
     "Preference",
+    "RegMean",
     "Result",
     "Run",
     "Settings",
+    "Slerp",
     "TableProblem",
     "TaskArithmetic",
+    "Ties",
+    "WeightedAverage",
     "__version__",
     "digits_problem",
     "load_nested",
     "load_result",
+    "merge_checkpoints",
     "open_checkpoint",
     "optimize",
     "optimize_nested",
 ]
 
 _HOME = {
+    "Breadcrumbs": "map_bo.operators.sparse",
     "Choice": "map_bo.loop.result",
     "CoefficientSpace": "map_bo.space",
+    "Consensus": "map_bo.operators.consensus",
+    "Dare": "map_bo.operators.sparse",
+    "Della": "map_bo.operators.sparse",
+    "ExportSettings": "map_bo.merging.sizes",
+    "Fisher": "map_bo.operators.fisher",
     "Front": "map_bo.data",
     "LinearConstraint": "map_bo.space",
+    "Magnitude": "map_bo.operators.sparse",
     "MapBoError": "map_bo.errors",
     "Measurement": "map_bo.problems.evaluators",
     "MergedModelProblem": "map_bo.problems.merged",
@@ -75,14 +101,19 @@ _HOME = {
     "NestedResult": "map_bo.nested.result",
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
+    "RegMean": "map_bo.operators.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",
+    "Slerp": "map_bo.operators.averages",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.task_arithmetic",
+    "Ties": "map_bo.operators.sparse",
+    "WeightedAverage": "map_bo.operators.averages",
     "digits_problem": "map_bo.problems.zoo",
     "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
+    "merge_checkpoints": "map_bo.merging.merge_checkpoints",
     "open_checkpoint": "map_bo.merging.checkpoint",
     "optimize": "map_bo.loop.run",
     "optimize_nested": "map_bo.nested.optimize",

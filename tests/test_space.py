@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -276,3 +277,17 @@ def test_settings_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(SpaceError, match=message):
         CoefficientSpace(("a", "s"), (0, 0), (1, 1), owner=owner, experts=("a",), resting=resting)
+
+
+def test_a_bound_on_the_sum_leaves_settings_out() -> None:
+    free = replace(SETTINGS, constraints=())
+    bounded = free.with_sum(1.5)
+    assert [c.weights for c in bounded.constraints] == [
+        (1.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0, 1.0, 0.0, 0.0),
+    ]
+    assert bounded.with_sum(1.0, equality=True).constraints[-1].equality
+    box = CoefficientSpace.box(("a", "b"), blocks=("x", "y"))
+    assert box.with_sum(0.7) == CoefficientSpace.box(("a", "b"), blocks=("x", "y"), sum_at_most=0.7)
+    with pytest.raises(SpaceError, match="no point of the box"):
+        free.with_sum(-1.0)

@@ -247,7 +247,7 @@ def _answered(
     none = torch.zeros(0, len(problem.metrics), dtype=torch.float64)
     try:
         answer = _answer(case, entry, parts, problem, seen, seed)
-        return _scored(case, answer, seed)
+        return _scored(case, problem, answer, seed)
     except (SurrogateError, ArithmeticError, RuntimeError, ValueError) as error:
         return Checkpoint({}, none, none, none, failure=f"{type(error).__name__}: {error}")
 
@@ -338,7 +338,7 @@ def _refined(
     return torch.where(better.unsqueeze(-1), X, starts)
 
 
-def _scored(case: Case, answer: _Answer, seed: int) -> Checkpoint:
+def _scored(case: Case, problem: Problem, answer: _Answer, seed: int) -> Checkpoint:
     predicted = case.gains(answer.mean)
     weights = weights_of(seed, predicted.shape[-1])
     rows = representatives(predicted)
@@ -354,18 +354,18 @@ def _scored(case: Case, answer: _Answer, seed: int) -> Checkpoint:
     numbers = {"points": float(len(predicted)), "fit_s": fit, "solve_s": solve}
     numbers |= measures(predicted[rows], real, chosen, solved, weights)
     if answer.lower is not None and answer.upper is not None:
-        measured = _measured(case, answer.X[rows], values, seed)
+        measured = _measured(problem, answer.X[rows], values, seed)
         numbers["coverage"] = coverage(measured, answer.lower[rows], answer.upper[rows])
     return Checkpoint(numbers, predicted[rows], real, chosen, solved)
 
 
-def _measured(case: Case, X: Tensor, values: Tensor, seed: int) -> Tensor:
+def _measured(problem: Problem, X: Tensor, values: Tensor, seed: int) -> Tensor:
     """Return what one more evaluation of each row (``k x d``) gives, ``k x m`` in own units.
 
     That is what an interval of a prediction is about. On the same examples every time it is the
     truth (``values``); otherwise it is measured anew.
     """
-    if any(metric.examples == "same" for metric in case.problem.metrics):
+    if any(metric.examples == "same" for metric in problem.metrics):
         return values
     source = child(make_generator(seed), "measured again")
-    return case.problem.evaluate(X, generator=source).Y
+    return problem.evaluate(X, generator=source).Y

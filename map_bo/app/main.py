@@ -96,7 +96,9 @@ def _parser() -> argparse.ArgumentParser:
 
     merge = _command(commands, "merge", "write the merged model of a point of the front", _merge)
     _choice_options(merge)
-    merge.add_argument("--out", required=True, metavar="DIR", help="directory to write (new)")
+    from map_bo.app.merge import merge_options
+
+    merge_options(merge)
 
     report = _command(
         commands, "report", "write the report of a run or sweep again, or compare several", _report
@@ -246,31 +248,15 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    import json
-    from dataclasses import replace
+    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
 
-    from map_bo.app.build import build_problem, working_directory
-    from map_bo.loop.reading import created_of
-    from map_bo.loop.run import refuse_another
-    from map_bo.nested.materialised import exporting
-    from map_bo.nested.reading import is_nested
-
-    choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
-    out = os.path.abspath(options.out)
-    created = created_of(options.run)
-    config, cwd = _recorded_config(options.run)
-    with working_directory(cwd):
-        problem = build_problem(config)
-        describe = getattr(problem, "describe", None)
-        if describe is not None:
-            # The coefficients are worth nothing for other checkpoints than those of the run.
-            now = json.loads(json.dumps(describe()))
-            refuse_another({"problem": created["problem"]}, {"problem": now})
-        exports = None
-        if is_nested(created):
-            exports = exporting(problem, options.run)
-        written = replace(choice, problem=problem, exports=exports).export(out)
-    sys.stdout.write(f"merged model written to {written}\n")
+    recipe = recipe_at(options.run)
+    if recipe is not None:
+        told = merge_recipe(recipe, options)
+    else:
+        choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
+        told = merge_choice(choice, options, *_recorded_config(options.run))
+    sys.stdout.write(told + "\n")
 
 
 def _resume(options: argparse.Namespace) -> None:

@@ -15,9 +15,12 @@ from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
+from map_bo.merging.adapter_export import AdapterExport
+from map_bo.merging.sizes import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
+from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
@@ -34,7 +37,14 @@ _NOTICEABLE = 2e-3
 class Exportable(Protocol):
     """A problem whose points are models that can be written to disk."""
 
-    def export(self, x: Tensor, out: str | Path, *, record: Mapping[str, Any]) -> Path:
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        record: Mapping[str, Any],
+        settings: ExportSettings | None = None,
+    ) -> Path:
         """Write the model with coefficients ``x`` (``d``) into the directory ``out``."""
         ...
 
@@ -107,8 +117,12 @@ class Choice:
             "preference": None if self.preference is None else asdict(self.preference),
         }
 
-    def export(self, out: str | Path) -> Path:
+    def export(self, out: str | Path, *, settings: ExportSettings | None = None) -> Path:
         """Merge with these coefficients and write the model, its recipe and a mergekit file.
+
+        Args:
+            out: Folder to create.
+            settings: Bounds of memory and file sizes.
 
         Raises:
             MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
@@ -119,7 +133,30 @@ class Choice:
                 f"{type(self.problem).__name__} has no models to merge",
                 hint="export works for problems whose points are merged checkpoints",
             )
-        return writer.export(self.x, out, record={"choice": self.describe()})
+        record = {"choice": self.describe()}
+        return writer.export(self.x, out, record=record, settings=settings)
+
+    def export_adapter(self, out: str | Path, *, rank: int | None = None) -> AdapterExport:
+        """Write the merge with these coefficients as a LoRA adapter over the base.
+
+        Args:
+            out: Folder to create.
+            rank: Largest rank; None keeps a linear merge of adapters exact.
+
+        Returns:
+            The folder, and what was lost by the rank.
+
+        Raises:
+            MergeError: When the problem has no models, or the adapter cannot be written.
+        """
+        if not isinstance(self.problem, AdapterExporting) or self.exports is not None:
+            raise MergeError(
+                f"{type(self.problem).__name__} has no merge that an adapter could hold",
+                hint="export_adapter works for problems that merge checkpoints, not in stages",
+            )
+        return self.problem.export_adapter(
+            self.x, out, rank=rank, record={"choice": self.describe()}
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -33,16 +33,17 @@ class Blocks:
     Attributes:
         patterns: Block name -> regular expression that is searched for in tensor names (for
             example ``r"layers\.[0-5]\."``); ``"*"`` takes the tensors that no other pattern
-            takes. None is one block of all tensors.
+            takes. None is one block of all tensors. A word such as ``"layers:4"`` waits for the
+            names of the tensors, see `map_bo.merging.block_specs`; until then nothing can be asked.
 
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks.
     """
 
-    patterns: Mapping[str, str] | None = None
+    patterns: Mapping[str, str] | str | None = None
 
     def __post_init__(self) -> None:
-        if self.patterns is None:
+        if self.patterns is None or isinstance(self.patterns, str):
             return
         if not isinstance(self.patterns, Mapping):
             raise MergeError(
@@ -68,14 +69,24 @@ class Blocks:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the blocks; none where there is one block of all tensors."""
-        return tuple(self.patterns or ())
+        return tuple(self._known or ())
 
     def __len__(self) -> int:
-        return len(self.patterns or (0,))
+        return len(self._known or (0,))
+
+    @property
+    def _known(self) -> Mapping[str, str] | None:
+        if isinstance(self.patterns, str):
+            raise MergeError(
+                f"the blocks {self.patterns!r} are not known before the tensors are",
+                hint="a merged-model problem finds them in its checkpoints; elsewhere call "
+                "map_bo.merging.block_specs.blocks_of",
+            )
+        return self.patterns
 
     @cached_property
     def _compiled(self) -> list[re.Pattern[str] | None]:
-        patterns = (self.patterns or {}).values()
+        patterns = (self._known or {}).values()
         return [None if pattern == _REST else re.compile(pattern) for pattern in patterns]
 
     def of(self, name: str) -> int:
@@ -84,7 +95,7 @@ class Blocks:
         Raises:
             MergeError: When no pattern matches the name, or several do.
         """
-        if self.patterns is None:
+        if self._known is None:
             return 0
         found = [i for i, p in enumerate(self._compiled) if p is not None and p.search(name)]
         found = found or [i for i, pattern in enumerate(self._compiled) if pattern is None]

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError
-from map_bo.merging.formats import (
-    Layout,
-    MemoryReader,
-    ShardedReader,
-    TensorReader,
-    open_file,
-    raw_bytes,
-)
+from map_bo.merging.formats import Layout, MemoryReader, TensorReader, raw_bytes
+from map_bo.merging.hub import HubModel, fetch, hub_model
+from map_bo.merging.messages import first_line
 from map_bo.merging.pickles import state_dict
+from map_bo.merging.quantised import refuse_quantised
+from map_bo.merging.sharded import ShardedReader
+from map_bo.merging.tensor_names import refuse_odd_names
+from map_bo.merging.weight_formats import open_file
 
-__all__ = ["Checkpoint", "CheckpointSource", "open_checkpoint"]
+__all__ = ["Checkpoint", "CheckpointSource", "absolute_path", "adapter_file", "open_checkpoint"]
 
 # In the order in which they are looked for: safetensors first, and a whole file before shards,
 # as transformers does.
@@ -32,7 +33,12 @@ _KNOWN_FILES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-_CHUNK = 1 << 26
+_ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+_PLACES = (
+    "give a file or folder on this machine, or a model of the Hugging Face hub as "
+    "organisation/name or hf://organisation/name"
+)
+_CHUNK = 1 << 23  # bytes that the digest holds
 
 
 class Checkpoint:
@@ -48,9 +54,21 @@ class Checkpoint:
     Tensors of a checkpoint in memory are referenced, not copied: do not write to what ``load``
     returns.
 
+    Numbers are read as they are stored. Tensors of 8-bit floats without scales are plain values;
+    weights that are quantised (fp8 with scales, bitsandbytes, GPTQ, AWQ and the like) are refused,
+    since they mean nothing without their scales.
+
+    A checkpoint may be read by several threads at once, and sent to other processes.
+
     Attributes:
-        source: Readable origin: an absolute path, or what was given in memory.
-        directory: The folder, when it is a Hugging Face directory (``config.json`` inside).
+        source: Readable origin: an absolute path, ``organisation/name@commit`` of the Hugging
+            Face hub, or what was given in memory.
+        directory: The folder, when it is a Hugging Face directory (``config.json`` inside) or the
+            snapshot of a model of the hub.
+
+    Raises:
+        CheckpointError: When there are no tensors, a name is no plain text, or weights are
+            quantised.
     """
 
     def __init__(self, reader: TensorReader, *, source: str, directory: Path | None) -> None:
@@ -58,6 +76,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"{source} holds no tensors", hint="give the weights of a trained model"
             )
+        refuse_odd_names(reader.layouts, source)
+        refuse_quantised(reader.layouts, source)
         self._reader = reader
         self.source = source
         self.directory = directory
@@ -76,6 +96,14 @@ class Checkpoint:
     def ties(self) -> Mapping[str, str]:
         """Alias -> canonical name; both are in ``names``."""
         return MappingProxyType(dict(self._reader.ties))
+
+    @property
+    def fitting(self) -> Mapping[str, Any]:
+        """Plain data on how the tensors differ from those of the source; empty where they do not.
+
+        The digest is that of the source. See `map_bo.merging.vocabulary.fitted`.
+        """
+        return MappingProxyType({})
 
     def layout(self, name: str) -> Layout:
         """Return shape and dtype of a tensor without reading it.
@@ -107,12 +135,43 @@ class Checkpoint:
         self.layout(name)
         return self._reader.load(name)
 
+    def read(self, name: str, start: int, stop: int, *, out: Tensor | None = None) -> Tensor:
+        """Read a piece of one tensor: its elements ``start`` to ``stop`` in row-major order.
+
+        From safetensors no more is read, and held, than the piece. ``.pt`` files are mapped by
+        torch, so their pages count as resident memory while the checkpoint is open. Checkpoints
+        in memory give a view where they can: do not write to it.
+
+        Args:
+            name: The tensor.
+            start: First element, from 0.
+            stop: One past the last, at most the number of elements.
+            out: Memory for the piece, in place of new memory or a view: a contiguous CPU tensor
+                of the stored dtype or of bytes (uint8), at least as large.
+
+        Returns:
+            A 1-D CPU tensor of ``stop - start`` elements in the stored dtype; the beginning of
+            ``out``, when that is given.
+
+        Raises:
+            CheckpointError: When there is no such tensor or piece, ``out`` does not fit, or the
+                file cannot be read or has changed since it was opened.
+        """
+        count = self.layout(name).shape.numel()
+        if not 0 <= start <= stop <= count:
+            raise CheckpointError(
+                f"{self.source} has no elements {start} to {stop} of tensor {name!r}, which has "
+                f"{count}",
+                hint="give 0 <= start <= stop <= the number of elements",
+            )
+        return self._reader.read(name, start, stop, out)
+
     def digest(self) -> str:
         """Return a SHA-256 over names, dtypes, shapes and bytes of the tensors, sorted by name.
 
         It does not depend on the file format, the shards or the order: the same weights have the
-        same digest. Aliases of tied tensors are left out, since files leave them out too. One
-        tensor at a time is read. The result is kept until the tensors or files change.
+        same digest. Aliases of tied tensors are left out, since files leave them out too. Pieces
+        of 8 MiB are read. The result is kept until the tensors or files change.
         """
         version = self._reader.version()
         if self._digest is not None and version is not None and self._digest[0] == version:
@@ -124,9 +183,9 @@ class Checkpoint:
             layout = self._reader.layouts[name]
             dtype = str(layout.dtype).removeprefix("torch.")
             total.update(json.dumps([name, dtype, list(layout.shape)]).encode() + b"\n")
-            content = raw_bytes(self.load(name))
-            for start in range(0, len(content), _CHUNK):
-                total.update(content[start : start + _CHUNK])
+            count, step = layout.shape.numel(), _CHUNK // layout.dtype.itemsize
+            for start in range(0, count, step):
+                total.update(raw_bytes(self.read(name, start, min(start + step, count))))
         self._digest = (version, total.hexdigest())
         return self._digest[1]
 
@@ -149,11 +208,15 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
             - a ``*.index.json`` of a sharded checkpoint;
             - a folder: ``model.safetensors``, its sharded form, ``pytorch_model.bin``, its
               sharded form, or else the only safetensors file or index in it. With a
-              ``config.json`` beside the weights it is a Hugging Face directory.
+              ``config.json`` beside the weights it is a Hugging Face directory;
+            - a model of the Hugging Face hub as text, ``organisation/name`` or
+              ``organisation/name@revision`` where no such path exists, or with ``hf://`` before
+              it. It is fetched to the hub's cache, or found there without a connection.
 
     Raises:
-        CheckpointError: For anything that is missing, truncated, damaged, empty, unsafe or of an
-            unknown kind; the message names the file and the cause.
+        CheckpointError: For anything that is missing, truncated, damaged, empty, unsafe, quantised
+            or of an unknown kind; the message names the file and the cause.
+        MissingDependencyError: For a model of the hub when huggingface_hub is not installed.
     """
     if isinstance(source, Checkpoint):
         return source
@@ -165,39 +228,88 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         tensors = state_dict(source, origin="the state dict")
         origin = f"state dict in memory ({len(tensors)} tensors)"
         return Checkpoint(MemoryReader(tensors, origin=origin), source=origin, directory=None)
+    if isinstance(source, str) and (model := hub_model(source)) is not None:
+        return _open_snapshot(model)
     if isinstance(source, (str, Path)):
-        return _open_path(Path(source).expanduser().absolute())
+        return _open_path(absolute_path(source))
     raise CheckpointError(
         f"a {type(source).__name__} is not a checkpoint",
         hint="give a path, a module, or a mapping from names to tensors",
     )
 
 
-def _open_path(path: Path) -> Checkpoint:
-    if not path.exists():
+def absolute_path(source: str | Path) -> Path:
+    """Return a path, absolute, with ``~`` expanded; it need not exist.
+
+    Raises:
+        CheckpointError: When it is no path, or its folder may not be entered.
+    """
+    try:
+        path = Path(source).expanduser().absolute()
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    # No such user behind ~, a NUL in the name, a name too long, a folder that may not be entered.
+    except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{path} does not exist",
-            hint="give a file or folder on this machine; a model of the Hugging Face hub is "
-            "downloaded first, for example with `hf download NAME --local-dir DIR`",
-        )
-    file = _weights_in(path) if path.is_dir() else path
-    reader = ShardedReader(file) if file.name.endswith(".index.json") else open_file(file)
+            f"{str(source)!r} is no path that can be read: {first_line(error)}", hint=_PLACES
+        ) from error
+    return path
+
+
+def _open_path(path: Path) -> Checkpoint:
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path} does not exist", hint=_PLACES)
     directory = path if path.is_dir() and (path / "config.json").is_file() else None
-    return Checkpoint(reader, source=str(path), directory=directory)
+    return Checkpoint(_reader(path), source=str(path), directory=directory)
+
+
+def _open_snapshot(model: HubModel) -> Checkpoint:
+    snapshot = fetch(model)
+    try:
+        reader = _reader(snapshot.folder)
+    except CheckpointError as error:
+        if snapshot.complete:
+            raise
+        raise CheckpointError(
+            f"the copy of {model} in the cache cannot be used, and the Hugging Face hub was not "
+            f"asked or gave no access: {error.message}",
+            hint=f"connect, or complete the copy where there is a connection with "
+            f"`hf download {model.name}`",
+        ) from error
+    return Checkpoint(reader, source=snapshot.source, directory=snapshot.folder)
+
+
+def _reader(path: Path) -> TensorReader:
+    file = _weights_in(path) if path.is_dir() else path
+    return ShardedReader(file) if file.name.endswith(".index.json") else open_file(file)
+
+
+def adapter_file(path: Path) -> Path | None:
+    """Return the weights of an adapter: the file of that name, or the one in a folder.
+
+    None where there is no such file, and for a folder that holds a whole model too.
+    """
+    if path.name in _ADAPTER_FILES and path.is_file():
+        return path
+    if any((path / name).is_file() for name in _KNOWN_FILES):
+        return None
+    return next((path / name for name in _ADAPTER_FILES if (path / name).is_file()), None)
 
 
 def _weights_in(folder: Path) -> Path:
     for name in _KNOWN_FILES:
-        if (folder / name).is_file():
+        # A link to nothing counts: other files beside it are not what the folder says it holds.
+        if os.path.lexists(folder / name):
             return folder / name
+    if adapter_file(folder) is not None:
+        raise CheckpointError(
+            f"{folder} holds an adapter, not the weights of a whole model",
+            hint="give it as an expert beside its base, or merge it first (peft: "
+            "merge_and_unload, then save_pretrained)",
+        )
     for pattern in ("*.safetensors.index.json", "*.safetensors"):
         found = sorted(folder.glob(pattern))
-        if [file.name for file in found] == ["adapter_model.safetensors"]:
-            raise CheckpointError(
-                f"{folder} holds an adapter, not the weights of a whole model",
-                hint="merge the adapter into its base first (peft: merge_and_unload, then "
-                "save_pretrained)",
-            )
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
             raise CheckpointError(

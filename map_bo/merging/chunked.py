@@ -27,6 +27,8 @@ __all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
 _NOTHING = 1e-6  # a coefficient this little below 0 is rounding, which spaces let pass too
 
+_SHORTEST = 1 << 12
+
 Sink = Callable[[int, int, Tensor], None]
 """Takes the index of a tensor, the first element of a merged piece, and the piece (float32)."""
 
@@ -58,6 +60,10 @@ class Kernel(ABC):
     def whole(self, slot: int) -> bool:
         """Return whether this tensor must not be cut."""
         return False
+
+    def room(self, experts: int) -> int:
+        """Return how many bytes of temporary memory a number of a piece takes, at most."""
+        return 64 + 40 * experts
 
     def unit(self, slot: int) -> int:
         """Return a number of elements: this tensor is cut at its multiples only."""
@@ -187,6 +193,28 @@ class ChunkedMerge:
         with torch.no_grad():
             threads = None if device.type == "cpu" else 1
             spread(work, self._items(kernel), lambda: None, threads=threads)
+
+    def limit(self, room: int, threads: int) -> None:
+        """Choose pieces so small that all threads together need no more than ``room`` bytes.
+
+        Raises:
+            MergeError: When a tensor that must not be cut so small needs more.
+        """
+        count = len(self.deltas.experts)
+        each = 4 * (1 + count) + 8 + self.kernel.room(count)
+        chunk = min(self._chunk, room // max(1, threads) // each)
+        units = [
+            slot.numel if self.kernel.whole(i) else self.kernel.unit(i)
+            for i, slot in enumerate(self.deltas.layout.slots)
+        ]
+        needed = max([_SHORTEST, *units])
+        if chunk < needed:
+            raise MergeError(
+                f"merging needs at least {needed * each * threads / 1e6:.0f} MB beside what the "
+                f"program itself takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
+                hint="allow more memory, or choose an operator that merges number by number",
+            )
+        self._chunk = chunk
 
     def _checked(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 import shutil
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +12,11 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.formats import DTYPES, Layout, raw_bytes
+from map_bo.merging.digests import digest_all
+from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
+from map_bo.merging.formats import DTYPES, Layout
 from map_bo.merging.messages import listed
+from map_bo.merging.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.recipe import (
     RECIPE,
     Weights,
@@ -26,8 +25,8 @@ from map_bo.merging.recipe import (
     read_recipe,
     recipe_text,
 )
+from map_bo.merging.shards import Pieces, write_weights, writing
 from map_bo.merging.streaming import merge_streamed
-from map_bo.merging.writer import SafetensorsWriter, shard_layouts
 
 __all__ = ["export_merged", "merge_streamed", "read_recipe"]
 
@@ -41,7 +40,7 @@ _HEADROOM = 1 << 20
 def export_merged(
     out: str | Path,
     *,
-    tensors: Iterable[tuple[str, Tensor]],
+    tensors: Iterable[tuple[str, Tensor]] | Pieces,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     operator: Mapping[str, Any],
@@ -49,11 +48,13 @@ def export_merged(
     record: Mapping[str, Any] | None = None,
     shard_bytes: int = 5_000_000_000,
     weights: Weights | None = None,
+    recalibrated: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
     The folder appears whole or not at all: everything goes to a hidden folder beside it, is
-    forced to the disk, and is renamed at the end. It holds
+    forced to the disk, and is renamed at the end. What a killed export to the same folder left
+    hidden is removed by the next one; an export that still runs is left alone. It holds
 
     - ``model.safetensors``, or shards with ``model.safetensors.index.json``. Each tensor has the
       base's name, shape and dtype (values of another floating dtype are rounded to it). A tied
@@ -63,12 +64,15 @@ def export_merged(
       licence files. Python files are left out, so a model that needs ``trust_remote_code`` needs
       them copied by hand;
     - ``recipe.yaml``: all inputs with their digests, operator, coefficients, versions, ``record``;
-    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none.
+    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none;
+    - ``README.md``: a model card with what was merged, how, and the metrics in ``record``. That of
+      the base is not carried.
 
     Args:
         out: Folder to create; it may exist only when it is empty.
         tensors: All tensors of the merged model, in any order, for example from
-            `merge_streamed`. At most the tied ones are held in memory.
+            `merge_streamed`, where at most the tied ones are held in memory; or a function that
+            puts them piece by piece, see `Pieces`.
         base: The base checkpoint: it says which tensors there must be.
         experts: Name -> checkpoint.
         operator: The merge operator as plain data.
@@ -78,6 +82,8 @@ def export_merged(
         weights: Tensor name -> weight of each expert, where the merge is linear: it lets
             ``mergekit.yaml`` express coefficients that differ between tensors. Without it, the
             coefficients must be one for each expert to be expressible.
+        recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
+            batch normalisation that were measured anew. Names that the base lacks are passed over.
 
     Returns:
         The absolute path of the folder.
@@ -99,26 +105,32 @@ def export_merged(
             hint="convert the base and the experts to float32",
         )
     carried = _carried(base.directory)
-    with _writing(target):
+    with writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale_drafts(target)
         _require_space(target.parent, layouts, carried)
-        draft = Path(
-            tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent)
-        )
-    try:
-        _write_weights(draft, tensors, layouts, base, shard_bytes)
+    measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured)
         for file in carried:
-            with _writing(target):
+            with writing(target):
                 copied = draft / file.relative_to(base.directory or file.parent)
                 copied.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copied)
+        written = open_checkpoint(draft)
+        digest_all([base, *experts.values(), written])
         recipe = recipe_text(
             base=base,
             experts=experts,
             operator=operator,
             coefficients=coefficients,
             # Read back from the file: a recipe never vouches for weights that cannot be opened.
-            merged={"sha256": open_checkpoint(draft).digest()},
+            merged={
+                "sha256": written.digest(),
+                **({"recalibrated": sorted(measured)} if measured else {}),
+            },
             record=further,
         )
         mergekit = mergekit_text(
@@ -127,14 +139,21 @@ def export_merged(
             operator=operator,
             coefficients=coefficients,
             weights=weights,
+            recalibrated=bool(measured),
         )
-        with _writing(target):
+        card = model_card_text(
+            base=base,
+            experts=experts,
+            operator=plain(operator),
+            coefficients=coefficients,
+            record=further,
+            recalibrated=bool(measured),
+        )
+        with writing(target):
+            (draft / MODEL_CARD).write_text(card, encoding="utf-8")
             (draft / RECIPE).write_text(recipe, encoding="utf-8")
             (draft / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
-            _publish(draft, target)
-    except BaseException:
-        shutil.rmtree(draft, ignore_errors=True)
-        raise
+            publish(draft, target)
     return target
 
 
@@ -161,20 +180,6 @@ def _refuse_existing(target: Path) -> None:
         )
 
 
-@contextmanager
-def _writing(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise MergeError(
-            f"{target} cannot be written: {error.strerror or error}",
-            hint="free some space or export to another disk; nothing was left behind"
-            if full
-            else "check that the folder above it exists and can be written to",
-        ) from error
-
-
 def _carried(directory: Path | None) -> list[Path]:
     if directory is None:
         return []
@@ -185,103 +190,3 @@ def _carried(directory: Path | None) -> list[Path]:
         if file.is_file() and file.stat().st_size <= _CARRIED_LIMIT
     }
     return sorted(f for f in found if not any(f.match(pattern) for pattern in _NOT_CARRIED))
-
-
-def _write_weights(
-    draft: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    layouts: Mapping[str, Layout],
-    base: Checkpoint,
-    shard_bytes: int,
-) -> None:
-    groups = list(shard_layouts(layouts, shard_bytes))
-    home: dict[str, SafetensorsWriter] = {}
-    with ExitStack() as closing:
-        for i, group in enumerate(groups, start=1):
-            file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
-            with _writing(draft.parent):
-                writer = SafetensorsWriter(
-                    draft / (file if len(groups) > 1 else "model.safetensors"),
-                    group,
-                    {"format": "pt", **aliases},
-                )
-            closing.callback(writer.close)
-            home.update(dict.fromkeys(group, writer))
-        first: dict[str, tuple[str, Tensor]] = {}
-        seen: set[str] = set()
-        for name, given in tensors:
-            tensor = _fitting(name, given, base, seen)
-            seen.add(name)
-            canonical = base.ties.get(name, name)
-            if canonical in base.ties.values():
-                _require_tied(canonical, name, tensor, first)
-            if name == canonical:
-                with _writing(draft.parent):
-                    home[name].write(name, tensor)
-    missing = sorted(set(layouts) - seen)
-    if missing:
-        raise MergeError(
-            f"the merged model lacks {len(missing)} of the base's tensors: {listed(missing)}",
-            hint="pass every tensor of the base, buffers included",
-        )
-    if len(groups) > 1:
-        index = {
-            "metadata": {"total_size": sum(layout.nbytes for layout in layouts.values())},
-            "weight_map": {name: home[name].path.name for name in sorted(home)},
-        }
-        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
-        with _writing(draft.parent):
-            (draft / "model.safetensors.index.json").write_text(text, encoding="utf-8")
-
-
-def _fitting(name: str, tensor: Tensor, base: Checkpoint, seen: set[str]) -> Tensor:
-    if name not in base.names or name in seen:
-        problem = "was given twice" if name in seen else "is not in the base"
-        raise MergeError(
-            f"tensor {name!r} {problem}", hint="pass each tensor of the base once, and no other"
-        )
-    if tensor.shape != base.shape(name):
-        raise MergeError(
-            f"tensor {name!r} is {list(tensor.shape)} and {list(base.shape(name))} in the base",
-            hint="a merged model has the base's shapes",
-        )
-    dtype = base.dtype(name)
-    if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
-        raise MergeError(
-            f"tensor {name!r} is {tensor.dtype} and {dtype} in the base",
-            hint="only floating dtypes are converted to the base's",
-        )
-    return tensor.detach().to(device="cpu", dtype=dtype)
-
-
-def _require_tied(
-    canonical: str, name: str, tensor: Tensor, first: dict[str, tuple[str, Tensor]]
-) -> None:
-    """Hold the first of tied tensors, and refuse a later one that differs from it."""
-    other, held = first.setdefault(canonical, (name, tensor))
-    if held is not tensor and raw_bytes(held) != raw_bytes(tensor):
-        raise MergeError(
-            f"{other!r} and {name!r} are one tensor in the base but differ in the merged model",
-            hint="give tied tensors the same coefficients, or untie them in the base",
-        )
-
-
-def _publish(draft: Path, target: Path) -> None:
-    """Force the draft to the disk and give it its name."""
-    for path in [*(file for file in draft.rglob("*")), draft]:
-        _sync(path)
-    # mkdtemp makes a folder that only its owner can read; a result is as public as any other.
-    mask = os.umask(0)
-    os.umask(mask)
-    draft.chmod(0o777 & ~mask)
-    draft.rename(target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
+
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapted import Adapted
 from map_bo.merging.blocks import Blocks
 from map_bo.merging.chunked import checked_coefficients
-from map_bo.merging.layout import FlatLayout
+from map_bo.merging.layout import FlatLayout, Slot
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.workers import spread
 
@@ -19,8 +23,9 @@ __all__ = ["LinearMerge", "coefficient_table", "segments"]
 _TILE = 1 << 17
 # Rows in a narrower storage are widened chunk by chunk, on a CPU into this many numbers in all;
 # on a GPU a longer chunk hides the launches.
-_ROOM = 1 << 21
+_ROOM = 1_000_000
 _CHUNK = 1 << 23
+_PIECE = {"cpu": 1 << 19, "cuda": 1 << 26}  # numbers of an adapted tensor that are merged at once
 
 
 def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], ...]:
@@ -43,6 +48,27 @@ def coefficient_table(c: Tensor, experts: int, blocks: int) -> Tensor:
     return c.view(experts, blocks).T
 
 
+def _without(
+    segments: Iterable[tuple[int, int, int]], slots: Iterable[Slot]
+) -> Iterator[tuple[int, int, int]]:
+    """Yield what the slots, in their order, leave of the segments."""
+    rest = list(slots)
+    for start, stop, block in segments:
+        while rest and rest[0].offset < stop:
+            slot = rest.pop(0)
+            if start < slot.offset:
+                yield start, slot.offset, block
+            start = slot.stop
+        if start < stop:
+            yield start, stop, block
+
+
+def _rows_of(part: Adapted) -> int:
+    """Return how many rows of an adapted tensor are merged at once."""
+    numbers = _PIECE.get(part.A.device.type, _PIECE["cuda"])
+    return max(1, numbers // max(part.A.shape[1], 1))
+
+
 class LinearMerge:
     """Weighted sums of resident rows, in one streaming pass. Made by an operator's ``prepare``.
 
@@ -51,6 +77,10 @@ class LinearMerge:
     product of the whole, and a loop of additions, were slower on the machine that this was
     measured on. Other storage is widened to float32 chunk by chunk on a CPU and multiplied there;
     on a GPU rows are added one by one. The only memory taken is one chunk of each row.
+
+    Adapters have no rows. Their factors are multiplied some rows of a tensor at a time, on all
+    cores: into ``out`` where that is float32; where it is narrower, the tensors that they change
+    are merged apart in float32 and rounded once.
 
     Args:
         vectors: The resident task vectors.
@@ -75,6 +105,18 @@ class LinearMerge:
         self._tile = tile
         cpu = vectors.rows.device.type == "cpu"
         self._chunk = chunk or (max(_ROOM // len(vectors.rows), 1 << 14) if cpu else _CHUNK)
+        slots = [vectors.layout.slots[index] for index in vectors.adapted]
+        starts = [start for start, _, _ in segments]
+        self._adapted = [
+            (slot, part, segments[bisect_right(starts, slot.offset) - 1][2])
+            for slot, part in zip(slots, vectors.adapted.values(), strict=True)
+        ]
+        self._pieces = [
+            (slot, part, block, first)
+            for slot, part, block in self._adapted
+            for first in range(0, part.B.shape[0], _rows_of(part))
+        ]
+        self._gaps = tuple(_without(segments, slots))
 
     def write(self, c: Tensor, out: Tensor) -> None:
         """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).
@@ -87,7 +129,8 @@ class LinearMerge:
                 lives on another device.
         """
         rows = self._vectors.rows
-        table = coefficient_table(c, len(rows) - 1, self._blocks)
+        table = coefficient_table(c, len(self._vectors.experts), self._blocks)
+        dense = list(self._vectors.dense_experts)
         if out.shape != rows.shape[1:] or out.device != rows.device or not out.is_contiguous():
             raise MergeError(
                 f"the merged model would be written to {tuple(out.shape)} on {out.device}; the "
@@ -98,9 +141,10 @@ class LinearMerge:
         exact = torch.backends.mkldnn.matmul.fp32_precision in ("none", "ieee")  # type: ignore[attr-defined]
         product = rows.device.type == "cpu" and exact
         whole = rows.dtype == out.dtype == torch.float32
+        together = out.dtype == torch.float32
         with torch.no_grad():
-            for start, stop, block in self._segments:
-                source, target, weights = rows[:, start:stop], out[start:stop], table[block]
+            for start, stop, block in self._segments if together else self._gaps:
+                source, target, weights = rows[:, start:stop], out[start:stop], table[block, dense]
                 if not bool(weights.any()):
                     target.copy_(source[0])
                 elif product and whole:
@@ -109,6 +153,8 @@ class LinearMerge:
                     self._widen(source, weights, target)
                 else:
                     self._add(source, weights.tolist(), target)
+            if self._pieces:
+                self._add_adapters(table, out, together)
             self._vectors.keep_variances(out)
 
     def directional(self, gradient: Tensor) -> Tensor:
@@ -125,22 +171,48 @@ class LinearMerge:
         Raises:
             MergeError: When ``gradient`` has another shape, dtype or device.
         """
-        deltas = self._vectors.deltas
-        wrong = gradient.shape != deltas.shape[1:] or gradient.dtype != torch.float32
-        if wrong or gradient.device != deltas.device:
+        rows, experts = self._vectors.rows, len(self._vectors.experts)
+        wrong = gradient.shape != rows.shape[1:] or gradient.dtype != torch.float32
+        if wrong or gradient.device != rows.device:
             raise MergeError(
                 f"a gradient has shape {tuple(gradient.shape)} of {gradient.dtype} on "
-                f"{gradient.device}; the task vectors are {tuple(deltas.shape)} on {deltas.device}",
+                f"{gradient.device}; the task vectors are {tuple(rows.shape[1:])} on {rows.device}",
                 hint="give a flat float32 tensor of the layout's size on the same device",
             )
-        result = torch.zeros(len(deltas), self._blocks, dtype=torch.float64)
+        deltas, dense = rows[1:], list(self._vectors.dense_experts)
+        result = torch.zeros(experts, self._blocks, dtype=torch.float64)
         with torch.no_grad():
             for start, stop, block in self._segments:
                 for at in range(start, stop, self._chunk):
                     part = slice(at, min(at + self._chunk, stop))
                     # Chunks are summed in float64, so the length of a model costs no digits.
-                    result[:, block] += (deltas[:, part].float() @ gradient[part]).cpu().double()
+                    slopes = deltas[:, part].float() @ gradient[part]
+                    result[dense, block] += slopes.cpu().double()
+            for slot, adapted, block in self._adapted:
+                result[:, block] += adapted.project(gradient[slot.offset : slot.stop], experts)
         return result.flatten()
+
+    def _add_adapters(self, table: Tensor, out: Tensor, together: bool) -> None:
+        rows, dense = self._vectors.rows, list(self._vectors.dense_experts)
+
+        def merge(item: tuple[Slot, Adapted, int, int], _: None) -> None:
+            slot, part, block, first = item
+            columns, weights = part.A.shape[1], table[block]
+            start = slot.offset + first * columns
+            stop = min(start + _rows_of(part) * columns, slot.stop)
+            target, source = out[start:stop], rows[:, start:stop]
+            if together:
+                part.add(weights, target, first)
+            elif not bool(weights.any()):
+                target.copy_(source[0])
+            else:
+                total = torch.empty_like(target, dtype=torch.float32)
+                self._add(source, weights[dense].tolist(), total)
+                part.add(weights, total, first)
+                target.copy_(total)
+
+        threads = None if rows.device.type == "cpu" else 1
+        spread(merge, self._pieces, lambda: None, threads=threads)
 
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile

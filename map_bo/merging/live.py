@@ -15,15 +15,25 @@ from map_bo.errors import MergeError
 from map_bo.merging.layout import FlatLayout, Slot
 from map_bo.merging.messages import listed
 from map_bo.merging.operator import PreparedMerge
+from map_bo.merging.saved_names import Saved, saved_as, state_tensors
 
 __all__ = ["LiveModel", "model_ties"]
 
 
 def model_ties(model: nn.Module) -> dict[str, str]:
-    """Return alias -> first name, for the names of ``model.state_dict()`` that share a tensor."""
+    """Return alias -> first name, for the names of a model's tensors that share one.
+
+    Names are those of ``model.state_dict()`` and those in the model's files, where they differ.
+    """
+    named = state_tensors(model)
+    in_files = {name: part.of(named[part.name]) for name, part in saved_as(model).items()}
+    return _ties(named) | _ties(in_files)
+
+
+def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[object, str] = {}
     ties: dict[str, str] = {}
-    for name, tensor in _named(model).items():
+    for name, tensor in named.items():
         canonical = first.setdefault(_memory(tensor), name)
         if canonical != name:
             ties[name] = canonical
@@ -74,6 +84,10 @@ class LiveModel:
     that holds them all (float32 for bfloat16 and float32); tensors of that dtype are views and
     the others are copied from it after each candidate, which rounds once.
 
+    Names are those of the checkpoints, which for models of transformers may be other than those of
+    the modules, with several tensors where the module has one; see `saved_as`. Such a tensor is
+    filled from the buffer piece by piece after each candidate.
+
     Tensors that the layout does not merge (integer counters) start every candidate with the
     base's value where the base has them, else, like buffers outside the state dict, with the
     value found.
@@ -96,12 +110,17 @@ class LiveModel:
         self._fixed = dict(fixed or {})
         self._flat: Tensor | None = None
         self._bound: list[_Bound] = []
+        self._views: list[tuple[Tensor, Slot]] = []  # pieces of the live memory
         self._modes: list[tuple[nn.Module, bool]] = []
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._entered = False
         shapes = {name: value.shape for name, value in self._fixed.items()}
-        self._slots = _matched(model, layout, shapes)
-        floating = [t for name, t in _named(model).items() if name in self._slots]
+        named = state_tensors(model)
+        saved = saved_as(model, [*(slot.name for slot in layout.slots), *layout.fixed])
+        found = _matched(model, layout, shapes, saved, named)
+        self._slots, self._in_files, self._pieces = _by_module(found, saved, named)
+        owners = self._slots.keys() | {part.name for part, _ in self._pieces}
+        floating = [tensor for name, tensor in named.items() if name in owners]
         devices = {tensor.device for tensor in floating}
         if len(devices) != 1:
             raise MergeError(
@@ -127,16 +146,32 @@ class LiveModel:
             for bound in self._bound:
                 if bound.slot is not None and bound.live.dtype != flat.dtype:
                     bound.live.copy_(bound.slot.of(flat))
+            for view, slot in self._views:
+                view.copy_(slot.of(flat))
         return self.model
 
     def merged_tensors(self) -> list[tuple[Tensor, Slot]]:
         """Return the parameters and buffers that are merged, each once, with their slots.
 
-        Two tensors that share memory have the same slot. Only while entered.
+        Two tensors that share memory have the same slot. Only while entered. Tensors that are
+        several in the model's files are left out; see `require_whole`.
         """
         if not self._entered:
             raise MergeError("the model is not live", hint="use it inside `with`")
         return [(bound.tensor, bound.slot) for bound in self._bound if bound.slot is not None]
+
+    def require_whole(self) -> None:
+        """Refuse a model with tensors that are several in its files, as gradients need to.
+
+        Raises:
+            MergeError: Naming one of them.
+        """
+        if self._pieces:
+            raise MergeError(
+                f"{self._pieces[0][0].name!r} is one tensor in {type(self.model).__name__} and "
+                "several in its files, and gradients by those are not known",
+                hint="pass gradients=False",
+            )
 
     def __enter__(self) -> LiveModel:
         """Bind the model's tensors to the buffer; the model has no useful weights yet."""
@@ -175,10 +210,11 @@ class LiveModel:
         self._restore()
 
     def _bindings(self, flat: Tensor) -> list[_Bound]:
-        named = _named(self.model)
+        named = state_tensors(self.model)
         names = {id(tensor): name for name, tensor in reversed(named.items())}
         bound: list[_Bound] = []
         copies: dict[object, Tensor] = {}
+        cut = {part.name for part, _ in self._pieces}  # all of it is filled after each candidate
         for tensor in _tensors(self.model):
             name = names.get(id(tensor))  # None for a buffer that is not persistent
             slot = None if name is None else self._slots.get(name)
@@ -188,13 +224,16 @@ class LiveModel:
             else:
                 # Tensors that share memory go on sharing it.
                 live = copies.setdefault(_memory(tensor), tensor.detach().clone())
-                if slot is None:
-                    canonical = self._layout.ties.get(name, name) if name is not None else None
+                if slot is None and name not in cut:
+                    in_file = self._in_files.get(name, name) if name is not None else None
+                    canonical = self._layout.ties.get(in_file, in_file) if in_file else None
                     found = tensor.detach().clone()
                     value = self._fixed[canonical].to(found) if canonical in self._fixed else found
             bound.append(
                 _Bound(tensor, tensor.data, tensor.grad, tensor.requires_grad, live, slot, value)
             )
+        lives = {id(each.tensor): each.live for each in bound}
+        self._views = [(part.of(lives[id(named[part.name])]), s) for part, s in self._pieces]
         return bound
 
     def _clean(self) -> None:
@@ -221,16 +260,7 @@ class LiveModel:
             bound.restore()
         for module, mode in self._modes:
             module.training = mode
-        self._bound, self._modes, self._parts = [], [], []
-
-
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    """Return the tensors of the state dict, the module's own objects, tied names included."""
-    return {
-        name: tensor
-        for name, tensor in model.state_dict(keep_vars=True).items()
-        if isinstance(tensor, Tensor)
-    }
+        self._bound, self._views, self._modes, self._parts = [], [], [], []
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:
@@ -246,14 +276,39 @@ def _memory(tensor: Tensor) -> object:
     return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
 
 
+def _by_module(
+    found: Mapping[str, Slot], saved: Mapping[str, Saved], named: Mapping[str, Tensor]
+) -> tuple[dict[str, Slot], dict[str, str], list[tuple[Saved, Slot]]]:
+    """Return slots and names in files by the module's own names, and the pieces with slots."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in named.items():
+        groups.setdefault(_memory(tensor), []).append(name)
+    slots: dict[str, Slot] = {}
+    in_files: dict[str, str] = {}
+    pieces: list[tuple[Saved, Slot]] = []
+    for name, part in saved.items():
+        if part.shape is not None:
+            pieces += [(part, found[name])] if name in found else []
+            continue
+        for own in groups[_memory(named[part.name])]:
+            in_files.setdefault(own, name)
+            if name in found:
+                slots[own] = found[name]
+    return slots, in_files, pieces
+
+
 def _matched(
-    model: nn.Module, layout: FlatLayout, fixed: Mapping[str, torch.Size]
+    model: nn.Module,
+    layout: FlatLayout,
+    fixed: Mapping[str, torch.Size],
+    saved: Mapping[str, Saved],
+    state: Mapping[str, Tensor],
 ) -> dict[str, Slot]:
-    """Return, for each floating tensor of the model, its slot of the layout."""
-    named = _named(model)
+    """Return, for each floating tensor of the model's files, its slot of the layout."""
+    named = {name: part.of(state[part.name]) for name, part in saved.items()}
     kind = type(model).__name__
     slots = {slot.name: slot for slot in layout.slots}
-    ties = model_ties(model)
+    ties = _ties(named)
     own = {id(tensor) for tensor in _tensors(model)}
     groups: dict[str, list[str]] = {}
     for name in named:
@@ -274,7 +329,7 @@ def _matched(
                 hint="untie them in the model, or pass the ties when the task vectors are loaded",
             )
         name = found.pop()
-        if id(tensor) not in own:
+        if id(state[saved[canonical].name]) not in own:
             raise MergeError(
                 f"tensor {name!r} of the state dict is no parameter or buffer of the model",
                 hint="the model changes its state dict when saving; give it without such hooks",

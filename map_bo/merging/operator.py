@@ -29,7 +29,11 @@ class PreparedMerge(Protocol):
 
 @runtime_checkable
 class MergeOperator(Protocol):
-    """Settings of a merge operator."""
+    """Settings of a merge operator.
+
+    One that has ``streams = True`` reads the deltas by pieces alone and prepares a `ChunkedMerge`,
+    so that it also merges checkpoints that do not fit into memory.
+    """
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return the coefficients that this operator takes for these experts."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import builtins
 import re
 import warnings
-import zipfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,86 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import CheckpointError
+from map_bo.merging.appearance import HEAD_BYTES, appearance
+from map_bo.merging.archives import data_sizes
+from map_bo.merging.formats import MemoryReader
 from map_bo.merging.messages import first_line, listed
+from map_bo.merging.weight_file import WeightFile
 
-__all__ = ["read_pickle", "state_dict"]
+__all__ = ["PickleReader", "state_dict"]
 
 # The keys under which training scripts keep the state dict beside optimiser state and counters.
 NESTED_KEYS = ("state_dict", "model_state_dict", "model")
 
 
-def read_pickle(path: Path) -> dict[str, Tensor]:
-    """Read the state dict of a ``.pt``, ``.pth`` or ``.bin`` file without running its code.
+# What a file may look like when torch is to read it; the tar is torch's oldest format, and gets
+# torch's own words. A file that looks like nothing may be a pickle cut or damaged at its start.
+_FOR_TORCH = {"zip", "pickle", "tar"}
+# An expanded tensor repeats few elements; only one that claims absurdly many is refused.
+_EXPANDED_LIMIT = 1 << 28
+
+
+class PickleReader(MemoryReader):
+    """The state dict of a ``.pt``, ``.pth`` or ``.bin`` file, read without running its code.
 
     The file may hold the state dict itself or a dict with one under ``state_dict``,
-    ``model_state_dict`` or ``model``. Files in torch's zip format are memory-mapped.
+    ``model_state_dict`` or ``model``. Files in torch's zip format are memory-mapped by torch, so
+    what was read of them counts as resident memory while the checkpoint is open; older files are
+    held in memory. Only safetensors files are read with bounded memory.
+
+    A mapped file that shrinks would end the process, so each read first looks whether the file is
+    still the one that was opened; one cut off in the very moment of reading is not noticed.
 
     Raises:
         CheckpointError: For a file that is damaged, would run code, or holds no state dict.
     """
+
+    def __init__(self, path: Path) -> None:
+        file = WeightFile(path)
+        tensors, mapped = _read_pickle(file)
+        super().__init__(tensors, origin=str(path))
+        # A copy in another process is given the tensors themselves and needs no file.
+        self._file = file if mapped else None
+
+    def load(self, name: str) -> Tensor:
+        """Return one tensor, mapped or in memory."""
+        if self._file is not None:
+            self._file.require_unchanged()
+        return super().load(name)
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the elements from ``start`` to ``stop``, mapped or in memory, or in ``out``."""
+        if self._file is not None:
+            self._file.require_unchanged()
+        return super().read(name, start, stop, out)
+
+    def version(self) -> object | None:
+        """Return the file's state and torch's own write counters."""
+        counters = super().version()
+        if counters is None or self._file is None:
+            return counters
+        return (self._file.version(), counters)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_file": None}
+
+
+def _read_pickle(file: WeightFile) -> tuple[dict[str, Tensor], bool]:
+    """Return the tensors, and whether they are mapped."""
+    path = file.path
+    seen = appearance(file.read(0, HEAD_BYTES))
+    if seen is not None and seen.kind not in _FOR_TORCH:
+        raise CheckpointError(
+            f"{path} cannot be read: by its beginning it is {seen.what}, not a file of torch.save",
+            hint=seen.hint,
+        )
+    mapped = seen is not None and seen.kind == "zip"
+    sizes = data_sizes(file) if mapped else None
     try:
         with warnings.catch_warnings():
             # torch warns of pickles that it did not write; what it cannot read, it refuses.
             warnings.simplefilter("ignore")
-            content: Any = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
+            content: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     # A damaged pickle can raise nearly anything, from EOFError to UnicodeDecodeError.
     except Exception as error:
         unsafe = _would_run(path, str(error))
@@ -51,7 +107,35 @@ def read_pickle(path: Path) -> dict[str, Tensor]:
             f"{path} cannot be read: {_pickle_problem(error)}",
             hint="the file is truncated, damaged or not written by torch.save; fetch it again",
         ) from error
-    return state_dict(content, origin=str(path))
+    file.require_unchanged()
+    tensors = state_dict(content, origin=str(path))
+    _require_held(tensors, file, sizes)
+    return tensors, mapped
+
+
+def _require_held(
+    tensors: Mapping[str, Tensor], file: WeightFile, sizes: Counter[int] | None
+) -> None:
+    """Refuse tensors that the file does not hold: torch takes the pickle's word for sizes."""
+    storages: dict[int, int] = {}
+    for name, tensor in tensors.items():
+        if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            continue  # refused in general
+        storage = tensor.untyped_storage()
+        if storage.nbytes():
+            storages[storage.data_ptr()] = storage.nbytes()
+        nbytes = tensor.numel() * tensor.element_size()
+        if nbytes > max(storage.nbytes(), _EXPANDED_LIMIT):
+            raise CheckpointError(
+                f"{file.path}: tensor {name!r} has {nbytes} bytes by its shape, and the file "
+                f"{storage.nbytes()} for it",
+                hint="it is damaged, or an expanded tensor: save it with .contiguous()",
+            )
+    if sizes is not None and Counter(storages.values()) - sizes:
+        raise CheckpointError(
+            f"{file.path} cannot be read: tensors and the records of the archive differ in size",
+            hint="the file is damaged or not written by torch.save; fetch it again",
+        )
 
 
 def _would_run(path: Path, problem: str) -> str | None:

@@ -91,8 +91,9 @@ def recipe_text(
 ) -> str:
     """Return the text of ``recipe.yaml``: every input with its digest, and what was done."""
 
-    def origin(checkpoint: Checkpoint) -> dict[str, str]:
-        return {"source": checkpoint.source, "sha256": checkpoint.digest()}
+    def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+        fitting = {"fitting": plain(checkpoint.fitting)} if checkpoint.fitting else {}
+        return {"source": checkpoint.source, "sha256": checkpoint.digest(), **fitting}
 
     content = {
         "recipe": _FORMAT,
@@ -152,6 +153,7 @@ def mergekit_text(
     operator: Mapping[str, Any],
     coefficients: Mapping[str, float],
     weights: Weights | None,
+    recalibrated: bool = False,
 ) -> str:
     """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
 
@@ -161,7 +163,8 @@ def mergekit_text(
 
     Weights that differ between tensors are written with mergekit's filters. A filter there is a
     substring of a tensor's name and the first match counts, so a filter per tensor, longest name
-    first, expresses any assignment; shorter filters are used where they give the same.
+    first, expresses any assignment; shorter filters are used where they give the same. What
+    mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
 
     Where mergekit cannot express the merge, the text is a comment that says why.
     """
@@ -170,7 +173,9 @@ def mergekit_text(
     except _NotExpressible as reason:
         return f"# No mergekit configuration gives this merge: {reason}.\n"
     head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
-    if any(is_variance(name) for name in base.names):
+    if recalibrated:
+        head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
+    elif any(is_variance(name) for name in base.names):
         head += "# mergekit does not keep running variances above the least of the models.\n"
     return head + _dump(content)
 
@@ -187,6 +192,8 @@ def _mergekit(
     for label, checkpoint in checkpoints.items():
         if checkpoint.directory is None:
             raise _NotExpressible(f"{label} is not a Hugging Face directory")
+        if checkpoint.fitting:
+            raise _NotExpressible(f"{label} was fitted to the base's vocabulary")
     folders = [checkpoint.directory for checkpoint in checkpoints.values()]
     if len(set(folders)) < len(folders):
         raise _NotExpressible(

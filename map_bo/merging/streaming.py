@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import is_variance
 from map_bo.merging.messages import listed
 from map_bo.merging.recipe import Weights
+from map_bo.merging.vocabulary import require_shapes
 
-__all__ = ["merge_streamed"]
+__all__ = ["aligned_names", "merge_streamed"]
 
 
 def merge_streamed(
@@ -42,7 +44,9 @@ def merge_streamed(
             other shapes or kinds of dtype; while merging, for a weight that is not finite or of
             an unknown expert, and for an expert in which tied tensors of the base differ.
     """
-    names = {expert: _aligned(base, checkpoint, expert) for expert, checkpoint in experts.items()}
+    names = {
+        expert: aligned_names(base, checkpoint, expert) for expert, checkpoint in experts.items()
+    }
     return _merge(base, experts, weights, names)
 
 
@@ -69,6 +73,12 @@ def _merge(
             for expert, checkpoint in experts.items():
                 weight = given.get(expert, 0.0)
                 if weight == 0 and least is None:
+                    continue
+                adapter = adapter_over(base, checkpoint) if least is None else None
+                if adapter is not None:  # the base is not read again for what it leaves alone
+                    delta = adapter.delta(name)
+                    if delta is not None:
+                        total.add_(delta, alpha=weight)
                     continue
                 tuned = checkpoint.load(names[expert][name])
                 _require_tied(name, aliases.get(name, []), tuned, expert, checkpoint)
@@ -113,7 +123,7 @@ def _require_tied(
             )
 
 
-def _aligned(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]:
+def aligned_names(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]:
     """Return, for each canonical name of the base, the expert's name of the same tensor."""
     of_expert = set(expert.names)
     names: dict[str, str] = {}
@@ -142,15 +152,7 @@ def _aligned(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]
             f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
             hint=hint,
         )
-    shapes = [
-        f"{name} {list(expert.shape(own))} against {list(base.shape(name))}"
-        for name, own in names.items()
-        if expert.shape(own) != base.shape(name)
-    ]
-    if shapes:
-        raise MergeError(
-            f"expert {label!r} has other shapes than the base: {listed(shapes)}", hint=hint
-        )
+    require_shapes(base, expert, label, names)
     kinds = [
         f"{name} {expert.dtype(own)} against {base.dtype(name)}"
         for name, own in names.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -39,13 +39,16 @@ class TaskArithmetic:
             example ``r"layers\.[0-5]\."``). Every tensor must belong to exactly one block; the
             pattern ``"*"`` takes the tensors that no other pattern takes. There is then one
             coefficient for each expert and block, ordered expert by expert. Without it, one
-            for each expert.
+            for each expert. In words: ``"layers:K"``, ``"kinds"`` or ``"balanced:K"``, see
+            `map_bo.merging.block_specs.blocks_of`.
 
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks in ``blocks``.
     """
 
-    blocks: Mapping[str, str] | None = None
+    streams: ClassVar[bool] = True
+
+    blocks: Mapping[str, str] | str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "blocks", Blocks(self.blocks).patterns)
@@ -53,7 +56,7 @@ class TaskArithmetic:
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return a box with one coefficient for each expert, or each expert and block."""
         return CoefficientSpace.box(
-            experts, blocks=tuple(self.blocks or ()), lower=lower, upper=upper
+            experts, blocks=Blocks(self.blocks).names, lower=lower, upper=upper
         )
 
     def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge:
@@ -71,7 +74,7 @@ class TaskArithmetic:
         """Return name and settings as plain data."""
         return {
             "name": "task_arithmetic",
-            "blocks": None if self.blocks is None else dict(self.blocks),
+            "blocks": dict(self.blocks) if isinstance(self.blocks, Mapping) else self.blocks,
         }
 
     def block(self, name: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,6 +56,7 @@ class SafetensorsWriter:
             self._file.write(len(text).to_bytes(8, "little") + text)
             # A tensor without elements writes nothing, so the length is set beforehand.
             self._file.truncate(self._start + end)
+            self._file.flush()
         except BaseException:
             self._file.close()
             raise
@@ -64,6 +66,26 @@ class SafetensorsWriter:
         assert Layout(tensor.shape, tensor.dtype) == self.layouts[name]
         self._file.seek(self._start + self._offsets[name])
         self._file.write(raw_bytes(tensor))
+
+    def write_piece(self, name: str, start: int, piece: Tensor) -> None:
+        """Write elements of a tensor from ``start`` on; several threads may at once.
+
+        Args:
+            name: The tensor.
+            start: Its first element to write, in row-major order.
+            piece: 1-D CPU tensor of the announced dtype.
+
+        Raises:
+            OSError: When the file cannot be written.
+        """
+        layout = self.layouts[name]
+        assert piece.dtype == layout.dtype
+        assert start + len(piece) <= layout.shape.numel()
+        content = raw_bytes(piece)
+        offset = self._start + self._offsets[name] + start * layout.dtype.itemsize
+        while len(content):
+            written = os.pwrite(self._file.fileno(), content, offset)
+            content, offset = content[written:], offset + written
 
     def close(self) -> None:
         """Close the file."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from map_bo.loop.result import Choice, Exportable, Result
+from map_bo.merging.sizes import ExportSettings
 from map_bo.nested.tree import Group, drawn, path_name
 from map_bo.pareto.preferences import Preference
 
@@ -87,7 +88,14 @@ class Exporting:
     problem: Exportable
     summary: Mapping[str, Any]
 
-    def export(self, x: Tensor, out: str | Path, *, record: Mapping[str, Any]) -> Path:
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        record: Mapping[str, Any],
+        settings: ExportSettings | None = None,
+    ) -> Path:
         """Write the model with coefficients ``x`` (``d``); see :class:`Exportable`."""
         told = self.summary["nested"]
         nodes = [
@@ -95,7 +103,7 @@ class Exporting:
             for node in told["nodes"]
         ]
         recipe = {**record, "nested": {"tree": told["tree"], "nodes": nodes}}
-        return self.problem.export(x, out, record=recipe)
+        return self.problem.export(x, out, record=recipe, settings=settings)
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,13 +18,12 @@ from torch import Tensor
 
 from map_bo.merging.chunked import Kernel, SpanKernel
 from map_bo.merging.deltas import Deltas
-from map_bo.merging.linear_merge import coefficient_table
 from map_bo.merging.workers import spread
 from map_bo.operators.searchable import SearchableOperator, one_of
 
 __all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]
 
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 _STEPS, _CLOSE = 100, 1e-11
 _PARALLEL = 1e-8  # the sine of an angle below which the chord is as good as the arc
 _CANCELLED = 1e-6  # the length of a mean of unit vectors, or the angle from opposite ones
@@ -46,16 +45,6 @@ class WeightedAverage(SearchableOperator):
     def kernel(self, deltas: Deltas) -> Kernel:
         """Return the kernel; nothing needs preparing."""
         return _Average()
-
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return tensor name -> weight of each expert's task vector, as streaming wants it."""
-        table = coefficient_table(c, len(experts), len(self.blocks or (0,)))
-        table = table / table.sum(-1, keepdim=True).clamp_min(1e-300)
-
-        def of(name: str) -> Mapping[str, float]:
-            return dict(zip(experts, table[self.block(name)].tolist(), strict=True))
-
-        return of
 
 
 class _Average(SpanKernel):

@@ -2,13 +2,13 @@
 
 The bits of a non-negative float, read as a whole number, are in the order of the floats. So a
 histogram over the leading bits finds, in one pass and bounded memory, the bin that holds a
-quantile; a second pass over the numbers of that bin alone finds it exactly.
+quantile; a histogram over the other bits of that bin's numbers, in a second pass, finds it
+exactly.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,9 +18,11 @@ from torch import Tensor
 __all__ = [
     "BINS",
     "MagnitudeSketch",
+    "bins_within",
     "kept_count",
-    "largest_magnitudes",
+    "located",
     "magnitude_bins",
+    "magnitude_of",
 ]
 
 _SHIFT = 14  # 8 bits of exponent and 9 of mantissa: bins are 0.2 % wide
@@ -43,8 +45,7 @@ def kept_count(density: float, total: int, *, least: int = 1) -> int:
 
 def magnitude_bins(values: Tensor) -> Tensor:
     """Return how many magnitudes fall into each of `BINS` bins, for float32 values."""
-    bits = values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
-    return torch.bincount(bits.bitwise_right_shift_(_SHIFT).flatten(), minlength=BINS)
+    return torch.bincount(_bits(values).bitwise_right_shift_(_SHIFT), minlength=BINS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,28 +111,33 @@ class MagnitudeSketch:
         return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
 
 
-def largest_magnitudes(pieces: Iterable[Tensor], counts: Tensor, k: int) -> tuple[float, ...]:
-    """Return the ``k``-th largest magnitude of each row of numbers that come in pieces, exactly.
+def located(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin of the ``k``-th largest magnitude, and its rank within that bin.
 
     Args:
-        pieces: ``N x n`` numbers each, float32; all together hold ``k`` columns or more.
-        counts: ``N`` histograms of the rows (see `magnitude_bins`), on the CPU.
-        k: From 1 to the number of columns.
+        counts: A histogram, see `magnitude_bins` or `bins_within`.
+        k: From 1 to the number of numbers.
     """
-    above = counts.flip(-1).cumsum(-1)
-    at = (above < k).sum(-1)  # bins above the one that holds the k-th
-    low, high = _edge(BINS - 1 - at).tolist(), _edge(BINS - at).tolist()
-    found: list[list[Tensor]] = [[] for _ in counts]
-    for piece in pieces:
-        for row, parts, least, limit in zip(piece, found, low, high, strict=True):
-            sizes = row.abs()
-            parts.append(sizes[(sizes >= least) & (sizes < limit)])
-    result = []
-    for parts, row, bins in zip(found, above, at.tolist(), strict=True):
-        inside = torch.cat(parts)
-        left = k - (int(row[bins - 1]) if bins else 0)
-        result.append(float(inside.kthvalue(len(inside) - left + 1).values))
-    return tuple(result)
+    above = counts.flip(0).cumsum(0)
+    at = int((above < k).sum())  # bins above the one that holds the k-th
+    return len(counts) - 1 - at, k - (int(above[at - 1]) if at else 0)
+
+
+def bins_within(values: Tensor, bin_: int) -> Tensor:
+    """Return how often each of the ``2^14`` magnitudes of a bin occurs, for float32 values."""
+    bits = _bits(values)
+    inside = bits[bits.bitwise_right_shift(_SHIFT) == bin_].bitwise_and_((1 << _SHIFT) - 1)
+    return torch.bincount(inside, minlength=1 << _SHIFT)
+
+
+def magnitude_of(bin_: int, within: int) -> float:
+    """Return the magnitude that is number ``within`` of a bin."""
+    bits = torch.tensor((bin_ << _SHIFT) + within, dtype=torch.int32)
+    return float(bits.view(torch.float32))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF).flatten()
 
 
 def _edge(bins: Tensor) -> Tensor:

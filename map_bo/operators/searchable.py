@@ -23,7 +23,8 @@ class SearchableOperator:
     """Settings of an operator with a coefficient for each expert and block.
 
     Attributes:
-        blocks: Block name -> regular expression on tensor names; see `Blocks`. None gives one
+        blocks: Block name -> regular expression on tensor names; see `Blocks`. In words
+            ``"layers:K"``, ``"kinds"`` or ``"balanced:K"``, see `blocks_of`. None gives one
             coefficient an expert.
         search: Settings that join the search space beside the coefficients: names, which are then
             searched within the bounds of ``searchable``, or name -> (lower, upper). The value of
@@ -31,13 +32,14 @@ class SearchableOperator:
             are measured with.
     """
 
+    streams: ClassVar[bool] = True
     name: ClassVar[str]
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Settings that can be searched, with their default bounds."""
     signed: ClassVar[bool] = True
     """Whether coefficients may be negative."""
 
-    blocks: Mapping[str, str] | None = None
+    blocks: Mapping[str, str] | str | None = None
     search: Sequence[str] | Mapping[str, Sequence[float]] = field(default=())
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,17 +12,18 @@ from torch import Tensor
 from map_bo.merging.deltas import Deltas
 from map_bo.merging.workers import spread
 from map_bo.operators.quantiles import (
-    BINS,
     MagnitudeSketch,
+    bins_within,
     kept_count,
-    largest_magnitudes,
+    located,
     magnitude_bins,
+    magnitude_of,
 )
 
 __all__ = ["TRIMS", "Thresholds", "ceilings", "sketches", "thresholds"]
 
 TRIMS = ("global", "tensor")
-_PIECE = 1 << 20
+_PIECE = 1 << 18
 
 Thresholds = tuple[tuple[float, ...], ...]
 """By tensor of the layout and by expert: the smallest magnitude that is kept."""
@@ -70,8 +71,15 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         total = sum(slots[slot].numel for slot in part)
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
-        counts = _counted(deltas, part, threads=threads)
-        return largest_magnitudes(_pieces_of(deltas, part), counts, rank(total))
+        counts = _counted(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
+        bins = [located(row, rank(total)) for row in counts]
+        counts = _counted(
+            deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads
+        )
+        return tuple(
+            magnitude_of(bin_, located(row, left)[0])
+            for row, (bin_, left) in zip(counts, bins, strict=True)
+        )
 
     if trim == "global":
         return (found(range(len(slots)), None),) * len(slots)
@@ -91,12 +99,12 @@ def sketches(deltas: Deltas, trim: str) -> tuple[tuple[MagnitudeSketch, ...], ..
     """
     slots = deltas.layout.slots
     if trim == "global":
-        counts = _counted(deltas, range(len(slots)))
+        counts = _counted(deltas, range(len(slots)), lambda n, row: magnitude_bins(row))
         return (tuple(MagnitudeSketch.of(row) for row in counts),) * len(slots)
     result: list[tuple[MagnitudeSketch, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        counts = _counted(deltas, [slot], threads=1)
+        counts = _counted(deltas, [slot], lambda n, row: magnitude_bins(row), threads=1)
         result[slot] = tuple(MagnitudeSketch.of(row) for row in counts)
 
     _by_size(deltas, of)
@@ -111,20 +119,27 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     spread(lambda slot, _: of(slot), order, lambda: None, threads=threads)
 
 
-def _counted(deltas: Deltas, slots: Sequence[int], *, threads: int | None = None) -> Tensor:
-    """Return the histograms of magnitudes, ``N x bins``."""
+def _counted(
+    deltas: Deltas,
+    slots: Sequence[int],
+    count: Callable[[int, Tensor], Tensor],
+    *,
+    threads: int | None = None,
+) -> Tensor:
+    """Return the sums of what is counted in the pieces of each task vector, ``N x bins``."""
     lock = threading.Lock()
-    total = torch.zeros(len(deltas.experts), BINS, dtype=torch.int64, device=deltas.device)
+    nothing = torch.zeros(0, device=deltas.device)
+    total = torch.stack([count(n, nothing) for n in range(len(deltas.experts))])
 
-    def count(item: tuple[int, int, int], _: None) -> None:
-        for row, counts in zip(deltas.read(*item)[1:], total, strict=True):
-            found = magnitude_bins(row)
+    def add(item: tuple[int, int, int], _: None) -> None:
+        for n, row in enumerate(deltas.read(*item)[1:]):
+            found = count(n, row)
             with lock:
-                counts.add_(found)
+                total[n].add_(found)
 
     if deltas.device.type != "cpu":
         threads = 1
-    spread(count, _pieces(deltas, slots), lambda: None, threads=threads)
+    spread(add, _pieces(deltas, slots), lambda: None, threads=threads)
     return total.cpu()
 
 
@@ -134,8 +149,3 @@ def _pieces(deltas: Deltas, slots: Sequence[int]) -> list[tuple[int, int, int]]:
         for slot in slots
         for start in range(0, deltas.layout.slots[slot].numel, _PIECE)
     ]
-
-
-def _pieces_of(deltas: Deltas, slots: Sequence[int]) -> Iterator[Tensor]:
-    for item in _pieces(deltas, slots):
-        yield deltas.read(*item)[1:]

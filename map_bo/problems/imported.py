@@ -11,16 +11,18 @@ import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.vocabulary import VocabularyRule
 from map_bo.problems.merged import MergedModelProblem
-from map_bo.space import CoefficientSpace
 
 __all__ = ["imported_problem", "named"]
 
@@ -41,14 +43,17 @@ def imported_problem(
     dtype: str = "float32",
     device: str = "cpu",
     gradients: bool = False,
+    vocabulary: VocabularyRule | None = None,
+    recalibration: str | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging checkpoints on disk.
 
     Args:
         model: ``module:callable`` that returns the architecture (weights do not matter), or None
-            for a Hugging Face directory, whose ``config.json`` names it.
-        base: Path of the base checkpoint.
-        experts: Paths of the experts by name.
+            for a Hugging Face directory or a model of its hub, whose ``config.json`` names it.
+        base: The base checkpoint: a path, or a model of the Hugging Face hub (see
+            `map_bo.open_checkpoint`).
+        experts: The experts by name, likewise.
         evaluators: ``module:callable`` by metric name; each takes the model and returns a float
             or a :class:`~map_bo.problems.evaluators.Measurement`.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
@@ -61,6 +66,10 @@ def imported_problem(
         device: Where the task vectors and the model live.
         gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
             be differentiable (see :mod:`map_bo.problems.differentiable`).
+        vocabulary: ``base`` or ``tokens``: how experts with another vocabulary are fitted to the
+            base; by default they are refused.
+        recalibration: ``module:callable`` that returns batches on which the statistics of
+            BatchNorm layers are measured anew after each merge.
 
     Raises:
         EvaluationError: When gradients are asked of an evaluator that has none.
@@ -82,14 +91,27 @@ def imported_problem(
         )
     if dtype not in _DTYPES:
         raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+    if vocabulary not in (None, *get_args(VocabularyRule)):
+        raise ConfigError(
+            f"vocabulary is {vocabulary!r}", hint=f"one of {', '.join(get_args(VocabularyRule))}"
+        )
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
+        if isinstance(getattr(merging, "blocks", None), str):
+            raise ConfigError(
+                "sum_at_most and blocks in a word were both given",
+                hint="give the blocks as {block: regular expression on tensor names}, or bound "
+                "the coefficients with lower and upper instead",
+            )
         space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
+    opened: str | Checkpoint = base
+    if model is None and not Path(base).expanduser().exists():
+        opened = open_checkpoint(base)
     return MergedModelProblem(
-        named(model, "problem.model") if model is not None else _architecture(Path(base)),
-        base=base,
+        named(model, "problem.model") if model is not None else _architecture(opened),
+        base=opened,
         experts=dict(experts),
         evaluators={
             name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
@@ -102,6 +124,10 @@ def imported_problem(
         dtype=_DTYPES[dtype],
         device=device,
         gradients=gradients,
+        vocabulary=vocabulary,
+        recalibration=None
+        if recalibration is None
+        else named(recalibration, "problem.recalibration"),
     )
 
 
@@ -131,11 +157,14 @@ def named(where: str, key: str) -> Callable[..., Any]:
     return found  # type: ignore[no-any-return]
 
 
-def _architecture(directory: Path) -> Callable[[], nn.Module]:
-    path = directory / "config.json"
-    if not path.is_file():
+def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
+    shown, directory = (
+        (base, Path(base).expanduser()) if isinstance(base, str) else (base.source, base.directory)
+    )
+    path = None if directory is None else directory / "config.json"
+    if path is None or not path.is_file():
         raise ConfigError(
-            f"problem.model is not given and {directory} has no config.json to tell it by",
+            f"problem.model is not given and {shown} has no config.json to tell it by",
             hint="give problem.model=module:function returning the architecture",
         )
     try:
@@ -160,7 +189,7 @@ def _architecture(directory: Path) -> Callable[[], nn.Module]:
                 f"transformers has no architecture {name!r}, which {path} names",
                 hint="upgrade transformers, or give problem.model=module:function",
             )
-        config = transformers.AutoConfig.from_pretrained(directory)
+        config = transformers.AutoConfig.from_pretrained(path.parent)
         model: nn.Module = kind(config)
         return model
 

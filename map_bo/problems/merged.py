@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +14,34 @@ from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, MergeError
-from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
-from map_bo.merging.export import export_merged, merge_streamed
-from map_bo.merging.importance import block_norms, relative_importance
+from map_bo.merging.adapter_checkpoint import open_expert
+from map_bo.merging.block_specs import with_known_blocks
+from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
 from map_bo.merging.layout import joined_ties
 from map_bo.merging.linear_merge import LinearMerge
 from map_bo.merging.live import LiveModel, model_ties
 from map_bo.merging.operator import MergeOperator, PreparedMerge
+from map_bo.merging.recalibration import Batches, Recalibration, require_batch_norm, statistics
 from map_bo.merging.similarity import cosines
+from map_bo.merging.sizes import ExportSettings
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
-from map_bo.problems.differentiable import (
-    Differentiable,
-    check_differentiable,
-    measure_with_gradient,
-)
+from map_bo.merging.vocabulary import VocabularyRule, fitted_experts
+from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.problems.adapter_exporting import AdapterExporting
+from map_bo.problems.differentiable import Differentiable, measure_with_gradient
 from map_bo.problems.evaluators import Evaluator, measure
 from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
+from map_bo.problems.merged_checks import check_gradients, check_model, check_space
+from map_bo.problems.merged_description import described
+from map_bo.problems.merged_export import write_merged
+from map_bo.problems.merged_space import weighed_space
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem:
+class MergedModelProblem(AdapterExporting):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -50,9 +54,8 @@ class MergedModelProblem:
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
             a callable that returns one and is called once.
-        base: The model that the experts were fine-tuned from: a module, a state dict, or a path
-            (see `map_bo.open_checkpoint`).
-        experts: Expert name -> checkpoint.
+        base: The model that the experts were fine-tuned from; see `map_bo.open_checkpoint`.
+        experts: Expert name -> checkpoint, or the folder of a LoRA adapter over the base.
         evaluators: Metric name -> callable that takes the model and returns a float or a
             `Measurement`. The names need not be those of experts.
         operator: How to merge; task arithmetic by default.
@@ -70,6 +73,12 @@ class MergedModelProblem:
         gradients: Whether to measure the derivatives by the coefficients too, with one backward
             pass a batch (see :mod:`map_bo.problems.differentiable`). Every evaluator must be
             differentiable and the operator task arithmetic.
+        vocabulary: What to do with experts whose embeddings have other rows than the base's:
+            refuse them (default), or match rows by position (``"base"``) or by token
+            (``"tokens"``); see `map_bo.merging.vocabulary.fitted`.
+        recalibration: Batches, or a function that returns them: after each merge the statistics of
+            BatchNorm layers are measured anew on them, in what is evaluated and in what is
+            exported; see `map_bo.merging.recalibration.recalibrate`. Not with gradients.
 
     Raises:
         MergeError: When experts, model, operator and space do not fit each other; when gradients
@@ -96,35 +105,34 @@ class MergedModelProblem:
         device: torch.device | str = "cpu",
         check_base: bool = True,
         gradients: bool = False,
+        vocabulary: VocabularyRule | None = None,
+        recalibration: Batches | None = None,
     ) -> None:
         check_names(experts, "expert")
         check_names(evaluators, "evaluator")
-        if not callable(model):
-            raise MergeError(
-                f"the model is a {type(model).__name__}",
-                hint="give a torch.nn.Module, or a function that returns one",
-            )
+        check_model(model)
         self._source = model
         self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
-        self._operator: MergeOperator = TaskArithmetic() if operator is None else operator
+        self._base = open_checkpoint(base)
+        given = {name: open_expert(source, self._base) for name, source in experts.items()}
+        self._experts = fitted_experts(given, self._base, vocabulary)
+        given_operator = TaskArithmetic() if operator is None else operator
+        self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
-        if space is not None and (space.names, space.owner) != (natural.names, natural.owner):
-            raise MergeError(
-                f"the space has the coefficients {', '.join(space.names)}; the operator takes "
-                f"{', '.join(natural.names)}",
-                hint="build the space from the same experts and blocks, in the same order",
-            )
+        if space is not None:
+            check_space(space, natural)
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
-        self._base = open_checkpoint(base)
-        self._experts = {name: open_checkpoint(source) for name, source in experts.items()}
         self._dtype = dtype or torch.float32
         self._device = torch.device(device)
         self._check_base = check_base
         self._gradients = gradients
         if gradients:
-            _check_gradients(self._evaluators, self._operator)
+            check_gradients(
+                self._evaluators, self._operator, recalibrated=recalibration is not None
+            )
+        self._recalibration = None if recalibration is None else Recalibration(recalibration)
         self._model: nn.Module | None = None
         self._measured: CoefficientSpace | None = None
         self._ready: tuple[TaskVectors, PreparedMerge, LiveModel] | None = None
@@ -137,7 +145,9 @@ class MergedModelProblem:
         checkpoints. With one coefficient an expert nothing is read.
         """
         if self._measured is None:
-            self._measured = self._weighed()
+            self._measured = weighed_space(
+                self._space, self._operator, self._base, self._experts, self._ties
+            )
         return self._measured
 
     @property
@@ -178,7 +188,7 @@ class MergedModelProblem:
                 start = time.perf_counter()
                 try:
                     for j, metric in enumerate(self._metrics):
-                        live.write(prepared, x)
+                        self._write(x)
                         evaluator = self._evaluators[metric.name]
                         if self._gradients:
                             assert isinstance(evaluator, Differentiable)
@@ -204,9 +214,8 @@ class MergedModelProblem:
         On leaving, it has its own weights again, and nothing that was done to it remains.
         """
         row = self._row(x)
-        _, prepared, live = self._prepare()
-        with live:
-            yield live.write(prepared, row)
+        with self._prepare()[-1]:
+            yield self._write(row)
 
     def merged(self, x: Tensor) -> dict[str, Tensor]:
         """Return the state dict merged with ``x`` (``d``): new tensors in the base's dtypes."""
@@ -214,18 +223,27 @@ class MergedModelProblem:
         vectors, prepared, _ = self._prepare()
         flat = torch.empty(vectors.layout.size, dtype=torch.float32, device=vectors.rows.device)
         prepared.write(row, flat)
-        return vectors.layout.state_dict(flat, vectors.fixed)
+        state, measured = vectors.layout.state_dict(flat, vectors.fixed), self._statistics(row)
+        return {name: measured.get(name, tensor).to(tensor) for name, tensor in state.items()}
 
-    def export(self, x: Tensor, out: str | Path, record: Mapping[str, Any] | None = None) -> Path:
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        record: Mapping[str, Any] | None = None,
+        *,
+        settings: ExportSettings | None = None,
+    ) -> Path:
         """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_merged`.
 
-        A linear operator is streamed from the checkpoints, one tensor at a time, without loss
-        from the storage dtype; another writes what `merged` returns.
+        It is merged anew from the checkpoints, piece by piece, without loss from the storage
+        dtype and without loading the model.
 
         Args:
             x: ``d`` coefficients.
             out: Folder to create.
             record: Further plain data for the recipe.
+            settings: Bounds of memory and file sizes.
 
         Returns:
             The absolute path of the folder.
@@ -234,23 +252,19 @@ class MergedModelProblem:
             MergeError: When it cannot be written; nothing is left behind.
         """
         row = self._row(x)
-        names = self._space.names
-        weights: Callable[[str], Mapping[str, float]] | None = None
-        tensors: Iterator[tuple[str, Tensor]]
-        if isinstance(self._operator, LinearOperator):
-            weights = self._tied(self._operator.weights(tuple(self._experts), row))
-            tensors = merge_streamed(self._base, self._experts, weights)
-        else:
-            tensors = iter(self.merged(row).items())
-        return export_merged(
+        return write_merged(
             out,
-            tensors=tensors,
+            row,
+            tensors=lambda: self.merged(row),
             base=self._base,
             experts=self._experts,
-            operator=self._operator.describe(),
-            coefficients=dict(zip(names, row.tolist(), strict=True)),
-            record=dict(record or {}),
-            weights=weights,
+            operator=self._operator,
+            space=self._space,
+            ties=self._ties,
+            recalibrated=self._statistics(row),
+            record=record,
+            check_base=self._check_base,
+            settings=settings,
         )
 
     def restricted(self, names: Sequence[str]) -> MergedModelProblem:
@@ -310,6 +324,7 @@ class MergedModelProblem:
             dtype=self._dtype,
             device=self._device,
             check_base=self._check_base,
+            recalibration=self._recalibration.batches if self._recalibration else None,
         )
 
     def similarity(self) -> Tensor:
@@ -321,29 +336,16 @@ class MergedModelProblem:
 
         It holds the digests of all checkpoints, so they are read. Evaluators are told by name.
         """
-
-        def origin(checkpoint: Checkpoint) -> dict[str, str]:
-            return {"source": checkpoint.source, "digest": checkpoint.digest()}
-
-        return {
-            "kind": "merged_model",
-            "base": origin(self._base),
-            "experts": {name: origin(expert) for name, expert in self._experts.items()},
-            "operator": self._operator.describe(),
-            "space": self._space.describe(),
-            "metrics": [
-                {
-                    "name": metric.name,
-                    "direction": metric.direction,
-                    "kind": metric.kind,
-                    "lower": metric.lower,
-                    "upper": metric.upper,
-                }
-                for metric in self._metrics
-            ],
-            "dtype": str(self._dtype).removeprefix("torch."),
-            **({"gradients": True} if self._gradients else {}),
-        }
+        return described(
+            base=self._base,
+            experts=self._experts,
+            operator=self._operator,
+            space=self._space,
+            metrics=self._metrics,
+            dtype=self._dtype,
+            gradients=self._gradients,
+            recalibration=self._recalibration is not None,
+        )
 
     def _named(self, names: Sequence[str]) -> tuple[Metric, ...]:
         known = {metric.name: metric for metric in self._metrics}
@@ -354,23 +356,20 @@ class MergedModelProblem:
                 )
         return tuple(known[name] for name in names)
 
-    def _weighed(self) -> CoefficientSpace:
-        """Return the space with importances, where the operator has blocks and nobody gave any."""
-        operator, blocks = self._operator, self._space.d // len(self._experts)
-        if blocks == 1 or self._space.importance or not isinstance(operator, TaskArithmetic):
-            return self._space
-        ties = joined_ties(self._base, model_ties(self._architecture()))
-        norms = block_norms(self._base, self._experts, operator.block, blocks, ties=ties)
-        return replace(self._space, importance=relative_importance(norms))
+    def _write(self, x: Tensor) -> nn.Module:
+        """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it."""
+        _, prepared, live = self._prepare()
+        model = live.write(prepared, x)
+        if self._recalibration is not None:
+            self._recalibration(model, x)
+        return model
 
-    def _tied(
-        self, weights: Callable[[str], Mapping[str, float]]
-    ) -> Callable[[str], Mapping[str, float]]:
-        """Return the weights with every tied name under that of its tensor."""
-        if self._space.d == len(self._experts):
-            return weights  # they are the same for all tensors
-        ties = joined_ties(self._base, model_ties(self._architecture()))
-        return lambda name: weights(ties.get(name, name))
+    def _statistics(self, x: Tensor) -> dict[str, Tensor]:
+        """Return the recalibrated statistics of the merge with ``x`` (``d``) by name, if any."""
+        if self._recalibration is None:
+            return {}
+        with self.load(x) as model:
+            return statistics(model)
 
     def _row(self, x: Tensor) -> Tensor:
         x = torch.as_tensor(x, dtype=torch.float64)
@@ -387,14 +386,23 @@ class MergedModelProblem:
                 check_base=self._check_base,
                 ties=model_ties(model),
             )
+            if isinstance(self._operator, NeedsStatistics):
+                self._operator.check_experts(self._experts)
             live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
             if live.device != vectors.rows.device:
                 raise MergeError(
                     f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
                     hint=f"move the model, or pass device={str(live.device)!r}",
                 )
+            if self._recalibration is not None:
+                require_batch_norm(model)
+            if self._gradients:
+                live.require_whole()
             self._ready = vectors, self._operator.prepare(vectors), live
         return self._ready
+
+    def _ties(self) -> dict[str, str]:
+        return joined_ties(self._base, model_ties(self._architecture()))
 
     def _architecture(self) -> nn.Module:
         if self._model is not None:
@@ -407,14 +415,3 @@ class MergedModelProblem:
             )
         self._model = model if model is self._source else model.to(self._device)
         return self._model
-
-
-def _check_gradients(evaluators: Mapping[str, Evaluator], operator: MergeOperator) -> None:
-    if not isinstance(operator, TaskArithmetic):
-        raise MergeError(
-            f"gradients were asked for, and {type(operator).__name__} is not linear in its "
-            "coefficients",
-            hint="use TaskArithmetic, or pass gradients=False",
-        )
-    for name, evaluator in evaluators.items():
-        check_differentiable(name, evaluator)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.merging.operator import MergeOperator
 from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.evaluators import Evaluator, accuracy, mean_loss, mean_probability
 from map_bo.problems.merged import MergedModelProblem
 from map_bo.problems.zoo_cache import (
@@ -38,9 +39,9 @@ from map_bo.problems.zoo_data import (
     transform,
     transform_names,
 )
+from map_bo.problems.zoo_statistics import digits_statistics
 from map_bo.problems.zoo_training import TRAINING_VERSION, Recipe, as_inputs, network
 from map_bo.rng import make_generator
-from map_bo.space import CoefficientSpace
 
 __all__ = ["TRANSFORM_NAMES", "DigitsProblem", "DigitsZoo", "cache_root", "digits_problem"]
 
@@ -259,7 +260,8 @@ def digits_problem(
         blocks: Block name -> pattern of tensor names, for one coefficient an expert and block;
             short for ``operator=TaskArithmetic(blocks)``.
         sum_at_most: Bound on the sum of the experts' coefficients (within each block).
-        operator: How to merge; task arithmetic when None.
+        operator: How to merge; task arithmetic when None. One that needs statistics of the experts
+            and has none gets those of their training images; see `digits_statistics`.
         cache_dir: Where trained experts are kept; see :func:`cache_root`.
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors: float32 or bfloat16.
@@ -279,14 +281,27 @@ def digits_problem(
                 hint="give the operator its blocks: operator=TaskArithmetic(blocks=...)",
             )
         operator = TaskArithmetic(blocks=dict(blocks))
+    files = zoo.checkpoints(cache_dir, progress=progress)
+    if isinstance(operator, NeedsStatistics) and not operator.statistics:
+        folder = zoo.folder(cache_dir) / "statistics"
+        operator = operator.with_statistics(
+            digits_statistics(arch, files.experts, operator.statistics_kind, folder)
+        )
     space = None
     if sum_at_most is not None:
-        natural = (operator or TaskArithmetic()).space(zoo.names, lower=lower, upper=upper)
+        merging = TaskArithmetic() if operator is None else operator
+        if isinstance(getattr(merging, "blocks", None), str):
+            raise DataError(
+                "sum_at_most and blocks in a word were both given",
+                hint="give the blocks as {block: regular expression on tensor names}, or bound "
+                "the coefficients with lower and upper instead",
+            )
+        natural = merging.space(zoo.names, lower=lower, upper=upper)
         space = natural.with_sum(sum_at_most)
     return DigitsProblem(
         zoo,
         TEST_EXAMPLES if examples is None else examples,
-        files=zoo.checkpoints(cache_dir, progress=progress),
+        files=files,
         operator=operator,
         lower=lower,
         upper=upper,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 
 import pytest
 import torch
+from torch import Generator, Tensor
 
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.protocol import hidden, run
 from benchmarks.quality.scoring import choices, representatives, weights_of
-from map_bo.data import Observations
+from map_bo.data import Metric, Observations
 from map_bo.loop.run import optimize
+from map_bo.problems.problem import Problem
 from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace
 from tests.benchmarks import fake_cases
 
 
@@ -86,3 +89,43 @@ def test_the_published_design_starts_anew_for_every_budget() -> None:
     assert [len(record.checkpoints) for record in records] == [1, 2, 3]
     assert records[-1].seen is None
     assert all(len(answer.real) for answer in records[-1].checkpoints.values())
+
+
+@dataclass(frozen=True, eq=False)
+class _Wide:
+    """The noisy case's problem, stretched over [-3, 3]."""
+
+    inner: Problem
+
+    @property
+    def space(self) -> CoefficientSpace:
+        return CoefficientSpace(self.inner.space.names, (-3.0, -3.0), (3.0, 3.0))
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return self.inner.metrics
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        X = self.space.check(X)
+        return replace(self.inner.evaluate((X + 3) / 6, generator=generator), X=X)
+
+
+class _WideCase(fake_cases.FakeCase):
+    def wide(self) -> Problem | None:
+        return _Wide(self.problem)
+
+    def truth(self, X: Tensor) -> Tensor:
+        return super().truth((X + 3) / 6)
+
+
+def test_intervals_are_checked_in_the_box_that_was_searched() -> None:
+    plain = fake_cases.case("noisy")
+    case = _WideCase(**{field.name: getattr(plain, field.name) for field in fields(plain)})
+    # A method that hands over intervals, in the wide box.
+    entry = replace(METHODS["default"], name="default in the wide box", box="wide")
+    *_, record = run(case, entry, seed=0, budget=8)
+    answer = record.checkpoints[8]
+    assert answer.failure is None
+    assert record.seen is not None
+    assert float(record.seen.X.abs().max()) > 1  # outside the case's own box
+    assert 0 <= answer.numbers["coverage"] <= 1

@@ -60,7 +60,7 @@ def _long_vectors(dtype: torch.dtype) -> TaskVectors:
     return TaskVectors(EXPERTS, layout, rows)
 
 
-class _Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Allocations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records the size in bytes of the largest new tensor that an operation makes."""
 
     def __init__(self, known: tuple[Tensor, ...]) -> None:
@@ -220,7 +220,7 @@ class OperatorContract:
             c = space.sample(1, generator=make_generator(4))[0]
             for kind in (torch.float32, torch.bfloat16):
                 out = torch.empty(vectors.layout.size, dtype=kind)
-                with _Allocations((vectors.rows, out)) as seen:
+                with Allocations((vectors.rows, out)) as seen:
                     prepared.write(c, out)
                 assert seen.largest < self.scratch_limit < out.nbytes, seen.largest
 

@@ -85,6 +85,8 @@ def test_a_choice_says_what_is_predicted_and_what_is_real(result: Result) -> Non
 def test_a_problem_without_models_cannot_export(result: Result, tmp_path: Path) -> None:
     with pytest.raises(MergeError, match="Bowls has no models"):
         result.choose().export(tmp_path / "out")
+    with pytest.raises(MergeError, match="Bowls has no merge that an adapter could hold"):
+        result.choose().export_adapter(tmp_path / "adapter")
 
 
 def test_an_unfinished_run_has_no_result(tmp_path: Path) -> None:

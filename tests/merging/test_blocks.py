@@ -250,7 +250,7 @@ def test_patterns_that_are_none(pattern: str) -> None:
 def test_patterns_of_other_kinds() -> None:
     with pytest.raises(MergeError, match="there are no blocks"):
         Blocks({})
-    for wrong in ({"a": 3}, {"a": None}, {"a": ["x"]}, ["a"], "layers"):
+    for wrong in ({"a": 3}, {"a": None}, {"a": ["x"]}, ["a"], 3):
         with pytest.raises(MergeError, match="block"):
             Blocks(wrong)  # type: ignore[arg-type]
 

@@ -70,6 +70,7 @@ class TestExport:
         out = export(tmp_path / "m")
         assert out == tmp_path / "m"
         assert sorted(p.name for p in out.iterdir()) == [
+            "README.md",
             "mergekit.yaml",
             "model.safetensors",
             "recipe.yaml",
@@ -147,13 +148,15 @@ class TestExport:
             "LICENSE",
             "additional_chat_templates/tool.jinja",
         }
-        left = {"trainer_state.json", "modeling.py", "optimizer.pt", "x.index.json", "README.md"}
+        left = {"trainer_state.json", "modeling.py", "optimizer.pt", "x.index.json"}
         (base / "additional_chat_templates").mkdir()
-        for name in carried | left:
+        for name in carried | left | {"README.md"}:
             (base / name).write_text(name)
         out = export(tmp_path / "m", base=open_checkpoint(base))
         found = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
-        assert found == carried | {"model.safetensors", "recipe.yaml", "mergekit.yaml"}
+        written = {"model.safetensors", "recipe.yaml", "mergekit.yaml", "README.md"}
+        assert found == carried | written
+        assert (out / "README.md").read_text() != "README.md"
         for name in carried:
             assert (out / name).read_text() == name
 

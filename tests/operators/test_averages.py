@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_arithmetic import LinearOperator
 from map_bo.operators import averages as module
 from map_bo.operators.averages import Slerp, WeightedAverage, products, spherical_mean
 from map_bo.rng import make_generator
@@ -175,14 +174,6 @@ def test_weighted_average_of_models() -> None:
     experts = vectors.base + vectors.deltas
     expected = (c[:, None] * experts).sum(0) / c.sum()
     assert torch.allclose(merge(WeightedAverage(), vectors, c), expected, atol=1e-5)
-
-
-def test_weights_for_streaming_are_those_of_the_merge() -> None:
-    operator = WeightedAverage(blocks=BLOCKS)
-    assert isinstance(operator, LinearOperator)
-    of = operator.weights(("a", "b"), torch.tensor([1.0, 0.0, 3.0, 0.0]))
-    assert of("first.weight") == {"a": 0.25, "b": 0.75}
-    assert of("last.bias") == {"a": 0.0, "b": 0.0}
 
 
 @pytest.mark.parametrize("piece", [5, 1 << 20])

@@ -10,9 +10,11 @@ from torch import Tensor
 
 from map_bo.operators.quantiles import (
     MagnitudeSketch,
+    bins_within,
     kept_count,
-    largest_magnitudes,
+    located,
     magnitude_bins,
+    magnitude_of,
 )
 from map_bo.rng import make_generator
 
@@ -46,11 +48,10 @@ numbers = st.lists(
 
 
 def largest(values: Tensor, k: int, pieces: int = 1) -> float:
-    rows = torch.stack([values, values.flip(0)])
-    counts = torch.stack([magnitude_bins(row) for row in rows])
-    first, second = largest_magnitudes(rows.chunk(pieces, dim=1), counts, k)
-    assert first == second
-    return first
+    parts = values.chunk(pieces)
+    bin_, left = located(sum((magnitude_bins(part) for part in parts), torch.zeros(1)), k)
+    within = sum((bins_within(part, bin_) for part in parts), torch.zeros(1))
+    return magnitude_of(bin_, located(within, left)[0])
 
 
 @every

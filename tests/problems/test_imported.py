@@ -6,13 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from map_bo.errors import CheckpointError, ConfigError
 from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.operators.sparse import Ties
 from map_bo.problems.imported import imported_problem, named
 from map_bo.rng import make_generator
+from tests.merging.hub_server import cached
 
 OWN = """
 import torch
@@ -66,6 +68,12 @@ def test_a_problem_from_names(own: str) -> None:
     assert seen.Y[1, 0] > seen.Y[0, 0]
 
 
+def test_sums_are_bounded_in_every_block_and_leave_settings_free(own: str) -> None:
+    operator = Ties(blocks={"all": "*"}, search=["density", "scale"])
+    space = imported_problem(**settings(own, sum_at_most=1.0, operator=operator)).space
+    assert [c.weights for c in space.constraints] == [(1.0, 1.0, 0.0, 0.0)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -74,8 +82,8 @@ def test_a_problem_from_names(own: str) -> None:
         ({"metrics": {"other": {}}}, "metrics without an evaluator: other"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         (
-            {"sum_at_most": 1.0, "operator": TaskArithmetic({"all": "*"})},
-            "sum_at_most and blocks",
+            {"sum_at_most": 1.0, "operator": TaskArithmetic("kinds")},
+            "sum_at_most and blocks in a word",
         ),
     ],
 )
@@ -142,3 +150,34 @@ def test_a_hugging_face_directory_names_its_own_model(own: str, tmp_path: Path) 
             experts={"one": paths["one"]},
             evaluators={"task": f"{own}_gpt:score"},
         ).evaluate(torch.zeros(1, 1), generator=make_generator(0))
+
+
+def test_a_model_of_the_hub_names_its_own_model(
+    own: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = transformers.GPT2Config(
+        n_layer=1, n_head=2, n_embd=8, vocab_size=11, n_positions=8, bos_token_id=0, eos_token_id=0
+    )
+    for name in ("base", "one"):
+        transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / name)
+        files = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        cached(tmp_path / "hub", f"some-org/{name}", files)
+    (tmp_path / f"{own}_hub.py").write_text(
+        "def score(model):\n    return 0.5 + model.transformer.wte.weight.mean().item()\n"
+    )
+    problem = imported_problem(
+        None,
+        base="some-org/base",
+        experts={"one": "hf://some-org/one@main"},
+        evaluators={"task": f"{own}_hub:score"},
+    )
+    seen = problem.evaluate(torch.tensor([[0.0], [1.0]]), generator=make_generator(0))
+    for row, name in enumerate(("base", "one")):
+        weights = load_file(tmp_path / name / "model.safetensors")["transformer.wte.weight"]
+        assert float(seen.Y[row, 0]) == pytest.approx(0.5 + weights.mean().item(), abs=1e-6)
+    with pytest.raises(CheckpointError, match="is not in the cache"):
+        imported_problem(**settings(own, model=None, base="some-org/gone"))

@@ -1,0 +1,174 @@
+"""The weight files of a merged model, written tensor by tensor or piece by piece."""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import Tensor
+
+from map_bo.errors import MergeError
+from map_bo.merging.checkpoint import Checkpoint
+from map_bo.merging.formats import Layout, raw_bytes
+from map_bo.merging.messages import listed
+from map_bo.merging.writer import SafetensorsWriter, shard_layouts
+
+__all__ = ["Pieces", "Put", "write_weights", "writing"]
+
+Put = Callable[[str, int, Tensor], None]
+"""Takes a canonical name, a first element and the elements from there on (1-D, on the CPU)."""
+
+Pieces = Callable[[Put], None]
+"""Gives every element of every tensor that is no alias to a `Put` once, from any threads."""
+
+
+@contextmanager
+def writing(target: Path) -> Iterator[None]:
+    """Turn what the system says of a write into a `MergeError` that names the target."""
+    try:
+        yield
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise MergeError(
+            f"{target} cannot be written: {error.strerror or error}",
+            hint="free some space or export to another disk; nothing was left behind"
+            if full
+            else "check that the folder above it exists and can be written to",
+        ) from error
+
+
+def write_weights(
+    draft: Path,
+    tensors: Iterable[tuple[str, Tensor]] | Pieces,
+    layouts: Mapping[str, Layout],
+    base: Checkpoint,
+    shard_bytes: int,
+    *,
+    instead: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write ``model.safetensors``, or shards with their index, into a folder.
+
+    Args:
+        draft: The folder.
+        tensors: All tensors of the base with their names, or a function that puts their pieces.
+        layouts: Layouts of the tensors that are no aliases.
+        base: The base checkpoint.
+        shard_bytes: Largest size of one file.
+        instead: Name -> tensor to write in place of the one that is given.
+
+    Raises:
+        MergeError: When tensors are missing, given twice, unknown or of another shape, or the disk
+            is full.
+    """
+    groups = list(shard_layouts(layouts, shard_bytes))
+    home: dict[str, SafetensorsWriter] = {}
+    with ExitStack() as closing:
+        for i, group in enumerate(groups, start=1):
+            file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
+            with writing(draft.parent):
+                writer = SafetensorsWriter(
+                    draft / (file if len(groups) > 1 else "model.safetensors"),
+                    group,
+                    {"format": "pt", **aliases},
+                )
+            closing.callback(writer.close)
+            home.update(dict.fromkeys(group, writer))
+        if callable(tensors):
+            seen = _put_pieces(tensors, home, layouts, draft, instead or {})
+        else:
+            placed = ((name, (instead or {}).get(name, tensor)) for name, tensor in tensors)
+            seen = _put_tensors(placed, home, base, draft)
+    missing = sorted(set(layouts) - seen)
+    if missing:
+        raise MergeError(
+            f"the merged model lacks {len(missing)} of the base's tensors: {listed(missing)}",
+            hint="pass every tensor of the base, buffers included",
+        )
+    if len(groups) > 1:
+        index = {
+            "metadata": {"total_size": sum(layout.nbytes for layout in layouts.values())},
+            "weight_map": {name: home[name].path.name for name in sorted(home)},
+        }
+        text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
+        with writing(draft.parent):
+            (draft / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _put_tensors(
+    tensors: Iterable[tuple[str, Tensor]],
+    home: Mapping[str, SafetensorsWriter],
+    base: Checkpoint,
+    draft: Path,
+) -> set[str]:
+    first: dict[str, tuple[str, Tensor]] = {}
+    seen: set[str] = set()
+    for name, given in tensors:
+        tensor = _fitting(name, given, base, seen)
+        seen.add(name)
+        canonical = base.ties.get(name, name)
+        if canonical in base.ties.values():
+            _require_tied(canonical, name, tensor, first)
+        if name == canonical:
+            with writing(draft.parent):
+                home[name].write(name, tensor)
+    return seen
+
+
+def _put_pieces(
+    pieces: Pieces,
+    home: Mapping[str, SafetensorsWriter],
+    layouts: Mapping[str, Layout],
+    draft: Path,
+    instead: Mapping[str, Tensor],
+) -> set[str]:
+    """Return the names of the tensors that were put as a whole."""
+    lock, counts = threading.Lock(), Counter[str]()
+
+    def put(name: str, start: int, piece: Tensor) -> None:
+        if name in instead:
+            piece = instead[name].flatten()[start : start + len(piece)].to(piece)
+        with writing(draft.parent):
+            home[name].write_piece(name, start, piece)
+        with lock:
+            counts[name] += piece.numel()
+
+    pieces(put)
+    return {n for n, layout in layouts.items() if counts[n] == layout.shape.numel()}
+
+
+def _fitting(name: str, tensor: Tensor, base: Checkpoint, seen: set[str]) -> Tensor:
+    if name not in base.names or name in seen:
+        problem = "was given twice" if name in seen else "is not in the base"
+        raise MergeError(
+            f"tensor {name!r} {problem}", hint="pass each tensor of the base once, and no other"
+        )
+    if tensor.shape != base.shape(name):
+        raise MergeError(
+            f"tensor {name!r} is {list(tensor.shape)} and {list(base.shape(name))} in the base",
+            hint="a merged model has the base's shapes",
+        )
+    dtype = base.dtype(name)
+    if tensor.dtype != dtype and not (tensor.is_floating_point() and dtype.is_floating_point):
+        raise MergeError(
+            f"tensor {name!r} is {tensor.dtype} and {dtype} in the base",
+            hint="only floating dtypes are converted to the base's",
+        )
+    return tensor.detach().to(device="cpu", dtype=dtype)
+
+
+def _require_tied(
+    canonical: str, name: str, tensor: Tensor, first: dict[str, tuple[str, Tensor]]
+) -> None:
+    """Hold the first of tied tensors, and refuse a later one that differs from it."""
+    other, held = first.setdefault(canonical, (name, tensor))
+    if held is not tensor and raw_bytes(held) != raw_bytes(tensor):
+        raise MergeError(
+            f"{other!r} and {name!r} are one tensor in the base but differ in the merged model",
+            hint="give tied tensors the same coefficients, or untie them in the base",
+        )

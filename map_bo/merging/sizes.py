@@ -1,0 +1,82 @@
+"""Sizes of memory and files, and how a merged model is written within them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from map_bo.errors import MergeError
+
+__all__ = ["ExportSettings", "bytes_of", "resident_bytes"]
+
+_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNKNOWN_RESIDENT = 500_000_000  # taken where the system does not say
+
+
+def bytes_of(size: int | str, name: str) -> int:
+    """Return a number of bytes from a number or from text such as ``"1.5GB"`` or ``"512MiB"``.
+
+    Args:
+        size: The size.
+        name: What to call it in an error.
+
+    Raises:
+        MergeError: For text that is no size, and for sizes that are not positive.
+    """
+    found = re.fullmatch(r"\s*([\d_.]+)\s*([kmg]i?)?b?\s*", str(size).lower())
+    try:
+        number = float(found.group(1)) * _UNITS[found.group(2) or ""] if found else 0.0
+    except ValueError:
+        number = 0.0
+    if number < 1:
+        raise MergeError(
+            f"{name} is {size!r}", hint="give a number of bytes, or such as 500MB, 2GB or 1.5GiB"
+        )
+    return int(number)
+
+
+def resident_bytes() -> int:
+    """Return the resident memory of this process, or a guess where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, ValueError, IndexError):
+        return _UNKNOWN_RESIDENT
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a merged model is written.
+
+    Attributes:
+        max_memory: Bytes of resident memory that the process may have in all while it merges from
+            files, or text such as ``"2GB"``; None leaves the size of pieces to the operator (some
+            hundred MB in all).
+        shard_size: Largest size of one weight file, in bytes or such text.
+        progress: Show a progress bar.
+
+    Raises:
+        MergeError: When a size is none.
+    """
+
+    max_memory: int | str | None = None
+    shard_size: int | str = "5GB"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", bytes_of(self.max_memory, "max_memory"))
+        object.__setattr__(self, "shard_size", bytes_of(self.shard_size, "shard_size"))
+
+    @property
+    def memory(self) -> int | None:
+        """The bound of the memory in bytes, if there is one."""
+        return None if self.max_memory is None else int(self.max_memory)
+
+    @property
+    def shard_bytes(self) -> int:
+        """The largest size of one weight file in bytes."""
+        return int(self.shard_size)

@@ -1,0 +1,56 @@
+"""The examples of the documentation run."""
+
+from __future__ import annotations
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+from torch import Tensor, nn
+
+from map_bo.merging.adapter_checkpoint import adapter_checkpoint
+from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.streaming import merge_streamed
+from tests.merging.peft_models import language_model, outputs, trained
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def examples(name: str) -> list[str]:
+    text = (DOCS / name).read_text()
+    found = re.findall(r"<!-- example -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(found) == text.count("```python")
+    return found
+
+
+def likeness(model: nn.Module, target: Tensor) -> float:
+    return float((-(outputs(model) - target).abs().mean()).exp())
+
+
+@pytest.mark.slow
+def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model("llama")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    base = open_checkpoint(model)
+    experts = {}
+    for seed, label in enumerate(("math", "code"), start=1):
+        folder = tmp_path / "adapters" / label
+        trained(model, folder, seed, target_modules="all-linear")
+        experts[label] = adapter_checkpoint(folder, base)
+    targets = []  # merges of both are best for either score
+    for c in ({"math": 0.8, "code": 0.4}, {"math": 0.4, "code": 0.8}):
+        merged = copy.deepcopy(model)
+        merged.load_state_dict(dict(merge_streamed(base, experts, lambda _, c=c: c)))  # type: ignore[misc]
+        targets.append(outputs(merged))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {
+        "score_math": lambda model: likeness(model, targets[0]),
+        "score_code": lambda model: likeness(model, targets[1]),
+    }
+    for code in examples("adapters.md"):
+        exec(code, names)
+    exact, small = names["exact"], names["small"]
+    assert exact.error < 1e-6 < small.error  # type: ignore[attr-defined]
+    assert (exact.rank, small.rank) == (4, 2)  # type: ignore[attr-defined]
+    assert (tmp_path / "small-adapter" / "recipe.yaml").exists()
