@@ -232,7 +232,12 @@ def test_settings_belong_to_no_expert() -> None:
     assert (plain.settings, plain.groups, plain.blocks) == ((), (0, 1), 1)
     # Wherever they stand among the others.
     mixed = CoefficientSpace(
-        ("s", "a", "t", "b"), (0,) * 4, (1,) * 4, owner=(-1, 0, -1, 1), experts="ab", resting=(0, 1)
+        ("s", "a", "t", "b"),
+        (0,) * 4,
+        (1,) * 4,
+        owner=(-1, 0, -1, 1),
+        experts=("a", "b"),
+        resting=(0, 1),
     )
     assert mixed.groups == (2, 0, 3, 1)
     assert mixed.anchors().X.tolist() == [

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.chunked import ChunkedMerge
+from map_bo.merging.deltas import Deltas
 from map_bo.merging.layout import FlatLayout
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
@@ -102,7 +103,7 @@ def flat_vectors(base: Tensor, deltas: Tensor) -> TaskVectors:
 
 def merge(
     operator: SearchableOperator,
-    vectors: TaskVectors,
+    vectors: Deltas,
     c: Tensor | list[float],
     *,
     chunk: int | None = None,
@@ -121,7 +122,7 @@ def chunked(prepared: ChunkedMerge, chunk: int) -> ChunkedMerge:
 
 def write(
     prepared: ChunkedMerge,
-    vectors: TaskVectors,
+    vectors: Deltas,
     c: Tensor | list[float],
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:

@@ -45,8 +45,9 @@ def shoemake(a: Tensor, b: Tensor, t: float, norms: str) -> Tensor:
     angle = torch.acos((u @ v).clamp(-1, 1))
     left, right = torch.sin((1 - t) * angle) / angle.sin(), torch.sin(t * angle) / angle.sin()
     if norms == "own":
-        return left * a + right * b
-    return (left * u + right * v) * ((1 - t) * a.norm() + t * b.norm())
+        u, v = a, b
+    result: Tensor = left * u + right * v
+    return result if norms == "own" else result * ((1 - t) * a.norm() + t * b.norm())
 
 
 @pytest.mark.parametrize("norms", ["mean", "own"])

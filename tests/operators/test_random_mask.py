@@ -61,7 +61,7 @@ def chi_square(counts: Tensor) -> float:
     expected = counts.sum() / counts.numel()
     freedom = counts.numel() - 1
     statistic = float(((counts - expected).square() / expected).sum())
-    return (statistic - freedom) / (2 * freedom) ** 0.5
+    return float((statistic - freedom) / (2 * freedom) ** 0.5)
 
 
 @pytest.mark.parametrize("key", [0, 1, WORD, element_key(0, "e", "w")])

@@ -10,8 +10,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from map_bo.errors import MergeError
+from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.streamed import StreamedVectors
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
@@ -19,6 +22,7 @@ from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from tests.operators.cases import (
     OPERATORS,
+    SHAPES,
     chunked,
     coefficients,
     hard_vectors,
@@ -91,14 +95,11 @@ def test_masks_do_not_depend_on_pieces_or_the_order_of_tensors(
     turned = tuple(reversed(vectors.layout.slots))
     other = replace(vectors, layout=replace(vectors.layout, slots=turned))
     again = torch.zeros(vectors.layout.size)
-    merged = operator.prepare(other)
-    # Slots in another order, each where it was.
-    merged.run(
-        torch.tensor([0.0, 1.0, 0.0]),
-        lambda slot, start, piece: (
-            turned[slot].of(again).view(-1)[start : start + len(piece)].copy_(piece)
-        ),  # type: ignore[arg-type, return-value]
-    )
+
+    def put(slot: int, start: int, piece: torch.Tensor) -> None:
+        turned[slot].of(again).view(-1)[start : start + len(piece)].copy_(piece)
+
+    operator.prepare(other).run(torch.tensor([0.0, 1.0, 0.0]), put)
     for slot in vectors.layout.slots:
         assert torch.equal(slot.of(again) != slot.of(vectors.base), found[1][slot.name])
 
@@ -186,7 +187,8 @@ def test_scale_multiplies_all_coefficients(operator: SearchableOperator) -> None
     vectors = hard_vectors()
     found = merge(operator, vectors, [0.3, 0.2, 0.4, 2.0])
     assert close(found, merge(operator, vectors, [0.6, 0.4, 0.8, 1.0]))
-    assert close(found, merge(replace(operator, search=(), scale=2.0), vectors, [0.3, 0.2, 0.4]))
+    settings: Any = {"search": (), "scale": 2.0}
+    assert close(found, merge(replace(operator, **settings), vectors, [0.3, 0.2, 0.4]))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +206,8 @@ def test_a_searched_setting_is_the_setting(
 ) -> None:
     vectors = hard_vectors()
     c = [0.3, 0.8, 0.4]
-    fixed = merge(replace(operator, **{name: value}), vectors, c)
+    settings: Any = {name: value}
+    fixed = merge(replace(operator, **settings), vectors, c)
     searched = replace(operator, search=[name])
     assert torch.equal(merge(searched, vectors, [*c, value]), fixed)
 
@@ -260,7 +263,7 @@ def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
         (lambda: Ties(search=7), "ties cannot search '7'", "density"),  # type: ignore[arg-type]
         (lambda: Ties(search={"density": [0.1]}), r"bounds of density are \[0.1\]", "two numbers"),
         (lambda: Ties(search={"density": 0.1}), "bounds of density are 0.1", "two numbers"),  # type: ignore[dict-item]
-        (lambda: Ties(search={"density": "ab"}), "bounds of density are 'ab'", "two numbers"),
+        (lambda: Ties(search={"density": "ab"}), "bounds of density are 'ab'", "two numbers"),  # type: ignore[dict-item]
         (lambda: Ties(search={"density": (0.9, 0.1)}), "bounds of density", "smaller one first"),
         (lambda: Ties(search={"density": (0.5, 1.1)}), "density is 1.1", "share"),
         (lambda: Dare(search={"drop_rate": (0, 1)}), "drop_rate is 1.0", r"\[0, 1\)"),
@@ -318,3 +321,49 @@ def zero_padded(vectors: TaskVectors) -> torch.Tensor:
     for slot in vectors.layout.slots:
         slot.of(out).copy_(slot.of(vectors.base))
     return out
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, StreamedVectors]:
+    """The same models resident and on disk, with a variance, in float32 and bfloat16."""
+    folder = tmp_path_factory.mktemp("models")
+    vectors = hard_vectors(shapes={**SHAPES, "bn.running_var": (6,)})
+    opened = []
+    for i, row in enumerate(vectors.rows):
+        flat = row if not i else vectors.base + row
+        tensors = {s.name: s.of(flat).clone() for s in vectors.layout.slots}
+        tensors["bn.running_var"].abs_().add_(0.1)
+        tensors["layer.1.weight"] = tensors["layer.1.weight"].bfloat16()
+        path = folder / f"{i}.safetensors"
+        save_file(tensors, path)
+        opened.append(open_checkpoint(path))
+    base, *experts = opened
+    named = dict(zip(vectors.experts, experts, strict=True))
+    return (
+        TaskVectors.load(base, named, check_base=False),
+        StreamedVectors(base, named, check_base=False),
+    )
+
+
+@pytest.mark.parametrize("operator", [Dare(drop_rate=0.6), Della()], ids=label)
+def test_masks_of_models_on_disk_are_the_same(
+    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+) -> None:
+    resident, _ = files
+    for chunk in (3, 1 << 17):
+        found = [merge(operator, vectors, [0.0, 1.0, 0.0], chunk=chunk) for vectors in files]
+        moved = [out != resident.base for out in found]
+        assert torch.equal(*moved)
+
+
+@every
+def test_models_on_disk_are_merged_alike(
+    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+) -> None:
+    resident, streamed = files
+    for c in (coefficients(operator, 3), 3 * coefficients(operator, 3, seed=1)):
+        c[3:].clamp_(0.1, 0.15)
+        alone = merge(operator, resident, c)
+        # Rows lie otherwise in memory, so that products may round otherwise.
+        assert close(merge(operator, streamed, c), alone, 1e-6)
+        assert close(merge(operator, streamed, c, chunk=17), alone)

@@ -102,11 +102,13 @@ def test_della_elects_among_what_magprune_left() -> None:
 def test_densities_of_none_and_all(trim: str) -> None:
     vectors = hard_vectors()
     c = [0.5, -0.2, 1.0]
-    for operator in (Ties(density=0, trim=trim), Breadcrumbs(density=0, trim=trim)):
+    nothing = (Ties(density=0, trim=trim), Breadcrumbs(density=0, trim=trim))
+    everything = (Magnitude(density=1, trim=trim), Breadcrumbs(density=1, trim=trim))
+    for operator in nothing:
         assert torch.equal(merge(operator, vectors, c), vectors.base)
     whole = vectors.base + (torch.tensor(c)[:, None] * vectors.deltas).sum(0)
-    for operator in (Magnitude(density=1, trim=trim), Breadcrumbs(density=1, trim=trim)):
-        assert torch.allclose(merge(operator, vectors, c), whole, atol=1e-5)
+    for whole_operator in everything:
+        assert torch.allclose(merge(whole_operator, vectors, c), whole, atol=1e-5)
 
 
 def test_searched_density_is_near_the_fixed_one() -> None:
