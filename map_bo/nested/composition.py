@@ -43,12 +43,14 @@ def check_nestable(space: CoefficientSpace) -> None:
     """Refuse a space in which what is merged first could not be left out later.
 
     Raises:
-        SpaceError: When a coefficient cannot be 0.
+        SpaceError: When a coefficient of an expert cannot be 0.
     """
     wrong = [
         name
-        for name, low, high in zip(space.names, space.lower, space.upper, strict=True)
-        if not low <= 0 <= high
+        for name, owner, low, high in zip(
+            space.names, space.owner, space.lower, space.upper, strict=True
+        )
+        if owner >= 0 and not low <= 0 <= high
     ]
     if wrong:
         raise SpaceError(

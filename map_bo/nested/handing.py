@@ -44,9 +44,10 @@ def weights_of(
 def chosen(result: Result, weights: Mapping[str, float]) -> Choice:
     """Return the merge of a node's front that suits the weights, and is more than the base."""
     choice = result.choose(dict(weights))
-    if float(choice.x.abs().max()) > _NOTHING:
+    moving = torch.tensor(result.space.owner) >= 0
+    if float(choice.x[moving].abs().max()) > _NOTHING:
         return choice
-    sizes = result.front.X.abs().amax(-1)
+    sizes = result.front.X[:, moving].abs().amax(-1)
     rows = (sizes > _NOTHING).nonzero().flatten()
     if not len(rows):
         return choice
@@ -65,13 +66,14 @@ def representatives(result: Result, count: int, reference: Reference) -> Tensor:
     """
     count = min(count, result.space.d + 1)
     front = result.front
+    moving = torch.tensor(result.space.owner) >= 0
     gains = scaled_gains(front.mean, front.metrics, reference)
     order = spread_rows(gains, min(len(front), 4 * count))
     taken: list[Tensor] = []
     for row in order:
         x = front.X[row]
         apart = all(float((x - other).abs().max()) > _ALIKE for other in taken)
-        if float(x.abs().max()) > _NOTHING and apart:
+        if float(x[moving].abs().max()) > _NOTHING and apart:
             taken.append(x)
         if len(taken) == count:
             break

@@ -166,15 +166,16 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
         settings: With the surrogate.
     """
     mean = predicted_mean(settings.surrogate.fit(seen, space))
-    half = torch.stack([_alone(space, name) / 2 for name in space.experts])
+    half = torch.stack([_part(space, name) / 2 for name in space.experts])
+    base = _base(space).unsqueeze(0)
     n = len(half)
     pairs = list(itertools.combinations(range(n), 2))
     both = torch.stack([half[i] + half[j] for i, j in pairs]) if pairs else half[:0]
     gains = to_maximisation(seen.succeeded().Y, seen.metrics)
     with torch.no_grad():
         at = [
-            scaled(mean(space.project(X)), gains.amin(0), gains.amax(0))
-            for X in (both, half, torch.zeros(1, space.d, dtype=torch.float64))
+            scaled(mean(space.project(base + X)), gains.amin(0), gains.amax(0))
+            for X in (both, half, torch.zeros_like(base))
         ]
     found = torch.zeros(n, n, dtype=torch.float64)
     for row, (i, j) in enumerate(pairs):
@@ -185,7 +186,18 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
 
 def _alone(space: CoefficientSpace, expert: str) -> Tensor:
     """Return the coefficients (``d``) of an expert by itself, wherever the bounds are."""
+    return _base(space) + _part(space, expert)
+
+
+def _part(space: CoefficientSpace, expert: str) -> Tensor:
     return expert_part(space, expert).rows.sum(0)
+
+
+def _base(space: CoefficientSpace) -> Tensor:
+    """Return the coefficients (``d``) of the base, with the operator's settings at rest."""
+    row = torch.zeros(space.d, dtype=torch.float64)
+    row[torch.tensor(space.owner) < 0] = torch.tensor(space.resting, dtype=torch.float64)
+    return row
 
 
 def _identity(space: CoefficientSpace) -> Tensor:

@@ -80,6 +80,12 @@ class NestedRun(Record):
         self.problem, self.settings, self.nested = problem, settings, nested
         space = problem.space
         check_nestable(space)
+        if self.composes and space.settings:
+            raise ConfigError(
+                f"{', '.join(space.settings)} cannot be searched where merges of merges are "
+                "merges of the experts: every stage would have a value of its own",
+                hint="leave it out of the operator's search, or merge all experts at once",
+            )
         self.tasks = Tasks.given(space.experts, problem.metrics, nested.tasks)
         for number, preference in enumerate(nested.preferences, start=1):
             self.tasks.check_preference(preference, number)

@@ -24,7 +24,9 @@ def prepared(kind: str) -> tuple[TaskVectors, LinearMerge]:
     vectors = TaskVectors.load(
         open_checkpoint(base), {name: open_checkpoint(e) for name, e in experts.items()}
     )
-    return vectors, TaskArithmetic().prepare(vectors)
+    linear = TaskArithmetic().prepare(vectors)
+    assert isinstance(linear, LinearMerge)
+    return vectors, linear
 
 
 def live_model(model: nn.Module, vectors: TaskVectors) -> LiveModel:

@@ -236,6 +236,7 @@ def test_directional_derivatives_are_those_of_the_merge(
 ) -> None:
     vectors = without_floors(example_vectors())
     linear = TaskArithmetic(blocks).prepare(vectors)
+    assert isinstance(linear, LinearMerge)
     if chunk is not None:
         linear = LinearMerge(vectors, linear._segments, linear._blocks, chunk=chunk)
     generator = torch.Generator().manual_seed(0)

@@ -19,6 +19,8 @@ from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group
 from map_bo.nested.tree import Path as NodePath
+from map_bo.operators.sparse import Ties
+from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from tests.nested.electing import Counted, by_hand, electing, models
@@ -323,3 +325,48 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(StoreError, match="No space left on device") as caught:
         Models(tmp_path, 0).keep("a", {"weight": torch.ones(3)})
     assert "resume" in str(caught.value.hint)
+
+
+def test_searched_settings_are_each_nodes_own() -> None:
+    def problem() -> Any:
+        return electing(operator=Ties(search=["density"]))
+
+    store = MemoryStore()
+    result = run(store, problem=problem())
+    assert result.space.settings == ("density",)
+    assert result.space.resting == (0.2,)
+    result.space.check(result.seen.X)
+    assert result.seen.X[0, -1] == 0.2
+    for node in result.nodes:
+        for handed in node.handed:
+            assert 0.05 <= handed["density"] <= 1.0
+            assert any(abs(v) > 1e-3 for name, v in handed.items() if name != "density")
+    half = MemoryStore()
+    events = list(store.read())
+    with pytest.raises(CrashError):
+        run(CrashingStore(half, len(events) - 4), problem=problem())
+    assert outcome(run(half, problem=problem())) == outcome(result)
+
+
+@pytest.mark.parametrize("order", ["score", "conflict"])
+def test_orders_measure_with_the_settings_at_rest(order: str) -> None:
+    problem = electing(operator=Ties(search={"density": (0.3, 0.9)}, density=0.5))
+    how = Nested(stages=2, points=1, order=order)  # type: ignore[arg-type]
+    result = nested_run(problem, quick(60), how, MemoryStore()).drive()
+    result.space.check(result.seen.X)
+    assert result.space.resting == (0.5,)
+
+
+def test_settings_are_not_searched_where_merges_compose() -> None:
+    box = CoefficientSpace.box(("a", "b", "c", "d"))
+    space = CoefficientSpace(
+        (*box.names, "density"),
+        (*box.lower, 0.1),
+        (*box.upper, 0.9),
+        owner=(*box.owner, -1),
+        experts=box.experts,
+        resting=(0.2,),
+    )
+    with pytest.raises(ConfigError, match="density cannot be searched") as caught:
+        nested_run(Hills(box=space), quick(30), Nested(), MemoryStore())
+    assert "leave it out" in str(caught.value.hint)

@@ -1,0 +1,45 @@
+"""The operators as they are configured in ``conf/operator``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from map_bo.operators.searchable import SearchableOperator
+
+FOLDER = Path(__file__).parents[2] / "conf" / "operator"
+SEARCHABLE = {
+    path.stem: config
+    for path in sorted(FOLDER.glob("*.yaml"))
+    if "search" in (config := OmegaConf.load(path))
+}
+
+
+def built(config: Any, **changes: Any) -> SearchableOperator:
+    OmegaConf.set_struct(config, True)  # as on the command line
+    merged = OmegaConf.merge(config, changes)
+    operator: SearchableOperator = instantiate(merged, _convert_="all")
+    return operator
+
+
+def test_there_are_some() -> None:
+    assert {"ties", "dare", "della", "breadcrumbs", "magnitude", "consensus"} <= set(SEARCHABLE)
+
+
+@pytest.mark.parametrize("name", SEARCHABLE)
+def test_settings_are_searched_by_name_or_within_bounds(name: str) -> None:
+    config = SEARCHABLE[name]
+    plain = built(config)
+    assert plain == type(plain)(**plain_settings(plain))
+    for setting, bounds in plain.searchable.items():
+        assert built(config, search=[setting]).search == {setting: bounds}
+        assert built(config, search=setting).search == {setting: bounds}
+        assert built(config, search={setting: [0.1, 0.2]}).search == {setting: (0.1, 0.2)}
+
+
+def plain_settings(operator: SearchableOperator) -> dict[str, Any]:
+    return {key: value for key, value in operator.describe().items() if key != "name"}
