@@ -18,6 +18,7 @@ from map_bo.merging.arena import arena
 from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
 from map_bo.operators.election import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
+from map_bo.operators.quantiles import band_counts
 from map_bo.operators.searchable import SearchableOperator, one_of, share
 from map_bo.operators.sparsifiers import (
     Band,
@@ -28,7 +29,13 @@ from map_bo.operators.sparsifiers import (
     element_keys,
     ranked,
 )
-from map_bo.operators.thresholds import TRIMS, Thresholds, sketches, thresholds
+from map_bo.operators.thresholds import (
+    TRIMS,
+    Thresholds,
+    ranked_thresholds,
+    sketches,
+    thresholds,
+)
 
 __all__ = ["Breadcrumbs", "Dare", "Della", "Magnitude", "SparseOperator", "Ties"]
 
@@ -170,7 +177,8 @@ class Breadcrumbs(SparseOperator):
 
     Attributes:
         density: Share of the numbers that stay.
-        gamma: Share of the largest numbers that go. Where ``density + gamma > 1`` fewer go.
+        gamma: Share of the largest numbers that go, rounded down to whole numbers. Where
+            ``density + gamma > 1`` fewer go.
         trim: ``"tensor"`` (the paper's layers) or ``"global"``.
     """
 
@@ -198,12 +206,16 @@ class Breadcrumbs(SparseOperator):
             def limits(density: float) -> Thresholds:
                 return tuple(tuple(s.threshold(density) for s in row) for row in found)
 
-            return Band.of(self.density, self.gamma, limits, searched=True)
-        return Band.of(
+            return Band.found(self.density, self.gamma, limits)
+        return Band.below(
             self.density,
             self.gamma,
-            lambda density: thresholds(deltas, density, self.trim),
-            searched=False,
+            ranked_thresholds(
+                deltas, lambda total: sum(band_counts(self.density, self.gamma, total)), self.trim
+            ),
+            ranked_thresholds(
+                deltas, lambda total: band_counts(self.density, self.gamma, total)[0], self.trim
+            ),
         )
 
 
