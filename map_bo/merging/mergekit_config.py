@@ -22,6 +22,7 @@ _ROUNDING = 1 + 1e-12
 
 _EXACT_SHARE = "mergekit keeps exactly its share; map_bo all numbers that equal the threshold."
 _SKETCHED = "The share was searched: map_bo kept it to within the error of a sketch."
+_ROUNDED = "mergekit rounds the two shares down apart: of some tensors it keeps one number fewer."
 _CHORD = (
     "Of tensors with a cosine above 0.9995 mergekit takes the chord and map_bo the arc; they "
     "differ by at most 1.3e-4 of the weights."
@@ -215,6 +216,11 @@ def _sparse(merge: _Merge) -> MergekitConfig:
         raise NotExpressible(
             f"mergekit keeps nothing of small tensors such as {none[0]!r} at this density"
         )
+    gone = min(gamma, 1 - density)
+    whole = all(
+        _kept(density + gone, n) - _kept(gone, n) == _kept(density, n) for n in sizes.values()
+    )
+    notes = notes if whole else (*notes, _ROUNDED)
     method = "breadcrumbs_ties" if elect else "breadcrumbs"
     return merge.config(method, columns, {**parameters, "gamma": _share(gamma, sizes)}, *notes)
 
@@ -258,13 +264,17 @@ def _rows(merge: _Merge) -> list[tuple[float, ...]]:
     return [c for c in merge.table.values() if c]
 
 
+def _kept(share: float, total: int) -> int:
+    return min(int(share * total * _ROUNDING), total)
+
+
 def _share(share: float, sizes: Mapping[str, int]) -> float:
     """Return a share whose products with the sizes, rounded down, are those of exact numbers.
 
     In floating point .29 * 100 is a little less than 29, and mergekit rounds it down to 28.
     """
-    above = share * _ROUNDING
-    return above if any(int(share * n) != int(above * n) for n in sizes.values()) else share
+    exact = all(int(share * n) == _kept(share, n) for n in sizes.values())
+    return share if exact else share * _ROUNDING
 
 
 _METHODS: dict[str, Callable[[_Merge], MergekitConfig]] = {

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MagnitudeSketch", "band_counts", "kept_count", "largest_magnitude"]
+__all__ = ["MagnitudeSketch", "kept_count", "largest_magnitude"]
 
 _SHIFT = 14  # 8 bits of exponent and 9 of mantissa: bins are 0.2 % wide
 _BINS = 1 << (31 - _SHIFT)
@@ -28,22 +28,8 @@ def kept_count(density: float, total: int) -> int:
     """
     if density <= 0 or total == 0:
         return 0
-    return min(max(1, _floor(density, total)), total)
-
-
-def band_counts(density: float, gamma: float, total: int) -> tuple[int, int]:
-    """Return how many of ``total`` numbers a band leaves out above, and how many it keeps.
-
-    ``floor(gamma total)`` go, but no more than the density leaves: where a tensor is so small that
-    this is none, none of its numbers is an outlier.
-    """
-    kept = kept_count(density, total)
-    return min(_floor(gamma, total), total - kept), kept
-
-
-def _floor(share: float, total: int) -> int:
     # A product such as .29 * 100 may come out just below a whole number.
-    return int(share * total * (1 + 1e-12))
+    return min(max(1, int(density * total * (1 + 1e-12))), total)
 
 
 def magnitude_bins(values: Tensor) -> Tensor:

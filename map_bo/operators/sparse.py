@@ -18,7 +18,6 @@ from map_bo.merging.arena import arena
 from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
 from map_bo.operators.election import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
-from map_bo.operators.quantiles import band_counts
 from map_bo.operators.searchable import SearchableOperator, one_of, share
 from map_bo.operators.sparsifiers import (
     Band,
@@ -29,13 +28,7 @@ from map_bo.operators.sparsifiers import (
     element_keys,
     ranked,
 )
-from map_bo.operators.thresholds import (
-    TRIMS,
-    Thresholds,
-    ranked_thresholds,
-    sketches,
-    thresholds,
-)
+from map_bo.operators.thresholds import TRIMS, Thresholds, sketches, thresholds
 
 __all__ = ["Breadcrumbs", "Dare", "Della", "Magnitude", "SparseOperator", "Ties"]
 
@@ -177,8 +170,7 @@ class Breadcrumbs(SparseOperator):
 
     Attributes:
         density: Share of the numbers that stay.
-        gamma: Share of the largest numbers that go, rounded down to whole numbers. Where
-            ``density + gamma > 1`` fewer go.
+        gamma: Share of the largest numbers that go. Where ``density + gamma > 1`` fewer go.
         trim: ``"tensor"`` (the paper's layers) or ``"global"``.
     """
 
@@ -206,16 +198,12 @@ class Breadcrumbs(SparseOperator):
             def limits(density: float) -> Thresholds:
                 return tuple(tuple(s.threshold(density) for s in row) for row in found)
 
-            return Band.found(self.density, self.gamma, limits)
-        return Band.below(
+            return Band.of(self.density, self.gamma, limits, searched=True)
+        return Band.of(
             self.density,
             self.gamma,
-            ranked_thresholds(
-                deltas, lambda total: sum(band_counts(self.density, self.gamma, total)), self.trim
-            ),
-            ranked_thresholds(
-                deltas, lambda total: band_counts(self.density, self.gamma, total)[0], self.trim
-            ),
+            lambda density: thresholds(deltas, density, self.trim),
+            searched=False,
         )
 
 

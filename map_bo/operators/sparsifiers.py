@@ -123,30 +123,20 @@ class Band:
     find: Limits | None
 
     @classmethod
-    def below(
-        cls,
-        density: float,
-        gamma: float,
-        low: Thresholds,
-        outliers: Thresholds,
-        find: Limits | None = None,
-    ) -> Band:
-        """Make a band that ends below the smallest of the outliers."""
-        high = tuple(tuple(_below(v) for v in row) for row in outliers)
-        return cls(density, gamma, low, high, find)
-
-    @classmethod
-    def found(cls, density: float, gamma: float, find: Limits) -> Band:
-        """Make a band whose thresholds are looked up, and can be again for other shares."""
+    def of(cls, density: float, gamma: float, find: Limits, *, searched: bool) -> Band:
+        """Find both thresholds."""
         top = min(gamma, 1 - density)
-        return cls.below(density, gamma, find(density + top), find(top), find)
+        low = find(density + top)
+        # What is at least the top's threshold goes, so the next smaller number is the highest.
+        high = tuple(tuple(_below(v) for v in row) for row in find(top))
+        return cls(density, gamma, low, high, find if searched else None)
 
     def at(self, settings: Mapping[str, float]) -> Sparsifier:
         """See `Sparsifier`."""
         if self.find is None:
             return self
-        density, gamma = settings.get("density", self.density), settings.get("gamma", self.gamma)
-        return Band.found(density, gamma, self.find)
+        density = settings.get("density", self.density)
+        return Band.of(density, settings.get("gamma", self.gamma), self.find, searched=True)
 
     def unit(self, slot: int) -> int:
         """See `Sparsifier`."""

@@ -17,7 +17,7 @@ from map_bo.operators.quantiles import (
     magnitude_bins,
 )
 
-__all__ = ["TRIMS", "Thresholds", "ranked_thresholds", "sketches", "thresholds"]
+__all__ = ["TRIMS", "Thresholds", "sketches", "thresholds"]
 
 TRIMS = ("global", "tensor")
 _PIECE = 1 << 20
@@ -38,35 +38,24 @@ def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
         trim: ``"global"`` ranks all numbers of a task vector together, ``"tensor"`` those of each
             tensor apart.
     """
-    if density >= 1:
-        return ((0.0,) * len(deltas.experts),) * len(deltas.layout.slots)
-    return ranked_thresholds(deltas, lambda total: kept_count(density, total), trim)
-
-
-def ranked_thresholds(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
-    """Return the magnitudes of a rank, exactly; see `thresholds`.
-
-    Args:
-        deltas: The task vectors; read twice.
-        rank: How many numbers there are -> which is meant, 1 being the largest; 0 gives infinity.
-        trim: Whether numbers are ranked over a task vector or within each tensor.
-    """
     experts, slots = len(deltas.experts), deltas.layout.slots
+    if density >= 1:
+        return ((0.0,) * experts,) * len(slots)
     if trim == "global":
         counts = _counted(deltas, range(len(slots)))
-        wanted = rank(int(counts[0].sum()))
+        kept = kept_count(density, int(counts[0].sum()))
         found = tuple(
-            largest_magnitude(_row_pieces(deltas, range(len(slots)), n), counts[n], wanted)
+            largest_magnitude(_row_pieces(deltas, range(len(slots)), n), counts[n], kept)
             for n in range(experts)
         )
         return (found,) * len(slots)
     result: list[tuple[float, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        wanted = rank(slots[slot].numel)
+        kept = kept_count(density, slots[slot].numel)
         counts = _counted(deltas, [slot], threads=1)
         result[slot] = tuple(
-            largest_magnitude(_row_pieces(deltas, [slot], n), counts[n], wanted)
+            largest_magnitude(_row_pieces(deltas, [slot], n), counts[n], kept)
             for n in range(experts)
         )
 
@@ -118,8 +107,6 @@ def _counted(deltas: Deltas, slots: range | list[int], *, threads: int | None = 
     if deltas.device.type != "cpu":
         threads = 1
     spread(count, _pieces(deltas, slots), lambda: None, threads=threads)
-    if not total:  # tensors without numbers
-        return magnitude_bins(torch.empty(0)).expand(len(deltas.experts), -1)
     return total[0].cpu()
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.operators import from_mergekit
 from map_bo.operators.averages import Slerp, WeightedAverage, spherical_mean
 from map_bo.operators.election import elected_sum, weighted_sum
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
@@ -190,12 +191,15 @@ class TestElections:
         right = theirs("breadcrumbs", MODELS, weight=[0.5, 1.2, 0.3], density=0.25, gamma=0.0)
         assert_same(left, right)
 
-    def test_breadcrumbs_in_a_tensor_of_few_numbers(self) -> None:
+    def test_a_share_of_less_than_one_number(self) -> None:
         models = {"base": {"w": torch.zeros(3)}, "e0": {"w": torch.tensor([1.0, 3.0, 2.0])}}
-        assert ours(Breadcrumbs(density=0.2), models, [1.0])["w"].tolist() == [0.0, 3.0, 0.0]
-        # mergekit rounds the share down to none.
-        right = theirs("breadcrumbs", models, weight=1.0, density=0.2, gamma=0.007)["w"]
+        left = ours(Breadcrumbs(density=0.2, gamma=0.0), models, [1.0])["w"]
+        assert left.tolist() == [0.0, 3.0, 0.0]
+        # mergekit rounds it down to none here, and up to one for TIES.
+        right = theirs("breadcrumbs", models, weight=1.0, density=0.2, gamma=0.0)["w"]
         assert right.tolist() == [0.0, 0.0, 0.0]
+        right = theirs("ties", models, weight=1.0, density=0.2)["w"]
+        assert right.tolist() == [0.0, 3.0, 0.0]
 
 
 class TestChance:
@@ -334,3 +338,43 @@ def test_the_experts_are_fit_for_exact_comparison() -> None:
     for slot in vectors.layout.slots:
         for row in slot.of(vectors.rows[1]), slot.of(vectors.rows[2]):
             assert len(set(row.abs().flatten().tolist())) == row.numel()
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "parameters"),
+    [
+        ("linear", [0.2, 0.5, 0.7], {}),
+        ("task_arithmetic", [0.2, -0.5, 0.7], {"lambda": 0.5}),
+        ("task_arithmetic", [0.2, 0.5, 0.7], {"normalize": True}),
+        ("ties", [0.2, 0.5, 0.7], {"density": 0.25}),
+        ("ties", [0.2, 0.5, 0.7], {"density": 0.25, "normalize": False, "lambda": 0.8}),
+        ("breadcrumbs", [0.2, 0.5, 0.7], {"density": 0.5, "gamma": 0.05}),
+        ("breadcrumbs", [0.2, 0.5, 0.7], {"density": 0.5, "gamma": 0.05, "normalize": True}),
+        ("breadcrumbs_ties", [0.2, 0.5, 0.7], {"density": 0.5, "gamma": 0.05}),
+        ("nuslerp", [0.2, 0.6], {}),
+        ("nuslerp", [0.0, 0.0], {}),
+        ("multislerp", [0.3, 0.3], {}),
+        ("dare_ties", [0.2, 0.5, 0.7], {}),
+        ("della", [0.2, 0.5, 0.7], {"lambda": 1.5}),
+        ("della_linear", [0.2, 0.5, 0.7], {"normalize": True}),
+    ],
+)
+def test_a_recipe_is_read_as_mergekit_reads_it(
+    method: str, weights: list[float], parameters: dict[str, Any]
+) -> None:
+    chosen = without(MODELS, "e2") if len(weights) == 2 else MODELS
+    sources = [f"org/e{i}" for i in range(len(weights))]
+    read = from_mergekit(
+        {
+            "merge_method": method,
+            **({} if method == "linear" else {"base_model": "org/base"}),
+            "models": [
+                {"model": source, "parameters": {"weight": weight}}
+                for source, weight in zip(sources, weights, strict=True)
+            ],
+            "parameters": parameters,
+        }
+    )
+    left = ours(read.operator, chosen, list(read.coefficients.values()))
+    models, base = (without(chosen, "base"), None) if method == "linear" else (chosen, "base")
+    assert_same(left, theirs(method, models, base=base, weight=weights, **parameters))
