@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -126,6 +126,14 @@ class CoefficientSpace:
                 "have a resting value",
                 hint="give one resting value for each setting of the operator",
             )
+        settings = [i for i, owner in enumerate(self.owner) if owner < 0]
+        for i, rest in zip(settings, self.resting, strict=True):
+            if not self.lower[i] <= rest <= self.upper[i]:
+                raise SpaceError(
+                    f"the resting value {rest} of {self.names[i]} is not in "
+                    f"[{self.lower[i]}, {self.upper[i]}]",
+                    hint="anchors are measured with it, so it must be within the bounds",
+                )
         put(self, "importance", tuple(float(size) for size in self.importance))
         if self.importance and (
             len(self.importance) != d or not all(0 < s < float("inf") for s in self.importance)
@@ -174,16 +182,25 @@ class CoefficientSpace:
         parts = len(blocks) or 1
         names = tuple(f"{e}/{b}" for e in experts for b in blocks) if blocks else experts
         owner = tuple(i for i in range(len(experts)) for _ in range(parts))
-        constraints: list[LinearConstraint] = []
-        if simplex or sum_at_most is not None:
-            bound = 1.0 if simplex else float(sum_at_most or 0.0)
-            for part in range(parts):
-                weights = tuple(float(i % parts == part) for i in range(len(names)))
-                constraints.append(LinearConstraint(weights, bound, equality=simplex))
         d = len(names)
-        return cls(
-            names, (lower,) * d, (upper,) * d, tuple(constraints), owner=owner, experts=experts
+        box = cls(names, (lower,) * d, (upper,) * d, owner=owner, experts=experts)
+        if simplex:
+            return box.with_sum(1.0, equality=True)
+        return box if sum_at_most is None else box.with_sum(float(sum_at_most))
+
+    def with_sum(self, bound: float, *, equality: bool = False) -> CoefficientSpace:
+        """Return the space with a bound on the sum over the experts, within each block.
+
+        Coefficients that belong to no expert count in no sum.
+        """
+        part = [
+            self.owner[:i].count(owner) if owner >= 0 else -1 for i, owner in enumerate(self.owner)
+        ]
+        sums = tuple(
+            LinearConstraint(tuple(float(p == block) for p in part), bound, equality)
+            for block in range(self.blocks)
         )
+        return replace(self, constraints=(*self.constraints, *sums))
 
     @property
     def d(self) -> int:

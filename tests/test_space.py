@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +14,16 @@ from torch import Tensor
 from map_bo.errors import SpaceError
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace, LinearConstraint
+
+SETTINGS = CoefficientSpace(
+    ("a/x", "a/y", "b/x", "b/y", "density", "scale"),
+    (0.0,) * 4 + (0.05, 0.5),
+    (1.0,) * 4 + (0.9, 2.0),
+    (LinearConstraint((1.0, 0.0, 1.0, 0.0, 0.0, 0.0), 1.5),),
+    owner=(0, 0, 1, 1, -1, -1),
+    experts=("a", "b"),
+    resting=(0.2, 1),
+)
 
 
 @pytest.mark.parametrize(
@@ -210,3 +221,78 @@ def test_stretching_moves_each_coefficient_by_its_relative_importance(
     assert float(Z.square().mean().sqrt()) == pytest.approx(1.0)
     other = weighed(tuple(unit * size for size in sizes)).stretched(power)
     torch.testing.assert_close(other.bounds, box.bounds, rtol=1e-9, atol=1e-9)
+
+
+def test_settings_belong_to_no_expert() -> None:
+    assert SETTINGS.settings == ("density", "scale")
+    assert SETTINGS.groups == (0, 0, 1, 1, 2, 3)
+    assert (SETTINGS.d, SETTINGS.blocks) == (6, 2)
+    assert SETTINGS.resting == (0.2, 1.0)
+    plain = CoefficientSpace.box(("a", "b"))
+    assert (plain.settings, plain.groups, plain.blocks) == ((), (0, 1), 1)
+    # Wherever they stand among the others.
+    mixed = CoefficientSpace(
+        ("s", "a", "t", "b"),
+        (0,) * 4,
+        (1,) * 4,
+        owner=(-1, 0, -1, 1),
+        experts=("a", "b"),
+        resting=(0, 1),
+    )
+    assert mixed.groups == (2, 0, 3, 1)
+    assert mixed.anchors().X.tolist() == [
+        [0, 0, 1, 0],
+        [0, 1, 1, 0],
+        [0, 0, 1, 1],
+        [0, 0.5, 1, 0.5],
+    ]
+
+
+def test_anchors_hold_the_settings_at_rest() -> None:
+    anchors = SETTINGS.anchors()
+    assert anchors.names == ("base", "a", "b", "uniform blend")
+    assert anchors.X[:, 4:].tolist() == [[0.2, 1.0]] * 4
+    assert anchors.X[3, :4].tolist() == [0.5] * 4
+    SETTINGS.check(anchors.X)
+
+
+def test_settings_survive_the_description_and_stay_out_of_others() -> None:
+    described = json.loads(json.dumps(SETTINGS.describe()))
+    assert CoefficientSpace.from_description(described) == SETTINGS
+    assert "resting" not in CoefficientSpace.box(("a",)).describe()
+    X = SETTINGS.sample(50, generator=make_generator(0))
+    SETTINGS.check(X)
+    assert torch.allclose(SETTINGS.unnormalise(SETTINGS.normalise(X)), X)
+
+
+@pytest.mark.parametrize(
+    ("owner", "resting", "message"),
+    [
+        ((0, -1), (), "1 coefficients belong to no expert, and 0 have a resting value"),
+        ((0, -1), (0.1, 0.2), "and 2 have"),
+        ((0, 0), (0.1,), "0 coefficients belong to no expert, and 1"),
+        ((0, -1), (2.0,), "resting value 2.0 of s is not in"),
+        ((0, -1), (float("nan"),), "resting value nan of s is not in"),
+        ((-1, -1), (0.1, 0.2), "owner"),
+        ((0, -2), (), "owner"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused(
+    owner: tuple[int, ...], resting: tuple[float, ...], message: str
+) -> None:
+    with pytest.raises(SpaceError, match=message):
+        CoefficientSpace(("a", "s"), (0, 0), (1, 1), owner=owner, experts=("a",), resting=resting)
+
+
+def test_a_bound_on_the_sum_leaves_settings_out() -> None:
+    free = replace(SETTINGS, constraints=())
+    bounded = free.with_sum(1.5)
+    assert [c.weights for c in bounded.constraints] == [
+        (1.0, 0.0, 1.0, 0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0, 1.0, 0.0, 0.0),
+    ]
+    assert bounded.with_sum(1.0, equality=True).constraints[-1].equality
+    box = CoefficientSpace.box(("a", "b"), blocks=("x", "y"))
+    assert box.with_sum(0.7) == CoefficientSpace.box(("a", "b"), blocks=("x", "y"), sum_at_most=0.7)
+    with pytest.raises(SpaceError, match="no point of the box"):
+        free.with_sum(-1.0)

@@ -14,13 +14,16 @@ from map_bo.merging.messages import listed
 __all__ = ["Blocks", "balanced_blocks", "kind_blocks", "layer_blocks", "named_blocks"]
 
 _REST = "*"
+# Tried in this order: attention and embeddings have norms, a head has layers like any other, and
+# attention has embeddings of positions.
 _KINDS = (
-    ("embedding", r"embed|\bwte\b|\bwpe\b|position|patch|\bcls_token\b"),
     ("norm", r"norm|\bln_?\w*\b|\bbn\w*\b"),
+    ("head", r"\bhead\b|classifier|pooler|\bscore\b|output_projection"),
     ("attention", r"att(entio)?n|\b[qkvo]_?proj\b|\bqkv\b|\bquery\b|\bkey\b|\bvalue\b"),
-    ("mlp", r"mlp|ffn|feed_?forward|\bfc\w*\b|\bdense\b|intermediate|\bw[123]\b|proj"),
-    ("head", r"head|classifier|pooler|score|output_projection"),
+    ("embedding", r"embed|\bwte\b|\bwpe\b|position|patch|\bcls_token\b|^shared\b"),
+    ("mlp", r"mlp|ffn|feed_?forward|\bfc\w*\b|dense|experts|intermediate|\bw[123]\b|proj"),
 )
+_ORDER = ("embedding", "norm", "attention", "mlp", "head", "other")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,11 @@ class Blocks:
     def __post_init__(self) -> None:
         if self.patterns is None or isinstance(self.patterns, str):
             return
+        if not isinstance(self.patterns, Mapping):
+            raise MergeError(
+                f"blocks are given as a {type(self.patterns).__name__}",
+                hint="give {block name: regular expression on tensor names}",
+            )
         object.__setattr__(self, "patterns", dict(self.patterns))
         if not self.patterns:
             raise MergeError(
@@ -52,7 +60,7 @@ class Blocks:
                 continue
             try:
                 re.compile(pattern)
-            except re.error as error:
+            except (re.error, TypeError) as error:
                 raise MergeError(
                     f"the pattern {pattern!r} of block {block!r} is no regular expression: {error}",
                     hint="write a Python regular expression, or '*' for all other tensors",
@@ -132,7 +140,9 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
 
     A layer is what a number among the dotted parts of a name says (``model.layers.7.mlp.weight``
     is of layer 7); where a name holds several numbers the first counts. Models whose parts count
-    their layers apart (an encoder and a decoder) are told apart by what stands before the number.
+    their layers apart (an encoder and a decoder) are told apart by what stands before the number,
+    in the order of the names; a part with one number (``classifier.1.weight``) beside
+    others is no layer.
 
     Args:
         names: Names of the tensors to merge.
@@ -141,15 +151,19 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
     Raises:
         MergeError: When there are fewer layers than groups.
     """
-    layers: dict[tuple[str, int], list[str]] = {}
-    rest: list[str] = []
+    stacks: dict[str, dict[int, list[str]]] = {}
     for name in names:
         found = re.match(r"(.*?)(?:^|\.)(\d+)\.", name)
         if found:
-            layers.setdefault((found.group(1), int(found.group(2))), []).append(name)
-        else:
-            rest.append(name)
-    order = sorted(layers)
+            stacks.setdefault(found.group(1), {}).setdefault(int(found.group(2)), []).append(name)
+    order = [
+        members
+        for stack in stacks.values()
+        if len(stack) > 1 or len(stacks) == 1
+        for _, members in sorted(stack.items())
+    ]
+    layered = {name for members in order for name in members}
+    rest = [name for name in names if name not in layered]
     if not 1 <= groups <= len(order):
         raise MergeError(
             f"the model has {len(order)} numbered layers and {groups} blocks of them were asked "
@@ -160,7 +174,7 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
         )
     edges = [round(k * len(order) / groups) for k in range(groups + 1)]
     blocks = {
-        f"layers{k + 1}": [n for key in order[edges[k] : edges[k + 1]] for n in layers[key]]
+        f"layers{k + 1}": [n for members in order[edges[k] : edges[k + 1]] for n in members]
         for k in range(groups)
     }
     return named_blocks({**blocks, **({"rest": rest} if rest else {})})
@@ -176,8 +190,7 @@ def kind_blocks(names: Sequence[str]) -> dict[str, str]:
         text = name.lower().replace("_", ".") + "." + name.lower()
         kind = next((k for k, pattern in _KINDS if re.search(pattern, text)), "other")
         kinds.setdefault(kind, []).append(name)
-    order = [kind for kind, _ in _KINDS] + ["other"]
-    return named_blocks({kind: kinds[kind] for kind in order if kind in kinds})
+    return named_blocks({kind: kinds[kind] for kind in _ORDER if kind in kinds})
 
 
 def balanced_blocks(squares: Mapping[str, float], blocks: int) -> dict[str, str]:

@@ -8,6 +8,7 @@ linear merge costs.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -23,8 +24,10 @@ from map_bo.operators.searchable import SearchableOperator, one_of
 __all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]
 
 _PIECE = 1 << 18
-_STEPS, _CLOSE = 100, 1e-12
+_STEPS, _CLOSE = 100, 1e-11
 _PARALLEL = 1e-8  # the sine of an angle below which the chord is as good as the arc
+_CANCELLED = 1e-6  # the length of a mean of unit vectors, or the angle from opposite ones
+_REMEMBERED = 64  # coefficient vectors whose weights are kept
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,71 +99,81 @@ class _Sphere(SpanKernel):
         else:
             inner = grams[:, 1:, 1:]
         self._grams = inner
-        self._found: dict[int, tuple[list[float], Tensor]] = {}
+        self._lock = threading.Lock()
+        self._found: dict[tuple[float, ...], Tensor] = {}
 
     def weights(self, slot: int, c: Tensor) -> Tensor:
-        # Asked for each piece of a tensor, and the same for all of them.
-        asked = c.tolist()
-        before, found = self._found.get(slot, (None, c))
-        if before != asked:
-            found = self._weights(slot, c)
-            self._found[slot] = asked, found
-        return found
+        # Asked for each piece, and found for all tensors at once. There are as many different c
+        # at a time as there are blocks.
+        asked = tuple(c.tolist())
+        with self._lock:
+            if asked not in self._found:
+                while len(self._found) >= _REMEMBERED:
+                    self._found.pop(next(iter(self._found)))
+                self._found[asked] = self._weights(c)
+            return self._found[asked][slot]
 
-    def _weights(self, slot: int, c: Tensor) -> Tensor:
+    def _weights(self, c: Tensor) -> Tensor:
         total = c.sum()
-        mean = total * spherical_mean(self._grams[slot], c / total, self._norms)
+        mean = total * spherical_mean(self._grams, c / total, self._norms)
         # theta_0 + s (sum_n a_n theta_n - theta_0), where the a_n need not sum to 1.
-        base = 1 - total + mean.sum() if self._of == "weights" else total.new_ones(())
-        return torch.cat([base.view(1), mean])
+        base = 1 - total + mean.sum(-1) if self._of == "weights" else mean.new_ones(len(mean))
+        return torch.cat([base[:, None], mean], dim=1)
 
 
-def spherical_mean(gram: Tensor, w: Tensor, norms: str = "mean") -> Tensor:
+def spherical_mean(grams: Tensor, w: Tensor, norms: str = "mean") -> Tensor:
     """Return the weights of ``N`` vectors whose combination is their mean on the sphere.
 
     Args:
-        gram: ``N x N`` inner products of the vectors.
+        grams: ``... x N x N`` inner products of the vectors, float64.
         w: ``N`` weights, not negative, that sum to 1.
         norms: See `Slerp`.
 
     Returns:
-        ``N`` numbers. Where two vectors with weight are opposite, or one is zero, there is no
-        direction to turn into, and it is ``w`` itself: the average.
+        ``... x N`` numbers. Where two vectors with weight are opposite, one is zero, or they
+        cancel, there is no direction to turn into, and it is ``w`` itself: the average.
     """
-    lengths = gram.diagonal().clamp_min(0).sqrt()
     used = w > 0
-    if int(used.sum()) == 1 or bool((lengths[used] == 0).any()):
-        return w.clone()
-    cosines = (gram / torch.outer(lengths, lengths))[used][:, used].clamp(-1.0, 1.0)
-    share = w[used]
-    mean = share / _length(share, cosines)
-    if not bool(torch.isfinite(mean).all()):
-        return w.clone()
+    result = w.expand(grams.shape[:-1]).clone()
+    if int(used.sum()) == 1:
+        return result
+    share, part = w[used], grams[..., used, :][..., used]
+    lengths = part.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
+    cosines = part / (lengths.unsqueeze(-1) * lengths.unsqueeze(-2))
+    turned = (lengths > 0).all(-1)
+    cosines = torch.where(turned[..., None, None], cosines, 1.0).clamp(-1.0, 1.0)
+    size = _length(share.expand_as(lengths), cosines)
+    turned &= size.squeeze(-1) > _CANCELLED
+    mean = share / size.clamp_min(_CANCELLED)
+    moving = turned.clone()
     for _ in range(_STEPS):
-        angle_cosines = (cosines @ mean).clamp(-1.0, 1.0)
+        angle_cosines = (cosines @ mean.unsqueeze(-1)).squeeze(-1).clamp(-1.0, 1.0)
         angles = angle_cosines.acos()
+        turned &= (angles < math.pi - _CANCELLED).all(-1)
         sines = angles.sin()
-        if bool((angles > math.pi - 1e-6).any()):
-            return w.clone()
         stretch = torch.where(sines > _PARALLEL, angles / sines.clamp_min(_PARALLEL), 1.0)
         # Logarithms at the mean, averaged: sum_n w_n (u_n - cos_n mean) angle_n / sin_n.
         turn = share * stretch
-        tangent = turn - (turn @ angle_cosines) * mean
+        tangent = turn - (turn * angle_cosines).sum(-1, keepdim=True) * mean
         size = _length(tangent, cosines)
-        if float(size) < _CLOSE:
+        moving &= turned & (size.squeeze(-1) > _CLOSE)
+        if not bool(moving.any()):
             break
-        mean = size.cos() * mean + (size.sin() / size) * tangent
-        mean = mean / _length(mean, cosines)
-    result = torch.zeros_like(w)
-    if norms == "own":
-        result[used] = mean
-        return result
-    result[used] = mean * (share @ lengths[used]) / lengths[used]
+        moved = size.cos() * mean + torch.sinc(size / math.pi) * tangent
+        moved = moved / _length(moved, cosines).clamp_min(_CANCELLED)
+        mean = torch.where(moving.unsqueeze(-1), moved, mean)
+    if norms == "mean":
+        mean = mean * (lengths @ share).unsqueeze(-1) / lengths
+    turned &= torch.isfinite(mean).all(-1)
+    mean = torch.where(turned.unsqueeze(-1), mean, share)
+    result[..., used] = mean
     return result
 
 
 def _length(weights: Tensor, cosines: Tensor) -> Tensor:
-    return (weights @ cosines @ weights).clamp_min(0).sqrt()
+    """Return the lengths ``... x 1`` of combinations of unit vectors."""
+    square = weights.unsqueeze(-2) @ cosines @ weights.unsqueeze(-1)
+    return square.squeeze(-1).clamp_min(0).sqrt()
 
 
 def products(deltas: Deltas) -> Tensor:

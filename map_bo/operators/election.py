@@ -77,6 +77,8 @@ def elected_sum(
     # [sign t = s] = (|sign t| + s sign t) / 2, summed with the weights to divide by.
     by = c if normalisation == "weights" else ones
     toward = by * c.sign() if weighted else by
+    if weighted:
+        by = by * c.sign().abs()  # c t is zero where c is, and agrees with nobody
     torch.sign(rows, out=spare)
     torch.mv(spare.t(), toward, out=part)
     side.mul_(part)

@@ -20,9 +20,9 @@ from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.vocabulary import VocabularyRule
 from map_bo.problems.merged import MergedModelProblem
-from map_bo.space import CoefficientSpace
 
 __all__ = ["imported_problem", "named"]
 
@@ -98,14 +98,14 @@ def imported_problem(
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
-        if operator is not None and operator.describe().get("blocks"):
+        merging = TaskArithmetic() if operator is None else operator
+        if isinstance(getattr(merging, "blocks", None), str):
             raise ConfigError(
-                "sum_at_most and blocks were both given",
-                hint="bound the coefficients with lower and upper instead",
+                "sum_at_most and blocks in a word were both given",
+                hint="give the blocks as {block: regular expression on tensor names}, or bound "
+                "the coefficients with lower and upper instead",
             )
-        space = CoefficientSpace.box(
-            tuple(experts), lower=lower, upper=upper, sum_at_most=sum_at_most
-        )
+        space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
     opened: str | Checkpoint = base
     if model is None and not Path(base).expanduser().exists():
         opened = open_checkpoint(base)

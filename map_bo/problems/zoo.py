@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,6 @@ from map_bo.problems.zoo_data import (
 from map_bo.problems.zoo_statistics import digits_statistics
 from map_bo.problems.zoo_training import TRAINING_VERSION, Recipe, as_inputs, network
 from map_bo.rng import make_generator
-from map_bo.space import CoefficientSpace
 
 __all__ = ["TRANSFORM_NAMES", "DigitsProblem", "DigitsZoo", "cache_root", "digits_problem"]
 
@@ -290,12 +289,15 @@ def digits_problem(
         )
     space = None
     if sum_at_most is not None:
-        natural = (operator or TaskArithmetic()).space(zoo.names, lower=lower, upper=upper)
-        parts = tuple(str(part) for part in range(natural.d // len(zoo.names)))
-        bounded = CoefficientSpace.box(
-            zoo.names, blocks=parts, lower=lower, upper=upper, sum_at_most=sum_at_most
-        )
-        space = replace(natural, constraints=bounded.constraints)
+        merging = TaskArithmetic() if operator is None else operator
+        if isinstance(getattr(merging, "blocks", None), str):
+            raise DataError(
+                "sum_at_most and blocks in a word were both given",
+                hint="give the blocks as {block: regular expression on tensor names}, or bound "
+                "the coefficients with lower and upper instead",
+            )
+        natural = merging.space(zoo.names, lower=lower, upper=upper)
+        space = natural.with_sum(sum_at_most)
     return DigitsProblem(
         zoo,
         TEST_EXAMPLES if examples is None else examples,

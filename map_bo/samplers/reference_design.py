@@ -36,7 +36,7 @@ class ReferenceDesign:
     through the rest of the grid in the same random order, then with uniform points of the space.
 
     In a space with blocks a one-hot is an expert (1 in all its blocks) and ``N`` counts
-    coefficients.
+    coefficients. The grid of an operator's setting is over its bounds.
 
     Attributes:
         points: Size of the whole design; ``None`` is ``(N + 1) (N + 2)``, the published default.
@@ -75,12 +75,14 @@ class ReferenceDesign:
         return next(g for g in itertools.count(2) if g**d >= 2 * max(total - d, 1))
 
     def _points(self, space: CoefficientSpace, generator: Generator) -> Iterator[Tensor]:
-        anchors = space.anchors()
+        anchors, moving = space.anchors(), torch.tensor(space.owner) >= 0
         yield anchors.X[[self.anchors or kind == "expert" for kind in anchors.kinds]]
         for indices in _shuffled(self.levels(space.d), space.d, child(generator, "grid")):
             top = self.levels(space.d) - 1
-            keep = (indices.sum(-1) != top) & (indices != indices[:, :1]).any(-1)
+            weights = indices[:, moving]
+            keep = (weights.sum(-1) != top) & (weights != weights[:, :1]).any(-1)
             X = indices[keep].double() / top
+            X[:, ~moving] = space.unnormalise(X)[:, ~moving]
             yield X[space.contains(X)]
         yield from uniform_points(space, generator=generator)
 

@@ -29,6 +29,15 @@ SPACES = {
     "sum": CoefficientSpace.box(EXPERTS, sum_at_most=1.5),
     "simplex": CoefficientSpace.box(EXPERTS, simplex=True),
     "blocks": CoefficientSpace.box(EXPERTS[:2], blocks=("x", "y"), sum_at_most=1.5),
+    # Two experts and two settings of the operator, whose bounds have nothing to do with weights.
+    "settings": CoefficientSpace(
+        ("a", "b", "density", "scale"),
+        (0.0, 0.0, 0.05, 1.5),
+        (1.0, 1.0, 0.5, 4.0),
+        owner=(0, 1, -1, -1),
+        experts=("a", "b"),
+        resting=(0.2, 2.0),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from map_bo.errors import CheckpointError, ConfigError
 from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.operators.sparse import Ties
 from map_bo.problems.imported import imported_problem, named
 from map_bo.rng import make_generator
 from tests.merging.hub_server import cached
@@ -67,6 +68,12 @@ def test_a_problem_from_names(own: str) -> None:
     assert seen.Y[1, 0] > seen.Y[0, 0]
 
 
+def test_sums_are_bounded_in_every_block_and_leave_settings_free(own: str) -> None:
+    operator = Ties(blocks={"all": "*"}, search=["density", "scale"])
+    space = imported_problem(**settings(own, sum_at_most=1.0, operator=operator)).space
+    assert [c.weights for c in space.constraints] == [(1.0, 1.0, 0.0, 0.0)]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -75,8 +82,8 @@ def test_a_problem_from_names(own: str) -> None:
         ({"metrics": {"other": {}}}, "metrics without an evaluator: other"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
         (
-            {"sum_at_most": 1.0, "operator": TaskArithmetic({"all": "*"})},
-            "sum_at_most and blocks",
+            {"sum_at_most": 1.0, "operator": TaskArithmetic("kinds")},
+            "sum_at_most and blocks in a word",
         ),
     ],
 )

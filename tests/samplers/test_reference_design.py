@@ -12,7 +12,7 @@ from map_bo.rng import make_generator
 from map_bo.samplers.reference_design import ReferenceDesign
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
-from tests.contracts.sampler_contract import METRICS, SamplerContract, measured
+from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, measured
 
 
 def design(n: int, d: int, *, points: int | None = None, seed: int = 0, **box: float) -> Tensor:
@@ -96,3 +96,19 @@ def test_one_expert_leaves_nothing_of_the_grid() -> None:
 def test_a_design_of_no_points_is_refused() -> None:
     with pytest.raises(SamplerError, match="has 0 points"):
         ReferenceDesign(0)
+
+
+def test_settings_have_a_grid_over_their_bounds() -> None:
+    space = SPACES["settings"]
+    empty = measured(torch.zeros(0, space.d, dtype=torch.float64))
+    X = ReferenceDesign(points=30).propose(empty, space, 20, generator=make_generator(0))
+    assert X[:2].tolist() == [[1, 0, 0.2, 2.0], [0, 1, 0.2, 2.0]]
+    levels = ReferenceDesign(points=30).levels(4)
+    for column in range(4):
+        steps = space.normalise(X)[2:, column] * (levels - 1)
+        assert torch.allclose(steps, steps.round(), atol=1e-9)
+        assert len(torch.unique(X[2:, column])) == levels
+    # What is left out of the grid is said of the experts alone.
+    sums = X[2:, :2].sum(-1)
+    assert not bool((sums == 1).any())
+    assert not bool((X[2:, 0] == X[2:, 1]).any())

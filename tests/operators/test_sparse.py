@@ -1,0 +1,130 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from map_bo.merging.operator import MergeOperator
+from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
+from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.rng import make_generator
+from tests.contracts.operator_contract import OperatorContract
+from tests.operators.cases import flat_vectors, hard_vectors, merge
+
+BLOCKS = {"early": r"^first\.", "late": "*"}
+
+
+class TestSparse(OperatorContract):
+    storage_error = 5e-2
+
+    @pytest.fixture(
+        params=[
+            Ties(),
+            Ties(search=["density", "scale"], blocks=BLOCKS),
+            Ties(trim="tensor", election="weighted_mass", normalisation="weights"),
+            Magnitude(trim="tensor", density=0.3),
+            Breadcrumbs(search=["density", "gamma"], trim="global", joining="elect"),
+            Dare(),
+            Della(joining="sum", search=["drop_rate", "epsilon", "scale"]),
+        ],
+        ids=lambda operator: f"{operator.name}-{'-'.join(operator.search)}",
+    )
+    def operator(self, request: pytest.FixtureRequest) -> MergeOperator:
+        made: MergeOperator = request.param
+        return made
+
+
+def dense_trim(delta: Tensor, density: float) -> Tensor:
+    """Keep the largest share of a whole vector, by sorting."""
+    count = max(1, int(density * delta.numel() + 1e-9))
+    limit = delta.abs().sort(descending=True).values[count - 1]
+    return torch.where(delta.abs() >= limit, delta, 0.0)
+
+
+def test_ties_is_the_papers() -> None:
+    base, deltas = flat(experts=4)
+    rows = torch.stack([dense_trim(delta, 0.2) for delta in deltas])
+    elected = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
+    agree = (rows.sign() == elected) & (rows != 0)
+    merged = (rows * agree).sum(0) / agree.sum(0).clamp_min(1)
+    found = merge(Ties(), flat_vectors(base, deltas), [0.7] * 4)
+    assert torch.allclose(found, base + 0.7 * merged, atol=1e-6)
+
+
+@pytest.mark.parametrize("joining", ["sum", "elect"])
+def test_dare_given_the_mask(joining: str) -> None:
+    base, deltas = flat()
+    vectors = flat_vectors(base, deltas)
+    operator = Dare(drop_rate=0.25, joining=joining, seed=3)
+    c = torch.tensor([0.5, -0.2, 1.0])
+    rows = torch.zeros_like(deltas)
+    for n, row in enumerate(rows):
+        key = element_key(3, vectors.experts[n], "w")
+        mask = uniform_levels(key, 0, len(row)).int() + LEVELS // 2 >= LEVELS // 4
+        row.copy_(deltas[n] * mask / 0.75)
+    if joining == "sum":
+        merged = (c[:, None] * rows).sum(0)
+    else:
+        elected = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
+        agree = (rows.sign() == elected) & (rows != 0)
+        merged = (c[:, None] * rows * agree).sum(0) / agree.sum(0).clamp_min(1)
+    assert torch.allclose(merge(operator, vectors, c), base + merged, atol=1e-5)
+
+
+def test_breadcrumbs_are_between_the_percentiles() -> None:
+    base, deltas = flat(size=1000)
+    found = merge(Breadcrumbs(), flat_vectors(base, deltas), [1.0, 0.0, 0.0]) - base
+    sizes = deltas[0].abs().double()
+    low, high = (float(torch.quantile(sizes, q)) for q in (0.85, 0.993))
+    expected = torch.where((sizes >= low) & (sizes <= high), deltas[0], 0.0)
+    differ = (found - expected).abs() > 1e-5
+    assert int(differ.sum()) <= 2  # the percentiles lie between numbers
+    assert 141 <= int((found.abs() > 1e-6).sum()) <= 144
+
+
+def test_della_elects_among_what_magprune_left() -> None:
+    base, deltas = flat(experts=4, size=4000)
+    vectors = flat_vectors(base.view(40, 100), deltas)
+    sums = [
+        merge(Della(joining="sum", drop_rate=0.4, epsilon=0.2), vectors, torch.eye(4)[n]) - base
+        for n in range(4)
+    ]
+    rows = torch.where(torch.stack(sums).abs() > 1e-5, torch.stack(sums), 0.0)
+    assert 0.35 < float((rows == 0).float().mean()) < 0.45
+    elected = torch.where(rows.sum(0) >= 0, 1.0, -1.0)
+    agree = (rows.sign() == elected) & (rows != 0)
+    merged = rows.mul(agree).sum(0) / agree.sum(0).clamp_min(1)
+    found = merge(Della(drop_rate=0.4, epsilon=0.2), vectors, [1.0] * 4)
+    assert float(((found - base - merged).abs() > 1e-4).double().mean()) < 1e-3
+
+
+@pytest.mark.parametrize("trim", ["global", "tensor"])
+def test_densities_of_none_and_all(trim: str) -> None:
+    vectors = hard_vectors()
+    c = [0.5, -0.2, 1.0]
+    nothing = (Ties(density=0, trim=trim), Breadcrumbs(density=0, trim=trim))
+    everything = (Magnitude(density=1, trim=trim), Breadcrumbs(density=1, trim=trim))
+    for operator in nothing:
+        assert torch.equal(merge(operator, vectors, c), vectors.base)
+    whole = vectors.base + (torch.tensor(c)[:, None] * vectors.deltas).sum(0)
+    for whole_operator in everything:
+        assert torch.allclose(merge(whole_operator, vectors, c), whole, atol=1e-5)
+
+
+def test_searched_density_is_near_the_fixed_one() -> None:
+    vectors = hard_vectors(shapes={"w": (200, 100)}, zeros=0.0)
+    searched = Ties(search=["density"])
+    for density in (0.05, 0.3, 0.7, 1.0):
+        fixed = merge(Ties(density=density), vectors, [0.5, 0.2, 1.0])
+        found = merge(searched, vectors, [0.5, 0.2, 1.0, density])
+        # Numbers near the threshold, and those that equal it, may come out otherwise.
+        assert float((found != fixed).double().mean()) < 0.35
+    assert torch.equal(found, fixed)
+
+
+def flat(experts: int = 3, size: int = 320) -> tuple[Tensor, Tensor]:
+    generator = make_generator(7)
+    return (
+        torch.randn(size, generator=generator),
+        torch.randn(experts, size, generator=generator),
+    )
