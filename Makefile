@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-oldest lint types bench study clean
+.PHONY: demo test test-slow test-oldest test-mergekit lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -20,6 +20,11 @@ test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev,huggingface]"
 	.venv-oldest/bin/python -m pytest -n 2
+
+# What map_bo and mergekit both do, compared; these tests are skipped where mergekit is missing.
+test-mergekit: $(STAMP)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
+	$(BIN)/python -m pytest -m "not gpu and not data" tests/operators/test_against_mergekit.py tests/operators/test_mergekit_export.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

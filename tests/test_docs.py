@@ -7,11 +7,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor, nn
 
+from map_bo.app.main import main
 from map_bo.merging.adapter_checkpoint import adapter_checkpoint
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.streaming import merge_streamed
+from map_bo.rng import make_generator
 from tests.merging.peft_models import language_model, outputs, trained
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -54,3 +57,30 @@ def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert exact.error < 1e-6 < small.error  # type: ignore[attr-defined]
     assert (exact.rank, small.rank) == (4, 2)  # type: ignore[attr-defined]
     assert (tmp_path / "small-adapter" / "recipe.yaml").exists()
+
+
+@pytest.mark.slow
+def test_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = language_model("llama")
+    model.save_pretrained(tmp_path / "base")  # type: ignore[operator]
+    generator = make_generator(0)
+    for label in ("math", "code"):
+        expert = copy.deepcopy(model)
+        for parameter in expert.parameters():
+            parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator)
+        expert.save_pretrained(tmp_path / label)  # type: ignore[operator]
+    monkeypatch.chdir(tmp_path)
+    for code in examples("merging.md"):
+        exec(code, {})
+    merged = open_checkpoint(tmp_path / "merged")
+    assert set(merged.names) == set(open_checkpoint(tmp_path / "base").names)
+    assert main_status(["merge", "merged", "--out", "again"]) == 0
+    assert open_checkpoint(tmp_path / "again").digest() == merged.digest()
+
+
+def main_status(arguments: list[str]) -> int:
+    try:
+        main(arguments)
+    except SystemExit as error:
+        return int(error.code or 0)
+    return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from torch import Tensor
@@ -13,7 +14,11 @@ __all__ = ["Likeness"]
 # Measured on MLPs for digits: trained from its random start for 2000 steps at a learning rate of
 # .01, a model keeps a cosine of .34 with that start; two trainings from different starts have .02.
 _UNRELATED = 0.1
+_FAR = 0.5
 _ENOUGH = 1000  # numbers from which a cosine between unrelated weights is reliably below .1
+
+
+logger = logging.getLogger(__name__)
 
 
 class Likeness:
@@ -42,9 +47,11 @@ class Likeness:
         self._gap += gap
 
     def judge(self) -> None:
-        """Refuse an expert that does not look fine-tuned from the base.
+        """Refuse an expert that does not look fine-tuned from the base, and warn of a doubtful one.
 
         Below 1000 numbers, where chance could decide, and for a base of zeros nothing is refused.
+        A warning is logged where the expert is more than half the norm of the base away from it:
+        fine-tuning seldom moves a model that far.
 
         Raises:
             MergeError: When the cosine is below 0.1 and the difference longer than the base.
@@ -60,4 +67,12 @@ class Likeness:
                 "times the norm of the base",
                 hint="fine-tuning leaves the similarity near 1; give the base that the expert "
                 "was trained from, or pass check_base=False",
+            )
+        if reach > _FAR:
+            logger.warning(
+                "expert %r differs from the base by %.2f times the base's norm (cosine %.3f), "
+                "which is far for fine-tuning: is it of this base?",
+                self.label,
+                reach,
+                cosine,
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,12 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import is_variance
+from map_bo.merging.mergekit_config import NotExpressible as _NotExpressible
+from map_bo.merging.mergekit_config import Weights, expressed
 
 __all__ = [
     "RECIPE",
     "Weights",
-    "filters_for",
     "mergekit_text",
     "plain",
     "read_recipe",
@@ -31,9 +32,6 @@ __all__ = [
 
 RECIPE = "recipe.yaml"
 _FORMAT = 1
-
-Weights = Callable[[str], Mapping[str, float]]
-"""Tensor name -> weight of each expert's task vector for that tensor."""
 
 
 def plain(value: object, where: str = "record") -> Any:
@@ -142,10 +140,6 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     return content
 
 
-class _NotExpressible(Exception):
-    """Why a merge cannot be written as a mergekit configuration."""
-
-
 def mergekit_text(
     *,
     base: Checkpoint,
@@ -157,9 +151,9 @@ def mergekit_text(
 ) -> str:
     """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
 
-    mergekit's ``task_arithmetic`` computes ``base + lambda * sum_n w_n (expert_n - base)``,
-    divided by the sum of the weights unless ``normalize`` is false. It works in ``dtype``, so
-    that is float32 (float64 for float64 weights) and the base's dtype goes to ``out_dtype``.
+    mergekit works in ``dtype``, so that is float32 (float64 for float64 weights) and the base's
+    dtype goes to ``out_dtype``. Where its definition can give another number the text has a
+    comment.
 
     Weights that differ between tensors are written with mergekit's filters. A filter there is a
     substring of a tensor's name and the first match counts, so a filter per tensor, longest name
@@ -169,7 +163,7 @@ def mergekit_text(
     Where mergekit cannot express the merge, the text is a comment that says why.
     """
     try:
-        content = _mergekit(base, experts, operator, coefficients, weights)
+        content, notes = _mergekit(base, experts, operator, coefficients, weights)
     except _NotExpressible as reason:
         return f"# No mergekit configuration gives this merge: {reason}.\n"
     head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
@@ -177,6 +171,7 @@ def mergekit_text(
         head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
     elif any(is_variance(name) for name in base.names):
         head += "# mergekit does not keep running variances above the least of the models.\n"
+    head += "".join(f"# {note}\n" for note in notes)
     return head + _dump(content)
 
 
@@ -186,8 +181,8 @@ def _mergekit(
     operator: Mapping[str, Any],
     coefficients: Mapping[str, float],
     weights: Weights | None,
-) -> dict[str, Any]:
-    weight_of = _settings(base, experts, operator, coefficients, weights)
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    config = expressed(base, experts, operator, coefficients, weights)
     checkpoints = {"the base": base, **{f"expert {name!r}": e for name, e in experts.items()}}
     for label, checkpoint in checkpoints.items():
         if checkpoint.directory is None:
@@ -204,82 +199,21 @@ def _mergekit(
         kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in floats))
         raise _NotExpressible(f"the base mixes dtypes ({kinds}), and mergekit writes one")
     dtype = next(iter(floats), torch.float32)
-    return {
-        "merge_method": "task_arithmetic",
-        "base_model": _reference(base),
+    content = {
+        "merge_method": config.method,
+        **({} if config.base is None else {"base_model": _reference(config.base)}),
         "models": [
-            {"model": _reference(expert), "parameters": {"weight": weight_of[name]}}
-            for name, expert in experts.items()
+            {"model": _reference(model), **({"parameters": dict(own)} if own else {})}
+            for model, own in config.models
         ],
-        "parameters": {"normalize": False, "lambda": 1.0},
+        "parameters": dict(config.parameters),
         "dtype": "float64" if dtype == torch.float64 else "float32",
         "out_dtype": str(dtype).removeprefix("torch."),
     }
+    return content, config.notes
 
 
 def _reference(checkpoint: Checkpoint) -> Any:
     path = str(checkpoint.directory)
     # mergekit reads "a+b" as model and adapter, and "a@b" as model and revision.
     return {"model": {"path": path}} if re.search(r"[+@]", path) else path
-
-
-def _settings(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    operator: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    weights: Weights | None,
-) -> dict[str, Any]:
-    """Return mergekit's weight setting of every expert: a number, or a list with filters."""
-    if weights is None:
-        name = str(operator.get("name", operator.get("kind", ""))).lower()
-        if not re.fullmatch(r"task[ _-]?arithmetic", name):
-            raise _NotExpressible(f"the operator {name or 'without a name'} is not task arithmetic")
-        if set(coefficients) != set(experts):
-            raise _NotExpressible("the coefficients are not one for each expert")
-        return {expert: float(coefficients[expert]) for expert in experts}
-    names = [name for name in base.names if base.dtype(name).is_floating_point]
-    by_tensor = {name: weights(base.ties.get(name, name)) for name in names}
-    settings: dict[str, Any] = {}
-    for expert in experts:
-        wanted = {name: float(by_tensor[name].get(expert, 0.0)) for name in names}
-        if len(set(wanted.values())) <= 1:
-            settings[expert] = next(iter(wanted.values()), 0.0)
-        else:
-            settings[expert] = [
-                {"filter": text, "value": value} for text, value in filters_for(wanted)
-            ]
-    return settings
-
-
-def filters_for(wanted: Mapping[str, float]) -> list[tuple[str, float]]:
-    """Return filters, the first match counting, that give every tensor its wanted weight.
-
-    A dotted prefix such as ``transformer.h.1.`` stands for all its tensors where they agree;
-    the full name stands where they do not.
-    """
-    uniform: dict[str, bool] = {}
-    chosen: dict[str, float] = {}
-    for name, value in wanted.items():
-        parts = name.split(".")
-        for text in (".".join(parts[:k]) + "." for k in range(1, len(parts))):
-            if text not in uniform:
-                uniform[text] = len({v for other, v in wanted.items() if text in other}) == 1
-            if uniform[text]:
-                chosen[text] = value
-                break
-        else:
-            chosen[name] = value
-    short = _longest_first(chosen)
-    if all(_first_match(short, name) == value for name, value in wanted.items()):
-        return short
-    return _longest_first(wanted)
-
-
-def _longest_first(filters: Mapping[str, float]) -> list[tuple[str, float]]:
-    # A text that contains another is longer, hence earlier: the shorter cannot shadow it.
-    return sorted(filters.items(), key=lambda item: (-len(item[0]), item[0]))
-
-
-def _first_match(filters: Sequence[tuple[str, float]], name: str) -> float:
-    return next(value for text, value in filters if text in name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -58,6 +58,12 @@ class TaskArithmetic:
         return CoefficientSpace.box(
             experts, blocks=Blocks(self.blocks).names, lower=lower, upper=upper
         )
+
+    @overload
+    def prepare(self, deltas: TaskVectors) -> LinearMerge: ...
+
+    @overload
+    def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge: ...
 
     def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge:
         """Find the runs of neighbouring tensors that share a block.

@@ -68,10 +68,10 @@ class Slerp(SearchableOperator):
 
     Attributes:
         of: ``"deltas"``: what is turned are the task vectors (mergekit's ``nuslerp`` with a base
-            model); ``"weights"``: the experts' weights themselves (its ``slerp``).
-        norms: ``"mean"``: the result has the weighted mean of the norms (mergekit's
-            ``multislerp`` and ``karcher``); ``"own"``: each vector keeps its own, as where the
-            formula of SLERP is applied to vectors of different norms (its ``slerp``).
+            model); ``"weights"``: the experts' weights themselves (its ``slerp``, ``karcher``).
+        norms: ``"mean"``: the result has the weighted mean of the norms (as in mergekit's
+            ``karcher``); ``"own"``: each vector keeps its own, as where the formula of SLERP is
+            applied to vectors of different norms (its ``slerp`` and ``nuslerp``).
     """
 
     name: ClassVar[str] = "slerp"

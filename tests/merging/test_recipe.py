@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export import merge_streamed, read_recipe
-from map_bo.merging.recipe import filters_for, plain
+from map_bo.merging.mergekit_config import filters_for
+from map_bo.merging.recipe import plain
 from tests.merging.checkpoints import BASE, COEFFICIENTS, EXPERTS, export, merged, tensors_of
 
 
@@ -159,8 +160,8 @@ class TestMergekit:
     @pytest.mark.parametrize(
         ("changes", "why"),
         [
-            ({"operator": {"name": "ties"}}, "the operator ties is not task arithmetic"),
-            ({"operator": {}}, "the operator without a name is not"),
+            ({"operator": {"name": "new"}}, "mergekit has no method for the operator new"),
+            ({"operator": {}}, "no method for the operator without a name"),
             ({"coefficients": {"math": 1.0}}, "the coefficients are not one for each expert"),
             (
                 {"experts": {"math": BASE}, "coefficients": {"math": 1.0}},
