@@ -212,7 +212,8 @@ def _peer_seconds(case: Case, vectors: TaskVectors, out: Tensor) -> float | None
     took = time.perf_counter() - start
     if case.same:
         case.operator.prepare(vectors).write(c, out)
-        require_equal(f"mergekit's {case.peer}", vectors, out, merged)
+        # mergekit takes deltas of rounded experts: a few in a million cross the threshold.
+        require_equal(f"mergekit's {case.peer}", vectors, out, merged, tolerance=1e-3)
     return took
 
 

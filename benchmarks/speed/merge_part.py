@@ -20,6 +20,7 @@ __all__ = [
     "Options",
     "Outcome",
     "Seconds",
+    "Way",
     "dtype_name",
     "in_turns",
     "medians",
@@ -83,9 +84,9 @@ class Copy:
         self._target = torch.empty_like(self._source)
         self.nbytes = 2 * half * source.element_size()
 
-    def __call__(self, turn: int = 0) -> None:
-        """Copy once."""
-        self._target.copy_(self._source)
+    def __call__(self, turn: int = 0) -> Tensor:
+        """Copy once, and return the copy."""
+        return self._target.copy_(self._source)
 
 
 def timed(work: Callable[[int], Any], device: torch.device | str = "cpu") -> Way:

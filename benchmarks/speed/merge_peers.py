@@ -15,11 +15,14 @@ from map_bo.merging.task_vectors import TaskVectors
 __all__ = [
     "FUSION_BENCH",
     "MERGEKIT",
+    "Merge",
     "fusion_bench_merge",
     "installed",
     "loop_merge",
     "mergekit_merge",
+    "module_of",
     "require_equal",
+    "states_of",
 ]
 
 MERGEKIT, FUSION_BENCH = "mergekit", "fusion-bench"
@@ -87,7 +90,9 @@ def fusion_bench_merge(states: Mapping[str, Mapping[str, Tensor]]) -> Merge:
     """Return FusionBench's merge of modules in memory: all coefficients are the first one."""
     from fusion_bench.method import TaskArithmeticAlgorithm
 
-    pool = {("_pretrained_" if name == "base" else name): _module(s) for name, s in states.items()}
+    pool = {
+        ("_pretrained_" if name == "base" else name): module_of(s) for name, s in states.items()
+    }
 
     def merge(c: Tensor) -> Mapping[str, Tensor]:
         algorithm = TaskArithmeticAlgorithm(scaling_factor=float(c[0]), inplace=False)
@@ -97,7 +102,7 @@ def fusion_bench_merge(states: Mapping[str, Mapping[str, Tensor]]) -> Merge:
     return merge
 
 
-def _module(state: Mapping[str, Tensor]) -> nn.Module:
+def module_of(state: Mapping[str, Tensor]) -> nn.Module:
     """Return a module whose state dict is this one."""
     root = nn.Module()
     for name, tensor in state.items():
@@ -112,12 +117,25 @@ def _module(state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def require_equal(
-    name: str, vectors: TaskVectors, out: Tensor, other: Mapping[str, Tensor]
+    name: str,
+    vectors: TaskVectors,
+    out: Tensor,
+    other: Mapping[str, Tensor],
+    *,
+    tolerance: float | None = None,
 ) -> None:
-    """Stop when a way of merging does not compute the same model: its time would mean nothing."""
-    # The others round experts and every partial sum to the storage, so they are held to its
-    # precision.
-    tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
+    """Stop when a way of merging does not compute the same model: its time would mean nothing.
+
+    Args:
+        name: What to call the other way.
+        vectors: What was merged.
+        out: ``P`` merged by map_bo.
+        other: The same merged otherwise.
+        tolerance: Largest norm of a tensor's difference over that of the tensor; by default what
+            rounding experts and every partial sum to the storage allows for.
+    """
+    if tolerance is None:
+        tolerance = 1e-5 if out.dtype == torch.float32 else 2e-2
     for slot in vectors.layout.slots:
         ours, theirs = slot.of(out).float(), other[slot.name].float()
         if not float((ours - theirs).norm()) <= tolerance * float(ours.norm()):
