@@ -26,6 +26,11 @@ MODULES = {
     "step": "benchmarks.speed.step",
     "kill": "benchmarks.quality.kill",
 }
+# Tables that a module records beside its own.
+FURTHER = {
+    "merge": ("merge_operators", "merge_adapters", "merge_streaming", "merge_cuda"),
+}
+ARGUMENTS = {"merge": ("--peers",)}
 # Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
 STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
 
@@ -37,7 +42,8 @@ def filled(text: str, *, full: bool = False) -> str:
         text: That of README.md or of a document beside it.
         full: Whether to take the long form of a table, where there is one.
     """
-    for name in {**MODULES, **STUDY}:
+    recorded = [*MODULES, *STUDY, *(name for names in FURTHER.values() for name in names)]
+    for name in recorded:
         path = RESULTS / f"{name}.json"
         if not path.exists() or f"<!-- table:{name} -->" not in text:
             continue
@@ -63,6 +69,7 @@ def main() -> None:
             for name in options.only:
                 out = (Path(scratch) if options.smoke else RESULTS) / f"{name}.json"
                 command = [sys.executable, "-m", modules[name], "--out", str(out)]
+                command += ARGUMENTS.get(name, ())
                 print(f"== {name}", flush=True)
                 subprocess.run([*command, *(["--smoke"] if options.smoke else [])], check=True)
     if not options.smoke:
