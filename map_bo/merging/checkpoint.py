@@ -23,7 +23,14 @@ from map_bo.merging.sharded import ShardedReader
 from map_bo.merging.tensor_names import refuse_odd_names
 from map_bo.merging.weight_formats import open_file
 
-__all__ = ["Checkpoint", "CheckpointSource", "absolute_path", "adapter_file", "open_checkpoint"]
+__all__ = [
+    "Checkpoint",
+    "CheckpointSource",
+    "absolute_path",
+    "adapter_file",
+    "content_digest",
+    "open_checkpoint",
+]
 
 # In the order in which they are looked for: safetensors first, and a whole file before shards,
 # as transformers does.
@@ -176,18 +183,27 @@ class Checkpoint:
         version = self._reader.version()
         if self._digest is not None and version is not None and self._digest[0] == version:
             return self._digest[1]
-        total = hashlib.sha256()
-        for name in self._names:
-            if name in self._reader.ties:
-                continue
-            layout = self._reader.layouts[name]
-            dtype = str(layout.dtype).removeprefix("torch.")
-            total.update(json.dumps([name, dtype, list(layout.shape)]).encode() + b"\n")
-            count, step = layout.shape.numel(), _CHUNK // layout.dtype.itemsize
-            for start in range(0, count, step):
-                total.update(raw_bytes(self.read(name, start, min(start + step, count))))
-        self._digest = (version, total.hexdigest())
+        self._digest = (version, content_digest(self))
         return self._digest[1]
+
+
+def content_digest(checkpoint: Checkpoint) -> str:
+    """Return the SHA-256 of the tensors as they are read, which `Checkpoint.digest` describes.
+
+    Where a checkpoint presents other tensors than those of its source (an adapter merged into a
+    base, a vocabulary that was fitted), its own digest is that of the source; this is not.
+    """
+    total, ties = hashlib.sha256(), checkpoint.ties
+    for name in checkpoint.names:
+        if name in ties:
+            continue
+        layout = checkpoint.layout(name)
+        dtype = str(layout.dtype).removeprefix("torch.")
+        total.update(json.dumps([name, dtype, list(layout.shape)]).encode() + b"\n")
+        count, step = layout.shape.numel(), _CHUNK // layout.dtype.itemsize
+        for start in range(0, count, step):
+            total.update(raw_bytes(checkpoint.read(name, start, min(start + step, count))))
+    return total.hexdigest()
 
 
 CheckpointSource = nn.Module | Mapping[str, Tensor] | Checkpoint | str | Path

@@ -20,7 +20,7 @@ _ARCHITECTURE = "experts must be fine-tuned from this base, with the same archit
 
 
 class ExpertReader:
-    """One expert, read tensor by tensor beside the base.
+    """One expert, read piece by piece beside the base.
 
     Args:
         base: The base.
@@ -37,21 +37,28 @@ class ExpertReader:
         self.expert = expert
         self.own = _matched(base, expert, label, layout)
         self.moved = False
-        self._likeness = Likeness(label)
+        self.likeness = Likeness(label)
         require_tied(expert, {a: self.own[c] for a, c in layout.ties.items()}, f"expert {label!r}")
 
-    def load(self, name: str) -> Tensor:
-        """Return the expert's tensor of a canonical name; it is finite."""
-        return finite(self.expert.load(self.own[name]), name, f"expert {self.label!r}")
+    def read(self, name: str, start: int, stop: int) -> Tensor:
+        """Return a piece of the expert's tensor of a canonical name (1-D); it is finite."""
+        piece = self.expert.read(self.own[name], start, stop)
+        return finite(piece, name, f"expert {self.label!r}")
 
-    def compare(self, pre: Tensor, tuned: Tensor) -> Tensor:
-        """Return the delta, and gather what `judge` needs."""
+    def compare(self, pre: Tensor, tuned: Tensor, *, matrix: bool) -> Tensor:
+        """Return the delta of a piece, and gather what `judge` needs.
+
+        Args:
+            pre: The base's piece, 1-D.
+            tuned: The expert's.
+            matrix: Whether the tensor has two or more dimensions: only those tell a base.
+        """
         wide = torch.float64 if torch.float64 in (pre.dtype, tuned.dtype) else torch.float32
-        a, b = pre.to(wide).flatten(), tuned.to(wide).flatten()
+        a, b = pre.to(wide), tuned.to(wide)
         delta = b - a
         self.moved = self.moved or bool(delta.any())
-        if pre.dim() >= 2:
-            self._likeness.add(a, delta)
+        if matrix:
+            self.likeness.add(a, delta)
         return delta
 
     def judge(self, check_base: bool) -> None:
@@ -66,7 +73,7 @@ class ExpertReader:
                 hint="leave it out; the base is coefficient 0 of every expert",
             )
         if check_base:
-            self._likeness.judge()
+            self.likeness.judge()
 
 
 def _matched(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -29,12 +30,17 @@ class Likeness:
 
     Args:
         label: Name of the expert.
+        sums: What was gathered before, as `sums` returned it.
     """
 
-    def __init__(self, label: str) -> None:
+    def __init__(self, label: str, sums: Sequence[float] = (0, 0.0, 0.0, 0.0, 0.0)) -> None:
         self.label = label
-        self._size = 0
-        self._pre = self._tuned = self._both = self._gap = 0.0
+        self._size, self._pre, self._tuned, self._both, self._gap = sums
+
+    @property
+    def sums(self) -> tuple[float, ...]:
+        """What was gathered so far: five numbers, to go on with or to judge by later."""
+        return (self._size, self._pre, self._tuned, self._both, self._gap)
 
     def add(self, pre: Tensor, delta: Tensor) -> None:
         """Take in a piece of the base and of the expert's task vector (``n`` each)."""

@@ -9,7 +9,7 @@ from map_bo.merging.task_vectors import TaskVectors
 
 __all__ = ["cosines"]
 
-_CHUNK = 1 << 20  # numbers of each task vector that are held in float64 at once
+_CHUNK = 1 << 20  # numbers of all task vectors together that are held in float64 at once
 
 
 def cosines(vectors: TaskVectors) -> Tensor:
@@ -20,8 +20,9 @@ def cosines(vectors: TaskVectors) -> Tensor:
     """
     rows, experts = vectors.rows[1:], len(vectors.experts)
     own = torch.zeros(len(rows), len(rows), dtype=torch.float64)
-    for start in range(0, rows.shape[1], _CHUNK):
-        part = rows[:, start : start + _CHUNK].double()
+    step = max(1, _CHUNK // max(1, len(rows)))
+    for start in range(0, rows.shape[1], step):
+        part = rows[:, start : start + step].double()
         own += (part @ part.T).cpu()
     products = torch.zeros(experts, experts, dtype=torch.float64)
     dense = torch.tensor(vectors.dense_experts, dtype=torch.long)

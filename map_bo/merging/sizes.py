@@ -8,7 +8,7 @@ from pathlib import Path
 
 from map_bo.errors import MergeError
 
-__all__ = ["ExportSettings", "bytes_of", "resident_bytes"]
+__all__ = ["ExportSettings", "available_bytes", "bytes_of", "in_words", "resident_bytes"]
 
 _UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 _UNKNOWN_RESIDENT = 500_000_000  # taken where the system does not say
@@ -34,6 +34,53 @@ def bytes_of(size: int | str, name: str) -> int:
             f"{name} is {size!r}", hint="give a number of bytes, or such as 500MB, 2GB or 1.5GiB"
         )
     return int(number)
+
+
+def in_words(size: float) -> str:
+    """Return a number of bytes in the unit that suits it, such as ``1.5 GB``."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.3g} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def available_bytes(root: Path = Path("/")) -> int | None:
+    """Return how much memory this process may still take without swapping or being killed.
+
+    That is ``MemAvailable`` of ``/proc/meminfo``, or less where a control group (version 2: a
+    container, a job of a cluster) has less left. None where the system does not say.
+
+    Args:
+        root: Where ``proc`` and ``sys`` are.
+    """
+    found: list[int] = []
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        entries = dict(line.split(":", 1) for line in lines if ":" in line)
+        found.append(1024 * int(entries["MemAvailable"].split()[0]))
+    except (OSError, KeyError, ValueError, IndexError):
+        pass
+    top = root / "sys/fs/cgroup"
+    try:
+        (own,) = (
+            line.removeprefix("0::").strip("/")
+            for line in (root / "proc/self/cgroup").read_text().splitlines()
+            if line.startswith("0::")
+        )
+        folder = top / own
+        groups = [folder, *folder.parents[: len(folder.relative_to(top).parts)]]
+    except (OSError, ValueError):
+        groups = []
+    for group in groups:
+        try:
+            most = int((group / "memory.max").read_text())
+            used = int((group / "memory.current").read_text())
+            lines = (group / "memory.stat").read_text().splitlines()
+            spare = dict(line.split() for line in lines).get("inactive_file", "0")
+            found.append(max(0, most - used + int(spare)))
+        except (OSError, ValueError):
+            continue  # a group without a bound says "max", and the top one says nothing
+    return min(found, default=None)
 
 
 def resident_bytes() -> int:

@@ -9,27 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapted import Adapted
-from map_bo.merging.adapter_checkpoint import adapter_over
-from map_bo.merging.adapters import Adapter
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors, require_tied
-from map_bo.merging.layout import FlatLayout, Slot, is_variance, joined_ties
-from map_bo.merging.low_rank import LowRank
+from map_bo.merging.layout import FlatLayout, joined_ties
+from map_bo.merging.row_filling import adapters_among, dense_among, fill
+from map_bo.merging.rows_cache import MappedRows, RowsCache, rows_key
+from map_bo.merging.storage import needed, require_available, storage_dtype
 
 __all__ = ["TaskVectors"]
-
-_STORAGE = (torch.float32, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
 class TaskVectors:
-    """The base and the task vectors of all experts, resident on one device.
+    """The base and the task vectors of all experts, resident on one device or mapped from a file.
 
     Attributes:
         experts: ``N`` names, in the order of the rows of ``deltas``.
@@ -44,6 +43,9 @@ class TaskVectors:
             they are all experts.
         adapted: Index of a slot -> what the experts that are adapters change there. They have no
             row: they stay factors of low rank.
+        mapped: Where the rows are mapped from; None where they are in memory. Mapped rows are not
+            to be written to, and are not copied when they are pickled.
+        roomy: Whether what is prepared from the rows may take memory of their size too.
     """
 
     experts: tuple[str, ...]
@@ -53,6 +55,8 @@ class TaskVectors:
     floors: tuple[tuple[slice, Tensor], ...] = ()
     dense: tuple[int, ...] | None = None
     adapted: Mapping[int, Adapted] = field(default_factory=dict)
+    mapped: MappedRows | None = None
+    roomy: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -61,8 +65,8 @@ class TaskVectors:
 
     @property
     def resident(self) -> bool:
-        """True; see `Deltas`."""
-        return True
+        """Whether rows are in memory and there is more to take; see `Deltas`."""
+        return self.roomy and self.mapped is None
 
     @property
     def in_place(self) -> bool:
@@ -76,7 +80,7 @@ class TaskVectors:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of rows and factors."""
+        """Bytes of rows and factors; of mapped rows those of the file."""
         rows = self.rows.numel() * self.rows.element_size()
         return rows + sum(part.nbytes for part in self.adapted.values())
 
@@ -138,6 +142,22 @@ class TaskVectors:
             part = out[where]
             torch.maximum(part, floor.to(out.dtype), out=part)
 
+    def release(self) -> None:
+        """Give the pages of mapped rows back to the system; of rows in memory nothing happens."""
+        if self.mapped is not None:
+            self.mapped.release()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = dict(self.__dict__)
+        if self.mapped is not None and self.rows is self.mapped.rows:
+            del state["rows"]  # the other process maps them itself
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "rows" not in state:
+            self.__dict__["rows"] = state["mapped"].rows
+
     @classmethod
     def load(
         cls,
@@ -148,8 +168,10 @@ class TaskVectors:
         device: torch.device | str = "cpu",
         check_base: bool = True,
         ties: Mapping[str, str] | None = None,
+        cache: str | Path | None = None,
+        roomy: bool = True,
     ) -> TaskVectors:
-        """Read base and experts, one tensor at a time, and check that they fit each other.
+        """Read base and experts, piece by piece, and check that they fit each other.
 
         The rules:
 
@@ -170,106 +192,72 @@ class TaskVectors:
           is below 0.1 and the difference longer than the base. Below 1000 numbers, where
           chance could decide, and for a base of zeros nothing is refused.
 
+        With ``cache`` the rows are written to a file there, once for the same inputs, and mapped
+        from it; the numbers, and what is refused, are the same. See `RowsCache`.
+
         Args:
             base: The base checkpoint.
             experts: Name -> checkpoint of the ``N`` experts.
-            dtype: Storage: float32 (default) or bfloat16, which halves memory and keeps three
-                digits of every base weight and every delta.
+            dtype: Storage: float32 (default), or what halves memory: bfloat16 keeps two to three
+                digits of every base weight and every delta; float16 keeps three to four of
+                numbers from 6e-5 to 65504, and only steps of 6e-8 below. In float16 larger
+                numbers are refused, and experts that it changes by more than 1 % of the length
+                of their task vector.
             device: Where the rows live.
             check_base: Whether to refuse experts that do not look fine-tuned from the base.
             ties: Further ties, alias -> canonical name, that the model has and the base does
                 not record; names that the base lacks are passed over.
+            cache: Folder that rows are mapped from; None reads them into memory.
+            roomy: See the attribute.
 
         Raises:
-            MergeError: When a rule is broken; the message names the expert and the tensors.
+            MergeError: When a rule is broken; the message names the expert and the tensors. Also
+                when there is not the memory, or not the room on disk.
         """
-        dtype = dtype or torch.float32
-        if dtype not in _STORAGE:
-            raise MergeError(
-                f"task vectors cannot be stored as {dtype}",
-                hint="choose torch.float32 or torch.bfloat16",
-            )
+        dtype = storage_dtype(dtype)
         if not experts:
             raise MergeError("there are no experts", hint="give at least one fine-tuned model")
         layout = FlatLayout.of(base, joined_ties(base, ties or {}))
-        readers = [ExpertReader(base, expert, name, layout) for name, expert in experts.items()]
-        require_tied(base, layout.ties, "the base")
-        over = [adapter_over(base, expert) for expert in experts.values()]
-        adapters = {i: adapter for i, adapter in enumerate(over) if adapter is not None}
-        _require_distinct_adapters(tuple(experts), adapters)
-        dense = tuple(i for i in range(len(experts)) if i not in adapters)
-        rows = torch.zeros(1 + len(dense), layout.size, dtype=dtype, device=device)
-        floors: list[tuple[slice, Tensor]] = []
-        adapted: dict[int, Adapted] = {}
-        for index, slot in enumerate(layout.slots):
-            pre = finite(base.load(slot.name), slot.name, "the base")
-            where = slice(slot.offset, slot.stop)
-            rows[0, where].copy_(pre.flatten())
-            least = pre.float().flatten()
-            for row, i in zip(rows[1:], dense, strict=True):
-                tuned = readers[i].load(slot.name)
-                row[where].copy_(readers[i].compare(pre, tuned).flatten())
-                least = torch.minimum(least, tuned.float().flatten())
-            part = _adapted(slot, adapters, readers, rows)
-            if part is not None:
-                adapted[index] = part
-            if is_variance(slot.name):
-                for value in () if part is None else part.values.values():
-                    least = torch.minimum(least, pre.float().flatten() + value.float().cpu())
-                floors.append((where, least.to(device)))
-        for reader in readers:
-            reader.judge(check_base)
-        vectors = cls(
+        dense = dense_among(base, experts)
+        shape = (1 + len(dense), layout.size)
+        need = needed(base, experts, layout, dtype)
+        mapped: MappedRows | None = None
+        if cache is None:
+            if torch.device(device).type == "cpu":
+                require_available(need.total)
+            rows = torch.zeros(shape, dtype=dtype, device=device)
+
+            def put(row: int, start: int, piece: Tensor) -> None:
+                rows[row, start : start + len(piece)].copy_(piece)
+
+            beside = fill(
+                base, experts, layout, put, dtype=dtype, device=device, check_base=check_base
+            )
+        else:
+            if torch.device(device).type != "cpu":
+                raise MergeError(
+                    f"rows for {device} cannot be mapped from a file",
+                    hint="use the CPU, or leave the cache out",
+                )
+            require_available(need.beside)
+            mapped, beside = RowsCache(Path(cache).expanduser()).rows(
+                rows_key(base, experts, layout, dtype),
+                shape,
+                dtype,
+                lambda put: fill(base, experts, layout, put, dtype=dtype, check_base=check_base),
+            )
+            rows = mapped.rows
+            if check_base:  # perhaps it was not asked for when they were written
+                beside.judge(tuple(experts))
+        slots = layout.slots
+        return cls(
             tuple(experts),
             layout,
             rows,
-            fixed_tensors(base, readers, layout),
-            tuple(floors),
-            dense if adapters else None,
-            adapted,
+            beside.fixed,
+            tuple((slice(slots[i].offset, slots[i].stop), v) for i, v in beside.floors.items()),
+            dense if adapters_among(base, experts) else None,
+            beside.adapted,
+            mapped,
+            roomy,
         )
-        vectors._require_distinct()
-        return vectors
-
-    def _require_distinct(self) -> None:
-        rows, names = self.rows[1:], [self.experts[i] for i in self.dense_experts]
-        sums = [float(row.sum(dtype=torch.float64)) for row in rows]
-        for i, first in enumerate(names):
-            for j in range(i):
-                if sums[i] == sums[j] and torch.equal(rows[i], rows[j]):
-                    raise _same(names[j], first)
-
-
-def _same(first: str, second: str) -> MergeError:
-    return MergeError(
-        f"experts {first!r} and {second!r} have the same weights",
-        hint="leave one of them out, or check the paths",
-    )
-
-
-def _require_distinct_adapters(names: tuple[str, ...], adapters: Mapping[int, Adapter]) -> None:
-    seen: dict[str, str] = {}
-    for i, adapter in adapters.items() if len(adapters) > 1 else ():
-        other = seen.setdefault(adapter.digest(), names[i])
-        if other != names[i]:
-            raise _same(other, names[i])
-
-
-def _adapted(
-    slot: Slot, adapters: Mapping[int, Adapter], readers: list[ExpertReader], rows: Tensor
-) -> Adapted | None:
-    """Return what adapters change in a tensor, or None where they leave it as it is."""
-    changes: dict[int, LowRank] = {}
-    values: dict[int, Tensor] = {}
-    for i, adapter in adapters.items():
-        own = readers[i].own[slot.name]
-        name = adapter.base.ties.get(own, own)
-        change, value = adapter.low_rank(name), adapter.dense(name)
-        if change is not None and bool(change.B.any()) and bool(change.A.any()) and change.scale:
-            changes[i] = change
-        if value is not None and bool(value.any()):
-            values[i] = value
-        readers[i].moved |= i in changes or i in values
-    if not changes and not values:
-        return None
-    return Adapted.of(changes, values, slot.shape, dtype=rows.dtype, device=rows.device)

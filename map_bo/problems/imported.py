@@ -20,13 +20,19 @@ from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.storage import StorageDtype
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.vocabulary import VocabularyRule
 from map_bo.problems.merged import MergedModelProblem
 
 __all__ = ["imported_problem", "named"]
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES: dict[str, StorageDtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 
 
 def imported_problem(
@@ -45,6 +51,8 @@ def imported_problem(
     gradients: bool = False,
     vocabulary: VocabularyRule | None = None,
     recalibration: str | None = None,
+    max_memory: int | str | None = None,
+    cache_dir: str | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging checkpoints on disk.
 
@@ -62,7 +70,7 @@ def imported_problem(
         lower: Lower bound of the coefficients.
         upper: Upper bound of the coefficients.
         sum_at_most: Bound on the sum of an expert's coefficients over the experts.
-        dtype: Storage of the task vectors: ``float32`` or ``bfloat16``.
+        dtype: Storage of the task vectors: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         device: Where the task vectors and the model live.
         gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
             be differentiable (see :mod:`map_bo.problems.differentiable`).
@@ -70,6 +78,9 @@ def imported_problem(
             base; by default they are refused.
         recalibration: ``module:callable`` that returns batches on which the statistics of
             BatchNorm layers are measured anew after each merge.
+        max_memory: Cap of the memory for task vectors, in bytes or such as ``2GB``; see
+            :class:`~map_bo.problems.merged.MergedModelProblem`.
+        cache_dir: Where task vectors that do not fit are mapped from; likewise.
 
     Raises:
         EvaluationError: When gradients are asked of an evaluator that has none.
@@ -128,6 +139,8 @@ def imported_problem(
         recalibration=None
         if recalibration is None
         else named(recalibration, "problem.recalibration"),
+        max_memory=max_memory,
+        cache_dir=cache_dir,
     )
 
 

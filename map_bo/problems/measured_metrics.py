@@ -12,7 +12,7 @@ from map_bo.data import Metric, check_metrics
 from map_bo.errors import DataError, EvaluationError, MergeError
 from map_bo.problems.evaluators import Evaluator, Measurement, binomial_variance
 
-__all__ = ["check_names", "entry_of", "metrics_of"]
+__all__ = ["check_names", "entry_of", "metrics_of", "named_metrics"]
 
 
 def metrics_of(
@@ -33,6 +33,19 @@ def metrics_of(
     return tuple(
         replace(metric, examples="same") if metric.examples is None else metric for metric in given
     )
+
+
+def named_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
+    """Return the metrics of these names, in their order.
+
+    Raises:
+        DataError: When there is no such metric.
+    """
+    known = {metric.name: metric for metric in metrics}
+    for name in names:
+        if name not in known:
+            raise DataError(f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}")
+    return tuple(known[name] for name in names)
 
 
 def entry_of(seen: Measurement, metric: Metric) -> tuple[float, float, float]:

@@ -13,7 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError, EvaluationError, MergeError
+from map_bo.errors import EvaluationError, MergeError
 from map_bo.merging.adapter_checkpoint import open_expert
 from map_bo.merging.block_specs import with_known_blocks
 from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
@@ -24,6 +24,7 @@ from map_bo.merging.operator import MergeOperator, PreparedMerge
 from map_bo.merging.recalibration import Batches, Recalibration, require_batch_norm, statistics
 from map_bo.merging.similarity import cosines
 from map_bo.merging.sizes import ExportSettings
+from map_bo.merging.storage import StorageDtype
 from map_bo.merging.task_arithmetic import LinearOperator, TaskArithmetic
 from map_bo.merging.task_vectors import TaskVectors
 from map_bo.merging.vocabulary import VocabularyRule, fitted_experts
@@ -31,11 +32,12 @@ from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.adapter_exporting import AdapterExporting
 from map_bo.problems.differentiable import Differentiable, measure_with_gradient
 from map_bo.problems.evaluators import Evaluator, measure
-from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of
-from map_bo.problems.merged_checks import check_gradients, check_model, check_space
+from map_bo.problems.measured_metrics import check_names, entry_of, metrics_of, named_metrics
+from map_bo.problems.merged_checks import built_model, check_gradients, check_model, check_space
 from map_bo.problems.merged_description import described
 from map_bo.problems.merged_export import write_merged
 from map_bo.problems.merged_space import weighed_space
+from map_bo.problems.merged_storage import storage_of
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
@@ -66,7 +68,8 @@ class MergedModelProblem(AdapterExporting):
         upper: Upper bound of every coefficient.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
             that differ); it must have the operator's coefficients in their order.
-        dtype: Storage of the task vectors: float32 (default) or bfloat16.
+        dtype: Storage of the task vectors: float32 (default), bfloat16 or float16 (see
+            `TaskVectors.load`), or ``"auto"``: bfloat16 where the cap asks for it, else float32.
         device: Where the task vectors and the model live. A model that a callable returns is
             moved there; a given one must be there.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
@@ -79,6 +82,10 @@ class MergedModelProblem(AdapterExporting):
         recalibration: Batches, or a function that returns them: after each merge the statistics of
             BatchNorm layers are measured anew on them, in what is evaluated and in what is
             exported; see `map_bo.merging.recalibration.recalibrate`. Not with gradients.
+        max_memory: Cap of the memory for task vectors, in bytes or such as ``"2GB"``: what does not
+            fit is stored narrower or mapped from a file, as `Storage.of` says.
+        cache_dir: Where such files are, in ``rows``; by default in `cache_root`. Without a cap,
+            rows are mapped where it is given.
 
     Raises:
         MergeError: When experts, model, operator and space do not fit each other; when gradients
@@ -101,12 +108,14 @@ class MergedModelProblem(AdapterExporting):
         lower: float = 0.0,
         upper: float = 1.0,
         space: CoefficientSpace | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: StorageDtype | None = None,
         device: torch.device | str = "cpu",
         check_base: bool = True,
         gradients: bool = False,
         vocabulary: VocabularyRule | None = None,
         recalibration: Batches | None = None,
+        max_memory: int | str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         check_names(experts, "expert")
         check_names(evaluators, "evaluator")
@@ -124,8 +133,10 @@ class MergedModelProblem(AdapterExporting):
             check_space(space, natural)
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
-        self._dtype = dtype or torch.float32
         self._device = torch.device(device)
+        kept = {"dtype": dtype, "max_memory": max_memory, "cache_dir": cache_dir}
+        self._kept: dict[str, Any] = kept
+        self._storage = storage_of(self._base, self._experts, device=self._device, **self._kept)
         self._check_base = check_base
         self._gradients = gradients
         if gradients:
@@ -252,6 +263,8 @@ class MergedModelProblem(AdapterExporting):
             MergeError: When it cannot be written; nothing is left behind.
         """
         row = self._row(x)
+        if self._ready is not None:
+            self._ready[0].release()  # mapped pages would count against the bound of memory
         return write_merged(
             out,
             row,
@@ -275,7 +288,7 @@ class MergedModelProblem(AdapterExporting):
         Raises:
             DataError: When there is no such metric.
         """
-        metrics = self._named(names)
+        metrics = named_metrics(self._metrics, names)
         self._prepare()
         part = copy.copy(self)
         part._metrics = metrics
@@ -306,7 +319,7 @@ class MergedModelProblem(AdapterExporting):
                 "a space of your own says nothing about merging other experts",
                 hint="give lower and upper in place of space",
             )
-        metrics = self._named(names)
+        metrics = named_metrics(self._metrics, names)
         low, high = self._bounds
         return MergedModelProblem(
             self._architecture(),
@@ -321,10 +334,10 @@ class MergedModelProblem(AdapterExporting):
             operator=self._operator,
             lower=low,
             upper=high,
-            dtype=self._dtype,
             device=self._device,
             check_base=self._check_base,
             recalibration=self._recalibration.batches if self._recalibration else None,
+            **self._kept,
         )
 
     def similarity(self) -> Tensor:
@@ -342,19 +355,11 @@ class MergedModelProblem(AdapterExporting):
             operator=self._operator,
             space=self._space,
             metrics=self._metrics,
-            dtype=self._dtype,
+            dtype=self._storage.dtype,
+            mapped=self._storage.cache is not None,
             gradients=self._gradients,
             recalibration=self._recalibration is not None,
         )
-
-    def _named(self, names: Sequence[str]) -> tuple[Metric, ...]:
-        known = {metric.name: metric for metric in self._metrics}
-        for name in names:
-            if name not in known:
-                raise DataError(
-                    f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}"
-                )
-        return tuple(known[name] for name in names)
 
     def _write(self, x: Tensor) -> nn.Module:
         """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it."""
@@ -381,10 +386,12 @@ class MergedModelProblem(AdapterExporting):
             vectors = TaskVectors.load(
                 self._base,
                 self._experts,
-                dtype=self._dtype,
+                dtype=self._storage.dtype,
                 device=self._device,
                 check_base=self._check_base,
                 ties=model_ties(model),
+                cache=self._storage.cache,
+                roomy=self._storage.roomy,
             )
             if isinstance(self._operator, NeedsStatistics):
                 self._operator.check_experts(self._experts)
@@ -405,13 +412,6 @@ class MergedModelProblem(AdapterExporting):
         return joined_ties(self._base, model_ties(self._architecture()))
 
     def _architecture(self) -> nn.Module:
-        if self._model is not None:
-            return self._model
-        model = self._source if isinstance(self._source, nn.Module) else self._source()
-        if not isinstance(model, nn.Module):
-            raise MergeError(
-                f"the model function returned a {type(model).__name__}",
-                hint="it must return a torch.nn.Module",
-            )
-        self._model = model if model is self._source else model.to(self._device)
+        if self._model is None:
+            self._model = built_model(self._source, self._device)
         return self._model

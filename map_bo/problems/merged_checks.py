@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.operator import MergeOperator
@@ -11,7 +14,7 @@ from map_bo.problems.differentiable import check_differentiable
 from map_bo.problems.evaluators import Evaluator
 from map_bo.space import CoefficientSpace
 
-__all__ = ["check_gradients", "check_model", "check_space"]
+__all__ = ["built_model", "check_gradients", "check_model", "check_space"]
 
 
 def check_model(model: object) -> None:
@@ -25,6 +28,21 @@ def check_model(model: object) -> None:
             f"the model is a {type(model).__name__}",
             hint="give a torch.nn.Module, or a function that returns one",
         )
+
+
+def built_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """Return the model: the one that was given, or what the function returns, on a device.
+
+    Raises:
+        MergeError: When the function returns something else.
+    """
+    model = source if isinstance(source, nn.Module) else source()
+    if not isinstance(model, nn.Module):
+        raise MergeError(
+            f"the model function returned a {type(model).__name__}",
+            hint="it must return a torch.nn.Module",
+        )
+    return model if model is source else model.to(device)
 
 
 def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.merging.operator import MergeOperator
+from map_bo.merging.storage import StorageDtype
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.evaluators import Evaluator, accuracy, mean_loss, mean_probability
@@ -240,9 +241,10 @@ def digits_problem(
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
-    dtype: torch.dtype = torch.float32,
+    dtype: StorageDtype = torch.float32,
     measure: str = "accuracy",
     gradients: bool = False,
+    max_memory: int | str | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging real experts on transformed digits.
 
@@ -262,11 +264,13 @@ def digits_problem(
         sum_at_most: Bound on the sum of the experts' coefficients (within each block).
         operator: How to merge; task arithmetic when None. One that needs statistics of the experts
             and has none gets those of their training images; see `digits_statistics`.
-        cache_dir: Where trained experts are kept; see :func:`cache_root`.
+        cache_dir: Where trained experts, and mapped task vectors, are kept; see
+            :func:`cache_root`.
         progress: Show a progress bar while training.
-        dtype: Storage of the task vectors: float32 or bfloat16.
+        dtype: Storage of the task vectors; see `MergedModelProblem`.
         measure: ``"accuracy"``, ``"probability"`` or ``"loss"``; see `DigitsZoo.evaluators`.
         gradients: Measure derivatives by the coefficients too; an accuracy has none.
+        max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
 
     Raises:
         DataError: When a setting is not possible, or the cache cannot be written.
@@ -309,4 +313,7 @@ def digits_problem(
         dtype=dtype,
         measure=measure,
         gradients=gradients,
+        max_memory=max_memory,
+        # Without a cap this folder is for trained experts alone.
+        cache_dir=None if max_memory is None else cache_dir,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,7 +25,9 @@ from map_bo.space import CoefficientSpace
 EXPERTS = ("e0", "e1", "e2")
 
 
-def example_vectors(size: int = 40, dtype: torch.dtype = torch.float32) -> TaskVectors:
+def example_vectors(
+    size: int = 40, dtype: torch.dtype = torch.float32, cache: Path | None = None
+) -> TaskVectors:
     """Return three experts: a variance, a counter and at least ``size`` by 30 weights."""
     generator = make_generator(0)
 
@@ -45,6 +48,7 @@ def example_vectors(size: int = 40, dtype: torch.dtype = torch.float32) -> TaskV
         open_checkpoint({**base, "count": torch.tensor(1)}),
         {name: open_checkpoint(tensors) for name, tensors in states.items()},
         dtype=dtype,
+        cache=cache,
     )
 
 
@@ -101,6 +105,8 @@ class OperatorContract:
     storage_error = 5e-3
     # Whether coefficients below 0 mean something; an operator that refuses them says so.
     negative = True
+    # Whether mapped rows give the same bits; not where more is prepared of those in memory.
+    same_bits_mapped = True
 
     def fitted(self, operator: MergeOperator, vectors: TaskVectors) -> MergeOperator:
         """Return the operator for vectors of other shapes; override where it depends on them."""
@@ -189,7 +195,7 @@ class OperatorContract:
             prepared.write(c, out)
             assert float(slot.of(out).min()) >= 0.05
 
-    @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
     def test_any_floating_output(
         self,
@@ -217,7 +223,7 @@ class OperatorContract:
         c = space.sample(1, generator=make_generator(4))[0]
         largest: dict[tuple[torch.dtype, torch.dtype], int] = {}
         for times in (1000, 2000):
-            for storage in (torch.float32, torch.bfloat16):
+            for storage in (torch.float32, torch.bfloat16, torch.float16):
                 vectors = _long_vectors(times, storage)
                 prepared = self.fitted(operator, vectors).prepare(vectors)
                 for kind in (torch.float32, torch.bfloat16):
@@ -227,6 +233,26 @@ class OperatorContract:
                     assert seen.largest < self.scratch_limit
                     # A model twice as large takes no more.
                     assert seen.largest <= largest.setdefault((storage, kind), seen.largest)
+
+    @pytest.mark.parametrize("storage", [torch.float32, torch.bfloat16, torch.float16])
+    def test_mapped_rows_merge_as_those_in_memory(
+        self,
+        operator: MergeOperator,
+        space: CoefficientSpace,
+        storage: torch.dtype,
+        tmp_path: Path,
+    ) -> None:
+        c = space.sample(1, generator=make_generator(5))[0]
+        vectors = example_vectors(dtype=storage)
+        mapped = example_vectors(dtype=storage, cache=tmp_path)
+        there, here = (torch.empty(vectors.layout.size) for _ in range(2))
+        operator.prepare(vectors).write(c, there)
+        operator.prepare(mapped).write(c, here)
+        if self.same_bits_mapped:
+            assert torch.equal(there, here)
+        else:
+            torch.testing.assert_close(there, here, rtol=1e-5, atol=1e-6)
+        assert torch.equal(vectors.rows, mapped.rows)
 
     def test_wrong_coefficients_are_refused(
         self, operator: MergeOperator, space: CoefficientSpace

@@ -97,7 +97,7 @@ def test_order_of_the_experts_does_not_matter(c: list[float], order: list[int]) 
 
 @given(coefficients, st.integers(1, 2000), st.integers(1, 2000))
 def test_tile_and_chunk_do_not_matter(c: list[float], tile: int, chunk: int) -> None:
-    for storage in (torch.float32, torch.bfloat16):
+    for storage in (torch.float32, torch.bfloat16, torch.float16):
         vectors = example_vectors(dtype=storage)
         whole = merge(vectors, c)
         for kind in (torch.float32, torch.float64):

@@ -28,6 +28,7 @@ C = torch.tensor([0.5, 0.2, 0.3], dtype=torch.float64)
 
 class TestRegMean(OperatorContract):
     negative = False
+    same_bits_mapped = False
 
     @pytest.fixture
     def operator(self) -> MergeOperator:
@@ -36,6 +37,7 @@ class TestRegMean(OperatorContract):
 
 class TestRegMeanOfFilesInBlocks(OperatorContract):
     negative = False
+    same_bits_mapped = False
 
     @pytest.fixture
     def operator(self, tmp_path: Path) -> MergeOperator:
