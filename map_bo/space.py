@@ -126,6 +126,14 @@ class CoefficientSpace:
                 "have a resting value",
                 hint="give one resting value for each setting of the operator",
             )
+        settings = [i for i, owner in enumerate(self.owner) if owner < 0]
+        for i, rest in zip(settings, self.resting, strict=True):
+            if not self.lower[i] <= rest <= self.upper[i]:
+                raise SpaceError(
+                    f"the resting value {rest} of {self.names[i]} is not in "
+                    f"[{self.lower[i]}, {self.upper[i]}]",
+                    hint="anchors are measured with it, so it must be within the bounds",
+                )
         put(self, "importance", tuple(float(size) for size in self.importance))
         if self.importance and (
             len(self.importance) != d or not all(0 < s < float("inf") for s in self.importance)

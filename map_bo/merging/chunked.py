@@ -25,6 +25,7 @@ __all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
 # Numbers of a piece. On 2 cores with 1 MiB of second-level cache each, shorter pieces cost more
 # in calls than they gain in locality; on a GPU a longer one hides the launches.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
+_NOTHING = 1e-6  # a coefficient this little below 0 is rounding, which spaces let pass too
 
 _SHORTEST = 1 << 12
 
@@ -107,6 +108,7 @@ class ChunkedMerge:
         blocks: Block of every slot.
         count: Number of blocks ``B``; coefficients are ordered expert by expert.
         settings: Names of the settings that follow the ``N B`` coefficients.
+        signed: Whether coefficients may be negative.
         chunk: Numbers of a piece; by default what suits the device.
     """
 
@@ -118,6 +120,7 @@ class ChunkedMerge:
         count: int = 1,
         *,
         settings: tuple[str, ...] = (),
+        signed: bool = True,
         chunk: int | None = None,
     ) -> None:
         self.deltas = deltas
@@ -125,14 +128,15 @@ class ChunkedMerge:
         self._blocks = blocks
         self._count = count
         self._settings = settings
+        self._signed = signed
         self._chunk = chunk or _CHUNK.get(deltas.device.type, _CHUNK["cuda"])
 
     def write(self, c: Tensor, out: Tensor) -> None:
         """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).
 
         Raises:
-            MergeError: When ``c`` or ``out`` has another shape, ``c`` is not finite, or ``out``
-                lives on another device.
+            MergeError: When ``c`` or ``out`` has another shape, ``c`` is not finite or negative
+                where it must not be, or ``out`` lives on another device.
         """
         layout, device = self.deltas.layout, self.deltas.device
         c = self._checked(c)
@@ -213,8 +217,16 @@ class ChunkedMerge:
         self._chunk = chunk
 
     def _checked(self, c: Tensor) -> Tensor:
-        d = len(self.deltas.experts) * self._count + len(self._settings)
-        return checked_coefficients(c, d)
+        d = len(self.deltas.experts) * self._count
+        c = checked_coefficients(c, d + len(self._settings))
+        if self._signed:
+            return c
+        if bool((c[:d] < -_NOTHING).any()):
+            raise MergeError(
+                f"coefficients are negative: {c[:d].tolist()}",
+                hint="this operator takes coefficients from 0 on",
+            )
+        return torch.cat([c[:d].clamp_min(0.0), c[d:]])
 
     def _items(self, kernel: Kernel) -> list[tuple[int, int, int]]:
         items: list[tuple[int, int, int]] = []

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from itertools import count
 from typing import TypeVar
 
@@ -69,6 +69,13 @@ def spread(
     pool = _pool(threads)
     inference = torch.is_inference_mode_enabled()
     futures = [pool.submit(run, inference) for _ in range(threads)]
+    try:
+        wait(futures)
+    except BaseException:
+        # The caller was interrupted: nothing may be written after it has gone on.
+        failed.set()
+        wait(futures)
+        raise
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise errors[0]
@@ -81,6 +88,8 @@ def _pool(threads: int) -> ThreadPoolExecutor:
             started = threading.Barrier(threads + 1)
 
             def begin() -> None:
+                # Asked for first, since a thread takes over torch's number when it first needs it.
+                torch.get_num_threads()
                 torch.set_num_threads(1)  # of this thread alone
                 started.wait()
 

@@ -13,7 +13,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.arena import Empty, arena
 from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
-from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.searchable import SearchableOperator, number, whole
 
 __all__ = ["Consensus", "task_masks"]
 
@@ -42,14 +42,8 @@ class Consensus(SearchableOperator):
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that are not possible; see `SearchableOperator`."""
-        if not float(settings["strictness"]) >= 0:
-            raise MergeError(
-                f"strictness is {settings['strictness']!r}", hint="give a number from 0 on"
-            )
-        if not isinstance(settings["agreement"], int) or settings["agreement"] < 1:
-            raise MergeError(
-                f"agreement is {settings['agreement']!r}", hint="give a whole number from 1 on"
-            )
+        number("strictness", settings["strictness"], least=0.0)
+        whole("agreement", settings["agreement"], least=1)
 
     def kernel(self, deltas: Deltas) -> Kernel:
         """Return the kernel.

@@ -7,6 +7,7 @@ quantile; a second pass over the numbers of that bin alone finds it exactly.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -14,28 +15,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["MagnitudeSketch", "kept_count", "largest_magnitude"]
+__all__ = [
+    "BINS",
+    "MagnitudeSketch",
+    "kept_count",
+    "largest_magnitudes",
+    "magnitude_bins",
+]
 
 _SHIFT = 14  # 8 bits of exponent and 9 of mantissa: bins are 0.2 % wide
-_BINS = 1 << (31 - _SHIFT)
+BINS = 1 << (31 - _SHIFT)
+"""How many bins the magnitudes of float32 numbers fall into."""
+
 _KNOTS = 1024
 
 
-def kept_count(density: float, total: int) -> int:
-    """Return how many of ``total`` numbers a density keeps: ``floor(density total)``, at least 1.
+def kept_count(density: float, total: int, *, least: int = 1) -> int:
+    """Return how many of ``total`` numbers a density keeps: the floor of ``density total``.
 
-    A density of 0 keeps none.
+    A density above 0 keeps at least ``least``, a density of 0 none.
     """
-    if density <= 0 or total == 0:
+    if density <= 0:
         return 0
     # A product such as .29 * 100 may come out just below a whole number.
-    return min(max(1, int(density * total * (1 + 1e-12))), total)
+    return min(max(least, int(density * total * (1 + 1e-12))), total)
 
 
 def magnitude_bins(values: Tensor) -> Tensor:
-    """Return how many magnitudes fall into each of ``_BINS`` bins, for float32 values."""
+    """Return how many magnitudes fall into each of `BINS` bins, for float32 values."""
     bits = values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
-    return torch.bincount(bits.bitwise_right_shift_(_SHIFT).flatten(), minlength=_BINS)
+    return torch.bincount(bits.bitwise_right_shift_(_SHIFT).flatten(), minlength=BINS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,31 +94,44 @@ class MagnitudeSketch:
         if density >= 1 or not self.total:
             return 0.0
         if density <= 0:
-            return float("inf")
+            return math.inf
         return float(np.interp(1 - density, self.shares.numpy(), self.knots.numpy()))
 
+    def ceiling(self, share: float) -> float:
+        """Return a magnitude such that about ``share`` of the numbers are larger.
 
-def largest_magnitude(pieces: Iterable[Tensor], counts: Tensor, k: int) -> float:
-    """Return the ``k``-th largest magnitude of numbers that come in pieces, exactly.
+        The share differs from what was asked by at most ``error``. None is larger where it is
+        less than one number.
+        """
+        if not kept_count(share, self.total, least=0):
+            return math.inf
+        # Up to the end of its bin, so that numbers that are all alike stay.
+        below = torch.tensor(self.threshold(share), dtype=torch.float32).view(torch.int32)
+        return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
+
+
+def largest_magnitudes(pieces: Iterable[Tensor], counts: Tensor, k: int) -> tuple[float, ...]:
+    """Return the ``k``-th largest magnitude of each row of numbers that come in pieces, exactly.
 
     Args:
-        pieces: The numbers, float32, as often as they are iterated (once here).
-        counts: Their histogram (see `magnitude_bins`).
-        k: From 1 to the number of numbers; 0 gives infinity.
+        pieces: ``N x n`` numbers each, float32; all together hold ``k`` columns or more.
+        counts: ``N`` histograms of the rows (see `magnitude_bins`), on the CPU.
+        k: From 1 to the number of columns.
     """
-    if k <= 0:
-        return float("inf")
-    above = counts.flip(0).cumsum(0)
-    at = int((above < k).sum())  # bins above the one that holds the k-th
-    bin_ = _BINS - 1 - at
-    left = k - (int(above[at - 1]) if at else 0)
-    low, high = _edge(torch.tensor([bin_, bin_ + 1])).tolist()
-    found = []
+    above = counts.flip(-1).cumsum(-1)
+    at = (above < k).sum(-1)  # bins above the one that holds the k-th
+    low, high = _edge(BINS - 1 - at).tolist(), _edge(BINS - at).tolist()
+    found: list[list[Tensor]] = [[] for _ in counts]
     for piece in pieces:
-        sizes = piece.abs().flatten()
-        found.append(sizes[(sizes >= low) & (sizes < high)])
-    inside = torch.cat(found)
-    return float(inside.kthvalue(len(inside) - left + 1).values)
+        for row, parts, least, limit in zip(piece, found, low, high, strict=True):
+            sizes = row.abs()
+            parts.append(sizes[(sizes >= least) & (sizes < limit)])
+    result = []
+    for parts, row, bins in zip(found, above, at.tolist(), strict=True):
+        inside = torch.cat(parts)
+        left = k - (int(row[bins - 1]) if bins else 0)
+        result.append(float(inside.kthvalue(len(inside) - left + 1).values))
+    return tuple(result)
 
 
 def _edge(bins: Tensor) -> Tensor:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -26,7 +27,8 @@ class SearchableOperator:
             coefficient an expert.
         search: Settings that join the search space beside the coefficients: names, which are then
             searched within the bounds of ``searchable``, or name -> (lower, upper). The value of
-            the setting itself is what anchors (base, experts, blend) are measured with.
+            the setting itself, or the bound next to it, is what anchors (base, experts, blend)
+            are measured with.
     """
 
     streams: ClassVar[bool] = True
@@ -42,9 +44,18 @@ class SearchableOperator:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "blocks", Blocks(self.blocks).patterns)
-        asked = self.search
-        if isinstance(asked, str):
-            asked = [asked]
+        bounds = self._bounds()
+        put(self, "search", bounds)
+        settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        self.check(settings)
+        # Settings may be possible alone and not together, so all corners are tried.
+        for corner in itertools.product(*bounds.values()):
+            self.check({**settings, **dict(zip(bounds, corner, strict=True))})
+
+    def _bounds(self) -> dict[str, tuple[float, float]]:
+        asked = self.search or ()
+        if isinstance(asked, str) or not isinstance(asked, Iterable):
+            asked = [str(asked)]
         bounds: dict[str, tuple[float, float]] = {}
         for name in asked:
             if name not in self.searchable:
@@ -53,16 +64,17 @@ class SearchableOperator:
                     f"{self.name} cannot search {name!r}", hint=f"settings to search: {known}"
                 )
             given = asked[name] if isinstance(asked, Mapping) else self.searchable[name]
-            if len(given) != 2 or not all(math.isfinite(float(v)) for v in given):
+            try:
+                low, high = map(float, given)
+            except (TypeError, ValueError):
+                low = high = math.nan
+            if not -math.inf < low < high < math.inf:
                 raise MergeError(
-                    f"the bounds of {name} are {list(given)}", hint="give (lower, upper)"
+                    f"the bounds of {name} are {given!r}",
+                    hint="give two numbers, [lower, upper], the smaller one first",
                 )
-            bounds[name] = (float(given[0]), float(given[1]))
-        put(self, "search", bounds)
-        self.check({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
-        for name, pair in bounds.items():
-            for value in pair:
-                self.check({**self._settings(), name: value})
+            bounds[name] = (low, high)
+        return bounds
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse values of settings that are not possible.
@@ -109,7 +121,9 @@ class SearchableOperator:
         blocks = Blocks(self.blocks)
         table = blocks.table(deltas.layout)  # first: a wrong pattern should not wait for the rest
         kernel = self.kernel(deltas)
-        return ChunkedMerge(deltas, kernel, table, len(blocks), settings=tuple(self.search))
+        return ChunkedMerge(
+            deltas, kernel, table, len(blocks), settings=tuple(self.search), signed=self.signed
+        )
 
     def kernel(self, deltas: Deltas) -> Kernel:
         """Return the operator's kernel for these task vectors."""
@@ -138,10 +152,34 @@ def share(name: str, value: object, *, open_above: bool = False) -> None:
     Raises:
         MergeError: When it is not in ``[0, 1]``, or ``[0, 1)`` where ``open_above``.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= float(value) <= 1 or (open_above and float(value) == 1):  # type: ignore[arg-type]
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not 0 <= float(value) <= 1 or (open_above and float(value) == 1):  # type: ignore[arg-type]
         end = ")" if open_above else "]"
         raise MergeError(f"{name} is {value!r}", hint=f"give a share in [0, 1{end}")
+
+
+def number(name: str, value: object, *, least: float = -math.inf) -> None:
+    """Refuse a setting that is no finite number, or below ``least``.
+
+    Raises:
+        MergeError: Naming the setting.
+    """
+    real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not real or not least <= float(value) < math.inf:  # type: ignore[arg-type]
+        from_ = "" if least == -math.inf else f" from {least:g} on"
+        raise MergeError(f"{name} is {value!r}", hint=f"give a finite number{from_}")
+
+
+def whole(name: str, value: object, *, least: int | None = None) -> None:
+    """Refuse a setting that is no whole number, or below ``least``.
+
+    Raises:
+        MergeError: Naming the setting.
+    """
+    real = isinstance(value, int) and not isinstance(value, bool)
+    if not real or (least is not None and value < least):  # type: ignore[operator]
+        from_ = "" if least is None else f" from {least} on"
+        raise MergeError(f"{name} is {value!r}", hint=f"give a whole number{from_}")
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ from map_bo.merging.arena import arena
 from map_bo.merging.chunked import Kernel
 from map_bo.merging.deltas import Deltas
 from map_bo.operators.election import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
-from map_bo.operators.searchable import SearchableOperator, one_of, share
+from map_bo.operators.searchable import SearchableOperator, number, one_of, share, whole
 from map_bo.operators.sparsifiers import (
     Band,
     Drop,
@@ -27,8 +27,9 @@ from map_bo.operators.sparsifiers import (
     Trim,
     element_keys,
     ranked,
+    row_width,
 )
-from map_bo.operators.thresholds import TRIMS, Thresholds, sketches, thresholds
+from map_bo.operators.thresholds import TRIMS, Thresholds, ceilings, sketches, thresholds
 
 __all__ = ["Breadcrumbs", "Dare", "Della", "Magnitude", "SparseOperator", "Ties"]
 
@@ -92,8 +93,9 @@ class SparseOperator(SearchableOperator):
             share("density", settings["density"])
         if "drop_rate" in settings:
             share("drop_rate", settings["drop_rate"], open_above=True)
-        if "seed" in settings and not isinstance(settings["seed"], int):
-            raise MergeError(f"seed is {settings['seed']!r}", hint="give a whole number")
+        if "seed" in settings:
+            whole("seed", settings["seed"])
+        number("scale", settings["scale"])
 
     def kernel(self, deltas: Deltas) -> Kernel:
         """Return the kernel: masks and thresholds of these task vectors, and how to join."""
@@ -195,15 +197,19 @@ class Breadcrumbs(SparseOperator):
         if {"density", "gamma"} & set(self.search):
             found = sketches(deltas, self.trim)
 
-            def limits(density: float) -> Thresholds:
-                return tuple(tuple(s.threshold(density) for s in row) for row in found)
+            def low(share: float) -> Thresholds:
+                return tuple(tuple(s.threshold(share) for s in row) for row in found)
 
-            return Band.of(self.density, self.gamma, limits, searched=True)
+            def high(share: float) -> Thresholds:
+                return tuple(tuple(s.ceiling(share) for s in row) for row in found)
+
+            return Band.of(self.density, self.gamma, low, high, True)
         return Band.of(
             self.density,
             self.gamma,
-            lambda density: thresholds(deltas, density, self.trim),
-            searched=False,
+            lambda share: thresholds(deltas, share, self.trim),
+            lambda share: ceilings(deltas, share, self.trim),
+            False,
         )
 
 
@@ -241,7 +247,9 @@ class Della(SparseOperator):
     r"""DELLA: drop small numbers more often than large ones, then elect signs.
 
     Deep et al., *DELLA-Merging*, arXiv 2406.11617, section 3: MAGPRUNE within each row of a
-    matrix (a vector is one row), then sign election, then the mean of those that agree.
+    matrix, then sign election, then the mean of those that agree. A vector is one row; a row of a
+    convolution (four dimensions or more) is all that makes one output; else a row is along the
+    last dimension.
 
     Attributes:
         drop_rate: Mean drop rate ``p``.
@@ -275,7 +283,7 @@ class Della(SparseOperator):
 
     def sparsifier(self, deltas: Deltas) -> Sparsifier:
         """Rank the numbers of every matrix row; kept (2 bytes each) where deltas are resident."""
-        widths = tuple(s.shape[-1] if len(s.shape) > 1 else s.numel for s in deltas.layout.slots)
+        widths = tuple(row_width(slot.shape) for slot in deltas.layout.slots)
         ranks = None
         if deltas.resident:
             ranks = ranked(deltas, widths)

@@ -17,7 +17,7 @@ from map_bo.operators.random_mask import element_key
 from map_bo.operators.sparsify import drop, keep_band, keep_largest, magnitude_ranks, rank_drop
 from map_bo.operators.thresholds import Thresholds
 
-__all__ = ["Band", "Drop", "RankDrop", "Sparsifier", "Trim", "element_keys", "ranked"]
+__all__ = ["Band", "Drop", "RankDrop", "Sparsifier", "Trim", "element_keys", "ranked", "row_width"]
 
 _RANKED = 1 << 18  # numbers that are ranked at once
 
@@ -39,6 +39,16 @@ class Sparsifier(Protocol):
     def apply(self, rows: Tensor, slot: int, start: int) -> Tensor:
         """Return ``N x n`` new rows: what stays of a piece, rescaled where the method says so."""
         ...
+
+
+def row_width(shape: Sequence[int]) -> int:
+    """Return how many numbers make a row within which `RankDrop` ranks; see `Della`.
+
+    Of a convolution the last dimension alone is a few numbers, or one, which are no ranking.
+    """
+    if len(shape) < 2:
+        return math.prod(shape)
+    return math.prod(shape[1:]) if len(shape) > 3 else shape[-1]
 
 
 def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
@@ -114,6 +124,7 @@ class Band:
         low: The smallest magnitudes that stay.
         high: The largest magnitudes that stay.
         find: Thresholds for a share, where one is searched.
+        top: Ceilings for a share, where one is searched.
     """
 
     density: float
@@ -121,22 +132,23 @@ class Band:
     low: Thresholds
     high: Thresholds
     find: Limits | None
+    top: Limits | None
 
     @classmethod
-    def of(cls, density: float, gamma: float, find: Limits, *, searched: bool) -> Band:
+    def of(cls, density: float, gamma: float, find: Limits, top: Limits, searched: bool) -> Band:
         """Find both thresholds."""
-        top = min(gamma, 1 - density)
-        low = find(density + top)
-        # What is at least the top's threshold goes, so the next smaller number is the highest.
-        high = tuple(tuple(_below(v) for v in row) for row in find(top))
-        return cls(density, gamma, low, high, find if searched else None)
+        gone = min(gamma, 1 - density)
+        low = find(density + gone if density > 0 else 0.0)
+        again = (find, top) if searched else (None, None)
+        return cls(density, gamma, low, top(gone), *again)
 
     def at(self, settings: Mapping[str, float]) -> Sparsifier:
         """See `Sparsifier`."""
-        if self.find is None:
+        if self.find is None or self.top is None:
             return self
         density = settings.get("density", self.density)
-        return Band.of(density, settings.get("gamma", self.gamma), self.find, searched=True)
+        gamma = settings.get("gamma", self.gamma)
+        return Band.of(density, gamma, self.find, self.top, True)
 
     def unit(self, slot: int) -> int:
         """See `Sparsifier`."""
@@ -145,13 +157,6 @@ class Band:
     def apply(self, rows: Tensor, slot: int, start: int) -> Tensor:
         """See `Sparsifier`."""
         return keep_band(rows, self.low[slot], self.high[slot], empty=arena.empty)
-
-
-def _below(value: float) -> float:
-    """Return the next smaller float32; infinity stays."""
-    if value == math.inf:
-        return value
-    return float(torch.nextafter(torch.tensor(value), torch.tensor(0.0)))
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ def keep_band(
     """Keep magnitudes from ``low`` to ``high``, both included; see `keep_largest`."""
     result = keep_largest(rows, low, empty=empty)
     spare = empty(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    for row, out, limit in zip(rows, result, high, strict=True):
+    for out, limit in zip(result, high, strict=True):
         if limit < math.inf:
-            torch.ops.aten.hardshrink.out(row, limit, out=spare)  # only what is above the limit
+            torch.ops.aten.hardshrink.out(out, limit, out=spare)  # only what is above the limit
             out.sub_(spare)
     return result
 

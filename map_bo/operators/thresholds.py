@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,13 +12,14 @@ from torch import Tensor
 from map_bo.merging.deltas import Deltas
 from map_bo.merging.workers import spread
 from map_bo.operators.quantiles import (
+    BINS,
     MagnitudeSketch,
     kept_count,
-    largest_magnitude,
+    largest_magnitudes,
     magnitude_bins,
 )
 
-__all__ = ["TRIMS", "Thresholds", "sketches", "thresholds"]
+__all__ = ["TRIMS", "Thresholds", "ceilings", "sketches", "thresholds"]
 
 TRIMS = ("global", "tensor")
 _PIECE = 1 << 18
@@ -34,30 +36,49 @@ def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
 
     Args:
         deltas: The task vectors; read twice.
-        density: Share to keep, in ``[0, 1]``.
+        density: Share to keep, in ``[0, 1]``, of at least one number unless it is 0.
         trim: ``"global"`` ranks all numbers of a task vector together, ``"tensor"`` those of each
             tensor apart.
     """
-    experts, slots = len(deltas.experts), deltas.layout.slots
     if density >= 1:
-        return ((0.0,) * experts,) * len(slots)
+        return _everywhere(deltas, 0.0)
+    if density <= 0:
+        return _everywhere(deltas, math.inf)
+    return _ranked(deltas, lambda total: kept_count(density, total), trim)
+
+
+def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
+    """Return the largest magnitudes that stay where the largest ``share`` of the numbers goes.
+
+    That is less than one number of a short tensor, and then none goes. Numbers that are equal to
+    a ceiling all stay, so that less than ``share`` may go. See `thresholds`.
+    """
+    if share <= 0:
+        return _everywhere(deltas, math.inf)
+    return _ranked(deltas, lambda total: kept_count(share, total, least=0) + 1, trim)
+
+
+def _everywhere(deltas: Deltas, value: float) -> Thresholds:
+    return ((value,) * len(deltas.experts),) * len(deltas.layout.slots)
+
+
+def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
+    """Return the magnitudes that have a rank (from 1) among so many numbers; 0 below all."""
+    experts, slots = len(deltas.experts), deltas.layout.slots
+
+    def found(part: Sequence[int], threads: int | None) -> tuple[float, ...]:
+        total = sum(slots[slot].numel for slot in part)
+        if not 1 <= rank(total) <= total:
+            return (0.0,) * experts
+        counts = _counted(deltas, part, threads=threads)
+        return largest_magnitudes(_pieces_of(deltas, part), counts, rank(total))
+
     if trim == "global":
-        counts = _counted(deltas, range(len(slots)))
-        kept = kept_count(density, int(counts[0].sum()))
-        found = tuple(
-            largest_magnitude(_row_pieces(deltas, range(len(slots)), n), counts[n], kept)
-            for n in range(experts)
-        )
-        return (found,) * len(slots)
+        return (found(range(len(slots)), None),) * len(slots)
     result: list[tuple[float, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        kept = kept_count(density, slots[slot].numel)
-        counts = _counted(deltas, [slot], threads=1)
-        result[slot] = tuple(
-            largest_magnitude(_row_pieces(deltas, [slot], n), counts[n], kept)
-            for n in range(experts)
-        )
+        result[slot] = found([slot], 1)
 
     _by_size(deltas, of)
     return tuple(result)
@@ -90,27 +111,24 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     spread(lambda slot, _: of(slot), order, lambda: None, threads=threads)
 
 
-def _counted(deltas: Deltas, slots: range | list[int], *, threads: int | None = None) -> Tensor:
+def _counted(deltas: Deltas, slots: Sequence[int], *, threads: int | None = None) -> Tensor:
     """Return the histograms of magnitudes, ``N x bins``."""
     lock = threading.Lock()
-    total: list[Tensor] = []
+    total = torch.zeros(len(deltas.experts), BINS, dtype=torch.int64, device=deltas.device)
 
     def count(item: tuple[int, int, int], _: None) -> None:
-        rows = deltas.read(*item)[1:]
-        counts = torch.stack([magnitude_bins(row) for row in rows])
-        with lock:
-            if total:
-                total[0].add_(counts)
-            else:
-                total.append(counts)
+        for row, counts in zip(deltas.read(*item)[1:], total, strict=True):
+            found = magnitude_bins(row)
+            with lock:
+                counts.add_(found)
 
     if deltas.device.type != "cpu":
         threads = 1
     spread(count, _pieces(deltas, slots), lambda: None, threads=threads)
-    return total[0].cpu()
+    return total.cpu()
 
 
-def _pieces(deltas: Deltas, slots: range | list[int]) -> list[tuple[int, int, int]]:
+def _pieces(deltas: Deltas, slots: Sequence[int]) -> list[tuple[int, int, int]]:
     return [
         (slot, start, min(start + _PIECE, deltas.layout.slots[slot].numel))
         for slot in slots
@@ -118,6 +136,6 @@ def _pieces(deltas: Deltas, slots: range | list[int]) -> list[tuple[int, int, in
     ]
 
 
-def _row_pieces(deltas: Deltas, slots: range | list[int], expert: int) -> Iterator[Tensor]:
+def _pieces_of(deltas: Deltas, slots: Sequence[int]) -> Iterator[Tensor]:
     for item in _pieces(deltas, slots):
-        yield deltas.read(*item)[1 + expert]
+        yield deltas.read(*item)[1:]
