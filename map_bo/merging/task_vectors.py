@@ -18,7 +18,8 @@ from map_bo.merging.adapted import Adapted
 from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapters import Adapter
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors, require_tied
+from map_bo.merging.comparing import require_tied
+from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors
 from map_bo.merging.layout import FlatLayout, Slot, is_variance, joined_ties
 from map_bo.merging.low_rank import LowRank
 
@@ -58,6 +59,11 @@ class TaskVectors:
     def device(self) -> torch.device:
         """Where the rows live."""
         return self.rows.device
+
+    @property
+    def threads(self) -> int | None:
+        """One for another device than the CPU; see `Deltas`."""
+        return None if self.rows.device.type == "cpu" else 1
 
     @property
     def resident(self) -> bool:

@@ -8,7 +8,8 @@ quantile; a second pass over the numbers of that bin alone finds it exactly.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -110,27 +111,41 @@ class MagnitudeSketch:
         return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
 
 
-def largest_magnitudes(pieces: Iterable[Tensor], counts: Tensor, k: int) -> tuple[float, ...]:
+def largest_magnitudes(
+    each: Callable[[Callable[[Tensor], None]], None], counts: Tensor, k: int
+) -> tuple[float, ...]:
     """Return the ``k``-th largest magnitude of each row of numbers that come in pieces, exactly.
 
+    The numbers of the bin that holds it are counted by their remaining bits. So memory is bounded
+    where most numbers are alike too, as differences of bfloat16 weights are.
+
     Args:
-        pieces: ``N x n`` numbers each, float32; all together hold ``k`` columns or more.
+        each: Calls what it is given with all pieces (``N x n``, float32), from any threads; all
+            together hold ``k`` columns or more.
         counts: ``N`` histograms of the rows (see `magnitude_bins`), on the CPU.
         k: From 1 to the number of columns.
     """
     above = counts.flip(-1).cumsum(-1)
     at = (above < k).sum(-1)  # bins above the one that holds the k-th
-    low, high = _edge(BINS - 1 - at).tolist(), _edge(BINS - at).tolist()
-    found: list[list[Tensor]] = [[] for _ in counts]
-    for piece in pieces:
-        for row, parts, least, limit in zip(piece, found, low, high, strict=True):
-            sizes = row.abs()
-            parts.append(sizes[(sizes >= least) & (sizes < limit)])
+    bins = (BINS - 1 - at).tolist()
+    lock = threading.Lock()
+    finer = torch.zeros(len(counts), 1 << _SHIFT, dtype=torch.int64)
+
+    def take(piece: Tensor) -> None:
+        for row, total, bin_ in zip(piece, finer, bins, strict=True):
+            bits = row.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF)
+            inside = bits[bits.bitwise_right_shift(_SHIFT) == bin_].bitwise_and_((1 << _SHIFT) - 1)
+            found = torch.bincount(inside, minlength=1 << _SHIFT).cpu()
+            with lock:
+                total.add_(found)
+
+    each(take)
     result = []
-    for parts, row, bins in zip(found, above, at.tolist(), strict=True):
-        inside = torch.cat(parts)
-        left = k - (int(row[bins - 1]) if bins else 0)
-        result.append(float(inside.kthvalue(len(inside) - left + 1).values))
+    for row, total, count, bin_ in zip(above, finer, at.tolist(), bins, strict=True):
+        left = k - (int(row[count - 1]) if count else 0)
+        rest = (1 << _SHIFT) - 1 - int((total.flip(0).cumsum(0) < left).sum())
+        bits = torch.tensor((bin_ << _SHIFT) + rest, dtype=torch.int32)
+        result.append(float(bits.view(torch.float32)))
     return tuple(result)
 
 

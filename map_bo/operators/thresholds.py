@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -70,11 +70,15 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         total = sum(slots[slot].numel for slot in part)
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
-        counts = _counted(deltas, part, threads=threads)
-        return largest_magnitudes(_pieces_of(deltas, part), counts, rank(total))
+        counts = _counted(deltas, part, threads)
+
+        def each(take: Callable[[Tensor], None]) -> None:
+            _each_piece(deltas, part, take, threads)
+
+        return largest_magnitudes(each, counts, rank(total))
 
     if trim == "global":
-        return (found(range(len(slots)), None),) * len(slots)
+        return (found(range(len(slots)), deltas.threads),) * len(slots)
     result: list[tuple[float, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
@@ -91,12 +95,12 @@ def sketches(deltas: Deltas, trim: str) -> tuple[tuple[MagnitudeSketch, ...], ..
     """
     slots = deltas.layout.slots
     if trim == "global":
-        counts = _counted(deltas, range(len(slots)))
+        counts = _counted(deltas, range(len(slots)), deltas.threads)
         return (tuple(MagnitudeSketch.of(row) for row in counts),) * len(slots)
     result: list[tuple[MagnitudeSketch, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        counts = _counted(deltas, [slot], threads=1)
+        counts = _counted(deltas, [slot], 1)
         result[slot] = tuple(MagnitudeSketch.of(row) for row in counts)
 
     _by_size(deltas, of)
@@ -107,35 +111,34 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     """Do all tensors, the largest first so that threads end together."""
     slots = deltas.layout.slots
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    threads = None if deltas.device.type == "cpu" else 1
-    spread(lambda slot, _: of(slot), order, lambda: None, threads=threads)
+    spread(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
 
 
-def _counted(deltas: Deltas, slots: Sequence[int], *, threads: int | None = None) -> Tensor:
+def _counted(deltas: Deltas, slots: Sequence[int], threads: int | None) -> Tensor:
     """Return the histograms of magnitudes, ``N x bins``."""
     lock = threading.Lock()
     total = torch.zeros(len(deltas.experts), BINS, dtype=torch.int64, device=deltas.device)
 
-    def count(item: tuple[int, int, int], _: None) -> None:
-        for row, counts in zip(deltas.read(*item)[1:], total, strict=True):
+    def count(rows: Tensor) -> None:
+        for row, counts in zip(rows, total, strict=True):
             found = magnitude_bins(row)
             with lock:
                 counts.add_(found)
 
-    if deltas.device.type != "cpu":
-        threads = 1
-    spread(count, _pieces(deltas, slots), lambda: None, threads=threads)
+    _each_piece(deltas, slots, count, threads)
     return total.cpu()
 
 
-def _pieces(deltas: Deltas, slots: Sequence[int]) -> list[tuple[int, int, int]]:
-    return [
+def _each_piece(
+    deltas: Deltas,
+    slots: Sequence[int],
+    take: Callable[[Tensor], None],
+    threads: int | None,
+) -> None:
+    """Call ``take`` with all pieces of the task vectors, ``N x n``."""
+    items = [
         (slot, start, min(start + _PIECE, deltas.layout.slots[slot].numel))
         for slot in slots
         for start in range(0, deltas.layout.slots[slot].numel, _PIECE)
     ]
-
-
-def _pieces_of(deltas: Deltas, slots: Sequence[int]) -> Iterator[Tensor]:
-    for item in _pieces(deltas, slots):
-        yield deltas.read(*item)[1:]
+    spread(lambda item, _: take(deltas.read(*item)[1:]), items, lambda: None, threads=threads)

@@ -258,7 +258,7 @@ class MergedModelProblem(AdapterExporting):
             operator=self._operator,
             space=self._space,
             ties=lambda: joined_ties(self._base, model_ties(self._architecture())),
-            recalibrated=self._statistics(row),
+            recalibrated=lambda: self._statistics(row),
             record=record,
             check_base=self._check_base,
             settings=settings,
