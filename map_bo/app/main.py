@@ -249,12 +249,14 @@ def _choose(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.merging.draft import refuse_existing
 
+    refuse_existing(options.out)  # first: nothing should be read or fitted for nothing
     recipe = recipe_at(options.run)
     if recipe is not None:
         told = merge_recipe(recipe, options)
     else:
-        choice = _chosen(options)  # first: a wrong name should not wait for checkpoints
+        choice = _chosen(options)  # a wrong name should not wait for checkpoints
         told = merge_choice(choice, options, *_recorded_config(options.run))
     sys.stdout.write(told + "\n")
 

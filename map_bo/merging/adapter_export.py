@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,16 +18,22 @@ from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapter_files import AdapterContent, adapter_content
 from map_bo.merging.adapters import Adapter, Kind, open_adapter, wide
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
-from map_bo.merging.export import _refuse_existing, _require_space
+from map_bo.merging.draft import (
+    publish,
+    refuse_existing,
+    remove_stale_drafts,
+    writing_draft,
+)
+from map_bo.merging.export import require_space
 from map_bo.merging.formats import Layout
 from map_bo.merging.layout import is_variance
 from map_bo.merging.lora_config import CONFIG
 from map_bo.merging.low_rank import LowRank, approximated, stacked, truncated
 from map_bo.merging.messages import listed
+from map_bo.merging.names import aligned_names
 from map_bo.merging.recipe import RECIPE, Weights, plain, recipe_text
 from map_bo.merging.shards import writing
-from map_bo.merging.streaming import _checked, aligned_names
+from map_bo.merging.streaming import checked_weights
 from map_bo.merging.writer import SafetensorsWriter
 from map_bo.rng import make_generator
 
@@ -123,8 +129,7 @@ def export_adapter(
         MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
             not given, or cannot be written; nothing is left behind.
     """
-    target = Path(out).expanduser().absolute()
-    _refuse_existing(target)
+    target = refuse_existing(out)
     if rank is not None and rank < 1:
         raise MergeError(f"rank is {rank}", hint="give at least 1")
     further = plain(record or {})
@@ -172,15 +177,14 @@ def export_adapter(
 def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str]) -> None:
     layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_drafts(target)
-        _require_space(target.parent, layouts, [])
+        require_space(target, layouts)
     with ExitStack() as stack:
         with writing(target):
             draft = stack.enter_context(writing_draft(target))
-            with closing(SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})) as writer:
-                for name, tensor in content.tensors.items():
-                    writer.write(name, tensor)
+            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
+            for name, tensor in content.tensors.items():
+                writer.write(name, tensor)
             settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
             (draft / CONFIG).write_text(settings, encoding="utf-8")
         text = recipe(draft)
@@ -244,7 +248,7 @@ class _Changes:
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:
                 continue
-            given = _checked(self._weights(name), name, self._experts)
+            given = checked_weights(self._weights(name), name, self._experts)
             used = {expert: weight for expert, weight in given.items() if weight}
             parts, rest, fixed = self._summed(name, used)
             if not parts and rest is None:

@@ -130,11 +130,26 @@ class Adapter:
 
     def piece(self, name: str, start: int, stop: int) -> Tensor | None:
         """Return the elements ``start`` to ``stop``, row-major, of a tensor's change, or None."""
-        low_rank, dense = self.low_rank(name), self.dense(name)
+        low_rank, dense = self.low_rank(name), self._dense_piece(name, start, stop)
         if low_rank is None:
-            return None if dense is None else dense.flatten()[start:stop]
+            return dense
         product = low_rank.piece(start, stop)
-        return product if dense is None else product + dense.flatten()[start:stop]
+        return product if dense is None else product + dense
+
+    def _dense_piece(self, name: str, start: int, stop: int) -> Tensor | None:
+        """Return a piece of `dense`; no more is read than that."""
+        delta: Tensor | None = None
+        if name in self.values:
+            own = self.values[name]
+            value = self._finite(self.reader.read(own, start, stop), own)
+            pre = self.base.read(name, start, stop)
+            both = torch.promote_types(value.dtype, wide(pre.dtype))
+            delta = value.to(both) - pre.to(both)
+        if name in self.biases:
+            own, scale = self.biases[name]
+            shift = scale * self._finite(self.reader.read(own, start, stop), own)
+            delta = shift if delta is None else delta + shift
+        return delta
 
     def digest(self) -> str:
         """Return a SHA-256 over names, scales, shapes and values of the adapter's own tensors.
@@ -163,7 +178,10 @@ class Adapter:
         return total.hexdigest()
 
     def _load(self, own: str) -> Tensor:
-        tensor = self.reader.load(own).detach()
+        return self._finite(self.reader.load(own), own)
+
+    def _finite(self, tensor: Tensor, own: str) -> Tensor:
+        tensor = tensor.detach()
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
         if not bool(torch.isfinite(tensor).all()):
             raise MergeError(

@@ -65,6 +65,10 @@ class Kernel(ABC):
         """Return how many bytes of temporary memory a number of a piece takes, at most."""
         return 64 + 40 * experts
 
+    def beside(self, threads: int) -> int:
+        """Return how many bytes are taken beside the pieces, whatever their length."""
+        return 0
+
     def unit(self, slot: int) -> int:
         """Return a number of elements: this tensor is cut at its multiples only."""
         return 1
@@ -129,6 +133,7 @@ class ChunkedMerge:
         self._count = count
         self._settings = settings
         self._signed = signed
+        self._threads = deltas.threads
         self._chunk = chunk or _CHUNK.get(deltas.device.type, _CHUNK["cuda"])
 
     def write(self, c: Tensor, out: Tensor) -> None:
@@ -159,13 +164,12 @@ class ChunkedMerge:
             out[end:].zero_()
             self.run(c, put)
 
-    def run(self, c: Tensor, sink: Sink, *, done: Callable[[int], None] | None = None) -> None:
+    def run(self, c: Tensor, sink: Sink) -> None:
         """Merge all pieces and give them to ``sink``, from several threads.
 
         Args:
             c: ``d`` coefficients.
             sink: Takes every piece, in any order.
-            done: Called with the number of elements after each piece.
         """
         c = self._checked(c)
         d = c.numel() - len(self._settings)
@@ -187,34 +191,48 @@ class ChunkedMerge:
             else:
                 piece = rows[0]
             sink(slot, start, piece)
-            if done is not None:
-                done(stop - start)
 
         with torch.no_grad():
-            threads = None if device.type == "cpu" else 1
-            spread(work, self._items(kernel), lambda: None, threads=threads)
+            spread(work, self._items(kernel), lambda: None, threads=self._threads)
+
+    def least_memory(self) -> int:
+        """Return how many bytes a single thread needs, with pieces as short as they may be."""
+        return self._each() * self._shortest() + self.kernel.beside(1)
 
     def limit(self, room: int, threads: int) -> None:
-        """Choose pieces so small that all threads together need no more than ``room`` bytes.
+        """Choose threads and lengths of pieces that need no more than ``room`` bytes in all.
+
+        Args:
+            room: Bytes.
+            threads: How many threads there should be; there are fewer where pieces would be too
+                short.
 
         Raises:
-            MergeError: When a tensor that must not be cut so small needs more.
+            MergeError: When it is less than `least_memory`.
         """
+        each, shortest = self._each(), self._shortest()
+        for count in range(threads, 0, -1):
+            chunk = (room - self.kernel.beside(count)) // count // each
+            if chunk >= shortest:
+                self._threads, self._chunk = count, min(self._chunk, chunk)
+                return
+        raise MergeError(
+            f"merging needs {self.least_memory() / 1e6:.0f} MB beside what the program itself "
+            f"takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
+            hint="allow more memory, or choose an operator that merges number by number",
+        )
+
+    def _each(self) -> int:
+        """Return how many bytes a number of a piece takes: rows, what is read, and the kernel's."""
         count = len(self.deltas.experts)
-        each = 4 * (1 + count) + 8 + self.kernel.room(count)
-        chunk = min(self._chunk, room // max(1, threads) // each)
-        units = [
+        return 4 * (1 + count) + 8 + self.kernel.room(count)
+
+    def _shortest(self) -> int:
+        units = (
             slot.numel if self.kernel.whole(i) else self.kernel.unit(i)
             for i, slot in enumerate(self.deltas.layout.slots)
-        ]
-        needed = max([_SHORTEST, *units])
-        if chunk < needed:
-            raise MergeError(
-                f"merging needs at least {needed * each * threads / 1e6:.0f} MB beside what the "
-                f"program itself takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
-                hint="allow more memory, or choose an operator that merges number by number",
-            )
-        self._chunk = chunk
+        )
+        return max(_SHORTEST, *units)
 
     def _checked(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count

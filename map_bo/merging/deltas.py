@@ -36,6 +36,11 @@ class Deltas(Protocol):
         ...
 
     @property
+    def threads(self) -> int | None:
+        """How many threads may go through the pieces at once; None for as many as torch uses."""
+        ...
+
+    @property
     def resident(self) -> bool:
         """Whether it is all in memory, so that what is prepared from it may take memory too."""
         ...

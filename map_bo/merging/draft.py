@@ -13,7 +13,9 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-__all__ = ["publish", "remove_stale_drafts", "writing_draft"]
+from map_bo.errors import MergeError
+
+__all__ = ["publish", "refuse_existing", "remove_stale_drafts", "writing_draft"]
 
 _LOCK = ".writer.lock"
 _SUFFIX = ".partial"
@@ -22,9 +24,29 @@ _YOUNG_SUFFIX = ".new"
 _YOUNG = 3600.0
 
 
+def refuse_existing(target: str | Path) -> Path:
+    """Return the absolute path of a folder that is to be written, if it may be.
+
+    Raises:
+        MergeError: When something of this name exists that is not an empty folder.
+    """
+    target = Path(target).expanduser().absolute()
+    if not os.path.lexists(target):
+        return target
+    if not target.is_dir():
+        raise MergeError(f"{target} exists and is not a folder", hint="choose another name")
+    if any(target.iterdir()):
+        raise MergeError(
+            f"{target} exists and is not empty", hint="choose another folder, or remove it first"
+        )
+    return target
+
+
 @contextmanager
 def writing_draft(target: Path) -> Iterator[Path]:
     """Make a hidden folder beside ``target``, and remove it unless it was published.
+
+    Folders above ``target`` that do not exist are made, and removed with it.
 
     While its writer lives, a lock file inside is locked: the system lets go of it when the
     process ends, however it ends. So a draft whose lock can be taken has no writer any more.
@@ -32,6 +54,28 @@ def writing_draft(target: Path) -> Iterator[Path]:
     Raises:
         OSError: When the folder cannot be made.
     """
+    with _parents_of(target), _draft_of(target) as draft:
+        yield draft
+
+
+@contextmanager
+def _parents_of(target: Path) -> Iterator[None]:
+    made: list[Path] = []
+    try:
+        for folder in reversed(target.parents):
+            if not folder.exists():
+                folder.mkdir(exist_ok=True)
+                made.append(folder)
+        yield
+    except BaseException:
+        for folder in reversed(made):
+            with suppress(OSError):  # another may have written into it meanwhile
+                folder.rmdir()
+        raise
+
+
+@contextmanager
+def _draft_of(target: Path) -> Iterator[Path]:
     young = Path(
         tempfile.mkdtemp(prefix=f".{target.name}.", suffix=_YOUNG_SUFFIX, dir=target.parent)
     )

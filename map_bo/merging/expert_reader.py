@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
+from map_bo.merging.comparing import require_same_fixed, require_tied
 from map_bo.merging.layout import FlatLayout
 from map_bo.merging.likeness import Likeness
-from map_bo.merging.messages import listed
-from map_bo.merging.vocabulary import require_shapes
+from map_bo.merging.names import aligned_names
 
-__all__ = ["ExpertReader", "finite", "fixed_tensors", "require_tied"]
-
-_ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
+__all__ = ["ExpertReader", "finite", "fixed_tensors"]
 
 
 class ExpertReader:
@@ -35,7 +33,7 @@ class ExpertReader:
     def __init__(self, base: Checkpoint, expert: Checkpoint, label: str, layout: FlatLayout):
         self.label = label
         self.expert = expert
-        self.own = _matched(base, expert, label, layout)
+        self.own = aligned_names(base, expert, label, layout.ties)
         self.moved = False
         self.likeness = Likeness(label)
         require_tied(expert, {a: self.own[c] for a, c in layout.ties.items()}, f"expert {label!r}")
@@ -76,67 +74,6 @@ class ExpertReader:
             self.likeness.judge()
 
 
-def _matched(
-    base: Checkpoint, expert: Checkpoint, label: str, layout: FlatLayout
-) -> dict[str, str]:
-    """Return, for each canonical name of the base, the expert's name of the same tensor."""
-    own: dict[str, str] = {}
-    present = set(expert.names)
-    for name in base.names:  # canonical names are found under their own name first
-        canonical = layout.ties.get(name, name)
-        if name in present and (name == canonical or canonical not in own):
-            own[canonical] = name
-    canonical_names = [name for name in base.names if name not in layout.ties]
-    missing = [name for name in canonical_names if name not in own]
-    if missing:
-        raise MergeError(
-            f"expert {label!r} lacks {len(missing)} of the base's tensors: {listed(missing)}",
-            hint=_ARCHITECTURE,
-        )
-    known = set(base.names)
-    extra = sorted(name for name in present - known if expert.ties.get(name) not in known)
-    if extra:
-        raise MergeError(
-            f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
-            hint=_ARCHITECTURE,
-        )
-    require_shapes(base, expert, label, own)
-    kinds = [
-        f"{name} {expert.dtype(mine)} against {base.dtype(name)}"
-        for name, mine in own.items()
-        if expert.dtype(mine).is_floating_point != base.dtype(name).is_floating_point
-    ]
-    if kinds:
-        raise MergeError(
-            f"expert {label!r} has other kinds of dtype than the base: {listed(kinds)}",
-            hint="expand quantised weights before merging",
-        )
-    return own
-
-
-def require_tied(checkpoint: Checkpoint, ties: Mapping[str, str], label: str) -> None:
-    """Refuse a checkpoint in which tensors that are one in the model differ.
-
-    Args:
-        checkpoint: The checkpoint.
-        ties: Alias -> canonical name.
-        label: What to call it.
-
-    Raises:
-        MergeError: When they differ.
-    """
-    for alias, canonical in ties.items():
-        if alias not in checkpoint.names or alias == canonical:
-            continue
-        if checkpoint.ties.get(alias, alias) == checkpoint.ties.get(canonical, canonical):
-            continue
-        if not torch.equal(checkpoint.load(alias), checkpoint.load(canonical)):
-            raise MergeError(
-                f"{canonical!r} and {alias!r} are one tensor in the model but differ in {label}",
-                hint="use checkpoints that keep them tied, or untie them in the base and model",
-            )
-
-
 def finite(tensor: Tensor, name: str, label: str) -> Tensor:
     """Return a tensor, float8 widened, that holds neither NaN nor infinity.
 
@@ -165,15 +102,7 @@ def fixed_tensors(
     for name in layout.fixed:
         if name in layout.ties:
             continue
-        value = base.load(name)
         for reader in readers:
-            other = reader.expert.load(reader.own[name])
-            if value.numel() > 1 and not torch.equal(value, other):
-                raise MergeError(
-                    f"tensor {name!r} ({value.dtype}) differs between the base and expert "
-                    f"{reader.label!r}, and only floating tensors can be merged",
-                    hint="quantised weights are expanded before merging; index tables must be "
-                    "those of the base",
-                )
-        result[name] = value.detach().clone()
+            require_same_fixed(base, name, reader.expert, reader.own[name], reader.label)
+        result[name] = base.load(name).detach().clone()
     return result

@@ -13,7 +13,12 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.digests import digest_all
-from map_bo.merging.draft import publish, remove_stale_drafts, writing_draft
+from map_bo.merging.draft import (
+    publish,
+    refuse_existing,
+    remove_stale_drafts,
+    writing_draft,
+)
 from map_bo.merging.formats import DTYPES, Layout
 from map_bo.merging.messages import listed
 from map_bo.merging.model_card import MODEL_CARD, model_card_text
@@ -25,10 +30,10 @@ from map_bo.merging.recipe import (
     read_recipe,
     recipe_text,
 )
-from map_bo.merging.shards import Pieces, write_weights, writing
+from map_bo.merging.shards import Advance, Pieces, write_weights, writing
 from map_bo.merging.streaming import merge_streamed
 
-__all__ = ["export_merged", "merge_streamed", "read_recipe"]
+__all__ = ["export_merged", "merge_streamed", "read_recipe", "require_space"]
 
 # What makes a folder of weights a usable model, and is not weights or code.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -49,6 +54,8 @@ def export_merged(
     shard_bytes: int = 5_000_000_000,
     weights: Weights | None = None,
     recalibrated: Mapping[str, Tensor] | None = None,
+    ties: Mapping[str, str] | None = None,
+    advance: Advance | None = None,
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
@@ -84,6 +91,9 @@ def export_merged(
             coefficients must be one for each expert to be expressible.
         recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
             batch normalisation that were measured anew. Names that the base lacks are passed over.
+        ties: Further ties of the base, alias -> canonical name, that the merge went by; for the
+            recipe.
+        advance: Called with a number of elements whenever they are written, from any thread.
 
     Returns:
         The absolute path of the folder.
@@ -92,8 +102,7 @@ def export_merged(
         MergeError: When the folder is not empty, the disk is full or not writable, or the tensors
             are not those of the base; nothing is left behind.
     """
-    target = Path(out).expanduser().absolute()
-    _refuse_existing(target)
+    target = refuse_existing(out)
     if shard_bytes < 1:
         raise MergeError(f"shard_bytes is {shard_bytes}", hint="give at least one byte")
     further = plain(record or {})  # fails before anything is written
@@ -106,14 +115,14 @@ def export_merged(
         )
     carried = _carried(base.directory)
     with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
         remove_stale_drafts(target)
-        _require_space(target.parent, layouts, carried)
+        require_space(target, layouts, carried)
     measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
+    further_ties = {a: kept for a, kept in (ties or {}).items() if base.ties.get(a) != kept}
     with ExitStack() as stack:
         with writing(target):
             draft = stack.enter_context(writing_draft(target))
-        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured)
+        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured, advance=advance)
         for file in carried:
             with writing(target):
                 copied = draft / file.relative_to(base.directory or file.parent)
@@ -130,6 +139,7 @@ def export_merged(
             merged={
                 "sha256": written.digest(),
                 **({"recalibrated": sorted(measured)} if measured else {}),
+                **({"ties": further_ties} if further_ties else {}),
             },
             record=further,
         )
@@ -157,26 +167,23 @@ def export_merged(
     return target
 
 
-def _require_space(folder: Path, layouts: Mapping[str, Layout], carried: list[Path]) -> None:
+def require_space(
+    target: Path, layouts: Mapping[str, Layout], further: Iterable[Path] = ()
+) -> None:
+    """Refuse a disk without room for tensors and copies of further files.
+
+    Raises:
+        MergeError: When there is too little space.
+    """
     needed = sum(layout.nbytes for layout in layouts.values())
-    needed += sum(file.stat().st_size for file in carried) + _HEADROOM
+    needed += sum(file.stat().st_size for file in further) + _HEADROOM
+    folder = next(parent for parent in target.parents if parent.exists())
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise MergeError(
             f"the merged model needs {needed / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB "
             "free",
             hint="free some space or export to another disk",
-        )
-
-
-def _refuse_existing(target: Path) -> None:
-    if not target.exists() and not target.is_symlink():
-        return
-    if not target.is_dir():
-        raise MergeError(f"{target} exists and is not a folder", hint="choose another name")
-    if any(target.iterdir()):
-        raise MergeError(
-            f"{target} exists and is not empty", hint="choose another folder, or remove it first"
         )
 
 

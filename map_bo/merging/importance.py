@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.streaming import aligned_names
+from map_bo.merging.names import aligned_names
 
 __all__ = ["block_norms", "relative_importance"]
 
@@ -46,10 +46,11 @@ def block_norms(
     Raises:
         MergeError: When an expert has missing or further tensors, or other shapes.
     """
-    names = {
-        expert: aligned_names(base, checkpoint, expert) for expert, checkpoint in experts.items()
-    }
     ties = base.ties if ties is None else ties
+    names = {
+        expert: aligned_names(base, checkpoint, expert, ties)
+        for expert, checkpoint in experts.items()
+    }
     squares = torch.zeros(len(experts), blocks, dtype=torch.float64)
     for name in base.names:
         if name in ties or not base.dtype(name).is_floating_point:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.checkpoint import Checkpoint
 
-__all__ = ["Likeness"]
+__all__ = ["Likeness", "require_alike"]
 
 # Measured on MLPs for digits: trained from its random start for 2000 steps at a learning rate of
 # .01, a model keeps a cosine of .34 with that start; two trainings from different starts have .02.
 _UNRELATED = 0.1
 _FAR = 0.5
+_SAMPLED_TENSORS = 8
+_SAMPLED_NUMBERS = 1 << 18
 _ENOUGH = 1000  # numbers from which a cosine between unrelated weights is reliably below .1
 
 
@@ -82,3 +86,30 @@ class Likeness:
                 reach,
                 cosine,
             )
+
+
+def require_alike(
+    base: Checkpoint, expert: Checkpoint, names: Mapping[str, str], label: str
+) -> None:
+    """Refuse an expert that does not look fine-tuned from the base, by a sample of its weights.
+
+    The sample is the beginning of the largest tensors of two or more dimensions.
+
+    Args:
+        base: The base.
+        expert: The expert.
+        names: The base's name -> the expert's name of the same tensor.
+        label: The expert's name.
+
+    Raises:
+        MergeError: See `Likeness.judge`.
+    """
+    floating = [name for name in names if base.dtype(name).is_floating_point]
+    matrices = [name for name in floating if len(base.shape(name)) >= 2]
+    matrices.sort(key=lambda name: (-base.shape(name).numel(), name))
+    likeness = Likeness(label)
+    for name in matrices[:_SAMPLED_TENSORS]:
+        count = min(base.shape(name).numel(), _SAMPLED_NUMBERS)
+        pre = base.read(name, 0, count).to(torch.float32)
+        likeness.add(pre, expert.read(names[name], 0, count).to(torch.float32) - pre)
+    likeness.judge()

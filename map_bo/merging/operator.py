@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -11,7 +12,7 @@ from map_bo.space import CoefficientSpace
 if TYPE_CHECKING:
     from map_bo.merging.deltas import Deltas
 
-__all__ = ["MergeOperator", "PreparedMerge"]
+__all__ = ["ChecksValues", "Followable", "MergeOperator", "PreparedMerge", "recipe_of"]
 
 
 @runtime_checkable
@@ -46,3 +47,30 @@ class MergeOperator(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return the operator as plain data, for recipes and the run's record."""
         ...
+
+
+@runtime_checkable
+class ChecksValues(Protocol):
+    """An operator that does not take every value of its coefficients."""
+
+    def check_values(self, values: Mapping[str, float]) -> None:
+        """Refuse values, by the names of the operator's space, that it cannot merge with.
+
+        Raises:
+            MergeError: Naming them.
+        """
+        ...
+
+
+@runtime_checkable
+class Followable(Protocol):
+    """An operator that needs more than its description to be made once more, such as files."""
+
+    def recipe(self) -> dict[str, Any]:
+        """Return the description with all that is needed, as plain data."""
+        ...
+
+
+def recipe_of(operator: MergeOperator) -> dict[str, Any]:
+    """Return what a recipe says of an operator."""
+    return operator.recipe() if isinstance(operator, Followable) else operator.describe()

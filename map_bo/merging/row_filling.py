@@ -13,7 +13,8 @@ from map_bo.merging.adapted import Adapted
 from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.adapters import Adapter
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors, require_tied
+from map_bo.merging.comparing import require_tied
+from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors
 from map_bo.merging.layout import FlatLayout, Slot, is_variance
 from map_bo.merging.likeness import Likeness
 from map_bo.merging.low_rank import LowRank

@@ -7,7 +7,7 @@ import json
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -18,13 +18,16 @@ from map_bo.merging.formats import Layout, raw_bytes
 from map_bo.merging.messages import listed
 from map_bo.merging.writer import SafetensorsWriter, shard_layouts
 
-__all__ = ["Pieces", "Put", "write_weights", "writing"]
+__all__ = ["Advance", "Pieces", "Put", "write_weights", "writing"]
 
 Put = Callable[[str, int, Tensor], None]
 """Takes a canonical name, a first element and the elements from there on (1-D, on the CPU)."""
 
 Pieces = Callable[[Put], None]
 """Gives every element of every tensor that is no alias to a `Put` once, from any threads."""
+
+Advance = Callable[[int], None]
+"""Takes a number of elements that are done, from any thread."""
 
 
 @contextmanager
@@ -33,7 +36,7 @@ def writing(target: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         raise MergeError(
             f"{target} cannot be written: {error.strerror or error}",
             hint="free some space or export to another disk; nothing was left behind"
@@ -50,6 +53,7 @@ def write_weights(
     shard_bytes: int,
     *,
     instead: Mapping[str, Tensor] | None = None,
+    advance: Advance | None = None,
 ) -> None:
     """Write ``model.safetensors``, or shards with their index, into a folder.
 
@@ -60,6 +64,7 @@ def write_weights(
         base: The base checkpoint.
         shard_bytes: Largest size of one file.
         instead: Name -> tensor to write in place of the one that is given.
+        advance: Called with a number of elements whenever they are written.
 
     Raises:
         MergeError: When tensors are missing, given twice, unknown or of another shape, or the disk
@@ -67,23 +72,22 @@ def write_weights(
     """
     groups = list(shard_layouts(layouts, shard_bytes))
     home: dict[str, SafetensorsWriter] = {}
-    with ExitStack() as closing:
-        for i, group in enumerate(groups, start=1):
-            file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
-            with writing(draft.parent):
-                writer = SafetensorsWriter(
-                    draft / (file if len(groups) > 1 else "model.safetensors"),
-                    group,
-                    {"format": "pt", **aliases},
-                )
-            closing.callback(writer.close)
-            home.update(dict.fromkeys(group, writer))
-        if callable(tensors):
-            seen = _put_pieces(tensors, home, layouts, draft, instead or {})
-        else:
-            placed = ((name, (instead or {}).get(name, tensor)) for name, tensor in tensors)
-            seen = _put_tensors(placed, home, base, draft)
+    for i, group in enumerate(groups, start=1):
+        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
+        with writing(draft.parent):
+            writer = SafetensorsWriter(
+                draft / (file if len(groups) > 1 else "model.safetensors"),
+                group,
+                {"format": "pt", **aliases},
+            )
+        home.update(dict.fromkeys(group, writer))
+    done = advance or (lambda count: None)
+    if callable(tensors):
+        seen = _put_pieces(tensors, home, layouts, draft, instead or {}, done)
+    else:
+        placed = ((name, (instead or {}).get(name, tensor)) for name, tensor in tensors)
+        seen = _put_tensors(placed, home, base, draft, done)
     missing = sorted(set(layouts) - seen)
     if missing:
         raise MergeError(
@@ -105,6 +109,7 @@ def _put_tensors(
     home: Mapping[str, SafetensorsWriter],
     base: Checkpoint,
     draft: Path,
+    done: Advance,
 ) -> set[str]:
     first: dict[str, tuple[str, Tensor]] = {}
     seen: set[str] = set()
@@ -117,6 +122,7 @@ def _put_tensors(
         if name == canonical:
             with writing(draft.parent):
                 home[name].write(name, tensor)
+            done(tensor.numel())
     return seen
 
 
@@ -126,6 +132,7 @@ def _put_pieces(
     layouts: Mapping[str, Layout],
     draft: Path,
     instead: Mapping[str, Tensor],
+    done: Advance,
 ) -> set[str]:
     """Return the names of the tensors that were put as a whole."""
     lock, counts = threading.Lock(), Counter[str]()
@@ -137,6 +144,7 @@ def _put_pieces(
             home[name].write_piece(name, start, piece)
         with lock:
             counts[name] += piece.numel()
+        done(piece.numel())
 
     pieces(put)
     return {n for n, layout in layouts.items() if counts[n] == layout.shape.numel()}

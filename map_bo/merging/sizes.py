@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,11 +12,14 @@ from map_bo.errors import MergeError
 
 __all__ = ["ExportSettings", "available_bytes", "bytes_of", "in_words", "resident_bytes"]
 
-_UNITS = {"": 1, "k": 1e3, "m": 1e6, "g": 1e9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_UNITS = {
+    "": 1, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12,
+    "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40,
+}  # fmt: skip
 _UNKNOWN_RESIDENT = 500_000_000  # taken where the system does not say
 
 
-def bytes_of(size: int | str, name: str) -> int:
+def bytes_of(size: float | str, name: str) -> int:
     """Return a number of bytes from a number or from text such as ``"1.5GB"`` or ``"512MiB"``.
 
     Args:
@@ -24,12 +29,13 @@ def bytes_of(size: int | str, name: str) -> int:
     Raises:
         MergeError: For text that is no size, and for sizes that are not positive.
     """
-    found = re.fullmatch(r"\s*([\d_.]+)\s*([kmg]i?)?b?\s*", str(size).lower())
-    try:
-        number = float(found.group(1)) * _UNITS[found.group(2) or ""] if found else 0.0
-    except ValueError:
-        number = 0.0
-    if number < 1:
+    number = 0.0
+    if isinstance(size, int | float) and not isinstance(size, bool):
+        number = float(size)
+    elif found := re.fullmatch(r"\s*([\d_.]+)\s*([kmgt]i?)?b?\s*", str(size).lower()):
+        with suppress(ValueError):
+            number = float(found.group(1)) * _UNITS[found.group(2) or ""]
+    if not 1 <= number < math.inf:
         raise MergeError(
             f"{name} is {size!r}", hint="give a number of bytes, or such as 500MB, 2GB or 1.5GiB"
         )

@@ -12,14 +12,12 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
+from map_bo.merging.comparing import require_same_fixed, require_tied
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
-from map_bo.merging.likeness import Likeness
-from map_bo.merging.streaming import aligned_names
+from map_bo.merging.likeness import require_alike
+from map_bo.merging.names import aligned_names
 
 __all__ = ["StreamedVectors"]
-
-_SAMPLED_TENSORS = 8
-_SAMPLED_NUMBERS = 1 << 18
 
 
 class StreamedVectors:
@@ -35,6 +33,7 @@ class StreamedVectors:
         ties: Further ties of the base, alias -> canonical name.
         check_base: Whether to refuse experts that do not look fine-tuned from the base, by a
             sample of their largest tensors; the rule is that of `TaskVectors.load`.
+        threads: How many threads may read at once; by default those of torch.
 
     Raises:
         MergeError: When an expert has missing or further tensors, other shapes or kinds of dtype,
@@ -48,22 +47,31 @@ class StreamedVectors:
         *,
         ties: Mapping[str, str] | None = None,
         check_base: bool = True,
+        threads: int | None = None,
     ) -> None:
         if not experts:
             raise MergeError("there are no experts", hint="give at least one fine-tuned model")
         self.base = base
         self.checkpoints = dict(experts)
-        self.layout = FlatLayout.of(base, joined_ties(base, ties or {}))
-        self._names = {name: aligned_names(base, expert, name) for name, expert in experts.items()}
-        for slot in self.layout.slots:
-            if slot.dtype == torch.float64:
+        self.threads = threads
+        for name in base.names:
+            dtype = base.dtype(name)
+            if dtype == torch.float64 or dtype.is_complex:
                 raise MergeError(
-                    f"tensor {slot.name!r} is float64, and pieces are merged in float32",
-                    hint="merge it resident, or with task arithmetic, which keeps float64",
+                    f"tensor {name!r} is {dtype}, and pieces are merged in float32",
+                    hint="merge it with task arithmetic, which keeps its precision, or convert "
+                    "the base to float32",
                 )
+        self.layout = FlatLayout.of(base, joined_ties(base, ties or {}))
+        self._names = {
+            label: aligned_names(base, expert, label, self.layout.ties)
+            for label, expert in experts.items()
+        }
+        self._adapters = {label: adapter_over(base, each) for label, each in experts.items()}
         self._raw = threading.local()
-        if check_base:
-            self._check_base()
+        for label, expert in experts.items() if check_base else ():
+            if self._adapters[label] is None:
+                require_alike(base, expert, self._names[label], label)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -92,17 +100,21 @@ class StreamedVectors:
             MergeError: When a value is NaN or infinite.
             CheckpointError: When a file cannot be read.
         """
+        name = self.layout.slots[slot].name
         rows = torch.empty(1 + len(self.checkpoints), stop - start) if out is None else out
-        for row, (checkpoint, name, label) in zip(rows, self._sources(slot), strict=True):
-            adapter = adapter_over(self.base, checkpoint)
+        self._values(self.base, name, name, "the base", start, stop, rows[0])
+        for row, (label, checkpoint) in zip(rows[1:], self.checkpoints.items(), strict=True):
+            own, adapter = self._names[label][name], self._adapters[label]
             if adapter is None:
-                self._values(checkpoint, name, label, start, stop, row)
+                self._values(checkpoint, own, name, f"expert {label!r}", start, stop, row)
+                row.sub_(rows[0])
                 continue
-            row.copy_(rows[0])  # an adapter is read beside the base, not with it
-            change = adapter.piece(self.base.ties.get(name, name), start, stop)
-            if change is not None:
-                row.add_(change)
-        rows[1:].sub_(rows[0])
+            # What an adapter adds is its task vector, whose digits are not lost beside the base's.
+            change = adapter.piece(self.base.ties.get(own, own), start, stop)
+            if change is None:
+                row.zero_()
+            else:
+                row.copy_(change)
         return rows
 
     def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
@@ -113,44 +125,39 @@ class StreamedVectors:
         rows[1:].add_(rows[0])
         torch.maximum(piece, rows.amin(0), out=piece)
 
-    def require_same_fixed(self) -> None:
-        """Check, as `TaskVectors.load` does, that tensors which are not merged agree.
+    def require_consistent(self) -> None:
+        """Check, as `TaskVectors.load` does, tied tensors and those that are not merged.
 
         Raises:
-            MergeError: When one with more than one element differs from the base's.
+            MergeError: When tensors that are tied differ in a checkpoint, or one that is not merged
+                and has more than one element differs from the base's.
         """
-        for name in self.layout.fixed:
-            if name in self.layout.ties or self.base.shape(name).numel() <= 1:
-                continue
-            value = self.base.load(name)
-            for label, checkpoint in self.checkpoints.items():
-                if not torch.equal(value, checkpoint.load(self._names[label][name])):
-                    raise MergeError(
-                        f"tensor {name!r} ({value.dtype}) differs between the base and expert "
-                        f"{label!r}, and only floating tensors can be merged",
-                        hint="quantised weights are expanded before merging; index tables must "
-                        "be those of the base",
-                    )
-
-    def _sources(self, slot: int) -> list[tuple[Checkpoint, str, str]]:
-        name = self.layout.slots[slot].name
-        own = [
-            (checkpoint, self._names[label][name], f"expert {label!r}")
-            for label, checkpoint in self.checkpoints.items()
-        ]
-        return [(self.base, name, "the base"), *own]
+        layout = self.layout
+        require_tied(self.base, layout.ties, "the base")
+        for label, checkpoint in self.checkpoints.items():
+            own = self._names[label]
+            ties = {alias: own[kept] for alias, kept in layout.ties.items()}
+            require_tied(checkpoint, ties, f"expert {label!r}")
+            for name in layout.fixed:
+                if name not in layout.ties:
+                    require_same_fixed(self.base, name, checkpoint, own[name], label)
 
     def _values(
-        self, checkpoint: Checkpoint, name: str, label: str, start: int, stop: int, row: Tensor
+        self,
+        checkpoint: Checkpoint,
+        own: str,
+        name: str,
+        label: str,
+        start: int,
+        stop: int,
+        row: Tensor,
     ) -> None:
-        dtype = checkpoint.dtype(name)
+        dtype = checkpoint.dtype(own)
         if dtype == torch.float32:
-            values = checkpoint.read(name, start, stop, out=row)
-            if values.data_ptr() != row.data_ptr():
-                row.copy_(values)
+            checkpoint.read(own, start, stop, out=row)
         else:
             raw = self._room((stop - start) * dtype.itemsize)
-            row.copy_(checkpoint.read(name, start, stop, out=raw))
+            row.copy_(checkpoint.read(own, start, stop, out=raw))
         # The largest magnitude is NaN or infinite where a value is, at the cost of one reading.
         if len(row) and not math.isfinite(float(torch.linalg.vector_norm(row, math.inf))):
             raise MergeError(
@@ -164,14 +171,3 @@ class StreamedVectors:
             with torch.inference_mode(False):
                 held = self._raw.memory = torch.empty(size, dtype=torch.uint8)
         return held[:size]
-
-    def _check_base(self) -> None:
-        matrices = [i for i, slot in enumerate(self.layout.slots) if len(slot.shape) >= 2]
-        matrices.sort(key=lambda i: -self.layout.slots[i].numel)
-        seen = {label: Likeness(label) for label in self.checkpoints}
-        for slot in matrices[:_SAMPLED_TENSORS]:
-            rows = self.read(slot, 0, min(self.layout.slots[slot].numel, _SAMPLED_NUMBERS))
-            for likeness, row in zip(seen.values(), rows[1:], strict=True):
-                likeness.add(rows[0], row)
-        for likeness in seen.values():
-            likeness.judge()

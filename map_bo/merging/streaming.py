@@ -11,16 +11,22 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.layout import is_variance
+from map_bo.merging.expert_reader import finite
+from map_bo.merging.layout import is_variance, joined_ties
 from map_bo.merging.messages import listed
+from map_bo.merging.names import aligned_names
 from map_bo.merging.recipe import Weights
-from map_bo.merging.vocabulary import require_shapes
 
-__all__ = ["aligned_names", "merge_streamed"]
+__all__ = ["checked_weights", "merge_streamed"]
 
 
 def merge_streamed(
-    base: Checkpoint, experts: Mapping[str, Checkpoint], weights: Weights
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    weights: Weights,
+    *,
+    ties: Mapping[str, str] | None = None,
+    check_finite: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge linearly, ``base + sum_n w_n (expert_n - base)``, one tensor at a time.
 
@@ -35,6 +41,8 @@ def merge_streamed(
         base: The base checkpoint.
         experts: Name -> checkpoint, with the same tensors as the base.
         weights: Tensor name -> weight of each expert; an expert left out has weight zero.
+        ties: Further ties of the base, alias -> canonical name.
+        check_finite: Whether to refuse NaN and infinity; experts of weight zero are read too.
 
     Yields:
         Name and merged tensor (on the CPU), canonical names in sorted order.
@@ -44,10 +52,12 @@ def merge_streamed(
             other shapes or kinds of dtype; while merging, for a weight that is not finite or of
             an unknown expert, and for an expert in which tied tensors of the base differ.
     """
+    joined = joined_ties(base, ties or {})
     names = {
-        expert: aligned_names(base, checkpoint, expert) for expert, checkpoint in experts.items()
+        expert: aligned_names(base, checkpoint, expert, joined)
+        for expert, checkpoint in experts.items()
     }
-    return _merge(base, experts, weights, names)
+    return _merge(base, experts, weights, names, joined, check_finite)
 
 
 def _merge(
@@ -55,33 +65,45 @@ def _merge(
     experts: Mapping[str, Checkpoint],
     weights: Weights,
     names: Mapping[str, Mapping[str, str]],
+    ties: Mapping[str, str],
+    check_finite: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     aliases: dict[str, list[str]] = {}
-    for alias, canonical in sorted(base.ties.items()):
+    for alias, canonical in sorted(ties.items()):
         aliases.setdefault(canonical, []).append(alias)
+
+    def checked(value: Tensor, name: str, label: str) -> Tensor:
+        return finite(value, name, label) if check_finite else value
+
     for name in base.names:
-        if name in base.ties:
+        if name in ties:
             continue
         merged = base.load(name)
         dtype = merged.dtype
         if dtype.is_floating_point or dtype.is_complex:
             wide = dtype if dtype.is_complex or dtype == torch.float64 else torch.float32
-            pre = merged.to(wide)
+            pre = checked(merged, name, "the base").to(wide)
+            _require_tied(name, aliases.get(name, []), merged, "the base", base)
             total = pre.clone()
-            given = _checked(weights(name), name, experts)
+            given = checked_weights(weights(name), name, experts)
             least = pre if is_variance(name) else None
             for expert, checkpoint in experts.items():
                 weight = given.get(expert, 0.0)
-                if weight == 0 and least is None:
+                if weight == 0 and least is None and not check_finite:
                     continue
                 adapter = adapter_over(base, checkpoint) if least is None else None
+                if adapter is not None and set(aliases.get(name, ())) & set(adapter.names):
+                    adapter = None  # whether it keeps the tie is seen below
                 if adapter is not None:  # the base is not read again for what it leaves alone
                     delta = adapter.delta(name)
                     if delta is not None:
                         total.add_(delta, alpha=weight)
                     continue
-                tuned = checkpoint.load(names[expert][name])
-                _require_tied(name, aliases.get(name, []), tuned, expert, checkpoint)
+                own, label = names[expert][name], f"expert {expert!r}"
+                tuned = checkpoint.load(own)
+                others = [alias for alias in (name, *aliases.get(name, [])) if alias != own]
+                _require_tied(own, others, tuned, label, checkpoint)
+                tuned = checked(tuned, name, label)
                 if least is not None:
                     least = torch.minimum(least, tuned.to(wide))
                 if weight != 0:
@@ -92,9 +114,14 @@ def _merge(
             yield alias, merged
 
 
-def _checked(
+def checked_weights(
     weights: Mapping[str, float], name: str, experts: Mapping[str, Checkpoint]
 ) -> dict[str, float]:
+    """Return the weights of a tensor.
+
+    Raises:
+        MergeError: When one is not finite, or of an unknown expert.
+    """
     unknown = [expert for expert in weights if expert not in experts]
     if unknown:
         raise MergeError(
@@ -111,59 +138,15 @@ def _checked(
 
 
 def _require_tied(
-    name: str, aliases: list[str], tuned: Tensor, expert: str, checkpoint: Checkpoint
+    name: str, aliases: list[str], value: Tensor, label: str, checkpoint: Checkpoint
 ) -> None:
     for alias in aliases:
-        if alias not in checkpoint.names or alias in checkpoint.ties:
+        if alias not in checkpoint.names:
             continue
-        if not torch.equal(checkpoint.load(alias), tuned):
+        if checkpoint.ties.get(alias, alias) == checkpoint.ties.get(name, name):
+            continue
+        if not torch.equal(checkpoint.load(alias), value):
             raise MergeError(
-                f"{name!r} and {alias!r} are one tensor in the base but differ in {expert!r}",
-                hint="untie the base's weights, or use an expert that keeps them tied",
+                f"{name!r} and {alias!r} are one tensor in the model but differ in {label}",
+                hint="use checkpoints that keep them tied, or untie them in the base and model",
             )
-
-
-def aligned_names(base: Checkpoint, expert: Checkpoint, label: str) -> dict[str, str]:
-    """Return, for each canonical name of the base, the expert's name of the same tensor."""
-    of_expert = set(expert.names)
-    names: dict[str, str] = {}
-    groups: dict[str, list[str]] = {name: [name] for name in base.names if name not in base.ties}
-    for alias, canonical in sorted(base.ties.items()):
-        groups[canonical].append(alias)
-    for canonical, group in groups.items():
-        present = [name for name in group if name in of_expert]
-        if present:
-            names[canonical] = present[0]
-    missing = sorted(set(groups) - set(names))
-    known = set(base.names)
-    extra = sorted(
-        name
-        for name in of_expert - known
-        if expert.ties.get(name) not in known  # an alias of a tensor that the base has is no more
-    )
-    hint = "experts must be fine-tuned from this base, with the same architecture"
-    if missing:
-        raise MergeError(
-            f"expert {label!r} lacks {len(missing)} of the base's tensors: {listed(missing)}",
-            hint=hint,
-        )
-    if extra:
-        raise MergeError(
-            f"expert {label!r} has {len(extra)} tensors that the base lacks: {listed(extra)}",
-            hint=hint,
-        )
-    require_shapes(base, expert, label, names)
-    kinds = [
-        f"{name} {expert.dtype(own)} against {base.dtype(name)}"
-        for name, own in names.items()
-        if _kind(expert.dtype(own)) != _kind(base.dtype(name))
-    ]
-    if kinds:
-        raise MergeError(
-            f"expert {label!r} has other kinds of dtype than the base: {listed(kinds)}", hint=hint
-        )
-    return names
-
-
-def _kind(dtype: torch.dtype) -> str:
-    return "complex" if dtype.is_complex else "float" if dtype.is_floating_point else "other"

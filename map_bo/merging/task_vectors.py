@@ -64,6 +64,11 @@ class TaskVectors:
         return self.rows.device
 
     @property
+    def threads(self) -> int | None:
+        """One for another device than the CPU; see `Deltas`."""
+        return None if self.rows.device.type == "cpu" else 1
+
+    @property
     def resident(self) -> bool:
         """Whether rows are in memory and there is more to take; see `Deltas`."""
         return self.roomy and self.mapped is None

@@ -20,12 +20,16 @@ class SafetensorsWriter:
     """Writes one ``.safetensors`` file tensor by tensor, in any order.
 
     The header is written first, from the layouts; every tensor then goes to its own place in
-    the file, so that no more than one tensor is in memory.
+    the file, so that no more than one tensor is in memory. Every write opens the file, so that
+    thousands of shards hold no handles.
 
     Args:
         path: The file to create.
         layouts: Layout of every tensor that will be written.
         metadata: The file's text metadata.
+
+    Raises:
+        OSError: When the file cannot be written; so do the methods.
     """
 
     path: Path
@@ -51,21 +55,15 @@ class SafetensorsWriter:
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         self._start = 8 + len(text)
-        self._file = self.path.open("wb")
-        try:
-            self._file.write(len(text).to_bytes(8, "little") + text)
+        with self.path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
             # A tensor without elements writes nothing, so the length is set beforehand.
-            self._file.truncate(self._start + end)
-            self._file.flush()
-        except BaseException:
-            self._file.close()
-            raise
+            file.truncate(self._start + end)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one CPU tensor of the announced layout."""
         assert Layout(tensor.shape, tensor.dtype) == self.layouts[name]
-        self._file.seek(self._start + self._offsets[name])
-        self._file.write(raw_bytes(tensor))
+        self._put(raw_bytes(tensor), self._start + self._offsets[name])
 
     def write_piece(self, name: str, start: int, piece: Tensor) -> None:
         """Write elements of a tensor from ``start`` on; several threads may at once.
@@ -74,22 +72,21 @@ class SafetensorsWriter:
             name: The tensor.
             start: Its first element to write, in row-major order.
             piece: 1-D CPU tensor of the announced dtype.
-
-        Raises:
-            OSError: When the file cannot be written.
         """
         layout = self.layouts[name]
         assert piece.dtype == layout.dtype
         assert start + len(piece) <= layout.shape.numel()
-        content = raw_bytes(piece)
-        offset = self._start + self._offsets[name] + start * layout.dtype.itemsize
-        while len(content):
-            written = os.pwrite(self._file.fileno(), content, offset)
-            content, offset = content[written:], offset + written
+        offset = self._offsets[name] + start * layout.dtype.itemsize
+        self._put(raw_bytes(piece), self._start + offset)
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _put(self, content: memoryview, offset: int) -> None:
+        descriptor = os.open(self.path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            while len(content):
+                written = os.pwrite(descriptor, content, offset)
+                content, offset = content[written:], offset + written
+        finally:
+            os.close(descriptor)
 
 
 def shard_layouts(layouts: Mapping[str, Layout], shard_bytes: int) -> Iterator[dict[str, Layout]]:

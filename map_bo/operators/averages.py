@@ -190,5 +190,5 @@ def products(deltas: Deltas) -> Tensor:
             result[slot] += (part @ part.t()).cpu()
 
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    spread(measure, order, lambda: None, threads=None if deltas.device.type == "cpu" else 1)
+    spread(measure, order, lambda: None, threads=deltas.threads)
     return result

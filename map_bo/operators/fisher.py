@@ -107,6 +107,11 @@ class Fisher(SearchableOperator):
         told = known_statistics.describe(self.statistics, "fisher")
         return {**super().describe(), "statistics": told}
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the description and the files of the statistics; see `Followable`."""
+        told = known_statistics.recipe(self.statistics, "fisher")
+        return {**super().describe(), "statistics": told}
+
 
 def fisher_average(base: Tensor, deltas: Tensor, fishers: Tensor, c: Tensor) -> Tensor:
     """Return the Fisher-weighted average of a piece, ``k``; see `Fisher`.

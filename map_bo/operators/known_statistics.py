@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "describe",
     "loaded",
     "matched",
+    "recipe",
     "refuse_negative",
     "require_statistics",
     "statistics_by_expert",
@@ -110,6 +112,16 @@ def describe(statistics: Mapping[str, StatisticsSource], kind: str) -> dict[str,
         expert: {key: statistics_of(source, kind).describe()[key] for key in told}
         for expert, source in statistics.items()
     }
+
+
+def recipe(statistics: Mapping[str, StatisticsSource], kind: str) -> dict[str, Any]:
+    """Return `describe` with the files that the statistics are in, where they are in files."""
+    told = describe(statistics, kind)
+    for expert, source in statistics.items():
+        file = statistics_of(source, kind).tensors.source
+        if Path(file).is_absolute():
+            told[expert]["source"] = file
+    return told
 
 
 def matched(layout: FlatLayout, statistics: Mapping[str, Statistics]) -> dict[int, list[str]]:

@@ -8,13 +8,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from map_bo.errors import MergeError
+from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapter_checkpoint import open_expert
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.digests import digest_all
+from map_bo.merging.draft import refuse_existing
+from map_bo.merging.hub import hub_model
 from map_bo.merging.merge_checkpoints import merge_checkpoints
+from map_bo.merging.messages import first_line
 from map_bo.merging.operator import MergeOperator
-from map_bo.merging.recipe import read_recipe
+from map_bo.merging.recipe import plain, read_recipe
+from map_bo.merging.sizes import ExportSettings
+from map_bo.merging.vocabulary import fitted
+from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.statistics import load_statistics
 
 __all__ = ["merge_again", "operator_of"]
 
@@ -28,14 +35,21 @@ _HOME = {
     "della": ("map_bo.operators.sparse", "Della"),
     "breadcrumbs": ("map_bo.operators.sparse", "Breadcrumbs"),
     "consensus": ("map_bo.operators.consensus", "Consensus"),
+    "fisher": ("map_bo.operators.fisher", "Fisher"),
+    "regmean": ("map_bo.operators.regmean", "RegMean"),
 }
+_WRITTEN = "recipes are written by map_bo beside each merged model"
 
 
 def operator_of(description: Mapping[str, Any]) -> MergeOperator:
-    """Return the operator of a recipe or of a run's record; see `MergeOperator.describe`.
+    """Return the operator of a recipe; see `recipe_of`.
+
+    Statistics are read from the files that the recipe names, and must be the same.
 
     Raises:
-        MergeError: When it is unknown, or is not known by its settings alone.
+        MergeError: When it is unknown, or a setting is; when statistics were not in a file, or
+            that file holds others now.
+        CheckpointError: When a file of statistics cannot be read.
     """
     name = str(description.get("name"))
     if name not in _HOME:
@@ -50,11 +64,29 @@ def operator_of(description: Mapping[str, Any]) -> MergeOperator:
     unknown = sorted(set(settings) - {field.name for field in fields(target)})
     if unknown:
         raise MergeError(
-            f"the operator {name} has no settings {', '.join(unknown)}",
+            f"the operator {name} has no settings {', '.join(map(str, unknown))}",
             hint="the recipe is of a newer version of map_bo",
         )
+    if "statistics" in settings:
+        told = settings.pop("statistics")
+        settings["statistics"] = {e: _statistics_file(name, e, part) for e, part in told.items()}
     made: MergeOperator = target(**settings)
     return made
+
+
+def _statistics_file(operator: str, expert: str, told: Mapping[str, Any]) -> str:
+    if "source" not in told:
+        raise MergeError(
+            f"the statistics of {expert!r}, which {operator} merges by, were in no file",
+            hint="keep them with `save_statistics`, and merge from the run or in Python",
+        )
+    known = load_statistics(told["source"])
+    if known.content() != told["content"]:
+        raise MergeError(
+            f"{told['source']} holds other statistics than when the recipe was written",
+            hint=f"fetch those of {expert!r} whose digest the recipe names",
+        )
+    return str(told["source"])
 
 
 def merge_again(
@@ -80,26 +112,28 @@ def merge_again(
     Raises:
         MergeError: When an input has other weights than the recipe says, or the recipe cannot be
             followed.
+        CheckpointError: When an input cannot be read.
     """
+    # What would be refused in the end is refused before all inputs are read for their digests.
+    refuse_existing(out)
+    ExportSettings(max_memory, shard_size)
     content = read_recipe(recipe)
     try:
-        base_of, experts_of = content["base"], content["experts"]
+        merged = dict(content["merged"])
+        _refuse_unrepeatable(merged)
         operator = operator_of(content["operator"])
         coefficients = {str(k): float(v) for k, v in content["coefficients"].items()}
-        base = open_checkpoint(base_of["source"])
-        experts = {name: open_expert(part["source"], base) for name, part in experts_of.items()}
-        wanted = [base_of["sha256"], *(part["sha256"] for part in experts_of.values())]
+        ties = {str(alias): str(kept) for alias, kept in merged.get("ties", {}).items()}
+        base = open_checkpoint(_source(content["base"]))
+        experts = {
+            str(name): _expert(str(name), part, base) for name, part in content["experts"].items()
+        }
+        wanted = [content["base"]["sha256"], *(p["sha256"] for p in content["experts"].values())]
     except (KeyError, TypeError, AttributeError, ValueError) as error:
+        said = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
         raise MergeError(
-            f"the recipe {recipe} is incomplete: {error}",
-            hint="recipes are written by map_bo beside each merged model",
+            f"the recipe {recipe} is incomplete or damaged: {said}", hint=_WRITTEN
         ) from error
-    if content["merged"].get("recalibrated"):
-        raise MergeError(
-            "the statistics of this model's batch normalisation were measured anew, which a "
-            "recipe cannot repeat",
-            hint="merge from the run that it came from",
-        )
     inputs: list[Checkpoint] = [base, *experts.values()]
     digest_all(inputs)
     for checkpoint, digest in zip(inputs, wanted, strict=True):
@@ -108,6 +142,8 @@ def merge_again(
                 f"{checkpoint.source} has other weights than when the recipe was written",
                 hint="fetch the weights whose sha256 the recipe names",
             )
+    if isinstance(operator, NeedsStatistics):
+        operator.check_experts(experts)
     return merge_checkpoints(
         base,
         experts,
@@ -116,7 +152,55 @@ def merge_again(
         operator=operator,
         max_memory=max_memory,
         shard_size=shard_size,
+        ties=ties,
         check_base=False,  # it was checked, or waived, when the recipe was made
         record=content.get("record"),
         progress=progress,
     )
+
+
+def _refuse_unrepeatable(merged: Mapping[str, Any]) -> None:
+    if merged.get("recalibrated"):
+        raise MergeError(
+            "the statistics of this model's batch normalisation were measured anew, which a "
+            "recipe cannot repeat",
+            hint="merge from the run that it came from",
+        )
+    if merged.get("adapter"):
+        raise MergeError(
+            "this is the recipe of an adapter, and recipes are followed to whole models",
+            hint="write the adapter from the run that it came from, with --lora-rank",
+        )
+
+
+def _source(part: Mapping[str, Any]) -> str:
+    """Return where a checkpoint of the recipe is."""
+    source = part["source"]
+    if not isinstance(source, str):
+        raise TypeError(f"a source is {source!r}")
+    if Path(source).is_absolute():
+        return source
+    of_hub = f"hf://{source}"  # a folder of that name is something else
+    try:
+        hub_model(of_hub)
+    except CheckpointError as error:
+        raise MergeError(
+            f"{source!r} was merged from memory, and a recipe can only open files",
+            hint="save that model, and merge from its file",
+        ) from error
+    return of_hub
+
+
+def _expert(name: str, part: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
+    expert = open_expert(_source(part), base)
+    if "fitting" not in part:
+        return expert
+    told = part["fitting"]
+    expert = fitted(expert, base, told["vocabulary"], label=name)
+    if plain(expert.fitting) != told:
+        raise MergeError(
+            f"expert {name!r} is fitted to the base's vocabulary in another way than when the "
+            "recipe was written",
+            hint="fetch the tokenizers of that time; the recipe says how many rows were kept",
+        )
+    return expert

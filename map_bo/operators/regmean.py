@@ -119,6 +119,11 @@ class RegMean(SearchableOperator):
         told = known_statistics.describe(self.statistics, "grams")
         return {**super().describe(), "statistics": told}
 
+    def recipe(self) -> dict[str, Any]:
+        """Return the description and the files of the statistics; see `Followable`."""
+        told = known_statistics.recipe(self.statistics, "grams")
+        return {**super().describe(), "statistics": told}
+
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
     """Return the products ``G_n`` (``N x d x d``) with the off-diagonal scaled and a ridge added.
@@ -268,6 +273,11 @@ class _RegressionKernel(Kernel):
     def unit(self, slot: int) -> int:
         layer = self._layers.get(slot)
         return 1 if layer is None else layer.inputs
+
+    def beside(self, threads: int) -> int:
+        # The factors that are kept, and for each thread products that it sums, scales or widens.
+        widest = max((layer.inputs for layer in self._layers.values()), default=0)
+        return 8 * widest**2 * (self._KEPT + 4 * threads)
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         refuse_negative(c)

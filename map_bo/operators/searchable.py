@@ -13,6 +13,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.blocks import Blocks
 from map_bo.merging.chunked import ChunkedMerge, Kernel
 from map_bo.merging.deltas import Deltas
+from map_bo.merging.messages import listed
 from map_bo.space import CoefficientSpace
 
 __all__ = ["SearchableOperator"]
@@ -83,6 +84,19 @@ class SearchableOperator:
         Raises:
             MergeError: Naming the setting.
         """
+
+    def check_values(self, values: Mapping[str, float]) -> None:
+        """Refuse coefficients and settings that are not possible; see `ChecksValues`."""
+        searched = {name: value for name, value in values.items() if name in self.search}
+        if searched:
+            fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+            self.check({**fields, **searched})
+        negative = [n for n, v in values.items() if n not in searched and v < 0]
+        if negative and not self.signed:
+            raise MergeError(
+                f"the coefficients {listed(negative)} are negative",
+                hint=f"{self.name} takes coefficients from 0 on",
+            )
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return a box: a coefficient for each expert and block, then the searched settings.

@@ -75,7 +75,7 @@ def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
         rows = deltas.read(slot, start, stop)[1:]
         ranks[slot][:, start:stop] = magnitude_ranks(rows, widths[slot])
 
-    spread(rank, items, lambda: None, threads=None if deltas.device.type == "cpu" else 1)
+    spread(rank, items, lambda: None, threads=deltas.threads)
     return ranks
 
 

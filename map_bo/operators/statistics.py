@@ -210,11 +210,8 @@ def save_statistics(path: str | Path, statistics: Statistics) -> Path:
             {name: tensors.layout(name) for name in tensors.names},
             {_KEY: json.dumps(record, sort_keys=True)},
         )
-        try:
-            for name in tensors.names:
-                writer.write(name, tensors.load(name))
-        finally:
-            writer.close()
+        for name in tensors.names:
+            writer.write(name, tensors.load(name))
         _sync(scratch)
         scratch.replace(target)
     except OSError as error:

@@ -82,7 +82,7 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         )
 
     if trim == "global":
-        return (found(range(len(slots)), None),) * len(slots)
+        return (found(range(len(slots)), deltas.threads),) * len(slots)
     result: list[tuple[float, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
@@ -99,7 +99,9 @@ def sketches(deltas: Deltas, trim: str) -> tuple[tuple[MagnitudeSketch, ...], ..
     """
     slots = deltas.layout.slots
     if trim == "global":
-        counts = _counted(deltas, range(len(slots)), lambda n, row: magnitude_bins(row))
+        counts = _counted(
+            deltas, range(len(slots)), lambda n, row: magnitude_bins(row), threads=deltas.threads
+        )
         return (tuple(MagnitudeSketch.of(row) for row in counts),) * len(slots)
     result: list[tuple[MagnitudeSketch, ...]] = [()] * len(slots)
 
@@ -115,8 +117,7 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     """Do all tensors, the largest first so that threads end together."""
     slots = deltas.layout.slots
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    threads = None if deltas.device.type == "cpu" else 1
-    spread(lambda slot, _: of(slot), order, lambda: None, threads=threads)
+    spread(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
 
 
 def _counted(
@@ -137,8 +138,6 @@ def _counted(
             with lock:
                 total[n].add_(found)
 
-    if deltas.device.type != "cpu":
-        threads = 1
     spread(add, _pieces(deltas, slots), lambda: None, threads=threads)
     return total.cpu()
 

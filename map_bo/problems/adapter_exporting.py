@@ -12,9 +12,9 @@ from map_bo.merging.adapter_export import AdapterExport, export_adapter, module_
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.layout import joined_ties
 from map_bo.merging.live import model_ties
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.operator import MergeOperator, recipe_of
+from map_bo.merging.piecewise import tied_weights
 from map_bo.merging.task_arithmetic import LinearOperator
-from map_bo.problems.merged_export import tied_weights
 from map_bo.space import CoefficientSpace
 
 __all__ = ["AdapterExporting"]
@@ -71,11 +71,8 @@ class AdapterExporting:
         weights: _Weights = lambda name: {}  # noqa: E731 - not asked where there is a model
         merged: Checkpoint | None = None
         if isinstance(self._operator, LinearOperator):
-            weights = tied_weights(
-                self._operator.weights(tuple(self._experts), row),
-                self._space,
-                lambda: joined_ties(self._base, model_ties(self._architecture())),
-            )
+            ties = joined_ties(self._base, model_ties(self._architecture()))
+            weights = tied_weights(self._operator.weights(tuple(self._experts), row), ties)
         else:
             merged = open_checkpoint(self.merged(row))
         return export_adapter(
@@ -83,7 +80,7 @@ class AdapterExporting:
             base=self._base,
             experts=self._experts,
             weights=weights,
-            operator=self._operator.describe(),
+            operator=recipe_of(self._operator),
             coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
             rank=rank,
             others=others,

@@ -274,7 +274,7 @@ class MergedModelProblem(AdapterExporting):
             operator=self._operator,
             space=self._space,
             ties=self._ties,
-            recalibrated=self._statistics(row),
+            recalibrated=lambda: self._statistics(row),
             record=record,
             check_base=self._check_base,
             settings=settings,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.export import export_merged, merge_streamed
-from map_bo.merging.merge_checkpoints import merged_pieces, merging_bar, streams
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.draft import refuse_existing
+from map_bo.merging.export import export_merged
+from map_bo.merging.operator import MergeOperator, recipe_of
+from map_bo.merging.piecewise import merged_content, streams, tied_weights
+from map_bo.merging.progress import merging_bar
 from map_bo.merging.recipe import Weights
 from map_bo.merging.shards import Pieces
 from map_bo.merging.sizes import ExportSettings
 from map_bo.merging.task_arithmetic import LinearOperator
 from map_bo.space import CoefficientSpace
 
-__all__ = ["tied_weights", "write_merged"]
+__all__ = ["write_merged"]
 
 
 def write_merged(
@@ -31,7 +33,7 @@ def write_merged(
     operator: MergeOperator,
     space: CoefficientSpace,
     ties: Callable[[], Mapping[str, str]],
-    recalibrated: Mapping[str, Tensor],
+    recalibrated: Callable[[], Mapping[str, Tensor]],
     record: Mapping[str, Any] | None,
     check_base: bool = True,
     settings: ExportSettings | None = None,
@@ -47,8 +49,8 @@ def write_merged(
         operator: The operator.
         space: The coefficients.
         ties: Returns alias -> canonical name of the tensors that the model ties; called where
-            weights differ between tensors.
-        recalibrated: Statistics that take the place of merged ones.
+            the merge may differ by them.
+        recalibrated: Returns statistics that take the place of merged ones.
         record: Further plain data for the recipe.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
         settings: Bounds of memory and file sizes.
@@ -56,48 +58,54 @@ def write_merged(
     Raises:
         MergeError: When it cannot be written; nothing is left behind.
     """
+    refuse_existing(out)  # before a model is loaded
+    settings = settings or ExportSettings()
+    linear = isinstance(operator, LinearOperator)
+    further = ties() if _ties_matter(base, experts, space, linear=linear) else {}
     weights: Weights | None = None
     if isinstance(operator, LinearOperator):
-        weights = tied_weights(operator.weights(tuple(experts), x), space, ties)
-    settings = settings or ExportSettings()
+        weights = tied_weights(operator.weights(tuple(experts), x), further)
+    content: Pieces | Iterator[tuple[str, Tensor]]
+    if linear or streams(base, operator):
+        content = merged_content(
+            base,
+            experts,
+            operator,
+            x,
+            weights=weights,
+            ties=further,
+            check_base=check_base,
+            max_memory=settings.memory,
+        )
+    else:
+        content = _once_asked(tensors)
     with merging_bar(base, shown=settings.progress) as advance:
-        merged: Pieces | Iterable[tuple[str, Tensor]]
-        if streams(base, operator):
-            # With one weight an expert for all tensors, tied tensors come out the same anyway.
-            same = weights is not None and space.blocks == 1
-            merged = merged_pieces(
-                base,
-                experts,
-                operator,
-                x,
-                ties=None if same else ties(),
-                check_base=check_base,
-                max_memory=settings.memory,
-                advance=advance,
-            )
-        elif weights is not None:
-            merged = merge_streamed(base, experts, weights)
-        else:
-            merged = tensors().items()
         return export_merged(
             out,
-            tensors=merged,
+            tensors=content,
             base=base,
             experts=experts,
-            operator=operator.describe(),
+            operator=recipe_of(operator),
             coefficients=dict(zip(space.names, x.tolist(), strict=True)),
             record=dict(record or {}),
             shard_bytes=settings.shard_bytes,
             weights=weights,
-            recalibrated=recalibrated,
+            recalibrated=recalibrated(),
+            ties=further,
+            advance=advance,
         )
 
 
-def tied_weights(
-    weights: Weights, space: CoefficientSpace, ties: Callable[[], Mapping[str, str]]
-) -> Weights:
-    """Return the weights with every tied name under that of its tensor."""
-    if space.blocks == 1:
-        return weights  # they are the same for all tensors
-    canonical = ties()
-    return lambda name: weights(canonical.get(name, name))
+def _once_asked(tensors: Callable[[], Mapping[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    yield from tensors().items()
+
+
+def _ties_matter(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], space: CoefficientSpace, *, linear: bool
+) -> bool:
+    """Return whether the merge may differ by what the model ties and the base does not record."""
+    if not linear or space.blocks > 1:
+        return True
+    # With one weight an expert tied tensors come out the same, where all are there.
+    wanted = set(base.names) - set(base.ties)
+    return any(not wanted <= set(expert.names) for expert in experts.values())
