@@ -30,6 +30,7 @@ MODULES = {
 FURTHER = {
     "merge": ("merge_operators", "merge_adapters", "merge_streaming", "merge_cuda"),
 }
+# What a module is asked for when its numbers are to be kept.
 ARGUMENTS = {"merge": ("--peers",)}
 # Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
 STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
@@ -69,9 +70,9 @@ def main() -> None:
             for name in options.only:
                 out = (Path(scratch) if options.smoke else RESULTS) / f"{name}.json"
                 command = [sys.executable, "-m", modules[name], "--out", str(out)]
-                command += ARGUMENTS.get(name, ())
+                command += ["--smoke"] if options.smoke else ARGUMENTS.get(name, ())
                 print(f"== {name}", flush=True)
-                subprocess.run([*command, *(["--smoke"] if options.smoke else [])], check=True)
+                subprocess.run(command, check=True)
     if not options.smoke:
         README.write_text(filled(README.read_text()))
         NESTED.write_text(filled(NESTED.read_text(), full=True))

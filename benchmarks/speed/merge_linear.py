@@ -72,9 +72,13 @@ def measure(options: Options) -> Outcome:
         storage = dtype_name(dtype)
         rows[storage] = result = in_memory(shape, dtype, options.size.repeats)
         gc.collect()  # one storage at a time is in memory
-        _add(result, on_disk(shape, dtype, options))
-        gc.collect()
+        disk = storage in options.size.disk_storages
+        if disk:
+            _add(result, on_disk(shape, dtype, options))
+            gc.collect()
         for name, label in LABELS.items():
+            if name.endswith("disk") and not disk:
+                continue
             if name not in result["seconds"]:
                 lines.append(row(storage, label, ABSENT, None, None, None))
                 continue

@@ -87,12 +87,14 @@ class Size:
         streamed: The model that is merged from disk to disk.
         repeats: Turns of merges in memory.
         disk_repeats: Turns of merges to disk.
+        disk_storages: Storages whose merges to disk are measured beside those in memory.
     """
 
     resident: LlamaShape
     streamed: LlamaShape
     repeats: int
     disk_repeats: int
+    disk_storages: tuple[str, ...] = ("float32", "bfloat16", "float16")
 
 
 _TINY = LlamaShape(width=64, layers=2, intermediate=160, vocabulary=1000)
@@ -101,7 +103,7 @@ _LARGE = LlamaShape(width=768, layers=12, intermediate=2048, vocabulary=32000)  
 _HUGE = LlamaShape(width=2048, layers=27, intermediate=5632, vocabulary=32000)  # 1.5 G
 
 SIZES = {
-    "smoke": Size(_TINY, _TINY, repeats=2, disk_repeats=1),
+    "smoke": Size(_TINY, _TINY, repeats=2, disk_repeats=1, disk_storages=("float32",)),
     "middle": Size(_SMALL, _LARGE, repeats=5, disk_repeats=2),
     "full": Size(_LARGE, _HUGE, repeats=9, disk_repeats=3),
 }
