@@ -117,6 +117,7 @@ class FromFiles:
         self._vectors, self._use_room = vectors, use_room
         self.experts, self.layout = vectors.experts, vectors.layout
         self.device, self.resident, self.in_place = vectors.device, False, False
+        self.threads: int | None = None
 
     def read(self, slot: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         part = self._vectors.read(slot, start, stop)
