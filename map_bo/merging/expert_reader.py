@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,7 +21,7 @@ _ARCHITECTURE = "experts must be fine-tuned from this base, with the same archit
 
 
 class ExpertReader:
-    """One expert, read piece by piece beside the base.
+    """One expert, read piece by piece beside the base, by several threads if need be.
 
     Args:
         base: The base.
@@ -38,6 +39,7 @@ class ExpertReader:
         self.own = _matched(base, expert, label, layout)
         self.moved = False
         self.likeness = Likeness(label)
+        self._lock = threading.Lock()
         require_tied(expert, {a: self.own[c] for a, c in layout.ties.items()}, f"expert {label!r}")
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
@@ -58,7 +60,8 @@ class ExpertReader:
         delta = b - a
         self.moved = self.moved or bool(delta.any())
         if matrix:
-            self.likeness.add(a, delta)
+            with self._lock:
+                self.likeness.add(a, delta)
         return delta
 
     def judge(self, check_base: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -22,7 +21,7 @@ class Likeness:
     """The cosine of base and expert, and their distance, gathered piece by piece.
 
     Over tensors of two or more dimensions: two unrelated trainings have a cosine near 0 and a
-    difference longer than the base. Several threads may add pieces.
+    difference longer than the base.
 
     Args:
         label: Name of the expert.
@@ -31,7 +30,6 @@ class Likeness:
 
     def __init__(self, label: str, sums: Sequence[float] = (0, 0.0, 0.0, 0.0, 0.0)) -> None:
         self.label = label
-        self._lock = threading.Lock()
         self._size, self._pre, self._tuned, self._both, self._gap = sums
 
     @property
@@ -43,12 +41,11 @@ class Likeness:
         """Take in a piece of the base and of the expert's task vector (``n`` each)."""
         pre, delta = pre.flatten(), delta.flatten()
         inner, square, gap = float(pre @ delta), float(pre @ pre), float(delta @ delta)
-        with self._lock:
-            self._size += pre.numel()
-            self._pre += square
-            self._both += square + inner
-            self._tuned += square + 2 * inner + gap
-            self._gap += gap
+        self._size += pre.numel()
+        self._pre += square
+        self._both += square + inner
+        self._tuned += square + 2 * inner + gap
+        self._gap += gap
 
     def judge(self) -> None:
         """Refuse an expert that does not look fine-tuned from the base.
