@@ -114,6 +114,7 @@ def fill(
     dense = [i for i in range(len(names)) if i not in adapters]
     distinct = _Distinct([names[i] for i in dense])
     lost = [_Lost(names[i]) for i in dense]
+    locks = [threading.Lock() for _ in dense]
     floors = {
         index: torch.empty(slot.numel)
         for index, slot in enumerate(layout.slots)
@@ -131,7 +132,10 @@ def fill(
         stored: list[Tensor] | None = [] if distinct.unsure else None
         for row, i in enumerate(dense):
             tuned = readers[i].read(slot.name, start, stop)
-            delta = readers[i].compare(pre, tuned, matrix=len(slot.shape) >= 2)
+            delta = readers[i].compare(pre, tuned)
+            if len(slot.shape) >= 2:
+                with locks[row]:
+                    readers[i].likeness.add(pre.to(delta), delta)
             kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
             put(1 + row, slot.offset + start, kept)
             if dtype == torch.float16:
