@@ -43,20 +43,14 @@ class ExpertReader:
         piece = self.expert.read(self.own[name], start, stop)
         return finite(piece, name, f"expert {self.label!r}")
 
-    def compare(self, pre: Tensor, tuned: Tensor, *, matrix: bool) -> Tensor:
-        """Return the delta of a piece, and gather what `judge` needs.
+    def compare(self, pre: Tensor, tuned: Tensor) -> Tensor:
+        """Return the delta of a piece (1-D), and note whether there is one.
 
-        Args:
-            pre: The base's piece, 1-D.
-            tuned: The expert's.
-            matrix: Whether the tensor has two or more dimensions: only those tell a base.
+        What `judge` needs besides, of tensors of two or more dimensions, goes to ``likeness``.
         """
         wide = torch.float64 if torch.float64 in (pre.dtype, tuned.dtype) else torch.float32
-        a, b = pre.to(wide), tuned.to(wide)
-        delta = b - a
+        delta = tuned.to(wide) - pre.to(wide)
         self.moved = self.moved or bool(delta.any())
-        if matrix:
-            self.likeness.add(a, delta)
         return delta
 
     def judge(self, check_base: bool) -> None:

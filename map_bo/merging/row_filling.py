@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -18,19 +19,22 @@ from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors
 from map_bo.merging.layout import FlatLayout, Slot, is_variance
 from map_bo.merging.likeness import Likeness
 from map_bo.merging.low_rank import LowRank
+from map_bo.merging.workers import spread
 
 __all__ = ["STORAGE", "Beside", "Put", "adapters_among", "dense_among", "fill"]
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that rows are stored in."""
 
-# Numbers of a piece: few enough that pieces of many experts are small beside any model.
-_PIECE = 1 << 19
+# Numbers of a piece: few enough that those of many experts and threads are small beside a model.
+_PIECE = 1 << 18
 # float16 has no exponents for changes below 6e-8: from this relative error on it is refused.
 _LOST = 0.01
 
 Put = Callable[[int, int, Tensor], None]
-"""Takes the index of a row, the index of its first number, and numbers in the storage dtype."""
+"""Takes the index of a row, the index of its first number, and numbers in the storage dtype.
+
+It is called by several threads at once, each with numbers of its own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,10 +89,10 @@ def fill(
     device: torch.device | str = "cpu",
     check_base: bool = True,
 ) -> Beside:
-    """Read base and experts piece by piece, and put the rows where they belong.
+    """Read base and experts piece by piece on all cores, and put the rows where they belong.
 
-    No more is in memory than a piece of each row and what adapters change by full values. The
-    rules are those of `TaskVectors.load`.
+    No more is in memory than a piece of each row for each core, and what adapters change by full
+    values. The rules are those of `TaskVectors.load`.
 
     Args:
         base: The base.
@@ -111,43 +115,60 @@ def fill(
     dense = [i for i in range(len(names)) if i not in adapters]
     distinct = _Distinct([names[i] for i in dense])
     lost = [_Lost(names[i]) for i in dense]
-    floors: dict[int, Tensor] = {}
-    adapted: dict[int, Adapted] = {}
-    for index, slot in enumerate(layout.slots):
-        least = torch.empty(slot.numel) if is_variance(slot.name) else None
-        for start in range(0, slot.numel, _PIECE):
-            stop = min(start + _PIECE, slot.numel)
-            pre = finite(base.read(slot.name, start, stop), slot.name, "the base")
-            put(0, slot.offset + start, _narrowed(pre, dtype, slot.name, "the base"))
+    locks = [threading.Lock() for _ in dense]
+    floors = {
+        index: torch.empty(slot.numel)
+        for index, slot in enumerate(layout.slots)
+        if is_variance(slot.name)
+    }
+
+    def read(item: tuple[int, int, int], _: None) -> None:
+        index, start, stop = item
+        slot, floor = layout.slots[index], floors.get(index)
+        least = None if floor is None else floor[start:stop]
+        pre = finite(base.read(slot.name, start, stop), slot.name, "the base")
+        put(0, slot.offset + start, _narrowed(pre, dtype, slot.name, "the base"))
+        if least is not None:
+            least.copy_(pre)
+        stored: list[Tensor] | None = [] if distinct.unsure else None
+        for row, i in enumerate(dense):
+            tuned = readers[i].read(slot.name, start, stop)
+            delta = readers[i].compare(pre, tuned)
+            if len(slot.shape) >= 2:
+                with locks[row]:
+                    readers[i].likeness.add(pre.to(delta), delta)
+            kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
+            put(1 + row, slot.offset + start, kept)
+            if dtype == torch.float16:
+                lost[row].add(delta, kept)
             if least is not None:
-                least[start:stop] = pre
-            stored: list[Tensor] = []
-            for row, i in enumerate(dense):
-                tuned = readers[i].read(slot.name, start, stop)
-                delta = readers[i].compare(pre, tuned, matrix=len(slot.shape) >= 2)
-                kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
-                put(1 + row, slot.offset + start, kept)
-                if dtype == torch.float16:
-                    lost[row].add(delta, kept)
-                if least is not None:
-                    torch.minimum(least[start:stop], tuned.float(), out=least[start:stop])
-                stored += [kept] if distinct.unsure else []
-            if stored:
-                distinct.add(stored)
+                torch.minimum(least, tuned.float(), out=least)
+            if stored is not None:
+                stored.append(kept)
+        if stored is not None:
+            distinct.add(stored)
+
+    pieces = [
+        (index, start, min(start + _PIECE, slot.numel))
+        for index, slot in enumerate(layout.slots)
+        for start in range(0, slot.numel, _PIECE)
+    ]
+    spread(read, pieces, lambda: None, threads=None if torch.device(device).type == "cpu" else 1)
+    adapted: dict[int, Adapted] = {}
+    for index, slot in enumerate(layout.slots) if adapters else ():
         part = _adapted(slot, adapters, readers, dtype, device)
         if part is not None:
             adapted[index] = part
-        if least is not None:
-            for value in () if part is None else part.values.values():
-                tuned = base.load(slot.name).detach().float().flatten() + value.float().cpu()
-                least = torch.minimum(least, tuned)
-            floors[index] = least.to(device)
+        for value in () if part is None or index not in floors else part.values.values():
+            tuned = base.load(slot.name).detach().float().flatten() + value.float().cpu()
+            floors[index] = torch.minimum(floors[index], tuned)
     for reader in readers:
         reader.judge(check_base)
     fixed = fixed_tensors(base, readers, layout)
     for each in lost:
         each.judge()
     distinct.judge()
+    floors = {index: floor.to(device) for index, floor in floors.items()}
     return Beside(fixed, floors, adapted, {i: readers[i].likeness.sums for i in dense})
 
 
@@ -158,27 +179,33 @@ class _Distinct:
         self._names = names
         # Those that were the same so far stand together.
         self._groups = [list(range(len(names)))]
+        self._lock = threading.Lock()
 
     @property
     def unsure(self) -> bool:
+        """Whether two are the same so far."""
         return any(len(group) > 1 for group in self._groups)
 
     def add(self, pieces: Sequence[Tensor]) -> None:
-        groups: list[list[int]] = []
-        for group in self._groups:
-            parts: list[list[int]] = []
-            for i in group:
-                alike = (part for part in parts if torch.equal(pieces[part[0]], pieces[i]))
-                if (part := next(alike, None)) is None:
-                    parts.append([i])
-                else:
-                    part.append(i)
-            groups += parts
-        self._groups = groups
+        """Take in the same piece of all task vectors."""
+        with self._lock:
+            self._groups = [part for group in self._groups for part in _parted(group, pieces)]
 
     def judge(self) -> None:
+        """Refuse two that are the same."""
         for first, second, *_ in sorted(group for group in self._groups if len(group) > 1):
             raise _same(self._names[first], self._names[second])
+
+
+def _parted(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
+    parts: list[list[int]] = []
+    for i in group:
+        alike = (part for part in parts if torch.equal(pieces[part[0]], pieces[i]))
+        if (part := next(alike, None)) is None:
+            parts.append([i])
+        else:
+            part.append(i)
+    return parts
 
 
 class _Lost:
@@ -187,12 +214,18 @@ class _Lost:
     def __init__(self, label: str) -> None:
         self._label = label
         self._gap = self._whole = 0.0
+        self._lock = threading.Lock()
 
     def add(self, delta: Tensor, kept: Tensor) -> None:
-        self._whole += float(torch.linalg.vector_norm(delta)) ** 2
-        self._gap += float(torch.linalg.vector_norm(delta - kept.to(delta))) ** 2
+        """Take in a piece and what is stored of it."""
+        whole = float(torch.linalg.vector_norm(delta)) ** 2
+        gap = float(torch.linalg.vector_norm(delta - kept.to(delta))) ** 2
+        with self._lock:
+            self._whole += whole
+            self._gap += gap
 
     def judge(self) -> None:
+        """Refuse a task vector of which too much is lost."""
         if self._gap > _LOST**2 * self._whole:
             raise MergeError(
                 f"float16 would change the task vector of expert {self._label!r} by "

@@ -141,7 +141,7 @@ class Storage:
             hint = f"allow {in_words(beside)}, or give fewer adapters or lower ranks"
         else:
             hint = f"allow {in_words(least)}, or give a folder that rows can be mapped from"
-        if dtype in (None, torch.float32):
+        if dtype in (None, torch.float32) and beside <= most:
             hint += "; dtype 'auto' may take half"
         raise MergeError(message, hint=hint)
 

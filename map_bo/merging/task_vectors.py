@@ -19,7 +19,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.adapted import Adapted
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.layout import FlatLayout, joined_ties
-from map_bo.merging.row_filling import adapters_among, dense_among, fill
+from map_bo.merging.row_filling import Beside, Put, adapters_among, dense_among, fill
 from map_bo.merging.rows_cache import MappedRows, RowsCache, rows_key
 from map_bo.merging.storage import needed, require_available, storage_dtype
 
@@ -245,14 +245,21 @@ class TaskVectors:
                     hint="use the CPU, or leave the cache out",
                 )
             require_available(need.beside)
+            written = False
+
+            def write(put: Put) -> Beside:
+                nonlocal written
+                written = True
+                return fill(base, experts, layout, put, dtype=dtype, check_base=check_base)
+
             mapped, beside = RowsCache(Path(cache).expanduser()).rows(
                 rows_key(base, experts, layout, dtype),
                 shape,
                 dtype,
-                lambda put: fill(base, experts, layout, put, dtype=dtype, check_base=check_base),
+                write,
             )
             rows = mapped.rows
-            if check_base:  # perhaps it was not asked for when they were written
+            if check_base and not written:  # perhaps it was not asked for then
                 beside.judge(tuple(experts))
         slots = layout.slots
         return cls(

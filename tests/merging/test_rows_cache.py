@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging import rows_cache
 from map_bo.merging.adapter_checkpoint import adapter_checkpoint
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.similarity import cosines
@@ -136,14 +135,15 @@ def test_names_do_not_matter_and_all_else_does(tmp_path: Path) -> None:
     renamed = TaskVectors.load(base, {"x": a, "y": b}, cache=tmp_path)
     assert renamed.experts == ("x", "y")
     assert len(entries(tmp_path)) == 1
-    for further in (
-        lambda: TaskVectors.load(base, {"b": b, "a": a}, cache=tmp_path),
-        lambda: TaskVectors.load(base, {"a": a, "c": c}, cache=tmp_path),
-        lambda: TaskVectors.load(base, {"a": a, "b": b}, cache=tmp_path, dtype=torch.bfloat16),
-        lambda: TaskVectors.load(c, {"a": a, "b": b}, cache=tmp_path),
-    ):
+    others: list[tuple[Checkpoint, dict[str, Checkpoint], torch.dtype]] = [
+        (base, {"b": b, "a": a}, torch.float32),
+        (base, {"a": a, "c": c}, torch.float32),
+        (base, {"a": a, "b": b}, torch.bfloat16),
+        (c, {"a": a, "b": b}, torch.float32),
+    ]
+    for other, given, dtype in others:
         before = len(entries(tmp_path))
-        further()
+        TaskVectors.load(other, given, dtype=dtype, cache=tmp_path)
         assert len(entries(tmp_path)) == before + 1
 
 
@@ -245,6 +245,16 @@ def rename_key(path: Path) -> None:
     save_file(load_file(path), path, {"map_bo_rows": about.replace('"key": "', '"key": "0')})
 
 
+def replace_by_a_file(entry: Path) -> None:
+    shutil.rmtree(entry)
+    entry.write_text("hello")
+
+
+def empty(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+
+
 DAMAGES: Mapping[str, Callable[[Path], object]] = {
     "a bit of the rows": lambda entry: flip(entry / "rows", 130),
     "rows cut off": lambda entry: cut(entry / "rows"),
@@ -259,8 +269,8 @@ DAMAGES: Mapping[str, Callable[[Path], object]] = {
         {"x": torch.ones(1)}, entry / "beside.safetensors"
     ),
     "of another key": lambda entry: rename_key(entry / "beside.safetensors"),
-    "a file": lambda entry: (shutil.rmtree(entry), entry.write_text("hello")),
-    "an empty folder": lambda entry: (shutil.rmtree(entry), entry.mkdir()),
+    "a file": replace_by_a_file,
+    "an empty folder": empty,
 }
 
 
@@ -344,7 +354,7 @@ def test_too_little_room_is_told_before_anything_is_written(
     class Usage(NamedTuple):
         free: int
 
-    monkeypatch.setattr(rows_cache.shutil, "disk_usage", lambda path: Usage(100))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100))
     base, experts = models()
     with pytest.raises(MergeError, match=r"100 bytes free, and they take 2\.56 kB"):
         TaskVectors.load(base, experts, cache=tmp_path)

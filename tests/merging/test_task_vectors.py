@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
+from map_bo.merging import row_filling
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.task_vectors import TaskVectors
@@ -226,6 +228,97 @@ def test_bfloat16_rounds_deltas_not_weights() -> None:
     vectors = load(base, {"x": expert}, dtype=torch.bfloat16)
     assert vectors.rows.dtype == torch.bfloat16
     assert torch.allclose(vectors.deltas[0, :4].float(), torch.tensor(1e-4), rtol=1e-2)
+
+
+def test_float16_keeps_more_digits_than_bfloat16() -> None:
+    base = {"w": torch.randn(50, 60, generator=make_generator(0))}
+    expert = {"w": base["w"] + 0.01 * torch.randn(50, 60, generator=make_generator(1))}
+    exact = load(base, {"x": expert}).rows
+    errors = [
+        float((load(base, {"x": expert}, dtype=dtype).rows.float() - exact).norm() / exact.norm())
+        for dtype in (torch.float16, torch.bfloat16)
+    ]
+    assert errors[0] < 3e-4 < errors[1] < 3e-3
+
+
+@pytest.mark.parametrize("where", ["the base", "expert 'x'"])
+def test_numbers_beyond_float16_are_refused_by_name(where: str) -> None:
+    base = {**state(), "wide": torch.tensor([1.0, 65504.0])}
+    expert = {**moved(base), "wide": torch.tensor([2.0, 65504.0])}
+    assert load(base, {"x": expert}, dtype=torch.float16).base.max() == 65504
+    base["wide"] = torch.tensor([1.0, 7e4 if where == "the base" else -6e4])
+    expert["wide"] = torch.tensor([2.0, 7e4 if where == "the base" else 6e4])
+    largest = "70000" if where == "the base" else r"1\.2e\+05"
+    with pytest.raises(MergeError, match=rf"'wide' of {where} .* float16.*65504: .*{largest}") as e:
+        load(base, {"x": expert}, dtype=torch.float16)
+    assert "torch.bfloat16" in str(e.value.hint)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert load(base, {"x": expert}, dtype=dtype).rows.isfinite().all()
+
+
+def test_numbers_beyond_float32_are_refused_too() -> None:
+    base = {k: v.double() for k, v in state().items()}
+    expert = moved(base)
+    expert["a.weight"][0, 0] = 1e39
+    with pytest.raises(MergeError, match=r"cannot be stored as float32.*it holds 1e\+39"):
+        load(base, {"x": expert})
+
+
+def test_task_vectors_that_float16_rounds_away_are_refused() -> None:
+    base = {"w": torch.randn(50, 60, generator=make_generator(0))}
+    step = torch.randn(50, 60, generator=make_generator(1))
+    for size, lost in ((1e-6, r"1\.\d\d%"), (1e-9, r"100\.00%")):
+        expert = {"w": (base["w"].double() + size * step.double())}
+        with pytest.raises(MergeError, match=rf"task vector of expert 'x' by {lost}") as caught:
+            load(base, {"x": expert}, dtype=torch.float16)
+        assert "torch.bfloat16, which takes the same memory" in str(caught.value.hint)
+        assert load(base, {"x": expert}, dtype=torch.bfloat16).experts == ("x",)
+    fine = {"w": (base["w"].double() + 1e-5 * step.double())}
+    assert load(base, {"x": fine}, dtype=torch.float16).experts == ("x",)
+
+
+def test_experts_that_agree_in_the_first_pieces_are_told_apart() -> None:
+    base = {f"{i}.w": torch.randn(4, 5, generator=make_generator(i)) for i in range(4)}
+    same = {name: tensor + 0.1 for name, tensor in base.items()}
+    late = [{**same, f"{i}.w": base[f"{i}.w"] + 0.2} for i in (2, 3)]
+    experts = {"a": same, "b": late[0], "c": late[1]}
+    assert load(base, experts).experts == ("a", "b", "c")
+    with pytest.raises(MergeError, match="experts 'b' and 'e' have the same weights"):
+        load(base, {**experts, "d": {**late[1], "0.w": base["0.w"]}, "e": dict(late[0])})
+
+
+def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = family("cnn")
+    whole = load(base, experts)
+    for piece in (1, 7):
+        monkeypatch.setattr(row_filling, "_PIECE", piece)
+        cut = load(base, experts)
+        assert torch.equal(cut.rows, whole.rows)
+        for (_, a), (_, b) in zip(cut.floors, whole.floors, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_threads_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, experts = family("cnn")
+    alone = load(base, experts)
+    monkeypatch.setattr(row_filling, "_PIECE", 5)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for _ in range(5):
+            found = load(base, experts)
+            assert torch.equal(found.rows, alone.rows)
+            with pytest.raises(MergeError, match="experts 'e1' and 'twin' have the same weights"):
+                load(base, {**experts, "twin": experts["e1"]})
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_pickled_vectors_are_whole() -> None:
+    vectors = load(*family("cnn"))
+    found = pickle.loads(pickle.dumps(vectors))
+    assert torch.equal(found.rows, vectors.rows)
+    assert found.layout == vectors.layout
 
 
 def test_variances_are_kept_at_the_least_of_the_models() -> None:

@@ -93,6 +93,28 @@ def test_contradictions_are_told(own: str, changes: dict[str, Any], message: str
 
 
 @pytest.mark.parametrize(
+    ("changes", "described"),
+    [
+        ({"dtype": "float16"}, {"dtype": "float16"}),
+        ({"dtype": "auto"}, {"dtype": "float32"}),
+        ({"dtype": "auto", "max_memory": 500}, {"dtype": "bfloat16"}),
+        ({"max_memory": "500 B"}, {"dtype": "float32", "mapped": True}),
+    ],
+)
+def test_task_vectors_are_kept_as_a_configuration_says(
+    own: str, tmp_path: Path, changes: dict[str, Any], described: dict[str, Any]
+) -> None:
+    problem = imported_problem(**settings(own, cache_dir=str(tmp_path / "cache"), **changes))
+    if "max_memory" not in changes:
+        described = {**described, "mapped": True}
+    told = problem.describe()
+    assert {name: told[name] for name in described} == described
+    seen = problem.evaluate(torch.tensor([[1.0, 0.0]]), generator=make_generator(0))
+    assert seen.Y[0, 0] == pytest.approx(float(torch.sigmoid(torch.tensor(3.5))))
+    assert (tmp_path / "cache" / "rows").exists() == ("mapped" in described)
+
+
+@pytest.mark.parametrize(
     ("where", "message"),
     [
         ("{own}", "write it as module:function"),
