@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,6 +98,7 @@ def export_adapter(
     others: Literal["save", "refuse"] = "save",
     kinds: Mapping[str, Kind] | None = None,
     merged: Checkpoint | None = None,
+    ties: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
 ) -> AdapterExport:
     """Write a merge as a folder that peft loads over the base.
@@ -123,6 +124,7 @@ def export_adapter(
         others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
         kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
         merged: The merged model, where the merge is not linear; ``weights`` are then not asked.
+        ties: Further ties of the model, alias -> canonical name; the base need not have both.
         record: Further plain data for the recipe.
 
     Raises:
@@ -135,7 +137,8 @@ def export_adapter(
     further = plain(record or {})
     summed = experts if merged is None else {"merged": merged}
     of = weights if merged is None else lambda name: {"merged": 1.0}
-    changes = _Changes(base, summed, of, rank, others, kinds).found()
+    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
+    changes = _Changes(base, summed, of, rank, others, kinds, tied).found()
     adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
     content = adapter_content(
         changes.factors,
@@ -229,7 +232,9 @@ class _Changes:
         rank: int | None,
         others: str,
         kinds: Mapping[str, Kind] | None,
+        tied: Set[str],
     ) -> None:
+        self._tied = tied
         self._base, self._experts, self._weights = base, experts, weights
         self._rank, self._others, self._given = rank, others, kinds
         self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
@@ -244,7 +249,6 @@ class _Changes:
 
     def found(self) -> _Found:
         result = _Found()
-        shared = set(self._base.ties.values())
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:
                 continue
@@ -253,7 +257,7 @@ class _Changes:
             parts, rest, fixed = self._summed(name, used)
             if not parts and rest is None:
                 continue
-            if name in shared:
+            if name in self._tied:
                 raise MergeError(
                     f"the merge changes {name!r}, which is tied, and an adapter changes tensors "
                     "under one name only",

@@ -23,12 +23,10 @@ def merging_bar(base: Checkpoint, *, shown: bool) -> Iterator[Advance | None]:
     Yields:
         What takes the number of elements that were written; None where nothing is shown.
     """
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    if not shown or not console.is_terminal:
+    if not shown:
         yield None
         return
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         Progress,
@@ -38,6 +36,10 @@ def merging_bar(base: Checkpoint, *, shown: bool) -> Iterator[Advance | None]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield None
+        return
     total = sum(base.shape(name).numel() for name in base.names if name not in base.ties)
     columns = (
         SpinnerColumn(),

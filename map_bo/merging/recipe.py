@@ -131,7 +131,10 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             hint="give the folder of a merged model, or its recipe.yaml",
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MergeError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
+        raise MergeError(
+            f"{file} is not YAML: {str(error).splitlines()[0]}",
+            hint="recipes are written by map_bo beside each merged model",
+        ) from error
     if not isinstance(content, dict) or content.get("recipe") != _FORMAT:
         raise MergeError(
             f"{file} is not a recipe of format {_FORMAT}",

@@ -16,6 +16,7 @@ from map_bo.merging.comparing import require_same_fixed, require_tied
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.likeness import require_alike
 from map_bo.merging.names import aligned_names
+from map_bo.merging.workers import spread
 
 __all__ = ["StreamedVectors"]
 
@@ -69,9 +70,8 @@ class StreamedVectors:
         }
         self._adapters = {label: adapter_over(base, each) for label, each in experts.items()}
         self._raw = threading.local()
-        for label, expert in experts.items() if check_base else ():
-            if self._adapters[label] is None:
-                require_alike(base, expert, self._names[label], label)
+        if check_base:
+            self._check_base()
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -141,6 +141,13 @@ class StreamedVectors:
             for name in layout.fixed:
                 if name not in layout.ties:
                     require_same_fixed(self.base, name, checkpoint, own[name], label)
+
+    def _check_base(self) -> None:
+        def check(label: str, _: None) -> None:
+            require_alike(self.base, self.checkpoints[label], self._names[label], label)
+
+        whole = [label for label in self.checkpoints if self._adapters[label] is None]
+        spread(check, whole, lambda: None, threads=self.threads)
 
     def _values(
         self,

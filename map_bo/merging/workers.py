@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from itertools import count
 from typing import TypeVar
 
@@ -44,8 +45,10 @@ def spread(
         BaseException: What ``work`` raised first; other threads stop after their current item.
     """
     threads = min(threads or torch.get_num_threads(), len(items))
+    if not items:
+        return
     if threads <= 1:
-        if items:
+        with _alone():
             own = state()
             for item in items:
                 work(item, own)
@@ -79,6 +82,22 @@ def spread(
     errors = [error for future in futures if (error := future.exception()) is not None]
     if errors:
         raise errors[0]
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Let torch use one thread within an operation, as in the threads of a pool.
+
+    So results are the same, to the last digit of a sum, however many threads there are.
+    """
+    within = torch.get_num_threads()
+    if within > 1:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        if within > 1:
+            torch.set_num_threads(within)
 
 
 def _pool(threads: int) -> ThreadPoolExecutor:

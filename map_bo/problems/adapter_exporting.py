@@ -70,9 +70,10 @@ class AdapterExporting:
         row = self._row(x)
         weights: _Weights = lambda name: {}  # noqa: E731 - not asked where there is a model
         merged: Checkpoint | None = None
+        ties = model_ties(self._architecture())
         if isinstance(self._operator, LinearOperator):
-            ties = joined_ties(self._base, model_ties(self._architecture()))
-            weights = tied_weights(self._operator.weights(tuple(self._experts), row), ties)
+            joined = joined_ties(self._base, ties)
+            weights = tied_weights(self._operator.weights(tuple(self._experts), row), joined)
         else:
             merged = open_checkpoint(self.merged(row))
         return export_adapter(
@@ -86,5 +87,6 @@ class AdapterExporting:
             others=others,
             kinds=module_kinds(self._architecture()),
             merged=merged,
+            ties=ties,
             record=record,
         )

@@ -152,3 +152,13 @@ def test_without_locks_the_draft_is_never_taken_for_stale(
     publish(draft, tmp_path / "m")
     draft_of.__exit__(None, None, None)
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_folders_above_the_target_are_made_and_removed_with_it(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="boom"), writing_draft(tmp_path / "a" / "b" / "m"):
+        raise ValueError("boom")
+    assert list(tmp_path.rglob("*")) == []
+    (tmp_path / "a").mkdir()
+    with pytest.raises(ValueError, match="boom"), writing_draft(tmp_path / "a" / "b" / "m"):
+        raise ValueError("boom")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "a"]

@@ -1,14 +1,22 @@
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import open_checkpoint
 from map_bo.merging.export import merge_streamed
+from map_bo.merging.merge_checkpoints import merge_checkpoints
+from map_bo.merging.operator import MergeOperator
+from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.operators.sparse import Ties
+from map_bo.problems.merged import MergedModelProblem
 from tests.merging.checkpoints import export
 
 
@@ -82,3 +90,90 @@ class TestHuggingFace:
         assert open_checkpoint(live).ties == {"lm_head.weight": "transformer.wte.weight"}
         assert open_checkpoint(live).digest() == directory.digest()
         assert directory.directory == folders / "base"
+
+
+class TestMergedByPieces:
+    """Sharded exports by pieces are models that transformers loads, with the merged weights."""
+
+    def family(self, folder: Path, kind: str) -> tuple[nn.Module, dict[str, nn.Module]]:
+        transformers = pytest.importorskip("transformers")
+        transformers.logging.disable_progress_bar()
+        tokens: dict[str, Any] = {"vocab_size": 40, "bos_token_id": 0, "eos_token_id": 0}
+        if kind == "gpt2":
+            config = transformers.GPT2Config(**tokens, n_positions=8, n_embd=8, n_layer=2, n_head=2)
+        else:
+            config = transformers.LlamaConfig(
+                **tokens,
+                hidden_size=16,
+                intermediate_size=24,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                max_position_embeddings=16,
+                tie_word_embeddings=False,
+            )
+        dtype = torch.float32 if kind == "gpt2" else torch.bfloat16
+        with torch.random.fork_rng():
+            torch.random.manual_seed(0)
+            base = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+        experts = {name: moved(base, seed) for seed, name in enumerate(("math", "code"))}
+        for name, model in {"base": base, **experts}.items():
+            model.save_pretrained(folder / name)
+        return base, experts
+
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    @pytest.mark.parametrize("operator", [TaskArithmetic(), Ties()])
+    def test_they_load(self, kind: str, operator: MergeOperator, tmp_path: Path) -> None:
+        transformers = pytest.importorskip("transformers")
+        base, experts = self.family(tmp_path, kind)
+        problem = MergedModelProblem(
+            base,
+            base=base,
+            experts=experts,
+            evaluators={"one": lambda model: 1.0},
+            operator=operator,
+        )
+        out = merge_checkpoints(
+            tmp_path / "base",
+            {name: tmp_path / name for name in experts},
+            {"math": 0.75, "code": 0.5},
+            tmp_path / "merged",
+            operator=operator,
+            shard_size="2kB",
+            progress=False,
+        )
+        assert len(list(out.glob("model-*.safetensors"))) > 3
+        found = transformers.AutoModelForCausalLM.from_pretrained(out).eval()
+        tied = found.get_output_embeddings().weight is found.get_input_embeddings().weight
+        assert tied == (kind == "gpt2")
+        expected = problem.merged(torch.tensor([0.75, 0.5]))
+        for name, value in found.state_dict().items():
+            assert value.dtype == base.state_dict()[name].dtype
+            # bfloat16: the sum in float32 may be in the middle of two numbers.
+            close = 2e-6 if kind == "gpt2" else 2**-7
+            torch.testing.assert_close(value, expected[name], rtol=close, atol=2e-6)
+        bare = transformers.AutoModel.from_pretrained(out)
+        assert isinstance(bare, nn.Module)
+
+    def test_tied_embeddings_do_not_become_an_adapter(self, tmp_path: Path) -> None:
+        """Files of transformers have one of the two names, and peft would change that one alone."""
+        base, experts = self.family(tmp_path, "gpt2")
+        problem = MergedModelProblem(
+            base,
+            base=tmp_path / "base",
+            experts={name: tmp_path / name for name in experts},
+            evaluators={"one": lambda model: 1.0},
+        )
+        with pytest.raises(MergeError, match=r"changes 'transformer\.wte\.weight', which is tied"):
+            problem.export_adapter(torch.tensor([0.5, 0.5]), tmp_path / "adapter", rank=4)
+        assert not (tmp_path / "adapter").exists()
+
+
+def moved(model: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    result = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in result.parameters():
+            noise = 0.05 * torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise.to(parameter.dtype))
+    return result
