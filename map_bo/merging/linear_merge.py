@@ -23,7 +23,7 @@ __all__ = ["LinearMerge", "coefficient_table", "segments"]
 _TILE = 1 << 17
 # Rows in a narrower storage are widened chunk by chunk, on a CPU into this many numbers in all;
 # on a GPU a longer chunk hides the launches.
-_ROOM = 1_000_000
+_ROOM = 9 << 18
 _CHUNK = 1 << 23
 _PIECE = {"cpu": 1 << 19, "cuda": 1 << 26}  # numbers of an adapted tensor that are merged at once
 
