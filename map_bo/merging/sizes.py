@@ -107,7 +107,9 @@ class ExportSettings:
     Attributes:
         max_memory: Bytes of resident memory that the process may have in all while it merges from
             files, or text such as ``"2GB"``; None leaves the size of pieces to the operator (some
-            hundred MB in all).
+            hundred MB in all). Files of ``torch.save`` are mapped by torch: what was read of them
+            is resident too, until the system takes it back. Statistics that an operator merges by
+            and adapters' factors are held.
         shard_size: Largest size of one weight file, in bytes or such text.
         progress: Show a progress bar.
 

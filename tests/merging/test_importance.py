@@ -87,3 +87,23 @@ def test_blocks_that_did_not_move_keep_a_little_and_rounding_hides_noise() -> No
     assert sizes[0] == 0.01
     assert relative_importance(norms * (1 + 1e-12)) == sizes
     assert relative_importance(torch.zeros(2, 2)) == ()
+
+
+def test_an_expert_may_lack_a_name_that_the_model_ties() -> None:
+    base, experts = family("tied")
+    apart = open_checkpoint({k: v.clone() for k, v in base.state_dict().items()})
+    lacking = {
+        label: open_checkpoint(
+            {k: v for k, v in model.state_dict().items() if k != "output.weight"}
+        )
+        for label, model in experts.items()
+    }
+    ties = {"output.weight": "embed.weight"}
+    found = block_norms(apart, lacking, lambda name: 0, 1, ties=ties)
+    expected = block_norms(
+        open_checkpoint(base),
+        {label: open_checkpoint(model) for label, model in experts.items()},
+        lambda name: 0,
+        1,
+    )
+    torch.testing.assert_close(found, expected)

@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import re
 import resource
 import shutil
-import signal
-import subprocess
-import threading
-import time
-from collections import namedtuple
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,29 +14,17 @@ import torch
 import yaml
 from torch import Tensor
 
-from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging import chunked, streamed
+from map_bo.merging import streamed
 from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.deltas import Deltas
-from map_bo.merging.merge_checkpoints import merge_checkpoints
 from map_bo.merging.operator import PreparedMerge
 from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.writer import SafetensorsWriter
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.sparse import Dare, Ties
 from map_bo.space import CoefficientSpace
 from tests.merging.checkpoints import BASE, COEFFICIENTS, EXPERTS, merged
-from tests.merging.hard_checkpoints import (
-    everything,
-    hard_family,
-    hard_tensors,
-    loaded,
-    saved,
-    threads,
-)
-
-C = {"math": 0.5, "code": 0.25, "chat": 0.5}
+from tests.merging.hard_checkpoints import hard_family, hard_tensors, loaded, saved
+from tests.merging.refusing import C, Family, Refused, merge, refusing
 
 
 @pytest.fixture(autouse=True)
@@ -53,37 +33,17 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def family(tmp_path: Path) -> tuple[Path, dict[str, Path]]:
+def family(tmp_path: Path) -> Family:
     return hard_family(tmp_path / "in", shards=2)
 
 
-def merge(family: tuple[Any, Mapping[str, Any]], out: Path, **settings: Any) -> Path:
-    settings = {"coefficients": C, "progress": False, **settings}
-    return merge_checkpoints(*family, out=out, **settings)
-
-
-Refused = Callable[..., MapBoError]
-
-
 @pytest.fixture
-def refused(family: tuple[Path, dict[str, Path]], tmp_path: Path) -> Refused:
-    """Merge into a folder below new folders, expect an error, and find nothing left behind."""
-
-    def check(message: str, **settings: Any) -> MapBoError:
-        inputs = settings.pop("family", family)
-        out = settings.pop("out", tmp_path / "new" / "folder" / "m")
-        before = everything(tmp_path)
-        with pytest.raises((MergeError, CheckpointError), match=message) as caught:
-            merge(inputs, out, **settings)
-        assert everything(tmp_path) == before
-        assert caught.value.hint
-        return caught.value
-
-    return check
+def refused(family: Family, tmp_path: Path) -> Refused:
+    return refusing(tmp_path, family)
 
 
 class TestResults:
-    def test_task_arithmetic(self, family: tuple[Path, dict[str, Path]], tmp_path: Path) -> None:
+    def test_task_arithmetic(self, family: Family, tmp_path: Path) -> None:
         out = merge(family, tmp_path / "m")
         pre, tuned = loaded(family[0]), {name: loaded(path) for name, path in family[1].items()}
         for name, value in loaded(out).items():
@@ -99,9 +59,7 @@ class TestResults:
         assert recipe["coefficients"] == C
         assert recipe["merged"] == {"sha256": open_checkpoint(out).digest()}
 
-    def test_coefficients_that_are_left_out_are_zero(
-        self, family: tuple[Path, dict[str, Path]], tmp_path: Path
-    ) -> None:
+    def test_coefficients_that_are_left_out_are_zero(self, family: Family, tmp_path: Path) -> None:
         out = merge(family, tmp_path / "m", coefficients={})
         assert open_checkpoint(out).digest() == open_checkpoint(family[0]).digest()
 
@@ -134,9 +92,7 @@ class TestResults:
         merged = yaml.safe_load((out / "recipe.yaml").read_text())["merged"]
         assert merged["ties"] == {"head": "embed"}
 
-    def test_more_shards_than_handles(
-        self, family: tuple[Path, dict[str, Path]], tmp_path: Path
-    ) -> None:
+    def test_more_shards_than_handles(self, family: Family, tmp_path: Path) -> None:
         tensors = {f"w{i:04d}": torch.full((3,), float(i)) for i in range(200)}
         tuned = {name: value + 1 for name, value in tensors.items()}
         before = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -232,7 +188,7 @@ class TestInputs:
         ],
     )
     def test_tensors_that_are_not_those_of_the_base(
-        self, refused: Refused, family: tuple[Path, dict[str, Path]], change: Any, message: str
+        self, refused: Refused, family: Family, change: Any, message: str
     ) -> None:
         tensors = hard_tensors("math")
         change(tensors)
@@ -261,7 +217,7 @@ class TestInputs:
             )
 
     def test_files_that_are_gone_or_damaged(
-        self, refused: Refused, family: tuple[Path, dict[str, Path]], tmp_path: Path
+        self, refused: Refused, family: Family, tmp_path: Path
     ) -> None:
         refused("does not exist", family=(tmp_path / "nothing", family[1]))
         refused("does not exist", family=(family[0], {"math": tmp_path / "nothing"}))
@@ -273,7 +229,7 @@ class TestInputs:
     def test_a_file_that_changes_while_it_is_merged(
         self,
         refused: Refused,
-        family: tuple[Path, dict[str, Path]],
+        family: Family,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         shard = sorted(family[1]["code"].glob("*.safetensors"))[-1]
@@ -336,7 +292,7 @@ class TestSettings:
             coefficients={"math": 1.0, "code": -1.0},
         )
 
-    def test_no_experts(self, refused: Refused, family: tuple[Path, dict[str, Path]]) -> None:
+    def test_no_experts(self, refused: Refused, family: Family) -> None:
         refused("there are no experts", family=(family[0], {}), coefficients={})
 
     def test_blocks_that_do_not_fit(self, refused: Refused) -> None:
@@ -372,171 +328,7 @@ class TestSettings:
         refused("the operator own cannot merge by pieces", operator=Own())
 
 
-class TestTarget:
-    @pytest.fixture(autouse=True)
-    def nothing_is_read(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """No pass over the checkpoints is made for a target that cannot be written."""
-
-        def run(*arguments: Any) -> None:
-            raise AssertionError("merged")
-
-        monkeypatch.setattr(ChunkedMerge, "run", run)
-        monkeypatch.setattr(Ties, "prepare", run)
-
-    def test_a_folder_in_use(self, refused: Refused, tmp_path: Path) -> None:
-        out = tmp_path / "m"
-        out.mkdir()
-        (out / "precious").write_text("x")
-        refused("m exists and is not empty", out=out, operator=Ties())
-        assert (out / "precious").read_text() == "x"
-        refused("exists and is not a folder", out=out / "precious")
-
-    def test_a_parent_that_is_a_file(self, refused: Refused, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("x")
-        refused("cannot be written: Not a directory", out=tmp_path / "file" / "a" / "m")
-
-    @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-    def test_a_parent_that_may_not_be_written(self, refused: Refused, tmp_path: Path) -> None:
-        (tmp_path / "locked").mkdir(mode=0o500)
-        refused("cannot be written: Permission denied", out=tmp_path / "locked" / "m")
-
-    def test_a_parent_where_nothing_can_be_made(self, refused: Refused) -> None:
-        if not Path("/proc/self").is_dir():
-            pytest.skip("there is no /proc")
-        refused("cannot be written|has 0.000 GB free", out=Path("/proc/nothing/m"))
-
-    def test_a_full_disk(self, refused: Refused, monkeypatch: pytest.MonkeyPatch) -> None:
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 5, 100_000))
-        refused("needs 0.001 GB, and .* has 0.000 GB free", operator=Ties())
-
-
-class TestDisk:
-    def test_files_that_may_not_grow(
-        self, refused: Refused, family: tuple[Path, dict[str, Path]]
-    ) -> None:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
-        try:
-            refused("cannot be written: File too large")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    @pytest.fixture
-    def small_disk(self, tmp_path: Path) -> Iterator[Path]:
-        folder = tmp_path / "disk"
-        folder.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]
-        try:
-            done = subprocess.run(command, capture_output=True, check=False).returncode == 0
-        except OSError:
-            done = False
-        if not done:
-            pytest.skip("no file system can be mounted here")
-        yield folder
-        subprocess.run(["umount", str(folder)], check=True)
-
-    def test_a_disk_that_becomes_full(
-        self, refused: Refused, small_disk: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        usage = namedtuple("usage", "total used free")
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, 10**12))
-        tensors = {f"w{i}": torch.ones(10_000) for i in range(4)}
-        error = refused(
-            "m cannot be written: No space left|cannot be written: " + os.strerror(errno.ENOSPC),
-            family=(tensors, {"e": tensors}),
-            coefficients={},
-            out=small_disk / "new" / "m",
-        )
-        assert "free some space" in str(error.hint)
-
-
-class TestMemory:
-    def test_too_little_names_what_is_needed(self, refused: Refused) -> None:
-        error = refused(r"max_memory is 50 MB, and this merge needs (\d+) MB", max_memory="50MB")
-        assert re.fullmatch(r"allow \d+MB or more", str(error.hint))
-        tensors = {"w": torch.ones(30, 20, dtype=torch.float64)}
-        refused(
-            "max_memory is 50 MB",
-            family=(tensors, {"e": tensors}),
-            coefficients={},
-            max_memory="50MB",
-        )
-
-    @pytest.mark.parametrize("operator", [TaskArithmetic(), Ties()])
-    def test_what_the_hint_says_suffices(
-        self,
-        refused: Refused,
-        family: tuple[Path, dict[str, Path]],
-        tmp_path: Path,
-        operator: Any,
-    ) -> None:
-        error = refused("max_memory", max_memory="1MB", operator=operator)
-        merge(
-            family,
-            tmp_path / "m",
-            operator=operator,
-            max_memory=str(error.hint).split()[1],
-        )
-
-
-class TestThreads:
-    @pytest.mark.parametrize(
-        "error", [MergeError("a thread failed", hint="-"), KeyboardInterrupt()]
-    )
-    @pytest.mark.parametrize("count", [1, 4])
-    def test_an_exception_in_one_of_them(
-        self,
-        family: tuple[Path, dict[str, Path]],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-        error: BaseException,
-        count: int,
-    ) -> None:
-        real, calls = streamed.StreamedVectors.read, iter(range(1000))
-
-        def read(self: Any, *arguments: Any) -> Tensor:
-            if next(calls) == 5:
-                raise error
-            return real(self, *arguments)
-
-        monkeypatch.setattr(streamed.StreamedVectors, "read", read)
-        before = everything(tmp_path)
-        with threads(count), pytest.raises(type(error)):
-            merge(family, tmp_path / "new" / "m")
-        assert everything(tmp_path) == before
-
-    def test_an_interrupt_while_they_work(
-        self,
-        family: tuple[Path, dict[str, Path]],
-        tmp_path: Path,
-        monkeypatch: pytest.MonkeyPatch,
-    ) -> None:
-        real, calls = SafetensorsWriter.write_piece, iter(range(1000))
-        late: list[str] = []
-        monkeypatch.setitem(chunked._CHUNK, "cpu", 20)
-
-        def write_piece(self: Any, *arguments: Any) -> None:
-            if next(calls) == 5:
-                signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            time.sleep(0.01)
-            late.append(str(self.path.exists()))
-            real(self, *arguments)
-
-        monkeypatch.setattr(SafetensorsWriter, "write_piece", write_piece)
-        before = everything(tmp_path)
-        with threads(3), pytest.raises(KeyboardInterrupt):
-            merge(family, tmp_path / "new" / "m")
-        assert everything(tmp_path) == before
-        count = len(late)
-        time.sleep(0.05)
-        assert len(late) == count < 60
-        assert set(late) == {"True"}
-
-
-def test_a_checkpoint_object_may_be_given(
-    family: tuple[Path, dict[str, Path]], tmp_path: Path
-) -> None:
+def test_a_checkpoint_object_may_be_given(family: Family, tmp_path: Path) -> None:
     opened: tuple[Checkpoint, dict[str, Checkpoint]] = (
         open_checkpoint(family[0]),
         {name: open_checkpoint(path) for name, path in family[1].items()},
