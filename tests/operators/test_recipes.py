@@ -281,7 +281,7 @@ class TestRefusals:
             (lambda c: c["operator"].update(density="much"), "density is 'much'"),
             (lambda c: c["operator"].update(scale="much"), "scale is 'much'"),
             (lambda c: c["operator"].update(trim="all"), "trim is 'all'"),
-            (lambda c: c["operator"].update(blocks=7), "incomplete or damaged"),
+            (lambda c: c["operator"].update(blocks=7), "incomplete or damaged|blocks are given as"),
             (lambda c: c["operator"].update(blocks={"a": "("}), "no regular expression"),
             (lambda c: c["operator"].update(search=["seed"]), "cannot search 'seed'"),
             (lambda c: c.pop("coefficients"), "it lacks 'coefficients'"),
