@@ -305,8 +305,6 @@ def test_interrupted_by_a_signal(tmp_path: Path, number: signal.Signals) -> None
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": path},
-        # A shell ignores the signal for what it starts in the background, and so do our children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     with process:
         deadline = time.monotonic() + 90
