@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
 
-# Numbers of a piece. On 2 cores with 1 MiB of second-level cache each, shorter pieces cost more
-# in calls than they gain in locality; on a GPU a longer one hides the launches.
-_CHUNK = {"cpu": 1 << 17, "cuda": 1 << 23}
+# Numbers of a piece in all rows. Threads wait for each other between any two operations, so on 2
+# cores with 1 MiB of second-level cache each, shorter pieces cost more in calls than they gain in
+# locality; much longer ones leave the third-level cache. On a GPU length hides the launches.
+_CHUNK = {"cpu": 1 << 20, "cuda": 1 << 25}
 _NOTHING = 1e-6  # a coefficient this little below 0 is rounding, which spaces let pass too
 
 _SHORTEST = 1 << 12
@@ -134,7 +135,8 @@ class ChunkedMerge:
         self._settings = settings
         self._signed = signed
         self._threads = deltas.threads
-        self._chunk = chunk or _CHUNK.get(deltas.device.type, _CHUNK["cuda"])
+        longest = _CHUNK.get(deltas.device.type, _CHUNK["cuda"])
+        self._chunk = chunk or max(1, longest // (1 + len(deltas.experts)))
 
     def write(self, c: Tensor, out: Tensor) -> None:
         """Write the merged numbers for ``c`` (``d``) into ``out`` (``P``, any floating dtype).

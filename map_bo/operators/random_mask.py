@@ -10,6 +10,7 @@ four elements, with 16 bits each.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def element_key(seed: int, expert: str, tensor: str) -> int:
 
 
 def uniform_levels(
-    key: int,
+    keys: Sequence[int],
     start: int,
     stop: int,
     device: torch.device | str = "cpu",
@@ -42,26 +43,31 @@ def uniform_levels(
     """Return the random levels of the elements ``start`` to ``stop``, shifted to int16.
 
     Args:
-        key: See `element_key`.
+        keys: ``N`` keys, see `element_key`. All rows are made at once: threads that go through
+            short pieces wait for each other's calls, so fewer calls count for more than locality.
         start: Index of the first element.
         stop: Index after the last.
         device: Where to make them.
         empty: Where temporary tensors come from.
 
     Returns:
-        ``stop - start`` numbers of int16: the level less ``LEVELS / 2``.
+        ``N x (stop - start)`` numbers of int16: the level less ``LEVELS / 2``.
     """
     first = start // _LANES
     last = -(-stop // _LANES)
-    words = empty(last - first, dtype=torch.int64, device=device)
+    words = empty(len(keys), last - first, dtype=torch.int64, device=device)
     # splitmix64: the state at index i is key + (i + 1) gamma, in arithmetic modulo 2^64.
-    begin = _signed((key + (first + 1) * _GAMMA) % (1 << 64))
-    torch.add(_multiples(last - first, device), begin, out=words)
-    spare = empty(last - first, dtype=torch.int64, device=device)
+    begin = [[_signed((key + (first + 1) * _GAMMA) % (1 << 64))] for key in keys]
+    torch.add(
+        _multiples(last - first, device),
+        torch.tensor(begin, dtype=torch.int64, device=device),
+        out=words,
+    )
+    spare = empty(len(keys), last - first, dtype=torch.int64, device=device)
     _fold(words, spare, 30)
     _fold(words.mul_(_signed(_FIRST)), spare, 27)
     _fold(words.mul_(_signed(_SECOND)), spare, 31)
-    return words.view(torch.int16)[start - first * _LANES : stop - first * _LANES]
+    return words.view(torch.int16)[:, start - first * _LANES : stop - first * _LANES]
 
 
 _known: dict[torch.device, Tensor] = {}

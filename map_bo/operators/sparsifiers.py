@@ -181,8 +181,7 @@ class Drop:
 
     def apply(self, rows: Tensor, slot: int, start: int) -> Tensor:
         """See `Sparsifier`."""
-        rates = (self.rate,) * len(rows)
-        return drop(rows, self.keys[slot], start, rates, empty=arena.empty)
+        return drop(rows, self.keys[slot], start, self.rate, empty=arena.empty)
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,11 @@ def drop(
     rows: Tensor,
     keys: Sequence[int],
     start: int,
-    rates: Sequence[float],
+    rate: float,
     *,
     empty: Empty = torch.empty,
 ) -> Tensor:
-    r"""Drop each element with the row's rate and rescale what stays: ``m * v / (1 - p)``.
+    r"""Drop each element with a rate and rescale what stays: ``m * v / (1 - p)``.
 
     DARE, Yu et al., *Language Models are Super Mario*, arXiv 2311.03099, equation (1): the
     expectation of a row is the row itself.
@@ -79,20 +79,16 @@ def drop(
         rows: ``N x n``.
         keys: Key of the random numbers of each row, see `element_key`.
         start: Index of the first element in its tensor.
-        rates: Drop rate of each row, in ``[0, 1)``; taken to the nearest ``1 / 65536``.
+        rate: Drop rate in ``[0, 1)``; taken to the nearest ``1 / 65536``.
         empty: Where new tensors come from.
     """
-    result = empty(*rows.shape, dtype=rows.dtype, device=rows.device)
-    for row, out, key, rate in zip(rows, result, keys, rates, strict=True):
-        level = min(round(rate * LEVELS), LEVELS - 1)
-        levels = uniform_levels(key, start, start + len(row), rows.device, empty=empty)
-        # Comparing and multiplying in one dtype is several times faster than in a mixture.
-        keep = empty(len(row), device=rows.device)
-        torch.ge(keep.copy_(levels), float(level - LEVELS // 2), out=keep)
-        torch.mul(row, keep, out=out)
-        if level:
-            out.mul_(LEVELS / (LEVELS - level))
-    return result
+    level = min(round(rate * LEVELS), LEVELS - 1)
+    levels = uniform_levels(keys, start, start + rows.shape[1], rows.device, empty=empty)
+    # Comparing and multiplying in one dtype is several times faster than in a mixture.
+    kept = empty(*rows.shape, device=rows.device)
+    torch.ge(kept.copy_(levels), float(level - LEVELS // 2), out=kept)
+    torch.mul(rows, kept, out=kept)
+    return kept.mul_(LEVELS / (LEVELS - level)) if level else kept
 
 
 def magnitude_ranks(rows: Tensor, width: int) -> Tensor:
@@ -148,15 +144,12 @@ def rank_drop(
         width: ``e``, from the lowest to the highest drop rate.
         empty: Where new tensors come from.
     """
-    result = empty(*rows.shape, dtype=rows.dtype, device=rows.device)
-    for row, rank, out, key in zip(rows, ranks, result, keys, strict=True):
-        levels = uniform_levels(key, start, start + len(row), rows.device, empty=empty)
-        rates = empty(len(row), device=rows.device)
-        level = empty(len(row), device=rows.device)
-        # Both are shifted by half a range: p_r LEVELS - LEVELS / 2 against the level.
-        rates.copy_(rank).mul_(width).add_(LEVELS * (rate - 0.5))
-        torch.ge(level.copy_(levels), rates, out=level)
-        torch.mul(row, level, out=out)
-        # 1 - p_r = (LEVELS / 2 - rates) / LEVELS
-        out.div_(rates.mul_(-1 / LEVELS).add_(0.5))
-    return result
+    levels = uniform_levels(keys, start, start + rows.shape[1], rows.device, empty=empty)
+    rates = empty(*rows.shape, device=rows.device)
+    kept = empty(*rows.shape, device=rows.device)
+    # Both are shifted by half a range: p_r LEVELS - LEVELS / 2 against the level.
+    rates.copy_(ranks).mul_(width).add_(LEVELS * (rate - 0.5))
+    torch.ge(kept.copy_(levels), rates, out=kept)
+    torch.mul(rows, kept, out=kept)
+    # 1 - p_r = (LEVELS / 2 - rates) / LEVELS
+    return kept.div_(rates.mul_(-1 / LEVELS).add_(0.5))

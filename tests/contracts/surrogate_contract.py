@@ -192,6 +192,7 @@ class SurrogateContract:
         assert bool((prediction.lower[:, 0] >= 0).all() & (prediction.upper[:, 0] <= 1).all())
         assert bool((prediction.lower[:, 1] >= 0).all())
 
+    @pytest.mark.slow
     def test_noisy_hypervolume_improvement_runs(
         self, model: SurrogateModel, seen: Observations, space: CoefficientSpace
     ) -> None:

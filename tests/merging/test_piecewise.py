@@ -125,7 +125,7 @@ class TestLimit:
     def test_much_room_changes_nothing(self) -> None:
         merge = self.merge(Wide())
         merge.limit(10**12, 4)
-        assert (merge._threads, merge._chunk) == (4, chunked._CHUNK["cpu"])
+        assert (merge._threads, merge._chunk) == (4, chunked._CHUNK["cpu"] // 2)
 
     @pytest.mark.parametrize("share", [1.0, 1.5, 2.1, 3.7, 10.0])
     def test_threads_and_pieces_fit(self, share: float) -> None:

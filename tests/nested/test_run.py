@@ -154,7 +154,7 @@ def survives(name: str, deaths: int) -> None:
         assert len(again.measured) - len(problem.measured) <= 4
 
 
-@pytest.mark.parametrize("name", ["points", "preferences"])
+@pytest.mark.parametrize("name", ["points", pytest.param("preferences", marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(name: str) -> None:
     survives(name, deaths=4)
 

@@ -60,7 +60,7 @@ def test_dare_given_the_mask(joining: str) -> None:
     rows = torch.zeros_like(deltas)
     for n, row in enumerate(rows):
         key = element_key(3, vectors.experts[n], "w")
-        mask = uniform_levels(key, 0, len(row)).int() + LEVELS // 2 >= LEVELS // 4
+        mask = uniform_levels([key], 0, len(row))[0].int() + LEVELS // 2 >= LEVELS // 4
         row.copy_(deltas[n] * mask / 0.75)
     if joining == "sum":
         merged = (c[:, None] * rows).sum(0)

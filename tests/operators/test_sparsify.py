@@ -46,9 +46,9 @@ def test_every_row_has_its_own_limits() -> None:
 def test_drop_given_the_mask(rate: float) -> None:
     rows = normal(2, 1001)
     level = min(round(rate * LEVELS), LEVELS - 1)
-    found = drop(rows, [5, 6], 17, [rate, rate])
+    found = drop(rows, [5, 6], 17, rate)
     for row, out, key in zip(rows, found, (5, 6), strict=True):
-        mask = uniform_levels(key, 17, 17 + 1001).int() + LEVELS // 2 >= level
+        mask = uniform_levels([key], 17, 17 + 1001)[0].int() + LEVELS // 2 >= level
         expected = torch.where(mask, row.double() * LEVELS / (LEVELS - level), 0.0)
         assert torch.allclose(out.double(), expected, rtol=1e-6)
     if rate == 0:
@@ -58,7 +58,7 @@ def test_drop_given_the_mask(rate: float) -> None:
 @pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
 def test_drop_has_the_row_as_expectation(rate: float) -> None:
     n = 1 << 18
-    found = drop(torch.ones(1, n), [11], 0, [rate])
+    found = drop(torch.ones(1, n), [11], 0, rate)
     assert abs(float((found == 0).double().mean()) - rate) < 4 * (rate * (1 - rate) / n) ** 0.5
     spread = (rate / (1 - rate) / n) ** 0.5
     assert abs(float(found.double().mean()) - 1) < 4 * spread
@@ -105,4 +105,4 @@ def test_magprune_drops_by_rank() -> None:
 def test_magprune_without_width_is_drop() -> None:
     rows = normal(2, 300)
     found = rank_drop(rows, magnitude_ranks(rows, 100), [1, 2], 8, 0.25, 0.0)
-    assert torch.allclose(found, drop(rows, [1, 2], 8, [0.25, 0.25]), rtol=1e-6)
+    assert torch.allclose(found, drop(rows, [1, 2], 8, 0.25), rtol=1e-6)
