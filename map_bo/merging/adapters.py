@@ -20,6 +20,7 @@ from torch import Tensor
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapter_names import Orientation, OwnTensor, own_tensors, place
 from map_bo.merging.checkpoint import Checkpoint, adapter_file
+from map_bo.merging.finite import all_finite
 from map_bo.merging.formats import TensorReader, raw_bytes
 from map_bo.merging.lora_config import LoraSettings, read_settings
 from map_bo.merging.low_rank import LowRank
@@ -183,7 +184,7 @@ class Adapter:
     def _finite(self, tensor: Tensor, own: str) -> Tensor:
         tensor = tensor.detach()
         tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-        if not bool(torch.isfinite(tensor).all()):
+        if not all_finite(tensor):
             raise MergeError(
                 f"tensor {own!r} of the adapter {self.source} holds NaN or infinity",
                 hint="this adapter diverged in training or its file is damaged; leave it out",

@@ -10,6 +10,7 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.comparing import require_same_fixed, require_tied
+from map_bo.merging.finite import all_finite
 from map_bo.merging.layout import FlatLayout
 from map_bo.merging.likeness import Likeness
 from map_bo.merging.names import aligned_names
@@ -74,14 +75,13 @@ def finite(tensor: Tensor, name: str, label: str) -> Tensor:
     Raises:
         MergeError: When it does.
     """
-    # float8 has no isfinite of its own; everything else is tested as it is.
-    tested = tensor.float() if tensor.element_size() == 1 else tensor
-    if not bool(torch.isfinite(tested).all()):
+    widened = tensor.float() if tensor.element_size() == 1 else tensor
+    if not all_finite(widened):
         raise MergeError(
             f"tensor {name!r} of {label} holds NaN or infinity",
             hint="this model diverged in training or its file is damaged; leave it out",
         )
-    return tested.detach()
+    return widened.detach()
 
 
 def fixed_tensors(

@@ -12,6 +12,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.comparing import pieces_of, require_same_fixed
+from map_bo.merging.finite import all_finite
 from map_bo.merging.layout import joined_ties
 from map_bo.merging.likeness import require_alike
 from map_bo.merging.names import aligned_names
@@ -137,9 +138,7 @@ def _put_merged(prepared: ChunkedMerge, c: Tensor, deltas: StreamedVectors, put:
 
 def _rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     values = piece.to(dtype)
-    # Nearly always the largest magnitude says at once that no value has become infinite.
-    size = float(torch.linalg.vector_norm(piece, math.inf)) if len(piece) else 0.0
-    if not size <= torch.finfo(dtype).max and not bool(torch.isfinite(values.float()).all()):
+    if not all_finite(values):
         raise MergeError(
             f"merged values of tensor {name!r} are beyond the range of {dtype}, the base's",
             hint="choose smaller coefficients, or convert the base to bfloat16 or float32",

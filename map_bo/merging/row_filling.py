@@ -16,6 +16,7 @@ from map_bo.merging.adapters import Adapter
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.comparing import require_tied
 from map_bo.merging.expert_reader import ExpertReader, finite, fixed_tensors
+from map_bo.merging.finite import all_finite
 from map_bo.merging.layout import FlatLayout, Slot, is_variance
 from map_bo.merging.likeness import Likeness
 from map_bo.merging.low_rank import LowRank
@@ -244,7 +245,7 @@ def _narrowed(piece: Tensor, dtype: torch.dtype, name: str, label: str) -> Tenso
     if piece.dtype == dtype:
         return piece
     kept = piece.to(dtype)
-    if not bool(torch.isfinite(kept).all()):
+    if not all_finite(kept):
         largest = float(piece.abs().max())
         raise MergeError(
             f"tensor {name!r} of {label} cannot be stored as {_plain(dtype)}, which ends at "

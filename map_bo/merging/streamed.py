@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping
 
@@ -13,6 +12,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.adapter_checkpoint import adapter_over
 from map_bo.merging.checkpoint import Checkpoint
 from map_bo.merging.comparing import require_same_fixed, require_tied
+from map_bo.merging.finite import all_finite
 from map_bo.merging.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.likeness import require_alike
 from map_bo.merging.names import aligned_names
@@ -165,8 +165,7 @@ class StreamedVectors:
         else:
             raw = self._room((stop - start) * dtype.itemsize)
             row.copy_(checkpoint.read(own, start, stop, out=raw))
-        # The largest magnitude is NaN or infinite where a value is, at the cost of one reading.
-        if len(row) and not math.isfinite(float(torch.linalg.vector_norm(row, math.inf))):
+        if not all_finite(row):
             raise MergeError(
                 f"tensor {name!r} of {label} holds NaN or infinity",
                 hint="this model diverged in training or its file is damaged; leave it out",

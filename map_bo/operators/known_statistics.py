@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoint import Checkpoint
+from map_bo.merging.finite import all_finite
 from map_bo.merging.layout import FlatLayout
 from map_bo.merging.messages import listed
 from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
@@ -178,8 +177,7 @@ def loaded(known: Statistics, expert: str, name: str) -> Tensor:
         MergeError: When it holds NaN or infinity.
     """
     tensor = known.tensors.load(name)
-    # NaN and infinity reach the extremes, which are found forty times faster than by isfinite.
-    if tensor.numel() and not all(map(math.isfinite, map(float, torch.aminmax(tensor)))):
+    if not all_finite(tensor):
         raise MergeError(
             f"the statistics of {expert!r} hold NaN or infinity in {name!r}",
             hint="compute them again",

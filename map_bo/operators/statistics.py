@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.finite import all_finite
 from map_bo.merging.messages import first_line, listed
 from map_bo.merging.writer import SafetensorsWriter
 
@@ -168,7 +168,7 @@ def finished(
             "there were no batches to compute statistics on",
             hint="give at least one; an iterator that was used up before gives none",
         )
-    bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
+    bad = [name for name, tensor in tensors.items() if not all_finite(tensor)]
     if bad:
         raise MergeError(
             f"{KINDS[kind]} hold NaN or infinity in {listed(bad)}",

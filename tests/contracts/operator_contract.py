@@ -99,7 +99,7 @@ class OperatorContract:
     """Inherit, and give the fixture ``operator``."""
 
     # Bytes that one allocation of `write` may take: a chunk, never a model.
-    scratch_limit = 12 << 20
+    scratch_limit = 24 << 20
     # The relative error from storing in 16 bits. Where numbers are ranked it also changes which
     # of them are kept.
     storage_error = 5e-3
