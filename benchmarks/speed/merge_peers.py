@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import metadata, util
 from typing import Any
@@ -33,7 +34,9 @@ Merge = Callable[[Tensor], Mapping[str, Tensor]]
 
 def installed(distribution: str) -> str | None:
     """Return the version of a library, or None where there is none."""
-    if util.find_spec(distribution.replace("-", "_")) is None:
+    module = distribution.replace("-", "_")
+    # FusionBench, once imported, has no spec, and is not found any more.
+    if module not in sys.modules and util.find_spec(module) is None:
         return None
     try:
         return metadata.version(distribution)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -20,4 +22,6 @@ def all_finite(values: Tensor) -> bool:
     if values.element_size() == 1:  # float8 has neither sums nor isfinite
         values = values.float()
     dtype = values.dtype if values.is_complex() or values.dtype.itemsize > 4 else torch.float32
-    return bool(torch.isfinite(values.sum(dtype=dtype))) or bool(torch.isfinite(values).all())
+    total = complex(values.sum(dtype=dtype))
+    finite = math.isfinite(total.real) and math.isfinite(total.imag)
+    return finite or bool(torch.isfinite(values).all())

@@ -217,6 +217,7 @@ class OperatorContract:
         error = float((out.double() - exact.double()).norm() / exact.double().norm())
         assert error < limit
 
+    @pytest.mark.slow
     def test_nothing_of_the_size_of_the_model_is_allocated(
         self, operator: MergeOperator, space: CoefficientSpace
     ) -> None:
