@@ -5,29 +5,15 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
+from map_bo.app.arguments import Command, pairs, parser
 from map_bo.errors import ConfigError, MapBoError
 
 __all__ = ["main"]
 
 COMMANDS = ("run", "resume", "choose", "merge", "report", "export", "import")
-
-_DESCRIPTION = "Find the Pareto front of merging fine-tuned models, for a handful of evaluations."
-_EPILOG = """\
-examples:
-  map-bo run                                            four digit experts, no set-up needed
-  map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
-  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep, and the comparison of its runs
-  map-bo report SWEEP                                   write that comparison again
-  map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
-  map-bo merge RUN --prefer rot90=2 --out merged
-  map-bo resume RUN                                     go on after any interruption
-  map-bo export RUN --to ax.db                          the run as an Ax experiment
-
-`map-bo run --help` lists the configuration groups and their options.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -67,129 +53,15 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = _parser().parse_args(arguments)
-        command: Callable[[argparse.Namespace], None] = options.command
+        options = parser(_FUNCTIONS).parse_args(arguments)
+        command: Command = options.command
         command(options)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from map_bo import __version__
-
-    parser = argparse.ArgumentParser(
-        prog="map-bo",
-        description=_DESCRIPTION,
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action="version", version=f"map-bo {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="find a front; takes Hydra overrides (see map-bo run --help)")
-
-    resume = _command(commands, "resume", "go on with an interrupted run", _resume)
-    resume.add_argument(
-        "--retry-failed", action="store_true", help="evaluate again what had failed"
-    )
-
-    choose = _command(commands, "choose", "choose a point of the front by preference", _choose)
-    _choice_options(choose)
-    choose.add_argument("--json", action="store_true", help="print the choice as JSON")
-
-    merge = _command(commands, "merge", "write the merged model of a point of the front", _merge)
-    _choice_options(merge)
-    from map_bo.app.merge import merge_options
-
-    merge_options(merge)
-
-    report = _command(
-        commands, "report", "write the report of a run or sweep again, or compare several", _report
-    )
-    report.add_argument("more", nargs="*", metavar="RUN", help="further runs or sweeps to compare")
-    report.add_argument(
-        "--out", metavar="DIR", help="where to write (default: RUN; of several: comparison)"
-    )
-    report.add_argument(
-        "--baseline", metavar="VARIANT", help="variant that the others are compared with"
-    )
-    report.add_argument(
-        "--wandb", action="store_true", help="also make a W&B Report of the comparison"
-    )
-    report.add_argument(
-        "--wandb-project",
-        metavar="[ENTITY/]PROJECT",
-        help="where its runs are, if not where they were recorded for",
-    )
-
-    export = _command(commands, "export", "write a run as an Ax experiment", _export)
-    export.add_argument("--to", required=True, metavar="FILE", help="SQLite file to write (new)")
-    export.add_argument("--name", help="name of the experiment (default: the run directory's)")
-
-    text = "record the trials of an Ax experiment in a run"
-    taking = commands.add_parser("import", help=text, description=text)
-    taking.add_argument("database", metavar="FILE", help="SQLite file of Ax")
-    taking.add_argument("--into", required=True, metavar="RUN", help="directory of a run")
-    taking.add_argument("--name", help="name of the experiment, when the file holds several")
-    taking.set_defaults(command=_import)
-    return parser
-
-
-def _command(
-    commands: Any, name: str, text: str, function: Callable[[argparse.Namespace], None]
-) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
-    parser.add_argument("run", metavar="RUN", help="directory of a run")
-    parser.set_defaults(command=function)
-    return parser
-
-
-def _choice_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--prefer",
-        action="append",
-        default=[],
-        metavar="METRIC=WEIGHT",
-        help="how much a metric matters (repeatable; none given: all alike)",
-    )
-    for name, text in (("at-least", "from below"), ("at-most", "from above")):
-        parser.add_argument(
-            f"--{name}",
-            action="append",
-            default=[],
-            metavar="METRIC=VALUE",
-            help=f"bound on a metric {text}, in its own unit (repeatable)",
-        )
-    parser.add_argument(
-        "--rule",
-        choices=("weighted_sum", "chebyshev"),
-        default="weighted_sum",
-        help="how weights become one number (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--point", type=int, metavar="K", help="take point K of front.csv instead of a preference"
-    )
-
-
-def _pairs(given: list[str], option: str) -> dict[str, float]:
-    pairs: dict[str, float] = {}
-    for text in given:
-        name, separator, value = text.rpartition("=")
-        try:
-            number = float(value)
-        except ValueError:
-            separator = ""
-        if not separator or not name:
-            raise ConfigError(
-                f"{option} {text!r} is not METRIC=NUMBER", hint=f"for example {option} code=0.5"
-            )
-        if name in pairs:
-            raise ConfigError(f"{option} names {name!r} twice", hint="give each metric once")
-        pairs[name] = number
-    return pairs
-
-
 def _chosen(options: argparse.Namespace) -> Any:
-    prefer = _pairs(options.prefer, "--prefer")
-    at_least = _pairs(options.at_least, "--at-least")
-    at_most = _pairs(options.at_most, "--at-most")
+    prefer = pairs(options.prefer, "--prefer")
+    at_least = pairs(options.at_least, "--at-least")
+    at_most = pairs(options.at_most, "--at-most")
     result = _loaded(options.run)
     if options.point is not None:
         if prefer or at_least or at_most:
@@ -400,3 +272,13 @@ def _complete(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     main()
+
+
+_FUNCTIONS: Mapping[str, Command] = {
+    "resume": _resume,
+    "choose": _choose,
+    "merge": _merge,
+    "report": _report,
+    "export": _export,
+    "import": _import,
+}

@@ -1,0 +1,162 @@
+"""Commands and options of the console script, but for what Hydra reads."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from map_bo.app.merge import merge_options
+from map_bo.errors import ConfigError
+
+__all__ = ["Command", "pairs", "parser"]
+
+Command = Callable[[argparse.Namespace], None]
+"""Does what a command and its options say."""
+
+_DESCRIPTION = "Find the Pareto front of merging fine-tuned models, for a handful of evaluations."
+_EPILOG = """\
+examples:
+  map-bo run                                            four digit experts, no set-up needed
+  map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
+  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep, and the comparison of its runs
+  map-bo report SWEEP                                   write that comparison again
+  map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
+  map-bo merge RUN --prefer rot90=2 --out merged
+  map-bo resume RUN                                     go on after any interruption
+  map-bo export RUN --to ax.db                          the run as an Ax experiment
+
+`map-bo run --help` lists the configuration groups and their options.
+"""
+
+
+def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
+    """Return the parser of all commands.
+
+    Args:
+        functions: Command -> what it does; found as ``command`` of the options that are parsed.
+            ``run`` takes Hydra's overrides instead, and is here for its help alone.
+    """
+    from map_bo import __version__
+
+    top = argparse.ArgumentParser(
+        prog="map-bo",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"map-bo {__version__}")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    commands.add_parser("run", help="find a front; takes Hydra overrides (see map-bo run --help)")
+
+    resume = _command(commands, "resume", "go on with an interrupted run", functions["resume"])
+    resume.add_argument(
+        "--retry-failed", action="store_true", help="evaluate again what had failed"
+    )
+
+    choose = _command(
+        commands, "choose", "choose a point of the front by preference", functions["choose"]
+    )
+    _choice_options(choose)
+    choose.add_argument("--json", action="store_true", help="print the choice as JSON")
+
+    merge = _command(
+        commands, "merge", "write the merged model of a point of the front", functions["merge"]
+    )
+    _choice_options(merge)
+    merge_options(merge)
+
+    report = _command(
+        commands,
+        "report",
+        "write the report of a run or sweep again, or compare several",
+        functions["report"],
+    )
+    report.add_argument("more", nargs="*", metavar="RUN", help="further runs or sweeps to compare")
+    report.add_argument(
+        "--out", metavar="DIR", help="where to write (default: RUN; of several: comparison)"
+    )
+    report.add_argument(
+        "--baseline", metavar="VARIANT", help="variant that the others are compared with"
+    )
+    report.add_argument(
+        "--wandb", action="store_true", help="also make a W&B Report of the comparison"
+    )
+    report.add_argument(
+        "--wandb-project",
+        metavar="[ENTITY/]PROJECT",
+        help="where its runs are, if not where they were recorded for",
+    )
+
+    export = _command(commands, "export", "write a run as an Ax experiment", functions["export"])
+    export.add_argument("--to", required=True, metavar="FILE", help="SQLite file to write (new)")
+    export.add_argument("--name", help="name of the experiment (default: the run directory's)")
+
+    text = "record the trials of an Ax experiment in a run"
+    taking = commands.add_parser("import", help=text, description=text)
+    taking.add_argument("database", metavar="FILE", help="SQLite file of Ax")
+    taking.add_argument("--into", required=True, metavar="RUN", help="directory of a run")
+    taking.add_argument("--name", help="name of the experiment, when the file holds several")
+    taking.set_defaults(command=functions["import"])
+    return top
+
+
+def _command(commands: Any, name: str, text: str, function: Command) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("run", metavar="RUN", help="directory of a run")
+    parser.set_defaults(command=function)
+    return parser
+
+
+def _choice_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--prefer",
+        action="append",
+        default=[],
+        metavar="METRIC=WEIGHT",
+        help="how much a metric matters (repeatable; none given: all alike)",
+    )
+    for name, text in (("at-least", "from below"), ("at-most", "from above")):
+        parser.add_argument(
+            f"--{name}",
+            action="append",
+            default=[],
+            metavar="METRIC=VALUE",
+            help=f"bound on a metric {text}, in its own unit (repeatable)",
+        )
+    parser.add_argument(
+        "--rule",
+        choices=("weighted_sum", "chebyshev"),
+        default="weighted_sum",
+        help="how weights become one number (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--point", type=int, metavar="K", help="take point K of front.csv instead of a preference"
+    )
+
+
+def pairs(given: list[str], option: str) -> dict[str, float]:
+    """Return the numbers that an option gives to metrics.
+
+    Args:
+        given: Texts ``METRIC=NUMBER``.
+        option: What the user wrote them after.
+
+    Raises:
+        ConfigError: When one is of another form, or a metric is named twice.
+    """
+    found: dict[str, float] = {}
+    for text in given:
+        name, separator, value = text.rpartition("=")
+        try:
+            number = float(value)
+        except ValueError:
+            separator = ""
+        if not separator or not name:
+            raise ConfigError(
+                f"{option} {text!r} is not METRIC=NUMBER", hint=f"for example {option} code=0.5"
+            )
+        if name in found:
+            raise ConfigError(f"{option} names {name!r} twice", hint="give each metric once")
+        found[name] = number
+    return found
