@@ -270,10 +270,6 @@ def _complete(arguments: list[str]) -> None:
     _run(arguments)
 
 
-if __name__ == "__main__":
-    main()
-
-
 _FUNCTIONS: Mapping[str, Command] = {
     "resume": _resume,
     "choose": _choose,
@@ -282,3 +278,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "export": _export,
     "import": _import,
 }
+
+
+if __name__ == "__main__":
+    main()
