@@ -12,7 +12,7 @@ from statistics import median
 from benchmarks.quality.analysis import needed, paired, reach, values
 from benchmarks.quality.methods import CORE
 from benchmarks.quality.protocol import CHECKPOINTS
-from benchmarks.quality.tables import count, present, word, worth
+from benchmarks.quality.tables import count, present, worth
 from benchmarks.quality.tidy import Row
 
 __all__ = ["Claim", "claims", "step_seconds", "told"]
@@ -185,19 +185,20 @@ def _defaults(rows: Sequence[Row]) -> Claim:
     statement = "each default earns its place"
     # What never differs is the default under another name, where it was run.
     found = [
-        (name, regret, share)
-        for name, regret, share in worth(rows)
-        if regret.enough and (regret.low, regret.high, share.low, share.high) != (0, 0, 0, 0)
+        each
+        for each in worth(rows)
+        if each.regret.enough and any(d.low or d.high for d in each.differences)
     ]
     if not found:
         return Claim(statement, None)
-    words = {name: (word(r, larger=False), word(s, larger=True)) for name, r, s in found}
-    figures = [
-        f"{verdict}: " + (", ".join(n for n, (w, _) in words.items() if w == verdict) or "none")
-        for verdict in ("helps", "no clear difference", "hurts")
-    ]
-    figures = [f"by regret, the default instead of it {figure}" for figure in figures]
-    return Claim(statement, all("helps" in each for each in words.values()), tuple(figures))
+    figures = []
+    for i, measure in enumerate(("regret", "hypervolume", "optimism in absolute terms")):
+        for verdict in ("helps", "no clear difference", "hurts"):
+            names = [each.name for each in found if each.verdicts[i] == verdict]
+            figures.append(
+                f"by {measure}, the default instead of it {verdict}: {', '.join(names) or 'none'}"
+            )
+    return Claim(statement, all("helps" in each.verdicts for each in found), tuple(figures))
 
 
 def step_seconds(path: Path | None) -> dict[str, dict[str, float | str]]:

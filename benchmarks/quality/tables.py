@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from statistics import mean
 
 from benchmarks.quality.analysis import (
@@ -34,6 +35,7 @@ __all__ = [
 
 EARLY = (12, 24, 48)  # checkpoints that comparisons over several budgets are averaged over
 NOTHING = ["Not measured yet."]
+_SIZE = "size of optimism"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
@@ -144,23 +146,68 @@ def against_default(rows: Sequence[Row], tiers: Sequence[str]) -> list[str]:
 
 
 def ablations(rows: Sequence[Row]) -> list[str]:
-    """What each default is worth: the default less the default without it, and a verdict."""
+    """Each default against the default without it: differences and verdicts."""
     body = []
-    for name, regret, share in worth(rows):
-        body.append([name, str(regret), word(regret, larger=False), str(share)])
-        body[-1] += [word(share, larger=True), f"{regret.pairs} on {regret.cases}"]
-    head = ["instead of the default", "regret: default less this", "the default"]
-    return markdown([*head, "share: default less this", "the default", "pairs on cases"], body)
+    for each in worth(rows):
+        cells = [each.name]
+        for difference, verdict in zip(each.differences, each.verdicts, strict=True):
+            cells += [str(difference), verdict]
+        body.append([*cells, f"{each.regret.pairs} on {each.regret.cases}"])
+    head = ["instead of the default"]
+    for measure in ("regret", "share", "optimism in absolute terms"):
+        head += [f"{measure}: default less this", "the default"]
+    return markdown([*head, "pairs on cases"], body)
 
 
-def worth(rows: Sequence[Row]) -> list[tuple[str, Difference, Difference]]:
-    """Return each ablation with the default's gain over it in regret and in share."""
+@dataclass(frozen=True)
+class Worth:
+    """What a default is worth: differences of the default to an ablation.
+
+    Attributes:
+        name: What is instead of the default.
+        regret: Difference in regret, less is better.
+        share: Difference in the share of the hypervolume, more is better.
+        optimism: Difference in the absolute value of the optimism, less is better: how far what
+            is predicted of the front is from what it is.
+    """
+
+    name: str
+    regret: Difference
+    share: Difference
+    optimism: Difference
+
+    @property
+    def differences(self) -> tuple[Difference, Difference, Difference]:
+        """All three."""
+        return self.regret, self.share, self.optimism
+
+    @property
+    def verdicts(self) -> tuple[str, str, str]:
+        """What they say."""
+        return (
+            word(self.regret, larger=False),
+            word(self.share, larger=True),
+            word(self.optimism, larger=False),
+        )
+
+
+def worth(rows: Sequence[Row]) -> list[Worth]:
+    """Return what each default is worth, by ablation."""
+    names = present(rows, [n for n, m in METHODS.items() if m.tier == "ablation"])
+    held = [
+        {**row, _SIZE: None if row.get("optimism") is None else abs(row["optimism"])}
+        for row in rows
+        if row["method"] in ("default", *names)
+    ]
     found = []
-    for name in present(rows, [n for n, m in METHODS.items() if m.tier == "ablation"]):
-        regret = paired(rows, "default", name, "regret", evaluations=EARLY)
-        share = paired(rows, "default", name, "share", evaluations=EARLY)
-        if regret is not None and share is not None:
-            found.append((name.removeprefix("default, "), regret, share))
+    for name in names:
+        measures = [
+            paired(held, "default", name, measure, evaluations=EARLY)
+            for measure in ("regret", "share", _SIZE)
+        ]
+        known = [difference for difference in measures if difference is not None]
+        if len(known) == len(measures):
+            found.append(Worth(name.removeprefix("default, "), *known))
     return found
 
 

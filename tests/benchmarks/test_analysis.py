@@ -23,7 +23,7 @@ from benchmarks.quality.analysis import (
     reach,
 )
 from benchmarks.quality.claims import claims, step_seconds, told
-from benchmarks.quality.tables import against_default, evaluations_needed, matrix
+from benchmarks.quality.tables import against_default, evaluations_needed, matrix, worth
 from benchmarks.quality.tidy import COLUMNS
 
 
@@ -207,3 +207,46 @@ def test_a_seed_that_went_on_alone_does_not_raise_the_bound() -> None:
     rows.append(row("one", "default", 0, 48, share=0.99))
     assert reach(rows) == {("one", "default"): 24}
     assert set(needed(rows)["one", "default"].values()) == {math.inf}
+
+
+def ablated(regret: float, share: float, optimism: tuple[float, float]) -> list[dict[str, Any]]:
+    """The default and an ablation whose measures differ by so much, with noise in common."""
+    noise = np.random.default_rng(1).normal(0, 0.01, 10)
+    return [
+        row(
+            "one",
+            method,
+            seed,
+            24,
+            regret=0.1 + noise[seed] - gone * regret,
+            share=0.8 + noise[seed] - gone * share,
+            optimism=optimism[gone] + 1e-6 * noise[seed],
+        )
+        for gone, method in enumerate(("default", "default, without guard"))
+        for seed in range(10)
+    ]
+
+
+def test_a_default_is_worth_what_goes_away_with_it() -> None:
+    (found,) = worth(ablated(regret=-0.02, share=0.1, optimism=(0.01, 0.03)))
+    assert found.name == "without guard"
+    assert found.verdicts == ("helps", "helps", "helps")
+    assert found.regret.mean == pytest.approx(-0.02)
+    assert found.share.mean == pytest.approx(0.1)
+    assert found.optimism.mean == pytest.approx(-0.02)
+
+
+def test_pessimism_is_no_better_than_optimism() -> None:
+    (found,) = worth(ablated(regret=0.02, share=0.0, optimism=(0.01, -0.03)))
+    assert found.verdicts == ("hurts", "no clear difference", "helps")
+
+
+def test_a_default_that_only_hurts_does_not_earn_its_place() -> None:
+    def verdict(rows: list[dict[str, Any]]) -> bool | None:
+        (claim,) = (each for each in claims(rows) if "earns its place" in each.statement)
+        return claim.met
+
+    assert verdict(ablated(regret=-0.02, share=0.0, optimism=(0.01, 0.01))) is True
+    assert verdict(ablated(regret=0.0, share=0.0, optimism=(-0.01, 0.03))) is True
+    assert verdict(ablated(regret=0.02, share=-0.1, optimism=(0.03, 0.01))) is False
+    assert verdict([]) is None
