@@ -20,6 +20,8 @@ __all__ = ["Claim", "claims", "step_seconds", "told"]
 _STEP = "propose 4: "
 _SEARCHES = ("optuna-tpe", "optuna-nsga3", "nsga2", "nsga3")
 
+_ROUNDING = 1e-5  # of the recorded rows: differences below it are none
+
 
 @dataclass(frozen=True)
 class Claim:
@@ -187,7 +189,7 @@ def _defaults(rows: Sequence[Row]) -> Claim:
     found = [
         each
         for each in worth(rows)
-        if each.regret.enough and any(d.low or d.high for d in each.differences)
+        if each.regret.enough and any(max(-d.low, d.high) > _ROUNDING for d in each.differences)
     ]
     if not found:
         return Claim(statement, None)

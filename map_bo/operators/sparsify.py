@@ -152,4 +152,5 @@ def rank_drop(
     torch.ge(kept.copy_(levels), rates, out=kept)
     torch.mul(rows, kept, out=kept)
     # 1 - p_r = (LEVELS / 2 - rates) / LEVELS
-    return kept.div_(rates.mul_(-1 / LEVELS).add_(0.5))
+    half = torch.tensor(0.5, device=rows.device)
+    return kept.div_(torch.add(half, rates, alpha=-1 / LEVELS, out=rates))
