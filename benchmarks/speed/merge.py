@@ -13,7 +13,8 @@ Parts, each described in a module of its own:
 All ways of a part take turns in one run. The seconds are medians, and "over copy" is the median of
 the quotients within a turn, so that what else runs on the machine disturbs both alike. The models
 are synthetic, in the shapes of a Llama. Other libraries are measured where they are installed
-(mergekit: ``pip install "map-bo[benchmark]"``).
+(mergekit: ``pip install "map-bo[benchmark]"``; FusionBench, which is no extra because of what it
+brings along: ``pip install fusion-bench``).
 """
 
 from __future__ import annotations
