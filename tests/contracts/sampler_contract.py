@@ -126,6 +126,7 @@ class SamplerContract:
         again = sampler.propose(seen, space, 2, generator=make_generator(1))
         assert torch.equal(first, again)
 
+    @pytest.mark.slow
     def test_a_fresh_process_proposes_the_same_points(
         self, sampler: Sampler, space: CoefficientSpace
     ) -> None:
@@ -140,6 +141,7 @@ class SamplerContract:
         other = sampler.propose(seen, box, 12, generator=make_generator(2))
         assert not torch.equal(first, other)
 
+    @pytest.mark.slow
     def test_nothing_depends_on_earlier_draws_or_proposals(
         self, sampler: Sampler, box: CoefficientSpace, generator: Generator
     ) -> None:

@@ -124,6 +124,7 @@ class SurrogateContract:
         assert bool(torch.isfinite(gradient).all())
         assert float(gradient.abs().max()) > 0
 
+    @pytest.mark.slow
     def test_more_points_than_features_can_be_sampled(
         self, model: SurrogateModel, space: CoefficientSpace
     ) -> None:
