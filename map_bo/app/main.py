@@ -13,8 +13,6 @@ from map_bo.errors import ConfigError, MapBoError
 
 __all__ = ["main"]
 
-COMMANDS = ("run", "resume", "choose", "merge", "report", "export", "import")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted.
@@ -262,7 +260,7 @@ def _complete(arguments: list[str]) -> None:
     words = line.split()
     if any(argument.startswith("query=") for argument in arguments):
         if len(words) < 2 or (len(words) == 2 and not line.endswith(" ")):
-            sys.stdout.write("\n".join(COMMANDS) + "\n")
+            sys.stdout.write("\n".join(("run", *_FUNCTIONS)) + "\n")
             return
         if words[1] != "run":
             return

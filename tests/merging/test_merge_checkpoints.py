@@ -23,23 +23,13 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.sparse import Dare, Ties
 from map_bo.space import CoefficientSpace
 from tests.merging.checkpoints import BASE, COEFFICIENTS, EXPERTS, merged
-from tests.merging.hard_checkpoints import hard_family, hard_tensors, loaded, saved
-from tests.merging.refusing import C, Family, Refused, merge, refusing
+from tests.merging.hard_checkpoints import hard_tensors, loaded, saved
+from tests.merging.refusing import C, Family, Refused, merge
 
 
 @pytest.fixture(autouse=True)
 def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return hard_family(tmp_path / "in", shards=2)
-
-
-@pytest.fixture
-def refused(family: Family, tmp_path: Path) -> Refused:
-    return refusing(tmp_path, family)
 
 
 class TestResults:

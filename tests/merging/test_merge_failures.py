@@ -26,18 +26,8 @@ from map_bo.merging.chunked import ChunkedMerge
 from map_bo.merging.task_arithmetic import TaskArithmetic
 from map_bo.merging.writer import SafetensorsWriter
 from map_bo.operators.sparse import Ties
-from tests.merging.hard_checkpoints import everything, hard_family, threads
-from tests.merging.refusing import Family, Refused, merge, refusing
-
-
-@pytest.fixture
-def family(tmp_path: Path) -> Family:
-    return hard_family(tmp_path / "in", shards=2)
-
-
-@pytest.fixture
-def refused(family: Family, tmp_path: Path) -> Refused:
-    return refusing(tmp_path, family)
+from tests.merging.hard_checkpoints import everything, threads
+from tests.merging.refusing import Family, Refused, merge
 
 
 class TestTarget:
