@@ -32,6 +32,7 @@ from map_bo.report.wandb_panels import (
     Text,
 )
 from map_bo.tracking.wandb_run import has_key
+from map_bo.tracking.wandb_service import end_service
 
 __all__ = ["Account", "account", "report_of", "save_report"]
 
@@ -75,6 +76,7 @@ def account(environment: Mapping[str, str] | None = None) -> Account:
     try:
         entity = wandb.Api(timeout=_PATIENCE).default_entity
     except Exception as error:
+        end_service()
         raise PublishError(
             f"the W&B Report cannot be made: {_reason(error)}",
             hint="check the network, or the key: `wandb login --relogin`; then the same command "

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
 from map_bo.app.main import main
 from map_bo.loop.sweeps import read_runs
 from map_bo.report.comparison import compare
 from map_bo.report.wandb_panels import Bars, FrontTable, Grid, Images, Lines, Parallel, Scatter
 from map_bo.report.wandb_spec import wandb_report
+from map_bo.tracking.wandb_service import end_service
 from tests.integration.mistakes import failing
 from tests.integration.test_sweeps import JOB
 from tests.report.wandb_server import KEY, serving
@@ -26,9 +26,9 @@ def no_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None
     for name in ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()
+    end_service()
     yield
-    wandb.teardown()
+    end_service()
 
 
 @pytest.fixture(scope="module")

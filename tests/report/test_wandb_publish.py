@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import wandb
 
 from map_bo.errors import MissingDependencyError, PublishError
 from map_bo.report.wandb_panels import Grid
 from map_bo.report.wandb_publish import Account, account, report_of, save_report
 from map_bo.report.wandb_spec import wandb_report
 from map_bo.tracking.wandb_run import WandbRun
+from map_bo.tracking.wandb_service import end_service
 from tests.report.fake_runs import comparison
 from tests.report.wandb_runs import tracked
 from tests.report.wandb_server import KEY, Server, serving
@@ -30,9 +30,9 @@ def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for name in ("CACHE", "CONFIG", "DATA", "ARTIFACT"):
         monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / name.lower()))
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    wandb.teardown()
+    end_service()
     yield
-    wandb.teardown()
+    end_service()
 
 
 @pytest.fixture
