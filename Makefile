@@ -10,16 +10,16 @@ demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 # The same tests with every dependency at its declared lower bound, in an environment of its own.
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable ".[dev,huggingface]"
-	.venv-oldest/bin/python -m pytest -n 2
+	.venv-oldest/bin/python -m pytest -n 2 --dist worksteal
 
 # What map_bo and mergekit both do, compared; these tests are skipped where mergekit is missing.
 test-mergekit: $(STAMP)

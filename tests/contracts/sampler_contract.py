@@ -118,12 +118,19 @@ class SamplerContract:
         together = torch.cat([before.X, X])
         assert len(torch.unique(together, dim=0)) == len(together)
 
-    def test_the_same_seed_proposes_the_same_points(
-        self, sampler: Sampler, space: CoefficientSpace
+    def test_the_same_seed_proposes_the_same_points_and_random_states_stay(
+        self, sampler: Sampler, space: CoefficientSpace, generator: Generator
     ) -> None:
         seen = some_seen(space, 9)
-        first = sampler.propose(seen, space, 2, generator=make_generator(1))
-        again = sampler.propose(seen, space, 2, generator=make_generator(1))
+        state = generator.get_state()
+        torch_state, python_state = torch.random.get_rng_state(), random.getstate()
+        numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
+        first = sampler.propose(seen, space, 2, generator=generator)
+        assert torch.equal(generator.get_state(), state)
+        assert torch.equal(torch.random.get_rng_state(), torch_state)
+        assert random.getstate() == python_state
+        assert pickle.dumps(np.random.get_state()) == numpy_state  # noqa: NPY002
+        again = sampler.propose(seen, space, 2, generator=make_generator(7))
         assert torch.equal(first, again)
 
     @pytest.mark.slow
@@ -150,18 +157,6 @@ class SamplerContract:
         sampler.propose(some_seen(box, 3), box, 3, generator=generator)
         torch.rand(10, generator=generator)
         assert torch.equal(sampler.propose(seen, box, 2, generator=generator), first)
-
-    def test_random_states_stay_as_they_are(
-        self, sampler: Sampler, space: CoefficientSpace, generator: Generator
-    ) -> None:
-        state = generator.get_state()
-        torch_state, python_state = torch.random.get_rng_state(), random.getstate()
-        numpy_state = pickle.dumps(np.random.get_state())  # noqa: NPY002
-        sampler.propose(some_seen(space, 9), space, 2, generator=generator)
-        assert torch.equal(generator.get_state(), state)
-        assert torch.equal(torch.random.get_rng_state(), torch_state)
-        assert random.getstate() == python_state
-        assert pickle.dumps(np.random.get_state()) == numpy_state  # noqa: NPY002
 
     @pytest.mark.parametrize("seen", [0, 9])
     def test_pending_points_are_not_proposed_again(

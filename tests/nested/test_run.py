@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@functools.cache
+def finished(name: str) -> tuple[Hills, NestedResult]:
+    problem = Hills()
+    return problem, nested(problem, budget=48, **VARIANTS[name])
+
+
 def test_one_stage_is_the_flat_run() -> None:
     flat = optimize(Hills(), 16, progress=False, tracking="none", **options(verify=2))
     one = nested(budget=16, stages=1, verify=2)
@@ -84,9 +91,8 @@ def test_one_stage_is_the_flat_run() -> None:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_measures_no_more_than_its_budget_and_nothing_twice(name: str) -> None:
-    problem = Hills()
-    result = nested(problem, budget=32, **VARIANTS[name])
-    assert result.data_sets == len(problem.measured) <= 32 * 4
+    problem, result = finished(name)
+    assert result.data_sets == len(problem.measured) <= 48 * 4
     assert len(set(problem.measured)) == len(problem.measured)
     assert result.summary["nested"]["flat_evaluations"] == result.data_sets / 4
     assert bool(result.space.contains(result.front.X).all())
@@ -99,8 +105,7 @@ def test_every_variant_measures_no_more_than_its_budget_and_nothing_twice(name: 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_front_predicts_what_its_coefficients_do(name: str) -> None:
-    problem = Hills()
-    result = nested(problem, budget=48, **VARIANTS[name])
+    problem, result = finished(name)
     # The truth is a quadratic, so the surrogate of each node is right but for its prior.
     assert torch.allclose(problem.truth(result.front.X), result.front.mean, atol=0.05)
 

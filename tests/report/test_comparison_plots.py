@@ -38,7 +38,7 @@ def test_axes_keep_their_size_whatever_the_number_of_variants(
         figure.savefig(io.BytesIO(), format="png")  # warns when there is no room
         return figure.axes[0].get_window_extent().height
 
-    assert height(50) > 0.85 * height(2)
+    assert height(30) > 0.85 * height(2)
 
 
 def test_fronts_of_three_metrics_are_drawn_in_all_pairs() -> None:
