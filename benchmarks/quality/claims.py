@@ -12,7 +12,7 @@ from statistics import median
 from benchmarks.quality.analysis import needed, paired, reach, values
 from benchmarks.quality.methods import CORE
 from benchmarks.quality.protocol import CHECKPOINTS
-from benchmarks.quality.tables import count, present, worth
+from benchmarks.quality.tables import MEASURES, count, outside, present, worth
 from benchmarks.quality.tidy import Row
 
 __all__ = ["Claim", "claims", "step_seconds", "told"]
@@ -176,7 +176,7 @@ def _calibrated(rows: Sequence[Row]) -> Claim:
     if not held:
         return Claim(statement, None)
     means = {case: sum(each) / len(each) for case, each in sorted(held.items())}
-    inside = [0.90 <= mean <= 0.98 for mean in means.values()]
+    inside = [not outside(mean) for mean in means.values()]
     everything = sum(means.values()) / len(means)
     figures = [f"mean over cases {everything:.3f}; inside on {sum(inside)} of {len(inside)} cases"]
     figures += [f"{case}: {mean:.3f}" for case, mean in means.items()]
@@ -194,7 +194,7 @@ def _defaults(rows: Sequence[Row]) -> Claim:
     if not found:
         return Claim(statement, None)
     figures = []
-    for i, measure in enumerate(("regret", "hypervolume", "optimism in absolute terms")):
+    for i, measure in enumerate(MEASURES):
         for verdict in ("helps", "no clear difference", "hurts"):
             names = [each.name for each in found if each.verdicts[i] == verdict]
             figures.append(

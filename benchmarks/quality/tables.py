@@ -21,7 +21,9 @@ from benchmarks.quality.methods import CORE, METHODS
 from benchmarks.quality.tidy import Row
 
 __all__ = [
+    "BAND",
     "EARLY",
+    "MEASURES",
     "ablations",
     "against_default",
     "calibration",
@@ -29,13 +31,22 @@ __all__ = [
     "evaluations_needed",
     "failures",
     "matrix",
+    "outside",
     "overview",
     "ranks",
 ]
 
 EARLY = (12, 24, 48)  # checkpoints that comparisons over several budgets are averaged over
 NOTHING = ["Not measured yet."]
+BAND = (0.90, 0.98)  # coverage that 95 % intervals are to have on real merges
+MEASURES = (
+    "regret",
+    "share of hypervolume",
+    "optimism in absolute terms",
+    "coverage outside 90 to 98 %",
+)
 _SIZE = "size of optimism"
+_OUTSIDE = "coverage outside its band"
 
 
 def markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> list[str]:
@@ -154,7 +165,7 @@ def ablations(rows: Sequence[Row]) -> list[str]:
             cells += [str(difference), verdict]
         body.append([*cells, f"{each.regret.pairs} on {each.regret.cases}"])
     head = ["instead of the default"]
-    for measure in ("regret", "share", "optimism in absolute terms"):
+    for measure in MEASURES:
         head += [f"{measure}: default less this", "the default"]
     return markdown([*head, "pairs on cases"], body)
 
@@ -169,25 +180,29 @@ class Worth:
         share: Difference in the share of the hypervolume, more is better.
         optimism: Difference in the absolute value of the optimism, less is better: how far what
             is predicted of the front is from what it is.
+        coverage: Difference in how far the coverage of 95 % intervals lies outside 90 to 98 %,
+            less is better.
     """
 
     name: str
     regret: Difference
     share: Difference
     optimism: Difference
+    coverage: Difference
 
     @property
-    def differences(self) -> tuple[Difference, Difference, Difference]:
-        """All three."""
-        return self.regret, self.share, self.optimism
+    def differences(self) -> tuple[Difference, Difference, Difference, Difference]:
+        """All four, in the order of :data:`MEASURES`."""
+        return self.regret, self.share, self.optimism, self.coverage
 
     @property
-    def verdicts(self) -> tuple[str, str, str]:
+    def verdicts(self) -> tuple[str, str, str, str]:
         """What they say."""
         return (
             word(self.regret, larger=False),
             word(self.share, larger=True),
             word(self.optimism, larger=False),
+            word(self.coverage, larger=False),
         )
 
 
@@ -195,7 +210,11 @@ def worth(rows: Sequence[Row]) -> list[Worth]:
     """Return what each default is worth, by ablation."""
     names = present(rows, [n for n, m in METHODS.items() if m.tier == "ablation"])
     held = [
-        {**row, _SIZE: None if row.get("optimism") is None else abs(row["optimism"])}
+        {
+            **row,
+            _SIZE: None if row.get("optimism") is None else abs(row["optimism"]),
+            _OUTSIDE: None if row.get("coverage") is None else outside(row["coverage"]),
+        }
         for row in rows
         if row["method"] in ("default", *names)
     ]
@@ -203,12 +222,18 @@ def worth(rows: Sequence[Row]) -> list[Worth]:
     for name in names:
         measures = [
             paired(held, "default", name, measure, evaluations=EARLY)
-            for measure in ("regret", "share", _SIZE)
+            for measure in ("regret", "share", _SIZE, _OUTSIDE)
         ]
         known = [difference for difference in measures if difference is not None]
         if len(known) == len(measures):
             found.append(Worth(name.removeprefix("default, "), *known))
     return found
+
+
+def outside(coverage: float) -> float:
+    """Return how far a coverage lies outside 90 to 98 %; 0 inside."""
+    low, high = BAND
+    return max(low - coverage, coverage - high, 0.0)
 
 
 def word(difference: Difference, *, larger: bool) -> str:

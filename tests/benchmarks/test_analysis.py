@@ -209,7 +209,12 @@ def test_a_seed_that_went_on_alone_does_not_raise_the_bound() -> None:
     assert set(needed(rows)["one", "default"].values()) == {math.inf}
 
 
-def ablated(regret: float, share: float, optimism: tuple[float, float]) -> list[dict[str, Any]]:
+def ablated(
+    regret: float,
+    share: float,
+    optimism: tuple[float, float],
+    coverage: tuple[float, float] = (0.95, 0.95),
+) -> list[dict[str, Any]]:
     """The default and an ablation whose measures differ by so much, with noise in common."""
     noise = np.random.default_rng(1).normal(0, 0.01, 10)
     return [
@@ -221,6 +226,7 @@ def ablated(regret: float, share: float, optimism: tuple[float, float]) -> list[
             regret=0.1 + noise[seed] - gone * regret,
             share=0.8 + noise[seed] - gone * share,
             optimism=optimism[gone] + 1e-6 * noise[seed],
+            coverage=coverage[gone] + 0.1 * noise[seed],
         )
         for gone, method in enumerate(("default", "default, without guard"))
         for seed in range(10)
@@ -230,7 +236,7 @@ def ablated(regret: float, share: float, optimism: tuple[float, float]) -> list[
 def test_a_default_is_worth_what_goes_away_with_it() -> None:
     (found,) = worth(ablated(regret=-0.02, share=0.1, optimism=(0.01, 0.03)))
     assert found.name == "without guard"
-    assert found.verdicts == ("helps", "helps", "helps")
+    assert found.verdicts == ("helps", "helps", "helps", "no clear difference")
     assert found.regret.mean == pytest.approx(-0.02)
     assert found.share.mean == pytest.approx(0.1)
     assert found.optimism.mean == pytest.approx(-0.02)
@@ -238,7 +244,24 @@ def test_a_default_is_worth_what_goes_away_with_it() -> None:
 
 def test_pessimism_is_no_better_than_optimism() -> None:
     (found,) = worth(ablated(regret=0.02, share=0.0, optimism=(0.01, -0.03)))
-    assert found.verdicts == ("hurts", "no clear difference", "helps")
+    assert found.verdicts == ("hurts", "no clear difference", "helps", "no clear difference")
+
+
+@pytest.mark.parametrize(
+    ("coverage", "verdict", "difference"),
+    [
+        ((0.94, 1.0), "helps", -0.02),  # all intervals much too wide without it
+        ((0.94, 0.7), "helps", -0.2),
+        ((0.8, 0.94), "hurts", 0.1),
+        ((0.92, 0.96), "no clear difference", 0.0),  # both are where they should be
+    ],
+)
+def test_intervals_may_be_too_wide_as_well_as_too_narrow(
+    coverage: tuple[float, float], verdict: str, difference: float
+) -> None:
+    (found,) = worth(ablated(regret=0.0, share=0.0, optimism=(0.01, 0.01), coverage=coverage))
+    assert found.verdicts[3] == verdict
+    assert found.coverage.mean == pytest.approx(difference, abs=2e-3)
 
 
 def test_a_default_that_only_hurts_does_not_earn_its_place() -> None:
@@ -248,5 +271,6 @@ def test_a_default_that_only_hurts_does_not_earn_its_place() -> None:
 
     assert verdict(ablated(regret=-0.02, share=0.0, optimism=(0.01, 0.01))) is True
     assert verdict(ablated(regret=0.0, share=0.0, optimism=(-0.01, 0.03))) is True
+    assert verdict(ablated(0.0, 0.0, optimism=(0.01, 0.01), coverage=(0.95, 1.0))) is True
     assert verdict(ablated(regret=0.02, share=-0.1, optimism=(0.03, 0.01))) is False
     assert verdict([]) is None

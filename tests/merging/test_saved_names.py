@@ -69,6 +69,8 @@ class TestComputed:
 
     def model(self, seed: int) -> nn.Module:
         transformers = library()
+        if not hasattr(transformers, "NomicBertConfig"):
+            pytest.skip("this transformers is older than the model")
         config = transformers.NomicBertConfig(
             vocab_size=40,
             hidden_size=16,
