@@ -32,6 +32,7 @@ def test_the_default_is_what_optimize_does() -> None:
     assert torch.equal(answer.predicted, predicted[representatives(predicted)])
 
 
+@pytest.mark.slow
 def test_solved_choices_are_those_of_a_result() -> None:
     case = fake_cases.case("plain")
     *_, record = run(case, METHODS["default"], seed=0, budget=8)

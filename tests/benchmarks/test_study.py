@@ -106,6 +106,7 @@ def test_killed_in_the_middle_it_ends_like_one_never_killed(tmp_path: Path, log:
     assert outcomes(rows) == outcomes(whole)
 
 
+@pytest.mark.slow
 def test_a_cell_is_the_same_every_time(tmp_path: Path) -> None:
     names = ("random+surrogate",)
     first = small(tmp_path / "a", methods=names, cases=("noisy",)).run(silent)

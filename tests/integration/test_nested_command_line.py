@@ -59,6 +59,7 @@ def test_wandb_has_the_numbers_of_every_node(nested: Path) -> None:
     assert "nested/data_sets" in logged
 
 
+@pytest.mark.slow
 def test_a_choice_is_solved_for_and_its_model_is_what_was_chosen(
     shell: Shell, nested: Path, tmp_path: Path
 ) -> None:

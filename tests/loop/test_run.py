@@ -55,8 +55,15 @@ def outcome(result: Result) -> list[Any]:
     return [tensor.nan_to_num(-99.0).tolist() for tensor in tensors] + [seen.failures, told]
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize(
+    ("after", "batch"),
+    [
+        (True, 1),
+        (False, 3),
+        pytest.param(False, 1, marks=pytest.mark.slow),
+        pytest.param(True, 3, marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_killed_at_any_event_and_resumed_equals_one_never_killed(
     batch: int, after: bool
 ) -> None:
@@ -86,7 +93,9 @@ def test_a_run_killed_at_any_event_and_resumed_equals_one_never_killed(
     ("stop", "stops"),
     [
         (Stop(tolerance=0.2, patience=2, least=3), True),  # two bowls are plain by then
-        (Stop("hypervolume", tolerance=1e-9, patience=1, least=3), False),
+        pytest.param(
+            Stop("hypervolume", tolerance=1e-9, patience=1, least=3), False, marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_run_killed_around_a_look_at_its_end_equals_one_never_killed(

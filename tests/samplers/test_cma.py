@@ -135,6 +135,7 @@ def test_flat_metrics_do_not_stop_it() -> None:
     assert len(torch.unique(seen.X, dim=0)) == 80
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_convergence() -> None:
     # A basin of a single value: the search stops on it and starts again elsewhere.
     def flat(X: Tensor) -> Observations:

@@ -128,6 +128,7 @@ def test_the_design_fills_up_what_cannot_be_bred() -> None:
     assert float(found.abs().max()) < 1e-11
 
 
+@pytest.mark.slow
 def test_directions_cover_the_simplex_at_any_size() -> None:
     for m, size, count in ((2, 12, 12), (3, 12, 10), (4, 16, 14), (5, 6, 6), (9, 12, 12)):
         found = evolutionary._directions(m, size)
