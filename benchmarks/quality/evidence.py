@@ -15,6 +15,7 @@ from benchmarks.quality.plots import draw
 from benchmarks.quality.tables import (
     NOTHING,
     ablations,
+    ablations_by_noise,
     against_default,
     calibration,
     costs,
@@ -46,6 +47,7 @@ def tables(rows: Sequence[Row], results: Path = RESULTS) -> dict[str, list[str]]
         "core": against_default(rows, ["core"]),
         "ranks": ranks(rows, 24),
         "ablations": ablations(rows),
+        "ablations-by-noise": ablations_by_noise(rows),
         "samplers": against_default(rows, ["sampler", "surrogate"]),
         "calibration": calibration(rows),
         "costs": costs(rows),

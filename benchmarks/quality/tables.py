@@ -25,6 +25,7 @@ __all__ = [
     "EARLY",
     "MEASURES",
     "ablations",
+    "ablations_by_noise",
     "against_default",
     "calibration",
     "costs",
@@ -168,6 +169,30 @@ def ablations(rows: Sequence[Row]) -> list[str]:
     for measure in MEASURES:
         head += [f"{measure}: default less this", "the default"]
     return markdown([*head, "pairs on cases"], body)
+
+
+def ablations_by_noise(rows: Sequence[Row]) -> list[str]:
+    """The same on real models, exact and noisy cases apart, where both were run."""
+    real = [row for row in rows if row["real_models"]]
+    exact = {each.name: each for each in worth(_noisy(real, wanted=False))}
+    noisy = {each.name: each for each in worth(_noisy(real, wanted=True))}
+    body = []
+    for name in [name for name in exact if name in noisy]:
+        cells = [name]
+        for each in (exact[name], noisy[name]):
+            for difference, verdict in list(zip(each.differences, each.verdicts, strict=True))[:2]:
+                cells += [str(difference), verdict]
+            cells.append(f"{each.regret.pairs} on {each.regret.cases}")
+        body.append(cells)
+    head = ["instead of the default"]
+    for kind in ("exact", "noisy"):
+        head += [f"{kind}, {MEASURES[0]}: default less this", "the default"]
+        head += [f"{kind}, {MEASURES[1]}: default less this", "the default", "pairs on cases"]
+    return markdown(head, body)
+
+
+def _noisy(rows: Iterable[Row], *, wanted: bool) -> list[Row]:
+    return [row for row in rows if row["case"].endswith("-noisy") is wanted]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,13 @@ from benchmarks.quality.analysis import (
     reach,
 )
 from benchmarks.quality.claims import claims, step_seconds, told
-from benchmarks.quality.tables import against_default, evaluations_needed, matrix, worth
+from benchmarks.quality.tables import (
+    ablations_by_noise,
+    against_default,
+    evaluations_needed,
+    matrix,
+    worth,
+)
 from benchmarks.quality.tidy import COLUMNS
 
 
@@ -262,6 +268,19 @@ def test_intervals_may_be_too_wide_as_well_as_too_narrow(
     (found,) = worth(ablated(regret=0.0, share=0.0, optimism=(0.01, 0.01), coverage=coverage))
     assert found.verdicts[3] == verdict
     assert found.coverage.mean == pytest.approx(difference, abs=2e-3)
+
+
+def test_exact_and_noisy_cases_are_told_apart() -> None:
+    exact = ablated(regret=0.02, share=0.0, optimism=(0.01, 0.01))
+    noisy = [
+        {**each, "case": "one-noisy"}
+        for each in ablated(regret=-0.02, share=0.0, optimism=(0.01, 0.01))
+    ]
+    cells = ablations_by_noise([*exact, *noisy])[-1].split(" | ")
+    assert cells[0] == "| without guard"
+    assert cells[2] == "hurts"
+    assert cells[7] == "helps"
+    assert ablations_by_noise(exact) == ["Not measured yet."]
 
 
 def test_a_default_that_only_hurts_does_not_earn_its_place() -> None:
