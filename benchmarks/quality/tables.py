@@ -180,8 +180,7 @@ def ablations_by_noise(rows: Sequence[Row]) -> list[str]:
     for name in [name for name in exact if name in noisy]:
         cells = [name]
         for each in (exact[name], noisy[name]):
-            for difference, verdict in list(zip(each.differences, each.verdicts, strict=True))[:2]:
-                cells += [str(difference), verdict]
+            cells += [str(each.regret), each.verdicts[0], str(each.share), each.verdicts[1]]
             cells.append(f"{each.regret.pairs} on {each.regret.cases}")
         body.append(cells)
     head = ["instead of the default"]

@@ -76,7 +76,8 @@ def account(environment: Mapping[str, str] | None = None) -> Account:
     try:
         entity = wandb.Api(timeout=_PATIENCE).default_entity
     except Exception as error:
-        end_service()
+        if wandb.run is None:  # else it still records, and is ended with the run
+            end_service()
         raise PublishError(
             f"the W&B Report cannot be made: {_reason(error)}",
             hint="check the network, or the key: `wandb login --relogin`; then the same command "

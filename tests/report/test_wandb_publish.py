@@ -184,6 +184,21 @@ def test_no_answer_is_told(server: Server, broken: str, monkeypatch: pytest.Monk
         account()
 
 
+def test_a_run_that_records_goes_on_without_an_answer(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[bool] = []
+    monkeypatch.setattr("map_bo.report.wandb_publish.end_service", lambda: ended.append(True))
+    monkeypatch.setenv("WANDB_API_KEY", "of the wrong form")
+    with pytest.raises(PublishError):
+        account()
+    assert ended == [True]
+    monkeypatch.setattr("wandb.run", object())
+    with pytest.raises(PublishError):
+        account()
+    assert ended == [True]
+
+
 def test_a_key_without_an_owner_is_told(server: Server) -> None:
     server.entity = None
     with pytest.raises(PublishError, match="no user or team"):
