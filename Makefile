@@ -24,7 +24,7 @@ test-oldest:
 # What map_bo and mergekit both do, compared; these tests are skipped where mergekit is missing.
 test-mergekit: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
-	$(BIN)/python -m pytest -m "not gpu and not data" tests/operators/test_against_mergekit.py tests/operators/test_mergekit_export.py
+	$(BIN)/python -m pytest -m "not gpu and not data" tests/operators/mergekit
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -15,11 +15,11 @@ from pathlib import Path
 import yaml
 
 from map_bo.errors import ConfigError
+from map_bo.loop.reading import read_runs
 from map_bo.loop.summary import versions
-from map_bo.loop.sweeps import read_runs
-from map_bo.report.comparison import Comparison, compare
-from map_bo.report.comparison_page import markdown_part
-from map_bo.report.comparison_tables import (
+from map_bo.report.comparison.comparison import Comparison, compare
+from map_bo.report.comparison.page import markdown_part
+from map_bo.report.comparison.tables import (
     Table,
     difference_table,
     measure_tables,

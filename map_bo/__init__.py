@@ -10,20 +10,24 @@ line's ``--help``) costs nothing.
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from map_bo.moved import OldNames
 
 if TYPE_CHECKING:
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
+    from map_bo.evaluators.evaluator import Measurement
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run, optimize
     from map_bo.loop.settings import Settings
-    from map_bo.merging.checkpoint import open_checkpoint
-    from map_bo.merging.merge_checkpoints import merge_checkpoints
-    from map_bo.merging.sizes import ExportSettings
-    from map_bo.merging.task_arithmetic import TaskArithmetic
+    from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+    from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+    from map_bo.merging.vectors.linear_merge import TaskArithmetic
+    from map_bo.merging.vectors.memory import ExportSettings
     from map_bo.nested.optimize import optimize_nested
     from map_bo.nested.reading import load_nested
     from map_bo.nested.result import NestedResult
@@ -34,10 +38,9 @@ if TYPE_CHECKING:
     from map_bo.operators.regmean import RegMean
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.pareto.preferences import Preference
-    from map_bo.problems.evaluators import Measurement
-    from map_bo.problems.merged import MergedModelProblem
+    from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
-    from map_bo.problems.zoo import digits_problem
+    from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
 
 __version__ = "0.1.0"
@@ -88,14 +91,14 @@ _HOME = {
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
     "Della": "map_bo.operators.sparse",
-    "ExportSettings": "map_bo.merging.sizes",
+    "ExportSettings": "map_bo.merging.vectors.memory",
     "Fisher": "map_bo.operators.fisher",
     "Front": "map_bo.data",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
     "MapBoError": "map_bo.errors",
-    "Measurement": "map_bo.problems.evaluators",
-    "MergedModelProblem": "map_bo.problems.merged",
+    "Measurement": "map_bo.evaluators.evaluator",
+    "MergedModelProblem": "map_bo.problems.merged.problem",
     "Metric": "map_bo.data",
     "Nested": "map_bo.nested.settings",
     "NestedResult": "map_bo.nested.result",
@@ -107,17 +110,20 @@ _HOME = {
     "Settings": "map_bo.loop.settings",
     "Slerp": "map_bo.operators.averages",
     "TableProblem": "map_bo.problems.table",
-    "TaskArithmetic": "map_bo.merging.task_arithmetic",
+    "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
     "Ties": "map_bo.operators.sparse",
     "WeightedAverage": "map_bo.operators.averages",
-    "digits_problem": "map_bo.problems.zoo",
+    "digits_problem": "map_bo.problems.zoo.digits",
     "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
-    "merge_checkpoints": "map_bo.merging.merge_checkpoints",
-    "open_checkpoint": "map_bo.merging.checkpoint",
+    "merge_checkpoints": "map_bo.merging.export.merge_checkpoints",
+    "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
     "optimize": "map_bo.loop.run",
     "optimize_nested": "map_bo.nested.optimize",
 }
+
+
+sys.meta_path.append(OldNames())  # asked last: only for names that nothing else finds
 
 
 def __getattr__(name: str) -> Any:

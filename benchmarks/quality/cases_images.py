@@ -10,10 +10,10 @@ from benchmarks.quality.cases_core import Case, anchored, identity
 from benchmarks.quality.cases_models import FEW, FewExamples
 from benchmarks.quality.truth import Examples, MergedNetworks
 from map_bo.errors import DataError
-from map_bo.problems.image_sets import IMAGE_SETS, image_folder
-from map_bo.problems.image_training import encoder
-from map_bo.problems.image_zoo import ImagesProblem, images_problem
 from map_bo.problems.problem import Problem
+from map_bo.problems.zoo.image_sets import IMAGE_SETS, image_folder
+from map_bo.problems.zoo.image_training import encoder
+from map_bo.problems.zoo.images import ImagesProblem, images_problem
 from map_bo.rng import make_generator
 
 __all__ = ["IMAGES", "image_networks", "missing_images"]

@@ -14,12 +14,12 @@ from benchmarks.quality.cases_core import Case, anchored, identity
 from benchmarks.quality.truth import Examples, MergedNetworks
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.problems.evaluators import binomial_variance
+from map_bo.evaluators.evaluator import binomial_variance
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.problems.problem import Problem
-from map_bo.problems.zoo import DigitsZoo, digits_problem
-from map_bo.problems.zoo_data import digits_split, transform
-from map_bo.problems.zoo_training import as_inputs, network
+from map_bo.problems.zoo.data import digits_split, transform
+from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
+from map_bo.problems.zoo.training import as_inputs, network
 from map_bo.rng import child, make_generator
 from map_bo.space import CoefficientSpace
 

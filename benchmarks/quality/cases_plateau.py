@@ -19,12 +19,12 @@ from torch import Tensor
 
 from benchmarks.quality.cases_core import Case, anchored, identity
 from benchmarks.quality.truth import Examples, MergedNetworks
-from map_bo.problems.evaluators import accuracy
-from map_bo.problems.merged import MergedModelProblem
-from map_bo.problems.zoo import DigitsZoo
-from map_bo.problems.zoo_cache import cache_root, read_network, trained_files, write_network
-from map_bo.problems.zoo_data import digits_split, transform
-from map_bo.problems.zoo_training import TRAINING_VERSION, as_inputs, network, train
+from map_bo.evaluators.evaluator import accuracy
+from map_bo.problems.cache import cache_root, read_network, trained_files, write_network
+from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.zoo.data import digits_split, transform
+from map_bo.problems.zoo.digits import DigitsZoo
+from map_bo.problems.zoo.training import TRAINING_VERSION, as_inputs, network, train
 from map_bo.rng import child, make_generator
 
 __all__ = ["PLATEAUS"]

@@ -3,7 +3,7 @@
 python -m benchmarks.quality.correlation        a table: real cases, mean correlations
 
 The correlation, over examples, of what two models of a case get right; see
-`map_bo.surrogates.noise`, which takes the share of the sampling noise that differs between
+`map_bo.surrogates.links`, which takes the share of the sampling noise that differs between
 evaluations from it. *Near*: coefficients about .1 apart; *far*: any two of the experts, the blend
 and random points.
 """

@@ -15,7 +15,7 @@ import os
 import shutil
 from pathlib import Path
 
-from map_bo.problems.zoo_cache import cache_root
+from map_bo.problems.cache import cache_root
 
 __all__ = ["KEPT", "restore", "save"]
 

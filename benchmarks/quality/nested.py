@@ -38,7 +38,7 @@ from map_bo.errors import BudgetError
 from map_bo.loop.run import optimize
 from map_bo.nested.budget import Purse, node_sizes
 from map_bo.nested.optimize import optimize_nested
-from map_bo.nested.planner import balanced, most_stages
+from map_bo.nested.planning import balanced, most_stages
 from map_bo.nested.settings import Nested
 from map_bo.pareto.evolution import NSGA3
 from map_bo.pareto.indicators import (
@@ -46,10 +46,10 @@ from map_bo.pareto.indicators import (
     inverse_directions,
     preference_weights,
 )
-from map_bo.problems.zoo import DigitsZoo, digits_problem
+from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.reference_design import ReferenceDesign
-from map_bo.surrogates.reference import ReferenceQuadratic
+from map_bo.samplers.published.public_code import ReferenceDesign
+from map_bo.surrogates.published import ReferenceQuadratic
 
 __all__ = ["METHODS", "Cell", "best_known", "main"]
 

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from benchmarks.quality.plots import save_figure
-from map_bo.report.bootstrap import mean_interval
+from map_bo.report.comparison.bootstrap import mean_interval
 
 __all__ = ["TARGET", "figure", "fitted", "needed", "short", "tables"]
 

@@ -27,7 +27,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child_seed
-from map_bo.samplers.space_filling import fresh_points, is_repeat
+from map_bo.samplers.designs.space_filling import fresh_points, is_repeat
 from map_bo.space import CoefficientSpace
 
 __all__ = ["NSGA3", "TPE"]

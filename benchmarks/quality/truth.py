@@ -21,10 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
-from map_bo.merging.layout import Slot
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.align.layout import Slot
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.task_vectors import TaskVectors
 
 __all__ = ["Examples", "MergedNetworks"]
 

@@ -38,9 +38,9 @@ from map_bo.pareto.indicators import (
 from map_bo.pareto.solver import FrontSolver
 from map_bo.rng import child_seed, make_generator
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
 from map_bo.surrogates.prediction import predicted_mean
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 

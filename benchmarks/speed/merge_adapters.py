@@ -25,10 +25,9 @@ from benchmarks.speed.merge_part import (
     timed,
 )
 from benchmarks.speed.merge_shapes import LlamaShape
-from map_bo.merging.adapted import Adapted
-from map_bo.merging.low_rank import LowRank
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.adapters.low_rank import Adapted, LowRank
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 
 __all__ = ["adapters", "in_full", "measure"]

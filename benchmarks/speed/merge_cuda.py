@@ -24,9 +24,9 @@ from benchmarks.speed.merge_part import (
     timed,
 )
 from benchmarks.speed.merge_shapes import LlamaShape
-from map_bo.merging.operator import MergeOperator, PreparedMerge
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.sparse import Ties
 
 __all__ = ["measure", "measure_on"]

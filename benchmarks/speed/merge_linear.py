@@ -42,8 +42,8 @@ from benchmarks.speed.merge_peers import (
     states_of,
 )
 from benchmarks.speed.merge_shapes import LlamaShape, Size
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.task_vectors import TaskVectors
 
 __all__ = ["measure", "scratch_bytes"]
 

@@ -16,10 +16,10 @@ from torch import Generator, Tensor
 
 from benchmarks.speed.merge_part import dtype_name
 from benchmarks.speed.merge_shapes import LlamaShape
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.layout import FlatLayout
-from map_bo.merging.task_vectors import TaskVectors
-from map_bo.merging.workers import spread
+from map_bo.merging.align.layout import FlatLayout
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 
 __all__ = ["Folders", "coefficients", "layout_of", "resident", "tensors", "write_folders"]

@@ -37,8 +37,8 @@ from benchmarks.speed.merge_peers import (
     require_equal,
     states_of,
 )
-from map_bo.merging.operator import PreparedMerge
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.operator import PreparedMerge
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator

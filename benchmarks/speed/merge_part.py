@@ -147,8 +147,8 @@ def dtype_name(dtype: torch.dtype) -> str:
 def storages() -> tuple[torch.dtype, ...]:
     """Return the dtypes that task vectors can be stored in."""
     from map_bo.errors import MergeError
-    from map_bo.merging.checkpoint import open_checkpoint
-    from map_bo.merging.task_vectors import TaskVectors
+    from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+    from map_bo.merging.vectors.task_vectors import TaskVectors
 
     found = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

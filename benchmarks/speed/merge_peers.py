@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.speed.merge_models import tensors
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.task_vectors import TaskVectors
 
 __all__ = [
     "FUSION_BENCH",

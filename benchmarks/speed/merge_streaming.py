@@ -27,8 +27,8 @@ from benchmarks.speed.merge_part import (
 )
 from benchmarks.speed.merge_peers import MERGEKIT, installed
 from benchmarks.speed.merge_shapes import Size
-from map_bo.merging.sizes import bytes_of
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.memory import bytes_of
 from map_bo.operators.sparse import Ties
 
 __all__ = ["measure", "scratch_bytes"]

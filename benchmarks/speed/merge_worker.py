@@ -62,7 +62,7 @@ def merge(job: Job) -> Callable[[], object]:
 def digests(job: Job) -> Callable[[], object]:
     """Compute the digests of all inputs and of what was merged, as a merge does for its recipe."""
     from map_bo import open_checkpoint
-    from map_bo.merging.digests import digest_all
+    from map_bo.merging.export.model import digest_all
 
     folders = [job["base"], *job["experts"].values(), job["out"]]
     checkpoints = [open_checkpoint(folder) for folder in folders]

@@ -32,9 +32,9 @@ from map_bo.rng import make_generator
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
 from map_bo.surrogates.prediction import predicted_mean
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 

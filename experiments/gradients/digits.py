@@ -24,14 +24,14 @@ import dataclasses
 import torch
 
 from map_bo.data import Observations
-from map_bo.problems.merged import MergedModelProblem
-from map_bo.problems.zoo import digits_problem
+from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.zoo.digits import digits_problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.space_filling import Sobol
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.links import to_link
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from map_bo.report.comparison import Comparison
+    from map_bo.report.comparison.comparison import Comparison
 
 __all__ = ["Compared", "compare_directories", "publish_comparison"]
 
@@ -45,9 +45,9 @@ def compare_directories(
         DataError: When no run finished, or the runs have no metric in common.
     """
     from map_bo.errors import StoreError
-    from map_bo.loop.sweeps import read_runs
-    from map_bo.report.comparison import compare
-    from map_bo.report.comparison_files import write_comparison
+    from map_bo.loop.reading import read_runs
+    from map_bo.report.comparison.comparison import compare
+    from map_bo.report.comparison.files import write_comparison
 
     records = read_runs(directories, beside=out)
     names = [Path(directory).resolve().name for directory in directories]
@@ -79,8 +79,8 @@ def publish_comparison(found: Comparison, *, place: str | None = None) -> tuple[
         PublishError: When no run was tracked with wandb, without a login, or when the server
             refuses the key, does not answer, or does not take the report.
     """
-    from map_bo.report.wandb_publish import account, save_report
-    from map_bo.report.wandb_spec import require_tracked, wandb_report
+    from map_bo.report.wandb.publish import account, save_report
+    from map_bo.report.wandb.spec import require_tracked, wandb_report
 
     require_tracked(found)  # first: who has nothing to show needs no login
     who = account()

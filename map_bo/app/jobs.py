@@ -1,4 +1,4 @@
-"""The jobs of a sweep: named by their overrides, skipped when finished, gone on with when not."""
+"""What Hydra calls: a run, or the jobs of a sweep, skipped when finished, resumed when not."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.errors import MapBoError
-from map_bo.tracking.wandb_run import mirrored
+from map_bo.tracking.wandb.run import mirrored
 
 if TYPE_CHECKING:
     from map_bo.loop.result import Result
 
-__all__ = ["job_name", "record_of", "register_job_name", "run_job"]
+__all__ = ["job_name", "record_of", "register_job_name", "run_job", "run_task"]
 
 logger = logging.getLogger(__name__)
 
 _LONGEST = 80
-_LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.Wandb"
+_LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
 _MIRRORS = ("progress", "tracking")  # settings that only show a job; its name is without them
 
 
@@ -77,6 +77,34 @@ def record_of(hydra: Any) -> dict[str, Any]:
     return {"overrides": [str(text) for text in hydra.overrides.task], "choices": choices}
 
 
+def run_task(config: DictConfig) -> float:
+    """Do the run that ``config`` describes in Hydra's output directory.
+
+    Returns:
+        The hypervolume of the predicted front, as the value of the job in a sweep.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    hydra = HydraConfig.get()
+    directory, told = Path(hydra.runtime.output_dir), record_of(hydra)
+    if hydra.mode == RunMode.MULTIRUN:
+        _group(config, Path(hydra.sweep.dir).name)
+        return run_job(config, directory, told)
+    from map_bo.app.task import drive, show
+
+    result = drive(config, directory, fresh=True, told=told)
+    show(result, Path.cwd())
+    return float(result.summary["hypervolume"]["predicted front"])
+
+
+def _group(config: DictConfig, sweep: str) -> None:
+    """Name the sweep in the trackers that group runs and were told no group."""
+    for node in (config.tracking or {}).values():
+        if "group" in node and node.group is None:
+            OmegaConf.update(node, "group", sweep)
+
+
 def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> float:
     """Do one job of a sweep, or what is left of it.
 
@@ -91,7 +119,7 @@ def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> flo
     Returns:
         The hypervolume of the predicted front; NaN when the job failed.
     """
-    from map_bo.loop.sweeps import clear_failure, record_failure
+    from map_bo.loop.reading import clear_failure, record_failure
 
     try:
         result = _done(config, directory, told)
@@ -110,10 +138,9 @@ def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> flo
 
 def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
-    from map_bo.loop.identity import refuse_another
-    from map_bo.loop.reading import created_of, load_state
+    from map_bo.loop.reading import created_of, is_run, load_state
     from map_bo.loop.result import Result
-    from map_bo.loop.sweeps import is_run
+    from map_bo.loop.state import refuse_another
 
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}
@@ -148,3 +175,8 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
         return node
 
     return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+
+
+# Launchers ship the task to processes that know nothing else of this package, and there the
+# configuration is resolved again; so what it needs is registered wherever the task can be loaded.
+register_job_name()

@@ -99,7 +99,7 @@ def _choose(options: argparse.Namespace) -> None:
         return
     from rich.console import Console
 
-    from map_bo.report.cards import print_choice
+    from map_bo.report.run.cards import print_choice
 
     console = Console()
     where = "Solved for this preference, near point" if choice.refined else "Point"
@@ -119,7 +119,7 @@ def _choose(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
-    from map_bo.merging.draft import refuse_existing
+    from map_bo.merging.export.draft import refuse_existing
 
     refuse_existing(options.out)  # first: nothing should be read or fitted for nothing
     recipe = recipe_at(options.run)
@@ -145,16 +145,16 @@ def _resume(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from map_bo.loop.sweeps import is_run
+    from map_bo.loop.reading import is_run
 
     if options.more or not is_run(options.run):
         _report_comparison(options)
         return
     from pathlib import Path
 
-    from map_bo.loop.publish import view_of
+    from map_bo.loop.mirrors import view_of
     from map_bo.loop.reading import load_result
-    from map_bo.report.artifacts import write_report
+    from map_bo.report.run.artifacts import write_report
 
     wandb = options.wandb or options.wandb_project
     for name, asked in (("--baseline", options.baseline), ("--wandb", wandb)):
@@ -193,13 +193,13 @@ def _report_comparison(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
-    from map_bo.app.exchange import export_run
+    from map_bo.app.ax_commands import export_run
 
     export_run(options)
 
 
 def _import(options: argparse.Namespace) -> None:
-    from map_bo.app.exchange import import_into
+    from map_bo.app.ax_commands import import_into
 
     import_into(options)
 
@@ -229,8 +229,8 @@ def _run(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
-    from map_bo.app.task import run_task
 
     register()
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.

@@ -1,4 +1,4 @@
-"""The job that Hydra calls: one run, from a resolved configuration to a report."""
+"""One run, from a resolved configuration to a report."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from map_bo.app.jobs import record_of, register_job_name, run_job
-
 if TYPE_CHECKING:
     from ax.core.experiment import Experiment
     from rich.console import Console
@@ -20,37 +18,7 @@ if TYPE_CHECKING:
     from map_bo.loop.run import Run
     from map_bo.problems.problem import Problem
 
-__all__ = ["drive", "run_task", "show"]
-
-# Launchers ship the task to processes that know nothing else of this package, and there the
-# configuration is resolved again; so what it needs is registered wherever the task can be loaded.
-register_job_name()
-
-
-def run_task(config: DictConfig) -> float:
-    """Do the run that ``config`` describes in Hydra's output directory.
-
-    Returns:
-        The hypervolume of the predicted front, as the value of the job in a sweep.
-    """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
-
-    hydra = HydraConfig.get()
-    directory, told = Path(hydra.runtime.output_dir), record_of(hydra)
-    if hydra.mode == RunMode.MULTIRUN:
-        _group(config, Path(hydra.sweep.dir).name)
-        return run_job(config, directory, told)
-    result = drive(config, directory, fresh=True, told=told)
-    show(result, Path.cwd())
-    return float(result.summary["hypervolume"]["predicted front"])
-
-
-def _group(config: DictConfig, sweep: str) -> None:
-    """Name the sweep in the trackers that group runs and were told no group."""
-    for node in (config.tracking or {}).values():
-        if "group" in node and node.group is None:
-            OmegaConf.update(node, "group", sweep)
+__all__ = ["drive", "show"]
 
 
 def drive(
@@ -142,7 +110,7 @@ def _experiment(database: str | None, problem: Problem) -> Experiment | None:
 
 def _start_from(experiment: Experiment, run: Run) -> None:
     """Record the trials of an Ax experiment as the first evaluations of a run."""
-    from map_bo.app.exchange import report_recorded
+    from map_bo.app.ax_commands import report_recorded
     from map_bo.ax.recording import record
     from map_bo.tracking.jsonl import JsonlStore
 
@@ -154,8 +122,8 @@ def show(result: Result, here: Path) -> None:
     """Print the summary of a run, and what to do next from the directory ``here``."""
     from rich.console import Console
 
-    from map_bo.loop.publish import view_of
-    from map_bo.report.cards import print_summary
+    from map_bo.loop.mirrors import view_of
+    from map_bo.report.run.cards import print_summary
 
     console = Console()
     print_summary(view_of(result), console)

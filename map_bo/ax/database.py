@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from map_bo.errors import MissingDependencyError, StoreError
-from map_bo.samplers.ax_library import import_ax, quiet
+from map_bo.samplers.baselines.ax_library import import_ax, quiet
 
 if TYPE_CHECKING:
     from ax.core.experiment import Experiment

@@ -13,7 +13,7 @@ from map_bo.ax.rows import Row, rows_of, run_id
 from map_bo.errors import StoreError
 from map_bo.loop.reading import load_state
 from map_bo.loop.state import RunState
-from map_bo.samplers.ax_library import import_ax, quiet
+from map_bo.samplers.baselines.ax_library import import_ax, quiet
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.tracking.codec import encode_metric, encode_observations
 from map_bo.tracking.jsonl import JsonlStore

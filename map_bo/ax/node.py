@@ -18,8 +18,8 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.ax_library import import_ax, quiet
-from map_bo.samplers.posterior import TakesReference
+from map_bo.samplers.baselines.ax_library import import_ax, quiet
+from map_bo.samplers.posterior.driven import TakesReference
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.tracking.codec import decode_metric, encode_metric

@@ -15,7 +15,7 @@ from map_bo.ax.experiment import KEY
 from map_bo.ax.names import Names, names_for
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, MapBoError
-from map_bo.samplers.ax_library import quiet
+from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import decode_observations
 

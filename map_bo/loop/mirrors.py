@@ -1,4 +1,7 @@
-"""The trackers of a run: what its directory holds for people, and services that show it."""
+"""The trackers of a run: what its directory holds for people, and services that show it.
+
+What a finished run leaves in its directory for people: tables, plots, a page.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,43 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from map_bo.errors import ConfigError
+from map_bo.loop.result import Result
+from map_bo.report.run.artifacts import write_report
+from map_bo.report.view import RunView
 from map_bo.tracking.store import Event
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
-from map_bo.tracking.wandb import Wandb
+from map_bo.tracking.wandb.mirror import Wandb
 
-__all__ = ["Local", "trackers"]
+__all__ = ["Local", "publish", "trackers", "view_of"]
 
 logger = logging.getLogger(__name__)
+
+
+def view_of(result: Result) -> RunView:
+    """Return the run as the report sees it: search first, then verification."""
+    return RunView(
+        title=result.run_dir.name if result.run_dir is not None else "run",
+        space=result.space,
+        front=result.front,
+        seen=result.seen.append(result.verification),
+        reference_point=result.reference.point,
+        reference_rule=result.reference.rule,
+        summary=result.summary,
+    )
+
+
+def publish(result: Result) -> None:
+    """Write the report of ``result`` into its run directory.
+
+    The record is complete before this is called, so a failure here (a full disk, a plot that
+    cannot be drawn) is logged and never costs the run; ``map-bo report RUN`` writes it again.
+    """
+    if result.run_dir is None:
+        return
+    try:
+        write_report(view_of(result), result.run_dir)
+    except Exception as error:
+        logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
 
 
 @dataclass(frozen=True)
@@ -38,7 +71,7 @@ class _Directory:
         """Write the files from the record."""
         if self.directory is None or not whole:
             return
-        from map_bo.loop.publish import publish  # brings the plotting library along
+        from map_bo.loop.mirrors import publish  # brings the plotting library along
         from map_bo.loop.reading import load_result
 
         publish(load_result(self.directory))

@@ -1,22 +1,41 @@
-"""Reading a recorded run back: its state, its result, its configuration."""
+"""Reading a recorded run back: its state, its result, its configuration.
+
+Reading the runs of a sweep back from their stores, finished or not.
+"""
 
 from __future__ import annotations
 
+import json
+import os
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from map_bo.errors import StoreError
+from map_bo.errors import AnotherRunError, MapBoError, StoreError
 from map_bo.loop.recommend import refitted
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.problems.problem import Problem
+from map_bo.report.comparison.measured import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.tracking.codec import decode_metric
+from map_bo.tracking.codec import decode_metric, decode_tensor
 from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.wandb.run import wandb_run_of
 
-__all__ = ["created_of", "load_result", "load_state"]
+__all__ = [
+    "clear_failure",
+    "created_of",
+    "is_run",
+    "load_result",
+    "load_state",
+    "read_runs",
+    "record_failure",
+]
 
 
 def created_of(run_dir: str | Path) -> dict[str, Any]:
@@ -78,3 +97,173 @@ def load_result(
         model=surrogate.fit(state.seen, space),
         refitted=refitted(state, space, surrogate) if result.is_corrected else None,
     )
+
+
+_EVENTS = "events.jsonl"
+_FAILURE = "failure.json"
+_HYDRA = ".hydra"  # every job begins with it
+_IGNORED = ("progress", "tracking")  # groups and settings that change nothing of what is found
+
+
+def is_run(directory: str | Path) -> bool:
+    """Return whether a directory holds the record of a run."""
+    path = Path(directory) / _EVENTS
+    return path.is_file() and path.stat().st_size > 0
+
+
+def record_failure(directory: Path, error: BaseException) -> None:
+    """Write into a job's directory why it failed, for the report of its sweep.
+
+    Raises:
+        OSError: When it cannot be written.
+    """
+    known = isinstance(error, MapBoError)
+    reason = error.message if isinstance(error, MapBoError) else f"{type(error).__name__}: {error}"
+    told = {
+        "reason": reason,
+        "hint": error.hint if isinstance(error, MapBoError) else None,
+        "refused": isinstance(error, AnotherRunError),
+        "trace": None if known else "".join(traceback.format_exception(error)),
+    }
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _FAILURE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+
+
+def clear_failure(directory: Path) -> None:
+    """Remove what :func:`record_failure` wrote; the job has finished after all."""
+    with suppress(FileNotFoundError):
+        (directory / _FAILURE).unlink()
+
+
+def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[RunRecord]:
+    """Return every run in the given sweeps (or runs), in the order of their paths.
+
+    A run is a directory with ``events.jsonl``, or one in which a job failed or was killed before
+    it recorded anything. Hidden directories (those of launchers) are passed over.
+
+    Args:
+        directories: Directories of sweeps, or of single runs.
+        beside: Where the report will be; links are relative to it.
+
+    Raises:
+        StoreError: When a directory does not exist or holds no run.
+    """
+    records = []
+    several = len(directories) > 1
+    titles = _titles([Path(directory) for directory in directories])
+    for title, directory in zip(titles, map(Path, directories), strict=True):
+        if not directory.is_dir():
+            raise StoreError(
+                f"{directory} is not a directory",
+                hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
+            )
+        found = list(_jobs(directory))
+        if not found:
+            raise StoreError(
+                f"{directory} holds no run: there is no {_EVENTS} in it or below it",
+                hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
+            )
+        for job in found:
+            inside = str(job.relative_to(directory))
+            name = title if inside == "." else f"{title}/{inside}" if several else inside
+            records.append(_record(job, name, title, Path(beside)))
+    return records
+
+
+def _titles(directories: Sequence[Path]) -> list[str]:
+    names = [directory.resolve().name for directory in directories]
+    return [
+        name if names.count(name) == 1 else str(directory)
+        for name, directory in zip(names, directories, strict=True)
+    ]
+
+
+def _jobs(directory: Path) -> Iterator[Path]:
+    for folder, inside, files in os.walk(directory):
+        begun = _HYDRA in inside
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        if is_run(folder) or _FAILURE in files or begun:
+            inside.clear()
+            yield Path(folder)
+
+
+def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
+    page = job / "report.html"
+    target = os.path.relpath(page if page.exists() else job, beside)
+    link = quote(target if page.exists() else f"{target}/")
+    failure, refused = _failure_of(job)
+    if not is_run(job):
+        status: Status = "failed" if failure else "unfinished"
+        return RunRecord(name, link, sweep, status, failure or "it recorded nothing")
+    try:
+        return _read(job, RunRecord(name, link, sweep, "finished"), failure, refused)
+    except MapBoError as error:
+        reason = error.message
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        reason = f"its record was changed, or written by another version: {error!r}"
+    return RunRecord(name, link, sweep, "unreadable", reason)
+
+
+def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord:
+    created = created_of(job)
+    settings, named = _settings(created)
+    state, _ = load_state(job)
+    known = replace(
+        known, settings=settings, named=named, wandb=wandb_run_of(job, created.get("config"))
+    )
+    if state.summary is None or state.front is None:
+        budget = created.get("settings", {}).get("budget", "?")
+        done = f"{len(state.outcomes) + len(state.verified)} of {budget} evaluations are recorded"
+        reason = f"{failure} ({done})" if failure else done
+        return replace(known, status="failed" if failure else "unfinished", reason=reason)
+    if refused:  # what finished there is not what was asked for
+        return replace(known, status="failed", reason=failure)
+    scale = state.front_data["reference"]
+    outcome = Outcome(
+        seen=state.data,
+        front=state.front,
+        reference_point=decode_tensor(scale["point"]),
+        best=decode_tensor(scale["best"]),
+        rule=str(scale["rule"]),
+        seconds={key: float(value) for key, value in state.summary["seconds"].items()},
+        data_sets=(state.summary.get("nested") or {}).get("data_sets"),
+    )
+    return replace(known, outcome=outcome)
+
+
+def _failure_of(job: Path) -> tuple[str, bool]:
+    """Return why a job failed, and whether it was refused for the run that lies there."""
+    try:
+        told = json.loads((job / _FAILURE).read_text(encoding="utf-8"))
+        return str(told["reason"]), bool(told.get("refused"))
+    except FileNotFoundError:
+        return "", False
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "it failed, and why cannot be read", False
+
+
+def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Return the flat settings of a run and the names of those that its command gave."""
+    config = created.get("config") or {}
+    if "tree" not in config:  # a run made in Python
+        return _flat(created.get("settings", {})), ()
+    settings = _flat(config["tree"])
+    choices = config.get("choices") or {}
+    settings |= {key: str(value) for key, value in choices.items() if value and key not in _IGNORED}
+    given = [text.lstrip("+~").partition("=") for text in config.get("overrides") or ()]
+    named = {name.partition("@")[0]: value for name, _, value in given}
+    # One that is a mapping has no value of its own among the flat settings.
+    settings |= {name: value for name, value in named.items() if name not in settings}
+    return {k: v for k, v in settings.items() if k not in _IGNORED}, tuple(named)
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    flat: dict[str, str] = {}
+    for key, value in data.items():
+        if f"{prefix}{key}" in _IGNORED or key == "progress":  # a problem may have its own
+            continue
+        if isinstance(value, Mapping) and value:
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif not key.startswith("_args_"):
+            flat[f"{prefix}{key}"] = value if isinstance(value, str) else json.dumps(value)
+    return flat

@@ -15,12 +15,12 @@ from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
-from map_bo.merging.adapter_export import AdapterExport
-from map_bo.merging.sizes import ExportSettings
+from map_bo.merging.export.adapter import AdapterExport
+from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
-from map_bo.problems.adapter_exporting import AdapterExporting
+from map_bo.problems.merged.export import AdapterExporting
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean

@@ -1,4 +1,7 @@
-"""Driving a run: ask, evaluate, tell, refit; record every step, and go on after any break."""
+"""Driving a run: ask, evaluate, tell, refit; record every step, and go on after any break.
+
+How far the measured points of a run have come, evaluation by evaluation.
+"""
 
 from __future__ import annotations
 
@@ -19,32 +22,72 @@ from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateErr
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import look
 from map_bo.loop.front_posterior import with_uncertainty
-from map_bo.loop.identity import refuse_another
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
-from map_bo.loop.observed import ObservedVolume
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import Recommendation, recommend, refitted
+from map_bo.loop.recommend import (
+    Recommendation,
+    Reference,
+    recommend,
+    reference_of,
+    refitted,
+    scaled_gains,
+)
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, replay
+from map_bo.loop.state import RunState, advance, refuse_another, replay
 from map_bo.loop.stopping import notes_on, told
 from map_bo.loop.summary import summarise, versions
+from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
+from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import (
-    encode_metric,
-    encode_observations,
-    encode_tensor,
-)
+from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
-__all__ = ["Run", "optimize", "refuse_another"]
+__all__ = ["ObservedVolume", "Run", "optimize", "refuse_another"]
+
+
+class ObservedVolume:
+    """Hypervolume of the measured points (real) after each evaluation, as in a run's summary.
+
+    It begins when base and experts have been tried, for then no later evaluation moves the scale;
+    hypervolumes before would not compare. A run whose design leaves them out has none.
+
+    Args:
+        space: The space of the run.
+        given: The reference point of the settings, if any.
+    """
+
+    def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
+        self._space, self._given = space, given
+        self._reference: Reference | None = None
+
+    def after(self, seen: Observations) -> dict[str, float]:
+        """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
+        if self._reference is None:
+            self._reference = self._settled(seen)
+        if self._reference is None:
+            return {}
+        gains = scaled_gains(seen.succeeded().Y, seen.metrics, self._reference)
+        zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
+        return {"hypervolume": hypervolume(gains, zero)}
+
+    def _settled(self, seen: Observations) -> Reference | None:
+        anchors = self._space.anchors()
+        ends = anchors.X[[kind in ("base", "expert") for kind in anchors.kinds]]
+        if not bool(seen.ok.any()):
+            return None
+        if bool((torch.cdist(ends, seen.X, p=torch.inf).amin(-1) > 1e-9).any()):
+            return None
+        found = reference_of(seen, self._space, self._given)
+        return None if found.rule.startswith("worst observed") else found
+
 
 logger = logging.getLogger(__name__)
 
@@ -368,8 +411,8 @@ def optimize(
         known: Observations from elsewhere, recorded at the start of a new run, in its budget.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
-            ``run_dir``), ``"wandb"``, settings such as :class:`map_bo.tracking.wandb.Wandb`, or
-            several of these.
+            ``run_dir``), ``"wandb"``, settings such as
+            :class:`map_bo.tracking.wandb.mirror.Wandb`, or several of these.
         **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 

@@ -12,7 +12,7 @@ from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior import TakesReference
+from map_bo.samplers.posterior.driven import TakesReference
 from map_bo.samplers.sampler import Sampler
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate

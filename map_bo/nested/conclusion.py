@@ -18,11 +18,10 @@ from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
 from map_bo.loop.summary import summarise
-from map_bo.nested.handing import chosen
-from map_bo.nested.node_problem import NodeProblem
-from map_bo.nested.nodes import Node
+from map_bo.nested.nodes import Node, NodeProblem
+from map_bo.nested.promotion import chosen
+from map_bo.nested.record import NODE
 from map_bo.nested.result import NestedResult, NodeRecord, described
-from map_bo.nested.store import NODE
 from map_bo.nested.tree import Group
 from map_bo.rng import child, make_generator
 from map_bo.surrogates.prediction import Prediction, predict

@@ -19,12 +19,11 @@ from torch import Tensor
 from map_bo.errors import ConfigError, StoreError
 from map_bo.loop.result import Exportable
 from map_bo.loop.settings import Settings
-from map_bo.merging.checkpoint import CheckpointSource
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.nested.composition import Part
 from map_bo.nested.conclusion import Final
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.node_problem import ChildMean
-from map_bo.nested.nodes import Node
+from map_bo.nested.nodes import ChildMean, Node
 from map_bo.nested.reading import load_nested
 from map_bo.nested.result import Exporting, NestedResult
 from map_bo.nested.run import NestedRun

@@ -16,8 +16,8 @@ from map_bo.loop.result import Result
 from map_bo.loop.state import replay
 from map_bo.nested.composition import subspace
 from map_bo.nested.ledger import Ledger
+from map_bo.nested.record import NodeStore
 from map_bo.nested.result import NestedResult, NodeRecord
-from map_bo.nested.store import NodeStore
 from map_bo.nested.tree import Group
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace

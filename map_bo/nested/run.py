@@ -1,45 +1,106 @@
-"""Driving a nested run: node after node, from the experts up to the root, in one record."""
+"""Driving a nested run: node after node, from the experts up to the root, in one record.
+
+One progress bar over all nodes of a tree.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from map_bo.data import Observations
 from map_bo.errors import ConfigError
-from map_bo.loop.progress import Progress, silent
+from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.nested.budget import Purse, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
 from map_bo.nested.conclusion import Final, conclude, pick
-from map_bo.nested.handing import chosen, representatives, weights_of
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.node_problem import ChildMean
-from map_bo.nested.nodes import Node, handed_part, informed, node_settings, run_node
+from map_bo.nested.nodes import (
+    ChildMean,
+    Node,
+    Seeded,
+    handed_part,
+    informed,
+    node_settings,
+    run_node,
+)
 from map_bo.nested.planning import plan, probes, unshared
-from map_bo.nested.progress import Tally, Under
-from map_bo.nested.record import Record
+from map_bo.nested.promotion import chosen, representatives, weights_of
+from map_bo.nested.record import NodeStore, Record
 from map_bo.nested.result import NestedResult, NodeRecord
-from map_bo.nested.seeding import Seeded
 from map_bo.nested.settings import Nested
-from map_bo.nested.store import NodeStore
-from map_bo.nested.tasks import Tasks
-from map_bo.nested.tree import Group, Path, path_name
+from map_bo.nested.tree import Group, Path, Tasks, path_name
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.posterior import FitsSurrogate
+from map_bo.samplers.posterior.driven import FitsSurrogate
 from map_bo.tracking.codec import decode_tensor, encode_metric, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker
 
-__all__ = ["NestedRun"]
+__all__ = ["NestedRun", "Tally", "Under"]
+
+
+class Tally:
+    """Counts over all nodes, for a reporter of the whole run.
+
+    Args:
+        report: Shows the whole run.
+    """
+
+    def __init__(self, report: Reporter) -> None:
+        self.report, self.count = report, 0
+
+    def done(self, count: int) -> None:
+        """See :class:`map_bo.loop.progress.Reporter`; counts add up."""
+        self.count += count
+        self.report.done(self.count)
+
+    def measured(self, outcome: Observations) -> None:
+        """See :class:`map_bo.loop.progress.Reporter`."""
+        self.count += 1
+        self.report.measured(outcome)
+
+
+@dataclass(frozen=True)
+class Under:
+    """Shows a node's progress in that of the whole run; it is its own reporter.
+
+    Attributes:
+        whole: The tally of the whole run.
+        label: What the node is called.
+    """
+
+    whole: Tally
+    label: str
+
+    @contextmanager
+    def over(self, total: int) -> Iterator[Under]:
+        """See :class:`map_bo.loop.progress.Progress`."""
+        yield self
+
+    def done(self, count: int) -> None:
+        """See :class:`map_bo.loop.progress.Reporter`."""
+        self.whole.done(count)
+
+    def evaluating(self, what: str) -> None:
+        """See :class:`map_bo.loop.progress.Reporter`."""
+        self.whole.report.evaluating(f"{self.label}: {what}")
+
+    def measured(self, outcome: Observations) -> None:
+        """See :class:`map_bo.loop.progress.Reporter`."""
+        self.whole.measured(outcome)
+
 
 REFINE = "refine"
 

@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from map_bo.merging.chunked import Kernel, SpanKernel
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.workers import spread
+from map_bo.merging.vectors.kernel import Kernel, SpanKernel
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.parallel import spread
 from map_bo.operators.searchable import SearchableOperator, one_of
 
 __all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]

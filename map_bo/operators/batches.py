@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, device, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
 
 __all__ = ["Batch", "call", "digest_of", "each_batch", "evaluating", "mapped", "targets_of"]
 

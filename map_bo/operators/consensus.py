@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.arena import Empty, arena
-from map_bo.merging.chunked import Kernel
-from map_bo.merging.deltas import Deltas
+from map_bo.merging.vectors.kernel import Kernel
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.parallel import Empty, arena
 from map_bo.operators.searchable import SearchableOperator, number, whole
 
 __all__ = ["Consensus", "task_masks"]

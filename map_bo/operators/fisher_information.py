@@ -16,8 +16,8 @@ from torch import Generator, Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import CheckpointSource
-from map_bo.merging.live import model_ties
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource
+from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.batches import (
     Batch,
     call,

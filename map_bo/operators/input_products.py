@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import CheckpointSource
-from map_bo.merging.live import model_ties
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource
+from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.batches import call, digest_of, each_batch, evaluating
 from map_bo.operators.statistics import Statistics, finished
 

@@ -8,11 +8,10 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
-from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.finite import all_finite
-from map_bo.merging.layout import FlatLayout
-from map_bo.merging.messages import listed
+from map_bo.errors import MergeError, listed
+from map_bo.merging.align.layout import FlatLayout
+from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
 
 __all__ = [

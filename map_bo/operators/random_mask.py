@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from map_bo.merging.arena import Empty
+from map_bo.merging.vectors.parallel import Empty
 
 __all__ = ["LEVELS", "element_key", "uniform_levels"]
 

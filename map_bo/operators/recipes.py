@@ -8,25 +8,24 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapter_checkpoint import open_expert
-from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.digests import digest_all
-from map_bo.merging.draft import refuse_existing
-from map_bo.merging.hub import hub_model
-from map_bo.merging.merge_checkpoints import merge_checkpoints
-from map_bo.merging.messages import first_line
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.recipe import plain, read_recipe
-from map_bo.merging.sizes import ExportSettings
-from map_bo.merging.vocabulary import fitted
+from map_bo.errors import CheckpointError, MergeError, first_line
+from map_bo.merging.adapters.checkpoint import open_expert
+from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.checkpoints.hub import hub_model
+from map_bo.merging.export.draft import refuse_existing
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import digest_all
+from map_bo.merging.export.recipe import plain, read_recipe
+from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.operators.statistics import load_statistics
 
 __all__ = ["merge_again", "operator_of"]
 
 _HOME = {
-    "task_arithmetic": ("map_bo.merging.task_arithmetic", "TaskArithmetic"),
+    "task_arithmetic": ("map_bo.merging.vectors.linear_merge", "TaskArithmetic"),
     "weighted_average": ("map_bo.operators.averages", "WeightedAverage"),
     "slerp": ("map_bo.operators.averages", "Slerp"),
     "magnitude": ("map_bo.operators.sparse", "Magnitude"),

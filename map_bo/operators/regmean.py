@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import Checkpoint
-from map_bo.merging.chunked import Kernel
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.layout import Slot
+from map_bo.merging.align.layout import Slot
+from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.vectors.kernel import Kernel
+from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
     loaded,

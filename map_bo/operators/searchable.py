@@ -9,11 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from map_bo.errors import MergeError
-from map_bo.merging.blocks import Blocks
-from map_bo.merging.chunked import ChunkedMerge, Kernel
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.messages import listed
+from map_bo.errors import MergeError, listed
+from map_bo.merging.vectors.blocks import Blocks
+from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.operator import Deltas
 from map_bo.space import CoefficientSpace
 
 __all__ = ["SearchableOperator"]

@@ -19,11 +19,10 @@ from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
-from map_bo.merging.finite import all_finite
-from map_bo.merging.messages import first_line, listed
-from map_bo.merging.writer import SafetensorsWriter
+from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
+from map_bo.merging.checkpoints.tensors import all_finite
 
 __all__ = [
     "Statistics",

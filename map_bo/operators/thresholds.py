@@ -1,26 +1,162 @@
-"""Magnitude thresholds of all task vectors, over a whole vector or tensor by tensor."""
+"""Magnitude thresholds of all task vectors, over a whole vector or tensor by tensor.
+
+Magnitudes at which a share of the numbers is kept: exact, or from sketches of bounded size.
+
+The bits of a non-negative float, read as a whole number, are in the order of the floats. So a
+histogram over the leading bits finds, in one pass and bounded memory, the bin that holds a
+quantile; a histogram over the other bits of that bin's numbers, in a second pass, finds it
+exactly.
+"""
 
 from __future__ import annotations
 
 import math
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.workers import spread
-from map_bo.operators.quantiles import (
-    MagnitudeSketch,
-    bins_within,
-    kept_count,
-    located,
-    magnitude_bins,
-    magnitude_of,
-)
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.parallel import spread
 
-__all__ = ["TRIMS", "Thresholds", "ceilings", "sketches", "thresholds"]
+__all__ = [
+    "BINS",
+    "TRIMS",
+    "MagnitudeSketch",
+    "Thresholds",
+    "bins_within",
+    "ceilings",
+    "kept_count",
+    "located",
+    "magnitude_bins",
+    "magnitude_of",
+    "sketches",
+    "thresholds",
+]
+
+_SHIFT = 14  # 8 bits of exponent and 9 of mantissa: bins are 0.2 % wide
+BINS = 1 << (31 - _SHIFT)
+"""How many bins the magnitudes of float32 numbers fall into."""
+
+_KNOTS = 1024
+
+
+def kept_count(density: float, total: int, *, least: int = 1) -> int:
+    """Return how many of ``total`` numbers a density keeps: the floor of ``density total``.
+
+    A density above 0 keeps at least ``least``, a density of 0 none.
+    """
+    if density <= 0:
+        return 0
+    # A product such as .29 * 100 may come out just below a whole number.
+    return min(max(least, int(density * total * (1 + 1e-12))), total)
+
+
+def magnitude_bins(values: Tensor) -> Tensor:
+    """Return how many magnitudes fall into each of `BINS` bins, for float32 values."""
+    return torch.bincount(_bits(values).bitwise_right_shift_(_SHIFT), minlength=BINS)
+
+
+@dataclass(frozen=True, eq=False)
+class MagnitudeSketch:
+    """The distribution of magnitudes of one tensor, or of a whole task vector.
+
+    ``_KNOTS + 1`` quantiles at equal steps of the share of numbers, read from a histogram whose
+    bins are 0.2 % wide, and the shares of the numbers that the histogram tells them by.
+
+    Attributes:
+        shares: ``k`` ascending shares of the numbers that lie below a knot.
+        knots: ``k`` magnitudes, ascending.
+        total: How many numbers there are.
+        error: The largest share by which what `threshold` keeps can differ from what was asked.
+    """
+
+    shares: Tensor
+    knots: Tensor
+    total: int
+    error: float
+
+    @classmethod
+    def of(cls, counts: Tensor) -> MagnitudeSketch:
+        """Make a sketch of a histogram (see `magnitude_bins`)."""
+        counts = counts.cpu()
+        filled = counts.nonzero().flatten()
+        total = int(counts.sum())
+        if not total:
+            empty = torch.zeros(1, dtype=torch.float64)
+            return cls(empty, empty, 0, 0.0)
+        inside = counts[filled].double() / total
+        upper = inside.cumsum(0)
+        edges = _edge(filled)
+        # Quantiles at equal steps: of each the lower edge of the first bin that reaches beyond.
+        wanted = torch.arange(_KNOTS + 1, dtype=torch.float64) / _KNOTS
+        at = torch.unique(torch.searchsorted(upper, wanted.clamp_max(1 - 0.5 / total)))
+        shares = upper[at] - inside[at]
+        error = float((torch.cat([shares[1:], torch.ones(1).double()]) - shares).max())
+        return cls(shares, edges[at], total, error)
+
+    def threshold(self, density: float) -> float:
+        """Return a magnitude such that about ``density`` of the numbers are at least as large.
+
+        The share that is kept differs from ``density`` by at most ``error``; it falls steadily
+        with the density.
+        """
+        if density >= 1 or not self.total:
+            return 0.0
+        if density <= 0:
+            return math.inf
+        return float(np.interp(1 - density, self.shares.numpy(), self.knots.numpy()))
+
+    def ceiling(self, share: float) -> float:
+        """Return a magnitude such that about ``share`` of the numbers are larger.
+
+        The share differs from what was asked by at most ``error``. None is larger where it is
+        less than one number.
+        """
+        if not kept_count(share, self.total, least=0):
+            return math.inf
+        # Up to the end of its bin, so that numbers that are all alike stay.
+        below = torch.tensor(self.threshold(share), dtype=torch.float32).view(torch.int32)
+        return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
+
+
+def located(counts: Tensor, k: int) -> tuple[int, int]:
+    """Return the bin of the ``k``-th largest magnitude, and its rank within that bin.
+
+    Args:
+        counts: A histogram, see `magnitude_bins` or `bins_within`.
+        k: From 1 to the number of numbers.
+    """
+    above = counts.flip(0).cumsum(0)
+    at = int((above < k).sum())  # bins above the one that holds the k-th
+    return len(counts) - 1 - at, k - (int(above[at - 1]) if at else 0)
+
+
+def bins_within(values: Tensor, bin_: int) -> Tensor:
+    """Return how often each of the ``2^14`` magnitudes of a bin occurs, for float32 values."""
+    bits = _bits(values)
+    inside = bits[bits.bitwise_right_shift(_SHIFT) == bin_].bitwise_and_((1 << _SHIFT) - 1)
+    return torch.bincount(inside, minlength=1 << _SHIFT)
+
+
+def magnitude_of(bin_: int, within: int) -> float:
+    """Return the magnitude that is number ``within`` of a bin."""
+    bits = torch.tensor((bin_ << _SHIFT) + within, dtype=torch.int32)
+    return float(bits.view(torch.float32))
+
+
+def _bits(values: Tensor) -> Tensor:
+    return values.contiguous().view(torch.int32).bitwise_and(0x7FFFFFFF).flatten()
+
+
+def _edge(bins: Tensor) -> Tensor:
+    """Return the smallest magnitude of each bin, in float64."""
+    bits = bins.to(torch.int64).bitwise_left_shift(_SHIFT).to(torch.int32)
+    return bits.view(torch.float32).double()
+
 
 TRIMS = ("global", "tensor")
 _PIECE = 1 << 18

@@ -9,9 +9,9 @@ from typing import Any
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.samplers.block_design import TiedSobol
-from map_bo.samplers.front_uncertainty import FrontUncertainty
-from map_bo.samplers.posterior import PosteriorDriven
+from map_bo.samplers.designs.blocks import TiedSobol
+from map_bo.samplers.posterior.driven import PosteriorDriven
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate

@@ -19,13 +19,12 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import MapBoError, SurrogateError
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
-from map_bo.surrogates.links import LogitLink, links_for, observed_on_link
-from map_bo.surrogates.noise import as_fitted
+from map_bo.surrogates.links import LogitLink, as_fitted, links_for, observed_on_link
 from map_bo.surrogates.prediction import HasMisfit
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
+from map_bo.surrogates.processes.sparse import Sparse
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.sparse import Sparse
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, count_log_densities, log_densities
 

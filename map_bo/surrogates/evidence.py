@@ -4,7 +4,7 @@ Model, for each of ``m`` outputs alone: ``y = Phi w + e``, ``w_j ~ N(0, s_g(j))`
 variance for each of ``G`` groups of features, and ``e_i ~ N(0, v_i + t)`` with ``v_i`` the known
 variance of row ``i`` (0 where it is unknown) and ``t`` a fitted variance, the *nugget*: the
 noise where it is unknown, the misfit of the model where it is known. (Rows of several kinds, each
-with a nugget of its own, are in :mod:`map_bo.surrogates.row_kinds`.)
+with a nugget of its own, are in :mod:`map_bo.surrogates.gradients`.)
 
 The log variances ``theta = (log t, log s_1 .. log s_G)`` maximise the evidence (type-II maximum
 likelihood; MacKay, *Bayesian Interpolation*, Neural Computation 4(3), 1992, section 4) times

@@ -52,7 +52,7 @@ class Prediction:
         std: Standard deviation of the metric under the posterior, measurement noise excluded.
         lower: Lower end of the 95 % interval of what would be measured: the typical noise of the
             observations is included, as far as it differs between evaluations (see
-            :mod:`map_bo.surrogates.noise`). Without it, intervals cover too little.
+            :mod:`map_bo.surrogates.links`). Without it, intervals cover too little.
         upper: Upper end.
     """
 

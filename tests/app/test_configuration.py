@@ -31,7 +31,7 @@ from map_bo.nested.optimize import nested_run
 from map_bo.nested.settings import Nested
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.tracker import Tracking
-from map_bo.tracking.wandb import Wandb
+from map_bo.tracking.wandb.mirror import Wandb
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {

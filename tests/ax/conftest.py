@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.samplers.ax_library import import_ax
+from map_bo.samplers.baselines.ax_library import import_ax
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -16,7 +16,7 @@ from map_bo.ax.database import require_storage, write_experiment
 from map_bo.ax.experiment import experiment_of
 from map_bo.data import Observations
 from map_bo.loop.run import Run
-from map_bo.samplers.ax_library import quiet
+from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore
 from tests.loop.bowls import Bowls, quick

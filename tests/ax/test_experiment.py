@@ -9,7 +9,7 @@ import torch
 from map_bo.ax.experiment import KEY, experiment_of
 from map_bo.errors import MissingDependencyError, StoreError
 from map_bo.loop.run import Run
-from map_bo.samplers.ax_library import quiet
+from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.tracking.jsonl import JsonlStore
 from tests.ax.exported import Bounded, unfinished
 from tests.loop.bowls import Bowls, quick

@@ -19,9 +19,9 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.loop.reading import load_state
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.ax_library import quiet
-from map_bo.samplers.front_uncertainty import FrontUncertainty
-from map_bo.samplers.space_filling import Sobol
+from map_bo.samplers.baselines.ax_library import quiet
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.space import CoefficientSpace
 from tests.ax.exported import Bounded, exported, load, own_client, same, storage, unfinished
 from tests.loop.bowls import Bowls

@@ -13,7 +13,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
 from map_bo.loop.reading import load_state
 from map_bo.loop.run import Run
-from map_bo.samplers.ax_library import quiet
+from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore
 from tests.ax.exported import exported, own_client, same, unfinished

@@ -12,9 +12,9 @@ import yaml
 from map_bo.ax.plain import from_plain, to_plain
 from map_bo.errors import SamplerError
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.front_uncertainty import FrontUncertainty
-from map_bo.samplers.hypervolume import QLogNEHVI
-from map_bo.samplers.space_filling import Sobol
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
+from map_bo.samplers.posterior.hypervolume import QLogNEHVI
 from map_bo.surrogates.quadratic import Quadratic
 
 SAMPLERS = sorted((Path(__file__).parents[2] / "conf" / "sampler").glob("*.yaml"))
@@ -59,7 +59,7 @@ def test_what_is_not_ours_is_refused(value: object) -> None:
         {"class": "os:system", "fields": {}},
         {"class": "map_bo.nowhere:Nothing", "fields": {}},
         {"class": "map_bo.rng:make_generator", "fields": {"seed": 1}},
-        {"class": "map_bo.samplers.space_filling:Sobol", "fields": {"anchor": True}},
+        {"class": "map_bo.samplers.designs.space_filling:Sobol", "fields": {"anchor": True}},
         {"fields": {}},
     ],
 )

@@ -12,7 +12,7 @@ from map_bo.ax.recording import record
 from map_bo.errors import DataError, StoreError
 from map_bo.loop.reading import load_state
 from map_bo.loop.run import Run
-from map_bo.samplers.ax_library import quiet
+from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.tracking.jsonl import JsonlStore
 from tests.ax.exported import exported, load, own_client, same, storage, unfinished
 from tests.loop.bowls import Bowls, quick

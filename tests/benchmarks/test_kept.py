@@ -32,7 +32,7 @@ def test_saving_is_the_way_back(tmp_path: Path) -> None:
 
 def test_the_models_of_every_real_case_are_kept() -> None:
     from benchmarks.quality.cases_plateau import EXPERTS
-    from map_bo.problems.zoo import DigitsZoo
+    from map_bo.problems.zoo.digits import DigitsZoo
 
     kept = {path.relative_to(KEPT) for path in KEPT.rglob("*.safetensors")}
     names = {path.stem for path in kept}

@@ -30,8 +30,8 @@ from benchmarks.speed.merge_part import (
 )
 from benchmarks.speed.merge_peers import loop_merge, module_of, require_equal, states_of
 from benchmarks.speed.merge_shapes import SIZES, LlamaShape, Size
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 
 ROOT = Path(__file__).parents[2]
 TINY = LlamaShape(width=64, layers=1, intermediate=96, vocabulary=50)

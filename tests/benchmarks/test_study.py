@@ -21,7 +21,7 @@ from benchmarks.quality.protocol import batch_at, checkpoints, run
 from benchmarks.quality.study import Study, work
 from benchmarks.quality.tidy import read
 from map_bo.errors import ConfigError
-from map_bo.samplers.space_filling import Sobol, Uniform
+from map_bo.samplers.designs.space_filling import Sobol, Uniform
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.quadratic import Quadratic
 from tests.benchmarks import fake_cases

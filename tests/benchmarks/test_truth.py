@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from benchmarks.quality.cases_models import CNN_PARTS, MLP_LAYERS, FewExamples, digits_networks
 from benchmarks.quality.truth import Examples, MergedNetworks
 from map_bo.errors import DataError, MergeError
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.problems.problem import Problem
-from map_bo.problems.zoo import DigitsZoo, digits_problem
+from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 from map_bo.rng import make_generator
 from tests.contracts.problem_contract import ProblemContract
 

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.layout import FlatLayout, is_variance
-from map_bo.merging.operator import MergeOperator, PreparedMerge
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.align.layout import FlatLayout, is_variance
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 

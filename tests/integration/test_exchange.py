@@ -15,7 +15,7 @@ from map_bo.app.main import main
 from map_bo.ax.database import experiment_names, read_experiment, write_experiment
 from map_bo.ax.observations import observations_of
 from map_bo.loop.reading import load_state
-from map_bo.samplers.ax_library import import_ax
+from map_bo.samplers.baselines.ax_library import import_ax
 from tests.ax.exported import load, own_client, same, storage
 from tests.integration.conftest import SMALL, Shell
 

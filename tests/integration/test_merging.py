@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 import map_bo
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.merge_checkpoints import merge_checkpoints
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
 from map_bo.operators.sparse import Della, Ties
 from tests.integration.mistakes import failing
-from tests.merging.adapters import write_adapter
+from tests.merging.adapter_files import write_adapter
 from tests.merging.hard_checkpoints import everything, hard_family, loaded, saved
 from tests.merging.large_checkpoints import write_family
 

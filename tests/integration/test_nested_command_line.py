@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from map_bo.loop.reading import load_result
 from map_bo.nested.reading import load_nested
-from map_bo.problems.zoo import digits_problem
+from map_bo.problems.zoo.digits import digits_problem
 from tests.integration.conftest import Shell
 from tests.integration.mistakes import failing
 from tests.tracking.wandb_reader import sessions

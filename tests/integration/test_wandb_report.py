@@ -10,11 +10,19 @@ from typing import Any
 import pytest
 
 from map_bo.app.main import main
-from map_bo.loop.sweeps import read_runs
-from map_bo.report.comparison import compare
-from map_bo.report.wandb_panels import Bars, FrontTable, Grid, Images, Lines, Parallel, Scatter
-from map_bo.report.wandb_spec import wandb_report
-from map_bo.tracking.wandb_service import end_service
+from map_bo.loop.reading import read_runs
+from map_bo.report.comparison.comparison import compare
+from map_bo.report.wandb.spec import (
+    Bars,
+    FrontTable,
+    Grid,
+    Images,
+    Lines,
+    Parallel,
+    Scatter,
+    wandb_report,
+)
+from map_bo.tracking.wandb.service import end_service
 from tests.integration.mistakes import failing
 from tests.integration.test_sweeps import JOB
 from tests.report.wandb_server import KEY, serving
@@ -131,7 +139,7 @@ def test_a_server_that_is_not_there_costs_the_local_report_nothing(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.setattr("map_bo.report.wandb_publish._PATIENCE", 1)
+    monkeypatch.setattr("map_bo.report.wandb.publish._PATIENCE", 1)
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
     capsys.readouterr()

@@ -19,7 +19,7 @@ from map_bo.loop.stopping import Criterion, Stop
 from map_bo.pareto.indicators import preference_regret, preference_weights
 from map_bo.problems.synthetic import SigmoidQuadratics
 from map_bo.rng import make_generator
-from map_bo.samplers.space_filling import Sobol
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate

@@ -24,11 +24,11 @@ from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.synthetic import SigmoidQuadratics
 from map_bo.rng import make_generator
-from map_bo.samplers.space_filling import Sobol
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.published import ReferenceQuadratic
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.reference import ReferenceQuadratic
 from map_bo.surrogates.surrogate import Surrogate
 from tests.loop.bowls import quick
 

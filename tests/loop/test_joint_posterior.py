@@ -25,12 +25,12 @@ from map_bo.pareto.trust import Coverage
 from map_bo.rng import child, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
 from map_bo.surrogates.links import from_link
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
+from map_bo.surrogates.published import ReferenceQuadratic
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.reference import ReferenceQuadratic
 from map_bo.surrogates.surrogate import Surrogate
 
 SPACE = CoefficientSpace.box(["a", "b"])

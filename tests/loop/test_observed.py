@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from map_bo.loop.observed import ObservedVolume
-from map_bo.loop.run import Run
+from map_bo.loop.run import ObservedVolume, Run
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import Bowls, quick

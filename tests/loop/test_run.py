@@ -18,7 +18,7 @@ from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.front_uncertainty import FrontUncertainty
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
@@ -345,7 +345,7 @@ def test_a_report_that_cannot_be_written_does_not_cost_the_run(
     def broken(*args: Any) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr("map_bo.loop.publish.write_report", broken)
+    monkeypatch.setattr("map_bo.loop.mirrors.write_report", broken)
     result = optimize(bowls, 8, run_dir=tmp_path / "run", progress=False, **_parts())
     assert len(result.front) > 0
     assert "no space left" in caplog.text

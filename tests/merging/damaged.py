@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from map_bo.errors import CheckpointError
-from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 
 GOOD: dict[str, Any] = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

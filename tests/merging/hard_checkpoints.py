@@ -11,9 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.vectors.operator import Deltas, MergeOperator
 from map_bo.rng import child, make_generator
 
 EXPERTS = ("math", "code", "chat")

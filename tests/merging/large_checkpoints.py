@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 import map_bo
-from map_bo.merging.formats import Layout
-from map_bo.merging.writer import SafetensorsWriter, shard_layouts
+from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter, shard_layouts
+from map_bo.merging.checkpoints.tensors import Layout
 from map_bo.rng import child, make_generator
 
 EXPERTS = ("math", "code", "chat")
@@ -24,7 +24,7 @@ _PIECE = 1 << 22
 MERGE = """
 import json, sys
 from pathlib import Path
-from map_bo.merging.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
 from map_bo.operators.recipes import operator_of
 
 def kilobytes(name):

@@ -11,12 +11,12 @@ import yaml
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.live import model_ties
-from map_bo.merging.recalibration import statistics
-from map_bo.merging.recipe import read_recipe
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.problems.merged import MergedModelProblem
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.recipe import read_recipe
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.live import model_ties
+from map_bo.merging.vectors.recalibration import statistics
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from tests.merging.architectures import (
     ARCHITECTURES,

@@ -16,8 +16,8 @@ from safetensors.torch import load as library_load
 from safetensors.torch import save
 
 from map_bo.errors import CheckpointError
-from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.formats import raw_bytes
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.checkpoints.tensors import raw_bytes
 from tests.merging.damaged import little_room
 
 TENSORS = {

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.export import merge_streamed
-from map_bo.merging.merge_checkpoints import merge_checkpoints
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.sparse import Ties
-from map_bo.problems.merged import MergedModelProblem
-from tests.merging.checkpoints import export
+from map_bo.problems.merged.problem import MergedModelProblem
+from tests.merging.checkpoint_files import export
 
 
 class TestHuggingFace:

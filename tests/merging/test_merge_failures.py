@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging import chunked, streamed
-from map_bo.merging.chunked import ChunkedMerge
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.writer import SafetensorsWriter
+from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
+from map_bo.merging.export import bounded as streamed
+from map_bo.merging.vectors import kernel as chunked
+from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.operators.sparse import Ties
 from tests.merging.hard_checkpoints import everything, threads
 from tests.merging.refusing import Family, Refused, merge

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from map_bo.merging.task_vectors import TaskVectors
-from map_bo.problems.merged import MergedModelProblem
+from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.space import CoefficientSpace
 from tests.merging.small_models import build, family, inputs
 

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.loop.settings import Settings
 from map_bo.pareto.gradient import GradientSolver
-from map_bo.samplers.space_filling import Sobol
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.quadratic import Quadratic
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from map_bo.errors import SpaceError
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.nested.composition import (
     Part,
     check_nestable,
@@ -20,7 +20,7 @@ from map_bo.nested.composition import (
 )
 from map_bo.nested.nodes import handed_part
 from map_bo.nested.tree import Group
-from map_bo.problems.merged import MergedModelProblem
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace, LinearConstraint
 from tests.merging.small_models import build, family

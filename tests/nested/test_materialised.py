@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import ConfigError, StoreError
-from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.nested import materialised
 from map_bo.nested.materialised import MaterialisedRun, Models, composes, rebuilt
 from map_bo.nested.optimize import nested_run, optimize_nested

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from map_bo.errors import TreeError
-from map_bo.nested.planner import balanced, by_affinity, by_score, most_stages, sized
+from map_bo.nested.planning import balanced, by_affinity, by_score, most_stages, sized
 from map_bo.nested.tree import Group
 from map_bo.rng import make_generator
 from tests.nested.trees import names_of

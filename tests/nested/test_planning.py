@@ -15,8 +15,7 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.planning import HasSimilarity, conflict, plan, probes, unshared
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
-from map_bo.nested.tasks import Tasks
-from map_bo.nested.tree import Group
+from map_bo.nested.tree import Group, Tasks
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import MemoryStore

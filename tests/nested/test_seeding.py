@@ -2,10 +2,10 @@ from __future__ import annotations
 
 import torch
 
-from map_bo.nested.seeding import Seeded
+from map_bo.nested.nodes import Seeded
 from map_bo.rng import make_generator
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.sampler import Sampler
-from map_bo.samplers.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from tests.contracts.sampler_contract import SPACES, measured
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.nested.store import NODE, NodeStore
+from map_bo.nested.record import NODE, NodeStore
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from tests.contracts.store_contract import StoreContract

@@ -6,8 +6,7 @@ import pytest
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError
-from map_bo.nested.tasks import Tasks
-from map_bo.nested.tree import Group
+from map_bo.nested.tree import Group, Tasks
 
 EXPERTS = ("a", "b", "c")
 METRICS = tuple(Metric(name) for name in ("b", "shared", "a", "c", "nobody's"))

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.chunked import ChunkedMerge
-from map_bo.merging.deltas import Deltas
-from map_bo.merging.layout import FlatLayout
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.align.layout import FlatLayout
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import child, make_generator
 
 

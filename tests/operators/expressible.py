@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_arithmetic import TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.sparse import Breadcrumbs, Magnitude, Ties
 from map_bo.rng import make_generator

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 
 State = dict[str, Tensor]

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
-from tests.merging.adapters import as_dense, small_adapters, small_base
+from tests.merging.adapter_files import as_dense, small_adapters, small_base
 
 OPERATORS: dict[str, MergeOperator] = {
     "ties": Ties(),

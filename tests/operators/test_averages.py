@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators import averages as module
 from map_bo.operators.averages import Slerp, WeightedAverage, products, spherical_mean
 from map_bo.rng import make_generator

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.consensus import Consensus, task_masks
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import OperatorContract

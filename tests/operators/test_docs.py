@@ -11,7 +11,7 @@ import torch
 from map_bo.operators.fisher import Fisher
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.statistics import load_statistics
-from map_bo.problems.merged import MergedModelProblem
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 
 TEXT = (Path(__file__).parents[2] / "docs" / "operators-statistics.md").read_text()

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.merging.arena import arena
-from map_bo.operators.election import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
+from map_bo.merging.vectors.parallel import arena
+from map_bo.operators.sparse import ELECTIONS, NORMALISATIONS, elected_sum, weighted_sum
 from map_bo.rng import make_generator
 
 # Multiples of 1/8 and coefficients of 1/4: sums are exact, so that ties are ties in any order.

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.operators.fisher_information import fisher, next_tokens
 from map_bo.operators.statistics import Statistics
 from map_bo.rng import make_generator

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.operators.input_products import grams, linear_layers
 from map_bo.rng import make_generator
 from tests.merging.small_models import build

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.operators.quantiles import (
+from map_bo.operators.thresholds import (
     MagnitudeSketch,
     bins_within,
     kept_count,

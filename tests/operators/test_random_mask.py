@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.merging.arena import arena
+from map_bo.merging.vectors.parallel import arena
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
 
 WORD = (1 << 64) - 1

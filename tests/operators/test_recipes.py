@@ -14,18 +14,18 @@ import yaml
 from torch import nn
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.export import export_merged, merge_streamed
-from map_bo.merging.merge_checkpoints import merge_checkpoints
-from map_bo.merging.task_vectors import TaskVectors
-from map_bo.merging.vocabulary import fitted
+from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import export_merged, merge_streamed
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
 from map_bo.operators.fisher import Fisher
 from map_bo.operators.recipes import merge_again, operator_of
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Dare, Ties
 from map_bo.operators.statistics import save_statistics, statistics_of
-from tests.merging.adapters import small_adapters, small_base
+from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import everything, hard_family, loaded, opened, saved
 from tests.operators.expert_statistics import fishers, inputs
 from tests.operators.test_streamed_operators import OPERATORS, coefficients

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.chunked import ChunkedMerge
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.streamed import StreamedVectors
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.operators.regmean import RegMean, regression_mean, scaled_products
 from map_bo.operators.statistics import Statistics, save_statistics, statistics_of

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from map_bo.errors import MergeError
-from map_bo.merging.checkpoint import open_checkpoint
-from map_bo.merging.streamed import StreamedVectors
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.merging.operator import MergeOperator
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.rng import make_generator

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.operators.fisher_information import fisher
 from map_bo.operators.input_products import grams
 from map_bo.operators.statistics import (

@@ -10,20 +10,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.merging import chunked
-from map_bo.merging.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.merge_checkpoints import merge_checkpoints
-from map_bo.merging.operator import MergeOperator
-from map_bo.merging.streamed import StreamedVectors
-from map_bo.merging.task_arithmetic import TaskArithmetic
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.vectors import kernel as chunked
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.fisher import Fisher
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.statistics import save_statistics, statistics_of
-from tests.merging.adapters import small_adapters, small_base
+from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import (
     BLOCKS,
     hard_family,

@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.merging.task_vectors import TaskVectors
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators import thresholds as module
-from map_bo.operators.quantiles import kept_count
-from map_bo.operators.thresholds import TRIMS, ceilings, sketches, thresholds
+from map_bo.operators.thresholds import TRIMS, ceilings, kept_count, sketches, thresholds
 from tests.operators.cases import hard_vectors
 
 DENSITIES = [1e-6, 0.05, 0.2, 0.5, 0.9, 0.999]

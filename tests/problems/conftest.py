@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.problems.merged import MergedModelProblem
-from map_bo.problems.zoo import digits_problem
+from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.zoo.digits import digits_problem
 
 
 @pytest.fixture(scope="session")

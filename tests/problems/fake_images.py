@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from map_bo.problems.image_sets import IMAGE_SETS
+from map_bo.problems.zoo.image_sets import IMAGE_SETS
 
 
 def patterns(n: int, side: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

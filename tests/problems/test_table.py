@@ -13,7 +13,7 @@ from map_bo.errors import DataError, SpaceError
 from map_bo.problems.problem import Problem
 from map_bo.problems.synthetic import ConcaveQuadratics, SigmoidQuadratics
 from map_bo.problems.table import TableProblem
-from map_bo.report.tables import write_evaluations_csv
+from map_bo.report.run.tables import write_evaluations_csv
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from tests.contracts.problem_contract import ProblemContract, same

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from map_bo.report.comparison import Comparison
-from map_bo.report.measured import RunRecord
-from map_bo.tracking.wandb_run import WandbRun
+from map_bo.report.comparison.comparison import Comparison
+from map_bo.report.comparison.measured import RunRecord
+from map_bo.tracking.wandb.run import WandbRun
 
 Home = Callable[[RunRecord], WandbRun | None]
 

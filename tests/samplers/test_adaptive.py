@@ -5,10 +5,10 @@ import torch
 
 from map_bo.rng import make_generator
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.block_design import TiedSobol
-from map_bo.samplers.front_uncertainty import FrontUncertainty
+from map_bo.samplers.designs.blocks import TiedSobol
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.samplers.sampler import Sampler
-from map_bo.samplers.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 

@@ -15,9 +15,9 @@ from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto, AutoModel, Selection
 from map_bo.surrogates.features import quadratic_features
-from map_bo.surrogates.gp import GP
 from map_bo.surrogates.links import links_for, observed_on_link
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import count_log_densities, log_densities

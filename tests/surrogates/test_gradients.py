@@ -21,6 +21,7 @@ from map_bo.surrogates.features import (
 )
 from map_bo.surrogates.gradients import (
     STEEPNESS,
+    RowKinds,
     WithGradients,
     feature_derivatives,
     fit_with_gradients,
@@ -29,7 +30,6 @@ from map_bo.surrogates.gradients import (
 )
 from map_bo.surrogates.links import from_link, links_for
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.row_kinds import RowKinds
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.surrogates.validation import log_densities
 from tests.contracts.surrogate_contract import (

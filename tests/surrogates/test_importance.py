@@ -13,8 +13,8 @@ from map_bo.data import Metric, Observations
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import quadratic_features
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import SurrogateModel
 

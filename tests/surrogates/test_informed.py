@@ -12,9 +12,9 @@ from map_bo.errors import SurrogateError
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.gp import GP
 from map_bo.surrogates.informed import Informed, InformedModel
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.surrogates.validation import LeavesOneOut, validate

@@ -5,7 +5,7 @@ import torch
 from map_bo.rng import make_generator
 from map_bo.surrogates.evidence import Hyperprior
 from map_bo.surrogates.features import feature_groups, quadratic_features
-from map_bo.surrogates.laplace import binomial_working_responses
+from map_bo.surrogates.quadratic import binomial_working_responses
 
 
 def test_working_responses_sit_at_the_mode() -> None:

@@ -6,10 +6,10 @@ import torch
 from map_bo.data import Metric, Observations
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.gp import GP
-from map_bo.surrogates.hybrid import Hybrid
-from map_bo.surrogates.noise import DIFFERS, as_fitted
+from map_bo.surrogates.links import DIFFERS, as_fitted
 from map_bo.surrogates.prediction import observation_variance
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from map_bo.rng import make_generator
 from map_bo.surrogates.evidence import Hyperprior, InWeightSpace, maximise_evidence
 from map_bo.surrogates.features import feature_groups, quadratic_features
-from map_bo.surrogates.row_kinds import RowKinds, leave_blocks_out
+from map_bo.surrogates.gradients import RowKinds, leave_blocks_out
 
 
 def mixed_rows(n: int, d: int, seed: int = 0, kinds: int = 2) -> tuple[RowKinds, Tensor]:

@@ -10,8 +10,8 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import SurrogateError
 from map_bo.rng import make_generator
-from map_bo.surrogates.gp import GP
 from map_bo.surrogates.links import IdentityLink
+from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import (

@@ -7,7 +7,7 @@ import pytest
 
 from map_bo.tracking.store import Event
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
-from map_bo.tracking.wandb import Wandb
+from map_bo.tracking.wandb.mirror import Wandb
 
 
 class Notes:

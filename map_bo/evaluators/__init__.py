@@ -1,0 +1,1 @@
+"""Evaluators: scoring one model, with the uncertainty of the score."""

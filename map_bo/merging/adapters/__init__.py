@@ -1,0 +1,11 @@
+"""LoRA adapters: configuration and names, low-rank deltas, and an adapter seen as a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from map_bo.moved import old_attribute
+
+
+def __getattr__(name: str) -> Any:
+    return old_attribute(__name__, name)

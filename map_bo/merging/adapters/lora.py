@@ -1,0 +1,363 @@
+"""Which tensor of the base each tensor of an adapter belongs to, and which way round it lies.
+
+Settings of a PEFT LoRA adapter: its ``adapter_config.json``, and which kinds are refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.merging.checkpoints.checkpoint import Checkpoint
+
+__all__ = [
+    "CONFIG",
+    "LoraSettings",
+    "Orientation",
+    "OwnTensor",
+    "own_tensors",
+    "place",
+    "read_settings",
+]
+
+CONFIG = "adapter_config.json"
+
+_WHOLE = "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that"
+# Settings under which an adapter is no sum of its base and low-rank products.
+_REFUSED = {
+    "use_dora": "is DoRA, whose change depends on the norms of the base's weights",
+    "use_qalora": "is QALoRA, whose factors act on groups of inputs",
+    "use_bdlora": "is BD-LoRA, whose factors are block-diagonal",
+    "alora_invocation_tokens": "is an activated LoRA, which acts on some tokens only",
+    "arrow_config": "routes between adapters (Arrow) and is no change of weights",
+    "kasa_config": "is KaSA, which changes the base's weights too",
+    "monteclora_config": "is MonteCLoRA, whose factors are random",
+    "layer_replication": "replicates layers, so its model is not of the base's architecture",
+    "target_parameters": "adapts bare parameters (target_parameters), not modules",
+    "trainable_token_indices": "trains single rows of the embedding (trainable_token_indices)",
+}
+# Initialisations that leave the base's weights as they are; the others change the base.
+_INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What the configuration of a LoRA adapter says about its tensors.
+
+    Attributes:
+        r: Rank of every pair of factors that ``rank_pattern`` does not name.
+        alpha: Numerator of the scale, where ``alpha_pattern`` does not name the module.
+        rank_pattern: Regular expression of module names -> rank.
+        alpha_pattern: Regular expression of module names -> numerator.
+        rslora: Whether the scale is ``alpha / sqrt(r)`` (Kalajdzievski, arXiv 2312.03732) and
+            not ``alpha / r``.
+        fan_in_fan_out: Whether weights are stored ``in x out``, as in GPT-2's ``Conv1D``. Only
+            square weights need it; the shape tells of others.
+        base: What the adapter was trained from, as the configuration calls it, or None.
+        task: peft's name of the model's task, or None.
+    """
+
+    r: int
+    alpha: float
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    fan_in_fan_out: bool = False
+    base: str | None = None
+    task: str | None = None
+
+    def rank(self, module: str) -> int:
+        """Return the rank of the factors of a module."""
+        return int(_found(self.rank_pattern, module, self.r))
+
+    def scale(self, module: str) -> float:
+        """Return what the product of a module's factors is multiplied by."""
+        rank = self.rank(module)
+        alpha = float(_found(self.alpha_pattern, module, self.alpha))
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def _found(pattern: Mapping[str, float], module: str, default: float) -> float:
+    """Return the first entry whose expression matches the end of a module's name."""
+    for key, value in pattern.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def read_settings(folder: Path) -> LoraSettings:
+    """Read ``adapter_config.json`` of a LoRA adapter.
+
+    Raises:
+        CheckpointError: When it is missing or damaged, or the adapter is of a kind that is no sum
+            of the base and low-rank products.
+    """
+    path = folder / CONFIG
+    content = _read(path)
+    kind = str(content.get("peft_type", "")).upper()
+    if kind != "LORA":
+        raise CheckpointError(
+            f"{folder} is an adapter of the kind {kind or 'unknown'}; only LoRA adapters are read",
+            hint=_WHOLE,
+        )
+    for key, reason in _REFUSED.items():
+        if content.get(key):
+            raise CheckpointError(f"the adapter {folder} {reason}", hint=_WHOLE)
+    start = content.get("init_lora_weights")
+    if start not in _INITIALISED:
+        raise CheckpointError(
+            f"the adapter {folder} was initialised by {start!r}, which changes the base's weights",
+            hint="save it relative to its base (peft: save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)), or merge it into its base first",
+        )
+    r, alpha = content.get("r"), content.get("lora_alpha")
+    if not _is_rank(r) or not _is_number(alpha):
+        raise CheckpointError(
+            f"{path} has r = {r!r} and lora_alpha = {alpha!r}",
+            hint="both are positive numbers in the configuration of a LoRA adapter",
+        )
+    assert isinstance(r, int)
+    assert isinstance(alpha, (int, float))
+    task = content.get("task_type")
+    named = content.get("base_model_name_or_path")
+    return LoraSettings(
+        r=r,
+        alpha=float(alpha),
+        rank_pattern=_pattern(path, content, "rank_pattern"),
+        alpha_pattern=_pattern(path, content, "alpha_pattern"),
+        rslora=bool(content.get("use_rslora")),
+        fan_in_fan_out=bool(content.get("fan_in_fan_out")),
+        base=named if isinstance(named, str) and named else None,
+        task=task if isinstance(task, str) else None,
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    hint = f"an adapter is a folder with {CONFIG} and adapter_model.safetensors"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {first_line(error)}", hint=hint) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no settings", hint=hint)
+    return content
+
+
+def _is_rank(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
+    pattern = content.get(key) or {}
+    valid = isinstance(pattern, dict) and all(map(_is_number, pattern.values()))
+    if valid and key == "rank_pattern":
+        valid = all(map(_is_rank, pattern.values()))
+    try:
+        for text in pattern if valid else ():
+            re.compile(text)
+    except re.error:
+        valid = False
+    if not valid:
+        raise CheckpointError(
+            f"{path} has an unusable {key}",
+            hint="it is a mapping from regular expressions of module names to numbers",
+        )
+    return dict(pattern)
+
+
+Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
+
+
+@dataclass(frozen=True)
+class OwnTensor:
+    """One tensor of an adapter file.
+
+    Attributes:
+        module: Name of the module that it changes, as the trained model called it.
+        part: Name of the changed parameter in that module.
+        role: A factor, the bias of the second factor, or a full new value.
+    """
+
+    module: str
+    part: str
+    role: Role
+
+    @property
+    def target(self) -> str:
+        """The tensor that it changes, as the trained model called it."""
+        return f"{self.module}.{self.part}" if self.module else self.part
+
+
+def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
+    """Return what each tensor of an adapter file is.
+
+    Raises:
+        CheckpointError: For a tensor of another kind of adapter, or several adapters in one file.
+    """
+    found: dict[str, OwnTensor] = {}
+    labels: set[str] = set()
+    for name in names:
+        short = name.removeprefix(_PREFIX)
+        if "lora_magnitude_vector" in short:
+            raise CheckpointError(
+                f"{origin} is DoRA (it holds {name!r}), whose change is not of low rank",
+                hint="merge it into its base first (peft: merge_and_unload) and give that",
+            )
+        factor, embedding = _FACTOR.fullmatch(short), _EMBEDDING.fullmatch(short)
+        if factor:
+            module, side, label, part = factor.groups()
+            if part == "bias" and side == "A":
+                raise _strange(name, origin)
+            role: Role = "bias" if part == "bias" else "A" if side == "A" else "B"
+            found[name] = OwnTensor(module, part, role)
+            labels |= {label} if label else set()
+        elif embedding:
+            module, side, label = embedding.groups()
+            role = "embedding_A" if side == "A" else "embedding_B"
+            found[name] = OwnTensor(module, "weight", role)
+            labels |= {label} if label else set()
+        elif ".lora_" in short or "token_adapter" in short:
+            raise _strange(name, origin)
+        elif ".original_module." not in short:  # the untrained twin of a module to save
+            plain = _SAVED.sub("", short.replace(".base_layer.", "."))
+            module, _, part = plain.rpartition(".")
+            found[name] = OwnTensor(module, part, "value")
+    if len(labels) > 1:
+        raise CheckpointError(
+            f"{origin} holds several adapters: {listed(sorted(labels))}",
+            hint="save each in a folder of its own",
+        )
+    return found
+
+
+def _strange(name: str, origin: str) -> CheckpointError:
+    return CheckpointError(
+        f"{origin} holds {name!r}, which is no tensor of a plain LoRA adapter",
+        hint="merge it into its base first (peft: merge_and_unload) and give that",
+    )
+
+
+def place(
+    targets: Iterable[str], base: Checkpoint, origin: str
+) -> tuple[dict[str, str], tuple[str, str]]:
+    """Find, for every target, the tensor of the base.
+
+    The trained model may have called its modules with another prefix than the base's file does
+    (``model.layers`` against ``layers``). A target is the base's tensor of the same name, or the
+    only one whose name ends with it, or the one that its name ends with. All targets must need
+    the same change of prefix.
+
+    Returns:
+        Target -> canonical name in the base; and the prefixes of targets that the base's names
+        lack, and of the base's names that targets lack.
+
+    Raises:
+        MergeError: When a target is missing from the base, fits several of its tensors, or needs
+            another change of prefix than the others.
+    """
+    placed: dict[str, str] = {}
+    shifts: dict[tuple[str, str], str] = {}
+    known = set(base.names)
+    for target in targets:
+        name, shift = _placed(target, known, base, origin)
+        shifts.setdefault(shift, target)
+        placed[target] = base.ties.get(name, name)
+    if len(shifts) > 1:
+        raise MergeError(
+            f"the adapter {origin} fits tensors of the base under different prefixes: "
+            f"{listed(shifts.values())}",
+            hint="give the base that the adapter was trained from",
+        )
+    return placed, next(iter(shifts), ("", ""))
+
+
+def _placed(
+    target: str, known: set[str], base: Checkpoint, origin: str
+) -> tuple[str, tuple[str, str]]:
+    """Return the base's name, and the prefixes that were taken off and put on."""
+    if target in known:
+        return target, ("", "")
+    ends = [name for name in base.names if name.endswith(f".{target}")]
+    if len(ends) > 1:
+        raise MergeError(
+            f"the adapter {origin} changes {target!r}, which could be {listed(ends)}",
+            hint="give the base that the adapter was trained from, with the names of that model",
+        )
+    if ends:
+        return ends[0], ("", ends[0].removesuffix(target))
+    parts = target.split(".")
+    for k in range(1, len(parts) - 1):  # module and parameter at least stay
+        name = ".".join(parts[k:])
+        if name in known:
+            return name, (target.removesuffix(name), "")
+    raise MergeError(
+        f"the adapter {origin} changes {target!r}, which the base lacks",
+        hint=f"give the base that the adapter was trained from, tied tensors and heads included; "
+        f"it has, for example, {listed(base.names)}",
+    )
+
+
+@dataclass
+class Orientation:
+    """Whether the weights of linear modules are stored ``in x out``, where shapes do not tell.
+
+    A square weight looks the same both ways. GPT-2's ``Conv1D`` stores ``in x out``, and peft
+    records that in one flag for all modules, the last one's. So the modules around it count
+    first: those whose weight is not square and tells, by its factors or by the length of its bias.
+
+    Attributes:
+        base: The base checkpoint.
+        default: What the adapter's configuration says.
+        seen: Base tensor -> whether it is stored ``in x out``, where its factors told.
+    """
+
+    base: Checkpoint
+    default: bool
+    seen: dict[str, bool] = field(default_factory=dict)
+
+    def of_square(self, name: str) -> bool:
+        """Return whether the square weight ``name`` is stored ``in x out``."""
+        near: dict[int, set[bool]] = {}
+        for other, flipped in {**self._by_bias(), **self.seen}.items():
+            near.setdefault(_shared(name, other), set()).add(flipped)
+        most = max(near, default=0)
+        if most == 0 or len(near[most]) > 1:
+            return self.default
+        return near[most].pop()
+
+    def _by_bias(self) -> Mapping[str, bool]:
+        found: dict[str, bool] = {}
+        known = set(self.base.names)
+        for name in self.base.names:
+            bias = name.removesuffix("weight") + "bias"
+            if not name.endswith(".weight") or bias not in known:
+                continue
+            shape, length = self.base.shape(name), self.base.shape(bias)
+            if len(shape) == 2 and shape[0] != shape[1] and len(length) == 1:
+                found[name] = length[0] == shape[1]
+        return found
+
+
+def _shared(first: str, second: str) -> int:
+    """Return how many leading parts two dotted names have in common."""
+    count = 0
+    for a, b in zip(first.split("."), second.split("."), strict=False):
+        if a != b:
+            break
+        count += 1
+    return count

@@ -1,0 +1,1 @@
+"""Whether models fit each other: layout, names, the same base, vocabularies."""

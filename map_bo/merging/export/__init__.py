@@ -1,0 +1,11 @@
+"""One merged model or adapter on disk: shards, bounded memory, recipe, model card."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from map_bo.moved import old_attribute
+
+
+def __getattr__(name: str) -> Any:
+    return old_attribute(__name__, name)

@@ -1,0 +1,210 @@
+"""Writing a merged model: weights tensor by tensor, the base's other files, and the recipe.
+
+Digests of several checkpoints at once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from map_bo.errors import MergeError, listed
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.checkpoints.tensors import DTYPES, Layout
+from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
+from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
+from map_bo.merging.export.recipe import (
+    RECIPE,
+    Weights,
+    mergekit_text,
+    plain,
+    read_recipe,
+    recipe_text,
+)
+from map_bo.merging.export.shards import Advance, Pieces, write_weights, writing
+from map_bo.merging.vectors.parallel import spread
+
+__all__ = ["digest_all", "export_merged", "merge_streamed", "read_recipe", "require_space"]
+
+
+def digest_all(checkpoints: Sequence[Checkpoint]) -> None:
+    """Compute the digests of checkpoints on all cores; each is then kept by its checkpoint.
+
+    Raises:
+        CheckpointError: When a file cannot be read.
+    """
+
+    def digest(checkpoint: Checkpoint, _: None) -> None:
+        checkpoint.digest()
+
+    spread(digest, checkpoints, lambda: None)
+
+
+# What makes a folder of weights a usable model, and is not weights or code.
+_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
+_NOT_CARRIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
+_CARRIED_LIMIT = 1 << 28
+_HEADROOM = 1 << 20
+
+
+def export_merged(
+    out: str | Path,
+    *,
+    tensors: Iterable[tuple[str, Tensor]] | Pieces,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    record: Mapping[str, Any] | None = None,
+    shard_bytes: int = 5_000_000_000,
+    weights: Weights | None = None,
+    recalibrated: Mapping[str, Tensor] | None = None,
+    ties: Mapping[str, str] | None = None,
+    advance: Advance | None = None,
+) -> Path:
+    """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
+
+    The folder appears whole or not at all: everything goes to a hidden folder beside it, is
+    forced to the disk, and is renamed at the end. What a killed export to the same folder left
+    hidden is removed by the next one; an export that still runs is left alone. It holds
+
+    - ``model.safetensors``, or shards with ``model.safetensors.index.json``. Each tensor has the
+      base's name, shape and dtype (values of another floating dtype are rounded to it). A tied
+      tensor is written once, under its canonical name, as transformers does, and the metadata
+      name its aliases as ``alias: canonical``, as safetensors' ``save_model`` does;
+    - of a base that is a Hugging Face directory: configuration, tokenizer, chat template and
+      licence files. Python files are left out, so a model that needs ``trust_remote_code`` needs
+      them copied by hand;
+    - ``recipe.yaml``: all inputs with their digests, operator, coefficients, versions, ``record``;
+    - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none;
+    - ``README.md``: a model card with what was merged, how, and the metrics in ``record``. That of
+      the base is not carried.
+
+    Args:
+        out: Folder to create; it may exist only when it is empty.
+        tensors: All tensors of the merged model, in any order, for example from
+            `merge_streamed`, where at most the tied ones are held in memory; or a function that
+            puts them piece by piece, see `Pieces`.
+        base: The base checkpoint: it says which tensors there must be.
+        experts: Name -> checkpoint.
+        operator: The merge operator as plain data.
+        coefficients: Coefficient name -> value.
+        record: Further plain data for the recipe, such as the run and the predicted metrics.
+        shard_bytes: Largest size of one weight file, in bytes.
+        weights: Tensor name -> weight of each expert, where the merge is linear: it lets
+            ``mergekit.yaml`` express coefficients that differ between tensors. Without it, the
+            coefficients must be one for each expert to be expressible.
+        recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
+            batch normalisation that were measured anew. Names that the base lacks are passed over.
+        ties: Further ties of the base, alias -> canonical name, that the merge went by; for the
+            recipe.
+        advance: Called with a number of elements whenever they are written, from any thread.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        MergeError: When the folder is not empty, the disk is full or not writable, or the tensors
+            are not those of the base; nothing is left behind.
+    """
+    target = refuse_existing(out)
+    if shard_bytes < 1:
+        raise MergeError(f"shard_bytes is {shard_bytes}", hint="give at least one byte")
+    further = plain(record or {})  # fails before anything is written
+    layouts = {name: base.layout(name) for name in base.names if name not in base.ties}
+    unwritable = [name for name, layout in layouts.items() if layout.dtype not in DTYPES.values()]
+    if unwritable:
+        raise MergeError(
+            f"safetensors has no dtype for {listed(unwritable)}",
+            hint="convert the base and the experts to float32",
+        )
+    carried = _carried(base.directory)
+    with writing(target):
+        remove_stale_drafts(target)
+        require_space(target, layouts, carried)
+    measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
+    further_ties = {a: kept for a, kept in (ties or {}).items() if base.ties.get(a) != kept}
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured, advance=advance)
+        for file in carried:
+            with writing(target):
+                copied = draft / file.relative_to(base.directory or file.parent)
+                copied.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copied)
+        written = open_checkpoint(draft)
+        digest_all([base, *experts.values(), written])
+        recipe = recipe_text(
+            base=base,
+            experts=experts,
+            operator=operator,
+            coefficients=coefficients,
+            # Read back from the file: a recipe never vouches for weights that cannot be opened.
+            merged={
+                "sha256": written.digest(),
+                **({"recalibrated": sorted(measured)} if measured else {}),
+                **({"ties": further_ties} if further_ties else {}),
+            },
+            record=further,
+        )
+        mergekit = mergekit_text(
+            base=base,
+            experts=experts,
+            operator=operator,
+            coefficients=coefficients,
+            weights=weights,
+            recalibrated=bool(measured),
+        )
+        card = model_card_text(
+            base=base,
+            experts=experts,
+            operator=plain(operator),
+            coefficients=coefficients,
+            record=further,
+            recalibrated=bool(measured),
+        )
+        with writing(target):
+            (draft / MODEL_CARD).write_text(card, encoding="utf-8")
+            (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            (draft / "mergekit.yaml").write_text(mergekit, encoding="utf-8")
+            publish(draft, target)
+    return target
+
+
+def require_space(
+    target: Path, layouts: Mapping[str, Layout], further: Iterable[Path] = ()
+) -> None:
+    """Refuse a disk without room for tensors and copies of further files.
+
+    Raises:
+        MergeError: When there is too little space.
+    """
+    needed = sum(layout.nbytes for layout in layouts.values())
+    needed += sum(file.stat().st_size for file in further) + _HEADROOM
+    folder = next(parent for parent in target.parents if parent.exists())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise MergeError(
+            f"the merged model needs {needed / 1e9:.3f} GB, and {folder} has {free / 1e9:.3f} GB "
+            "free",
+            hint="free some space or export to another disk",
+        )
+
+
+def _carried(directory: Path | None) -> list[Path]:
+    if directory is None:
+        return []
+    found = {
+        file
+        for pattern in (*_CARRIED, "additional_chat_templates/*.jinja")
+        for file in directory.glob(pattern)
+        if file.is_file() and file.stat().st_size <= _CARRIED_LIMIT
+    }
+    return sorted(f for f in found if not any(f.match(pattern) for pattern in _NOT_CARRIED))

@@ -1,0 +1,1 @@
+"""Task vectors in memory: storage, blocks, kernels, linear merging, and the live model."""

@@ -1,0 +1,362 @@
+"""The live model: its weights are views of one flat buffer, so that merging is loading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from map_bo.errors import MergeError, listed
+from map_bo.merging.align.layout import FlatLayout, Slot
+from map_bo.merging.align.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.vectors.operator import PreparedMerge
+
+__all__ = ["LiveModel", "model_ties"]
+
+
+def model_ties(model: nn.Module) -> dict[str, str]:
+    """Return alias -> first name, for the names of a model's tensors that share one.
+
+    Names are those of ``model.state_dict()`` and those in the model's files, where they differ.
+    """
+    named = state_tensors(model)
+    in_files = {name: part.of(named[part.name]) for name, part in saved_as(model).items()}
+    return _ties(named) | _ties(in_files)
+
+
+def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
+    first: dict[object, str] = {}
+    ties: dict[str, str] = {}
+    for name, tensor in named.items():
+        canonical = first.setdefault(_memory(tensor), name)
+        if canonical != name:
+            ties[name] = canonical
+    return ties
+
+
+@dataclass(eq=False)
+class _Bound:
+    """One tensor of the model: what it was before, and what it is while it is live."""
+
+    tensor: Tensor
+    found: Tensor  # the memory that it had
+    grad: Tensor | None
+    requires_grad: bool
+    live: Tensor  # the memory that it has while live: a view of the buffer, or a copy
+    slot: Slot | None  # None for a tensor that is not merged
+    value: Tensor | None = None  # what a tensor that is not merged starts each candidate with
+
+    def attach(self) -> None:
+        """Give the tensor its live memory, whatever an evaluator did to it."""
+        self._point_at(self.live)
+
+    def restore(self) -> None:
+        """Give the tensor back what it had."""
+        self._point_at(self.found)
+        self.tensor.grad = self.grad
+
+    def _point_at(self, memory: Tensor) -> None:
+        self.tensor.grad = None  # a gradient of another shape would forbid the exchange
+        self.tensor.data = memory
+        if self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
+
+
+class LiveModel:
+    """A context in which a model's weights are views of one flat buffer.
+
+    While it is entered, `write` merges a candidate straight into the model: nothing is copied
+    afterwards. When it is left, also through an exception, the model is as it was found: the
+    same parameter and buffer objects in the same memory with the same values, gradients,
+    ``requires_grad`` flags, training modes, hooks and submodules.
+
+    Every `write` also undoes what an evaluator may have done to the model, so that nothing leaks
+    into the next candidate: changed weights, BatchNorm statistics and counters, gradients,
+    modes, hooks, and replaced parameters or submodules. The model is then in evaluation mode.
+
+    Dtypes: the buffer has the model's floating dtype. In a model of several, it has the one
+    that holds them all (float32 for bfloat16 and float32); tensors of that dtype are views and
+    the others are copied from it after each candidate, which rounds once.
+
+    Names are those of the checkpoints, which for models of transformers may be other than those of
+    the modules, with several tensors where the module has one; see `saved_as`. Such a tensor is
+    filled from the buffer piece by piece after each candidate.
+
+    Tensors that the layout does not merge (integer counters) start every candidate with the
+    base's value where the base has them, else, like buffers outside the state dict, with the
+    value found.
+
+    Args:
+        model: The model; on the device of the task vectors.
+        layout: The layout of the task vectors.
+        fixed: Canonical name -> value, for the layout's fixed tensors.
+
+    Raises:
+        MergeError: When the model's tensors are not those of the layout (names, shapes, floating
+            or not), lie on several devices, or are tied where the layout keeps them apart.
+    """
+
+    def __init__(
+        self, model: nn.Module, layout: FlatLayout, *, fixed: Mapping[str, Tensor] | None = None
+    ) -> None:
+        self.model = model
+        self._layout = layout
+        self._fixed = dict(fixed or {})
+        self._flat: Tensor | None = None
+        self._bound: list[_Bound] = []
+        self._views: list[tuple[Tensor, Slot]] = []  # pieces of the live memory
+        self._modes: list[tuple[nn.Module, bool]] = []
+        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._entered = False
+        shapes = {name: value.shape for name, value in self._fixed.items()}
+        named = state_tensors(model)
+        saved = saved_as(model, [*(slot.name for slot in layout.slots), *layout.fixed])
+        found = _matched(model, layout, shapes, saved, named)
+        self._slots, self._in_files, self._pieces = _by_module(found, saved, named)
+        owners = self._slots.keys() | {part.name for part, _ in self._pieces}
+        floating = [tensor for name, tensor in named.items() if name in owners]
+        devices = {tensor.device for tensor in floating}
+        if len(devices) != 1:
+            raise MergeError(
+                f"the model's tensors lie on {listed(sorted(map(str, devices)))}",
+                hint="a live model lives on one device",
+            )
+        self.device = devices.pop()
+        self.dtype = reduce(torch.promote_types, (tensor.dtype for tensor in floating))
+
+    @property
+    def flat(self) -> Tensor:
+        """``P``: the buffer that the weights are views of; only while entered."""
+        if self._flat is None or not self._entered:
+            raise MergeError("the model is not live", hint="use it inside `with`")
+        return self._flat
+
+    def write(self, prepared: PreparedMerge, c: Tensor) -> nn.Module:
+        """Merge the candidate ``c`` (``d``) into the model and return it, in evaluation mode."""
+        flat = self.flat
+        self._clean()
+        prepared.write(c, flat)
+        with torch.no_grad():
+            for bound in self._bound:
+                if bound.slot is not None and bound.live.dtype != flat.dtype:
+                    bound.live.copy_(bound.slot.of(flat))
+            for view, slot in self._views:
+                view.copy_(slot.of(flat))
+        return self.model
+
+    def merged_tensors(self) -> list[tuple[Tensor, Slot]]:
+        """Return the parameters and buffers that are merged, each once, with their slots.
+
+        Two tensors that share memory have the same slot. Only while entered. Tensors that are
+        several in the model's files are left out; see `require_whole`.
+        """
+        if not self._entered:
+            raise MergeError("the model is not live", hint="use it inside `with`")
+        return [(bound.tensor, bound.slot) for bound in self._bound if bound.slot is not None]
+
+    def require_whole(self) -> None:
+        """Refuse a model with tensors that are several in its files, as gradients need to.
+
+        Raises:
+            MergeError: Naming one of them.
+        """
+        if self._pieces:
+            raise MergeError(
+                f"{self._pieces[0][0].name!r} is one tensor in {type(self.model).__name__} and "
+                "several in its files, and gradients by those are not known",
+                hint="pass gradients=False",
+            )
+
+    def __enter__(self) -> LiveModel:
+        """Bind the model's tensors to the buffer; the model has no useful weights yet."""
+        if self._entered:
+            raise MergeError(
+                "the model is live already", hint="leave the first `with` before the next"
+            )
+        # Tensors made in inference mode could not be evaluated outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            if self._flat is None:
+                self._flat = torch.zeros(self._layout.size, dtype=self.dtype, device=self.device)
+            self._modes = [(module, module.training) for module in self.model.modules()]
+            self._parts = [
+                (part, dict(part))
+                for module, _ in self._modes
+                for name, part in vars(module).items()
+                if isinstance(part, dict)
+                and (name in ("_parameters", "_buffers", "_modules") or "_hooks" in name)
+            ]
+            self._bound = self._bindings(self._flat)
+            self._entered = True
+            try:
+                self._clean()
+            except BaseException:
+                self._restore()
+                raise
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Leave the model as it was found."""
+        self._restore()
+
+    def _bindings(self, flat: Tensor) -> list[_Bound]:
+        named = state_tensors(self.model)
+        names = {id(tensor): name for name, tensor in reversed(named.items())}
+        bound: list[_Bound] = []
+        copies: dict[object, Tensor] = {}
+        cut = {part.name for part, _ in self._pieces}  # all of it is filled after each candidate
+        for tensor in _tensors(self.model):
+            name = names.get(id(tensor))  # None for a buffer that is not persistent
+            slot = None if name is None else self._slots.get(name)
+            value: Tensor | None = None
+            if slot is not None and tensor.dtype == flat.dtype:
+                live = slot.of(flat)
+            else:
+                # Tensors that share memory go on sharing it.
+                live = copies.setdefault(_memory(tensor), tensor.detach().clone())
+                if slot is None and name not in cut:
+                    in_file = self._in_files.get(name, name) if name is not None else None
+                    canonical = self._layout.ties.get(in_file, in_file) if in_file else None
+                    found = tensor.detach().clone()
+                    value = self._fixed[canonical].to(found) if canonical in self._fixed else found
+            bound.append(
+                _Bound(tensor, tensor.data, tensor.grad, tensor.requires_grad, live, slot, value)
+            )
+        lives = {id(each.tensor): each.live for each in bound}
+        self._views = [(part.of(lives[id(named[part.name])]), s) for part, s in self._pieces]
+        return bound
+
+    def _clean(self) -> None:
+        """Undo whatever was done to the model since it was entered, its weights apart."""
+        self._restore_parts()
+        with torch.no_grad():
+            for bound in self._bound:
+                bound.attach()
+                if bound.value is not None:
+                    bound.live.copy_(bound.value)
+        for module, _ in self._modes:
+            module.training = False
+
+    def _restore_parts(self) -> None:
+        for part, found in self._parts:
+            if part.keys() != found.keys() or any(part[k] is not v for k, v in found.items()):
+                part.clear()
+                part.update(found)
+
+    def _restore(self) -> None:
+        self._entered = False
+        self._restore_parts()
+        for bound in self._bound:
+            bound.restore()
+        for module, mode in self._modes:
+            module.training = mode
+        self._bound, self._views, self._modes, self._parts = [], [], [], []
+
+
+def _tensors(model: nn.Module) -> list[Tensor]:
+    """Return every parameter and buffer once, also buffers that are not persistent."""
+    unique = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return list(unique.values())
+
+
+def _memory(tensor: Tensor) -> object:
+    """Return what two tensors have in common exactly when they are one tensor in memory."""
+    if not tensor.numel() or tensor.device.type == "meta":
+        return id(tensor)
+    return (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+
+
+def _by_module(
+    found: Mapping[str, Slot], saved: Mapping[str, Saved], named: Mapping[str, Tensor]
+) -> tuple[dict[str, Slot], dict[str, str], list[tuple[Saved, Slot]]]:
+    """Return slots and names in files by the module's own names, and the pieces with slots."""
+    groups: dict[object, list[str]] = {}
+    for name, tensor in named.items():
+        groups.setdefault(_memory(tensor), []).append(name)
+    slots: dict[str, Slot] = {}
+    in_files: dict[str, str] = {}
+    pieces: list[tuple[Saved, Slot]] = []
+    for name, part in saved.items():
+        if part.shape is not None:
+            pieces += [(part, found[name])] if name in found else []
+            continue
+        for own in groups[_memory(named[part.name])]:
+            in_files.setdefault(own, name)
+            if name in found:
+                slots[own] = found[name]
+    return slots, in_files, pieces
+
+
+def _matched(
+    model: nn.Module,
+    layout: FlatLayout,
+    fixed: Mapping[str, torch.Size],
+    saved: Mapping[str, Saved],
+    state: Mapping[str, Tensor],
+) -> dict[str, Slot]:
+    """Return, for each floating tensor of the model's files, its slot of the layout."""
+    named = {name: part.of(state[part.name]) for name, part in saved.items()}
+    kind = type(model).__name__
+    slots = {slot.name: slot for slot in layout.slots}
+    ties = _ties(named)
+    own = {id(tensor) for tensor in _tensors(model)}
+    groups: dict[str, list[str]] = {}
+    for name in named:
+        groups.setdefault(ties.get(name, name), []).append(name)
+    result: dict[str, Slot] = {}
+    missing: list[str] = []
+    for canonical, group in groups.items():
+        tensor = named[canonical]
+        # A name that the checkpoint leaves out is found under the name that it is tied to.
+        found = {layout.ties.get(name, name) for name in group} & (slots.keys() | {*layout.fixed})
+        if not found:
+            if tensor.is_floating_point():
+                missing.append(canonical)
+            continue
+        if len(found) > 1:
+            raise MergeError(
+                f"the model ties {listed(group)}, and the checkpoints keep them apart",
+                hint="untie them in the model, or pass the ties when the task vectors are loaded",
+            )
+        name = found.pop()
+        if id(state[saved[canonical].name]) not in own:
+            raise MergeError(
+                f"tensor {name!r} of the state dict is no parameter or buffer of the model",
+                hint="the model changes its state dict when saving; give it without such hooks",
+            )
+        if (name in slots) != tensor.is_floating_point():
+            raise MergeError(
+                f"tensor {name!r} is {tensor.dtype} in the model and of another kind in the base",
+                hint="give the model that the base was saved from",
+            )
+        shape = slots[name].shape if name in slots else fixed.get(name, tensor.shape)
+        if tensor.shape != shape:
+            raise MergeError(
+                f"tensor {name!r} is {list(tensor.shape)} in the model and {list(shape)} in the "
+                "base",
+                hint="give the model that the base was saved from",
+            )
+        if name in slots:
+            result |= dict.fromkeys(group, slots[name])
+    if missing:
+        raise MergeError(
+            f"the base lacks {len(missing)} tensors of the model {kind}: {listed(missing)}",
+            hint=f"give the model that the base was saved from; the base has, for example, "
+            f"{listed(slots)}",
+        )
+    unused = sorted(slots.keys() - {slot.name for slot in result.values()})
+    if unused:
+        raise MergeError(
+            f"the model {kind} lacks {len(unused)} tensors of the base: {listed(unused)}",
+            hint="give the model that the base was saved from",
+        )
+    return result

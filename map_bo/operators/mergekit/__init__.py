@@ -1,0 +1,1 @@
+"""Recipes in mergekit's words: read, written, and turned into operators."""

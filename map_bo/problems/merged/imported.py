@@ -1,0 +1,209 @@
+"""A merged-model problem from names alone: paths of checkpoints, ``module:function`` for code.
+
+This is what a configuration can say; in Python use
+:class:`~map_bo.problems.merged.problem.MergedModelProblem` itself.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import nn
+
+from map_bo.data import Metric
+from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.merging.align.vocabulary import VocabularyRule
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.storage import StorageDtype
+from map_bo.problems.merged.problem import MergedModelProblem
+
+__all__ = ["imported_problem", "named"]
+
+_DTYPES: dict[str, StorageDtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
+
+
+def imported_problem(
+    model: str | None,
+    *,
+    base: str,
+    experts: Mapping[str, str],
+    evaluators: Mapping[str, str],
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    operator: MergeOperator | None = None,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    sum_at_most: float | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    gradients: bool = False,
+    vocabulary: VocabularyRule | None = None,
+    recalibration: str | None = None,
+    max_memory: int | str | None = None,
+    cache_dir: str | None = None,
+) -> MergedModelProblem:
+    """Return the problem of merging checkpoints on disk.
+
+    Args:
+        model: ``module:callable`` that returns the architecture (weights do not matter), or None
+            for a Hugging Face directory or a model of its hub, whose ``config.json`` names it.
+        base: The base checkpoint: a path, or a model of the Hugging Face hub (see
+            `map_bo.open_checkpoint`).
+        experts: The experts by name, likewise.
+        evaluators: ``module:callable`` by metric name; each takes the model and returns a float
+            or a :class:`~map_bo.evaluators.evaluator.Measurement`.
+        metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
+            proportion to maximise) does not fit.
+        operator: How to merge; task arithmetic when None.
+        lower: Lower bound of the coefficients.
+        upper: Upper bound of the coefficients.
+        sum_at_most: Bound on the sum of an expert's coefficients over the experts.
+        dtype: Storage of the task vectors: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
+        device: Where the task vectors and the model live.
+        gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
+            be differentiable (see :mod:`map_bo.evaluators.differentiable`).
+        vocabulary: ``base`` or ``tokens``: how experts with another vocabulary are fitted to the
+            base; by default they are refused.
+        recalibration: ``module:callable`` that returns batches on which the statistics of
+            BatchNorm layers are measured anew after each merge.
+        max_memory: Cap of the memory for task vectors, in bytes or such as ``2GB``; see
+            :class:`~map_bo.problems.merged.problem.MergedModelProblem`.
+        cache_dir: Where task vectors that do not fit are mapped from; likewise.
+
+    Raises:
+        EvaluationError: When gradients are asked of an evaluator that has none.
+        ConfigError: On a name that cannot be imported, or metrics without evaluators.
+        CheckpointError: On files that cannot be read.
+        MergeError: On checkpoints that do not fit each other.
+    """
+    if not experts or not evaluators:
+        missing = "experts" if not experts else "evaluators"
+        raise ConfigError(
+            f"the problem names no {missing}",
+            hint=f"give them as +problem.{missing}.NAME=..., one for each name",
+        )
+    extra = sorted(set(metrics or {}) - set(evaluators))
+    if extra:
+        raise ConfigError(
+            f"metrics without an evaluator: {', '.join(extra)}",
+            hint=f"evaluators are {', '.join(evaluators)}",
+        )
+    if dtype not in _DTYPES:
+        raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+    if vocabulary not in (None, *get_args(VocabularyRule)):
+        raise ConfigError(
+            f"vocabulary is {vocabulary!r}", hint=f"one of {', '.join(get_args(VocabularyRule))}"
+        )
+    described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
+    space = None
+    if sum_at_most is not None:
+        merging = TaskArithmetic() if operator is None else operator
+        if isinstance(getattr(merging, "blocks", None), str):
+            raise ConfigError(
+                "sum_at_most and blocks in a word were both given",
+                hint="give the blocks as {block: regular expression on tensor names}, or bound "
+                "the coefficients with lower and upper instead",
+            )
+        space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
+    opened: str | Checkpoint = base
+    if model is None and not Path(base).expanduser().exists():
+        opened = open_checkpoint(base)
+    return MergedModelProblem(
+        named(model, "problem.model") if model is not None else _architecture(opened),
+        base=opened,
+        experts=dict(experts),
+        evaluators={
+            name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+        },
+        metrics=described,
+        operator=operator,
+        lower=lower,
+        upper=upper,
+        space=space,
+        dtype=_DTYPES[dtype],
+        device=device,
+        gradients=gradients,
+        vocabulary=vocabulary,
+        recalibration=None
+        if recalibration is None
+        else named(recalibration, "problem.recalibration"),
+        max_memory=max_memory,
+        cache_dir=cache_dir,
+    )
+
+
+def named(where: str, key: str) -> Callable[..., Any]:
+    """Import ``module:attribute``, looking in the working directory first.
+
+    Raises:
+        ConfigError: When there is no such thing, or it cannot be called.
+    """
+    module, separator, attribute = str(where).partition(":")
+    if not separator or not module or not attribute:
+        raise ConfigError(f"{key} is {where!r}", hint="write it as module:function")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"{key} {where!r} cannot be imported: {error}",
+            hint="modules are looked for in the working directory and the installed packages",
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"{key} {where!r} is a {type(found).__name__}, not a function")
+    return found  # type: ignore[no-any-return]
+
+
+def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
+    shown, directory = (
+        (base, Path(base).expanduser()) if isinstance(base, str) else (base.source, base.directory)
+    )
+    path = None if directory is None else directory / "config.json"
+    if path is None or not path.is_file():
+        raise ConfigError(
+            f"problem.model is not given and {shown} has no config.json to tell it by",
+            hint="give problem.model=module:function returning the architecture",
+        )
+    try:
+        (name, *_) = json.loads(path.read_text())["architectures"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{path} does not name an architecture: {error}",
+            hint="give problem.model=module:function returning the architecture",
+        ) from error
+
+    def build() -> nn.Module:
+        try:
+            import transformers
+        except ImportError as error:
+            raise MissingDependencyError(
+                "a Hugging Face directory needs transformers",
+                hint='pip install "map-bo[huggingface]"',
+            ) from error
+        kind = getattr(transformers, str(name), None)
+        if kind is None:
+            raise CheckpointError(
+                f"transformers has no architecture {name!r}, which {path} names",
+                hint="upgrade transformers, or give problem.model=module:function",
+            )
+        config = transformers.AutoConfig.from_pretrained(path.parent)
+        model: nn.Module = kind(config)
+        return model
+
+    return build

@@ -1,0 +1,207 @@
+"""What a merged-model problem demands of its parts before anything is read.
+
+The coefficients of a merged-model problem, with what the task vectors say of their size.
+
+Where a merged-model problem keeps its task vectors.
+
+A merged-model problem as plain data, by which a run recognises it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from map_bo.data import Metric
+from map_bo.errors import MergeError
+from map_bo.evaluators.differentiable import check_differentiable
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.vectors.blocks import Blocks, block_norms, relative_importance
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.storage import Storage
+from map_bo.problems.cache import cache_root
+from map_bo.space import CoefficientSpace
+
+__all__ = [
+    "built_model",
+    "check_gradients",
+    "check_model",
+    "check_space",
+    "described",
+    "storage_of",
+    "weighed_space",
+]
+
+
+def check_model(model: object) -> None:
+    """Refuse a model that is neither a module nor a function.
+
+    Raises:
+        MergeError: When it is not callable.
+    """
+    if not callable(model):
+        raise MergeError(
+            f"the model is a {type(model).__name__}",
+            hint="give a torch.nn.Module, or a function that returns one",
+        )
+
+
+def built_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
+    """Return the model: the one that was given, or what the function returns, on a device.
+
+    Raises:
+        MergeError: When the function returns something else.
+    """
+    model = source if isinstance(source, nn.Module) else source()
+    if not isinstance(model, nn.Module):
+        raise MergeError(
+            f"the model function returned a {type(model).__name__}",
+            hint="it must return a torch.nn.Module",
+        )
+    return model if model is source else model.to(device)
+
+
+def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
+    """Refuse a space of other coefficients than the operator's own, ``natural``.
+
+    Raises:
+        MergeError: When names or owners differ.
+    """
+    if (space.names, space.owner) != (natural.names, natural.owner):
+        raise MergeError(
+            f"the space has the coefficients {', '.join(space.names)}; the operator takes "
+            f"{', '.join(natural.names)}",
+            hint="build the space from the same experts and blocks, in the same order",
+        )
+
+
+def check_gradients(
+    evaluators: Mapping[str, Evaluator], operator: MergeOperator, *, recalibrated: bool
+) -> None:
+    """Refuse gradients where metrics are no differentiable function of the coefficients.
+
+    Raises:
+        MergeError: For an operator that is not linear in its coefficients, and with recalibration.
+        EvaluationError: For an evaluator without gradients.
+    """
+    if not isinstance(operator, TaskArithmetic):
+        raise MergeError(
+            f"gradients were asked for, and {type(operator).__name__} is not linear in its "
+            "coefficients",
+            hint="use TaskArithmetic, or pass gradients=False",
+        )
+    if recalibrated:
+        raise MergeError(
+            "gradients were asked for together with recalibration, and they would leave out how "
+            "the statistics follow the coefficients",
+            hint="leave recalibration out, or pass gradients=False",
+        )
+    for name, evaluator in evaluators.items():
+        check_differentiable(name, evaluator)
+
+
+def weighed_space(
+    space: CoefficientSpace,
+    operator: MergeOperator,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    ties: Callable[[], Mapping[str, str]],
+) -> CoefficientSpace:
+    """Return the space with importances, where the operator has blocks and nobody gave any.
+
+    A setting of the operator is taken to be as important as a coefficient is on the mean.
+
+    Args:
+        space: The coefficients.
+        operator: The operator; its ``blocks`` are patterns.
+        base: The base.
+        experts: Name -> checkpoint.
+        ties: Returns alias -> canonical name of all tensors that are one.
+
+    Raises:
+        MergeError: When experts do not fit the base.
+    """
+    blocks = Blocks(getattr(operator, "blocks", None))
+    if len(blocks) == 1 or space.importance or space.blocks != len(blocks):
+        return space
+    norms = block_norms(base, experts, blocks.of, len(blocks), ties=ties())
+    sizes = relative_importance(norms)
+    if not sizes:
+        return space
+    return replace(space, importance=(*sizes, *(1.0 for _ in space.settings)))
+
+
+def storage_of(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    *,
+    device: torch.device,
+    dtype: Any,
+    max_memory: Any,
+    cache_dir: Any,
+) -> Storage:
+    """Decide how task vectors are kept; see `Storage.of`.
+
+    Args:
+        base: The base.
+        experts: Name -> checkpoint.
+        device: Where they live.
+        dtype: A dtype, ``"auto"`` or None.
+        max_memory: The cap, in bytes or as text, or None.
+        cache_dir: Folder above that of mapped rows, or None for the user's cache; see
+            `cache_root`. Given without a cap, rows are mapped.
+
+    Raises:
+        MergeError: When nothing fits, or a setting is not possible.
+    """
+    used = max_memory is not None or cache_dir is not None
+    cache: Path | None = cache_root(cache_dir) / "rows" if used else None
+    return Storage.of(base, experts, dtype=dtype, device=device, max_memory=max_memory, cache=cache)
+
+
+def described(
+    *,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: MergeOperator,
+    space: CoefficientSpace,
+    metrics: Sequence[Metric],
+    dtype: torch.dtype,
+    **switches: bool,
+) -> dict[str, Any]:
+    """Return the description; it holds the digests of all checkpoints, so they are read once.
+
+    What is off or was not needed (``switches``, the fitting of an expert) is left out, so that
+    records made before it existed stay equal.
+    """
+
+    def origin(checkpoint: Checkpoint) -> dict[str, Any]:
+        fitting = {"fitting": dict(checkpoint.fitting)} if checkpoint.fitting else {}
+        return {"source": checkpoint.source, "digest": checkpoint.digest(), **fitting}
+
+    return {
+        "kind": "merged_model",
+        "base": origin(base),
+        "experts": {name: origin(expert) for name, expert in experts.items()},
+        "operator": operator.describe(),
+        "space": space.describe(),
+        "metrics": [
+            {
+                "name": metric.name,
+                "direction": metric.direction,
+                "kind": metric.kind,
+                "lower": metric.lower,
+                "upper": metric.upper,
+            }
+            for metric in metrics
+        ],
+        "dtype": str(dtype).removeprefix("torch."),
+        **{name: True for name, on in switches.items() if on},
+    }

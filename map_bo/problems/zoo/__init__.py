@@ -1,0 +1,11 @@
+"""Zoos: small real experts, trained once, to merge and to measure with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from map_bo.moved import old_attribute
+
+
+def __getattr__(name: str) -> Any:
+    return old_attribute(__name__, name)

@@ -1,0 +1,257 @@
+"""The image zoo: encoders fine-tuned on real image sets, with frozen heads, and their merging.
+
+Encoders and heads are trained once and kept like the digits zoo
+(:mod:`map_bo.problems.zoo.digits`), in a folder whose name holds a key of the settings and of the
+training images.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from map_bo.errors import DataError
+from map_bo.evaluators.evaluator import Measurement, accuracy
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.problems.cache import (
+    cache_root,
+    read_network,
+    trained_files,
+    training_shown,
+    write_network,
+)
+from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.zoo.image_sets import IMAGE_SETS
+from map_bo.problems.zoo.image_training import (
+    IMAGE_TRAINING_VERSION,
+    ImageRecipe,
+    Selection,
+    encoder,
+    select,
+)
+from map_bo.rng import make_generator
+
+__all__ = ["ImageZoo", "ImagesProblem", "images_problem"]
+
+EXAMPLES = 500
+
+
+@dataclass(frozen=True)
+class ImageZoo:
+    """One expert encoder a set, and the heads that they share with their base.
+
+    Attributes:
+        recipe: The settings of the training.
+        root: Folder of the image sets; see :func:`map_bo.problems.zoo.image_sets.image_folder`.
+    """
+
+    recipe: ImageRecipe
+    root: str | Path | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the sets, and so of the experts."""
+        return self.recipe.sets
+
+    @property
+    def data(self) -> tuple[Selection, ...]:
+        """The images of each set; they are read once a process."""
+        return tuple(select(name, self.root) for name in self.names)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data that tell this zoo from others, wherever its images lie."""
+        return {
+            **asdict(self.recipe),
+            "sets": list(self.names),
+            "version": IMAGE_TRAINING_VERSION,
+            "images": [part.digest for part in self.data],
+        }
+
+    def folder(self, cache_dir: str | Path | None = None) -> Path:
+        """Return the folder of the trained files."""
+        text = json.dumps(self.describe(), sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:12]
+        return cache_root(cache_dir) / "images" / f"v{IMAGE_TRAINING_VERSION}-{key}"
+
+    def checkpoints(
+        self, cache_dir: str | Path | None = None, *, progress: bool = False
+    ) -> dict[str, Path]:
+        """Return the files of ``"base"``, ``"heads"`` and each expert; train what is missing.
+
+        Args:
+            cache_dir: Folder to keep them under; see :func:`map_bo.problems.cache.cache_root`.
+            progress: Show on the error stream which network is being trained.
+
+        Raises:
+            DataError: When the images cannot be read, or the folder cannot be written.
+        """
+        return trained_files(
+            self.folder(cache_dir),
+            ("base", "heads", *self.names),
+            lambda files: self._train(files, progress=progress),
+        )
+
+    def _train(self, files: Mapping[str, Path], *, progress: bool) -> None:
+        missing = [name for name, path in files.items() if read_network(path) is None]
+        if "heads" in missing:  # base and heads come out of one training
+            missing = ["base", *(name for name in missing if name not in ("base", "heads"))]
+        steps = {name: self.recipe.steps(name) for name in missing}
+        with training_shown(steps, progress=progress) as start:
+            if "base" in missing:
+                base, heads = self.recipe.base(self.data, on_epoch=start("base"))
+                write_network(files["base"], base)
+                write_network(files["heads"], heads)
+            base, heads = _read(files["base"]), _read(files["heads"])
+            for part in self.data:
+                if part.name in missing:
+                    weights = self.recipe.expert(
+                        part, base, head(heads, part.name), on_epoch=start(part.name)
+                    )
+                    write_network(files[part.name], weights)
+
+    def evaluators(self, heads: Mapping[str, Tensor], examples: int) -> dict[str, HeadAccuracy]:
+        """Return for each set the accuracy of an encoder under the set's own head.
+
+        Args:
+            heads: Weights of the heads, as ``SET.weight`` and ``SET.bias``.
+            examples: How many held-out images, the same at every evaluation.
+
+        Raises:
+            DataError: When a set does not have so many.
+        """
+        most = min(len(part.test) for part in self.data)
+        if isinstance(examples, bool) or not isinstance(examples, int) or not 1 <= examples <= most:
+            raise DataError(
+                f"examples is {examples!r}", hint=f"use from 1 to {most} held-out images a set"
+            )
+        return {
+            part.name: HeadAccuracy(
+                head(heads, part.name), part.test[:examples], part.test_labels[:examples]
+            )
+            for part in self.data
+        }
+
+
+class HeadAccuracy:
+    """An evaluator: the share of images that an encoder and a frozen head classify right.
+
+    Attributes:
+        head: From features to logits.
+        inputs: ``k x 784`` images.
+        labels: ``k`` classes.
+    """
+
+    def __init__(self, head: nn.Linear, inputs: Tensor, labels: Tensor) -> None:
+        self.head, self.inputs, self.labels = head, inputs, labels
+        self._accuracy = accuracy(inputs, labels, batch_size=len(labels))
+
+    def __call__(self, model: nn.Module) -> Measurement:
+        """Return the accuracy in [0, 1] with the number of images."""
+        return self._accuracy(nn.Sequential(model, self.head))
+
+
+class ImagesProblem(MergedModelProblem):
+    """The problem of merging an image zoo; made by :func:`images_problem`.
+
+    Attributes:
+        zoo: The experts.
+        examples: Number of held-out images behind each accuracy.
+        files: The trained files: ``"base"``, ``"heads"`` and each expert.
+    """
+
+    def __init__(
+        self, zoo: ImageZoo, examples: int, *, files: Mapping[str, Path], **settings: Any
+    ) -> None:
+        self.zoo = zoo
+        self.examples = examples
+        self.files = dict(files)
+        self._measures = zoo.evaluators(_read(files["heads"]), examples)
+        super().__init__(
+            encoder(generator=make_generator(0)),
+            base=files["base"],
+            experts={name: files[name] for name in zoo.names},
+            evaluators=self._measures,
+            **settings,
+        )
+
+    def evaluator(self, name: str) -> HeadAccuracy:
+        """Return what measures the set ``name``."""
+        return self._measures[name]
+
+    def describe(self) -> dict[str, Any]:
+        """Return the merged model's description, and that of the zoo."""
+        return {
+            **super().describe(),
+            "kind": "images",
+            "zoo": {**self.zoo.describe(), "examples": self.examples},
+        }
+
+
+def images_problem(
+    root: str | Path | None = None,
+    *,
+    sets: Sequence[str] = IMAGE_SETS,
+    seed: int = 0,
+    epochs: int = 8,
+    examples: int = EXAMPLES,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    operator: MergeOperator | None = None,
+    cache_dir: str | Path | None = None,
+    progress: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> ImagesProblem:
+    """Return the problem of merging encoders fine-tuned on real image sets, under frozen heads.
+
+    One metric a set: the accuracy on ``examples`` held-out images under the set's own head (to
+    maximise), named like the set. Missing encoders are trained first, which takes seconds.
+
+    Args:
+        root: Folder of the sets; None takes it from the environment variable ``MAP_BO_DATA``.
+        sets: Which sets, two or more of ``IMAGE_SETS``.
+        seed: Seed of the training (not of any search).
+        epochs: Passes of an expert over its 4000 training images.
+        examples: How many held-out images an evaluation uses, the same every time.
+        lower: Lower bound of every coefficient.
+        upper: Upper bound of every coefficient.
+        operator: How to merge; task arithmetic when None.
+        cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
+        progress: Show a progress bar while training.
+        dtype: Storage of the task vectors: float32 or bfloat16.
+
+    Raises:
+        DataError: When the folder or a set is not there, a setting is not possible, or the cache
+            cannot be written.
+    """
+    zoo = ImageZoo(ImageRecipe(tuple(sets), seed, epochs), root)
+    return ImagesProblem(
+        zoo,
+        examples,
+        files=zoo.checkpoints(cache_dir, progress=progress),
+        operator=operator,
+        lower=lower,
+        upper=upper,
+        dtype=dtype,
+    )
+
+
+def head(heads: Mapping[str, Tensor], name: str) -> nn.Linear:
+    """Return the frozen head of the set ``name``."""
+    weight, bias = heads[f"{name}.weight"], heads[f"{name}.bias"]
+    layer = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    return layer
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    weights = read_network(path)
+    assert weights is not None
+    return weights

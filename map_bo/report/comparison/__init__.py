@@ -1,0 +1,11 @@
+"""Many runs on one scale: tables, plots and a page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from map_bo.moved import old_attribute
+
+
+def __getattr__(name: str) -> Any:
+    return old_attribute(__name__, name)

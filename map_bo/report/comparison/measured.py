@@ -1,0 +1,208 @@
+"""One run among many: what it found, and what that is on the scale that all of them share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from map_bo.data import Front, Metric, Observations, directions, to_maximisation
+from map_bo.pareto.dominance import non_dominated
+from map_bo.pareto.indicators import hypervolume, scaled
+from map_bo.tracking.wandb.run import WandbRun
+
+__all__ = [
+    "MEASURES",
+    "Measure",
+    "Measured",
+    "Outcome",
+    "RunRecord",
+    "Status",
+    "columns_of",
+    "measured",
+]
+
+Status: TypeAlias = Literal["finished", "unfinished", "failed", "unreadable"]
+
+# Beyond five metrics one hypervolume may take a good part of a second, so fewer are computed.
+_EXACT_METRICS = 5
+_PLACES = 25
+
+
+@dataclass(frozen=True, eq=False)
+class Outcome:
+    """What a finished run found.
+
+    Attributes:
+        seen: Every evaluation in order, failures included: the search, then the verification.
+        front: The predicted front, with real values where they were verified.
+        reference_point: ``m`` values in the metrics' own units.
+        best: ``m`` values at the other end of the scale.
+        rule: Where the two come from, such as "worst of base and experts".
+        seconds: Seconds spent on each phase.
+        data_sets: Measurements of one metric at one point that it cost. ``None`` is all metrics at
+            every evaluation; a nested run also measures some of them at points of its nodes.
+    """
+
+    seen: Observations
+    front: Front
+    reference_point: Tensor
+    best: Tensor
+    rule: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    data_sets: int | None = None
+
+    @property
+    def evaluations(self) -> float:
+        """How many evaluations of all metrics it cost, or would have."""
+        if self.data_sets is None:
+            return float(len(self.seen))
+        return self.data_sets / len(self.seen.metrics)
+
+
+@dataclass(frozen=True, eq=False)
+class RunRecord:
+    """A run among many, finished or not.
+
+    Attributes:
+        name: What it is called.
+        link: Where it is, relative to the report.
+        sweep: The sweep that it belongs to.
+        status: Whether it finished.
+        reason: Why it did not; empty when it did.
+        settings: Name and value of every setting.
+        named: The settings that the user gave, most telling first.
+        outcome: What it found; ``None`` unless it finished.
+        wandb: Where it is on Weights & Biases; ``None`` where it is not.
+    """
+
+    name: str
+    link: str
+    sweep: str
+    status: Status
+    reason: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    named: tuple[str, ...] = ()
+    outcome: Outcome | None = None
+    wandb: WandbRun | None = None
+
+    @property
+    def seed(self) -> int | None:
+        """The seed, which pairs runs; ``None`` where none was recorded."""
+        text = self.settings.get("seed", "")
+        return int(text) if text.lstrip("-").isdigit() else None
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """A finished run on the common scale: 0 at the reference point, 1 at the best expert.
+
+    Attributes:
+        record: The run.
+        variant: The settings that tell it from the others.
+        places: Numbers of evaluations. Those of a nested run's nodes come before the first of
+            all metrics.
+        volumes: Hypervolume of all points observed until then, real.
+        points: ``k x m`` non-dominated observed points, own units, real.
+        values: Value of each measure that the run has, by its name.
+    """
+
+    record: RunRecord
+    variant: str
+    places: tuple[int, ...]
+    volumes: tuple[float, ...]
+    points: Tensor
+    values: Mapping[str, float]
+
+    @property
+    def seed(self) -> int:
+        """The seed; runs without a recorded one count as seed 0."""
+        return self.record.seed or 0
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A number that runs are compared by.
+
+    Attributes:
+        name: Short name, as in ``results.csv``.
+        title: Its name for the reader, which says whether it is predicted or real.
+        better: Which way is better, ``""`` where neither is.
+        digits: Decimals to show.
+    """
+
+    name: str
+    title: str
+    better: Literal["higher", "lower", ""]
+    digits: int
+
+
+MEASURES = (
+    Measure("observed_hypervolume_real", "hypervolume of observed points (real)", "higher", 4),
+    Measure("verified_hypervolume_real", "hypervolume of verified points (real)", "higher", 4),
+    Measure("front_hypervolume_predicted", "hypervolume of the front (predicted)", "", 4),
+    Measure("optimism", "optimism (predicted minus real, scaled)", "", 4),
+    Measure("evaluations", "evaluations", "lower", 1),
+    Measure("failures", "failed evaluations", "lower", 1),
+    Measure("seconds_evaluating", "seconds evaluating", "lower", 2),
+    Measure("seconds_choosing", "seconds choosing and fitting", "lower", 2),
+)
+
+
+def columns_of(metrics: Sequence[Metric], kept: Sequence[Metric]) -> list[int]:
+    """Return where the ``kept`` metrics stand among ``metrics``, by name."""
+    names = [metric.name for metric in metrics]
+    return [names.index(metric.name) for metric in kept]
+
+
+def measured(
+    record: RunRecord, variant: str, metrics: tuple[Metric, ...], point: Tensor, best: Tensor
+) -> Measured:
+    """Return a finished run on the common scale.
+
+    Args:
+        record: The run; it has an outcome.
+        variant: The settings that tell it from the others.
+        metrics: The ``m`` common metrics.
+        point: ``m`` values, own units: 0 of the scale and the reference point.
+        best: ``m`` values, own units: 1 of the scale.
+    """
+    outcome = record.outcome
+    assert outcome is not None
+    seen, front = outcome.seen, outcome.front
+    columns = columns_of(seen.metrics, metrics)
+    low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
+    zero = torch.zeros(len(metrics), dtype=torch.float64)
+
+    def gains(values: Tensor) -> Tensor:
+        return scaled(to_maximisation(values[:, columns], metrics), low, high)
+
+    observed = gains(seen.Y)
+    places = list(range(1, len(seen) + 1))
+    if len(metrics) > _EXACT_METRICS and len(places) > _PLACES:
+        places = sorted({round(place) for place in np.linspace(1, len(seen), _PLACES)})
+    volumes = [hypervolume(observed[:place][seen.ok[:place]], zero) for place in places]
+    before = max(0, round(outcome.evaluations) - len(seen))
+    places = [before + place for place in places]
+    rows = seen.ok.nonzero().flatten()
+    rows = rows[non_dominated(observed[rows])] if len(rows) else rows
+    spent = outcome.seconds
+    values = {
+        "observed_hypervolume_real": volumes[-1] if volumes else 0.0,
+        "front_hypervolume_predicted": hypervolume(gains(front.mean), zero),
+        "evaluations": outcome.evaluations,
+        "failures": float((~seen.ok).sum()),
+        "seconds_evaluating": float(seen.cost.nansum()),
+        "seconds_choosing": sum(value for name, value in spent.items() if name != "evaluate"),
+    }
+    if bool(front.verified.any()):
+        values["verified_hypervolume_real"] = hypervolume(gains(front.real[front.verified]), zero)
+        gap = (front.mean - front.real)[front.verified][:, columns] * directions(metrics)
+        values["optimism"] = float((gap / (high - low)).mean())
+    return Measured(
+        record, variant, tuple(places), tuple(volumes), seen.Y[rows][:, columns], values
+    )

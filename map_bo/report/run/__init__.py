@@ -1,0 +1,1 @@
+"""One run for people: card, page, plots and tables."""

@@ -1,0 +1,51 @@
+"""Everything that a run leaves in its directory for people, each file written whole or not."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from map_bo.report.files import write_whole
+from map_bo.report.run.page import write_html
+from map_bo.report.run.plots import write_plots
+from map_bo.report.run.tables import write_evaluations_csv, write_front_csv
+from map_bo.report.view import RunView
+
+__all__ = ["write_report", "write_summary"]
+
+
+def write_report(view: RunView, directory: Path) -> None:
+    """Write the tables, the summary, the plots and the page of a run into ``directory``.
+
+    ``evaluations.csv``, ``front.csv``, ``summary.json``, ``plots/*.png`` and ``report.html``; the
+    plain files come first, so that a plot that cannot be drawn costs none of them.
+
+    Raises:
+        OSError: When a file cannot be written; the file is then as it was before.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_evaluations_csv(view, view.space, directory / "evaluations.csv")
+    write_front_csv(view.front, view.space, directory / "front.csv")
+    write_summary(view.summary, directory / "summary.json")
+    plots = write_plots(view, directory / "plots")
+    write_html(view, directory / "report.html", plots)
+
+
+def write_summary(summary: Mapping[str, Any], path: Path) -> None:
+    """Write ``summary`` as strict, indented JSON; NaN and infinity become null."""
+    text = json.dumps(_strict(summary), indent=2, ensure_ascii=False, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _strict(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

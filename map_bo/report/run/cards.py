@@ -1,0 +1,298 @@
+"""A run on a terminal: readable at 80 columns, without colour, and when piped to a file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from map_bo.data import Metric
+from map_bo.report.numbers import coefficient, distinct, interval, metric_value, share
+from map_bo.report.run.certainty import (
+    has_corrected,
+    has_probability,
+    hypervolume_words,
+    optimism_rows,
+    optimism_words,
+)
+from map_bo.report.run.content import (
+    facts,
+    failure_rows,
+    hypervolume_rows,
+    hypervolume_scale,
+    metric_rows,
+    notes,
+)
+from map_bo.report.view import RunView, representative_rows
+from map_bo.space import CoefficientSpace
+
+__all__ = ["print_choice", "print_summary"]
+
+_SHOWN_FAILURES = 3
+_MANY = 5
+
+
+def print_summary(view: RunView, console: Console) -> None:
+    """Print what was run, what it found, how that compares, and a few trade-offs to choose from.
+
+    Predicted and real values stand in columns of their own.
+    """
+    _heading(console, f"Run {view.title}")
+    about = _table(console, show_header=False)
+    about.add_column(style="dim", no_wrap=True)
+    about.add_column(overflow="fold")
+    for label, text in facts(view):
+        about.add_row(_text(console, label), _text(console, text))
+    console.print(about)
+
+    nested = view.summary.get("nested")
+    if nested:
+        _heading(console, "Merge tree")
+        console.print(_text(console, str(nested["drawn"])))
+
+    _heading(console, "Metrics")
+    metrics = _table(console)
+    for title in ("metric", "better", "reference", "best expert", "optimism"):
+        metrics.add_column(title, justify="left" if title in ("metric", "better") else "right")
+    for row in metric_rows(view):
+        metrics.add_row(*(_text(console, part.removesuffix(" is better")) for part in row))
+    console.print(metrics)
+    if bool(view.front.verified.any()) and not optimism_rows(view):
+        console.print(
+            _text(console, "Optimism: predicted minus real, positive when predicted too well.")
+        )
+
+    _heading(console, "Hypervolume")
+    console.print(_text(console, hypervolume_scale(view)))
+    volumes = _table(console)
+    volumes.add_column("of")
+    volumes.add_column("predicted", justify="right")
+    volumes.add_column("real", justify="right")
+    for name, kind, value in hypervolume_rows(view):
+        shown = "not measured" if value is None else f"{value:.4f}"
+        cells = ("", shown) if kind == "real" else (shown, "")
+        volumes.add_row(_text(console, name), *(_text(console, cell) for cell in cells))
+    console.print(volumes)
+    if hypervolume_words(view):
+        console.print(_text(console, hypervolume_words(view)))
+    _print_optimism(view, console)
+
+    _print_points(view, console)
+    failures = failure_rows(view)
+    if failures:
+        _heading(console, "Failed evaluations")
+        for number, reason in failures[:_SHOWN_FAILURES]:
+            first = (reason.strip().splitlines() or [""])[0]
+            console.print(_text(console, f"evaluation {number}: {first}"))
+        if len(failures) > _SHOWN_FAILURES:
+            rest = len(failures) - _SHOWN_FAILURES
+            console.print(_text(console, f"and {rest} more, see evaluations.csv"))
+    if notes(view):
+        _heading(console, "Notes")
+        for note in notes(view):
+            console.print(_text(console, f"- {note}"))
+
+
+def _print_optimism(view: RunView, console: Console) -> None:
+    rows = optimism_rows(view)
+    if not rows:
+        return
+    _heading(console, "Optimism")
+    table = _table(console)
+    table.add_column("metric", overflow="fold")
+    for title in ("estimated", "measured", "corrected"):
+        table.add_column(title, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(_text(console, cell) for cell in row))
+    console.print(table)
+    console.print(_text(console, optimism_words(view)))
+
+
+def print_choice(
+    console: Console,
+    *,
+    space: CoefficientSpace,
+    metrics: Sequence[Metric],
+    x: Tensor,
+    mean: Tensor,
+    lower: Tensor,
+    upper: Tensor,
+    real: Tensor,
+    corrected: Tensor | None = None,
+) -> None:
+    """Print one chosen point: its coefficients, and its metrics as predicted and as measured.
+
+    Args:
+        console: Where to print.
+        space: The coefficients' names.
+        metrics: The ``m`` metrics.
+        x: ``d`` coefficients.
+        mean: ``m`` predicted metrics, own units.
+        lower: ``m`` lower ends of their 95 % intervals.
+        upper: ``m`` upper ends.
+        real: ``m`` measured metrics, NaN where the point was not verified.
+        corrected: ``m`` predicted metrics with the verified points among the data, NaN or None
+            where there are none; then their column is left out.
+    """
+    chosen = _table(console)
+    chosen.add_column("coefficient", overflow="fold")
+    chosen.add_column("value", justify="right")
+    for name, value in zip(space.names, x.tolist(), strict=True):
+        chosen.add_row(_text(console, name), f"{value:.4f}")
+    console.print(chosen)
+    console.print()
+    values = _table(console)
+    values.add_column("metric", overflow="fold")
+    known = corrected is not None and bool(corrected.isfinite().any())
+    again = corrected if corrected is not None and known else real
+    for title in ("predicted", "95 % interval", *(["corrected"] if known else []), "real"):
+        values.add_column(title, justify="right", no_wrap=True)
+    columns = (t.tolist() for t in (mean, lower, upper, again, real))
+    for metric, value, low, high, later, measured in zip(metrics, *columns, strict=True):
+        values.add_row(
+            _text(console, metric.name),
+            metric_value(value, metric),
+            interval(low, high, metric),
+            *([metric_value(later, metric)] if known else []),
+            metric_value(measured, metric, missing="not measured"),
+        )
+    console.print(values)
+
+
+def _print_points(view: RunView, console: Console) -> None:
+    front = view.front
+    rows = representative_rows(view, 7 if len(view.metrics) <= _MANY else 4)
+    if len(front) == 1:
+        _heading(console, "The point of the front")
+    elif len(rows) == len(front):
+        _heading(console, f"All {len(front)} points of the front")
+    else:
+        _heading(console, f"{len(rows)} of the {len(front)} points of the front")
+    wide = _matrix(view, console, rows)
+    fits = Measurement.get(console, console.options.update(width=10_000), wide).maximum
+    wide_enough = fits <= console.width
+    console.print(wide if wide_enough else _blocks(view, console, rows))
+    if bool(front.verified.any()):
+        console.print(_text(console, "Real values stand only where a point was measured."))
+    else:
+        console.print(_text(console, "No point was measured: all values are predictions."))
+    if has_corrected(view):
+        text = "Corrected: predicted again with the measured points among the data."
+        console.print(_text(console, text))
+    if has_probability(view):
+        where = "prob." if wide_enough else "Under a point's number"
+        text = "the probability that nothing in the front, and nothing evaluated, dominates it."
+        console.print(_text(console, f"{where}: {text}"))
+
+
+def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
+    """Return one line a point: coefficients, predicted values, real values."""
+    front, table = view.front, _table(console)
+    table.add_column("point", justify="right", vertical="bottom")
+    titles = distinct(view.space.names, 12)
+    names = distinct([metric.name for metric in view.metrics], 14)
+    corrected, probability = has_corrected(view), has_probability(view)
+    for head, title in (
+        *(("coeff.", title) for title in titles),
+        *(("predicted", name) for name in names),
+        *(("corrected", name) for name in names if corrected),
+        *(("real", name) for name in names),
+    ):
+        table.add_column(_text(console, f"{head}\n{title}"), justify="right", no_wrap=True)
+    if probability:
+        table.add_column("prob.", justify="right", vertical="bottom", no_wrap=True)
+    sign = "+-" if console.options.ascii_only else "\u00b1"
+    for row in rows:
+        predicted = []
+        ends = (front.mean[row].tolist(), front.lower[row].tolist(), front.upper[row].tolist())
+        for metric, value, low, high in zip(view.metrics, *ends, strict=True):
+            text = metric_value(value, metric)
+            half = metric_value((high - low) / 2, metric)
+            predicted.append(f"{text} {sign}{half}" if half else text)
+        later = zip(front.corrected[row].tolist(), view.metrics, strict=True)
+        real = zip(front.real[row].tolist(), view.metrics, strict=True)
+        table.add_row(
+            str(row),
+            *(coefficient(value) for value in front.X[row].tolist()),
+            *predicted,
+            *(metric_value(value, metric) for value, metric in later if corrected),
+            *(metric_value(value, metric) for value, metric in real),
+            *([share(float(front.probability[row]))] if probability else []),
+        )
+    return table
+
+
+def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
+    """Return one block of lines a point, for runs too wide for one line a point.
+
+    A probability stands under its point's number. Where there are corrected values, half an
+    interval stands behind the prediction instead of the interval in a column of its own.
+    """
+    front, table = view.front, _table(console)
+    table.add_column("point", justify="right", no_wrap=True)
+    table.add_column("coefficients", no_wrap=True)
+    table.add_column("metric", no_wrap=True)
+    corrected, probability = has_corrected(view), has_probability(view)
+    for title in ("predicted", "corrected" if corrected else "95 % interval", "real"):
+        table.add_column(title, justify="right", no_wrap=True)
+    titles = distinct(view.space.names, 12 if corrected else 14)
+    wide = max(map(len, titles))
+    names = distinct([metric.name for metric in view.metrics], 12 if corrected else 14)
+    for row in rows:
+        scales = [
+            f"{name:<{wide}} {coefficient(value):>5}"
+            for name, value in zip(titles, front.X[row].tolist(), strict=True)
+        ]
+        left = [str(row), *([share(float(front.probability[row]))] if probability else [])]
+        for line in range(max(len(scales), len(names), len(left))):
+            cells = [""] * 4
+            if line < len(names):
+                metric = view.metrics[line]
+                values = (front.mean, front.lower, front.upper, front.corrected, front.real)
+                mean, low, high, later, real = (float(value[row, line]) for value in values)
+                between = interval(low, high, metric)
+                predicted = metric_value(mean, metric)
+                if corrected:
+                    half = metric_value((high - low) / 2, metric)
+                    predicted, between = f"{predicted} \u00b1{half}", metric_value(later, metric)
+                cells = [names[line], predicted, between, metric_value(real, metric)]
+            table.add_row(
+                left[line] if line < len(left) else "",
+                _text(console, scales[line] if line < len(scales) else ""),
+                *(_text(console, cell) for cell in cells),
+            )
+        table.add_section()
+    return table
+
+
+def _table(console: Console, *, show_header: bool = True) -> Table:
+    look = box.ASCII2 if console.options.ascii_only else box.SIMPLE
+    return Table(
+        box=look if show_header else None,
+        show_header=show_header,
+        header_style="bold",
+        show_edge=False,
+        pad_edge=False,
+    )
+
+
+def _heading(console: Console, text: str) -> None:
+    console.print()
+    console.print(_text(console, text, style="bold"))
+
+
+def _text(console: Console, text: str, *, style: str = "") -> Text:
+    """Return ``text`` as it stands: no markup in names, no characters the output cannot show."""
+    if console.options.ascii_only:
+        text = (
+            text.replace("\u2026", "~")
+            .replace("\u00b1", "+-")
+            .encode("ascii", "backslashreplace")
+            .decode()
+        )
+    return Text(text.encode("utf-8", "backslashreplace").decode(), style=style)

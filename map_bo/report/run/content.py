@@ -1,0 +1,136 @@
+"""What the card and the page say about a run, as rows of text; only the layout is theirs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from map_bo.report.numbers import better, metric_value, seconds
+from map_bo.report.run.certainty import stop_words
+from map_bo.report.view import RunView, scale
+
+__all__ = ["facts", "failure_rows", "hypervolume_rows", "hypervolume_scale", "metric_rows", "notes"]
+
+_VOLUMES = {
+    "predicted front": "predicted",
+    "verified points": "real",
+    "observed points": "real",
+    "uniform blend": "real",
+    "best expert": "real",
+}
+
+
+def facts(view: RunView) -> list[tuple[str, str]]:
+    """Return what was run, as label and text; what the summary does not hold is left out."""
+    summary, front = view.summary, view.front
+    evaluations = str(summary.get("evaluations", len(view.seen)))
+    if "budget" in summary:
+        evaluations += f" (budget {summary['budget']})"
+    checked = summary.get("verification") or {}
+    if checked.get("points"):
+        where = f", {checked['counted']}" if checked.get("counted") else ""
+        evaluations += f"; {checked['points']} of them measured front points{where}"
+    failed = summary.get("failures", sum(reason is not None for reason in view.seen.failures))
+    real = int(front.verified.sum())
+    points = "1 predicted point" if len(front) == 1 else f"{len(front)} predicted points"
+    rows = []
+    nested = summary.get("nested")
+    if isinstance(nested, Mapping):
+        rows.append(
+            (
+                "nested",
+                f"{len(nested['nodes'])} merges in {nested['stages']} stages; "
+                f"{nested['data_sets']} measurements of one task at one point, as many as "
+                f"{float(nested['flat_evaluations']):.1f} evaluations of all tasks",
+            )
+        )
+    rows += [
+        ("of all tasks" if nested else "evaluations", evaluations),
+        ("failed", str(failed) if failed else "none"),
+        ("front", f"{points}, {real or 'none'} of them also measured"),
+    ]
+    if stop_words(view):
+        rows.append(("stopped", stop_words(view)))
+    surrogate = summary.get("surrogate")
+    if isinstance(surrogate, Mapping) and surrogate:
+        rows.append(("surrogate", _surrogate(surrogate)))
+    if "sampler" in summary:
+        rows.append(("sampler", _name(summary["sampler"])))
+    if "seed" in summary:
+        rows.append(("seed", str(summary["seed"])))
+    spent = summary.get("seconds")
+    if isinstance(spent, Mapping) and spent:
+        parts = (f"{name} {seconds(float(value))}" for name, value in spent.items())
+        rows.append(("time", ", ".join(parts)))
+    return rows
+
+
+def _surrogate(about: Mapping[str, Any]) -> str:
+    """Return the surrogate's name and, where one was selected for each metric, which."""
+    name = _name(about.get("settings") or about.get("model") or "unknown")
+    chosen: dict[str, list[str]] = {}
+    selection = about.get("selection")
+    for entry in selection if isinstance(selection, list | tuple) else ():
+        if isinstance(entry, Mapping) and "chosen" in entry:
+            chosen.setdefault(str(entry["chosen"]), []).append(str(entry.get("metric", "?")))
+    said = "; ".join(f"{kind} for {', '.join(metrics)}" for kind, metrics in chosen.items())
+    return f"{name}: {said}" if said else name
+
+
+def _name(settings: Any) -> str:
+    """Return what stands before the parentheses; the page holds the settings in full."""
+    return str(settings).split("(", 1)[0]
+
+
+def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
+    """Return for each metric: name, direction, reference point, best expert, optimism.
+
+    Optimism is the mean of predicted minus real over the verified points, positive when the
+    prediction was too good whatever the direction; empty where nothing was verified.
+    """
+    optimism = view.summary.get("optimism") or {}
+    low, high = scale(view)
+    rows = []
+    for metric, a, b in zip(view.metrics, low.tolist(), high.tolist(), strict=True):
+        gap = optimism.get(metric.name)
+        rows.append(
+            (
+                metric.name,
+                better(metric),
+                metric_value(a, metric),
+                metric_value(b, metric),
+                "" if gap is None else f"{gap:+.3f}" if abs(gap) < 10 else f"{gap:+.4g}",
+            )
+        )
+    return rows
+
+
+def hypervolume_scale(view: RunView) -> str:
+    """Return the sentence that says what the hypervolumes are measured from and in."""
+    return (
+        f"Reference point: {view.reference_rule}. Metrics are scaled to 0 there and to 1 at the "
+        "best expert."
+    )
+
+
+def hypervolume_rows(view: RunView) -> list[tuple[str, str, float | None]]:
+    """Return the hypervolumes compared: of what, ``"predicted"`` or ``"real"``, and how large."""
+    recorded = view.summary.get("hypervolume") or {}
+    return [
+        (name, _VOLUMES.get(name, ""), None if value is None else float(value))
+        for name, value in recorded.items()
+    ]
+
+
+def failure_rows(view: RunView) -> list[tuple[int, str]]:
+    """Return the number (from 1) and the reason of every evaluation that failed."""
+    return [
+        (number, reason)
+        for number, reason in enumerate(view.seen.failures, start=1)
+        if reason is not None
+    ]
+
+
+def notes(view: RunView) -> list[str]:
+    """Return the notes of the run."""
+    return [str(note) for note in view.summary.get("notes") or ()]

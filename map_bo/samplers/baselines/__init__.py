@@ -1,0 +1,1 @@
+"""Baselines behind the same protocol: Ax, CMA-ES, NSGA-II and NSGA-III."""

@@ -1,0 +1,1 @@
+"""Designs: points that are chosen before anything is measured."""

@@ -1,0 +1,1 @@
+"""MAP's adaptive sampling: as published, and repaired."""

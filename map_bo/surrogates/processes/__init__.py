@@ -1,0 +1,1 @@
+"""Gaussian processes: covariances, marginal likelihood, gradients, sparsity."""

@@ -1,0 +1,401 @@
+"""Gaussian processes on the link scale: one for each metric, behind one botorch model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import gpytorch
+import torch
+from botorch.models.gp_regression import SingleTaskGP
+from botorch.models.model_list_gp_regression import ModelListGP
+from gpytorch.distributions import MultivariateNormal
+from gpytorch.kernels import Kernel
+from gpytorch.means import ConstantMean, Mean
+from linear_operator import to_linear_operator
+from torch import Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.errors import SurrogateError
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.gradients import gradient_rows, gradient_scale
+from map_bo.surrogates.links import Link, as_fitted, links_for, observed_on_link
+from map_bo.surrogates.processes.gp_gradients import (
+    ConditionedKernel,
+    ConditionedMean,
+    SlopeMean,
+    Slopes,
+    fit_joint,
+)
+from map_bo.surrogates.processes.kernels import Trend, TrendRBFKernel, trend_groups
+from map_bo.surrogates.processes.marginal import (
+    ClosedFormMean,
+    Fitted,
+    Hyperparameters,
+    LogPrior,
+    fit,
+    leave_one_out,
+)
+from map_bo.surrogates.surrogate import SurrogateModel
+
+__all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
+
+# (mean, spread) of the log nugget of standardised targets: unknown noise (botorch's prior), and
+# what is left to explain where the noise is known.
+_NOISE_PRIOR = (-4.0, 1.0)
+_MISFIT_PRIOR = (-7.0, 2.0)
+# Added to posterior variances, as a share of the metric's variance and at least: near points of a
+# smooth process are so alike that their covariance is not positive definite in float64, and
+# gpytorch takes variances below 1e-10 for a failure.
+_JITTER, _LEAST_JITTER = 1e-8, 2e-10
+
+
+@dataclass(frozen=True)
+class ProcessPrior:
+    """Priors on the logarithms of a process' hyperparameters, for standardised targets.
+
+    Attributes:
+        trend: Features whose weights are integrated out.
+        trend_variance: Prior variance that each group of features has in all; a group's
+            variance is shared out evenly over its features.
+        trend_spread: Standard deviation of its logarithm.
+        scale: Mean and standard deviation of the log variance of the squared-exponential part.
+        lengthscale: Mean and standard deviation of the log lengthscale in one dimension, as a
+            share of the box's width; the mean grows by half the logarithm of the dimension, as
+            distances do (Hvarfner et al., *Vanilla Bayesian Optimization Performs Great in High
+            Dimensions*, ICML 2024).
+    """
+
+    trend: Trend
+    trend_variance: float
+    trend_spread: float
+    scale: tuple[float, float]
+    lengthscale: tuple[float, float]
+
+    def on(self, d: int, *, known_noise: bool) -> LogPrior:
+        """Return the prior in ``d`` dimensions."""
+        groups = trend_groups(self.trend, d)
+        sizes = torch.bincount(groups).clamp_min(1).tolist()
+        rows = [
+            _MISFIT_PRIOR if known_noise else _NOISE_PRIOR,
+            *((math.log(self.trend_variance / size), self.trend_spread) for size in sizes),
+            self.scale,
+            *[(self.lengthscale[0] + 0.5 * math.log(d), self.lengthscale[1])] * d,
+        ]
+        table = torch.tensor(rows, dtype=torch.float64)
+        return LogPrior(table[:, 0].clone(), table[:, 1].clone())
+
+    def starts(self, prior: LogPrior, d: int) -> Tensor:
+        """Return where to start (``2 x p``): little but the trend, and mostly the RBF."""
+        groups = int(trend_groups(self.trend, d)[-1]) + 1
+        calm, lively = prior.mean.clone(), prior.mean.clone()
+        if self.trend == "quadratic":
+            calm[1 + groups] = math.log(0.01)
+        lively[1 + groups] = math.log(0.5)
+        lively[2 + groups :] = math.log(0.3 * math.sqrt(d))
+        return torch.stack([calm, lively])
+
+
+class MetricGP(SingleTaskGP):
+    """The process of one metric on its link scale; :class:`GPModel` holds one a metric.
+
+    Inputs are scaled by the space's box and outputs by the kernel's variances, so that all
+    that botorch passes around (targets, noise) is in the units of the link scale.
+
+    Args:
+        X: ``n x d`` coefficients.
+        z: ``n`` values on the link scale.
+        variance: ``n`` total noise variances, the nugget included.
+        kernel: Covariance on the link scale.
+        mean: Prior mean.
+        metric: The metric.
+        link: Its link.
+        misfit: Fitted variance on top of known noise; 0 where the noise is unknown.
+        jitter: Variance that is added to the posterior's for numerical reasons.
+        note: Why the hyperparameters are not the best ones, ``None`` when they are.
+        cost: Negative log posterior of the hyperparameters, up to what their priors share.
+        slopes: Observed slopes on the link scale, with their total noise variances.
+    """
+
+    def __init__(
+        self,
+        X: Tensor,
+        z: Tensor,
+        variance: Tensor,
+        *,
+        kernel: TrendRBFKernel,
+        mean: float,
+        metric: Metric,
+        link: Link,
+        misfit: float,
+        jitter: float,
+        note: str | None,
+        cost: float = math.inf,
+        slopes: Slopes | None = None,
+    ) -> None:
+        constant: Mean = ConstantMean()
+        covariance: Kernel = kernel
+        if slopes is None:
+            constant.initialize(constant=mean)
+        else:
+            covariance = ConditionedKernel(kernel, X, slopes)
+            constant = ConditionedMean(covariance, mean)
+        # gpytorch rounds known noise up to 1e-6, which is for targets of unit variance.
+        with gpytorch.settings.min_fixed_noise(double_value=1e-300):
+            super().__init__(
+                X,
+                z.unsqueeze(-1),
+                variance.unsqueeze(-1),
+                covar_module=covariance,
+                mean_module=constant,
+                outcome_transform=None,
+            )
+        self.requires_grad_(False)
+        self.metric, self.link = metric, link
+        self.misfit, self.jitter, self.note, self.cost = misfit, jitter, note, cost
+        self.eval()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> MultivariateNormal:
+        """Return the prior in training, else the posterior with its jitter."""
+        mvn = super().__call__(*args, **kwargs)
+        if self.training:
+            return mvn
+        covariance = mvn.lazy_covariance_matrix.to_dense()
+        covariance = covariance + self.jitter * torch.eye(covariance.shape[-1]).to(covariance)
+        # As a linear operator: a dense covariance would be factorised at once, needed or not.
+        return MultivariateNormal(mvn.mean, to_linear_operator(covariance))
+
+
+class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
+    """Independent Gaussian processes on the link scales, one a metric.
+
+    It is a botorch ``ModelListGP``, so everything that botorch does with one (fantasies, cached
+    roots, pathwise sampling) works; on top come the closed forms of :class:`SurrogateModel` and
+    of leave-one-out validation.
+
+    Args:
+        *processes: One process a metric.
+    """
+
+    def __init__(self, *processes: MetricGP) -> None:
+        super().__init__(*processes)
+        self.metrics = tuple(process.metric for process in processes)
+        self.links = tuple(process.link for process in processes)
+        self.eval()
+        self._mean: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def processes(self) -> tuple[MetricGP, ...]:
+        """The process of every metric."""
+        return tuple(cast(MetricGP, process) for process in self.models)
+
+    @property
+    def notes(self) -> tuple[str | None, ...]:
+        """For each metric why its hyperparameters are not the best ones, ``None`` if they are."""
+        return tuple(process.note for process in self.processes)
+
+    def link_mean(self, X: Tensor) -> Tensor:
+        """Return the posterior mean on the link scale, ``n x m`` for ``n x d``.
+
+        All outputs in one batch of matrix products, from weights that are computed at the first
+        call (batches of fantasies go through the posterior).
+        """
+        if any(process.train_targets.dim() > 1 for process in self.processes):
+            return self.posterior(X).mean
+        if self._mean is None:
+            parts = [
+                (
+                    process.covar_module,
+                    process.train_inputs[0],
+                    process.train_targets,
+                    process.likelihood.noise,
+                    process.mean_module.constant,
+                )
+                for process in self.processes
+            ]
+            # One batch where it can be one: processes with slopes have as many as they have.
+            if any(isinstance(part[0], ConditionedKernel) for part in parts):
+                self._mean = SlopeMean.stacked(parts)
+            else:
+                self._mean = ClosedFormMean.of(parts)
+        return self._mean(X)
+
+    def leave_one_out(self) -> tuple[Tensor, Tensor]:
+        """Return mean and variance of each latent value without its own row, ``n x m`` each.
+
+        Link scale; hyperparameters are held, noise and nugget are not in the variance.
+        Rasmussen & Williams, 2006, equations 5.10-5.12.
+        """
+        means, variances = [], []
+        for process in self.processes:
+            noise, kernel = process.likelihood.noise, process.covar_module
+            X = process.train_inputs[0]
+            residual = process.train_targets - process.mean_module.constant
+            if isinstance(kernel, ConditionedKernel):
+                mean, variance = kernel.leave_one_out(X, residual, noise)
+            else:
+                K = kernel(X).to_dense() + torch.diag(noise)
+                mean, variance = leave_one_out(K, residual, noise)
+            means.append(mean + process.mean_module.constant)
+            variances.append(variance + process.jitter)
+        return torch.stack(means, -1), torch.stack(variances, -1)
+
+    def training_targets(self) -> tuple[Tensor, Tensor]:
+        """Return the targets and their total noise variance, ``n x m`` each, link scale."""
+        targets = [process.train_targets for process in self.processes]
+        noise = [process.likelihood.noise for process in self.processes]
+        return torch.stack(targets, -1), torch.stack(noise, -1)
+
+    def misfit_variance(self) -> Tensor:
+        """Return the fitted variance on top of known noise (``m``, link scale), else 0."""
+        return torch.tensor([process.misfit for process in self.processes], dtype=torch.float64)
+
+    def subset_output(self, idcs: Sequence[int]) -> GPModel:
+        """Return the model of the given metrics alone."""
+        return GPModel(*[self.processes[i] for i in idcs])
+
+    def condition_on_observations(
+        self, X: Tensor | list[Tensor], Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> GPModel:
+        """Return the model that has also seen ``Y`` at ``X``, hyperparameters held.
+
+        Args:
+            X: ``... x n' x d`` coefficients, or a list of one such tensor a metric.
+            Y: ``... x n' x m`` values on the link scale.
+            noise: ``... x n' x m`` variances of ``Y``; by default the mean of the fit's.
+            **kwargs: Passed on to gpytorch.
+        """
+        inputs = X if isinstance(X, list) else [X] * len(self.metrics)
+        parts = []
+        for j, (process, points) in enumerate(zip(self.processes, inputs, strict=True)):
+            y = Y[..., j : j + 1]
+            if noise is None:
+                v = process.likelihood.noise.mean().expand(*points.shape[:-1], 1)
+            else:
+                v = noise[..., j : j + 1]
+            # gpytorch extends the factorisation that a first prediction leaves behind.
+            with torch.no_grad():
+                process.posterior(points[..., :1, :])
+            more = process.condition_on_observations(points, y, noise=v, **kwargs)
+            parts.append(cast(MetricGP, more))
+        return GPModel(*parts)
+
+
+@dataclass(frozen=True)
+class GP:
+    """Settings of the Gaussian process: a constant plus a squared-exponential with ARD.
+
+    Hyperparameters are set to the mode of marginal likelihood times priors (botorch's for the
+    lengthscales). The constant has a prior variance and is integrated out. Known noise
+    enters as known, and a small fitted variance on top takes up what the process cannot follow;
+    unknown noise is fitted. Observed gradients are slopes of the process, with noise and a nugget
+    of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). A metric should vary by more
+    than 1e-3 on its link scale: gpytorch takes variances below 1e-10 for zero, so they are kept
+    above 2e-10.
+
+    Attributes:
+        link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
+        importance: Power of the space's importances that inputs are scaled by, where the space
+            has any, see :meth:`~map_bo.space.CoefficientSpace.stretched`: the lengthscales' prior
+            shrinks by it. 0 takes all coefficients to matter alike.
+    """
+
+    link: Literal["auto", "identity"] = "auto"
+    importance: float = 0.5
+
+    def __post_init__(self) -> None:
+        links_for((), kind=self.link)
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> GPModel:
+        """Fit to the evaluations that succeeded (two or more).
+
+        Raises:
+            SurrogateError: When fewer than two succeeded.
+        """
+        space = space.stretched(self.importance)
+        return fit_processes(seen, space, link=self.link, prior=_GP_PRIOR)
+
+
+_GP_PRIOR = ProcessPrior(
+    trend="constant",
+    trend_variance=1.0,
+    trend_spread=1.0,
+    scale=(0.0, 1.0),
+    # The mode of botorch's LogNormal(sqrt 2 + log(d) / 2, sqrt 3) as a normal of the logarithm.
+    lengthscale=(math.sqrt(2) - 3, math.sqrt(3)),
+)
+
+
+def fit_processes(
+    seen: Observations,
+    space: CoefficientSpace,
+    *,
+    link: Literal["auto", "identity"],
+    prior: ProcessPrior,
+) -> GPModel:
+    """Fit one process a metric under ``prior`` to the evaluations that succeeded.
+
+    Raises:
+        SurrogateError: When fewer than two succeeded.
+    """
+    total = len(seen)
+    seen = as_fitted(seen)
+    if len(seen) < 2:
+        raise SurrogateError(
+            f"{len(seen)} of {total} evaluations succeeded; a Gaussian process needs at least 2",
+            hint="evaluate more points, or look at the reasons of those that failed",
+        )
+    links = links_for(seen.metrics, kind=link)
+    Z, variance = observed_on_link(seen, links)
+    gradients = gradient_rows(seen, links, space)
+    U = space.normalise(seen.X)
+    processes = []
+    for j, (metric, its_link) in enumerate(zip(seen.metrics, links, strict=True)):
+        z, v = Z[:, j], variance[:, j]
+        known = not bool(v.isnan().any())
+        v = v.nan_to_num(nan=0.0)
+        shift, unit = z.mean(), z.std()
+        slopes = None
+        if gradients is not None:
+            slopes = Slopes.of(gradients.slopes[:, j], gradients.variance[:, j])
+            unit = torch.maximum(unit, gradient_scale(gradients)[j])
+        if not float(unit) > 1e-12 * (1 + float(shift.abs())):
+            unit = torch.ones_like(unit)
+        at = prior.on(space.d, known_noise=known)
+        starts, squared = prior.starts(at, space.d), unit.square()
+        values = (z - shift) / unit, v / squared
+        if slopes is None:
+            fitted: Fitted = fit(U, *values, prior.trend, at, starts)
+            nugget = misfit = fitted.hyperparameters.nugget * squared
+        else:
+            fitted, slope_nugget, misfit = fit_joint(
+                U, values, slopes.scaled(unit), prior.trend, at, starts
+            )
+            slopes = slopes.noisier(slope_nugget * squared)
+            nugget, misfit = fitted.hyperparameters.nugget * squared, misfit * squared
+        hyper: Hyperparameters = fitted.hyperparameters
+        processes.append(
+            MetricGP(
+                seen.X,
+                z,
+                v + nugget,
+                kernel=TrendRBFKernel(
+                    space,
+                    hyper.trend * squared,
+                    hyper.scale * squared,
+                    hyper.lengthscale,
+                    prior.trend,
+                ),
+                mean=float(shift),
+                metric=metric,
+                link=its_link,
+                misfit=float(misfit) if known else 0.0,
+                jitter=max(_JITTER * float(squared), _LEAST_JITTER),
+                note=fitted.note,
+                cost=fitted.cost,
+                slopes=slopes,
+            )
+        )
+    return GPModel(*processes)

@@ -1,0 +1,201 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from map_bo.errors import DataError, EvaluationError
+from map_bo.evaluators.evaluator import (
+    Measurement,
+    accuracy,
+    binomial_variance,
+    mean_loss,
+    measure,
+)
+from map_bo.rng import make_generator
+
+MODEL = nn.Identity()
+
+
+def test_measurement_keeps_plain_numbers() -> None:
+    seen = Measurement(torch.tensor(0.5), np.float32(0.25), np.int64(8))  # type: ignore[arg-type]
+    assert (seen.value, seen.variance, seen.count) == (0.5, 0.25, 8)
+    assert [type(x) for x in (seen.value, seen.variance, seen.count)] == [float, float, int]
+    assert Measurement(1) == Measurement(1.0, None, None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((float("nan"),), "value is nan"),
+        ((float("inf"),), "value is inf"),
+        (("0.5",), "value is a str, not a number"),
+        ((True,), "value is a bool, not a number"),
+        ((0.5, -1.0), "variance is -1.0"),
+        ((0.5, float("nan")), "variance is nan"),
+        ((0.5, None, 0), "count is 0"),
+        ((0.5, None, 2.5), "count is 2.5"),
+        ((0.5, None, float("inf")), "count is inf"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message):
+        Measurement(*arguments)
+
+
+@pytest.mark.parametrize(
+    "result",
+    [0.5, np.float64(0.5), np.float32(0.5), np.array(0.5), torch.tensor(0.5), Measurement(0.5)],
+)
+def test_measure_takes_any_real_number(result: Any) -> None:
+    assert measure("a", lambda model: result, MODEL) == Measurement(0.5)
+
+
+def test_measure_takes_integers_and_gives_the_model() -> None:
+    given_models: list[nn.Module] = []
+
+    def evaluator(model: nn.Module) -> int:
+        given_models.append(model)
+        return 1
+
+    assert measure("a", evaluator, MODEL).value == 1.0
+    assert given_models == [MODEL]
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        (None, "evaluator 'a' returned None, not a number"),
+        ((0.5, 0.1), "evaluator 'a' returned a tuple, not a number"),
+        ("0.5", "evaluator 'a' returned a str, not a number"),
+        (True, "evaluator 'a' returned a bool, not a number"),
+        ({"acc": 1.0}, "evaluator 'a' returned a dict, not a number"),
+        (1j, "evaluator 'a' returned a complex, not a number"),
+        (float("nan"), "evaluator 'a' returned nan"),
+        (torch.tensor(float("inf")), "evaluator 'a' returned inf"),
+        (torch.ones(3), r"evaluator 'a' returned tensor of shape \(3,\)"),
+        (np.ones((1, 2)), r"evaluator 'a' returned array of shape \(1, 2\)"),
+    ],
+)
+def test_measure_refuses_all_else(result: Any, message: str) -> None:
+    with pytest.raises(EvaluationError, match=message) as caught:
+        measure("a", lambda model: result, MODEL)
+    assert caught.value.hint
+
+
+def test_measure_says_what_an_evaluator_raised() -> None:
+    def broken(error: BaseException) -> Any:
+        raise error
+
+    with pytest.raises(EvaluationError) as caught:
+        measure("code", lambda model: broken(ValueError("no tests found")), MODEL)
+    assert caught.value.message == "evaluator 'code' raised ValueError: no tests found"
+    assert isinstance(caught.value.__cause__, ValueError)
+    with pytest.raises(EvaluationError) as caught:
+        measure("code", lambda model: broken(RuntimeError()), MODEL)
+    assert caught.value.message == "evaluator 'code' raised RuntimeError"
+    with pytest.raises(EvaluationError) as caught:
+        measure("code", lambda model: broken(DataError("odd", hint="mend it")), MODEL)
+    assert caught.value.message == "evaluator 'code' raised DataError: odd"
+    for passes in (KeyboardInterrupt, SystemExit):
+        with pytest.raises(passes):
+            measure("code", lambda model, kind=passes: broken(kind()), MODEL)  # type: ignore[misc]
+
+
+@given(st.integers(1, 10_000), st.floats(0, 1))
+def test_binomial_variance_is_positive_and_symmetric(count: int, value: float) -> None:
+    variance = binomial_variance(value, count)
+    assert 0 < variance <= 0.25 / (count + 1)
+    assert binomial_variance(1 - value, count) == pytest.approx(variance, rel=1e-6)
+    scaled = binomial_variance(10 + 90 * value, count, lower=10, upper=100)
+    assert scaled == pytest.approx(90**2 * variance, rel=1e-6)
+
+
+def test_binomial_variance_by_hand() -> None:
+    assert binomial_variance(1.0, 9) == pytest.approx(0.95 * 0.05 / 10)
+    assert binomial_variance(0.5, 9) == pytest.approx(0.025)
+
+
+class Classifier(nn.Module):
+    """Logits are the inputs, with dropout that would show a wrong mode."""
+
+    def __init__(self, wrapped: bool = False) -> None:
+        super().__init__()
+        self.noise = nn.Dropout(0.99)
+        self.scale = nn.Parameter(torch.ones(()))
+        self.wrapped = wrapped
+        self.sizes: list[int] = []
+        self.gradients: list[bool] = []
+
+    def forward(self, x: Tensor) -> Any:
+        self.sizes.append(len(x))
+        logits = self.noise(x) * self.scale
+        self.gradients.append(logits.requires_grad)
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+class Broken(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.zeros(17)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_accuracy_and_loss(batch_size: int, wrapped: bool) -> None:
+    generator = make_generator(0)
+    x = torch.randn(7, 3, generator=generator)
+    y = torch.randint(0, 3, (7,), generator=generator)
+    model = Classifier(wrapped).train()
+    model.noise.eval()
+    seen = accuracy(x, y, batch_size=batch_size)(model)
+    assert seen.value == pytest.approx(float((x.argmax(-1) == y).double().mean()))
+    assert seen.count == 7
+    assert seen.variance is None
+    loss = mean_loss(x, y, batch_size=batch_size)(model)
+    each = -x.log_softmax(-1)[torch.arange(7), y].double()
+    assert loss.value == pytest.approx(float(each.mean()), rel=1e-6)
+    assert loss.variance == pytest.approx(float(each.var()) / 7, rel=1e-5)
+    assert loss.count == 7
+    assert max(model.sizes) == min(batch_size, 7)
+    assert not any(model.gradients)
+    assert model.training
+    assert not model.noise.training
+
+
+def test_modes_come_back_when_the_model_raises() -> None:
+    model = Classifier().train()
+    with pytest.raises(RuntimeError, match="must match the size"):
+        accuracy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))(
+            nn.Sequential(model, Broken()).train()
+        )
+    assert model.training
+    x = torch.full((2, 3), torch.nan)
+    with pytest.raises(EvaluationError, match="outputs hold NaN"):
+        accuracy(x, torch.zeros(2, dtype=torch.long))(model)
+    assert model.training
+    assert model.noise.training
+
+
+def test_loss_of_one_example_has_no_variance() -> None:
+    assert mean_loss(torch.zeros(1, 2), torch.tensor([1]))(Classifier()).variance is None
+
+
+@pytest.mark.parametrize("make", [accuracy, mean_loss])
+def test_examples_that_do_not_fit_are_refused(make: Any) -> None:
+    x = torch.zeros(3, 2)
+    with pytest.raises(EvaluationError, match="3 inputs and 2 labels"):
+        make(x, torch.zeros(2, dtype=torch.long))
+    with pytest.raises(EvaluationError, match="0 inputs and 0 labels"):
+        make(x[:0], torch.zeros(0, dtype=torch.long))
+    with pytest.raises(EvaluationError, match=r"labels are torch.float32"):
+        make(x, torch.zeros(3))
+    with pytest.raises(EvaluationError, match=r"shape \(3, 1\)"):
+        make(x, torch.zeros(3, 1, dtype=torch.long))
+    with pytest.raises(EvaluationError, match="batch_size is 0"):
+        make(x, torch.zeros(3, dtype=torch.long), batch_size=0)

@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
+
+from map_bo.app.build import build_problem
+from map_bo.app.schema import register
+from map_bo.errors import DataError
+from map_bo.problems.problem import Problem
+from map_bo.problems.zoo.image_training import ImageRecipe, encoder, select
+from map_bo.problems.zoo.images import ImagesProblem, ImageZoo, head, images_problem
+from map_bo.rng import make_generator
+from tests.contracts.problem_contract import ProblemContract
+from tests.problems.fake_images import write_images
+from tests.problems.zoo.test_image_sets import real_images
+
+PAIR = ("mnist", "usps")
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="session")
+def pair(images: Path) -> ImagesProblem:
+    return images_problem(images, sets=PAIR, epochs=2, examples=30)
+
+
+class TestImagesContract(ProblemContract):
+    @pytest.fixture
+    def problem(self, pair: ImagesProblem) -> Problem:
+        return pair
+
+
+def test_one_coefficient_and_one_metric_a_set(pair: ImagesProblem) -> None:
+    assert pair.space.names == PAIR
+    assert tuple(metric.name for metric in pair.metrics) == PAIR
+    seen = pair.evaluate(torch.zeros(1, 2), generator=make_generator(0))
+    assert bool((seen.counts == 30).all())
+
+
+def test_the_metric_is_the_accuracy_under_the_sets_own_head(
+    pair: ImagesProblem, images: Path
+) -> None:
+    model = encoder(generator=make_generator(0))
+    model.load_state_dict(load_file(pair.files["usps"]))
+    seen = pair.evaluate(torch.tensor([[0.0, 1.0]]), generator=make_generator(0)).Y[0]
+    heads = load_file(pair.files["heads"])
+    for value, name in zip(seen, PAIR, strict=True):
+        part = select(name, images)
+        logits = head(heads, name)(model(part.test[:30]))
+        right = (logits.argmax(-1) == part.test_labels[:30]).float().mean()
+        assert float(value) == pytest.approx(float(right), abs=1e-6)
+
+
+def test_experts_learn_their_set_under_the_frozen_head(pair: ImagesProblem, images: Path) -> None:
+    heads = load_file(pair.files["heads"])
+    losses = {}
+    for name in ("base", *PAIR):
+        model = encoder(generator=make_generator(0))
+        model.load_state_dict(load_file(pair.files[name]))  # the encoder alone
+        for part in (select(own, images) for own in PAIR):
+            logits = head(heads, part.name)(model(part.train))
+            losses[name, part.name] = F.cross_entropy(logits, part.train_labels).item()
+    for name in PAIR:
+        assert losses[name, name] < losses["base", name] - 0.01
+
+
+def test_trains_once_and_again_what_is_damaged(images: Path, tmp_path: Path) -> None:
+    zoo = ImageZoo(ImageRecipe(PAIR, epochs=1), images)
+    files = zoo.checkpoints(tmp_path)
+    before = {name: path.read_bytes() for name, path in files.items()}
+    stamps = {name: path.stat().st_mtime_ns for name, path in files.items()}
+    assert zoo.checkpoints(tmp_path) == files
+    assert {name: path.stat().st_mtime_ns for name, path in files.items()} == stamps
+    files["heads"].write_bytes(before["heads"][:-10])
+    files["usps"].unlink()
+    zoo.checkpoints(tmp_path)
+    assert {name: path.read_bytes() for name, path in files.items()} == before
+    assert files["mnist"].stat().st_mtime_ns == stamps["mnist"]
+
+
+def test_the_folder_names_everything_that_weights_depend_on(images: Path, tmp_path: Path) -> None:
+    other = write_images(tmp_path / "other", train=70)
+    zoos = [
+        ImageZoo(ImageRecipe(PAIR), images),
+        ImageZoo(ImageRecipe(PAIR, seed=1), images),
+        ImageZoo(ImageRecipe(PAIR, epochs=1), images),
+        ImageZoo(ImageRecipe(("mnist", "notmnist")), images),
+        ImageZoo(ImageRecipe(PAIR), other),
+    ]
+    assert len({zoo.folder(tmp_path) for zoo in zoos}) == len(zoos)
+    moved = write_images(tmp_path / "moved")
+    assert ImageZoo(ImageRecipe(PAIR), moved).folder(tmp_path) == zoos[0].folder(tmp_path)
+
+
+def test_the_description_says_the_zoo_and_the_examples(images: Path, pair: ImagesProblem) -> None:
+    described = pair.describe()
+    assert described["kind"] == "images"
+    assert described["zoo"]["examples"] == 30
+    other = images_problem(images, sets=PAIR, epochs=2, examples=31).describe()
+    assert json.dumps(other, sort_keys=True) != json.dumps(described, sort_keys=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"sets": ("mnist",)}, "the image zoo has the sets mnist"),
+        ({"sets": ("mnist", "mnist")}, "the image zoo has the sets mnist, mnist"),
+        ({"sets": ("mnist", "cifar")}, "no image set 'cifar'"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"examples": 0}, "examples is 0"),
+        ({"examples": 41}, "examples is 41"),
+        ({"examples": True}, "examples is True"),
+    ],
+)
+def test_refuses_what_cannot_be(settings: dict[str, Any], message: str, images: Path) -> None:
+    with pytest.raises(DataError, match=message) as caught:
+        images_problem(images, **{"sets": PAIR, "epochs": 1, **settings})
+    assert caught.value.hint
+
+
+def test_the_configuration_builds_it_and_tells_what_is_missing(
+    images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MAP_BO_DATA", raising=False)
+    register()
+    with initialize_config_module("map_bo.conf", version_base="1.3"):
+        small = ["problem=images", "problem.sets=[mnist,usps]", "problem.epochs=2"]
+        with pytest.raises(DataError, match="no folder of image sets"):
+            build_problem(compose("config", overrides=small))
+        full = [*small, f"problem.root={images}", "problem.examples=30"]
+        assert build_problem(compose("config", overrides=full)).space.names == PAIR
+
+
+@pytest.mark.data
+def test_real_experts_are_good_at_their_set_and_conflict_mildly() -> None:
+    folder = real_images()
+    if folder is None:
+        pytest.skip("no image sets: set MAP_BO_DATA to their folder")
+    problem = images_problem(folder)
+    anchors = problem.space.anchors()
+    seen = problem.evaluate(anchors.X, generator=make_generator(0))
+    base, experts, blend = seen.Y[0], seen.Y[1:5], seen.Y[5]
+    own = experts.diagonal()
+    others = experts[~torch.eye(4, dtype=torch.bool)].view(4, 3)
+    assert bool((own > 0.8).all())
+    assert bool((own > base + 0.05).all())
+    assert bool((others.amax(-1) < own - 0.05).all())
+    assert bool((blend > experts.amin(0) + 0.1).all())
+    assert bool((blend < own).all())

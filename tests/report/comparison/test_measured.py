@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from map_bo.data import to_maximisation
+from map_bo.pareto.indicators import hypervolume
+from map_bo.report.comparison.measured import MEASURES, columns_of, measured
+from tests.report.fake_runs import record
+
+
+def test_measures_are_those_of_the_values_on_the_common_scale() -> None:
+    run = record({"seed": "0"}, m=2, loss=[1], evaluations=12, failures=[5])
+    outcome = run.outcome
+    assert outcome is not None
+    metrics = outcome.seen.metrics
+    found = measured(run, "v", metrics, outcome.reference_point, outcome.best)
+    low, high = (to_maximisation(x, metrics) for x in (outcome.reference_point, outcome.best))
+    gains = (to_maximisation(outcome.seen.Y, metrics) - low) / (high - low)
+    zero = torch.zeros(2, dtype=torch.float64)
+    volume = hypervolume(gains[outcome.seen.ok], zero)
+    assert found.values["observed_hypervolume_real"] == pytest.approx(volume)
+    assert found.volumes[-1] == pytest.approx(volume)
+    assert list(found.volumes) == sorted(found.volumes)
+    assert found.volumes[5] == found.volumes[4]  # a failure adds nothing
+    assert found.values["failures"] == 1
+    assert found.values["evaluations"] == 15
+    front = to_maximisation(outcome.front.mean, metrics)
+    assert found.values["front_hypervolume_predicted"] == pytest.approx(
+        hypervolume((front - low) / (high - low), zero)
+    )
+    assert found.values["optimism"] > 0  # the fake front is .012 too good, whatever the direction
+    assert set(found.values) == {measure.name for measure in MEASURES}
+
+
+def test_without_verification_there_is_nothing_real_to_say_of_the_front() -> None:
+    run = record({"seed": "0"}, verify=0)
+    outcome = run.outcome
+    assert outcome is not None
+    found = measured(run, "v", outcome.seen.metrics, outcome.reference_point, outcome.best).values
+    assert "verified_hypervolume_real" not in found
+    assert "optimism" not in found
+
+
+def test_columns_are_found_by_name() -> None:
+    outcome = record({}, m=3).outcome
+    assert outcome is not None
+    metrics = outcome.seen.metrics
+    assert columns_of(metrics, metrics[1:]) == [1, 2]
+
+
+def test_many_metrics_are_measured_at_fewer_places() -> None:
+    run = record({"seed": "0"}, m=6, evaluations=40)
+    outcome = run.outcome
+    assert outcome is not None
+    found = measured(run, "v", outcome.seen.metrics, outcome.reference_point, outcome.best)
+    assert len(found.places) <= 25
+    assert found.places[-1] == len(outcome.seen)

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import dataclasses
+
+from map_bo.report.run.content import (
+    facts,
+    failure_rows,
+    hypervolume_rows,
+    hypervolume_scale,
+    metric_rows,
+    notes,
+)
+from tests.report.fake_views import make_view
+
+
+def test_facts_say_what_was_run() -> None:
+    said = dict(facts(make_view(2, evaluations=20, verify=3, failures=(7,))))
+    assert said["evaluations"] == (
+        "23 (budget 23); 3 of them measured front points, inside the budget"
+    )
+    assert said["failed"] == "1"
+    assert said["front"] == "120 predicted points, 3 of them also measured"
+    assert said["surrogate"] == "Auto: quadratic for rot90; gp for invert"
+    assert said["sampler"] == "Adaptive"
+    assert said["time"] == "propose 1.9 s, evaluate 12.4 s, fit 0.07 s, solve 0.31 s"
+    assert said["seed"] == "0"
+
+
+def test_a_surrogate_without_a_selection_is_named() -> None:
+    view = dataclasses.replace(make_view(2), summary={"surrogate": {"settings": "Quadratic(a=1)"}})
+    assert ("surrogate", "Quadratic") in facts(view)
+
+
+def test_a_view_without_a_summary_still_says_what_it_holds() -> None:
+    view = dataclasses.replace(make_view(2, points=1, verify=0, failures=(7,)), summary={})
+    assert facts(view) == [
+        ("evaluations", "20"),
+        ("failed", "1"),
+        ("front", "1 predicted point, none of them also measured"),
+    ]
+    assert hypervolume_rows(view) == []
+    assert notes(view) == []
+    assert [row[4] for row in metric_rows(view)] == ["", ""]
+
+
+def test_metric_rows_hold_both_ends_and_the_optimism() -> None:
+    view = make_view(2, loss=(1,))
+    name, direction, low, high, optimism = metric_rows(view)[1]
+    assert (name, direction) == ("invert loss", "lower is better")
+    assert float(low) > float(high)
+    assert float(optimism) == round(view.summary["optimism"]["invert loss"], 3)
+    assert optimism[0] in "+-"
+
+
+def test_hypervolumes_are_told_to_be_predicted_or_real() -> None:
+    rows = {name: kind for name, kind, _ in hypervolume_rows(make_view(2))}
+    assert rows == {
+        "predicted front": "predicted",
+        "verified points": "real",
+        "observed points": "real",
+        "uniform blend": "real",
+        "best expert": "real",
+    }
+    values = {name: value for name, _, value in hypervolume_rows(make_view(2, verify=0))}
+    assert values["verified points"] is None
+
+
+def test_the_scale_names_the_rule_of_the_reference_point() -> None:
+    assert hypervolume_scale(make_view(2)).startswith("Reference point: worst of base and experts")
+
+
+def test_failures_are_numbered_from_one() -> None:
+    view = make_view(2, failures=(4, 9))
+    assert failure_rows(view) == [(n, "RuntimeError: CUDA out of memory") for n in (5, 10)]

@@ -1,0 +1,288 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from botorch.utils.multi_objective.hypervolume import Hypervolume
+from linear_operator.utils.errors import NotPSDError
+from torch import Tensor
+
+from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.errors import SamplerError, SurrogateError
+from map_bo.rng import make_generator
+from map_bo.samplers.designs.space_filling import Sobol, Uniform, is_repeat
+from map_bo.samplers.posterior.acquisition import _constraints
+from map_bo.samplers.posterior.driven import reference_point
+from map_bo.samplers.posterior.hypervolume import QLogNEHVI
+from map_bo.samplers.sampler import Sampler
+from map_bo.space import CoefficientSpace, LinearConstraint
+from map_bo.surrogates.quadratic import Quadratic
+from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, measured, some_seen
+
+BOX = CoefficientSpace.box(("a", "b"))
+
+
+def small(**settings: Any) -> QLogNEHVI:
+    """Return the sampler in a size that takes a tenth of a second."""
+    sizes = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 10}
+    return QLogNEHVI(**{**sizes, **settings})
+
+
+def five_metrics(X: Tensor) -> Observations:
+    names = tuple(Metric(f"m{i}") for i in range(5))
+    return Observations(X, torch.full((len(X), 5), 0.5), names)
+
+
+class TestQLogNEHVI(SamplerContract):
+    @pytest.fixture
+    def sampler(self) -> Sampler:
+        return small(initial=5)
+
+    @pytest.fixture(params=["box", "blocks"])
+    def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
+        return SPACES[request.param]
+
+
+@pytest.mark.parametrize(("experts", "count"), [(2, 6), (4, 8), (8, 14)])
+def test_initial_points_by_default(experts: int, count: int) -> None:
+    space = CoefficientSpace.box([f"e{i}" for i in range(experts)], blocks=("x", "y", "z"))
+    assert QLogNEHVI().initial_points(space) == count
+    assert QLogNEHVI(initial=3).initial_points(space) == 3
+
+
+@pytest.mark.parametrize(("seen", "waiting"), [(0, 0), (3, 0), (2, 3)])
+def test_the_design_comes_first(seen: int, waiting: int) -> None:
+    design, generator = Sobol(), make_generator(0)
+    points = design.propose(measured(torch.zeros(0, 2)), BOX, 6, generator=generator)
+    before, pending = measured(points[:seen]), points[seen : seen + waiting]
+    X = small().propose(before, BOX, 1, pending=pending, generator=generator)
+    assert torch.equal(X, points[seen + waiting : seen + waiting + 1])
+
+
+def test_a_batch_finishes_the_design_and_goes_on_with_the_acquisition() -> None:
+    generator = make_generator(0)
+    points = Sobol().propose(measured(torch.zeros(0, 2)), BOX, 8, generator=generator)
+    X = small().propose(measured(points[:4]), BOX, 4, generator=generator)
+    assert torch.equal(X[:2], points[4:6])
+    assert not is_repeat(X[2:], points, BOX).any()
+
+
+def test_proposals_of_one_call_keep_apart() -> None:
+    X = small().propose(some_seen(BOX, 12), BOX, 3, generator=make_generator(0))
+    assert float(torch.pdist(X).min()) > 0.02
+
+
+def test_pending_points_and_their_surroundings_are_avoided() -> None:
+    seen = some_seen(BOX, 12)
+    pending = small().propose(seen, BOX, 1, generator=make_generator(0))
+    X = small().propose(seen, BOX, 1, pending=pending, generator=make_generator(0))
+    assert float((X - pending).norm()) > 0.02
+
+
+def test_a_failed_point_and_its_surroundings_are_avoided() -> None:
+    seen, generator = some_seen(BOX, 12), make_generator(0)
+    for _ in range(3):
+        X = small().propose(seen, BOX, 1, generator=generator)
+        failed = seen.X[~seen.ok]
+        assert not is_repeat(X, failed, BOX, tolerance=0.02).any()
+        seen = seen.append(measured(X, failed=(0,)))
+
+
+@pytest.mark.parametrize("succeeded", [0, 1, 2])
+def test_too_few_successes_leave_it_to_the_design(
+    succeeded: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = Sobol().propose(measured(torch.zeros(0, 2)), BOX, 9, generator=make_generator(0))
+    seen = measured(points[:8], failed=tuple(range(succeeded, 8)))
+    X = small().propose(seen, BOX, 1, generator=make_generator(0))
+    assert torch.equal(X, points[8:])
+    assert f"{succeeded} of 8 evaluations succeeded" in caplog.text
+
+
+class Broken:
+    """A surrogate that fails."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> Any:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [SurrogateError("cannot fit"), NotPSDError("not positive"), FloatingPointError("overflow")],
+)
+def test_numerical_failures_leave_it_to_the_design(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen, generator = some_seen(BOX, 9), make_generator(0)
+    X = small(surrogate=Broken(error)).propose(seen, BOX, 2, generator=generator)
+    assert torch.equal(X, Sobol().propose(seen, BOX, 2, generator=generator))
+    assert caplog.records[0].levelno == logging.WARNING
+    assert f"the design goes on: {type(error).__name__}: {error}" in caplog.text
+
+
+def test_mistakes_are_not_taken_for_numerical_failures() -> None:
+    sampler = small(surrogate=Broken(TypeError("a bug")))
+    with pytest.raises(TypeError, match="a bug"):
+        sampler.propose(some_seen(BOX, 9), BOX, 1, generator=make_generator(0))
+
+
+class Nowhere:
+    """A quadratic surrogate whose posterior is NaN everywhere."""
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> Any:
+        nowhere = seen.succeeded()
+        model = Quadratic().fit(nowhere, space)
+        posterior = model.posterior
+
+        def broken(X: Tensor, *args: Any, **kwargs: Any) -> Any:
+            return posterior(X * torch.nan if X.dim() > 2 else X, *args, **kwargs)
+
+        model.posterior = broken  # type: ignore[method-assign]
+        return model
+
+
+def test_an_acquisition_that_is_not_finite_leaves_it_to_the_design(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen, generator = some_seen(BOX, 9), make_generator(0)
+    X = small(surrogate=Nowhere()).propose(seen, BOX, 1, generator=generator)
+    assert torch.equal(X, Sobol().propose(seen, BOX, 1, generator=generator))
+    assert "the design goes on" in caplog.text
+
+
+def test_where_everything_is_known_the_design_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("map_bo.samplers.posterior.acquisition.NEAREST", 1.0)
+    seen, generator = some_seen(BOX, 9), make_generator(0)
+    X = small().propose(seen, BOX, 1, generator=generator)
+    assert torch.equal(X, Sobol().propose(seen, BOX, 1, generator=generator))
+    assert "best at points known already" in caplog.text
+
+
+@pytest.mark.parametrize("seen", [0, 12])
+def test_more_than_four_metrics_are_refused_at_once(seen: int) -> None:
+    X = BOX.sample(seen, generator=make_generator(0))
+    with pytest.raises(SamplerError, match="up to 4 metrics and there are 5") as caught:
+        QLogNEHVI().propose(five_metrics(X), BOX, 1, generator=make_generator(0))
+    assert "front_uncertainty" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"restarts": 0}, "restarts is 0"),
+        ({"raw_samples": 0}, "raw_samples is 0"),
+        ({"mc_samples": -1}, "mc_samples is -1"),
+        ({"steps": 0}, "steps is 0"),
+        ({"initial": -1}, "initial is -1"),
+    ],
+)
+def test_settings_are_checked(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(SamplerError, match=message):
+        QLogNEHVI(**settings)  # type: ignore[arg-type]
+
+
+def test_an_unknown_metric_in_the_reference_is_refused() -> None:
+    sampler = small(reference={"frist": 0.1})
+    with pytest.raises(SamplerError, match="unknown metrics: frist") as caught:
+        sampler.propose(some_seen(BOX, 1), BOX, 1, generator=make_generator(0))
+    assert caught.value.hint == "the metrics are first, second"
+
+
+def test_the_reference_is_the_worst_of_base_and_experts() -> None:
+    seen = some_seen(BOX, 12)  # base, a, b, blend, then others; the second metric is a loss
+    expected = torch.stack([seen.Y[:3, 0].amin(), -seen.Y[:3, 1].amax()])
+    assert torch.equal(reference_point(seen, BOX), expected)
+    failed = some_seen(BOX, 12, failed=(1,))
+    expected = torch.stack([seen.Y[[0, 2], 0].amin(), -seen.Y[[0, 2], 1].amax()])
+    assert torch.equal(reference_point(failed, BOX), expected)
+
+
+def test_without_anchors_the_reference_is_below_everything_observed() -> None:
+    seen = some_seen(BOX, 12).select(range(4, 12))
+    gains = to_maximisation(seen.Y, METRICS)
+    reach = gains.amax(0) - gains.amin(0)
+    assert torch.allclose(reference_point(seen, BOX), gains.amin(0) - 0.1 * reach)
+
+
+def test_given_values_of_the_reference_take_precedence() -> None:
+    seen = some_seen(BOX, 12)
+    point = reference_point(seen, BOX, {"second": 7.0})
+    assert point.tolist() == [float(reference_point(seen, BOX)[0]), -7.0]
+
+
+def test_constraints_turn_into_botorchs_form() -> None:
+    space = CoefficientSpace(
+        ("a", "b", "c"),
+        (0.0,) * 3,
+        (1.0,) * 3,
+        (LinearConstraint((1.0, 0.0, 2.0), 1.5), LinearConstraint((0.0, 1.0, 1.0), 1.0, True)),
+    )
+    inequalities, equalities = _constraints(space)
+    assert inequalities is not None
+    assert equalities is not None
+    ((indices, weights, bound),) = inequalities
+    assert (indices.tolist(), weights.tolist(), bound) == ([0, 2], [-1.0, -2.0], -1.5)
+    ((indices, weights, bound),) = equalities
+    assert (indices.tolist(), weights.tolist(), bound) == ([1, 2], [1.0, 1.0], 1.0)
+    assert _constraints(BOX) == (None, None)
+
+
+def test_a_constraint_holds_the_proposals_back() -> None:
+    # Both metrics grow with every coefficient, so the best point is on the bound of the sum.
+    space = CoefficientSpace.box(("a", "b"), sum_at_most=0.8)
+    X = torch.cat([space.anchors().X, space.sample(10, generator=make_generator(0))])
+    metrics = (Metric("first", kind="unbounded"), Metric("second", kind="unbounded"))
+    Y = torch.stack([X @ torch.tensor([2.0, 1.0]).double(), X @ torch.tensor([1.0, 2.0]).double()])
+    seen = Observations(X, Y.T, metrics, Yvar=torch.full((len(X), 2), 1e-6))
+    found = small().propose(seen, space, 1, generator=make_generator(0))
+    assert float(found.sum()) == pytest.approx(0.8, abs=1e-4)
+
+
+def test_one_metric_is_optimised_too() -> None:
+    X = torch.cat([BOX.anchors().X, BOX.sample(10, generator=make_generator(0))])
+    Y = 0.3 + (X - torch.tensor([0.3, 0.7]).double()).square().sum(-1, keepdim=True)
+    metric = Metric("loss", direction="min", kind="unbounded")
+    seen = Observations(X, Y, (metric,), Yvar=torch.full_like(Y, 1e-8))
+    found = small().propose(seen, BOX, 1, generator=make_generator(0))
+    assert torch.allclose(found, torch.tensor([[0.3, 0.7]]).double(), atol=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(SPACES))
+def test_batches_stay_in_every_space(name: str) -> None:
+    space = SPACES[name]
+    X = small().propose(some_seen(space, 12), space, 2, generator=make_generator(0))
+    space.check(X)
+    assert not is_repeat(X, some_seen(space, 12).X, space).any()
+
+
+def narrow(X: Tensor) -> Observations:
+    """Return two narrow peaks, each far from every anchor."""
+    peaks = torch.tensor([[0.72, 0.45], [0.45, 0.72]], dtype=torch.float64)
+    Y = torch.sigmoid(3 - 40 * (X.unsqueeze(1) - peaks).square().sum(-1))
+    return Observations(X, Y, (Metric("first"), Metric("second")), Yvar=torch.full_like(Y, 1e-6))
+
+
+def hypervolume_after(sampler: Sampler, budget: int, seed: int) -> float:
+    generator = make_generator(seed)
+    seen = narrow(torch.zeros(0, 2, dtype=torch.float64))
+    while len(seen) < budget:
+        X = sampler.propose(seen, BOX, 1, generator=generator)
+        seen = seen.append(narrow(X))
+    better = seen.Y[(seen.Y > 0.01).all(-1)]
+    return float(Hypervolume(torch.tensor([0.01, 0.01]).double()).compute(better))
+
+
+@pytest.mark.slow
+def test_it_beats_uniform_sampling_at_an_equal_budget() -> None:
+    def median(sampler: Sampler) -> float:
+        volumes = [hypervolume_after(sampler, 14, seed) for seed in range(5)]
+        return float(torch.tensor(volumes).median())
+
+    assert median(small()) > 1.05 * median(Uniform())

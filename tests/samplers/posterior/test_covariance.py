@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from typing import cast
+
+import pytest
+import torch
+from botorch.posteriors.gpytorch import GPyTorchPosterior
+
+from map_bo.rng import make_generator
+from map_bo.samplers.posterior.covariance import Covariances, measurement_noise
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.quadratic import Quadratic
+from map_bo.surrogates.surrogate import Surrogate
+from tests.contracts.sampler_contract import SPACES, some_seen
+
+BOX = SPACES["box"]
+
+
+@pytest.mark.parametrize("surrogate", [Quadratic(), GP(), Auto()], ids=repr)
+def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogate) -> None:
+    model = surrogate.fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(9, generator=make_generator(0))
+    targets, pending, points = X[:4], X[4:6], X[6:]
+    noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
+    cross, variance = Covariances(model, targets, noise, pending).to(points)
+    told = noise.expand(len(pending), 2)
+    after = model.condition_on_observations(pending, model.link_mean(pending), noise=told)
+    for i in range(2):
+        joint = cast(
+            GPyTorchPosterior, after.subset_output([i]).posterior(torch.cat([targets, points]))
+        ).distribution.covariance_matrix
+        torch.testing.assert_close(cross[i], joint[4:, :4], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(variance[i], joint.diagonal()[4:], rtol=1e-3, atol=1e-6)
+
+
+def test_without_pending_points_it_is_the_joint_posterior() -> None:
+    model = Quadratic().fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(5, generator=make_generator(0))
+    cross, variance = Covariances(model, X[:3], measurement_noise(model)).to(X[3:])
+    phi = model.features(X)
+    joint = phi @ (model.root @ model.root.mT) @ phi.mT
+    torch.testing.assert_close(cross, joint[:, 3:, :3])
+    torch.testing.assert_close(variance, joint.diagonal(dim1=-1, dim2=-2)[:, 3:])
+
+
+def test_noise_is_that_of_the_fit() -> None:
+    model = Quadratic().fit(some_seen(BOX, 14), BOX)
+    torch.testing.assert_close(
+        measurement_noise(model), model.training_targets()[1].median(0).values
+    )
+    assert bool((measurement_noise(model) > 0).all())

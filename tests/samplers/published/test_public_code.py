@@ -1,0 +1,170 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from map_bo.data import Metric, Observations
+from map_bo.errors import SamplerError
+from map_bo.rng import make_generator
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.samplers.published.public_code import BinsReference, ReferenceDesign, bin_scores
+from map_bo.samplers.sampler import Sampler
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import n_features
+from map_bo.surrogates.quadratic import Quadratic
+from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
+
+PLANE = CoefficientSpace.box(("a", "b"))
+
+
+def box(d: int, **sides: float) -> CoefficientSpace:
+    return CoefficientSpace.box([f"e{i}" for i in range(d)], **sides)  # type: ignore[arg-type]
+
+
+def at_angles(*degrees: float, radius: float = 0.5) -> Tensor:
+    theta = torch.tensor(degrees, dtype=torch.float64) * math.pi / 180
+    return radius * torch.stack([theta.cos(), theta.sin()], -1)
+
+
+def angle(X: Tensor) -> Tensor:
+    return torch.atan2(X[:, 1], X[:, 0]) * 180 / math.pi
+
+
+class TestBinsReference(SamplerContract):
+    @pytest.fixture
+    def sampler(self) -> Sampler:
+        return BinsReference(initial=5, surrogate=Quadratic())
+
+
+class TestWithThePublishedFit(SamplerContract):
+    @pytest.fixture
+    def sampler(self) -> Sampler:
+        return BinsReference(initial=6)
+
+    @pytest.fixture(params=["box", "wide"])
+    def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
+        return SPACES[request.param]
+
+
+@pytest.mark.parametrize("d", [2, 3, 4])
+def test_the_published_design_comes_first(d: int) -> None:
+    space, size = box(d), n_features(d)
+    nothing = measured(torch.zeros(0, d))
+    X = BinsReference().propose(nothing, space, size, generator=make_generator(0))
+    design = ReferenceDesign(size).propose(nothing, space, size, generator=make_generator(0))
+    assert torch.equal(X, design)
+
+
+def test_only_bins_with_evaluations_are_visited() -> None:
+    # Of the four bins of 22.5 degrees the second and the last hold evaluations.
+    seen = measured(at_angles(25, 30, 40, 70, 80, 88))
+    sampler = BinsReference(initial=6)
+    X = sampler.propose(seen, PLANE, 60, generator=make_generator(0))
+    theta, radius = angle(X), X.norm(dim=-1)
+    second, last = (theta >= 22.5) & (theta <= 45), theta >= 67.5
+    assert (second | last).all()
+    assert 10 < int(second.sum()) < 50
+    assert 0.2 <= float(radius.min()) < 0.25
+    assert 0.75 < float(radius.max()) <= 0.8
+
+
+def test_two_bins_an_angle_from_four_coefficients_on() -> None:
+    space = box(4)
+    seen = measured(torch.tensor([[0.6, 0.1, 0.1, 0.1], [0.5, 0.2, 0.1, 0.1]], dtype=torch.float64))
+    X = BinsReference(initial=2).propose(seen, space, 30, generator=make_generator(0))
+    theta = torch.atan2(X[:, 1:].norm(dim=-1), X[:, 0]) * 180 / math.pi
+    assert (theta <= 45).all()  # one of two bins; of four it would be a quarter of that
+    assert float(theta.max()) > 35
+
+
+def test_scores_are_stale() -> None:
+    generator, sampler = make_generator(0), BinsReference(initial=6)
+    first = measured(at_angles(25, 30, 40, 70, 80, 88))
+    later = at_angles(1, 5, 50, 60, radius=0.3)
+    one, other = measured(later), measured(later.flip(0))
+    other = Observations(later, 1 - 0.9 * one.Y, one.metrics)
+    X = sampler.propose(first.append(one), PLANE, 8, generator=generator)
+    assert torch.equal(X, sampler.propose(first.append(other), PLANE, 8, generator=generator))
+    # Bins that only later evaluations lie in are not visited either.
+    theta = angle(X)
+    assert (((theta >= 22.5) & (theta <= 45)) | (theta >= 67.5)).all()
+
+
+def test_a_batch_is_what_comes_one_at_a_time() -> None:
+    sampler, generator = BinsReference(initial=6), make_generator(0)
+    seen = some_seen(PLANE, 4)
+    whole = sampler.propose(seen, PLANE, 8, generator=generator)
+    seen = seen.append(measured(whole[:2]))
+    batch = sampler.propose(seen, PLANE, 6, generator=generator)
+    for i in range(6):
+        X = sampler.propose(seen, PLANE, 1, pending=batch[:i], generator=generator)
+        assert torch.equal(X, batch[i : i + 1])
+    part = sampler.propose(seen.append(measured(batch[:3])), PLANE, 3, generator=generator)
+    assert torch.equal(part, batch[3:])
+
+
+def test_tasks_take_turns() -> None:
+    # One task errs in the second bin alone and the other in the last: both are unlearnable there.
+    X = at_angles(24, 28, 32, 36, 40, 44, 69, 72, 75, 78, 81, 84)
+    noise = torch.tensor([9.0, -9.0] * 6, dtype=torch.float64)
+    low = torch.arange(12) < 6
+    Y = torch.stack([torch.where(low, noise, 0.0), torch.where(low, 0.0, noise)], -1)
+    seen = Observations(X, Y, (Metric("a", kind="unbounded"), Metric("b", kind="unbounded")))
+    sampler = BinsReference(initial=12, surrogate=Quadratic())
+    theta = angle(sampler.propose(seen, PLANE, 12, generator=make_generator(0)))
+    assert ((theta < 45) == torch.tensor([True, False] * 6)).all()
+
+
+def test_points_outside_are_moved_in() -> None:
+    space = box(2, lower=0.3, upper=1.0)
+    seen = measured(torch.tensor([[0.9, 0.31], [0.8, 0.3], [0.3, 1.0]], dtype=torch.float64))
+    X = BinsReference(initial=3).propose(seen, space, 20, generator=make_generator(0))
+    space.check(X)
+    assert bool((X == 0.3).any())
+
+
+def test_failures_leave_it_to_the_design(caplog: pytest.LogCaptureFixture) -> None:
+    generator = make_generator(0)
+    sampler = BinsReference(initial=3, design=Sobol())
+    points = Sobol().propose(measured(torch.zeros(0, 2)), PLANE, 4, generator=generator)
+    seen = measured(points[:3], failed=(0, 1, 2))
+    X = sampler.propose(seen, PLANE, 1, generator=generator)
+    assert torch.equal(X, points[3:])
+    assert "the design goes on: 0 of 0 evaluations" in caplog.text
+
+
+def test_where_everything_is_known_the_design_goes_on(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("map_bo.samplers.published.public_code.NEAREST", 1.0)
+    seen, generator = some_seen(PLANE, 9), make_generator(0)
+    sampler = BinsReference(initial=6, design=Sobol())
+    X = sampler.propose(seen, PLANE, 1, generator=generator)
+    assert torch.equal(X, Sobol().propose(seen, PLANE, 1, generator=generator))
+    assert "hold points known already" in caplog.text
+
+
+def test_the_score_is_the_mean_and_half_the_spread_over_subsamples() -> None:
+    squares = np.array([1.0, 3.0, 5.0, 2.0, 2.0])
+    bins = [(0,), (0,), (0,), (1,), (1,)]
+    scores = bin_scores(squares, bins, np.random.default_rng(0))
+    assert scores[1,] == 2.0  # equal residuals: no spread
+    # Four of five are kept: the first bin loses a row, for a mean of 4, 3 or 2, or none, for 3.
+    assert 3.0 < scores[0,] <= 3.0 + 0.5 * 1.0
+    assert set(scores) == {(0,), (1,)}
+    # The expected spread: means 4, 2 with probability 1/5 each, 3 else.
+    many = [bin_scores(squares, bins, np.random.default_rng(i))[0,] for i in range(50)]
+    assert float(np.mean(many)) == pytest.approx(3.0 + 0.5 * math.sqrt(0.4), abs=0.03)
+
+
+def test_a_lone_evaluation_has_a_score() -> None:
+    assert bin_scores(np.array([4.0]), [()], np.random.default_rng(0)) == {(): 4.0}
+
+
+def test_settings_are_checked() -> None:
+    with pytest.raises(SamplerError, match="initial is 0"):
+        BinsReference(initial=0)

@@ -1,0 +1,61 @@
+"""Old names of modules lead to today's."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+from map_bo.moved import MODULES, current
+
+
+def test_every_old_module_has_a_home() -> None:
+    for new in set(MODULES.values()) - {"ax.node"}:
+        assert find_spec(f"map_bo.{new}") is not None, new
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("map_bo.problems.zoo.digits_problem", "map_bo.problems.zoo.digits.digits_problem"),
+        ("map_bo.problems.zoo.digits.digits_problem", "map_bo.problems.zoo.digits.digits_problem"),
+        ("map_bo.samplers.bins.Bins", "map_bo.samplers.published.bins.Bins"),
+        ("map_bo.tracking.wandb.Wandb", "map_bo.tracking.wandb.mirror.Wandb"),
+        ("map_bo.loop.settings.Settings", "map_bo.loop.settings.Settings"),
+        ("somebody.samplers.bins.Bins", "somebody.samplers.bins.Bins"),
+    ],
+)
+def test_a_recorded_name_leads_to_todays(old: str, new: str) -> None:
+    assert current(old) == new
+    assert current(new) == new
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "from map_bo.merging.hub import hub_model",
+        "from map_bo.samplers.bins import Bins",
+        "from map_bo.problems.merged import MergedModelProblem",  # today a package of this name
+        "from map_bo.tracking.wandb import Wandb",
+        "import map_bo.merging.task_arithmetic",
+    ],
+)
+def test_an_old_import_works_and_warns(statement: str) -> None:
+    code = (
+        "import warnings\n"
+        "with warnings.catch_warnings(record=True) as told:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    {statement}\n"
+        "said = [str(w.message) for w in told if 'is now' in str(w.message)]\n"
+        "assert len(set(said)) == 1 and 'map_bo.' in said[0], said\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_name_that_never_was_is_no_attribute() -> None:
+    import map_bo.problems.merged as package
+
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        package.nothing  # noqa: B018

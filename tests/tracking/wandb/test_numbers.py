@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import torch
+
+from map_bo.data import Metric, Observations
+from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import encode_metric, encode_observations
+from map_bo.tracking.store import Event
+from map_bo.tracking.wandb.numbers import Numbers
+
+
+def test_imported_observations_are_counted_among_the_evaluations() -> None:
+    metric, numbers = Metric("m"), Numbers()
+    space = CoefficientSpace.box(("a", "b")).describe()
+    numbers.of(Event("created", {"space": space, "metrics": [encode_metric(metric)]}))
+    found = Observations(torch.rand(3, 2), torch.rand(3, 1), (metric,))
+    data = {"indices": [0, 1, 2], "observations": encode_observations(found), "source": {}}
+    assert numbers.of(Event("imported", data)) == {"evaluation": 3, "imported": 3}
+    one = {"index": 3, "observation": encode_observations(found.select([0]))}
+    assert numbers.of(Event("observed", one))["evaluation"] == 4
+
+
+def test_nodes_of_a_nested_run_have_names_of_their_own() -> None:
+    metric, numbers = Metric("m"), Numbers()
+    space = CoefficientSpace.box(("a", "b")).describe()
+    created = {"space": space, "metrics": [encode_metric(metric)]}
+    numbers.of(Event("created", created))
+    assert numbers.of(Event("measured", {"names": ["m"]})) == {"nested/data_sets": 1}
+    assert numbers.of(Event("measured", {"names": ["m"]})) == {"nested/data_sets": 2}
+
+    def node(kind: str, data: object) -> dict[str, float]:
+        return numbers.of(Event("node", {"node": "0.1", "kind": kind, "data": data}))
+
+    assert node("created", created) == {}
+    one = Observations(torch.rand(1, 2), torch.rand(1, 1), (metric,))
+    found = node("observed", {"index": 0, "observation": encode_observations(one)})
+    assert found["nested/0.1/evaluation"] == 1
+    assert found["nested/0.1/metric/m"] == float(one.Y[0, 0])
+    assert "evaluation" not in found
+
+
+def test_a_proposal_shows_the_scores_of_the_fit_it_was_chosen_by() -> None:
+    scores = {"n": 5, "metrics": {"m": {"log_density": -1.5, "coverage": 0.8, "pit": [1, 2]}}}
+    found = Numbers().of(Event("proposed", {"X": [[0.5]], "seconds": 0.1, "surrogate": scores}))
+    assert found["surrogate/round/metrics/m/log_density"] == -1.5
+    assert found["surrogate/round/n"] == 5
+    assert not [name for name in found if "pit" in name]
