@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
+from map_bo.problems.zoo.digits import digits_problem
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
@@ -405,3 +407,10 @@ def test_the_reference_of_the_run_is_the_samplers_too() -> None:
     assert sampler.acquisition.reference == given
     own = FrontUncertainty(reference={"first": 0.3})
     assert Settings(budget=12, reference=given, sampler=own).sampler == own
+
+
+def test_the_default_way_needs_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("cma", "pymoo", "peft", "transformers", "huggingface_hub", "wandb_workspaces"):
+        monkeypatch.setitem(sys.modules, package, None)
+    result = optimize(digits_problem(2, epochs=1), 6, progress=False)
+    assert len(result.front) > 0

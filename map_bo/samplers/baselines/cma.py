@@ -17,13 +17,12 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import cma
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
-from map_bo.errors import SamplerError
+from map_bo.errors import SamplerError, require
 from map_bo.rng import numpy_generator
 from map_bo.samplers.designs.space_filling import Sobol, is_repeat
 from map_bo.space import CoefficientSpace
@@ -65,6 +64,7 @@ class CMAES:
     anchors: bool = True
 
     def __post_init__(self) -> None:
+        require("cma", by="CMA-ES", extra="baselines")
         least = {"weights": 1, "population": 4, "initial": 1}
         for name, limit in least.items():
             value = getattr(self, name)
@@ -200,6 +200,8 @@ class _Search:
         # The package would draw from numpy's global generator, and seed it, without these two.
         own = {"randn": lambda *shape: self._random.standard_normal(shape), "seed": np.nan}
         options = {"bounds": [0, 1], **quiet, **own, **self._options}
+        import cma
+
         return cma.CMAEvolutionStrategy(start, self._step, options)
 
 
