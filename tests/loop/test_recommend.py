@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, SurrogateError
 from map_bo.loop.recommend import recommend, reference_of, scaled_gains, spread_rows
+from map_bo.pareto.trust import Coverage
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.prediction import predict
 from tests.loop.bowls import Bowls, quick
 
 SPACE = CoefficientSpace.box(["a", "b"])
@@ -31,6 +36,14 @@ def test_the_reference_is_the_worst_of_base_and_experts() -> None:
     gains = scaled_gains(data.Y, METRICS, reference)
     assert gains[2].tolist() == pytest.approx([0.0, 1.0])
     assert float(gains[4].max()) < 0
+
+
+def test_only_experts_set_the_best_end_of_the_scale() -> None:
+    # The blend is better than both experts in the first metric, the base in the second.
+    data = seen([[0, 0], [1, 0], [0, 1], [0.5, 0.5]], [[0.3, 0.5], [0.9, 4], [0.2, 1], [0.99, 6]])
+    for point in (None, {"up": 0.1, "down": 7.0}):
+        best = reference_of(data, SPACE, point).best
+        assert best.tolist() == pytest.approx([0.9, 1.0])
 
 
 def test_without_anchors_the_rule_says_so() -> None:
@@ -85,6 +98,33 @@ def test_the_guard_keeps_the_front_where_the_data_are() -> None:
     free = recommend(data, SPACE, quick(12, guard=False), generator=make_generator(0))
     assert float(guarded.front.X.sum(-1).max()) < float(free.front.X.sum(-1).max())
     assert float((guarded.front.X.sum(-1) - 0.3).abs().max()) < 0.2
+
+
+class Everywhere:
+    """A solver that ignores what it is asked to solve."""
+
+    def solve(
+        self,
+        mean: Callable[[Tensor], Tensor],
+        space: CoefficientSpace,
+        *,
+        generator: Generator,
+    ) -> Tensor:
+        return space.sample(64, generator=generator)
+
+
+def test_no_solver_gets_a_front_outside_the_covered_region() -> None:
+    X = 0.3 * SPACE.sample(9, generator=make_generator(2))
+    data = Bowls().evaluate(X, generator=make_generator(0))
+    found = recommend(data, SPACE, quick(12, solver=Everywhere()), generator=make_generator(0))
+    coverage = Coverage.of(X, SPACE)
+    assert float(coverage.excess(found.front.X).max()) < 1e-9
+    assert float(coverage.excess(SPACE.sample(64, generator=make_generator(0))).max()) > 0.1
+    # What is predicted of a point is predicted of where it ended.
+    assert torch.equal(found.front.mean, predict(found.model, found.front.X).mean)
+    free = quick(12, solver=Everywhere(), guard=False)
+    anywhere = recommend(data, SPACE, free, generator=make_generator(0)).front.X
+    assert float(coverage.excess(anywhere).max()) > 0.1
 
 
 def test_how_well_the_surrogate_predicts_is_recorded_with_the_front() -> None:

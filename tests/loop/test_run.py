@@ -216,6 +216,33 @@ def test_too_many_failures_stop_the_run_and_keep_what_was_measured(tmp_path: Pat
     assert len(result.seen) == 8
 
 
+def test_a_run_stops_only_above_the_allowed_share_of_failures() -> None:
+    def failing(*numbers: int) -> Bowls:
+        return Bowls(fails=lambda number, x: "no GPU" if number in numbers else None)
+
+    half = Run(failing(2, 4, 6), quick(10), MemoryStore()).drive()  # at 6 it is exactly half
+    assert (len(half.seen), half.summary["failures"]) == (8, 3)
+    with pytest.raises(EvaluationError, match="4 of 7 evaluations failed"):
+        Run(failing(2, 4, 6, 7), quick(10), MemoryStore()).drive()
+
+
+def test_reopened_failures_end_the_checks_that_were_made_without_them() -> None:
+    store = MemoryStore()
+    rule = Stop(tolerance=1e-6, patience=2, least=5)  # never reached in so few evaluations
+    settings = quick(12, stop=rule, max_failure_share=0.3)
+    broken = Bowls(noise=0.1, fails=lambda number, x: "no GPU" if number in (6, 7, 8) else None)
+    with pytest.raises(EvaluationError):
+        Run(broken, settings, store).drive()
+    run = Run(Bowls(noise=0.1), settings, store)
+    before = run.state.checks
+    assert [check["evaluations"] for check in before] == [5, 6, 7]
+    assert run.reopen_failures() == 3
+    assert len(run.state.checks) == 0
+    stop = run.drive().summary["stop"]
+    assert [count for count, _ in stop["series"]] == [8, 9]
+    assert stop["floor"] != before[0]["floor"], "the floor is that of the first check that counts"
+
+
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
@@ -378,6 +405,13 @@ def test_a_budget_below_the_anchors_is_explained(bowls: Bowls) -> None:
     result = Run(bowls, quick(3, verify=0), MemoryStore()).drive()
     assert len(result.seen) == 3
     assert "fewer than the 4 of base" in result.summary["notes"][0]
+
+
+@pytest.mark.parametrize("batch", [4, 100])
+def test_the_last_batch_keeps_to_the_budget(bowls: Bowls, batch: int) -> None:
+    result = Run(bowls, quick(9, verify=2, batch=batch), MemoryStore()).drive()
+    assert (len(result.seen), len(result.verification)) == (7, 2)
+    assert len(bowls.calls) == 9
 
 
 def test_ask_and_tell_by_hand_equals_driving(bowls: Bowls) -> None:
