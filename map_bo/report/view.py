@@ -122,7 +122,8 @@ def representative_rows(view: RunView, count: int = 7) -> list[int]:
     """Return up to ``count`` rows of the front that stand for the whole of it.
 
     Verified points come first, for they show what a prediction is worth; then
-    :func:`map_bo.scale.farthest_rows`. The rows are returned from the best to the worst in the first metric.
+    :func:`map_bo.scale.farthest_rows`. The rows are returned from the best to the worst in the
+    first metric.
     """
     front = view.front
     gains = view.scale.gains(front.mean)

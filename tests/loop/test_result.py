@@ -49,10 +49,9 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     assert solved.refined
     assert not by_point.refined
     assert bool(torch.isnan(solved.real).all()), "what was not measured is not real"
-    scale = {"reference": coarse.reference.point, "best": coarse.reference.best}
     preference = Preference(weights=wanted)
     before, after = (
-        float(utility(c.expected.unsqueeze(0), coarse.metrics, preference, **scale))
+        float(utility(c.expected.unsqueeze(0), preference, coarse.scale))
         for c in (by_point, solved)
     )
     assert after > before
@@ -128,10 +127,9 @@ def test_verified_points_correct_the_predictions_and_overwrite_none(tmp_path: Pa
         assert torch.equal(read.choose(wanted, corrected=corrected).x, chosen.x)
     values = result.front.corrected
     bare = replace(result, model=None, refitted=None)
-    scale = {"reference": result.reference.point, "best": result.reference.best}
-    scores = utility(values, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(values, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted).point == int(scores.argmax())
-    scores = utility(result.front.mean, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(result.front.mean, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted, corrected=False).point == int(scores.argmax())
     assert result.choose(wanted).describe()["corrected"]["near a"] is not None
 

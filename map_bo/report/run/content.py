@@ -8,17 +8,8 @@ from typing import Any
 from map_bo.report.numbers import better, metric_value, seconds
 from map_bo.report.run.certainty import stop_words
 from map_bo.report.view import RunView
-from map_bo.scale import Scale
 
-__all__ = [
-    "facts",
-    "failure_rows",
-    "hypervolume_rows",
-    "hypervolume_scale",
-    "metric_rows",
-    "notes",
-    "without_range",
-]
+__all__ = ["facts", "failure_rows", "hypervolume_rows", "hypervolume_scale", "metric_rows", "notes"]
 
 _VOLUMES = {
     "predicted front": "predicted",
@@ -116,16 +107,12 @@ def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
 
 def hypervolume_scale(view: RunView) -> str:
     """Return the sentence that says what the hypervolumes are measured from and in."""
-    return (
+    said = (
         f"Reference point: {view.scale.rule}. Metrics are scaled to 0 there and to 1 at the "
-        f"best expert.{without_range(view.scale)}"
+        "best expert."
     )
-
-
-def without_range(scale: Scale) -> str:
-    """Return a sentence that names the metrics without a range; empty where all have one."""
-    names = scale.rangeless
-    return f" Without a range, and not counted: {', '.join(names)}." if names else ""
+    names = ", ".join(view.scale.rangeless)
+    return f"{said} Without a range, and not counted: {names}." if names else said
 
 
 def hypervolume_rows(view: RunView) -> list[tuple[str, str, float | None]]:
