@@ -16,13 +16,14 @@ from map_bo.data import Metric, to_maximisation
 from map_bo.pareto.indicators import directional_hypervolume, inverse_directions
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import Link, from_link
 from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
-__all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "spread", "volumes"]
+__all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "volumes"]
 
 DIRECTIONS = 512
 """Directions of :func:`volumes`."""
@@ -140,9 +141,9 @@ def real_draws(
             error[:, k:] = share * (targets - F[:, k:]) + width * normal[:, k:]
         F = F + error
     if k and len(evaluated):
-        distance, nearest = torch.cdist(X, evaluated, p=torch.inf).min(-1)
-        same = (distance <= 1e-9).nonzero().flatten()
-        F[:, same] = F[:, k + nearest[same]]
+        same = same_points(X, evaluated, space)
+        rows = same.any(-1).nonzero().flatten()
+        F[:, rows] = F[:, k + same[rows].int().argmax(-1)]
     values = joint.gains(F)
     return values[:, :k], values[:, k:]
 
@@ -154,20 +155,6 @@ def volumes(gains: Tensor, *, generator: Generator) -> Tensor:
     """
     inverse = inverse_directions(gains.shape[-1], DIRECTIONS, generator=generator)
     return gains.new_tensor([directional_hypervolume(Y, inverse) for Y in gains])
-
-
-def spread(gains: Tensor, count: int) -> Tensor:
-    """Return ``count`` rows of ``gains`` (``k x m``), far apart, in ascending order."""
-    k = len(gains)
-    if k <= count:
-        return torch.arange(k)
-    taken = torch.zeros(count, dtype=torch.long)
-    taken[0] = gains.amin(-1).argmax()
-    distance = (gains - gains[taken[0]]).square().sum(-1)
-    for i in range(1, count):
-        taken[i] = distance.argmax()
-        distance = torch.minimum(distance, (gains - gains[taken[i]]).square().sum(-1))
-    return taken.sort().values
 
 
 def plausible_points(

@@ -31,8 +31,7 @@ def view_of(result: Result) -> RunView:
         space=result.space,
         front=result.front,
         seen=result.seen.append(result.verification),
-        reference_point=result.reference.point,
-        reference_rule=result.reference.rule,
+        scale=result.scale,
         summary=result.summary,
     )
 

@@ -23,7 +23,7 @@ from map_bo.problems.problem import Problem
 from map_bo.report.comparison.measured import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.tracking.codec import decode_metric, decode_tensor
+from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb.run import wandb_run_of
 
@@ -218,13 +218,10 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
         return replace(known, status="failed" if failure else "unfinished", reason=reason)
     if refused:  # what finished there is not what was asked for
         return replace(known, status="failed", reason=failure)
-    scale = state.front_data["reference"]
     outcome = Outcome(
         seen=state.data,
         front=state.front,
-        reference_point=decode_tensor(scale["point"]),
-        best=decode_tensor(scale["best"]),
-        rule=str(scale["rule"]),
+        scale=decode_scale(state.front_data["reference"], state.metrics),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
         data_sets=(state.summary.get("nested") or {}).get("data_sets"),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
-from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.vectors.memory import ExportSettings
@@ -22,10 +22,11 @@ from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.problems.merged.export import AdapterExporting
 from map_bo.problems.problem import Problem
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import decode_tensor
+from map_bo.tracking.codec import decode_scale
 
 __all__ = ["Choice", "Exportable", "Result"]
 
@@ -67,6 +68,7 @@ class Choice:
         preference: What it was chosen by, or None when chosen by number.
         refined: Whether the surrogate was solved for this very preference, starting from
             ``point``, because that promised more than the point itself.
+        notes: What whoever gave the preference must know, such as metrics without a range.
         problem: The problem, needed to export.
         exports: What writes the model in place of the problem, where that is something else.
     """
@@ -82,6 +84,7 @@ class Choice:
     space: CoefficientSpace
     preference: Preference | None = None
     refined: bool = False
+    notes: tuple[str, ...] = ()
     problem: Problem | None = None
     exports: Exportable | None = None
 
@@ -105,9 +108,11 @@ class Choice:
                 for metric, value in zip(self.metrics, values.tolist(), strict=True)
             }
 
+        notes = {"notes": list(self.notes)} if self.notes else {}
         return {
             "point": self.point,
             "refined": self.refined,
+            **notes,
             "coefficients": self.coefficients,
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
@@ -167,7 +172,7 @@ class Result:
         front: Predicted trade-offs, with real values where they were verified.
         seen: Everything the search evaluated, failures included.
         verification: What was measured at front points at the end.
-        reference: The reference point, the other end of the scale, and the rule.
+        scale: The reference point, the other end of the scale, and the rule.
         summary: Plain data, as written to ``summary.json``.
         space: The coefficients.
         problem: The problem, when it is at hand.
@@ -182,7 +187,7 @@ class Result:
     front: Front
     seen: Observations
     verification: Observations
-    reference: Reference
+    scale: Scale
     summary: Mapping[str, Any]
     space: CoefficientSpace
     problem: Problem | None = None
@@ -213,15 +218,11 @@ class Result:
                 f"the run has no front yet: {len(state.outcomes)} evaluations are recorded",
                 hint="finish it with `map-bo resume`",
             )
-        scale = state.front_data["reference"]
-        reference = Reference(
-            decode_tensor(scale["point"]), decode_tensor(scale["best"]), scale["rule"]
-        )
         return cls(
             front=state.front,
             seen=state.seen,
             verification=state.verification,
-            reference=reference,
+            scale=decode_scale(state.front_data["reference"], state.metrics),
             summary=state.summary or {},
             space=space,
             problem=problem,
@@ -231,6 +232,16 @@ class Result:
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
         )
+
+    @property
+    def reference(self) -> Scale:
+        """The name of :attr:`scale` in version 0.1."""
+        warnings.warn(
+            "Result.reference is now Result.scale; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.scale
 
     @property
     def is_corrected(self) -> bool:
@@ -259,7 +270,8 @@ class Result:
 
         Args:
             prefer: Weight of each metric; those not named weigh nothing, none named weighs all
-                alike. Metrics are scaled between the reference point and the best expert first.
+                alike. Metrics are scaled between the reference point and the best expert first;
+                one without a range decides nothing, and ``notes`` of the choice say so.
             at_least: Bounds from below on predicted metrics, in their own units.
             at_most: Bounds from above.
             rule: How weights become one number.
@@ -275,10 +287,9 @@ class Result:
             at_most=dict(at_most or {}),
             rule=rule,
         )
-        scale = {"reference": self.reference.point, "best": self.reference.best}
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        row = choose(values, self.metrics, preference, **scale)
+        row = choose(values, preference, self.scale)
         x = self._refined(row, preference, self.refitted if corrected else self.model)
         return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
 
@@ -294,21 +305,15 @@ class Result:
         if model is None:
             return None
         mean = predicted_mean(model)
-        width = (self.reference.best - self.reference.point).abs()
+        width = self.scale.width
         # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            wanted = utility(
-                values,
-                self.metrics,
-                preference,
-                reference=self.reference.point,
-                best=self.reference.best,
-            )
-            return wanted - 10 * shortfall(values, self.metrics, preference, scale=width)
+            wanted = utility(values, preference, self.scale)
+            return wanted - 10 * shortfall(values, self.metrics, preference, width=width)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
@@ -357,6 +362,7 @@ class Result:
             metrics=self.metrics,
             space=self.space,
             preference=preference,
+            notes=() if preference is None else tuple(self.scale.notes()),
             problem=self.problem,
         )
 

@@ -25,14 +25,7 @@ from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import (
-    Recommendation,
-    Reference,
-    recommend,
-    reference_of,
-    refitted,
-    scaled_gains,
-)
+from map_bo.loop.recommend import Recommendation, recommend, refitted
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_another, replay
@@ -42,6 +35,7 @@ from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
+from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -66,27 +60,27 @@ class ObservedVolume:
 
     def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
         self._space, self._given = space, given
-        self._reference: Reference | None = None
+        self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
         """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
-        if self._reference is None:
-            self._reference = self._settled(seen)
-        if self._reference is None:
+        if self._scale is None:
+            self._scale = self._settled(seen)
+        if self._scale is None:
             return {}
-        gains = scaled_gains(seen.succeeded().Y, seen.metrics, self._reference)
+        gains = self._scale.gains(seen.succeeded().Y)
         zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
         return {"hypervolume": hypervolume(gains, zero)}
 
-    def _settled(self, seen: Observations) -> Reference | None:
-        anchors = self._space.anchors()
-        ends = anchors.X[[kind in ("base", "expert") for kind in anchors.kinds]]
+    def _settled(self, seen: Observations) -> Scale | None:
         if not bool(seen.ok.any()):
             return None
-        if bool((torch.cdist(ends, seen.X, p=torch.inf).amin(-1) > 1e-9).any()):
+        tried = anchor_rows(seen.X, self._space).any(-1).tolist()
+        kinds = self._space.anchors().kinds
+        if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = reference_of(seen, self._space, self._given)
-        return None if found.rule.startswith("worst observed") else found
+        found = Scale.of(seen, self._space, self._given)
+        return None if found.is_observed else found
 
 
 logger = logging.getLogger(__name__)
@@ -359,7 +353,7 @@ class Run:
             seen=result.seen,
             verification=result.verification,
             space=result.space,
-            reference=result.reference,
+            scale=result.scale,
             settings=self.settings,
             optimism=result.optimism(),
             uncertainty=result.uncertainty(),
@@ -371,7 +365,12 @@ class Run:
                 **state.front_data["seconds"],
                 **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=[*self.notes, *notes_on_imported(state), *notes_on(stop)],
+            notes=[
+                *self.notes,
+                *result.scale.notes(),
+                *notes_on_imported(state),
+                *notes_on(stop),
+            ],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)

@@ -12,7 +12,7 @@ from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior.driven import TakesReference
+from map_bo.samplers.posterior.driven import with_reference
 from map_bo.samplers.sampler import Sampler
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate
@@ -88,8 +88,8 @@ class Settings:
                 "lower `verify`, or set `verify_extra`",
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
-        if self.reference is not None and isinstance(self.sampler, TakesReference):
-            object.__setattr__(self, "sampler", self.sampler.above(self.reference))
+        if self.reference is not None:
+            object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the stopping rule first looks after {self.stop.least} evaluations, "

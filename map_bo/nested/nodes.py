@@ -30,6 +30,7 @@ from map_bo.problems.problem import Divisible, Preparable, Problem
 from map_bo.rng import child_seed, make_generator
 from map_bo.samplers.posterior.driven import FitsSurrogate
 from map_bo.samplers.sampler import Sampler, proposed
+from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
 from map_bo.surrogates.surrogate import Surrogate
@@ -336,7 +337,7 @@ class Node:
         parts = [part.names for part in self.parts], [part.names for part in other.parts]
         if parts[0] != parts[1] or self.names != other.names:
             return False
-        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=1e-9)
+        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=SAME_POINT)
         if self.means is None or other.means is None:
             return alike and self.means is other.means
         return alike and torch.allclose(self.means.weights, other.means.weights)

@@ -151,7 +151,7 @@ class NestedResult(Result):
             return super().choose(
                 prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
             )
-        inner = replace(self.root, reference=self.reference).choose(
+        inner = replace(self.root, scale=self.scale).choose(
             prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
         )
         if not inner.refined:

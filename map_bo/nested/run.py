@@ -379,11 +379,11 @@ class NestedRun(Record):
         scaled = []
         for final in finals:
             node, result = final.node, final.result
-            reference = None
+            scale = None
             if node.means is None:
-                reference = node.ledger.reference(node.whole.space, node.names, before=before)
-            if reference is not None:
-                result = dataclasses.replace(result, reference=reference)
+                scale = node.ledger.scale(node.whole.space, node.names, before=before)
+            if scale is not None:
+                result = dataclasses.replace(result, scale=scale)
             scaled.append(Final(node, result))
         return scaled
 
@@ -410,7 +410,7 @@ class NestedRun(Record):
                 for final, preference in zip(finals, self.preferences, strict=True)
             ]
         result = finals[0].result
-        return [representatives(result, self.nested.points, result.reference)]
+        return [representatives(result, self.nested.points, result.scale)]
 
     def _handed(self, path: Path, group: Group, nodes: Sequence[Node]) -> list[Part]:
         """Return for each preference what a node handed up, as recorded."""

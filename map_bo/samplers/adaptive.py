@@ -34,9 +34,9 @@ class Adaptive:
     acquisition: PosteriorDriven = field(default_factory=FrontUncertainty)
     blocks: Sampler = field(default_factory=TiedSobol)
 
-    def above(self, reference: Mapping[str, float]) -> Adaptive:
+    def with_reference(self, reference: Mapping[str, float]) -> Adaptive:
         """Return the sampler with this reference point, unless it has one of its own."""
-        return replace(self, acquisition=self.acquisition.above(reference))
+        return replace(self, acquisition=self.acquisition.with_reference(reference))
 
     def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Adaptive:
         """Return the sampler with this surrogate; see :class:`FitsSurrogate`."""

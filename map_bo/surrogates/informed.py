@@ -20,15 +20,13 @@ from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import AutoModel, Selection
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
 __all__ = ["Informed", "InformedModel"]
-
-
-_SAME = 1e-9
 
 
 class InformedModel(SurrogateModel, FantasizeMixin):
@@ -146,7 +144,7 @@ class Informed:
         own = seen.succeeded()
         at = own.X @ self.directions
         further = {
-            metric.name: _elsewhere(self.known[metric.name].succeeded(), at)
+            metric.name: _elsewhere(self.known[metric.name].succeeded(), at, self.space)
             for metric in seen.metrics
             if metric.name in self.known
         }
@@ -168,11 +166,9 @@ class Informed:
         )
 
 
-def _elsewhere(known: Observations, at: Tensor) -> Observations:
+def _elsewhere(known: Observations, at: Tensor, space: CoefficientSpace) -> Observations:
     """Return the rows of ``known`` that are at none of the points ``at``."""
-    if not len(at) or not len(known):
-        return known
-    return known.select((known.X[:, None] - at[None]).abs().amax(-1).amin(-1) > _SAME)
+    return known.select(~same_points(known.X, at, space).any(-1))
 
 
 def _columns(seen: Observations, columns: list[int], X: Tensor) -> Observations:

@@ -54,10 +54,9 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     assert solved.refined
     assert not by_point.refined
     assert bool(torch.isnan(solved.real).all()), "what was not measured is not real"
-    scale = {"reference": coarse.reference.point, "best": coarse.reference.best}
     preference = Preference(weights=wanted)
     before, after = (
-        float(utility(c.expected.unsqueeze(0), coarse.metrics, preference, **scale))
+        float(utility(c.expected.unsqueeze(0), preference, coarse.scale))
         for c in (by_point, solved)
     )
     assert after > before
@@ -100,14 +99,13 @@ def test_a_solved_choice_stays_where_the_data_are_and_is_the_best_there(verify: 
     assert model is not None
     coverage = Coverage.of(guarded.seen.X, guarded.space)
     covered = coverage.shrink(guarded.space.sample(2000, generator=make_generator(0)))
-    scale = {"reference": guarded.reference.point, "best": guarded.reference.best}
     for weight in (1.0, 2.0):
         wanted = {"near a": weight, "far from b": 1.0}
         chosen = guarded.choose(wanted)
         assert chosen.refined
         assert float(coverage.excess(chosen.x.unsqueeze(0))) < 1e-9
         values = torch.cat([chosen.expected.unsqueeze(0), predict(model, covered).mean])
-        scores = utility(values, guarded.metrics, Preference(weights=wanted), **scale)
+        scores = utility(values, Preference(weights=wanted), guarded.scale)
         assert float(scores[0]) > float(scores[1:].max()) - 1e-3
         # Without the guard the surrogate is believed anywhere.
         assert float(coverage.excess(free.choose(wanted).x.unsqueeze(0))) > 0.1
@@ -173,10 +171,9 @@ def test_verified_points_correct_the_predictions_and_overwrite_none(tmp_path: Pa
         assert torch.equal(read.choose(wanted, corrected=corrected).x, chosen.x)
     values = result.front.corrected
     bare = replace(result, model=None, refitted=None)
-    scale = {"reference": result.reference.point, "best": result.reference.best}
-    scores = utility(values, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(values, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted).point == int(scores.argmax())
-    scores = utility(result.front.mean, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(result.front.mean, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted, corrected=False).point == int(scores.argmax())
     assert result.choose(wanted).describe()["corrected"]["near a"] is not None
 

@@ -431,7 +431,7 @@ def test_the_reference_point_can_be_given(bowls: Bowls) -> None:
     given = {"near a": -1.0, "far from b": 2.0}
     result = Run(bowls, quick(8, reference=given), MemoryStore()).drive()
     assert result.summary["reference_point"] == given
-    assert result.reference.rule == "given by the user"
+    assert result.scale.rule == "given by the user"
 
 
 def test_the_reference_of_the_run_is_the_samplers_too() -> None:

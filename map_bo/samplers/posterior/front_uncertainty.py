@@ -225,7 +225,7 @@ def plausible_optima(
     else:
         with torch.no_grad():
             noise = torch.randn(
-                draws, len(pool), len(situation.scale), generator=source, dtype=torch.float64
+                draws, len(pool), len(model.metrics), generator=source, dtype=torch.float64
             )
             samples = model.posterior(pool).rsample_from_base_samples(torch.Size([draws]), noise)
             found = pool[best(gains(samples, None)).flatten()]

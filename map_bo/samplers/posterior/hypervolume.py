@@ -308,7 +308,7 @@ class QLogNEHVI(_Hypervolume):
             return _single(situation, pending, sampler)
         # Metrics are scaled by their observed range: botorch's smoothing has absolute widths.
         gains = GenericMCMultiOutputObjective(situation.gains())
-        zero, X = torch.zeros_like(situation.reference), situation.good.X
+        zero, X = torch.zeros_like(situation.unit), situation.good.X
         # Points that are on the front of no sample change nothing but the time it takes.
         baseline = prune_inferior_points_multi_objective(
             situation.model, X, ref_point=zero, objective=gains, num_samples=2 * self.mc_samples
