@@ -31,7 +31,6 @@ from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
@@ -153,7 +152,7 @@ def expected_optimism(
     if not isinstance(model, LeavesOneOut):
         return None
     targets, total = model.training_targets()
-    misfit = model.misfit_variance() if isinstance(model, HasMisfit) else torch.zeros_like(total[0])
+    misfit = model.misfit_variance()
     at = torch.cat([front, pool])
     q = len(at)
     joint = JointPosterior.of(model, torch.cat([at, evaluated]))

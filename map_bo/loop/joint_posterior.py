@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, to_maximisation
@@ -19,7 +18,6 @@ from map_bo.rng import child
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import Link, from_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
@@ -52,15 +50,9 @@ class JointPosterior:
     @classmethod
     def of(cls, model: SurrogateModel, X: Tensor) -> JointPosterior:
         """Return the posterior of ``model`` at ``X`` (``q x d``), metric by metric."""
-        m, q = len(model.metrics), len(X)
-        mean, covariance = X.new_zeros(q, m), X.new_zeros(m, q, q)
         with torch.no_grad():
-            for j in range(m):
-                # A joint posterior of all metrics would have a covariance of (q m)^2 entries.
-                alone = cast(SurrogateModel, model.subset_output([j])) if m > 1 else model
-                posterior = cast(GPyTorchPosterior, alone.posterior(X))
-                mean[:, j] = posterior.mean.squeeze(-1)
-                covariance[j] = posterior.distribution.covariance_matrix
+            # A joint posterior of all metrics would have a covariance of (q m)^2 entries.
+            mean, covariance = model.joint(X)
         return cls(mean, covariance, model.metrics, model.links)
 
     def draw(self, count: int, *, generator: Generator) -> Tensor:
@@ -103,14 +95,14 @@ def real_draws(
     """Return draws of the real metrics at ``X`` and where evaluations succeeded.
 
     The real metric on the link scale is ``f(x) + e(x)``: the surrogate's function, and its misfit
-    with the variance ``s`` that the surrogate gives it (:class:`HasMisfit`), as in the intervals of
-    a prediction. A surrogate treats the misfit as independent from point to point. Among hundreds
-    of points of one front that is untenable, for the luckiest of many neighbours would dominate
-    the rest and their hypervolume would grow with their number; so over ``X`` it is drawn with the
-    correlation ``exp(-|u - u'|^2 / (2 l^2))`` in the unit cube, ``l = 0.1 sqrt(d)``. At an
-    evaluated point with value ``z`` and noise variance ``v`` the misfit has been seen:
-    ``e | f, z ~ N(w (z - f), w v)`` with ``w = s / (s + v)``, and a point of ``X`` that was
-    evaluated takes the draw of its evaluation.
+    with the variance ``s`` that the surrogate gives it, as in the intervals of a prediction. A
+    surrogate treats the misfit as independent from point to point. Among hundreds of points of one
+    front that is untenable, for the luckiest of many neighbours would dominate the rest and their
+    hypervolume would grow with their number; so over ``X`` it is drawn with the correlation
+    ``exp(-|u - u'|^2 / (2 l^2))`` in the unit cube, ``l = 0.1 sqrt(d)``. At an evaluated point with
+    value ``z`` and noise variance ``v`` the misfit has been seen: ``e | f, z ~ N(w (z - f), w v)``
+    with ``w = s / (s + v)``, and a point of ``X`` that was evaluated takes the draw of its
+    evaluation.
 
     Args:
         model: The fitted surrogate.
@@ -126,8 +118,8 @@ def real_draws(
     joint = JointPosterior.of(model, torch.cat([X, evaluated]))
     F = joint.draw(count, generator=child(generator, "function"))
     k = len(X)
-    if isinstance(model, HasMisfit):
-        misfit = model.misfit_variance()
+    misfit = model.misfit_variance()
+    if bool((misfit > 0).any()):
         noise = child(generator, "misfit")
         normal = torch.randn(F.shape, generator=noise, dtype=torch.float64)
         U = space.normalise(X)

@@ -19,7 +19,7 @@ from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
 from map_bo.tracking.codec import encode_front, encode_scale
 
@@ -102,9 +102,8 @@ def recommend(
     chosen = farthest_rows(scale.gains(front.mean[fresh]), settings.verifications)
     rows = [int(fresh[i]) for i in chosen]
     about: dict[str, Any] = {"settings": repr(settings.surrogate), "model": type(model).__name__}
-    selection = getattr(model, "describe_selection", None)
-    if selection is not None:
-        about["selection"] = selection()
+    if isinstance(model, DescribesSelection):
+        about["selection"] = model.describe_selection()
     if isinstance(model, LeavesOneOut):
         about["validation"] = validate(model).describe()
     seconds = {"fit": fitted - start, "solve": time.perf_counter() - fitted}

@@ -14,6 +14,7 @@ are filled in, because a baseline has to return something:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,7 @@ from botorch.acquisition.objective import PosteriorTransform
 from botorch.posteriors.posterior import Posterior
 from scipy.optimize import least_squares, leastsq
 from scipy.special import expit
-from torch import Tensor
+from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
@@ -32,7 +33,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import quadratic_features
 from map_bo.surrogates.links import IdentityLink, Link, LogitLink, SoftplusLink
 from map_bo.surrogates.quadratic_model import gaussian_posterior, transformed
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SampledFunctions, SurrogateModel, joint_by_metric
 
 __all__ = ["ReferenceModel", "ReferenceQuadratic"]
 
@@ -61,16 +62,6 @@ class ReferenceModel(SurrogateModel):
         self.metrics, self.links = metrics, links
         self.register_buffer("weights", weights)
 
-    @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Empty: there is one model."""
-        return torch.Size()
-
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the quadratics at ``X``, ``n x m`` for ``n x d``."""
         return quadratic_features(X) @ self.weights.mT
@@ -87,20 +78,38 @@ class ReferenceModel(SurrogateModel):
         ``observation_noise`` is ignored: the fit has no idea of it.
         """
         if output_indices is not None:
-            return self.subset_output(output_indices).posterior(
+            return self.for_metrics(output_indices).posterior(
                 X, posterior_transform=posterior_transform
             )
         mean = self.link_mean(X).mT
         covariance = torch.diag_embed(torch.full_like(mean, _VARIANCE))
         return transformed(gaussian_posterior(mean, covariance), X, posterior_transform)
 
-    def subset_output(self, idcs: list[int]) -> ReferenceModel:
-        """Return the model of the given metrics alone."""
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return joint_by_metric([self.one_metric(j) for j in range(self.num_outputs)], X)
+
+    def sample_functions(self, k: int, *, generator: Generator) -> SampledFunctions:
+        """Return the quadratics themselves, ``k`` times: the fit knows of no other."""
+        return _Known(self, k)
+
+    def for_metrics(self, columns: Sequence[int]) -> ReferenceModel:
+        """Return the model of some metrics alone."""
         return ReferenceModel(
-            tuple(self.metrics[i] for i in idcs),
-            tuple(self.links[i] for i in idcs),
-            self.weights[list(idcs)],
+            tuple(self.metrics[i] for i in columns),
+            tuple(self.links[i] for i in columns),
+            self.weights[list(columns)],
         )
+
+
+class _Known(SampledFunctions):
+    explicit = True
+
+    def __init__(self, model: SurrogateModel, k: int) -> None:
+        self._model, self._k = model, k
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return self._model.link_mean(X).expand(self._k, -1, -1)
 
 
 @dataclass(frozen=True)

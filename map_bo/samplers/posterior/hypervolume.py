@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -28,7 +27,6 @@ from botorch.acquisition.multi_objective.utils import prune_inferior_points_mult
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.exceptions.errors import UnsupportedError
 from botorch.models.model import Model
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.sampling.base import MCSampler
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.pareto import is_non_dominated
@@ -40,6 +38,7 @@ from map_bo.errors import SamplerError
 from map_bo.rng import child_seed
 from map_bo.samplers.posterior.acquisition import AcquisitionDriven
 from map_bo.samplers.posterior.driven import Situation
+from map_bo.surrogates.surrogate import gaussian
 
 __all__ = [
     "MOST_METRICS",
@@ -209,7 +208,7 @@ class LogImprovement(MultiObjectiveMCAcquisitionFunction):
         front = self.front
         if X_pending is not None and len(X_pending):
             with torch.no_grad():
-                mean = cast(GPyTorchPosterior, self.model.posterior(X_pending)).mean
+                mean = gaussian(self.model.posterior(X_pending)).mean
                 front = torch.cat([front, self.objective(mean.unsqueeze(0), X=X_pending)[0]])
         cells = non_dominated_cells(front.unsqueeze(0), front.new_zeros(front.shape[-1]))
         self.register_buffer("cell_bounds", cells)

@@ -4,6 +4,7 @@ from typing import cast
 
 import pytest
 import torch
+from botorch.models.model import FantasizeMixin
 from botorch.posteriors.gpytorch import GPyTorchPosterior
 
 from map_bo.rng import make_generator
@@ -25,10 +26,11 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
     noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
     cross, variance = Covariances(model, targets, noise, pending).to(points)
     told = noise.expand(len(pending), 2)
+    assert isinstance(model, FantasizeMixin)
     after = model.condition_on_observations(pending, model.link_mean(pending), noise=told)
     for i in range(2):
         joint = cast(
-            GPyTorchPosterior, after.subset_output([i]).posterior(torch.cat([targets, points]))
+            GPyTorchPosterior, after.for_metrics([i]).posterior(torch.cat([targets, points]))
         ).distribution.covariance_matrix
         torch.testing.assert_close(cross[i], joint[4:, :4], rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(variance[i], joint.diagonal()[4:], rtol=1e-3, atol=1e-6)
