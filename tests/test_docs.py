@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.app.main import main
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.bounded import merge_streamed
 from map_bo.rng import make_generator

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from map_bo.errors import CheckpointError, MergeError, first_line
-from map_bo.merging.adapters.checkpoint import open_expert
+from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.vocabulary import fitted
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.hub import hub_model

@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.adapter import Adapter, Kind, open_adapter, wide
-from map_bo.merging.adapters.checkpoint import adapter_over
+from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter, wide
 from map_bo.merging.adapters.lora import CONFIG
 from map_bo.merging.adapters.low_rank import LowRank, approximated, stacked, truncated
 from map_bo.merging.align.experts import aligned_names

@@ -15,15 +15,16 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.checkpoint import adapter_over
-from map_bo.merging.align.experts import aligned_names, finite
-from map_bo.merging.align.layout import FlatLayout, is_variance, joined_ties
-from map_bo.merging.align.same_base import (
+from map_bo.merging.adapters.adapter import adapter_over
+from map_bo.merging.align.experts import (
+    aligned_names,
+    finite,
     pieces_of,
     require_alike,
     require_same_fixed,
     require_tied,
 )
+from map_bo.merging.align.layout import FlatLayout, is_variance, joined_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.merging.export.recipe import Weights

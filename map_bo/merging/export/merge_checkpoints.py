@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.checkpoint import open_expert
+from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import joined_ties
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
 from map_bo.merging.export.bounded import merged_content, tied_weights

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.adapter import Adapter
-from map_bo.merging.adapters.checkpoint import adapter_over
+from map_bo.merging.adapters.adapter import Adapter, adapter_over
 from map_bo.merging.adapters.low_rank import Adapted, LowRank
-from map_bo.merging.align.experts import ExpertReader, finite, fixed_tensors
+from map_bo.merging.align.experts import ExpertReader, Likeness, finite, fixed_tensors, require_tied
 from map_bo.merging.align.layout import FlatLayout, Slot, is_variance
-from map_bo.merging.align.same_base import Likeness, require_tied
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.merging.vectors.parallel import spread

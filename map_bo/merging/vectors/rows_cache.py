@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapters.checkpoint import adapter_over
+from map_bo.merging.adapters.adapter import adapter_over
 from map_bo.merging.adapters.low_rank import Adapted
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, content_digest

@@ -23,7 +23,7 @@ from map_bo.evaluators.evaluator import (
     metrics_of,
     named_metrics,
 )
-from map_bo.merging.adapters.checkpoint import open_expert
+from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import joined_ties
 from map_bo.merging.align.vocabulary import VocabularyRule, fitted_experts
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.adapters.low_rank import exact_products
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export.bounded import StreamedVectors

@@ -11,11 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging.adapters.checkpoint import (
-    AdapterCheckpoint,
-    adapter_checkpoint,
-    open_expert,
-)
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, adapter_checkpoint, open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.model import merge_streamed
 from tests.merging.peft_models import language_model, trained, with_settings

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align import same_base as comparing
-from map_bo.merging.align.same_base import pieces_of, require_same_fixed, require_tied, same_values
+from map_bo.merging.align import experts as comparing
+from map_bo.merging.align.experts import pieces_of, require_same_fixed, require_tied, same_values
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.same_base import Likeness, require_alike
+from map_bo.merging.align.experts import Likeness, require_alike
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.rng import make_generator
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds

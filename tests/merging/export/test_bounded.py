@@ -95,7 +95,7 @@ def test_a_tied_name_keeps_its_own_dtype(alias: torch.dtype, tmp_path: Path) -> 
 
 
 def test_fixed_tensors_go_by_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("map_bo.merging.align.same_base._PIECE", 4)
+    monkeypatch.setattr("map_bo.merging.align.experts._PIECE", 4)
     table = torch.arange(10)
     base, experts = family({"w": torch.ones(3), "table": table, "none": torch.zeros(0).long()})
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded whole"))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapters.checkpoint import AdapterCheckpoint
+from map_bo.merging.adapters.adapter import AdapterCheckpoint
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export.bounded import StreamedVectors
 from map_bo.merging.vectors.operator import Deltas

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.align.vocabulary import fitted
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
