@@ -16,7 +16,7 @@ from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
-from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard

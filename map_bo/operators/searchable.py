@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.space import CoefficientSpace
 
@@ -126,7 +126,7 @@ class SearchableOperator:
             resting=tuple(resting),
         )
 
-    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+    def prepare(self, deltas: Deltas) -> KernelMerge:
         """Do, once, all the work that does not depend on the coefficients.
 
         Raises:
@@ -135,7 +135,7 @@ class SearchableOperator:
         blocks = Blocks(self.blocks)
         table = blocks.table(deltas.layout)  # first: a wrong pattern should not wait for the rest
         kernel = self.kernel(deltas)
-        return ChunkedMerge(
+        return KernelMerge(
             deltas, kernel, table, len(blocks), settings=tuple(self.search), signed=self.signed
         )
 

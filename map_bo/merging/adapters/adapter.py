@@ -37,6 +37,7 @@ from map_bo.merging.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from map_bo.merging.checkpoints.hub import fetch, hub_model
+from map_bo.merging.checkpoints.read_sharded import open_file
 from map_bo.merging.checkpoints.tensors import (
     Layout,
     TensorReader,
@@ -45,7 +46,6 @@ from map_bo.merging.checkpoints.tensors import (
     raw_bytes,
     refuse_odd_names,
 )
-from map_bo.merging.checkpoints.weight_files import open_file
 
 __all__ = [
     "Adapter",

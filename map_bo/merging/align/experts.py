@@ -20,13 +20,13 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 
 __all__ = [
+    "BaseSimilarity",
     "ExpertReader",
-    "Likeness",
-    "aligned_names",
-    "finite",
+    "align_names",
     "fixed_tensors",
     "pieces_of",
     "require_alike",
+    "require_finite",
     "require_same_fixed",
     "require_tied",
     "same_values",
@@ -45,7 +45,7 @@ _SAMPLED_NUMBERS = 1 << 18
 _ENOUGH = 1000  # numbers from which a cosine between unrelated weights is reliably below .1
 
 
-def aligned_names(
+def align_names(
     base: Checkpoint, expert: Checkpoint, label: str, ties: Mapping[str, str] | None = None
 ) -> dict[str, str]:
     """Return, for each canonical name of the base, the expert's name of the same tensor.
@@ -170,7 +170,7 @@ def require_same_fixed(
     )
 
 
-class Likeness:
+class BaseSimilarity:
     """The cosine of base and expert, and their distance, gathered piece by piece.
 
     Over tensors of two or more dimensions: two unrelated trainings have a cosine near 0 and a
@@ -246,17 +246,17 @@ def require_alike(
         label: The expert's name.
 
     Raises:
-        MergeError: See `Likeness.judge`.
+        MergeError: See `BaseSimilarity.judge`.
     """
     floating = [name for name in names if base.dtype(name).is_floating_point]
     matrices = [name for name in floating if len(base.shape(name)) >= 2]
     matrices.sort(key=lambda name: (-base.shape(name).numel(), name))
-    likeness = Likeness(label)
+    similarity = BaseSimilarity(label)
     for name in matrices[:_SAMPLED_TENSORS]:
         count = min(base.shape(name).numel(), _SAMPLED_NUMBERS)
         pre = base.read(name, 0, count).to(torch.float32)
-        likeness.add(pre, expert.read(names[name], 0, count).to(torch.float32) - pre)
-    likeness.judge()
+        similarity.add(pre, expert.read(names[name], 0, count).to(torch.float32) - pre)
+    similarity.judge()
 
 
 class ExpertReader:
@@ -275,20 +275,20 @@ class ExpertReader:
     def __init__(self, base: Checkpoint, expert: Checkpoint, label: str, layout: FlatLayout):
         self.label = label
         self.expert = expert
-        self.own = aligned_names(base, expert, label, layout.ties)
+        self.own = align_names(base, expert, label, layout.ties)
         self.moved = False
-        self.likeness = Likeness(label)
+        self.similarity = BaseSimilarity(label)
         require_tied(expert, {a: self.own[c] for a, c in layout.ties.items()}, f"expert {label!r}")
 
     def read(self, name: str, start: int, stop: int) -> Tensor:
         """Return a piece of the expert's tensor of a canonical name (1-D); it is finite."""
         piece = self.expert.read(self.own[name], start, stop)
-        return finite(piece, name, f"expert {self.label!r}")
+        return require_finite(piece, name, f"expert {self.label!r}")
 
     def compare(self, pre: Tensor, tuned: Tensor) -> Tensor:
         """Return the delta of a piece (1-D), and note whether there is one.
 
-        What `judge` needs besides, of tensors of two or more dimensions, goes to ``likeness``.
+        What `judge` needs besides, of tensors of two or more dimensions, goes to ``similarity``.
         """
         wide = torch.float64 if torch.float64 in (pre.dtype, tuned.dtype) else torch.float32
         delta = tuned.to(wide) - pre.to(wide)
@@ -307,10 +307,10 @@ class ExpertReader:
                 hint="leave it out; the base is coefficient 0 of every expert",
             )
         if check_base:
-            self.likeness.judge()
+            self.similarity.judge()
 
 
-def finite(tensor: Tensor, name: str, label: str) -> Tensor:
+def require_finite(tensor: Tensor, name: str, label: str) -> Tensor:
     """Return a tensor, float8 widened, that holds neither NaN nor infinity.
 
     Raises:

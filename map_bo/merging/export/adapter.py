@@ -20,17 +20,18 @@ from torch import Tensor, nn
 from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter, wide
 from map_bo.merging.adapters.lora import CONFIG
-from map_bo.merging.adapters.low_rank import LowRank, approximated, stacked, truncated
-from map_bo.merging.align.experts import aligned_names
+from map_bo.merging.adapters.low_rank import LowRank, approximate, stack, truncate
+from map_bo.merging.align.experts import align_names
 from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.checkpoints.tensors import Layout
-from map_bo.merging.export.bounded import checked_weights
+from map_bo.merging.export.bounded import check_weights
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.model import require_space
-from map_bo.merging.export.recipe import RECIPE, Weights, plain, recipe_text
-from map_bo.merging.export.shards import writing
+from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.write_shards import writing
+from map_bo.merging.vectors.operator import Weights
 from map_bo.rng import make_generator
 
 __all__ = ["AdapterContent", "AdapterExport", "adapter_content", "export_adapter", "module_kinds"]
@@ -403,7 +404,7 @@ class _Changes:
         self._rank, self._others, self._given = rank, others, kinds
         self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
         self._names = {
-            name: aligned_names(base, expert, name)
+            name: align_names(base, expert, name)
             for name, expert in experts.items()
             if self._adapters[name] is None
         }
@@ -416,7 +417,7 @@ class _Changes:
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:
                 continue
-            given = checked_weights(self._weights(name), name, self._experts)
+            given = check_weights(self._weights(name), name, self._experts)
             used = {expert: weight for expert, weight in given.items() if weight}
             parts, rest, fixed = self._summed(name, used)
             if not parts and rest is None:
@@ -478,7 +479,7 @@ class _Changes:
 
     def _factor(self, name: str, parts: list[LowRank], rest: Tensor | None, result: _Found) -> None:
         if rest is None:
-            change, cut, whole = truncated(stacked(parts), self._rank)
+            change, cut, whole = truncate(stack(parts), self._rank)
         elif self._rank is None:
             raise MergeError(
                 f"whole models change {name!r}, and their exact change is not of low rank",
@@ -486,9 +487,9 @@ class _Changes:
             )
         else:
             matrix = rest.flatten(1)
-            matrix = matrix + stacked(parts).dense() if parts else matrix
+            matrix = matrix + stack(parts).dense() if parts else matrix
             # The draws of the sketch are fixed: the same merge is written the same again.
-            change, cut, whole = approximated(matrix, self._rank, generator=make_generator(0))
+            change, cut, whole = approximate(matrix, self._rank, generator=make_generator(0))
         if whole:
             result.factors[name], result.kinds[name] = change, self._kinds[name]
             result.norms[0][name], result.norms[1][name] = cut, whole
@@ -497,8 +498,8 @@ class _Changes:
         pre = self._base.load(name)
         total = rest + pre.to(rest.dtype)
         if parts:
-            total = total + stacked(parts).dense().view(pre.shape)
-        if is_variance(name):  # as `merge_streamed` does it, experts of weight zero included
+            total = total + stack(parts).dense().view(pre.shape)
+        if is_variance(name):  # as `merge_linearly` does it, experts of weight zero included
             least = pre.to(total.dtype)
             for expert, checkpoint in self._experts.items():
                 own = self._names[expert][name] if expert in self._names else name

@@ -8,7 +8,6 @@ Linear merging tensor by tensor, for models that need not fit into memory.
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -17,27 +16,24 @@ from torch import Tensor
 from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import adapter_over
 from map_bo.merging.align.experts import (
-    aligned_names,
-    finite,
+    align_names,
     pieces_of,
     require_alike,
+    require_finite,
     require_same_fixed,
-    require_tied,
 )
-from map_bo.merging.align.layout import FlatLayout, is_variance, joined_ties
+from map_bo.merging.align.layout import is_variance, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
-from map_bo.merging.export.recipe import Weights
-from map_bo.merging.export.shards import Pieces, Put
-from map_bo.merging.vectors.kernel import ChunkedMerge
-from map_bo.merging.vectors.memory import resident_bytes
-from map_bo.merging.vectors.operator import MergeOperator
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.export.write_shards import Pieces, Put
+from map_bo.merging.vectors.kernel import KernelMerge
+from map_bo.merging.vectors.on_disk import OnDiskVectors
+from map_bo.merging.vectors.operator import MergeOperator, Weights
+from map_bo.merging.vectors.storage import resident_bytes
 
 __all__ = [
-    "StreamedVectors",
-    "checked_weights",
-    "merge_streamed",
+    "check_weights",
+    "merge_linearly",
     "merged_content",
     "merged_pieces",
     "merged_tensors",
@@ -46,165 +42,7 @@ __all__ = [
 ]
 
 
-class StreamedVectors:
-    """Base and task vectors on disk: a :class:`~map_bo.merging.vectors.operator.Deltas`.
-
-    A piece is read with positioned reads into memory that each thread uses again, so that no more
-    is in memory than what is being merged. Values of any floating dtype are widened to float32;
-    float8 are taken as plain values.
-
-    Args:
-        base: The base checkpoint.
-        experts: Name -> checkpoint, with the same tensors as the base.
-        ties: Further ties of the base, alias -> canonical name.
-        check_base: Whether to refuse experts that do not look fine-tuned from the base, by a
-            sample of their largest tensors; the rule is that of `TaskVectors.load`.
-        threads: How many threads may read at once; by default those of torch.
-
-    Raises:
-        MergeError: When an expert has missing or further tensors, other shapes or kinds of dtype,
-            or is of another base.
-    """
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        experts: Mapping[str, Checkpoint],
-        *,
-        ties: Mapping[str, str] | None = None,
-        check_base: bool = True,
-        threads: int | None = None,
-    ) -> None:
-        if not experts:
-            raise MergeError("there are no experts", hint="give at least one fine-tuned model")
-        self.base = base
-        self.checkpoints = dict(experts)
-        self.threads = threads
-        for name in base.names:
-            dtype = base.dtype(name)
-            if dtype == torch.float64 or dtype.is_complex:
-                raise MergeError(
-                    f"tensor {name!r} is {dtype}, and pieces are merged in float32",
-                    hint="merge it with task arithmetic, which keeps its precision, or convert "
-                    "the base to float32",
-                )
-        self.layout = FlatLayout.of(base, joined_ties(base, ties or {}))
-        self._names = {
-            label: aligned_names(base, expert, label, self.layout.ties)
-            for label, expert in experts.items()
-        }
-        self._adapters = {label: adapter_over(base, each) for label, each in experts.items()}
-        self._raw = threading.local()
-        if check_base:
-            self._check_base()
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """``N`` names, in the order of the rows."""
-        return tuple(self.checkpoints)
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU: pieces are read there."""
-        return torch.device("cpu")
-
-    @property
-    def resident(self) -> bool:
-        """False; see `Deltas`."""
-        return False
-
-    @property
-    def in_place(self) -> bool:
-        """False; see `Deltas`."""
-        return False
-
-    def read(self, slot: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return a piece of base and task vectors in float32; see `Deltas`.
-
-        Raises:
-            MergeError: When a value is NaN or infinite.
-            CheckpointError: When a file cannot be read.
-        """
-        name = self.layout.slots[slot].name
-        rows = torch.empty(1 + len(self.checkpoints), stop - start) if out is None else out
-        self._values(self.base, name, name, "the base", start, stop, rows[0])
-        for row, (label, checkpoint) in zip(rows[1:], self.checkpoints.items(), strict=True):
-            own, adapter = self._names[label][name], self._adapters[label]
-            if adapter is None:
-                self._values(checkpoint, own, name, f"expert {label!r}", start, stop, row)
-                row.sub_(rows[0])
-                continue
-            # What an adapter adds is its task vector, whose digits are not lost beside the base's.
-            change = adapter.piece(self.base.ties.get(own, own), start, stop)
-            if change is None:
-                row.zero_()
-            else:
-                row.copy_(change)
-        return rows
-
-    def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
-        """Raise a merged piece of a variance to the least of its models; see `Deltas`."""
-        if not is_variance(self.layout.slots[slot].name):
-            return
-        rows = self.read(slot, start, start + len(piece))
-        rows[1:].add_(rows[0])
-        torch.maximum(piece, rows.amin(0), out=piece)
-
-    def require_consistent(self) -> None:
-        """Check, as `TaskVectors.load` does, tied tensors and those that are not merged.
-
-        Raises:
-            MergeError: When tensors that are tied differ in a checkpoint, or one that is not merged
-                and has more than one element differs from the base's.
-        """
-        layout = self.layout
-        require_tied(self.base, layout.ties, "the base")
-        for label, checkpoint in self.checkpoints.items():
-            own = self._names[label]
-            ties = {alias: own[kept] for alias, kept in layout.ties.items()}
-            require_tied(checkpoint, ties, f"expert {label!r}")
-            for name in layout.fixed:
-                if name not in layout.ties:
-                    require_same_fixed(self.base, name, checkpoint, own[name], label)
-
-    def _check_base(self) -> None:
-        def check(label: str, _: None) -> None:
-            require_alike(self.base, self.checkpoints[label], self._names[label], label)
-
-        whole = [label for label in self.checkpoints if self._adapters[label] is None]
-        spread(check, whole, lambda: None, threads=self.threads)
-
-    def _values(
-        self,
-        checkpoint: Checkpoint,
-        own: str,
-        name: str,
-        label: str,
-        start: int,
-        stop: int,
-        row: Tensor,
-    ) -> None:
-        dtype = checkpoint.dtype(own)
-        if dtype == torch.float32:
-            checkpoint.read(own, start, stop, out=row)
-        else:
-            raw = self._room((stop - start) * dtype.itemsize)
-            row.copy_(checkpoint.read(own, start, stop, out=raw))
-        if not all_finite(row):
-            raise MergeError(
-                f"tensor {name!r} of {label} holds NaN or infinity",
-                hint="this model diverged in training or its file is damaged; leave it out",
-            )
-
-    def _room(self, size: int) -> Tensor:
-        held: Tensor | None = getattr(self._raw, "memory", None)
-        if held is None or len(held) < size:
-            with torch.inference_mode(False):
-                held = self._raw.memory = torch.empty(size, dtype=torch.uint8)
-        return held[:size]
-
-
-def merge_streamed(
+def merge_linearly(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     weights: Weights,
@@ -236,9 +74,9 @@ def merge_streamed(
             other shapes or kinds of dtype; while merging, for a weight that is not finite or of
             an unknown expert, and for an expert in which tied tensors of the base differ.
     """
-    joined = joined_ties(base, ties or {})
+    joined = join_ties(base, ties or {})
     names = {
-        expert: aligned_names(base, checkpoint, expert, joined)
+        expert: align_names(base, checkpoint, expert, joined)
         for expert, checkpoint in experts.items()
     }
     return _merge(base, experts, weights, names, joined, check_finite)
@@ -257,7 +95,7 @@ def _merge(
         aliases.setdefault(canonical, []).append(alias)
 
     def checked(value: Tensor, name: str, label: str) -> Tensor:
-        return finite(value, name, label) if check_finite else value
+        return require_finite(value, name, label) if check_finite else value
 
     for name in base.names:
         if name in ties:
@@ -269,7 +107,7 @@ def _merge(
             pre = checked(merged, name, "the base").to(wide)
             _require_tied(name, aliases.get(name, []), merged, "the base", base)
             total = pre.clone()
-            given = checked_weights(weights(name), name, experts)
+            given = check_weights(weights(name), name, experts)
             least = pre if is_variance(name) else None
             for expert, checkpoint in experts.items():
                 weight = given.get(expert, 0.0)
@@ -298,7 +136,7 @@ def _merge(
             yield alias, merged
 
 
-def checked_weights(
+def check_weights(
     weights: Mapping[str, float], name: str, experts: Mapping[str, Checkpoint]
 ) -> dict[str, float]:
     """Return the weights of a tensor.
@@ -417,12 +255,12 @@ def merged_pieces(
         each = _PREPARING * (1 + len(experts))
         threads = max(1, min(torch.get_num_threads(), _left(max_memory) // each))
         _require(max_memory, each)
-    deltas = StreamedVectors(base, experts, ties=ties, check_base=check_base, threads=threads)
+    deltas = OnDiskVectors(base, experts, ties=ties, check_base=check_base, threads=threads)
 
     def put_all(put: Put) -> None:
         deltas.require_consistent()
         prepared = operator.prepare(deltas)
-        assert isinstance(prepared, ChunkedMerge)
+        assert isinstance(prepared, KernelMerge)
         if max_memory is not None:
             _require(max_memory, prepared.least_memory())
             prepared.limit(_left(max_memory), torch.get_num_threads())
@@ -432,7 +270,7 @@ def merged_pieces(
     return put_all
 
 
-def _put_merged(prepared: ChunkedMerge, c: Tensor, deltas: StreamedVectors, put: Put) -> None:
+def _put_merged(prepared: KernelMerge, c: Tensor, deltas: OnDiskVectors, put: Put) -> None:
     base, slots = deltas.base, deltas.layout.slots
     # Names that are one tensor in the model and that the base stores apart are written apart.
     names = {slot.name: [slot.name] for slot in slots}
@@ -457,7 +295,7 @@ def _rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return values
 
 
-def _put_fixed(deltas: StreamedVectors, put: Put) -> None:
+def _put_fixed(deltas: OnDiskVectors, put: Put) -> None:
     for name in deltas.layout.fixed:
         if name not in deltas.base.ties:
             for start, stop in pieces_of(deltas.base.shape(name).numel()):
@@ -475,25 +313,25 @@ def merged_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Return the tensors of a linear merge one by one, in the base's precision.
 
-    For what is not merged in float32; see `merged_content` and `merge_streamed`.
+    For what is not merged in float32; see `merged_content` and `merge_linearly`.
 
     Raises:
         MergeError: When the inputs do not fit each other, or the memory does not suffice.
     """
-    joined = joined_ties(base, ties or {})
+    joined = join_ties(base, ties or {})
     if max_memory is not None:
         largest = max((base.layout(name).nbytes for name in base.names), default=0)
         # Base, expert, their difference, the sum, and what is read; in twice the bytes at most.
         _require(max_memory, 10 * largest)
     for label, expert in experts.items():
-        names = aligned_names(base, expert, label, joined)
+        names = align_names(base, expert, label, joined)
         if check_base:
             require_alike(base, expert, names, label)
         for name, own in names.items():
             dtype = base.dtype(name)
             if not (dtype.is_floating_point or dtype.is_complex):
                 require_same_fixed(base, name, expert, own, label)
-    return merge_streamed(base, experts, weights, ties=joined, check_finite=True)
+    return merge_linearly(base, experts, weights, ties=joined, check_finite=True)
 
 
 def _left(max_memory: int) -> int:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.align.experts import aligned_names
-from map_bo.merging.align.layout import FlatLayout, joined_ties
+from map_bo.merging.align.experts import align_names
+from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
 __all__ = [
@@ -295,7 +295,7 @@ def block_norms(
     """
     ties = base.ties if ties is None else ties
     names = {
-        expert: aligned_names(base, checkpoint, expert, ties)
+        expert: align_names(base, checkpoint, expert, ties)
         for expert, checkpoint in experts.items()
     }
     squares = torch.zeros(len(experts), blocks, dtype=torch.float64)
@@ -350,7 +350,7 @@ def blocks_of(
     found = re.fullmatch(r"(layers|balanced):(\d+)|kinds", spec.strip())
     if found is None:
         raise MergeError(f"blocks are {spec!r}", hint=_HINT)
-    layout = FlatLayout.of(base, joined_ties(base, ties or {}))
+    layout = FlatLayout.of(base, join_ties(base, ties or {}))
     names = sorted((slot.name for slot in layout.slots), key=_natural)
     if found.group(1) is None:
         return kind_blocks(names)

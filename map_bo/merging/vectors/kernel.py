@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.vectors.parallel import arena, spread
+from map_bo.merging.vectors.parallel import arena, parallel_for
 
 if TYPE_CHECKING:
     from map_bo.merging.vectors.operator import Deltas
 
-__all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
+__all__ = ["Kernel", "KernelMerge", "SpanKernel", "check_coefficients"]
 
 # Numbers of a piece in all rows. Threads wait for each other between any two operations, so on 2
 # cores with 1 MiB of second-level cache each, shorter pieces cost more in calls than they gain in
@@ -33,7 +33,7 @@ Sink = Callable[[int, int, Tensor], None]
 """Takes the index of a tensor, the first element of a merged piece, and the piece (float32)."""
 
 
-def checked_coefficients(c: Tensor, d: int) -> Tensor:
+def check_coefficients(c: Tensor, d: int) -> Tensor:
     """Return ``c`` (``d``) in float64 on the CPU.
 
     Raises:
@@ -65,7 +65,7 @@ class Kernel(ABC):
         """Return how many bytes of temporary memory a number of a piece takes, at most."""
         return 64 + 40 * experts
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         """Return how many bytes are taken beside the pieces, whatever their length."""
         return 0
 
@@ -103,7 +103,7 @@ class SpanKernel(Kernel):
         return torch.mv(rows.t(), self.weights(slot, c).to(rows), out=out)
 
 
-class ChunkedMerge:
+class KernelMerge:
     """A kernel bound to task vectors: a :class:`~map_bo.merging.vectors.operator.PreparedMerge`.
 
     Args:
@@ -194,11 +194,11 @@ class ChunkedMerge:
             sink(slot, start, piece)
 
         with torch.no_grad():
-            spread(work, self._items(kernel), lambda: None, threads=self._threads)
+            parallel_for(work, self._items(kernel), lambda: None, threads=self._threads)
 
     def least_memory(self) -> int:
         """Return how many bytes a single thread needs, with pieces as short as they may be."""
-        return self._each() * self._shortest() + self.kernel.beside(1)
+        return self._each() * self._shortest() + self.kernel.overhead(1)
 
     def limit(self, room: int, threads: int) -> None:
         """Choose threads and lengths of pieces that need no more than ``room`` bytes in all.
@@ -213,7 +213,7 @@ class ChunkedMerge:
         """
         each, shortest = self._each(), self._shortest()
         for count in range(threads, 0, -1):
-            chunk = (room - self.kernel.beside(count)) // count // each
+            chunk = (room - self.kernel.overhead(count)) // count // each
             if chunk >= shortest:
                 self._threads, self._chunk = count, min(self._chunk, chunk)
                 return
@@ -237,7 +237,7 @@ class ChunkedMerge:
 
     def _checked(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count
-        c = checked_coefficients(c, d + len(self._settings))
+        c = check_coefficients(c, d + len(self._settings))
         if self._signed:
             return c
         if bool((c[:d] < -_NOTHING).any()):

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.low_rank import Adapted
+from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.kernel import ChunkedMerge, SpanKernel, checked_coefficients
+from map_bo.merging.vectors.kernel import KernelMerge, SpanKernel, check_coefficients
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.space import CoefficientSpace
 
@@ -51,7 +51,7 @@ def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], 
 
 def coefficient_table(c: Tensor, experts: int, blocks: int) -> Tensor:
     """Return the coefficients as ``blocks x N`` in float64 on the CPU."""
-    c = checked_coefficients(c, experts * blocks)
+    c = check_coefficients(c, experts * blocks)
     return c.view(experts, blocks).T
 
 
@@ -70,7 +70,7 @@ def _without(
             yield start, stop, block
 
 
-def _rows_of(part: Adapted) -> int:
+def _rows_of(part: AdaptedTensor) -> int:
     """Return how many rows of an adapted tensor are merged at once."""
     numbers = _PIECE.get(part.A.device.type, _PIECE["cuda"])
     return max(1, numbers // max(part.A.shape[1], 1))
@@ -202,7 +202,7 @@ class LinearMerge:
     def _add_adapters(self, table: Tensor, out: Tensor, together: bool) -> None:
         rows, dense = self._vectors.rows, list(self._vectors.dense_experts)
 
-        def merge(item: tuple[Slot, Adapted, int, int], _: None) -> None:
+        def merge(item: tuple[Slot, AdaptedTensor, int, int], _: None) -> None:
             slot, part, block, first = item
             columns, weights = part.A.shape[1], table[block]
             start = slot.offset + first * columns
@@ -219,7 +219,7 @@ class LinearMerge:
                 target.copy_(total)
 
         threads = None if rows.device.type == "cpu" else 1
-        spread(merge, self._pieces, lambda: None, threads=threads)
+        parallel_for(merge, self._pieces, lambda: None, threads=threads)
 
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile
@@ -247,7 +247,7 @@ class LinearMerge:
             torch.mv(wide.t(), left, out=sums)
             out[start : start + width].copy_(sums)
 
-        spread(
+        parallel_for(
             merge,
             range(0, rows.shape[1], size),
             lambda: (torch.empty(len(rows), size), torch.empty(size)),
@@ -312,9 +312,9 @@ class TaskArithmetic:
     def prepare(self, deltas: TaskVectors) -> LinearMerge: ...
 
     @overload
-    def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge: ...
+    def prepare(self, deltas: Deltas) -> LinearMerge | KernelMerge: ...
 
-    def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge:
+    def prepare(self, deltas: Deltas) -> LinearMerge | KernelMerge:
         """Find the runs of neighbouring tensors that share a block.
 
         Raises:
@@ -323,7 +323,7 @@ class TaskArithmetic:
         blocks = Blocks(self.blocks)
         if isinstance(deltas, TaskVectors):
             return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
-        return ChunkedMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
+        return KernelMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
 
     def describe(self) -> dict[str, Any]:
         """Return name and settings as plain data."""
@@ -341,7 +341,7 @@ class TaskArithmetic:
         return Blocks(self.blocks).of(name)
 
     def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return tensor name -> weight of each expert, as `merge_streamed` wants it.
+        """Return tensor name -> weight of each expert, as `merge_linearly` wants it.
 
         Args:
             experts: ``N`` names, in the order of the space.

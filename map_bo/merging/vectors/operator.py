@@ -5,7 +5,7 @@ What operators read: base and task vectors, piece by piece, wherever they are ke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,14 +14,25 @@ from torch import Tensor
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.space import CoefficientSpace
 
-__all__ = ["ChecksValues", "Deltas", "Followable", "MergeOperator", "PreparedMerge", "recipe_of"]
+__all__ = [
+    "ChecksValues",
+    "Deltas",
+    "Followable",
+    "MergeOperator",
+    "PreparedMerge",
+    "Weights",
+    "recipe_of",
+]
+
+Weights = Callable[[str], Mapping[str, float]]
+"""Tensor name -> weight of each expert's task vector for that tensor."""
 
 
 @runtime_checkable
 class Deltas(Protocol):
     """A base and the task vectors of ``N`` experts in the coordinates of a flat layout.
 
-    `TaskVectors` keeps them resident; `StreamedVectors` reads them from checkpoints each time.
+    `TaskVectors` keeps them resident; `OnDiskVectors` reads them from checkpoints each time.
     Pieces may be read from several threads at once.
     """
 
@@ -92,7 +103,7 @@ class PreparedMerge(Protocol):
 class MergeOperator(Protocol):
     """Settings of a merge operator.
 
-    One that has ``streams = True`` reads the deltas by pieces alone and prepares a `ChunkedMerge`,
+    One that has ``streams = True`` reads the deltas by pieces alone and prepares a `KernelMerge`,
     so that it also merges checkpoints that do not fit into memory.
     """
 

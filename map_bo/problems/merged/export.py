@@ -11,18 +11,16 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from map_bo.merging.align.layout import joined_ties
+from map_bo.merging.align.layout import join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
 from map_bo.merging.export.bounded import merged_content, streams, tied_weights
 from map_bo.merging.export.draft import refuse_existing
-from map_bo.merging.export.model import export_merged
-from map_bo.merging.export.recipe import Weights
-from map_bo.merging.export.shards import Pieces, merging_bar
+from map_bo.merging.export.model import ExportSettings, export_merged
+from map_bo.merging.export.write_shards import Pieces, merging_bar
 from map_bo.merging.vectors.linear_merge import LinearOperator
 from map_bo.merging.vectors.live import model_ties
-from map_bo.merging.vectors.memory import ExportSettings
-from map_bo.merging.vectors.operator import MergeOperator, recipe_of
+from map_bo.merging.vectors.operator import MergeOperator, Weights, recipe_of
 from map_bo.space import CoefficientSpace
 
 __all__ = ["AdapterExporting", "write_merged"]
@@ -169,7 +167,7 @@ class AdapterExporting:
         merged: Checkpoint | None = None
         ties = model_ties(self._architecture())
         if isinstance(self._operator, LinearOperator):
-            joined = joined_ties(self._base, ties)
+            joined = join_ties(self._base, ties)
             weights = tied_weights(self._operator.weights(tuple(self._experts), row), joined)
         else:
             merged = open_checkpoint(self.merged(row))

@@ -30,13 +30,13 @@ from map_bo.problems.cache import cache_root
 from map_bo.space import CoefficientSpace
 
 __all__ = [
-    "built_model",
+    "build_model",
     "check_gradients",
     "check_model",
     "check_space",
     "described",
     "storage_of",
-    "weighed_space",
+    "weigh_space",
 ]
 
 
@@ -53,7 +53,7 @@ def check_model(model: object) -> None:
         )
 
 
-def built_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def build_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
     """Return the model: the one that was given, or what the function returns, on a device.
 
     Raises:
@@ -107,7 +107,7 @@ def check_gradients(
         check_differentiable(name, evaluator)
 
 
-def weighed_space(
+def weigh_space(
     space: CoefficientSpace,
     operator: MergeOperator,
     base: Checkpoint,
@@ -183,8 +183,10 @@ def described(
     """
 
     def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-        fitting = {"fitting": dict(checkpoint.fitting)} if checkpoint.fitting else {}
-        return {"source": checkpoint.source, "digest": checkpoint.digest(), **fitting}
+        changes = checkpoint.vocabulary_changes
+        # "fitting" is the word of version 0.1, by which records are compared.
+        told = {"fitting": dict(changes)} if changes else {}
+        return {"source": checkpoint.source, "digest": checkpoint.digest(), **told}
 
     return {
         "kind": "merged_model",

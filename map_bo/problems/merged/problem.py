@@ -24,13 +24,13 @@ from map_bo.evaluators.evaluator import (
     named_metrics,
 )
 from map_bo.merging.adapters.adapter import open_expert
-from map_bo.merging.align.layout import joined_ties
-from map_bo.merging.align.vocabulary import VocabularyRule, fitted_experts
+from map_bo.merging.align.layout import join_ties
+from map_bo.merging.align.vocabulary import VocabularyRule, fit_vocabularies
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
+from map_bo.merging.export.model import ExportSettings
 from map_bo.merging.vectors.blocks import with_known_blocks
 from map_bo.merging.vectors.linear_merge import LinearMerge, LinearOperator, TaskArithmetic
 from map_bo.merging.vectors.live import LiveModel, model_ties
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge
 from map_bo.merging.vectors.recalibration import (
     Batches,
@@ -43,13 +43,13 @@ from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.merged.export import AdapterExporting, write_merged
 from map_bo.problems.merged.parts import (
-    built_model,
+    build_model,
     check_gradients,
     check_model,
     check_space,
     described,
     storage_of,
-    weighed_space,
+    weigh_space,
 )
 from map_bo.space import CoefficientSpace
 
@@ -91,7 +91,7 @@ class MergedModelProblem(AdapterExporting):
             differentiable and the operator task arithmetic.
         vocabulary: What to do with experts whose embeddings have other rows than the base's:
             refuse them (default), or match rows by position (``"base"``) or by token
-            (``"tokens"``); see `map_bo.merging.align.vocabulary.fitted`.
+            (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
         recalibration: Batches, or a function that returns them: after each merge the statistics of
             BatchNorm layers are measured anew on them, in what is evaluated and in what is
             exported; see `map_bo.merging.vectors.recalibration.recalibrate`. Not with gradients.
@@ -138,7 +138,7 @@ class MergedModelProblem(AdapterExporting):
         self._metrics = metrics_of(evaluators, metrics)
         self._base = open_checkpoint(base)
         given = {name: open_expert(source, self._base) for name, source in experts.items()}
-        self._experts = fitted_experts(given, self._base, vocabulary)
+        self._experts = fit_vocabularies(given, self._base, vocabulary)
         given_operator = TaskArithmetic() if operator is None else operator
         self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
@@ -169,7 +169,7 @@ class MergedModelProblem(AdapterExporting):
         checkpoints. With one coefficient an expert nothing is read.
         """
         if self._measured is None:
-            self._measured = weighed_space(
+            self._measured = weigh_space(
                 self._space, self._operator, self._base, self._experts, self._ties
             )
         return self._measured
@@ -404,7 +404,7 @@ class MergedModelProblem(AdapterExporting):
                 check_base=self._check_base,
                 ties=model_ties(model),
                 cache=self._storage.cache,
-                roomy=self._storage.roomy,
+                spare_memory=self._storage.spare_memory,
             )
             if isinstance(self._operator, NeedsStatistics):
                 self._operator.check_experts(self._experts)
@@ -422,9 +422,9 @@ class MergedModelProblem(AdapterExporting):
         return self._ready
 
     def _ties(self) -> dict[str, str]:
-        return joined_ties(self._base, model_ties(self._architecture()))
+        return join_ties(self._base, model_ties(self._architecture()))
 
     def _architecture(self) -> nn.Module:
         if self._model is None:
-            self._model = built_model(self._source, self._device)
+            self._model = build_model(self._source, self._device)
         return self._model

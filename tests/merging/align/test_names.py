@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.experts import aligned_names
+from map_bo.merging.align.experts import align_names
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 
@@ -16,19 +16,19 @@ def of(*names: str, tied: tuple[str, ...] = (), **changed: Tensor) -> Checkpoint
 
 
 def test_own_names_come_first() -> None:
-    assert aligned_names(of("a", "b"), of("a", "b"), "e") == {"a": "a", "b": "b"}
+    assert align_names(of("a", "b"), of("a", "b"), "e") == {"a": "a", "b": "b"}
 
 
 @pytest.mark.parametrize("expert", [of("a"), of("b"), of("a", "b"), of("a", "b", tied=("a", "b"))])
 def test_a_tied_tensor_under_any_of_its_names(expert: Checkpoint) -> None:
     recorded = of("a", "b", tied=("a", "b"))
-    assert aligned_names(recorded, expert, "e") == {"a": expert.names[0]}
+    assert align_names(recorded, expert, "e") == {"a": expert.names[0]}
     # As a model ties them whose base was saved with both.
-    assert aligned_names(of("a", "b"), expert, "e", {"b": "a"}) == {"a": expert.names[0]}
+    assert align_names(of("a", "b"), expert, "e", {"b": "a"}) == {"a": expert.names[0]}
 
 
 def test_an_alias_is_no_further_tensor() -> None:
-    assert aligned_names(of("a"), of("a", "b", tied=("a", "b")), "e") == {"a": "a"}
+    assert align_names(of("a"), of("a", "b", tied=("a", "b")), "e") == {"a": "a"}
 
 
 @pytest.mark.parametrize(
@@ -43,5 +43,5 @@ def test_an_alias_is_no_further_tensor() -> None:
 )
 def test_what_does_not_fit(expert: Checkpoint, message: str) -> None:
     with pytest.raises(MergeError, match=message) as caught:
-        aligned_names(of("a", "b"), expert, "e")
+        align_names(of("a", "b"), expert, "e")
     assert caught.value.hint

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.experts import Likeness, require_alike
+from map_bo.merging.align.experts import BaseSimilarity, require_alike
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.rng import make_generator
 
@@ -64,7 +64,7 @@ def test_too_few_numbers_decide_nothing() -> None:
 
 
 def test_a_base_of_zeros_refuses_nothing() -> None:
-    likeness = Likeness("e")
+    likeness = BaseSimilarity("e")
     likeness.add(torch.zeros(50, 50), drawn(0, 50, 50))
     likeness.judge()
 
@@ -74,7 +74,7 @@ def judged(far: float, *, size: int = 4000, shared: float = 1.0) -> None:
     generator = make_generator(0)
     base, noise = (torch.randn(size, generator=generator) for _ in range(2))
     expert = shared * base + far * noise * base.norm() / noise.norm()
-    likeness = Likeness("math")
+    likeness = BaseSimilarity("math")
     for start in range(0, size, 1000):  # in pieces
         part = slice(start, start + 1000)
         likeness.add(base[part], (expert - base)[part])

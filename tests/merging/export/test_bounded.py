@@ -10,13 +10,14 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors, merged_pieces, merged_tensors, streams
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.bounded import merged_pieces, merged_tensors, streams
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors import kernel as chunked
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import resident_bytes
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.storage import resident_bytes
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Della, Ties
 from tests.merging.checkpoint_files import BASE, EXPERTS
@@ -49,7 +50,7 @@ def test_inputs_are_checked_at_once_and_passes_are_made_when_pieces_are_asked_fo
     passes: list[int] = []
     real = Ties.prepare
 
-    def prepare(self: Ties, deltas: Deltas) -> ChunkedMerge:
+    def prepare(self: Ties, deltas: Deltas) -> KernelMerge:
         passes.append(1)
         return real(self, deltas)
 
@@ -109,7 +110,7 @@ class Wide(Kernel):
     def unit(self, slot: int) -> int:
         return 20_000
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         return 1_000_000 * threads
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
@@ -117,9 +118,9 @@ class Wide(Kernel):
 
 
 class TestLimit:
-    def merge(self, kernel: Kernel) -> ChunkedMerge:
-        deltas = StreamedVectors(*family({"w": torch.ones(1_000_000)}), check_base=False)
-        return ChunkedMerge(deltas, kernel, (0,))
+    def merge(self, kernel: Kernel) -> KernelMerge:
+        deltas = OnDiskVectors(*family({"w": torch.ones(1_000_000)}), check_base=False)
+        return KernelMerge(deltas, kernel, (0,))
 
     def test_much_room_changes_nothing(self) -> None:
         merge = self.merge(Wide())
@@ -144,7 +145,7 @@ class TestLimit:
 
     def test_rows_of_della_are_not_cut(self) -> None:
         base, experts = family({"w": torch.ones(3, 100_000)})
-        merge = Della().prepare(StreamedVectors(base, experts, check_base=False))
+        merge = Della().prepare(OnDiskVectors(base, experts, check_base=False))
         merge.limit(merge.least_memory(), 4)
         found: list[tuple[int, int]] = []
         merge.run(torch.ones(1), lambda slot, start, piece: found.append((start, len(piece))))
@@ -153,7 +154,7 @@ class TestLimit:
     def test_products_of_layers_are_counted(self) -> None:
         base, experts = family({"w": torch.ones(5, 300)})
         operator = RegMean({"e": {"w": torch.eye(300)}})
-        merge = operator.prepare(StreamedVectors(base, experts, check_base=False))
+        merge = operator.prepare(OnDiskVectors(base, experts, check_base=False))
         assert merge.least_memory() > 12 * 8 * 300**2
 
     def test_fewer_threads_prepare_where_memory_is_short(self, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from tests.merging.checkpoint_files import BASE, Tied, export, merged
 
 
@@ -26,7 +26,7 @@ class TestTies:
         base, expert = open_checkpoint(Tied(0)), open_checkpoint(Tied(1))
         stream = list(
             # The alias has weights of its own here; those of the canonical name count.
-            merge_streamed(base, {"a": expert}, lambda n: {"a": 1.0 if n == "embed" else 0.5})
+            merge_linearly(base, {"a": expert}, lambda n: {"a": 1.0 if n == "embed" else 0.5})
         )
         assert [name for name, _ in stream] == ["embed", "head.weight"]
         assert stream[0][1] is stream[1][1]
@@ -44,7 +44,7 @@ class TestTies:
 
     def test_shards_record_ties_too(self, tmp_path: Path) -> None:
         base = open_checkpoint(Tied(0))
-        stream = merge_streamed(base, {}, lambda n: {})
+        stream = merge_linearly(base, {}, lambda n: {})
         extra = open_checkpoint({**Tied(0).state_dict(), "z": torch.ones(100)})
         out = export(
             tmp_path / "m",

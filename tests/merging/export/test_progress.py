@@ -15,8 +15,8 @@ import torch
 from rich.progress import Progress
 
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.shards import merging_bar
+from map_bo.merging.export.model import merge_checkpoints
+from map_bo.merging.export.write_shards import merging_bar
 from tests.merging.checkpoint_files import BASE, COEFFICIENTS, EXPERTS
 from tests.merging.hard_checkpoints import hard_family
 

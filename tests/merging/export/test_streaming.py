@@ -11,7 +11,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from tests.merging.checkpoint_files import (
     BASE,
     COEFFICIENTS,
@@ -71,13 +71,13 @@ class TestMergeStreamed:
         base = torch.ones(1, dtype=torch.bfloat16)
         experts = {str(i): open_checkpoint({"w": base * 1.0078125}) for i in range(64)}
         weights = dict.fromkeys(experts, 1 / 16)
-        _, value = next(merge_streamed(open_checkpoint({"w": base}), experts, lambda name: weights))
+        _, value = next(merge_linearly(open_checkpoint({"w": base}), experts, lambda name: weights))
         # Each step alone is lost when it is rounded to bfloat16.
         assert value.item() == 1.03125
 
     def test_weights_may_differ_between_tensors(self) -> None:
         result = dict(
-            merge_streamed(
+            merge_linearly(
                 BASE, EXPERTS, lambda name: {"math": 1.0 if name.startswith("first") else 0.0}
             )
         )
@@ -97,7 +97,7 @@ class TestMergeStreamed:
             "a": open_checkpoint({"norm.running_var": torch.tensor([0.5, 5.0])}),
             "b": open_checkpoint({"norm.running_var": torch.tensor([0.25, 6.0])}),
         }
-        [(_, value)] = merge_streamed(base, experts, lambda name: {"a": 3.0})
+        [(_, value)] = merge_linearly(base, experts, lambda name: {"a": 3.0})
         assert value.tolist() == [0.25, 7.0]
 
     @pytest.mark.parametrize(
@@ -121,13 +121,13 @@ class TestMergeStreamed:
         tensors = tensors_of(1)
         change(tensors)
         with pytest.raises(MergeError, match=message) as caught:
-            merge_streamed(BASE, {"math": open_checkpoint(tensors)}, lambda name: {})
+            merge_linearly(BASE, {"math": open_checkpoint(tensors)}, lambda name: {})
         assert caught.value.hint
 
     def test_an_expert_in_another_float_dtype_fits(self) -> None:
         half = open_checkpoint({"w": torch.full((2,), 3.0, dtype=torch.float16)})
         base = open_checkpoint({"w": torch.ones(2)})
-        [(_, value)] = merge_streamed(base, {"a": half}, lambda name: {"a": 0.5})
+        [(_, value)] = merge_linearly(base, {"a": half}, lambda name: {"a": 0.5})
         assert value.dtype == torch.float32
         assert value.tolist() == [2.0, 2.0]
 
@@ -140,7 +140,7 @@ class TestMergeStreamed:
     def test_an_expert_may_lack_the_alias_or_keep_only_it(self) -> None:
         weight = Tied(1).embed.detach()
         for name in ("embed", "head.weight"):
-            stream = merge_streamed(
+            stream = merge_linearly(
                 open_checkpoint(Tied(0)),
                 {"a": open_checkpoint({name: weight})},
                 lambda n: {"a": 1.0},
@@ -149,7 +149,7 @@ class TestMergeStreamed:
 
     def test_an_alias_that_only_the_expert_has_is_no_further_tensor(self) -> None:
         base = open_checkpoint({"embed": Tied(0).embed})
-        [(name, value)] = merge_streamed(
+        [(name, value)] = merge_linearly(
             base, {"a": open_checkpoint(Tied(1))}, lambda n: {"a": 1.0}
         )
         assert name == "embed"
@@ -158,9 +158,9 @@ class TestMergeStreamed:
     def test_an_expert_that_unties_is_refused(self) -> None:
         tensors = {k: v.clone() for k, v in Tied(1).state_dict().items()}
         base = open_checkpoint(Tied(0))
-        equal = merge_streamed(base, {"a": open_checkpoint(tensors)}, lambda n: {"a": 1.0})
+        equal = merge_linearly(base, {"a": open_checkpoint(tensors)}, lambda n: {"a": 1.0})
         assert len(list(equal)) == 2
         tensors["head.weight"] += 1
-        stream = merge_streamed(base, {"a": open_checkpoint(tensors)}, lambda n: {"a": 1.0})
+        stream = merge_linearly(base, {"a": open_checkpoint(tensors)}, lambda n: {"a": 1.0})
         with pytest.raises(MergeError, match=r"'embed' and 'head\.weight' are one tensor .* 'a'"):
             list(stream)

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from map_bo.errors import MergeError
-from map_bo.merging.vectors.memory import ExportSettings, bytes_of, resident_bytes
+from map_bo.merging.export.model import ExportSettings
+from map_bo.merging.vectors.storage import parse_bytes, resident_bytes
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from map_bo.merging.vectors.memory import ExportSettings, bytes_of, resident_byt
     ],
 )
 def test_sizes(size: int | float | str, expected: int) -> None:
-    assert bytes_of(size, "size") == expected
+    assert parse_bytes(size, "size") == expected
 
 
 @pytest.mark.parametrize(
@@ -35,7 +36,7 @@ def test_sizes(size: int | float | str, expected: int) -> None:
 )  # fmt: skip
 def test_what_is_no_size(size: int | float | str) -> None:
     with pytest.raises(MergeError, match="max_memory is") as caught:
-        bytes_of(size, "max_memory")
+        parse_bytes(size, "max_memory")
     assert repr(size) in caught.value.message
     assert "2GB" in str(caught.value.hint)
 

@@ -9,12 +9,17 @@ import pytest
 import torch
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.layout import FlatLayout, joined_ties
+from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors import storage
-from map_bo.merging.vectors.memory import available_bytes, in_words
 from map_bo.merging.vectors.row_filling import STORAGE
-from map_bo.merging.vectors.storage import Storage, StorageDtype, needed
+from map_bo.merging.vectors.storage import (
+    Storage,
+    StorageDtype,
+    available_bytes,
+    estimate_memory,
+    format_bytes,
+)
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
 from tests.merging.small_models import MODELS, family
@@ -27,8 +32,10 @@ def models(kind: str = "mlp") -> tuple[Checkpoint, dict[str, Checkpoint]]:
     return open_checkpoint(base), {name: open_checkpoint(model) for name, model in experts.items()}
 
 
-def need(base: Checkpoint, experts: Mapping[str, Checkpoint], dtype: torch.dtype) -> storage.Needed:
-    return needed(base, experts, FlatLayout.of(base, joined_ties(base, {})), dtype)
+def need(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], dtype: torch.dtype
+) -> storage.MemoryNeed:
+    return estimate_memory(base, experts, FlatLayout.of(base, join_ties(base, {})), dtype)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -39,7 +46,7 @@ def test_what_is_needed_is_what_is_taken(kind: str, dtype: torch.dtype) -> None:
     vectors = TaskVectors.load(base, experts, dtype=dtype)
     others = [*vectors.fixed.values(), *(floor for _, floor in vectors.floors)]
     assert found.rows == vectors.nbytes
-    assert found.beside == sum(tensor.nbytes for tensor in others)
+    assert found.extras == sum(tensor.nbytes for tensor in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,7 +61,7 @@ def test_adapters_take_their_factors(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most", "kept", "mapped", "roomy"),
+    ("dtype", "most", "kept", "mapped", "spare_memory"),
     [
         (None, None, torch.float32, False, True),
         ("auto", None, torch.float32, False, True),
@@ -76,13 +83,13 @@ def test_the_cap_decides(
     most: int | str | None,
     kept: torch.dtype,
     mapped: bool,
-    roomy: bool,
+    spare_memory: bool,
     tmp_path: Path,
 ) -> None:
     base, experts = models()
     cache = None if most is None else tmp_path
     found = Storage.of(base, experts, dtype=dtype, max_memory=most, cache=cache)
-    assert found == Storage(kept, tmp_path if mapped else None, roomy)
+    assert found == Storage(kept, tmp_path if mapped else None, spare_memory)
     assert not list(tmp_path.iterdir())  # nothing is written, and nothing read
 
 
@@ -183,7 +190,7 @@ def test_this_machine_says_what_it_has() -> None:
 
 
 def test_sizes_are_told_in_their_unit() -> None:
-    assert [in_words(x) for x in (12, 1540, 2.5e6, 40.12e9)] == [
+    assert [format_bytes(x) for x in (12, 1540, 2.5e6, 40.12e9)] == [
         "12 bytes",
         "1.54 kB",
         "2.5 MB",

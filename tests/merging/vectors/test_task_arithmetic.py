@@ -11,7 +11,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.vectors.linear_merge import LinearMerge, LinearOperator, TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
@@ -167,7 +167,7 @@ def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | No
     c = torch.linspace(-0.9, 1.4, space.d, dtype=torch.float64)
     flat = vectors.layout.state_dict(merge(vectors, c, blocks), vectors.fixed)
     streamed = dict(
-        merge_streamed(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
+        merge_linearly(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
     )
     assert flat.keys() == streamed.keys()
     for name, tensor in streamed.items():

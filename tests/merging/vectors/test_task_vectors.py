@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.layout import FlatLayout, is_variance, joined_ties
+from map_bo.merging.align.layout import FlatLayout, is_variance, join_ties
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.vectors import row_filling
 from map_bo.merging.vectors.task_vectors import TaskVectors
@@ -107,7 +107,7 @@ def test_ties_of_the_model_join_equal_tensors() -> None:
     ties = {"output.weight": "embed.weight", "unknown": "embed.weight"}
     assert len(load(loose, experts).layout.slots) == 4
     assert len(load(loose, experts, ties=ties).layout.slots) == 3
-    assert joined_ties(open_checkpoint(loose), ties) == {"output.weight": "embed.weight"}
+    assert join_ties(open_checkpoint(loose), ties) == {"output.weight": "embed.weight"}
 
 
 @pytest.mark.parametrize("where", ["the base", "expert 'e0'"])

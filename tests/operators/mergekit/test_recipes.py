@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.recipe import mergekit_text
+from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.vectors.blocks import Blocks
 from map_bo.merging.vectors.linear_merge import LinearOperator
 from map_bo.operators import from_mergekit

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export import bounded as piecewise
+from map_bo.merging.export.model import ExportSettings
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage

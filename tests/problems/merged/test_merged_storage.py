@@ -13,8 +13,8 @@ from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
+from map_bo.merging.export.model import ExportSettings
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.sparse import Ties
 from map_bo.problems.merged.problem import MergedModelProblem

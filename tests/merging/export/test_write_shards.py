@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.shards import Pieces, Put, write_weights, writing
+from map_bo.merging.export.write_shards import Pieces, Put, write_weights, writing
 
 TENSORS = {
     "a": torch.arange(10.0),
