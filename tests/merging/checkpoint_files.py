@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
-from map_bo.merging.export.model import export_merged
+from map_bo.merging.export.model import write_model
 
 
 def tensors_of(seed: int) -> dict[str, Tensor]:
@@ -50,7 +50,7 @@ def export(out: Path, **changes: Any) -> Path:
         "operator": {"name": "task_arithmetic", "blocks": None},
         "coefficients": COEFFICIENTS,
     }
-    return export_merged(out, **{**settings, **changes})
+    return write_model(out, **{**settings, **changes})
 
 
 class Tied(nn.Module):

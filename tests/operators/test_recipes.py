@@ -17,7 +17,7 @@ from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
-from map_bo.merging.export.model import export_merged, merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints, write_model
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
 from map_bo.operators.fisher import Fisher
@@ -354,10 +354,10 @@ class TestRefusals:
 
 
 def test_another_way_of_writing_leads_to_the_same(tmp_path: Path) -> None:
-    """A recipe of `export_merged` itself, with tensors merged one by one."""
+    """A recipe of `write_model` itself, with tensors merged one by one."""
     base, experts = opened(*hard_family(tmp_path / "in"))
     c = {"math": 0.5, "code": 0.25, "chat": 0.5}
-    first = export_merged(
+    first = write_model(
         tmp_path / "first",
         tensors=merge_linearly(base, experts, lambda name: c),
         base=base,

@@ -1,6 +1,7 @@
-"""Writing a merge as a LoRA adapter of bounded rank: some megabytes in place of a model.
+"""One merge on disk as a LoRA adapter of bounded rank: some megabytes in place of a model.
 
-What a PEFT LoRA adapter consists of: its tensors under peft's names, and its configuration.
+The merged changes are brought to low rank, and written as peft expects them: tensors under its
+names, and a configuration.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -256,7 +257,7 @@ def export_adapter(
     *,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
-    weights: Weights,
+    weights: Weights | None,
     operator: Mapping[str, Any],
     coefficients: Mapping[str, float],
     rank: int | None = None,
@@ -274,7 +275,7 @@ def export_adapter(
     Frobenius norm (the latter up to the randomised algorithm for large tensors).
 
     What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
-    values. The folder appears whole or not at all, as with `export_merged`; it holds
+    values. The folder appears whole or not at all, as with `write_model`; it holds
     ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
     errors.
 
@@ -282,13 +283,14 @@ def export_adapter(
         out: Folder to create; it may exist only when it is empty.
         base: The base that the adapter will be loaded over.
         experts: Name -> checkpoint, adapters or whole models.
-        weights: Tensor name -> weight of each expert's change.
+        weights: Tensor name -> weight of each expert's change; None where the merge is not linear
+            and ``merged`` is given.
         operator: The merge operator as plain data.
         coefficients: Coefficient name -> value.
         rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
         others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
         kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
-        merged: The merged model, where the merge is not linear; ``weights`` are then not asked.
+        merged: The merged model, where the merge is not linear.
         ties: Further ties of the model, alias -> canonical name; the base need not have both.
         record: Further plain data for the recipe.
 
@@ -298,12 +300,19 @@ def export_adapter(
     """
     target = refuse_existing(out)
     if rank is not None and rank < 1:
-        raise MergeError(f"rank is {rank}", hint="give at least 1")
+        raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
     further = plain(record or {})
-    summed = experts if merged is None else {"merged": merged}
-    of = weights if merged is None else lambda name: {"merged": 1.0}
     tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
-    changes = _Changes(base, summed, of, rank, others, kinds, tied).found()
+    if merged is not None:
+        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
+    elif weights is not None:
+        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
+    else:
+        raise MergeError(
+            "an adapter is written without weights and without a merged model",
+            hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
+        )
+    changes = merging.find()
     adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
     content = adapter_content(
         changes.factors,
@@ -319,8 +328,19 @@ def export_adapter(
     errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
     result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
 
-    def recipe(draft: Path) -> str:
-        return recipe_text(
+    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
+    with writing(target):
+        remove_stale_drafts(target)
+        require_space(target, layouts)
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
+            for name, tensor in content.tensors.items():
+                writer.write(name, tensor)
+            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
+            (draft / CONFIG).write_text(settings, encoding="utf-8")
+        recipe = recipe_text(
             base=base,
             experts=experts,
             operator=operator,
@@ -337,28 +357,15 @@ def export_adapter(
             },
             record=further,
         )
-
-    _write(target, content, recipe)
+        with writing(target):
+            (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            publish(draft, target)
     return result
 
 
-def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str]) -> None:
-    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
-    with writing(target):
-        remove_stale_drafts(target)
-        require_space(target, layouts)
-    with ExitStack() as stack:
-        with writing(target):
-            draft = stack.enter_context(writing_draft(target))
-            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
-            for name, tensor in content.tensors.items():
-                writer.write(name, tensor)
-            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
-            (draft / CONFIG).write_text(settings, encoding="utf-8")
-        text = recipe(draft)
-        with writing(target):
-            (draft / RECIPE).write_text(text, encoding="utf-8")
-            publish(draft, target)
+def _whole(name: str) -> Mapping[str, float]:
+    """Return the weight of the merged model: its change is the whole change."""
+    return {"merged": 1.0}
 
 
 def _common(values: list[str | None]) -> str | None:
@@ -412,7 +419,7 @@ class _Changes:
         for adapter in self._adapters.values():
             self._kinds.update(adapter.kinds if adapter is not None else {})
 
-    def found(self) -> _Found:
+    def find(self) -> _Found:
         result = _Found()
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:

@@ -1,14 +1,14 @@
-"""The content of a merged model, made from checkpoints within bounded memory.
+"""One merge of checkpoints, and its tensors made within bounded memory, whatever the models' size.
 
-Base and task vectors read from checkpoints piece by piece, for models larger than memory.
-
-Linear merging tensor by tensor, for models that need not fit into memory.
+By pieces, in float32 and on all cores, where the operator reads pieces alone; tensor by tensor, in
+the base's precision, where it is linear.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -26,20 +26,204 @@ from map_bo.merging.align.layout import is_variance, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.merging.export.write_shards import Pieces, Put
-from map_bo.merging.vectors.kernel import KernelMerge
+from map_bo.merging.vectors.kernel import KernelMerge, ReadsPieces
 from map_bo.merging.vectors.on_disk import OnDiskVectors
-from map_bo.merging.vectors.operator import MergeOperator, Weights
+from map_bo.merging.vectors.operator import Linear, MergeOperator, Weights
 from map_bo.merging.vectors.storage import resident_bytes
 
 __all__ = [
+    "Merge",
     "check_weights",
+    "merge_bounded",
+    "merge_by_pieces",
+    "merge_by_tensor",
     "merge_linearly",
-    "merged_content",
-    "merged_pieces",
-    "merged_tensors",
-    "streams",
-    "tied_weights",
+    "merges_files",
+    "reads_pieces",
+    "tie_weights",
 ]
+
+_SPARE = 64_000_000  # bytes that a program needs besides, such as buffers of files and threads
+_PREPARING = 8_000_000  # bytes that a thread takes for each row while an operator is prepared
+_WIDE = (torch.float64, torch.complex64, torch.complex128)
+
+
+@dataclass(frozen=True, eq=False)
+class Merge:
+    """One merge: all that its files follow from.
+
+    Attributes:
+        base: The base checkpoint.
+        experts: Name -> checkpoint of the ``N`` experts.
+        operator: How to merge; its blocks are patterns.
+        names: ``d`` names of the coefficients.
+        c: ``d`` coefficients in float64 on the CPU.
+        ties: Further ties of the base, alias -> canonical name, that its files do not record.
+        check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        tensors: The merged tensors by name, where the operator cannot make them from the files;
+            see `merges_files`.
+        recalibrated: Tensors, by name, that take the place of merged ones: the statistics of
+            batch normalisation that were measured anew.
+    """
+
+    base: Checkpoint
+    experts: Mapping[str, Checkpoint]
+    operator: MergeOperator
+    names: tuple[str, ...]
+    c: Tensor
+    ties: Mapping[str, str] = field(default_factory=dict)
+    check_base: bool = True
+    tensors: Mapping[str, Tensor] | None = None
+    recalibrated: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Coefficient name -> value."""
+        return dict(zip(self.names, self.c.tolist(), strict=True))
+
+    @property
+    def weights(self) -> Weights | None:
+        """Tensor name -> weight of each expert, where the operator is linear."""
+        if not isinstance(self.operator, Linear):
+            return None
+        return tie_weights(self.operator.weights(tuple(self.experts), self.c), self.ties)
+
+
+def reads_pieces(base: Checkpoint, operator: MergeOperator) -> bool:
+    """Return whether a merge can be made by pieces, in float32."""
+    return isinstance(operator, ReadsPieces) and not any(
+        base.dtype(name) in _WIDE for name in base.names
+    )
+
+
+def merges_files(base: Checkpoint, operator: MergeOperator) -> bool:
+    """Return whether a merge can be made from the files, without loading the task vectors."""
+    return isinstance(operator, Linear) or reads_pieces(base, operator)
+
+
+def tie_weights(weights: Weights, ties: Mapping[str, str]) -> Weights:
+    """Return the weights with every tied name under that of its tensor (alias -> canonical)."""
+    return lambda name: weights(ties.get(name, name))
+
+
+def merge_bounded(
+    merge: Merge, max_memory: int | None = None
+) -> Pieces | Iterator[tuple[str, Tensor]]:
+    """Return the merged tensors as `write_model` takes them.
+
+    Args:
+        merge: The merge.
+        max_memory: Bytes of resident memory for the whole process.
+
+    Raises:
+        MergeError: When the inputs do not fit each other, the memory does not suffice, or the
+            operator can merge them neither by pieces nor linearly.
+    """
+    if merge.tensors is not None:
+        return iter(merge.tensors.items())
+    if isinstance(merge.operator, Linear) and not reads_pieces(merge.base, merge.operator):
+        return merge_by_tensor(merge, max_memory)
+    return merge_by_pieces(merge, max_memory)
+
+
+def merge_by_pieces(merge: Merge, max_memory: int | None = None) -> Pieces:
+    """Return what puts the merged model of checkpoints, piece by piece; see `merge_bounded`.
+
+    Names, shapes and a sample of the weights are checked now. What takes a pass over the
+    checkpoints, such as thresholds, is done when the pieces are asked for.
+
+    Raises:
+        MergeError: When the inputs do not fit each other, or the memory does not suffice.
+    """
+    operator = merge.operator
+    if not isinstance(operator, ReadsPieces):
+        raise MergeError(
+            f"the operator {operator.describe().get('name')} cannot merge by pieces",
+            hint="export the merge of a loaded problem instead",
+        )
+    threads = None
+    if max_memory is not None:
+        each = _PREPARING * (1 + len(merge.experts))
+        threads = max(1, min(torch.get_num_threads(), _left(max_memory) // each))
+        _require(max_memory, each)
+    deltas = OnDiskVectors(
+        merge.base, merge.experts, ties=merge.ties, check_base=merge.check_base, threads=threads
+    )
+
+    def put_all(put: Put) -> None:
+        deltas.require_consistent()
+        prepared = operator.prepare_pieces(deltas)
+        if max_memory is not None:
+            _require(max_memory, prepared.least_memory())
+            prepared.limit(_left(max_memory), torch.get_num_threads())
+        _put_merged(prepared, merge.c, deltas, put)
+        _put_fixed(deltas, put)
+
+    return put_all
+
+
+def _put_merged(prepared: KernelMerge, c: Tensor, deltas: OnDiskVectors, put: Put) -> None:
+    base, slots = deltas.base, deltas.layout.slots
+    # Names that are one tensor in the model and that the base stores apart are written apart.
+    names = {slot.name: [slot.name] for slot in slots}
+    for alias, canonical in deltas.layout.ties.items():
+        if alias not in base.ties and canonical in names:
+            names[canonical].append(alias)
+
+    def sink(slot: int, start: int, piece: Tensor) -> None:
+        for name in names[slots[slot].name]:
+            put(name, start, _rounded(piece, base.dtype(name), name))
+
+    prepared.run(c, sink)
+
+
+def _rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    values = piece.to(dtype)
+    if not all_finite(values):
+        raise MergeError(
+            f"merged values of tensor {name!r} are beyond the range of {dtype}, the base's",
+            hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
+        )
+    return values
+
+
+def _put_fixed(deltas: OnDiskVectors, put: Put) -> None:
+    for name in deltas.layout.fixed:
+        if name not in deltas.base.ties:
+            for start, stop in pieces_of(deltas.base.shape(name).numel()):
+                put(name, start, deltas.base.read(name, start, stop))
+
+
+def merge_by_tensor(merge: Merge, max_memory: int | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Return the tensors of a linear merge one by one, in the base's precision.
+
+    For what is not merged in float32; see `merge_bounded` and `merge_linearly`.
+
+    Raises:
+        MergeError: When the operator is not linear, the inputs do not fit each other, or the
+            memory does not suffice.
+    """
+    base, experts, weights = merge.base, merge.experts, merge.weights
+    if weights is None:
+        raise MergeError(
+            f"the operator {merge.operator.describe().get('name')} is not linear, and only linear "
+            "merges are made tensor by tensor",
+            hint="export the merge of a loaded problem instead",
+        )
+    joined = join_ties(base, merge.ties)
+    if max_memory is not None:
+        largest = max((base.layout(name).nbytes for name in base.names), default=0)
+        # Base, expert, their difference, the sum, and what is read; in twice the bytes at most.
+        _require(max_memory, 10 * largest)
+    for label, expert in experts.items():
+        names = align_names(base, expert, label, joined)
+        if merge.check_base:
+            require_alike(base, expert, names, label)
+        for name, own in names.items():
+            dtype = base.dtype(name)
+            if not (dtype.is_floating_point or dtype.is_complex):
+                require_same_fixed(base, name, expert, own, label)
+    return merge_linearly(base, experts, weights, ties=joined, check_finite=True)
 
 
 def merge_linearly(
@@ -172,166 +356,6 @@ def _require_tied(
                 f"{name!r} and {alias!r} are one tensor in the model but differ in {label}",
                 hint="use checkpoints that keep them tied, or untie them in the base and model",
             )
-
-
-_SPARE = 64_000_000  # bytes that a program needs besides, such as buffers of files and threads
-_PREPARING = 8_000_000  # bytes that a thread takes for each row while an operator is prepared
-_WIDE = (torch.float64, torch.complex64, torch.complex128)
-
-
-def streams(base: Checkpoint, operator: MergeOperator) -> bool:
-    """Return whether a merge can be made by pieces, in float32."""
-    return getattr(operator, "streams", False) and not any(
-        base.dtype(name) in _WIDE for name in base.names
-    )
-
-
-def tied_weights(weights: Weights, ties: Mapping[str, str]) -> Weights:
-    """Return the weights with every tied name under that of its tensor (alias -> canonical)."""
-    return lambda name: weights(ties.get(name, name))
-
-
-def merged_content(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    operator: MergeOperator,
-    c: Tensor,
-    *,
-    weights: Weights | None = None,
-    ties: Mapping[str, str] | None = None,
-    check_base: bool = True,
-    max_memory: int | None = None,
-) -> Pieces | Iterator[tuple[str, Tensor]]:
-    """Return the merged tensors of checkpoints as `export_merged` takes them.
-
-    Args:
-        base: The base checkpoint.
-        experts: Name -> checkpoint.
-        operator: How to merge.
-        c: ``d`` coefficients.
-        weights: Tensor name -> weight of each expert, where the operator is linear.
-        ties: Further ties of the base, alias -> canonical name.
-        check_base: Whether to refuse experts that do not look fine-tuned from the base.
-        max_memory: Bytes of resident memory for the whole process.
-
-    Raises:
-        MergeError: When the inputs do not fit each other, the memory does not suffice, or the
-            operator can merge them neither by pieces nor linearly.
-    """
-    if weights is not None and not streams(base, operator):
-        return merged_tensors(
-            base, experts, weights, ties=ties, check_base=check_base, max_memory=max_memory
-        )
-    return merged_pieces(
-        base, experts, operator, c, ties=ties, check_base=check_base, max_memory=max_memory
-    )
-
-
-def merged_pieces(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    operator: MergeOperator,
-    c: Tensor,
-    *,
-    ties: Mapping[str, str] | None = None,
-    check_base: bool = True,
-    max_memory: int | None = None,
-) -> Pieces:
-    """Return what puts the merged model of checkpoints, piece by piece; see `merged_content`.
-
-    Names, shapes and a sample of the weights are checked now. What takes a pass over the
-    checkpoints, such as thresholds, is done when the pieces are asked for.
-
-    Raises:
-        MergeError: When the inputs do not fit each other, or the memory does not suffice.
-    """
-    if not getattr(operator, "streams", False):
-        raise MergeError(
-            f"the operator {operator.describe().get('name')} cannot merge by pieces",
-            hint="export the merge of a loaded problem instead",
-        )
-    threads = None
-    if max_memory is not None:
-        each = _PREPARING * (1 + len(experts))
-        threads = max(1, min(torch.get_num_threads(), _left(max_memory) // each))
-        _require(max_memory, each)
-    deltas = OnDiskVectors(base, experts, ties=ties, check_base=check_base, threads=threads)
-
-    def put_all(put: Put) -> None:
-        deltas.require_consistent()
-        prepared = operator.prepare(deltas)
-        assert isinstance(prepared, KernelMerge)
-        if max_memory is not None:
-            _require(max_memory, prepared.least_memory())
-            prepared.limit(_left(max_memory), torch.get_num_threads())
-        _put_merged(prepared, c, deltas, put)
-        _put_fixed(deltas, put)
-
-    return put_all
-
-
-def _put_merged(prepared: KernelMerge, c: Tensor, deltas: OnDiskVectors, put: Put) -> None:
-    base, slots = deltas.base, deltas.layout.slots
-    # Names that are one tensor in the model and that the base stores apart are written apart.
-    names = {slot.name: [slot.name] for slot in slots}
-    for alias, canonical in deltas.layout.ties.items():
-        if alias not in base.ties and canonical in names:
-            names[canonical].append(alias)
-
-    def sink(slot: int, start: int, piece: Tensor) -> None:
-        for name in names[slots[slot].name]:
-            put(name, start, _rounded(piece, base.dtype(name), name))
-
-    prepared.run(c, sink)
-
-
-def _rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    values = piece.to(dtype)
-    if not all_finite(values):
-        raise MergeError(
-            f"merged values of tensor {name!r} are beyond the range of {dtype}, the base's",
-            hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
-        )
-    return values
-
-
-def _put_fixed(deltas: OnDiskVectors, put: Put) -> None:
-    for name in deltas.layout.fixed:
-        if name not in deltas.base.ties:
-            for start, stop in pieces_of(deltas.base.shape(name).numel()):
-                put(name, start, deltas.base.read(name, start, stop))
-
-
-def merged_tensors(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    weights: Weights,
-    *,
-    ties: Mapping[str, str] | None = None,
-    check_base: bool = True,
-    max_memory: int | None = None,
-) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors of a linear merge one by one, in the base's precision.
-
-    For what is not merged in float32; see `merged_content` and `merge_linearly`.
-
-    Raises:
-        MergeError: When the inputs do not fit each other, or the memory does not suffice.
-    """
-    joined = join_ties(base, ties or {})
-    if max_memory is not None:
-        largest = max((base.layout(name).nbytes for name in base.names), default=0)
-        # Base, expert, their difference, the sum, and what is read; in twice the bytes at most.
-        _require(max_memory, 10 * largest)
-    for label, expert in experts.items():
-        names = align_names(base, expert, label, joined)
-        if check_base:
-            require_alike(base, expert, names, label)
-        for name, own in names.items():
-            dtype = base.dtype(name)
-            if not (dtype.is_floating_point or dtype.is_complex):
-                require_same_fixed(base, name, expert, own, label)
-    return merge_linearly(base, experts, weights, ties=joined, check_finite=True)
 
 
 def _left(max_memory: int) -> int:

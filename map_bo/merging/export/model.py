@@ -22,20 +22,27 @@ from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
-from map_bo.merging.export.bounded import merged_content, tied_weights
+from map_bo.merging.export.bounded import Merge, merge_bounded
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
 from map_bo.merging.export.write_shards import Advance, Pieces, merging_bar, write_weights, writing
 from map_bo.merging.vectors.blocks import with_known_blocks
-from map_bo.merging.vectors.linear_merge import LinearOperator, TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import ChecksValues, MergeOperator, Weights, recipe_of
 from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.storage import parse_bytes
 from map_bo.space import CoefficientSpace
 
-__all__ = ["ExportSettings", "digest_all", "export_merged", "merge_checkpoints", "require_space"]
+__all__ = [
+    "ExportSettings",
+    "digest_all",
+    "export_model",
+    "merge_checkpoints",
+    "require_space",
+    "write_model",
+]
 
 # What makes a folder of weights a usable model, and is not weights or code.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -100,7 +107,7 @@ def merge_checkpoints(
     Tensors are read, merged and written piece by piece on all cores, summed in float32 whatever
     the storage, and rounded once to the base's dtype. (Linear merges of float64 and complex
     tensors keep their precision and go tensor by tensor, on one core.) What is written, and how,
-    is said at `export_merged`.
+    is said at `write_model`.
 
     Args:
         base: The model that the experts were fine-tuned from; see `open_checkpoint`.
@@ -132,37 +139,19 @@ def merge_checkpoints(
     checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
     operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
-    c = _coefficients(operator, space, coefficients)
-    joined = join_ties(opened, ties or {})
-    weights: Weights | None = None
-    if isinstance(operator, LinearOperator):
-        weights = tied_weights(operator.weights(tuple(checkpoints), c), joined)
-    with merging_bar(opened, shown=progress) as advance:
-        return export_merged(
-            out,
-            tensors=merged_content(
-                opened,
-                checkpoints,
-                operator,
-                c,
-                weights=weights,
-                ties=joined,
-                check_base=check_base,
-                max_memory=settings.memory,
-            ),
-            base=opened,
-            experts=checkpoints,
-            operator=recipe_of(operator),
-            coefficients=dict(zip(space.names, c.tolist(), strict=True)),
-            record=record,
-            shard_bytes=settings.shard_bytes,
-            weights=weights,
-            ties=joined,
-            advance=advance,
-        )
+    merge = Merge(
+        base=opened,
+        experts=checkpoints,
+        operator=operator,
+        names=space.names,
+        c=_check_values(operator, space, coefficients),
+        ties=join_ties(opened, ties or {}),
+        check_base=check_base,
+    )
+    return export_model(merge, out, settings=settings, record=record)
 
 
-def _coefficients(
+def _check_values(
     operator: MergeOperator, space: CoefficientSpace, given: Mapping[str, float]
 ) -> Tensor:
     """Return the coefficients of a merge, ``d``, checked.
@@ -193,7 +182,46 @@ def _coefficients(
     return torch.tensor(list(values.values()), dtype=torch.float64)
 
 
-def export_merged(
+def export_model(
+    merge: Merge,
+    out: str | Path,
+    *,
+    settings: ExportSettings | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make the tensors of a merge and write them as a model; see `write_model`.
+
+    Args:
+        merge: The merge.
+        out: Folder to create.
+        settings: Bounds of memory and file sizes.
+        record: Further plain data for the recipe.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        MergeError: When it cannot be made or written; nothing is left behind.
+    """
+    settings = settings or ExportSettings()
+    with merging_bar(merge.base, shown=settings.progress) as advance:
+        return write_model(
+            out,
+            tensors=merge_bounded(merge, settings.memory),
+            base=merge.base,
+            experts=merge.experts,
+            operator=recipe_of(merge.operator),
+            coefficients=merge.coefficients,
+            record=record,
+            shard_bytes=settings.shard_bytes,
+            weights=merge.weights,
+            recalibrated=merge.recalibrated,
+            ties=merge.ties,
+            advance=advance,
+        )
+
+
+def write_model(
     out: str | Path,
     *,
     tensors: Iterable[tuple[str, Tensor]] | Pieces,
@@ -229,7 +257,7 @@ def export_merged(
     Args:
         out: Folder to create; it may exist only when it is empty.
         tensors: All tensors of the merged model, in any order, for example from
-            `merge_linearly`, where at most the tied ones are held in memory; or a function that
+            `merge_bounded`, where at most the tied ones are held in memory; or a function that
             puts them piece by piece, see `Pieces`.
         base: The base checkpoint: it says which tensors there must be.
         experts: Name -> checkpoint.

@@ -1,25 +1,23 @@
-"""Merging piece by piece: one operator for resident models and for models on disk.
+"""Kernels: merging piece by piece, the same for resident models and for models on disk.
 
-A kernel merges a piece of a tensor; the driver here cuts tensors into pieces, spreads them over
-threads, and puts the results where they belong.
+A kernel merges a piece of a tensor. The driver here, `KernelMerge`, cuts tensors into pieces, gives
+them to threads, and puts the results where they belong.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
+from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import arena, parallel_for
 
-if TYPE_CHECKING:
-    from map_bo.merging.vectors.operator import Deltas
-
-__all__ = ["Kernel", "KernelMerge", "SpanKernel", "check_coefficients"]
+__all__ = ["Kernel", "KernelMerge", "ReadsPieces", "SpanKernel", "check_coefficients"]
 
 # Numbers of a piece in all rows. Threads wait for each other between any two operations, so on 2
 # cores with 1 MiB of second-level cache each, shorter pieces cost more in calls than they gain in
@@ -257,3 +255,12 @@ class KernelMerge:
                 for start in range(0, slot.numel, max(step, 1))
             ]
         return items
+
+
+@runtime_checkable
+class ReadsPieces(Protocol):
+    """An operator that reads task vectors by pieces alone, so that models may stay on disk."""
+
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Do, once, all the work that does not depend on the coefficients."""
+        ...

@@ -1,14 +1,11 @@
-"""Weighted sums of resident task vectors at the speed of memory.
-
-Task arithmetic: the base plus a weighted sum of task vectors, at memory bandwidth.
-"""
+"""Task arithmetic: the base plus a weighted sum of resident task vectors, at memory bandwidth."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, overload, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -18,12 +15,12 @@ from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.vectors.blocks import Blocks
 from map_bo.merging.vectors.kernel import KernelMerge, SpanKernel, check_coefficients
-from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.operator import Deltas, Weights
 from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.space import CoefficientSpace
 
-__all__ = ["LinearMerge", "LinearOperator", "TaskArithmetic", "coefficient_table", "segments"]
+__all__ = ["LinearMerge", "TaskArithmetic", "coefficient_table", "segments"]
 
 # Measured on 2 cores for N = 2, 4, 8: tiles of 2^13 to 2^18 are within a tenth of each other, and
 # the longer ones lose less where the machine is busy.
@@ -268,15 +265,6 @@ class LinearMerge:
                 target.copy_(total)
 
 
-@runtime_checkable
-class LinearOperator(Protocol):
-    """An operator whose merged tensor is a weighted sum, so that it can also be streamed."""
-
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return, for coefficients ``c`` (``d``), tensor name -> weight of each expert."""
-        ...
-
-
 @dataclass(frozen=True)
 class TaskArithmetic:
     r"""``theta(c) = theta_base + sum_n c_n v_n``, with one coefficient an expert or a block.
@@ -294,8 +282,6 @@ class TaskArithmetic:
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks in ``blocks``.
     """
-
-    streams: ClassVar[bool] = True
 
     blocks: Mapping[str, str] | str | None = None
 
@@ -320,10 +306,23 @@ class TaskArithmetic:
         Raises:
             MergeError: When a tensor belongs to no block or to several, or a block has none.
         """
+        if not isinstance(deltas, TaskVectors):
+            return self.prepare_pieces(deltas)
         blocks = Blocks(self.blocks)
-        if isinstance(deltas, TaskVectors):
-            return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
+        return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
+
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Prepare a merge that reads pieces alone; see `ReadsPieces`.
+
+        Raises:
+            MergeError: When a tensor belongs to no block or to several, or a block has none.
+        """
+        blocks = Blocks(self.blocks)
         return KernelMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
+
+    def with_blocks(self, patterns: Mapping[str, str]) -> TaskArithmetic:
+        """Return task arithmetic with these blocks; see `HasBlocks`."""
+        return replace(self, blocks=patterns)
 
     def describe(self) -> dict[str, Any]:
         """Return name and settings as plain data."""
@@ -340,13 +339,8 @@ class TaskArithmetic:
         """
         return Blocks(self.blocks).of(name)
 
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return tensor name -> weight of each expert, as `merge_linearly` wants it.
-
-        Args:
-            experts: ``N`` names, in the order of the space.
-            c: ``d`` coefficients.
-        """
+    def weights(self, experts: tuple[str, ...], c: Tensor) -> Weights:
+        """Return tensor name -> weight of each expert; see `Linear`."""
         blocks = Blocks(self.blocks)
         table = coefficient_table(c, len(experts), len(blocks))
 

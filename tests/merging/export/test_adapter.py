@@ -254,7 +254,7 @@ class TestRefused:
         self.refused(out, "linear layer or of an embedding is unknown", base, experts, rank=2)
         self.refused(out, "which have no factors", base, experts, rank=2, kinds=kinds,
                      others="refuse")  # fmt: skip
-        self.refused(out, "rank is 0", base, experts, rank=0)
+        self.refused(out, "rank must be at least 1, got 0", base, experts, rank=0)
         still = dict.fromkeys(C, 0.0)
         self.refused(out, "the merge is the base", base, experts, still, kinds=kinds)
         self.refused(out, "unknown experts other", base, experts, {"other": 1.0}, kinds=kinds)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,24 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import merged_pieces, merged_tensors, streams
+from map_bo.merging.export.bounded import (
+    Merge,
+    merge_bounded,
+    merge_by_pieces,
+    merge_by_tensor,
+    merges_files,
+    reads_pieces,
+)
 from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors import kernel as chunked
 from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.on_disk import OnDiskVectors
-from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.operator import Deltas, PreparedMerge
 from map_bo.merging.vectors.storage import resident_bytes
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Della, Ties
+from map_bo.space import CoefficientSpace
 from tests.merging.checkpoint_files import BASE, EXPERTS
 from tests.merging.hard_checkpoints import hard_family, hard_tensors, loaded, opened, threads
 
@@ -28,18 +37,71 @@ def family(tensors: Mapping[str, Tensor]) -> tuple[Checkpoint, dict[str, Checkpo
     return open_checkpoint(tensors), {"e": open_checkpoint(tensors)}
 
 
+def merge_of(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], operator: Any, c: Tensor, **settings: Any
+) -> Merge:
+    return Merge(base, experts, operator, tuple(experts), c, **{"check_base": False, **settings})
+
+
 def collected(pieces: Any) -> dict[str, Tensor]:
     parts: dict[str, dict[int, Tensor]] = {}
     pieces(lambda name, start, piece: parts.setdefault(name, {}).update({start: piece.clone()}))
     return {name: torch.cat([part[at] for at in sorted(part)]) for name, part in parts.items()}
 
 
-def test_what_streams() -> None:
+class Opaque:
+    """An operator without further abilities, for a merge of its own."""
+
+    def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
+        return CoefficientSpace.box(experts, lower=lower, upper=upper)
+
+    def prepare(self, deltas: Deltas) -> PreparedMerge:
+        return TaskArithmetic().prepare(deltas)
+
+    def describe(self) -> dict[str, Any]:
+        return {"name": "opaque"}
+
+
+def test_what_can_be_merged_from_files() -> None:
     narrow = open_checkpoint(hard_tensors("base", torch.bfloat16))
-    assert streams(narrow, TaskArithmetic())
-    assert streams(narrow, Ties())
-    assert not streams(BASE, Ties())
-    assert not streams(narrow, object())  # type: ignore[arg-type]
+    assert reads_pieces(narrow, TaskArithmetic())
+    assert reads_pieces(narrow, Ties())
+    assert not reads_pieces(BASE, Ties())  # float64 and complex
+    assert not reads_pieces(narrow, Opaque())
+    assert merges_files(BASE, TaskArithmetic())  # tensor by tensor
+    assert not merges_files(BASE, Ties())
+    assert not merges_files(narrow, Opaque())
+
+
+def test_an_operator_that_needs_loaded_task_vectors() -> None:
+    merge = merge_of(BASE, EXPERTS, Opaque(), torch.tensor([0.5, 0.5]))
+    assert merge.weights is None
+    for way in (merge_bounded, merge_by_pieces):
+        with pytest.raises(MergeError, match="opaque cannot merge by pieces") as caught:
+            way(merge)
+        assert "loaded problem" in str(caught.value.hint)
+    with pytest.raises(MergeError, match="opaque is not linear"):
+        merge_by_tensor(merge)
+    tensors = {"w": torch.ones(1)}
+    assert dict(merge_bounded(replace(merge, tensors=tensors))) == tensors  # type: ignore[arg-type]
+
+
+def test_a_merge_says_its_coefficients_and_weights() -> None:
+    merge = merge_of(BASE, EXPERTS, TaskArithmetic(), torch.tensor([0.5, -1.0]))
+    assert merge.coefficients == dict(zip(EXPERTS, (0.5, -1.0), strict=True))
+    assert merge.weights is not None
+    assert merge.weights("any") == merge.coefficients
+    blocks = {"first": "^first", "rest": "*"}
+    tied = replace(
+        merge,
+        operator=TaskArithmetic(blocks),
+        names=("a", "b", "c", "d"),
+        c=torch.tensor([1.0, 2.0, 3.0, 4.0]),
+        ties={"first.weight": "last.weight"},
+    )
+    assert tied.weights is not None
+    assert list(tied.weights("first.bias").values()) == [1.0, 3.0]
+    assert list(tied.weights("first.weight").values()) == [2.0, 4.0]  # those of its tensor
 
 
 def test_inputs_are_checked_at_once_and_passes_are_made_when_pieces_are_asked_for(
@@ -48,19 +110,21 @@ def test_inputs_are_checked_at_once_and_passes_are_made_when_pieces_are_asked_fo
     base, experts = opened(*hard_family(tmp_path))
     c = torch.tensor([0.5, 0.5, 0.5])
     passes: list[int] = []
-    real = Ties.prepare
+    real = Ties.prepare_pieces
 
-    def prepare(self: Ties, deltas: Deltas) -> KernelMerge:
+    def prepare_pieces(self: Ties, deltas: Deltas) -> KernelMerge:
         passes.append(1)
         return real(self, deltas)
 
-    monkeypatch.setattr(Ties, "prepare", prepare)
-    pieces = merged_pieces(base, experts, Ties(), c, check_base=False)
+    monkeypatch.setattr(Ties, "prepare_pieces", prepare_pieces)
+    pieces = merge_by_pieces(merge_of(base, experts, Ties(), c))
     assert passes == []
     assert sorted(collected(pieces)) == sorted(n for n in base.names if base.shape(n).numel())
     assert passes == [1]
     with pytest.raises(MergeError, match="lacks"):
-        merged_pieces(base, {"e": open_checkpoint({"one": torch.ones(1, 1)})}, Ties(), c[:1])
+        merge_by_pieces(
+            merge_of(base, {"e": open_checkpoint({"one": torch.ones(1, 1)})}, Ties(), c[:1])
+        )
 
 
 def test_one_tensor_under_three_names_of_which_the_base_records_two(tmp_path: Path) -> None:
@@ -100,7 +164,11 @@ def test_fixed_tensors_go_by_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None
     table = torch.arange(10)
     base, experts = family({"w": torch.ones(3), "table": table, "none": torch.zeros(0).long()})
     monkeypatch.setattr(Checkpoint, "load", lambda *_: pytest.fail("loaded whole"))
-    found = collected(merged_pieces(base, experts, TaskArithmetic(), torch.tensor([0.5])))
+    found = collected(
+        merge_by_pieces(
+            merge_of(base, experts, TaskArithmetic(), torch.tensor([0.5]), check_base=True)
+        )
+    )
     assert torch.equal(found["table"], table)
 
 
@@ -170,16 +238,12 @@ class TestLimit:
         with threads(6):
             for spare in (64_000_000 + 70_000_000, 10**10):
                 memory = resident_bytes() + spare
-                collected(
-                    merged_pieces(base, experts, Telling(), c, check_base=False, max_memory=memory)
-                )
+                collected(merge_by_pieces(merge_of(base, experts, Telling(), c), memory))
         assert seen == [2, 6]
 
 
 def test_the_tensors_of_a_linear_merge_in_its_own_precision_are_checked() -> None:
-    def weights(name: str) -> dict[str, float]:
-        return {"math": 0.5}
-
-    assert len(list(merged_tensors(BASE, EXPERTS, weights, check_base=False))) == len(BASE.names)
+    merge = merge_of(BASE, EXPERTS, TaskArithmetic(), torch.tensor([0.5, 0.0]))
+    assert len(list(merge_by_tensor(merge))) == len(BASE.names)
     with pytest.raises(MergeError, match="max_memory is 1 MB"):
-        merged_tensors(BASE, EXPERTS, weights, check_base=False, max_memory=1_000_000)
+        merge_by_tensor(merge, 1_000_000)
