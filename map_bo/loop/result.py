@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,12 +16,11 @@ from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
-from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
-from map_bo.problems.merged.export import AdapterExporting
-from map_bo.problems.problem import Problem
+from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
@@ -32,22 +31,6 @@ __all__ = ["Choice", "Exportable", "Result"]
 
 # How much the utility of a choice (1 is the best expert) must gain to leave the front's points.
 _NOTICEABLE = 2e-3
-
-
-@runtime_checkable
-class Exportable(Protocol):
-    """A problem whose points are models that can be written to disk."""
-
-    def export(
-        self,
-        x: Tensor,
-        out: str | Path,
-        *,
-        record: Mapping[str, Any],
-        settings: ExportSettings | None = None,
-    ) -> Path:
-        """Write the model with coefficients ``x`` (``d``) into the directory ``out``."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,7 +137,7 @@ class Choice:
         Raises:
             MergeError: When the problem has no models, or the adapter cannot be written.
         """
-        if not isinstance(self.problem, AdapterExporting) or self.exports is not None:
+        if not isinstance(self.problem, ExportsAdapters) or self.exports is not None:
             raise MergeError(
                 f"{type(self.problem).__name__} has no merge that an adapter could hold",
                 hint="export_adapter works for problems that merge checkpoints, not in stages",

@@ -64,7 +64,7 @@ def composes(problem: Problem) -> bool:
     They do unless the problem says otherwise: a table or a formula knows no other merge than that
     of its coefficients.
     """
-    return bool(getattr(problem, "composes", True))
+    return not isinstance(problem, Mergeable) or problem.composes
 
 
 class Models:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from map_bo.loop.result import Choice, Exportable, Result
-from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.export.model import ExportSettings
 from map_bo.nested.tree import Group, drawn, path_name
 from map_bo.pareto.preferences import Preference
 

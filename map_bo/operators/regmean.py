@@ -20,8 +20,8 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
-    loaded,
-    matched,
+    load_statistic,
+    match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
@@ -225,10 +225,12 @@ class _RegressionKernel(Kernel):
         self._layers: dict[int, _Layer] = {}
         self._factors: OrderedDict[tuple[object, ...], Tensor | None] = OrderedDict()
         self._lock = threading.Lock()
-        for index, names in matched(deltas.layout, known).items():
+        for index, names in match_statistics(deltas.layout, known).items():
             slot = deltas.layout.slots[index]
             _check_shapes(known, names, slot)
-            found = [loaded(known[e], e, name) for e, name in zip(known, names, strict=True)]
+            found = [
+                load_statistic(known[e], e, name) for e, name in zip(known, names, strict=True)
+            ]
             grams = torch.stack(found).to(deltas.device)
             diagonals = grams.diagonal(dim1=1, dim2=2)
             extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
@@ -253,7 +255,7 @@ class _RegressionKernel(Kernel):
         layer = self._layers.get(slot)
         return 1 if layer is None else layer.inputs
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         # The factors that are kept, and for each thread products that it sums, scales or widens.
         widest = max((layer.inputs for layer in self._layers.values()), default=0)
         return 8 * widest**2 * (self._KEPT + 4 * threads)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
-from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.kernel import KernelMerge
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.known_statistics import NeedsStatistics
@@ -177,7 +177,7 @@ def test_streamed_task_vectors_give_the_same(transposed: bool) -> None:
     width = 12 if transposed else 5
     operator = RegMean({e: {"w": (x := inputs(e, 30, width)).T @ x} for e in EXPERTS})
     resident = TaskVectors.load(open_checkpoint(base), experts)
-    streamed = StreamedVectors(open_checkpoint(base), experts)
+    streamed = OnDiskVectors(open_checkpoint(base), experts)
     one, other = (torch.zeros(resident.layout.size) for _ in range(2))
     operator.prepare(resident).write(C, one)
     operator.prepare(streamed).write(C, other)
@@ -213,7 +213,7 @@ def test_chunks_do_not_matter(chunk: int) -> None:
     operator = RegMean(products(vectors))
     out = torch.empty_like(vectors.base)
     blocks = tuple(0 for _ in vectors.layout.slots)
-    ChunkedMerge(vectors, operator.prepare(vectors).kernel, blocks, chunk=chunk).write(C, out)
+    KernelMerge(vectors, operator.prepare(vectors).kernel, blocks, chunk=chunk).write(C, out)
     assert torch.allclose(out, merge(vectors, operator, C), rtol=1e-6, atol=1e-6)
 
 

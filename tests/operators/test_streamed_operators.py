@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors import kernel as chunked
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
@@ -85,7 +85,7 @@ def require_same(
     given = coefficients(operator, tuple(experts))
     c = torch.tensor(list(given.values()), dtype=torch.float64)
     expected = whole(operator, TaskVectors.load(base, experts, check_base=False, ties=ties), c)
-    deltas = StreamedVectors(base, experts, check_base=False, ties=ties)
+    deltas = OnDiskVectors(base, experts, check_base=False, ties=ties)
     by_pieces = whole(operator, deltas, c)
     folder = merge_checkpoints(
         base,
