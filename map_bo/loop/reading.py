@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import quote
 
 from map_bo.errors import AnotherRunError, MapBoError, StoreError
-from map_bo.loop.recommend import refitted
+from map_bo.loop.recommend import refit
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.problems.problem import Problem
@@ -95,7 +95,7 @@ def load_result(
     return replace(
         result,
         model=surrogate.fit(state.seen, space),
-        refitted=refitted(state, space, surrogate) if result.is_corrected else None,
+        refitted=refit(state, space, surrogate) if result.is_corrected else None,
     )
 
 

@@ -28,7 +28,7 @@ __all__ = [
     "Reference",
     "recommend",
     "reference_of",
-    "refitted",
+    "refit",
     "scaled_gains",
     "spread_rows",
 ]
@@ -204,7 +204,7 @@ def recommend(
     return Recommendation(front, model, rows, reference, about, seconds)
 
 
-def refitted(
+def refit(
     state: RunState, space: CoefficientSpace, surrogate: Surrogate
 ) -> SurrogateModel | None:
     """Return the surrogate fitted to the search and the verification together.

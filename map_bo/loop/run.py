@@ -30,7 +30,7 @@ from map_bo.loop.recommend import (
     Reference,
     recommend,
     reference_of,
-    refitted,
+    refit,
     scaled_gains,
 )
 from map_bo.loop.result import Result
@@ -325,7 +325,7 @@ class Run:
         """
         state = self.state
         try:
-            model = refitted(state, self.problem.space, self.settings.surrogate)
+            model = refit(state, self.problem.space, self.settings.surrogate)
         except SurrogateError as error:
             self.notes.append(f"the predictions could not be corrected: {error.message}")
             return None
