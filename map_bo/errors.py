@@ -3,8 +3,6 @@
 Every error carries a message that says what is wrong and, where there is one, a hint that
 says what to do. The command line prints both and exits with status 2; it never shows a
 traceback for them. ``assert`` is kept for the package's own invariants.
-
-Wording shared by the errors of this package.
 """
 
 from __future__ import annotations
@@ -39,6 +37,11 @@ class MapBoError(Exception):
         self.message = message
         self.hint = hint
         super().__init__(message if hint is None else f"{message}\nhint: {hint}")
+
+    @property
+    def reason(self) -> str:
+        """Message and hint on one line, as a failed evaluation records them."""
+        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive pickling by default, and these

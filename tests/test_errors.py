@@ -26,3 +26,8 @@ def test_every_error_carries_message_and_hint_and_survives_pickling(
 
 def test_a_hint_is_optional() -> None:
     assert str(errors.MapBoError("alone")) == "alone"
+
+
+def test_a_reason_is_message_and_hint_on_one_line() -> None:
+    assert errors.DataError("a is 2", hint="use 1").reason == "a is 2 (hint: use 1)"
+    assert errors.DataError("a is 2").reason == "a is 2"

@@ -47,7 +47,7 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     """
     from map_bo.app.build import build_problem, working_directory
     from map_bo.loop.reading import created_of
-    from map_bo.loop.run import refuse_another
+    from map_bo.loop.state import refuse_another
     from map_bo.merging.vectors.memory import ExportSettings
     from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested

@@ -224,7 +224,7 @@ class MergedModelProblem(AdapterExporting):
                             seen = measure(metric.name, evaluator, live.model)
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
                 except EvaluationError as error:
-                    failures[i] = error.message
+                    failures[i] = error.reason
                     Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
                 cost[i] = time.perf_counter() - start
         return Observations(
