@@ -24,6 +24,11 @@ class MapBoError(Exception):
         self.hint = hint
         super().__init__(message if hint is None else f"{message}\nhint: {hint}")
 
+    @property
+    def reason(self) -> str:
+        """Message and hint on one line, as a failed evaluation records them."""
+        return self.message if self.hint is None else f"{self.message} (hint: {self.hint})"
+
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword-only arguments do not survive pickling by default, and these
         # cross process boundaries when a sweep runs its jobs in workers.

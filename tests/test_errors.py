@@ -49,3 +49,8 @@ def test_what_an_option_needs_is_named_when_its_settings_are_made(
     with pytest.raises(errors.MissingDependencyError, match=f"needs {package}") as caught:
         settings()
     assert caught.value.hint == 'pip install "map-bo[baselines]"'
+
+
+def test_a_reason_is_message_and_hint_on_one_line() -> None:
+    assert errors.DataError("a is 2", hint="use 1").reason == "a is 2 (hint: use 1)"
+    assert errors.DataError("a is 2").reason == "a is 2"

@@ -1,12 +1,13 @@
 """The gain that further evaluations can still bring, by the posterior.
 
 After a round the surrogate is fitted and drawn from, jointly over points that may belong to the
-front. Under one draw the best choice is known; the surrogate's mean, which is what a user would
-choose by now, falls short of it by something. The expectation of that over draws is what knowing
-the truth could still add, so an upper bound of what any further evaluations can. The misfit of
-the surrogate is left out of the draws: it is independent from point to point, so no evaluation
-teaches anything of it elsewhere, and its largest values would look like gain for ever. So where
-the truth is not of the surrogate's form, more is left to gain than is expected here.
+front. Under one draw the best choice is known, and the choice by the surrogate's mean, which is
+what a user would choose now, falls short of it by some amount. The expectation of that amount over
+draws is what knowing the truth could still add, and so an upper bound of what any further
+evaluations can add. The misfit of the surrogate is left out of the draws: it is independent from
+point to point, so an evaluation tells nothing about it elsewhere, and its largest values would
+look like gain for ever. So where the truth is not of the surrogate's form, more is left to gain
+than is expected here.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
-__all__ = ["ExpectedGain", "expected_gain", "look"]
+__all__ = ["ExpectedGain", "check_stopping", "expected_gain"]
 
 _DRAWS = 64
 _WEIGHTS = 64  # preferences that the regret is averaged over
@@ -45,12 +46,12 @@ _SOLVER = GradientSolver(points=_FRONT, steps=30)
 
 @dataclass(frozen=True)
 class ExpectedGain:
-    """What a look at the search found.
+    """What a check of the search found.
 
     Attributes:
         gain: Expected gain of the criterion if the truth were known.
-        floor: The expected gain that the rest of the budget would leave at the noise of the
-            evaluations so far; None when not asked for, or when the surrogate cannot tell.
+        floor: The expected gain that would be left after the rest of the budget, at the noise of
+            the evaluations so far; None when not asked for, or when the surrogate cannot tell.
     """
 
     gain: float
@@ -87,9 +88,9 @@ def expected_gain(
         criterion: ``"regret"`` or ``"hypervolume"``.
         guarded: Whether the front is kept where the data support the surrogate.
         generator: Source of all randomness.
-        further: When positive, ``floor`` says what so many further evaluations would leave: the
-            covariance over the pool is conditioned on them at points spread over the front, at the
-            median variance of the evaluations so far.
+        further: When positive, ``floor`` is what would be left after so many further evaluations:
+            the covariance over the pool is conditioned on them at points spread over the front,
+            with the median variance of the evaluations so far.
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
@@ -120,7 +121,7 @@ def expected_gain(
     return ExpectedGain(left(joint), floor)
 
 
-def look(
+def check_stopping(
     seen: Observations,
     before: Sequence[Mapping[str, Any]],
     space: CoefficientSpace,
@@ -128,17 +129,17 @@ def look(
     *,
     generator: Generator,
 ) -> dict[str, Any]:
-    """Look whether the search can stop, by ``settings.stop``.
+    """Check whether the search can stop, by ``settings.stop``.
 
     Args:
         seen: Every evaluation of the search so far.
-        before: The earlier looks.
+        before: The earlier checks.
         space: The coefficients.
-        settings: Of the run; with a stopping rule.
-        generator: Of the run; it is only read.
+        settings: Those of the run, with a stopping rule.
+        generator: That of the run; it is only read.
 
     Returns:
-        ``evaluations``, ``gain``, ``floor`` (at the first look), ``seconds`` and ``stop``: the
+        ``evaluations``, ``gain``, ``floor`` (at the first check), ``seconds`` and ``stop``: the
         reason to stop, or None.
 
     Raises:

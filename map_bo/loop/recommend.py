@@ -1,4 +1,4 @@
-"""From observations to a front: fit the surrogate, solve it, say where to verify it."""
+"""From observations to a front: fit the surrogate, solve it, choose points to verify."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, Surrogate
 from map_bo.surrogates.validation import LeavesOneOut, validate
 from map_bo.tracking.codec import encode_front, encode_scale
 
-__all__ = ["Recommendation", "recommend", "refitted", "searched_metrics"]
+__all__ = ["Recommendation", "recommend", "refit", "searched_metrics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,10 +33,10 @@ class Recommendation:
     Attributes:
         front: The predicted front, nothing verified.
         model: The fitted surrogate.
-        verify: Rows of the front to measure, the most telling first.
+        verify: Rows of the front to measure, the most informative first.
         scale: The scale of the metrics.
-        surrogate: What is worth recording about the fit, as plain data.
-        seconds: Time for fitting, for solving, and for saying how sure the front is.
+        surrogate: What is recorded about the fit, as plain data.
+        seconds: Time for fitting, for solving, and for assessing how certain the front is.
         uncertainty: What the posterior says about the front as a whole, as plain data; see
             :class:`map_bo.loop.front_posterior.FrontUncertainty`.
     """
@@ -49,7 +49,7 @@ class Recommendation:
     seconds: dict[str, float]
     uncertainty: Mapping[str, Any] = field(default_factory=dict)
 
-    def recorded(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """Return all but the model as plain data, as it is recorded."""
         return {
             "front": encode_front(self.front),
@@ -96,7 +96,7 @@ def recommend(
         upper=prediction.upper,
         metrics=seen.metrics,
     )
-    # Measuring again what was measured teaches nothing, and an end of the front is often an expert.
+    # A point measured before adds nothing, and an end of the front is often an expert.
     distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
     fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
     chosen = farthest_rows(scale.gains(front.mean[fresh]), settings.verifications)
@@ -120,9 +120,7 @@ def searched_metrics(
     return lambda X: mean(X)[:, varied]
 
 
-def refitted(
-    state: RunState, space: CoefficientSpace, surrogate: Surrogate
-) -> SurrogateModel | None:
+def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> SurrogateModel | None:
     """Return the surrogate fitted to the search and the verification together.
 
     None when no verification succeeded.

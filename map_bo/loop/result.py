@@ -1,4 +1,4 @@
-"""What a run returns: the front, what was measured, and the way from a preference to a model."""
+"""What a run returns: the front, all measurements, and the way from a preference to a model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from map_bo.tracking.codec import decode_scale
 
 __all__ = ["Choice", "Exportable", "Result"]
 
-# How much the utility of a choice (1 is the best expert) must gain to leave the front's points.
+# Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
 
 
@@ -44,16 +44,16 @@ class Choice:
         lower: ``m`` lower ends of their 95 % intervals.
         upper: ``m`` upper ends.
         real: ``m`` measured metrics, NaN where the point was not verified.
-        corrected: ``m`` predicted metrics once the verified points are among the data; NaN where
-            nothing was verified. What the choice was made by, where it is known.
+        corrected: ``m`` metrics predicted with the verified points among the data; NaN where
+            nothing was verified. Where they are known, the choice was made by them.
         metrics: The metrics.
         space: The coefficients.
-        preference: What it was chosen by, or None when chosen by number.
-        refined: Whether the surrogate was solved for this very preference, starting from
-            ``point``, because that promised more than the point itself.
-        notes: What whoever gave the preference must know, such as metrics without a range.
+        preference: The preference that it was chosen by, or None when chosen by number.
+        refined: Whether the surrogate was optimised for exactly this preference, starting from
+            ``point``, because that gave a noticeably better prediction than the point itself.
+        notes: What a reader of the choice must know, such as metrics without a range.
         problem: The problem, needed to export.
-        exports: What writes the model in place of the problem, where that is something else.
+        exports: What writes the model, where it is not the problem itself.
     """
 
     point: int
@@ -73,7 +73,7 @@ class Choice:
 
     @property
     def expected(self) -> Tensor:
-        """``m`` values the choice was made by: corrected ones where known, else predicted."""
+        """``m`` values that the choice was made by: corrected where known, else predicted."""
         known = bool(torch.isfinite(self.corrected).all())
         return self.corrected if known else self.mean
 
@@ -83,7 +83,7 @@ class Choice:
         return dict(zip(self.space.names, self.x.tolist(), strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """Return the choice as plain data, predicted and real apart."""
+        """Return the choice as plain data, with predicted and real values apart."""
 
         def named(values: Tensor) -> dict[str, float | None]:
             return {
@@ -110,7 +110,7 @@ class Choice:
 
         Args:
             out: Folder to create.
-            settings: Bounds of memory and file sizes.
+            settings: Limits on memory and file sizes.
 
         Raises:
             MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
@@ -119,7 +119,7 @@ class Choice:
         if not isinstance(writer, Exportable):
             raise MergeError(
                 f"{type(self.problem).__name__} has no models to merge",
-                hint="export works for problems whose points are merged checkpoints",
+                hint="export a run of a problem that merges checkpoints",
             )
         record = {"choice": self.describe()}
         return writer.export(self.x, out, record=record, settings=settings)
@@ -132,15 +132,15 @@ class Choice:
             rank: Largest rank; None keeps a linear merge of adapters exact.
 
         Returns:
-            The folder, and what was lost by the rank.
+            The folder, its rank, and the error that the rank causes.
 
         Raises:
             MergeError: When the problem has no models, or the adapter cannot be written.
         """
         if not isinstance(self.problem, ExportsAdapters) or self.exports is not None:
             raise MergeError(
-                f"{type(self.problem).__name__} has no merge that an adapter could hold",
-                hint="export_adapter works for problems that merge checkpoints, not in stages",
+                f"a merge of {type(self.problem).__name__} cannot be written as an adapter",
+                hint="export an adapter from a run that merges checkpoints, all at once",
             )
         return self.problem.export_adapter(
             self.x, out, rank=rank, record={"choice": self.describe()}
@@ -153,18 +153,18 @@ class Result:
 
     Attributes:
         front: Predicted trade-offs, with real values where they were verified.
-        seen: Everything the search evaluated, failures included.
-        verification: What was measured at front points at the end.
+        seen: Every evaluation of the search, failures included.
+        verification: The measurements of front points at the end.
         scale: The reference point, the other end of the scale, and the rule.
         summary: Plain data, as written to ``summary.json``.
         space: The coefficients.
-        problem: The problem, when it is at hand.
+        problem: The problem, when it is available.
         model: The surrogate that predicted the front, when it was fitted in this process.
         refitted: The surrogate fitted to the search and the verification together, when anything
             was verified and it was fitted in this process.
         run_dir: Where the run was recorded, if anywhere.
         guarded: Whether the front was kept where the data support the surrogate.
-        posterior: What was recorded with the front of its uncertainty.
+        posterior: The uncertainty that was recorded with the front.
     """
 
     front: Front
@@ -191,7 +191,7 @@ class Result:
         refitted: SurrogateModel | None = None,
         run_dir: Path | None = None,
     ) -> Result:
-        """Return the result that the state of a run stands for.
+        """Return the result of a run by its state.
 
         Raises:
             StoreError: When the run has no front yet.
@@ -245,24 +245,24 @@ class Result:
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
         corrected: bool = True,
     ) -> Choice:
-        """Return the merge that suits a preference best, at no further evaluation.
+        """Return the merge that suits a preference best, without a further evaluation.
 
-        The best point of the front is taken; when the surrogate is at hand and, solved for this
-        very preference, promises noticeably more than that point, its solution is. Where points
-        were verified, all this goes by the corrected predictions.
+        It is the best point of the front; or, if optimising the surrogate (when it is available)
+        for exactly this preference gives a noticeably better merge, that merge. Where points were
+        verified, both are judged by the corrected predictions.
 
         Args:
-            prefer: Weight of each metric; those not named weigh nothing, none named weighs all
-                alike. Metrics are scaled between the reference point and the best expert first;
-                one without a range decides nothing, and ``notes`` of the choice say so.
-            at_least: Bounds from below on predicted metrics, in their own units.
-            at_most: Bounds from above.
-            rule: How weights become one number.
-            corrected: Whether to go by the corrected predictions where there are any, and not by
+            prefer: Weight of each metric; metrics that are not named have no weight, and when none
+                is named all weigh alike. Metrics are first scaled between the reference point and
+                the best expert.
+            at_least: Lower bounds on predicted metrics, in their own units.
+            at_most: Upper bounds.
+            rule: How the weighted metrics become one number.
+            corrected: Whether to use the corrected predictions where there are any, instead of
                 those that the front was solved with.
 
         Raises:
-            PreferenceError: On an unknown metric, bad weights, or bounds no point satisfies.
+            PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
         """
         preference = Preference(
             weights=dict(prefer or {}),
@@ -279,11 +279,11 @@ class Result:
     def _refined(
         self, row: int, preference: Preference, model: SurrogateModel | None
     ) -> Tensor | None:
-        """Solve the surrogate for one preference, from the front point that suits it best.
+        """Optimise the surrogate for one preference, from the front point that suits it best.
 
         Returns:
-            ``d`` coefficients, or None when that promises no noticeably better model: then the
-            front point stays, whose metrics may have been measured.
+            ``d`` coefficients, or None when no noticeably better model is predicted: then the
+            front point is kept, whose metrics may have been measured.
         """
         if model is None:
             return None
@@ -328,7 +328,7 @@ class Result:
         if not 0 <= number < len(self.front):
             raise PreferenceError(
                 f"the front has no point {number}",
-                hint=f"points are numbered 0 to {len(self.front) - 1}; see front.csv",
+                hint=f"choose a point from 0 to {len(self.front) - 1}; front.csv lists them",
             )
         return self._choice(number, None)
 
@@ -363,27 +363,27 @@ class Result:
         }
 
     def uncertainty(self) -> dict[str, Any]:
-        """Return how sure the front is, as plain data, as in ``summary.json``.
+        """Return how certain the front is, as plain data, as in ``summary.json``.
 
-        ``hypervolume`` (the posterior of the real hypervolume of the front's points) and
-        ``optimism`` of each metric, positive when predicted too well: ``left_out`` (leaving
-        evaluations out) and ``simulated`` (were the surrogate right) are estimates without
-        verification; ``measured`` is :meth:`optimism` with its standard error, measurement noise
-        included; ``corrected`` is by how much the corrected predictions lie below those of the
-        front, on average over all its points.
+        ``hypervolume`` is the posterior of the real hypervolume of the front's points. ``optimism``
+        holds four values per metric, positive when the prediction was too good: ``left_out``
+        (leaving evaluations out) and ``simulated`` (assuming that the surrogate is right) are
+        estimates without verification; ``measured`` is :meth:`optimism` with its standard error,
+        which includes measurement noise; ``corrected`` is by how much the corrected predictions
+        lie below those of the front, on average over all its points.
         """
         front, names = self.front, [metric.name for metric in self.metrics]
         gap = (front.mean - front.real)[front.verified] * directions(self.metrics)
         count = len(gap)
         error = gap.std(0) / sqrt(count) if count > 1 else gap.new_full((len(names),), nan)
         shift = ((front.mean - front.corrected) * directions(self.metrics)).mean(0)
-        told = dict(self.posterior.get("optimism", {}))
-        told["measured"] = {
+        optimism = dict(self.posterior.get("optimism", {}))
+        optimism["measured"] = {
             name: {"mean": mean, "se": se if se == se else None, "points": count}
             for (name, mean), se in zip(self.optimism().items(), error.tolist(), strict=True)
         }
-        told["corrected"] = {
+        optimism["corrected"] = {
             name: value if value == value else None
             for name, value in zip(names, shift.tolist(), strict=True)
         }
-        return {"hypervolume": self.posterior.get("hypervolume"), "optimism": told}
+        return {"hypervolume": self.posterior.get("hypervolume"), "optimism": optimism}

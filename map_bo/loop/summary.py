@@ -22,7 +22,7 @@ __all__ = ["commit", "comparison", "summarise", "versions"]
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what numbers depend on."""
+    """Return the versions of everything that numbers depend on."""
     names = ("map-bo", "torch", "botorch", "gpytorch", "moocore", "numpy", "scipy")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
@@ -35,7 +35,7 @@ def _version(name: str) -> str:
 
 
 def commit() -> str | None:
-    """Return the commit of the package's own checkout, or None when it is not in one."""
+    """Return the commit of the checkout that map_bo runs from, or None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None
@@ -55,7 +55,7 @@ def commit() -> str | None:
 def comparison(
     front: Front, seen: Observations, space: CoefficientSpace, scale: Scale
 ) -> dict[str, float | None]:
-    """Return the hypervolume of the front beside that of what a user has without one.
+    """Return the hypervolume of the front and those of its baselines.
 
     Metrics are scaled to 0 at the reference point and 1 at the best expert. Only the first entry
     is predicted; the others are measured, and None where nothing was.

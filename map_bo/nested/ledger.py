@@ -1,8 +1,8 @@
 """Everything that a nested run has measured, by point and metric, so that nothing is paid twice.
 
-Points are coefficients of all experts, in the full space: what a node searches is a view of it. The
-unit of cost is one *data set*: one metric measured at one point. Every measurement is an event of
-its own in the record, from which the ledger of a run that goes on is made again.
+Points are coefficients of all experts, in the full space; a node searches a part of it. The unit of
+cost is one *data set*: one metric measured at one point. Every measurement is an event of its own
+in the record, from which the ledger of a resumed run is rebuilt.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from map_bo.tracking.store import Event
 __all__ = ["MEASURED", "Ledger"]
 
 MEASURED = "measured"
-"""Kind of the events that hold one point and what was measured there (``names``)."""
+"""Kind of the events that hold one point and the metrics measured there (``names``)."""
 
 _DIGITS = round(-math.log10(SAME_POINT))  # coefficients that agree in these are one point
 _RULE = "worst of base and experts, where they were measured"
@@ -38,12 +38,12 @@ class _Entry:
 
 
 class Ledger:
-    """Measurements in the order in which they came.
+    """All measurements, in the order in which they were made.
 
     Args:
         metrics: The metrics of the whole problem.
         append: Adds an event to the record, durably.
-        before: The events that it holds already.
+        before: The events that the record already holds.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class Ledger:
         self.spent = 0
         """Data sets measured so far, failed ones included."""
         self.measured = 0
-        """Points measured so far; what comes later can be told from what was known at some time."""
+        """Points measured so far; it marks a moment, so that later points can be told apart."""
         for event in before:
             if event.kind == MEASURED and "node" not in event.data:
                 own = tuple(self._by_name[name] for name in event.data["names"])
@@ -73,14 +73,14 @@ class Ledger:
         Args:
             x: A point.
             names: Metrics.
-            before: Only so many of the first points measured count; all when None.
+            before: Only this many of the first measured points count; all when None.
         """
         known = self._entries.get(_key(x), {})
         last = self.measured if before is None else before
         return [name for name in names if name not in known or known[name].number >= last]
 
     def add(self, outcome: Observations) -> None:
-        """Record one row, measured in the full space; a failed one counts, and teaches nothing."""
+        """Record one row of the full space; a failed one costs its data sets and adds no value."""
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
         self._append(Event(MEASURED, data))
@@ -103,7 +103,7 @@ class Ledger:
             )
 
     def rows(self, X: Tensor, names: Sequence[str]) -> Observations:
-        """Return what is known at the rows of ``X`` (``n x d``); all of ``names`` must be."""
+        """Return the values at the rows of ``X`` (``n x d``), where all of ``names`` are known."""
         entries = [[self._entries[_key(x)][name] for name in names] for x in X]
 
         def table(part: str) -> Tensor:
@@ -118,7 +118,7 @@ class Ledger:
 
         Args:
             names: Metrics.
-            columns: ``d`` booleans: points with coefficients elsewhere are left out.
+            columns: ``d`` booleans: points with other non-zero coefficients are left out.
             before: See :meth:`missing`.
         """
         found = [
@@ -131,7 +131,7 @@ class Ledger:
     def about(
         self, names: Sequence[str], columns: Tensor, *, before: int | None = None
     ) -> dict[str, Observations]:
-        """Return all that is known of each metric where only some coefficients are not zero.
+        """Return all measurements of each metric where only some coefficients are not zero.
 
         Args:
             names: Metrics.

@@ -9,8 +9,8 @@ from map_bo.loop.expected_gain import (
     _conditioned,
     _missing_volume,
     _regret,
+    check_stopping,
     expected_gain,
-    look,
 )
 from map_bo.loop.joint_posterior import JointPosterior
 from map_bo.loop.run import Run
@@ -152,16 +152,16 @@ def test_the_floor_falls_with_the_budget_and_rises_with_the_noise() -> None:
     assert noisy > 2 * clean
 
 
-def test_a_look_is_plain_data_and_the_same_every_time() -> None:
+def test_a_check_is_plain_data_and_the_same_every_time() -> None:
     seen, space = measured(12)
     settings = quick(40, stop=Stop(tolerance=0.9, patience=2))
-    first = look(seen, [], space, settings, generator=make_generator(0))
-    again = look(seen, [], space, settings, generator=make_generator(0))
+    first = check_stopping(seen, [], space, settings, generator=make_generator(0))
+    again = check_stopping(seen, [], space, settings, generator=make_generator(0))
     assert {**first, "seconds": 0} == {**again, "seconds": 0}
     assert first["evaluations"] == 12
     assert first["stop"] is None, "one round is not two"
     assert first["floor"] is not None
-    second = look(seen, [first], space, settings, generator=make_generator(0))
+    second = check_stopping(seen, [first], space, settings, generator=make_generator(0))
     assert second["stop"].startswith("expected regret still to be gained at most 0.9 for 2 rounds")
     assert second["floor"] is None
 
@@ -187,6 +187,6 @@ def test_a_search_that_never_gets_there_spends_its_budget_and_says_so() -> None:
     assert (told["reason"], told["unused"]) == (None, 0)
     assert len(result.seen) == 10
     notes = " ".join(result.summary["notes"])
-    assert f"{told['least_gain']:.2g} at the least" in notes
+    assert f"gained was at least {told['least_gain']:.2g}" in notes
     assert "below" in notes
     assert told["floor"] > 1e-7
