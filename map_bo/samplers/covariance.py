@@ -84,7 +84,7 @@ class Covariances:
             cross = joint[:, -b:, :-b]
             variance = joint[:, -b:, -b:].diagonal(dim1=-1, dim2=-2)
         if self._gain is None:
-            return cross, variance
+            return cross, variance.clamp_min(0.0)  # rounding may leave less than nothing
         toward = cross[..., p:]  # m x b x k
         taken = (toward @ self._inverse * toward).sum(-1)
         return cross[..., :p] - toward @ self._gain.mT, (variance - taken).clamp_min(0.0)

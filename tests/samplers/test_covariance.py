@@ -5,6 +5,7 @@ from typing import cast
 import pytest
 import torch
 from botorch.posteriors.gpytorch import GPyTorchPosterior
+from torch import Tensor
 
 from map_bo.rng import make_generator
 from map_bo.samplers.covariance import Covariances, measurement_noise
@@ -50,3 +51,25 @@ def test_noise_is_that_of_the_fit() -> None:
         measurement_noise(model), model.training_targets()[1].median(0).values
     )
     assert bool((measurement_noise(model) > 0).all())
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_variance_that_rounding_takes_below_zero_is_zero(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GP().fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(9, generator=make_generator(0))
+    covariances = Covariances(model, X[:3], measurement_noise(model), X[3 : 3 + waiting])
+    exact = covariances._joint
+
+    def rounded(points: Tensor) -> Tensor:
+        joint = exact(points)
+        return joint - (1 + 1e-12) * torch.diag_embed(joint.diagonal(dim1=-1, dim2=-2))
+
+    monkeypatch.setattr(covariances, "_joint", rounded)
+    points = X[5:].clone().requires_grad_(True)
+    _, variance = covariances.to(points)
+    torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=0)
+    # An upper confidence bound takes its root, and an optimiser the derivative of that.
+    (slope,) = torch.autograd.grad((variance + 1e-30).sqrt().sum(), points)
+    assert bool(torch.isfinite(slope).all())
