@@ -24,6 +24,7 @@ __all__ = [
     "QuadraticKernel",
     "Trend",
     "TrendRBFKernel",
+    "squared_distances",
     "squared_exponential",
     "trend_features",
     "trend_groups",
@@ -60,13 +61,21 @@ def squared_exponential(U: Tensor, V: Tensor, lengthscale: Tensor) -> Tensor:
     # at 0 would take the derivatives away with it. So the value is taken from the differences.
     squares = A.square().sum(-1).unsqueeze(-1) + B.square().sum(-1).unsqueeze(-2)
     products = squares - 2 * A @ B.mT
-    distance = _squared_distances(A.detach(), B.detach()) + (products - products.detach())
+    distance = squared_distances(A.detach(), B.detach()) + (products - products.detach())
     return torch.exp(-0.5 * distance)
 
 
-def _squared_distances(A: Tensor, B: Tensor) -> Tensor:
-    if B.dim() == 2:  # one batch, else every batch of A would have a copy of B
-        return _squared_distances(A.flatten(0, -2), B.unsqueeze(0))[0].view(*A.shape[:-1], len(B))
+def squared_distances(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``|a - b|^2``, ``... x n x k``, from differences: 0 exactly for coincident points.
+
+    As values alone: the root within has no derivative at 0.
+
+    Args:
+        A: ``... x n x d``.
+        B: ``... x k x d``.
+    """
+    if A.dim() > B.dim() == 2:  # all rows as one batch, else each batch would have a copy of B
+        return squared_distances(A.flatten(0, -2), B).view(*A.shape[:-1], len(B))
     return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 

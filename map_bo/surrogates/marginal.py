@@ -25,7 +25,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor
 
-from map_bo.surrogates.kernels import Trend, squared_exponential, trend_features, trend_groups
+from map_bo.surrogates.kernels import Trend, squared_distances, trend_features, trend_groups
 
 __all__ = [
     "LOWEST_NUGGET",
@@ -126,7 +126,9 @@ def negative_log_posterior(
     Phi, groups = trend_features(trend, U), trend_groups(trend, U.shape[-1])
     count = int(groups[-1]) + 1
     hyper = Hyperparameters.from_logs(theta, count)
-    smooth = hyper.scale * squared_exponential(U, U, hyper.lengthscale)
+    centred = U - 0.5
+    A = centred / hyper.lengthscale
+    smooth = hyper.scale * torch.exp(-0.5 * squared_distances(A, A))
     K = (Phi * hyper.trend[groups]) @ Phi.mT + smooth
     K.diagonal().add_(known + hyper.nugget)
     lower, info = torch.linalg.cholesky_ex(K)
@@ -139,7 +141,6 @@ def negative_log_posterior(
     G = 0.5 * (alpha.unsqueeze(-1) * alpha - inverse)
     W = G * smooth
     rows = W.sum(-1)
-    centred = U - 0.5
     spread = rows @ centred.square() - (centred * (W @ centred)).sum(0)
     by_feature = ((G @ Phi) * Phi).sum(0) * hyper.trend[groups]
     gradient = torch.cat(
