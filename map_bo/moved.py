@@ -114,7 +114,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "problems.merged": "problems.merged.problem",
         "problems.merged_checks": "problems.merged.parts",
         "problems.merged_description": "problems.merged.parts",
-        "problems.merged.problem": "problems.merged.export",
+        "problems.merged_export": "problems.merged.problem",
         "problems.merged_space": "problems.merged.parts",
         "problems.merged_storage": "problems.merged.parts",
         "problems.zoo": "problems.zoo.digits",

@@ -130,6 +130,7 @@ def test_blocks_are_merged_each_with_its_own_coefficients(operator: SearchableOp
 
 @every
 def test_number_of_threads_does_not_change_a_bit(operator: SearchableOperator) -> None:
+    # Threads share out whole pieces, and torch uses one thread within each.
     vectors = hard_vectors(shapes={"a": (300, 70), "b": (50,), "c": ()})
     c = coefficients(operator, 3)
     alone = merge(operator, vectors, c, chunk=1000)

@@ -224,6 +224,8 @@ class TestTies:
 def test_threads_and_lengths_of_pieces_change_no_byte(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Threads share out whole pieces, and each entry is made by the same operations in any piece.
+    # Only SLERP sums over entries: in float64, whose last digits are gone in bfloat16.
     base, experts = hard_family(tmp_path, torch.bfloat16, torch.bfloat16)
     operator = OPERATORS[name]
     digests = set()
@@ -245,7 +247,10 @@ def test_threads_and_lengths_of_pieces_change_no_byte(
 
 @pytest.mark.parametrize("of", ["deltas", "weights"])
 def test_sums_over_a_single_tensor_do_not_depend_on_threads(of: str, tmp_path: Path) -> None:
-    """torch cuts a long sum over its threads, which changes its last digits."""
+    """torch would cut a long sum over its threads, which changes its last digits.
+
+    So the sums are made piece by piece, with one thread within each.
+    """
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(90_001, generator=generator) for _ in range(4)]
     base = {"w": draws[0]}

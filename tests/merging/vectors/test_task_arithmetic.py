@@ -109,6 +109,7 @@ def test_tile_and_chunk_do_not_matter(c: list[float], tile: int, chunk: int) -> 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads_write_the_same(inference: bool) -> None:
+    # To the bit: threads share out whole chunks, and torch uses one thread within each.
     vectors = example_vectors(8000, dtype=torch.bfloat16)  # several chunks
     alone = merge(vectors, [0.3, -0.4, 0.9])
     before = torch.get_num_threads()
