@@ -39,7 +39,7 @@ from map_bo.loop.state import RunState, advance, refuse_another, replay
 from map_bo.loop.stopping import notes_on, told
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
-from map_bo.problems.problem import Preparable, Problem
+from map_bo.problems.problem import Preparable, Problem, description_of
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
 from map_bo.space import CoefficientSpace
@@ -145,12 +145,9 @@ class Run:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
         identity = {
             "settings": self.settings.describe(),
-            "problem": describe()
-            if describe is not None
-            else {"type": type(self.problem).__name__},
+            "problem": description_of(self.problem),
             "space": self.problem.space.describe(),
             "metrics": [encode_metric(metric) for metric in self.problem.metrics],
         }
@@ -168,8 +165,8 @@ class Run:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
         start = time.perf_counter()
         waiting = self.state.pending
-        X, told = proposed(
-            self.settings.sampler,
+        X, fit = proposed(
+            self.settings.run_sampler,
             self.state.seen,
             self.problem.space,
             n,
@@ -179,8 +176,8 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        fit = {"surrogate": dict(told)} if told else {}
-        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **fit})
+        about = {"surrogate": dict(fit)} if fit else {}
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:

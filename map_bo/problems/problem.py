@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Divisible", "Preparable", "Problem"]
+__all__ = ["Describable", "Divisible", "Preparable", "Problem", "description_of"]
 
 
 @runtime_checkable
@@ -58,6 +58,22 @@ class Preparable(Protocol):
     def prepare(self) -> None:
         """Do that work; doing it again costs nothing."""
         ...
+
+
+@runtime_checkable
+class Describable(Protocol):
+    """A problem that says what it is, so that a run is not resumed with another."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data by which the same problem is recognised."""
+        ...
+
+
+def description_of(problem: Problem) -> Mapping[str, Any]:
+    """Return what a problem says of itself; its type alone where it says nothing."""
+    if isinstance(problem, Describable):
+        return problem.describe()
+    return {"type": type(problem).__name__}
 
 
 @runtime_checkable
