@@ -41,16 +41,17 @@ from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem, description_of
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import proposed
+from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
-__all__ = ["ObservedVolume", "Run", "optimize", "refuse_another"]
+__all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize", "refuse_another"]
 
 
 class ObservedVolume:
@@ -220,6 +221,8 @@ class Run:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        if not self.state.outcomes:
+            check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
             self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
@@ -372,6 +375,20 @@ class Run:
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def check_surrogates(settings: Settings, problem: Problem) -> None:
+    """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
+
+    Raises:
+        SurrogateError: When one of them would fail once the evaluations were paid for.
+    """
+    used = [settings.surrogate]
+    if isinstance(settings.sampler, SeesThroughSurrogate) and settings.sampler.surrogate:
+        used.append(settings.sampler.surrogate)
+    for surrogate in used:
+        if is_foreign(surrogate):
+            rehearse(surrogate, problem.space, problem.metrics)
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

@@ -21,6 +21,7 @@ from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
+from map_bo.loop.run import check_surrogates
 from map_bo.loop.settings import Settings
 from map_bo.nested.budget import Purse, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
@@ -195,6 +196,8 @@ class NestedRun(Record):
             TreeError: When there is no such tree.
             StoreError: When the record cannot be written.
         """
+        if self._recorded("planned") is None:
+            check_surrogates(self.settings, self.problem)
         if isinstance(self.problem, Preparable) and self._recorded("finished") is None:
             self.problem.prepare()
         tree = self._tree()
