@@ -51,16 +51,16 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     from map_bo.merging.export.model import ExportSettings
     from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested
+    from map_bo.problems.problem import Describable
 
     settings = ExportSettings(options.max_memory, options.shard_size, progress=True)
     out = os.path.abspath(options.out)
     created = created_of(options.run)
     with working_directory(cwd):
         problem = build_problem(config)
-        describe = getattr(problem, "describe", None)
-        if describe is not None:
+        if isinstance(problem, Describable):
             # The coefficients are worth nothing for other checkpoints than those of the run.
-            now = json.loads(json.dumps(describe()))
+            now = json.loads(json.dumps(problem.describe()))
             refuse_another({"problem": created["problem"]}, {"problem": now})
         exports = nested_exporter(problem, options.run) if is_nested(created) else None
         whole = replace(choice, problem=problem, exports=exports)

@@ -20,9 +20,11 @@ from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
 from map_bo.samplers.posterior.driven import with_reference
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, looking_through
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace, LinearConstraint
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, encode_metric
 
 import_ax("map_bo.ax.node")
@@ -53,6 +55,8 @@ class MapBoNode(ExternalGenerationNode):
 
     Args:
         sampler: The sampler; the default one if left out.
+        surrogate: The surrogate of the run, that the sampler looks through unless it has its own;
+            the default one if left out.
         seed: Seed of its generator; by default the run's, or 0.
         space: The space, where it says more than the search space (experts, importance).
         metrics: The metrics, where they say more than the objective (kinds and bounds).
@@ -64,6 +68,7 @@ class MapBoNode(ExternalGenerationNode):
         self,
         sampler: Sampler | None = None,
         *,
+        surrogate: Surrogate | None = None,
         seed: int | None = None,
         space: CoefficientSpace | None = None,
         metrics: Sequence[Metric] | None = None,
@@ -74,7 +79,8 @@ class MapBoNode(ExternalGenerationNode):
         super().__init__(
             name=name, should_deduplicate=False, transition_criteria=transition_criteria
         )
-        self.sampler: Sampler = Adaptive() if sampler is None else sampler
+        chosen = Adaptive() if sampler is None else sampler
+        self.sampler: Sampler = looking_through(chosen, surrogate or Auto())
         self.seed = seed
         self.space = space
         self.metrics = None if metrics is None else tuple(metrics)

@@ -29,19 +29,20 @@ from map_bo.loop.state import RunState, advance, refuse_another, replay
 from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
-from map_bo.problems.problem import Preparable, Problem
+from map_bo.problems.problem import Preparable, Problem, description_of
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import proposed
+from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
-__all__ = ["ObservedVolume", "Run", "optimize"]
+__all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
 
 logger = logging.getLogger(__name__)
 
@@ -136,12 +137,9 @@ class Run:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
         identity = {
             "settings": self.settings.describe(),
-            "problem": describe()
-            if describe is not None
-            else {"type": type(self.problem).__name__},
+            "problem": description_of(self.problem),
             "space": self.problem.space.describe(),
             "metrics": [encode_metric(metric) for metric in self.problem.metrics],
         }
@@ -160,7 +158,7 @@ class Run:
         start = time.perf_counter()
         waiting = self.state.pending
         X, scores = proposed(
-            self.settings.sampler,
+            self.settings.run_sampler,
             self.state.seen,
             self.problem.space,
             n,
@@ -170,8 +168,8 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        fit = {"surrogate": dict(scores)} if scores else {}
-        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **fit})
+        about = {"surrogate": dict(scores)} if scores else {}
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:
@@ -218,6 +216,8 @@ class Run:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        if not self.state.outcomes:
+            check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
             self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
@@ -379,6 +379,20 @@ class Run:
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def check_surrogates(settings: Settings, problem: Problem) -> None:
+    """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
+
+    Raises:
+        SurrogateError: When one of them would fail once the evaluations were paid for.
+    """
+    used = [settings.surrogate]
+    if isinstance(settings.sampler, SeesThroughSurrogate) and settings.sampler.surrogate:
+        used.append(settings.sampler.surrogate)
+    for surrogate in used:
+        if is_foreign(surrogate):
+            rehearse(surrogate, problem.space, problem.metrics)
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

@@ -13,7 +13,7 @@ from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.posterior.driven import with_reference
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, looking_through
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate
 
@@ -30,7 +30,8 @@ class Settings:
             is.
         seed: Seed of the run's generator.
         sampler: Chooses what to evaluate next.
-        surrogate: Fitted to all evaluations, for the front.
+        surrogate: The surrogate of the run: the sampler looks through it unless it was given its
+            own, the stopping rule asks it, and the front is solved on it.
         solver: Solves the surrogate for the front.
         batch: How many points are proposed at a time.
         verify: How many front points are measured at the end; ``None`` is 10 % of the budget, at
@@ -101,6 +102,7 @@ class Settings:
         object.__setattr__(self, "stop", Stop.of(self.stop))
         if self.reference is not None:
             object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
+        assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the first check of the stopping rule comes after {self.stop.least} evaluations, "
@@ -122,6 +124,11 @@ class Settings:
         return cls(**values)
 
     @property
+    def run_sampler(self) -> Sampler:
+        """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
+        return looking_through(self.sampler, self.surrogate)
+
+    @property
     def verifications(self) -> int:
         """How many front points are measured at the end."""
         return min(8, self.budget // 10) if self.verify is None else self.verify
@@ -133,11 +140,15 @@ class Settings:
 
     def describe(self) -> dict[str, Any]:
         """Return the settings as plain data: what makes two runs the same run."""
-        parts = {"sampler", "surrogate", "solver"}
+        parts = {
+            "sampler": self.run_sampler,
+            "surrogate": self.surrogate,
+            "solver": self.solver,
+        }
         plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
         plain["reference"] = dict(self.reference) if self.reference is not None else None
         plain["stop"] = None if self.stop is None else self.stop.describe()
-        return {**plain, **{name: _told(getattr(self, name)) for name in sorted(parts)}}
+        return {**plain, **{name: _told(parts[name]) for name in sorted(parts)}}
 
 
 def _told(part: object) -> str:

@@ -3,8 +3,9 @@
 Events and their data:
 
 ``created``    settings, problem (its description), space, metrics, versions
-``proposed``   ``X``: rows to evaluate, whose numbers continue those of earlier rows; ``seconds``;
-               ``surrogate``: leave-one-out scores of the fit that chose them, if there was one
+``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
+               ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
+               ``model`` and leave-one-out scores
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;

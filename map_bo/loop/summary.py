@@ -15,6 +15,7 @@ from torch import Tensor
 from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.pareto.indicators import hypervolume
+from map_bo.samplers.sampler import SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 
@@ -91,6 +92,15 @@ def comparison(
     }
 
 
+def _of_its_own(settings: Settings) -> str | None:
+    """Return the surrogate that the sampler looks through in place of the run's, if it does."""
+    sampler = settings.sampler
+    if not isinstance(sampler, SeesThroughSurrogate) or sampler.surrogate is None:
+        return None
+    own = repr(sampler.surrogate)
+    return None if own == repr(settings.surrogate) else own
+
+
 def summarise(
     *,
     front: Front,
@@ -126,7 +136,8 @@ def summarise(
         "uncertainty": dict(uncertainty),
         "stop": None if stop is None else dict(stop),
         "surrogate": dict(surrogate),
-        "sampler": repr(settings.sampler),
+        "sampler": repr(settings.run_sampler),
+        "sampler_surrogate": _of_its_own(settings),
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

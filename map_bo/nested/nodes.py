@@ -7,7 +7,7 @@ one number per child (:class:`ChildMean`). :class:`Seeded` starts a run from kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +27,7 @@ from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Divisible, Preparable, Problem
 from map_bo.rng import child_seed, make_generator
-from map_bo.samplers.posterior.driven import FitsSurrogate
-from map_bo.samplers.sampler import Sampler, proposed
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
 from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
@@ -237,6 +236,17 @@ class Seeded:
     def __repr__(self) -> str:
         return f"Seeded({len(self.points)} points, {self.sampler!r})"
 
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """What the sampler looks through; see `SeesThroughSurrogate`."""
+        return self.sampler.surrogate if isinstance(self.sampler, SeesThroughSurrogate) else None
+
+    def with_surrogate(self, surrogate: Surrogate) -> Seeded:
+        """Return the same; a sampler that looks through a surrogate has this one."""
+        if not isinstance(self.sampler, SeesThroughSurrogate):
+            return self
+        return replace(self, sampler=self.sampler.with_surrogate(surrogate))
+
     def propose(
         self,
         seen: Observations,
@@ -403,7 +413,7 @@ def run_node(
     store: NodeStore,
     progress: Progress,
     *,
-    surrogate: Surrogate | None = None,
+    inform: Callable[[Surrogate], Surrogate] | None = None,
     sampler: Sampler | None = None,
 ) -> Result:
     """Run a node to its end, or resume it.
@@ -413,24 +423,35 @@ def run_node(
         settings: Those of :func:`node_settings`.
         store: Its record.
         progress: Shows the progress of the run.
-        surrogate: Replaces that of the settings, in the sampler too.
+        inform: Turns a surrogate into one that knows more; applied to that of the settings, and
+            to that of the sampler where it has its own.
         sampler: Replaces that of the settings.
 
     Raises:
         EvaluationError: When too many evaluations failed.
         StoreError: When the record belongs to other settings, or cannot be written.
     """
-    if sampler is None:
-        sampler = settings.sampler
-        if surrogate is not None and isinstance(sampler, FitsSurrogate):
-            sampler = sampler.fitting(surrogate)
-    chosen = replace(settings, sampler=sampler, surrogate=surrogate or settings.surrogate)
+    if sampler is not None:
+        settings = replace(settings, sampler=sampler)
+    if inform is not None:
+        settings = replace(
+            settings,
+            surrogate=inform(settings.surrogate),
+            sampler=_informed_sampler(settings.sampler, inform),
+        )
     try:
-        return Run(node.problem(), chosen, store).drive(progress)
+        return Run(node.problem(), settings, store).drive(progress)
     except MapBoError as error:
         if node.key == "root" or not isinstance(error, EvaluationError):
             raise
         raise EvaluationError(f"node {node.key}: {error.message}", hint=error.hint) from error
+
+
+def _informed_sampler(sampler: Sampler, inform: Callable[[Surrogate], Surrogate]) -> Sampler:
+    """Return a sampler whose surrogate knows more; one without its own takes the node's."""
+    if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is not None:
+        return sampler.with_surrogate(inform(sampler.surrogate))
+    return sampler
 
 
 def promoted_part(label: str, rows: Tensor) -> Part:

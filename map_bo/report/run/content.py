@@ -55,7 +55,9 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     if isinstance(surrogate, Mapping) and surrogate:
         rows.append(("surrogate", _surrogate(surrogate)))
     if "sampler" in summary:
-        rows.append(("sampler", _name(summary["sampler"])))
+        own = summary.get("sampler_surrogate")
+        through = f", through a surrogate of its own: {_name(own)}" if own else ""
+        rows.append(("sampler", f"{_name(summary['sampler'])}{through}"))
     if "seed" in summary:
         rows.append(("seed", str(summary["seed"])))
     spent = summary.get("seconds")

@@ -25,15 +25,13 @@ from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.sampler import Sampler
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.prediction import objective
-from map_bo.surrogates.processes.gp import GP
-from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
 
 __all__ = [
     "NEAREST",
-    "FitsSurrogate",
     "PosteriorDriven",
     "Situation",
     "TakesReference",
@@ -41,7 +39,6 @@ __all__ = [
 ]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
-_MOST_DIMENSIONS = 32  # a quadratic has 561 coefficients then
 _FAILURES = (
     SurrogateError,
     BotorchError,
@@ -136,23 +133,9 @@ def with_reference(sampler: Sampler, reference: Mapping[str, float]) -> Sampler:
     return sampler
 
 
-@runtime_checkable
-class FitsSurrogate(Protocol):
-    """A sampler that fits a surrogate of its own, and can be given another."""
-
-    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Sampler:
-        """Return the sampler with this surrogate and so many points of design before the first fit.
-
-        Args:
-            surrogate: Takes the place of the sampler's own.
-            initial: Points of the design; as before when None.
-        """
-        ...
-
-
 @dataclass(frozen=True)
 class PosteriorDriven:
-    """Base of the samplers that fit a surrogate and choose by its posterior.
+    """Base of the samplers that look through a surrogate's posterior.
 
     The first ``initial`` points come from the design. Then the surrogate is fitted to what
     succeeded and the points are chosen by :meth:`choose`. Pending points and failed evaluations
@@ -164,8 +147,8 @@ class PosteriorDriven:
     cannot be fitted, and when the choice fails numerically or ends in points known already.
 
     Attributes:
-        surrogate: What is fitted; ``None`` is the quadratic surrogate, and beyond 32 coefficients,
-            where it has too many terms of its own, the Gaussian process.
+        surrogate: What the sampler looks through. ``None`` is the surrogate of the run; outside
+            of any run it is the default one of a run, :class:`~map_bo.surrogates.auto.Auto`.
         design: Proposes the initial points.
         initial: Evaluations, seen or pending, before the first fit. ``None``: as many as a box has
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
@@ -183,6 +166,8 @@ class PosteriorDriven:
             raise SamplerError(
                 f"initial is {self.initial}", hint="give 0 or more, or None for the default"
             )
+        if self.surrogate is not None:
+            self.check_surrogate(self.surrogate)
 
     def propose(
         self,
@@ -210,7 +195,7 @@ class PosteriorDriven:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return the points and the leave-one-out scores of the fit; see :class:`TellsFit`."""
+        """Return the points and what was fitted, with its scores; see :class:`TellsFit`."""
         self.check(seen.metrics)
         waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
         count = len(seen) + len(waiting)
@@ -226,10 +211,10 @@ class PosteriorDriven:
         waiting = torch.cat([waiting, chosen])
         with _seeded(child_seed(generator, "acquisition", count)):
             try:
-                found, told = self._choose(seen, space, n - first, waiting, generator)
+                found, fit = self._choose(seen, space, n - first, waiting, generator)
             except _FAILURES as error:
                 _log.warning("the design goes on: %s: %s", type(error).__name__, error)
-                found, told = seen.X[:0], {}
+                found, fit = seen.X[:0], {}
             else:
                 if len(found) < n - first:
                     _log.warning("the design goes on: it is best at points known already")
@@ -237,17 +222,31 @@ class PosteriorDriven:
         rest = self.design.propose(
             seen, space, n - len(chosen), pending=waiting, generator=generator
         )
-        return torch.cat([chosen, rest]), told
+        return torch.cat([chosen, rest]), fit
 
     def with_reference(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
 
-    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Self:
-        """See :class:`FitsSurrogate`."""
-        return replace(
-            self, surrogate=surrogate, initial=self.initial if initial is None else initial
-        )
+    def with_surrogate(self, surrogate: Surrogate) -> Self:
+        """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
+        return replace(self, surrogate=surrogate)
+
+    def without_design(self) -> Self:
+        """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""
+        return replace(self, initial=0)
+
+    def check_surrogate(self, surrogate: Surrogate) -> None:
+        """Refuse a surrogate that the sampler cannot look through.
+
+        Raises:
+            SamplerError: With the alternative in its hint.
+        """
+        if not isinstance(surrogate, Surrogate):
+            raise SamplerError(
+                f"surrogate must be the settings of a surrogate, got {surrogate!r}",
+                hint="give an object with `fit`, such as map_bo.surrogates.quadratic.Quadratic()",
+            )
 
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""
@@ -281,8 +280,8 @@ class PosteriorDriven:
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         good = seen.succeeded()
-        usual = Quadratic() if space.d <= _MOST_DIMENSIONS else GP()
-        model = (self.surrogate or usual).fit(seen, space)
+        surrogate = Auto() if self.surrogate is None else self.surrogate
+        model = surrogate.fit(seen, space)
         situation = Situation(
             model=model,
             good=good,
@@ -293,7 +292,8 @@ class PosteriorDriven:
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
         )
         found = self.choose(situation, n)
-        return found, validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -156,7 +156,8 @@ class BinsReference:
     Attributes:
         initial: Evaluations before the first bins. ``None``: as many as a quadratic has
             coefficients, ``(d + 1) (d + 2) / 2``, the fewest that the published fit starts from.
-        surrogate: What is fitted.
+        surrogate: What is fitted: the published fit, whatever the surrogate of the run is, unless
+            another is given.
         design: Proposes the initial points; ``None`` is the published design of that size.
     """
 
@@ -169,6 +170,10 @@ class BinsReference:
             raise SamplerError(
                 f"initial is {self.initial}", hint="give 1 or more, or None for the default"
             )
+
+    def with_surrogate(self, surrogate: Surrogate) -> BinsReference:
+        """Return the sampler with another fit than the published one."""
+        return replace(self, surrogate=surrogate)
 
     def propose(
         self,

@@ -25,7 +25,13 @@ BOX = CoefficientSpace.box(("a", "b"))
 
 def small(**settings: Any) -> QLogNEHVI:
     """Return the sampler in a size that takes a tenth of a second."""
-    sizes = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 10}
+    sizes: dict[str, Any] = {
+        "surrogate": Quadratic(),
+        "restarts": 2,
+        "raw_samples": 16,
+        "mc_samples": 8,
+        "steps": 10,
+    }
     return QLogNEHVI(**{**sizes, **settings})
 
 

@@ -26,9 +26,9 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
     targets, pending, points = X[:4], X[4:6], X[6:]
     noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
     cross, variance = Covariances(model, targets, noise, pending).to(points)
-    told = noise.expand(len(pending), 2)
+    variances = noise.expand(len(pending), 2)
     assert isinstance(model, FantasizeMixin)
-    after = model.condition_on_observations(pending, model.link_mean(pending), noise=told)
+    after = model.condition_on_observations(pending, model.link_mean(pending), noise=variances)
     for i in range(2):
         joint = cast(
             GPyTorchPosterior, after.for_metrics([i]).posterior(torch.cat([targets, points]))

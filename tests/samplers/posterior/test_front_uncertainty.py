@@ -35,7 +35,13 @@ PEAKS = torch.tensor([[0.9, 0.2], [0.2, 0.8]], dtype=torch.float64)
 
 
 def small(**settings: Any) -> FrontUncertainty:
-    sizes = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 8}
+    sizes: dict[str, Any] = {
+        "surrogate": Quadratic(),
+        "restarts": 2,
+        "raw_samples": 16,
+        "mc_samples": 8,
+        "steps": 8,
+    }
     return FrontUncertainty(**{**sizes, "preferences": 6, "draws": 2, **settings})
 
 

@@ -38,7 +38,7 @@ SIZES: dict[str, Any] = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "ste
 class TestHypervolumeScalarised(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return HypervolumeScalarised(initial=5, rays=16, **SIZES)
+        return HypervolumeScalarised(Quadratic(), initial=5, rays=16, **SIZES)
 
     @pytest.fixture(params=["box", "sum"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
@@ -48,7 +48,7 @@ class TestHypervolumeScalarised(SamplerContract):
 class TestQLogNParEGO(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return QLogNParEGO(initial=5, **SIZES)
+        return QLogNParEGO(Quadratic(), initial=5, **SIZES)
 
     @pytest.fixture
     def space(self) -> CoefficientSpace:

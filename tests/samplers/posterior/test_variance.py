@@ -25,7 +25,7 @@ class TestIntegratedVariance(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
         return IntegratedVariance(
-            initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8, targets=32
+            Quadratic(), initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8, targets=32
         )
 
     @pytest.fixture(params=["box", "blocks"])

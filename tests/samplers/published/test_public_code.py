@@ -37,12 +37,16 @@ def angle(X: Tensor) -> Tensor:
 
 
 class TestBinsReference(SamplerContract):
+    telling = 8
+
     @pytest.fixture
     def sampler(self) -> Sampler:
         return BinsReference(initial=5, surrogate=Quadratic())
 
 
 class TestWithThePublishedFit(SamplerContract):
+    telling = 8
+
     @pytest.fixture
     def sampler(self) -> Sampler:
         return BinsReference(initial=6)
