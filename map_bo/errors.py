@@ -10,8 +10,24 @@ Wording shared by the errors of this package.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 
-__all__ = ["first_line", "listed"]
+__all__ = ["did_you_mean", "first_line", "listed"]
+
+
+def did_you_mean(word: object, known: Iterable[str], *, before: str = "") -> str:
+    """Return a hint that names the word that was probably meant, or else all there are.
+
+    Args:
+        word: What was given.
+        known: The words that are known.
+        before: What the user writes before the word, such as ``"nested."``.
+    """
+    words = [str(one) for one in known]
+    near = get_close_matches(str(word), words, n=1)
+    if near:
+        return f"did you mean {before + near[0]!r}?"
+    return f"choose from {', '.join(before + one for one in words)}" if words else "there are none"
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
@@ -100,6 +116,10 @@ class AnotherRunError(StoreError):
 
 class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
+
+
+class SettingsError(MapBoError):
+    """Settings that plain data cannot say, or plain data from which no settings are built."""
 
 
 class PublishError(MapBoError):

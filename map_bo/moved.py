@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "OldNames", "current", "old_attribute"]
+__all__ = ["CLASSES", "MODULES", "OldNames", "current", "old_attribute"]
 
 _ROOT = "map_bo."
 
@@ -188,19 +189,42 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module -> today's module, both without the leading ``map_bo.``."""
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "botorch": "map_bo.problems.botorch_functions:BotorchProblem",
+        "breadcrumbs": "map_bo.operators.sparse:Breadcrumbs",
+        "concave_quadratics": "map_bo.problems.synthetic:ConcaveQuadratics",
+        "consensus": "map_bo.operators.consensus:Consensus",
+        "dare": "map_bo.operators.sparse:Dare",
+        "della": "map_bo.operators.sparse:Della",
+        "fisher": "map_bo.operators.fisher:Fisher",
+        "magnitude": "map_bo.operators.sparse:Magnitude",
+        "multi_bump": "map_bo.problems.synthetic:MultiBump",
+        "regmean": "map_bo.operators.regmean:RegMean",
+        "sigmoid_quadratics": "map_bo.problems.synthetic:SigmoidQuadratics",
+        "slerp": "map_bo.operators.averages:Slerp",
+        "task_arithmetic": "map_bo.merging.vectors.linear_merge:TaskArithmetic",
+        "ties": "map_bo.operators.sparse:Ties",
+        "weighted_average": "map_bo.operators.averages:WeightedAverage",
+    }
+)
+"""Name or kind by which records and recipes told an operator or a problem -> today's class."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
     The longest old module that the name begins with is replaced. A name that leads to a module of
-    today, and any name of another package, is returned as it is.
+    today, and any name of another package, is returned as it is. Packages of today whose name was
+    a module's lead to what that module became, but for their own modules.
     """
     if not name.startswith(_ROOT):
         return name
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
-        if old in _TODAY:
+        file = Path(__file__).parent.joinpath(*parts[:end]).with_suffix(".py")
+        if old in _TODAY or file.is_file():
             return name
         if old in MODULES:
             return _ROOT + ".".join([MODULES[old], *parts[end:]])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.loop.state import RunState
+from map_bo.plain import name_of
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_event
 from map_bo.tracking.store import Event
@@ -50,7 +51,7 @@ def run_id(events: Sequence[Event]) -> str:
 def rows_of(state: RunState, space: CoefficientSpace, events: Sequence[Event]) -> list[Row]:
     """Return all rows of a run: those proposed, in order, then those to verify."""
     times, anchors = _times(events), space.anchors()
-    sampler = _name(str(state.created.get("settings", {}).get("sampler", "")))
+    sampler = name_of(state.created.get("settings", {}).get("sampler", "")) or "sampler"
     rows = []
     for i, x in enumerate(state.X):
         origin: dict[str, Any] = {"row": i}
@@ -103,8 +104,3 @@ def _times(events: Sequence[Event]) -> _Times:
             case "verified":
                 times.verified[event.data["row"]] = event.time
     return times
-
-
-def _name(told: str) -> str:
-    """Return the class of a sampler from how the settings were recorded."""
-    return told.partition("(")[0].rpartition(".")[2] or "sampler"

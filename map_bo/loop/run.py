@@ -6,7 +6,6 @@ How far the measured points of a run have come, evaluation by evaluation.
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -35,7 +34,7 @@ from map_bo.loop.recommend import (
 )
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, refuse_another, replay
+from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
 from map_bo.loop.stopping import notes_on, told
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
@@ -45,7 +44,7 @@ from map_bo.samplers.sampler import proposed
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
+from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
@@ -145,17 +144,7 @@ class Run:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
-        identity = {
-            "settings": self.settings.describe(),
-            "problem": describe()
-            if describe is not None
-            else {"type": type(self.problem).__name__},
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        return run_identity(self.problem, self.settings)
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)

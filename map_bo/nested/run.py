@@ -6,7 +6,6 @@ One progress bar over all nodes of a tree.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from map_bo.errors import ConfigError
 from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
+from map_bo.loop.state import run_identity
 from map_bo.nested.budget import Purse, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
 from map_bo.nested.conclusion import Final, conclude, pick
@@ -40,10 +40,11 @@ from map_bo.nested.record import NodeStore, Record
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Path, Tasks, path_name
+from map_bo.plain import identity_of
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.posterior.driven import FitsSurrogate
-from map_bo.tracking.codec import decode_tensor, encode_metric, encode_tensor
+from map_bo.tracking.codec import decode_tensor, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker
@@ -160,16 +161,8 @@ class NestedRun(Record):
         self.ledger = Ledger(problem.metrics, self._append, tuple(self._events))
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", None)
-        identity = {
-            "settings": self.settings.describe(),
-            "nested": self.nested.describe(),
-            "problem": {"type": type(self.problem).__name__} if describe is None else describe(),
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        nested = identity_of(self.nested)["fields"]
+        return run_identity(self.problem, self.settings, nested=nested)
 
     composes = True
     """Whether coefficients multiply along the path, so that nodes measure points of one space."""

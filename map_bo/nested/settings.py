@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, did_you_mean
 
 __all__ = ["Nested"]
 
@@ -96,11 +95,7 @@ class Nested:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
-                near = get_close_matches(str(value), known, n=1)
-                raise ConfigError(
-                    f"nested.{name} is {value!r}",
-                    hint=f"did you mean {near[0]}?" if near else f"choose of {', '.join(known)}",
-                )
+                raise ConfigError(f"nested.{name} is {value!r}", hint=did_you_mean(value, known))
         least_of = {"stages": 1, "group_size": 2, "points": 1, "refine": 0, "probe": 1}
         for name, least in least_of.items():
             value = getattr(self, name)
@@ -149,13 +144,3 @@ class Nested:
         if self.inform is not None:
             return self.inform
         return self.hand_up == "surrogate" or len(self.preferences) > 1
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data: what makes two nested runs the same."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {
-            **plain,
-            "preferences": [dict(one) for one in self.preferences],
-            "stage_budgets": list(self.stage_budgets),
-            "tasks": {name: list(of) for name, of in self.tasks.items()},
-        }

@@ -8,6 +8,7 @@ import pytest
 
 from map_bo.errors import ConfigError
 from map_bo.nested.settings import Nested
+from map_bo.plain import from_plain, to_plain
 
 
 def test_two_stages_unless_a_size_or_a_tree_is_given() -> None:
@@ -54,10 +55,10 @@ def test_values_that_cannot_be_are_refused_with_a_hint(
 def test_a_slip_of_the_pen_is_recognised() -> None:
     with pytest.raises(ConfigError) as caught:
         Nested(order="similarty")  # type: ignore[arg-type]
-    assert caught.value.hint == "did you mean similarity?"
+    assert caught.value.hint == "did you mean 'similarity'?"
     with pytest.raises(ConfigError) as caught:
         Nested(order="xyz")  # type: ignore[arg-type]
-    assert caught.value.hint == "choose of given, score, similarity, conflict"
+    assert caught.value.hint == "choose from given, score, similarity, conflict"
 
 
 def test_values_are_kept_as_plain_immutable_data() -> None:
@@ -93,15 +94,13 @@ def test_nodes_are_informed_where_it_was_asked_for_or_pays() -> None:
 def test_description_is_plain_and_gives_the_settings_back() -> None:
     nested = Nested(
         hand_up="point",
-        tree=[["a", "b"], "c"],
+        tree=(("a", "b"), "c"),
         preferences=({"a": 1.0, "b": 0.0, "c": 2.0},),
         budgets={"root": 9},
         stage_budgets=(7, 8),
         tasks={"a": ("x", "y")},
         probe=5,
     )
-    described = nested.describe()
-    assert json.loads(json.dumps(described)) == described
-    assert set(described) == {field.name for field in dataclasses.fields(Nested)}
-    assert Nested(**described) == nested
-    assert Nested().describe() != Nested(points=4).describe()
+    told = json.loads(json.dumps(to_plain(nested)))
+    assert from_plain(told) == nested
+    assert to_plain(Nested()) != to_plain(Nested(points=4))

@@ -408,7 +408,7 @@ def merged_pieces(
     """
     if not getattr(operator, "streams", False):
         raise MergeError(
-            f"the operator {operator.describe().get('name')} cannot merge by pieces",
+            f"the operator {type(operator).__name__} cannot merge by pieces",
             hint="export the merge of a loaded problem instead",
         )
     threads = None

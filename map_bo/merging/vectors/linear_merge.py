@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, overload, runtime_checkable
+from typing import ClassVar, Protocol, overload, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -324,13 +324,6 @@ class TaskArithmetic:
         if isinstance(deltas, TaskVectors):
             return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
         return ChunkedMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
-
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain data."""
-        return {
-            "name": "task_arithmetic",
-            "blocks": dict(self.blocks) if isinstance(self.blocks, Mapping) else self.blocks,
-        }
 
     def block(self, name: str) -> int:
         """Return the index of the block of a tensor; 0 where there are no blocks.

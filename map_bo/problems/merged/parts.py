@@ -26,8 +26,10 @@ from map_bo.merging.vectors.blocks import Blocks, block_norms, relative_importan
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import Storage
+from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import encode_metric
 
 __all__ = [
     "built_model",
@@ -190,18 +192,9 @@ def described(
         "kind": "merged_model",
         "base": origin(base),
         "experts": {name: origin(expert) for name, expert in experts.items()},
-        "operator": operator.describe(),
+        "operator": identity_of(operator),
         "space": space.describe(),
-        "metrics": [
-            {
-                "name": metric.name,
-                "direction": metric.direction,
-                "kind": metric.kind,
-                "lower": metric.lower,
-                "upper": metric.upper,
-            }
-            for metric in metrics
-        ],
+        "metrics": [encode_metric(metric) for metric in metrics],
         "dtype": str(dtype).removeprefix("torch."),
         **{name: True for name, on in switches.items() if on},
     }

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from map_bo.ax.plain import from_plain, to_plain
 from map_bo.errors import SamplerError
+from map_bo.plain import from_plain, to_plain
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
