@@ -16,7 +16,7 @@ from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["CLASSES", "MODULES", "OldNames", "current", "old_attribute"]
+__all__ = ["CLASSES", "MODULES", "OldNames", "current", "old_attribute", "with_current_targets"]
 
 _ROOT = "map_bo."
 
@@ -229,6 +229,18 @@ def current(name: str) -> str:
         if old in MODULES:
             return _ROOT + ".".join([MODULES[old], *parts[end:]])
     return name
+
+
+def with_current_targets(tree: Any) -> Any:
+    """Return a recorded configuration with today's names in every ``_target_``."""
+    if isinstance(tree, Mapping):
+        return {
+            key: current(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_targets(value)
+            for key, value in tree.items()
+        }
+    return [with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def old_attribute(package: str, name: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 from map_bo.app.arguments import Command, pairs, parser
 from map_bo.errors import ConfigError, MapBoError, SettingsError
+from map_bo.moved import with_current_targets
 
 __all__ = ["main"]
 
@@ -221,7 +222,7 @@ def _recorded_config(run: str) -> Any:
 
     recorded = created_of(run).get("config")
     if recorded and "tree" in recorded:
-        return OmegaConf.create(recorded["tree"]), recorded.get("cwd")
+        return OmegaConf.create(with_current_targets(recorded["tree"])), recorded.get("cwd")
     raise ConfigError(
         f"the run in {run} was not started by `map-bo run`, so how to build its problem is "
         "not recorded",

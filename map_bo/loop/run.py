@@ -133,13 +133,15 @@ class Run:
         self._volume = ObservedVolume(problem.space, settings.reference)
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
-        self.state: RunState = replay(events, problem.metrics, problem.space.d)
         identity = self._identity()
-        if not self.state.created:
+        recorded = next((event.data for event in events if event.kind == "created"), None)
+        if recorded is not None:  # first: what is of another run cannot be replayed as this one
+            refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+            refuse_another(recorded, identity)
+        self.state: RunState = replay(events, problem.metrics, problem.space.d)
+        if recorded is None:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
-            refuse_another({"nested": self.state.created.get("nested")}, {"nested": None})
-            refuse_another(self.state.created, identity)
             for event in events:
                 self._trackers.observe(event)
 
