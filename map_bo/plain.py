@@ -288,9 +288,10 @@ def _class_named(name: Any, trust: frozenset[str]) -> Any:
     try:
         found: Any = sys.modules.get(module) or import_module(module)
         for part in qualname.split("."):
-            found = vars(found)[part]
+            found = getattr(found, part)
     except Exception as error:  # whatever the import of another package raises
-        what = f"{module} has no {qualname}" if isinstance(error, KeyError) else first_line(error)
+        lacks = isinstance(error, AttributeError)
+        what = f"{module} has no {qualname}" if lacks else first_line(error)
         raise SettingsError(
             f"the settings {name} cannot be built: {what}",
             hint="they were written by another version of map_bo"
