@@ -8,6 +8,7 @@ traceback for them. ``assert`` is kept for the package's own invariants.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 
 
@@ -91,12 +92,31 @@ class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
 
 
+class SettingsError(MapBoError):
+    """Settings that plain data cannot say, or plain data from which no settings are built."""
+
+
 class PublishError(MapBoError):
     """A service that would not take a report; what was written locally stands."""
 
 
 class MissingDependencyError(MapBoError):
     """An optional package is needed here and is not installed; the hint is the install line."""
+
+
+def did_you_mean(word: object, known: Iterable[str], *, before: str = "") -> str:
+    """Return a hint that names the word that was probably meant, or else all there are.
+
+    Args:
+        word: What was given.
+        known: The words that are known.
+        before: What the user writes before the word, such as ``"nested."``.
+    """
+    words = [str(one) for one in known]
+    near = get_close_matches(str(word), words, n=1)
+    if near:
+        return f"did you mean {before + near[0]!r}?"
+    return f"choose from {', '.join(before + one for one in words)}" if words else "there are none"
 
 
 def require(package: str, *, by: str, extra: str) -> None:

@@ -12,10 +12,19 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "OldNames", "current", "old_attribute"]
+__all__ = [
+    "CLASSES",
+    "FIELDS",
+    "MODULES",
+    "OldNames",
+    "current",
+    "old_attribute",
+    "with_current_targets",
+]
 
 _ROOT = "map_bo."
 
@@ -188,23 +197,62 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module -> today's module, both without the leading ``map_bo.``."""
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "botorch": "map_bo.problems.botorch_functions:BotorchProblem",
+        "breadcrumbs": "map_bo.operators.sparse:Breadcrumbs",
+        "concave_quadratics": "map_bo.problems.synthetic:ConcaveQuadratics",
+        "consensus": "map_bo.operators.consensus:Consensus",
+        "dare": "map_bo.operators.sparse:Dare",
+        "della": "map_bo.operators.sparse:Della",
+        "fisher": "map_bo.operators.fisher:Fisher",
+        "magnitude": "map_bo.operators.sparse:Magnitude",
+        "multi_bump": "map_bo.problems.synthetic:MultiBump",
+        "regmean": "map_bo.operators.regmean:RegMean",
+        "sigmoid_quadratics": "map_bo.problems.synthetic:SigmoidQuadratics",
+        "slerp": "map_bo.operators.averages:Slerp",
+        "task_arithmetic": "map_bo.merging.vectors.linear_merge:TaskArithmetic",
+        "ties": "map_bo.operators.sparse:Ties",
+        "weighted_average": "map_bo.operators.averages:WeightedAverage",
+    }
+)
+"""Name or kind by which records and recipes told an operator or a problem -> today's class."""
+
+
+FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
+"""Fields of settings that have another name today: the old one -> today's."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
     The longest old module that the name begins with is replaced. A name that leads to a module of
-    today, and any name of another package, is returned as it is.
+    today, and any name of another package, is returned as it is. Packages of today whose name was
+    a module's lead to what that module became, but for their own modules.
     """
     if not name.startswith(_ROOT):
         return name
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
-        if old in _TODAY:
+        file = Path(__file__).parent.joinpath(*parts[:end]).with_suffix(".py")
+        if old in _TODAY or file.is_file():
             return name
         if old in MODULES:
             return _ROOT + ".".join([MODULES[old], *parts[end:]])
     return name
+
+
+def with_current_targets(tree: Any) -> Any:
+    """Return a recorded configuration with today's names in every ``_target_``."""
+    if isinstance(tree, Mapping):
+        return {
+            key: current(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_targets(value)
+            for key, value in tree.items()
+        }
+    return [with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def old_attribute(package: str, name: str) -> Any:

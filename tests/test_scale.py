@@ -65,10 +65,7 @@ def runs(draw: st.DrawFn) -> Observations:
     for column in flat:  # the anchors tie, and nothing beats them
         Y[:, column] = Y[:, column].abs() + 1.0
         Y[:4, column] = 1.0
-    metrics = tuple(
-        Metric(name, direction, "unbounded")
-        for name, direction in zip("xyz", ["max", "min", "max"], strict=True)
-    )
+    metrics = tuple(Metric(name, "min" if name == "y" else "max", "unbounded") for name in "xyz")
     Y[:, [j for j in flat if metrics[j].direction == "max"]] *= -1
     return Observations(X, Y, metrics)
 
@@ -292,7 +289,7 @@ def test_without_anchors_the_notes_speak_of_evaluations() -> None:
 def test_gains_are_differentiable_with_and_without_a_range() -> None:
     scale = replace(Scale.of(ORDINARY, SPACE), ranged=torch.tensor([True, False]))
     values = ORDINARY.Y.clone().requires_grad_()
-    scale.gains(values).sum().backward()
+    scale.gains(values).sum().backward()  # type: ignore[no-untyped-call]
     assert values.grad is not None
     assert values.grad[0].tolist() == pytest.approx([1 / 0.7, 0.0])
 

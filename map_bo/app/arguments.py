@@ -131,6 +131,13 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         help="how weights become one number (default: %(default)s)",
     )
     parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="package whose classes the files may name, and so whose code may be run (repeatable)",
+    )
+    parser.add_argument(
         "--point", type=int, metavar="K", help="take point K of front.csv instead of a preference"
     )
 

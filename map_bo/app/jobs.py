@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.errors import MapBoError
+from map_bo.moved import with_current_targets
 from map_bo.tracking.wandb.run import mirrored
 
 if TYPE_CHECKING:
@@ -145,7 +146,7 @@ def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Resul
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}
         now: Any = OmegaConf.to_container(config, resolve=True)
-        refuse_another(_comparable(recorded), _comparable(now))
+        refuse_another(_comparable(with_current_targets(recorded)), _comparable(now))
         state, space = load_state(directory)
         if state.summary is not None and _shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")

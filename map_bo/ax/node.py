@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,9 +13,9 @@ from torch import Tensor
 from map_bo.ax.experiment import KEY
 from map_bo.ax.names import Names
 from map_bo.ax.observations import LeftOut, names_in, observations_of, weights_in
-from map_bo.ax.plain import from_plain, to_plain
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
+from map_bo.plain import from_plain, to_plain
 from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
@@ -63,6 +63,9 @@ class MapBoNode(ExternalGenerationNode):
         name: Name of the node.
         transition_criteria: When the strategy goes on to another node; see Ax.
     """
+
+    trusted: ClassVar[Collection[str]] = ()
+    """Packages whose samplers a database may name; Ax has no other place for it."""
 
     def __init__(
         self,
@@ -138,7 +141,7 @@ class MapBoNode(ExternalGenerationNode):
         """Return the settings of a node as plain data.
 
         Raises:
-            SamplerError: When its sampler is not of this package.
+            SettingsError: When plain data cannot say its sampler.
         """
         return {
             "sampler": to_plain(obj.sampler),
@@ -156,7 +159,12 @@ class MapBoNode(ExternalGenerationNode):
         decoder_registry: Any = None,
         class_decoder_registry: Any = None,
     ) -> dict[str, Any]:
-        """Return the arguments of the constructor from :meth:`serialize_init_args`."""
+        """Return the arguments of the constructor from :meth:`serialize_init_args`.
+
+        Raises:
+            SettingsError: When the sampler is not known and its package not trusted, see
+                :func:`register`.
+        """
         from ax.storage.json_store.decoder import object_from_json
 
         registries = {}
@@ -167,7 +175,7 @@ class MapBoNode(ExternalGenerationNode):
             }
         space, metrics = args["space"], args["metrics"]
         return {
-            "sampler": from_plain(args["sampler"]),
+            "sampler": from_plain(args["sampler"], trust=cls.trusted),
             "seed": args["seed"],
             "space": None if space is None else CoefficientSpace.from_description(space),
             "metrics": None if metrics is None else [decode_metric(metric) for metric in metrics],
@@ -176,11 +184,15 @@ class MapBoNode(ExternalGenerationNode):
         }
 
 
-def register() -> None:
+def register(*, trust: Collection[str] = ()) -> None:
     """Tell Ax's JSON and SQL storage how to write and read :class:`MapBoNode`.
 
     Call it before a strategy that holds such a node is saved or loaded.
+
+    Args:
+        trust: Packages whose samplers a database may name; see :func:`map_bo.plain.from_plain`.
     """
+    MapBoNode.trusted = frozenset(trust)
     from ax.storage.json_store.registry import CORE_DECODER_REGISTRY, CORE_ENCODER_REGISTRY
 
     CORE_ENCODER_REGISTRY[MapBoNode] = lambda node: {

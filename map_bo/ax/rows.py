@@ -11,6 +11,7 @@ from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.loop.state import RunState
+from map_bo.plain import name_of
 from map_bo.scale import anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_event
@@ -51,7 +52,7 @@ def rows_of(state: RunState, space: CoefficientSpace, events: Sequence[Event]) -
     """Return all rows of a run: those proposed, in order, then those to verify."""
     times, names = _times(events), space.anchors().names
     is_anchor = anchor_rows(state.X, space)
-    sampler = _name(str(state.created.get("settings", {}).get("sampler", "")))
+    sampler = name_of(state.created.get("settings", {}).get("sampler", "")) or "sampler"
     rows = []
     for i, x in enumerate(state.X):
         origin: dict[str, Any] = {"row": i}
@@ -104,8 +105,3 @@ def _times(events: Sequence[Event]) -> _Times:
             case "verified":
                 times.verified[event.data["row"]] = event.time
     return times
-
-
-def _name(told: str) -> str:
-    """Return the class of a sampler from how the settings were recorded."""
-    return told.partition("(")[0].rpartition(".")[2] or "sampler"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -25,11 +24,11 @@ from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
 from map_bo.loop.recommend import Recommendation, recommend, refit
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, refuse_another, replay
+from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
 from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
-from map_bo.problems.problem import Preparable, Problem, description_of
+from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
 from map_bo.scale import Scale, anchor_rows
@@ -37,7 +36,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
+from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
@@ -126,25 +125,20 @@ class Run:
         self._volume = ObservedVolume(problem.space, settings.reference)
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
-        self.state: RunState = replay(events, problem.metrics, problem.space.d)
         identity = self._identity()
-        if not self.state.created:
+        recorded = next((event.data for event in events if event.kind == "created"), None)
+        if recorded is not None:  # first: what is of another run cannot be replayed as this one
+            refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+            refuse_another(recorded, identity)
+        self.state: RunState = replay(events, problem.metrics, problem.space.d)
+        if recorded is None:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
-            refuse_another({"nested": self.state.created.get("nested")}, {"nested": None})
-            refuse_another(self.state.created, identity)
             for event in events:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        identity = {
-            "settings": self.settings.describe(),
-            "problem": description_of(self.problem),
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        return run_identity(self.problem, self.settings)
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
-from map_bo.errors import BudgetError, ConfigError
+from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
@@ -116,10 +115,8 @@ class Settings:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            near = get_close_matches(unknown[0], known, n=1)
             raise ConfigError(
-                f"there is no setting {unknown[0]!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"settings: {', '.join(known)}",
+                f"there is no setting {unknown[0]!r}", hint=did_you_mean(unknown[0], known)
             )
         return cls(**values)
 
@@ -137,22 +134,3 @@ class Settings:
     def search(self) -> int:
         """How many evaluations the search has."""
         return self.budget if self.verify_extra else self.budget - self.verifications
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data: what makes two runs the same run."""
-        parts = {
-            "sampler": self.run_sampler,
-            "surrogate": self.surrogate,
-            "solver": self.solver,
-        }
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
-        plain["reference"] = dict(self.reference) if self.reference is not None else None
-        plain["stop"] = None if self.stop is None else self.stop.describe()
-        return {**plain, **{name: _told(parts[name]) for name in sorted(parts)}}
-
-
-def _told(part: object) -> str:
-    """Return a part in words that are the same in every process."""
-    if type(part).__repr__ is object.__repr__:
-        return f"{type(part).__module__}.{type(part).__qualname__}"
-    return repr(part)

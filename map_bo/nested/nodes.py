@@ -25,6 +25,7 @@ from map_bo.nested.composition import Part, node_space, subspace
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
+from map_bo.plain import identity_of
 from map_bo.problems.problem import Divisible, Preparable, Problem
 from map_bo.rng import child_seed, make_generator
 from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
@@ -246,6 +247,11 @@ class Seeded:
         if not isinstance(self.sampler, SeesThroughSurrogate):
             return self
         return replace(self, sampler=self.sampler.with_surrogate(surrogate))
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which it is recognised; the points follow from the run itself."""
+        content = {"points": len(self.points), "sampler": identity_of(self.sampler)}
+        return {"class": f"{Seeded.__module__}:{Seeded.__qualname__}", "fields": content}
 
     def propose(
         self,

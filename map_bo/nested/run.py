@@ -6,7 +6,6 @@ All nodes share one record, one budget and one progress bar.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import check_surrogates
 from map_bo.loop.settings import Settings
+from map_bo.loop.state import run_identity
 from map_bo.nested.budget import BudgetAllocator, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
 from map_bo.nested.conclusion import Final, conclude, select
@@ -42,10 +42,11 @@ from map_bo.nested.record import NodeStore, Record
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, NodePath, Tasks, path_name
-from map_bo.problems.problem import Preparable, Problem, description_of
+from map_bo.plain import identity_of
+from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import StartsWithDesign
-from map_bo.tracking.codec import decode_tensor, encode_metric, encode_tensor
+from map_bo.tracking.codec import decode_tensor, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker
@@ -161,15 +162,8 @@ class NestedRun(Record):
         self.ledger = Ledger(problem.metrics, self._append, tuple(self._events))
 
     def _identity(self) -> dict[str, Any]:
-        identity = {
-            "settings": self.settings.describe(),
-            "nested": self.nested.describe(),
-            "problem": description_of(self.problem),
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        nested = identity_of(self.nested)["fields"]
+        return run_identity(self.problem, self.settings, nested=nested)
 
     composes = True
     """Whether coefficients multiply along the path, so that nodes measure points of one space."""

@@ -115,14 +115,14 @@ class RegMean(SearchableOperator):
         return _RegressionKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what tells the statistics, as plain data."""
+        """Return plain data in which statistics are told by their content, not by their files."""
         told = known_statistics.describe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
         told = known_statistics.recipe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:

@@ -8,9 +8,8 @@ settings are the same functions everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -167,10 +166,6 @@ class ConcaveQuadratics:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "concave_quadratics", **asdict(self)}
-
 
 @dataclass(frozen=True)
 class SigmoidQuadratics:
@@ -252,10 +247,6 @@ class SigmoidQuadratics:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "sigmoid_quadratics", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -378,7 +369,3 @@ class MultiBump:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return the values (``n x m``) of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "multi_bump", **asdict(self)}

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
+from map_bo.plain import identity_of
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import AutoModel, Selection, SideBySide, leaving_out
@@ -192,7 +193,12 @@ class Informed:
     known: Mapping[str, Observations] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Informed({self.surrogate!r})"  # what is known may grow, and the run stays the same
+        return f"Informed({self.surrogate!r})"
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which it is recognised: what is known may grow in the same run."""
+        name = f"{Informed.__module__}:{Informed.__qualname__}"
+        return {"class": name, "fields": {"surrogate": identity_of(self.surrogate)}}
 
     @property
     def leaves_one_out(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_the_schema_and_the_settings_agree() -> None:
     # A rule is a node of its own; without a criterion it is no rule.
     assert set(schema["stop"]) == set(Stop.__dataclass_fields__)
     assert plain["stop"] is None
-    plain["stop"] = {**Stop().describe(), "criterion": None}
+    plain["stop"] = {**asdict(Stop()), "criterion": None}
     assert {key: defaults[key] for key in schema} == plain
 
 

@@ -37,14 +37,6 @@ def test_the_sampler_looks_through_the_surrogate_of_the_run() -> None:
     assert Settings(budget=12).surrogate == Auto()
 
 
-def test_what_is_looked_through_stands_in_the_description() -> None:
-    described = Settings(budget=12, surrogate=GP()).describe()
-    assert repr(GP()) in described["sampler"]
-    own = Settings(budget=12, surrogate=GP(), sampler=Adaptive(surrogate=Quadratic())).describe()
-    assert repr(Quadratic()) in own["sampler"]
-    assert repr(GP()) not in own["sampler"]
-
-
 def test_an_ability_that_a_sampler_needs_is_checked_before_the_run() -> None:
     with pytest.raises(SamplerError, match="Plain does not leave evaluations out") as caught:
         Settings(budget=12, surrogate=Plain(), sampler=Bins())

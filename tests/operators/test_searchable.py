@@ -20,6 +20,7 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.plain import from_plain, to_plain
 from tests.operators.cases import (
     OPERATORS,
     SHAPES,
@@ -225,11 +226,10 @@ def test_space_has_the_settings_behind_the_coefficients() -> None:
 
 @every
 def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
-    described = operator.describe()
-    kind: Any = type(operator)
-    again = kind(**{k: v for k, v in described.items() if k != "name"})
+    told = to_plain(operator)
+    again = from_plain(told)
     assert again == operator
-    assert again.describe() == described
+    assert to_plain(again) == told
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from map_bo.operators.fisher import Fisher
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.plain import to_plain
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import (
     BLOCKS,
@@ -153,7 +154,9 @@ def test_models_in_memory(name: str, tmp_path: Path) -> None:
     require_same(OPERATORS[name], open_checkpoint(loaded(base)), held, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not o.describe()["blocks"]])
+@pytest.mark.parametrize(
+    "name", [n for n, o in OPERATORS.items() if not to_plain(o)["fields"]["blocks"]]
+)
 def test_adapters_as_experts(name: str, tmp_path: Path) -> None:
     base = small_base()
     require_same(OPERATORS[name], base, small_adapters(tmp_path, base), tmp_path / "out")

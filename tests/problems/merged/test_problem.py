@@ -326,6 +326,7 @@ def test_description_recognises_the_problem() -> None:
         problem(operator=TaskArithmetic({"all": "*"})),
         problem(experts={**experts, "e0": experts["e1"]}),
         problem(metrics=[Metric("mean", direction="min"), Metric("spread")]),
+        problem(metrics=[Metric("mean", examples="fresh"), Metric("spread")]),
         problem(dtype=torch.bfloat16),
     ]
     assert all(other.describe() != described for other in others)
