@@ -244,10 +244,10 @@ def current(name: str) -> str:
 
 
 def with_current_targets(tree: Any) -> Any:
-    """Return a recorded configuration with today's names in every ``_target_``."""
+    """Return a recorded configuration with today's names of classes and of their options."""
     if isinstance(tree, Mapping):
         return {
-            key: current(value)
+            FIELDS[key] if key in FIELDS and FIELDS[key] not in tree else key: current(value)
             if key == "_target_" and isinstance(value, str)
             else with_current_targets(value)
             for key, value in tree.items()

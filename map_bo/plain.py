@@ -384,7 +384,11 @@ def _modern_settings(recorded: Any, now: Mapping[str, Any]) -> Any:
         default = _default(str(now["class"]), name)
         if default is not MISSING:
             content[name] = identity_of(default)
-    return {"class": now["class"], "fields": content}
+    modern = {"class": now["class"], "fields": content}
+    try:  # the class itself says what its fields mean together
+        return identity_of(from_plain(modern))
+    except MapBoError:  # such as one that holds what is only told in words
+        return modern
 
 
 def _name_today(name: str | int, today: Mapping[str, Any]) -> str:

@@ -140,7 +140,7 @@ def test_everything_of_the_configuration_survives(file: Path) -> None:
 
 
 def test_a_target_of_version_0_1_is_found_where_it_is_today() -> None:
-    assert from_plain({"_target_": "map_bo.surrogates.processes.gp.GP", "_convert_": "all"}) == GP()
+    assert from_plain({"_target_": "map_bo.surrogates.gp.GP", "_convert_": "all"}) == GP()
 
 
 def test_the_public_name_of_a_class_will_do() -> None:
@@ -148,10 +148,8 @@ def test_the_public_name_of_a_class_will_do() -> None:
 
 
 def test_settings_within_a_target() -> None:
-    inside = {"_target_": "map_bo.samplers.designs.space_filling.Sobol", "anchors": False}
-    made = from_plain(
-        {"_target_": "map_bo.samplers.posterior.hypervolume.QLogNEHVI", "design": inside}
-    )
+    inside = {"_target_": "map_bo.samplers.space_filling.Sobol", "anchors": False}
+    made = from_plain({"_target_": "map_bo.samplers.hypervolume.QLogNEHVI", "design": inside})
     assert made == QLogNEHVI(design=Sobol(anchors=False))
 
 
@@ -169,10 +167,10 @@ class TestTrust:
         assert f"--trust {__name__.partition('.')[0]}" in str(caught.value.hint)
 
     def test_within_settings_of_ours_too(self) -> None:
-        data = to_plain(Adaptive(acquisition=Mine()))  # type: ignore[arg-type]
+        data = to_plain(Adaptive(blocks=Mine()))  # type: ignore[arg-type]
         with pytest.raises(SettingsError, match="is not a package whose code is run"):
             from_plain(data)
-        assert from_plain(data, trust=HERE) == Adaptive(acquisition=Mine())  # type: ignore[arg-type]
+        assert from_plain(data, trust=HERE) == Adaptive(blocks=Mine())  # type: ignore[arg-type]
 
     def test_nothing_is_imported_that_is_not_trusted(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -391,7 +389,7 @@ class TestRecordsOfVersion01:
 
     def test_modules_that_moved(self) -> None:
         now = identity_of(Sobol())
-        old = {"class": "map_bo.samplers.designs.space_filling:Sobol", "fields": {"anchors": True}}
+        old = {"class": "map_bo.samplers.space_filling:Sobol", "fields": {"anchors": True}}
         assert modernise(old, now) == now
         other = {"class": "mine:Sobol", "fields": {"anchors": True}}
         assert modernise(other, now) != now

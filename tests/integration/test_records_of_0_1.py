@@ -78,7 +78,7 @@ def test_choose(run: str, project: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_surrogate_of_a_configured_run_is_known_by_its_old_name(project: Path) -> None:
     result = load_result("configured", refit=True)
-    assert "map_bo.surrogates.processes.gp.GP" in events(project / "configured")[0].decode()
+    assert "map_bo.surrogates.gp.GP" in events(project / "configured")[0].decode()
     assert result.model is not None
 
 

@@ -19,7 +19,7 @@ from map_bo.space import CoefficientSpace
     ("changes", "message", "hint"),
     [
         ({"criterion": "regrets"}, "no stopping criterion 'regrets'", "did you mean 'regret'"),
-        ({"criterion": "time"}, "no stopping criterion 'time'", "'regret' and 'hypervolume'"),
+        ({"criterion": "time"}, "no stopping criterion 'time'", "regret, hypervolume"),
         ({"tolerance": 0.0}, "between 0 and 1, got", "0.005"),
         ({"tolerance": -1}, "between 0 and 1, got", "0.005"),
         ({"tolerance": 1.0}, "between 0 and 1, got 1.0", "0.005"),
