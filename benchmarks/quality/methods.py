@@ -20,10 +20,20 @@ from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.sampler import Sampler
 from map_bo.surrogates.surrogate import Surrogate
 
-__all__ = ["CORE", "METHODS", "TIERS", "Method", "Parts", "matching", "method", "unavailable"]
+__all__ = [
+    "CORE",
+    "METHODS",
+    "PROPOSALS",
+    "TIERS",
+    "Method",
+    "Parts",
+    "matching",
+    "method",
+    "unavailable",
+]
 
-Tier = Literal["core", "ablation", "sampler", "surrogate", "truth"]
-TIERS: tuple[Tier, ...] = ("truth", "core", "ablation", "sampler", "surrogate")
+Tier = Literal["core", "ablation", "sampler", "surrogate", "proposals", "truth"]
+TIERS: tuple[Tier, ...] = ("truth", "core", "ablation", "sampler", "surrogate", "proposals")
 VERSION = 1
 """Raise it when a part of the package behaves otherwise under the same settings; answers that were
 worked out with a surrogate then no longer count. Older ones must not be mixed with newer."""
@@ -211,6 +221,20 @@ def matched(sampler: str, surrogate: str, budget: int) -> Parts:
     return dataclasses.replace(default(budget), sampler=chosen, surrogate=model)
 
 
+def proposing(surrogate: str, budget: int) -> Parts:
+    """Return the default whose sampler is given a surrogate of its own, and the front ``auto``.
+
+    Both are named, so that nothing here depends on what a sampler takes when it is given none.
+    """
+    acquisition = part(
+        "samplers.front_uncertainty:FrontUncertainty", budget, surrogate=part(surrogate, budget)
+    )
+    sampler = part("samplers.adaptive:Adaptive", budget, acquisition=acquisition)
+    return dataclasses.replace(
+        default(budget), sampler=sampler, surrogate=part(PROPOSALS["proposals-auto"], budget)
+    )
+
+
 _SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: class, arguments, limits
     "sobol": ("samplers.designs.space_filling:Sobol", {}, {}),
@@ -238,6 +262,13 @@ _SURROGATES = {
     "hybrid": "surrogates.processes.hybrid:Hybrid",
     "sparse": "surrogates.processes.sparse:Sparse",
 }
+PROPOSALS = {
+    "proposals-auto": "surrogates.auto:Auto",
+    "proposals-quadratic": "surrogates.quadratic:Quadratic",
+    "proposals-hybrid": "surrogates.hybrid:Hybrid",
+    "proposals-gp": "surrogates.gp:GP",
+}
+"""Name of a method -> the surrogate that its proposals rest on; all solve their front on auto."""
 _EXTERNAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "ax": ("samplers.baselines.ax:AxSampler", {}, {"needs": ("ax",), "most_budget": 48}),
     "optuna-tpe": ("benchmarks.quality.optuna_baselines:TPE", {}, {"needs": ("optuna",)}),
@@ -330,6 +361,13 @@ def _others() -> list[Method]:
     return found
 
 
+def _proposals() -> list[Method]:
+    return [
+        Method(name, partial(proposing, surrogate), "proposals")
+        for name, surrogate in PROPOSALS.items()
+    ]
+
+
 METHODS: dict[str, Method] = {
     entry.name: entry
     for entry in [
@@ -337,6 +375,7 @@ METHODS: dict[str, Method] = {
         *_core(),
         *_ablations(),
         *_others(),
+        *_proposals(),
     ]
 }
 CORE: tuple[str, ...] = tuple(name for name, entry in METHODS.items() if entry.tier == "core")
