@@ -304,6 +304,17 @@ class Scale:
             return scaled
         return torch.where(self.ranged, scaled, torch.ones_like(scaled))
 
+    def weights(self, preferences: Tensor) -> Tensor:
+        """Return weights (``... x m``) without those of metrics that have no range.
+
+        They add up to 1; weights that are on such metrics alone stay as they are.
+        """
+        if bool(self.ranged.all()):
+            return preferences
+        counted = preferences * self.ranged
+        total = counted.sum(-1, keepdim=True)
+        return torch.where(total > 0, counted / total, preferences)
+
     def observed_unit(self, values: Tensor) -> Tensor:
         """Return how far observed ``values`` (``n x m``, own units) reach, ``m`` positive widths.
 

@@ -65,9 +65,10 @@ def runs(draw: st.DrawFn) -> Observations:
     for column in flat:  # the anchors tie, and nothing beats them
         Y[:, column] = Y[:, column].abs() + 1.0
         Y[:4, column] = 1.0
-    metrics = tuple(
-        Metric(name, direction, "unbounded")
-        for name, direction in zip("xyz", ["max", "min", "max"], strict=True)
+    metrics = (
+        Metric("x", "max", "unbounded"),
+        Metric("y", "min", "unbounded"),
+        Metric("z", "max", "unbounded"),
     )
     Y[:, [j for j in flat if metrics[j].direction == "max"]] *= -1
     return Observations(X, Y, metrics)
@@ -292,9 +293,8 @@ def test_without_anchors_the_notes_speak_of_evaluations() -> None:
 def test_gains_are_differentiable_with_and_without_a_range() -> None:
     scale = replace(Scale.of(ORDINARY, SPACE), ranged=torch.tensor([True, False]))
     values = ORDINARY.Y.clone().requires_grad_()
-    scale.gains(values).sum().backward()
-    assert values.grad is not None
-    assert values.grad[0].tolist() == pytest.approx([1 / 0.7, 0.0])
+    (slope,) = torch.autograd.grad(scale.gains(values).sum(), values)
+    assert slope[0].tolist() == pytest.approx([1 / 0.7, 0.0])
 
 
 # --- laws
@@ -327,9 +327,8 @@ def test_the_direction_is_a_label(data: Observations, flipped: set[int]) -> None
     Y, metrics = data.Y.clone(), list(data.metrics)
     for j in flipped:
         Y[:, j] *= -1
-        metrics[j] = replace(
-            metrics[j], direction="min" if metrics[j].direction == "max" else "max"
-        )
+        other_way: Any = "min" if metrics[j].direction == "max" else "max"
+        metrics[j] = replace(metrics[j], direction=other_way)
     other = scale_of(Observations(data.X, Y, tuple(metrics)))
     assert torch.equal(scale_of(data).gains(data.Y), other.gains(Y))
 
@@ -382,6 +381,13 @@ def test_a_metric_without_a_range_changes_no_volume_and_no_distance(data: Observ
         hypervolume(fewer, zeros[: len(kept)]), rel=1e-12
     )
     assert farthest_rows(gains, 5, first=[0]) == farthest_rows(fewer, 5, first=[0])
+
+
+def test_weights_of_metrics_without_a_range_do_not_count() -> None:
+    scale = replace(Scale.of(ORDINARY, SPACE), ranged=torch.tensor([True, False]))
+    W = torch.tensor([[0.2, 0.8], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    assert scale.weights(W).tolist() == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert Scale.of(ORDINARY, SPACE).weights(W) is W
 
 
 def test_the_unit_of_observations_reaches_from_the_worst_to_the_best() -> None:
