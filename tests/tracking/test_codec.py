@@ -127,14 +127,18 @@ def test_observations_come_back(rows: list[int]) -> None:
 
 def test_a_scale_comes_back_with_its_metrics_without_a_range() -> None:
     point, best = torch.tensor([0.1, 2.0, -3.0]), torch.tensor([0.9, 1.0, -3.0])
-    for ranged in (None, torch.tensor([True, False, False])):
-        scale = Scale(METRICS, point, best, "given by the user", ranged)  # type: ignore[arg-type]
+    few, unit = torch.tensor([True, False, False]), torch.tensor([0.5, 1.0, 3.0])
+    for kwargs in ({}, {"ranged": few}, {"unit": unit}, {"ranged": few, "unit": unit}):
+        scale = Scale(METRICS, point, best, "given by the user", **kwargs)
         again = decode_scale(through_json(encode_scale(scale)), METRICS)
         assert identical(again.point, scale.point)
         assert identical(again.best, scale.best)
         assert torch.equal(again.ranged, scale.ranged)
+        assert torch.equal(again.width, scale.width)
+        assert (again.unit is None) == (scale.unit is None)
         assert again.rule == scale.rule
-    assert "rangeless" not in encode_scale(scale.select([0]))
+    plain = Scale(METRICS[:1], point[:1], best[:1], "given by the user")
+    assert encode_scale(plain).keys() == {"point", "best", "rule"}
 
 
 @pytest.mark.parametrize("value", [0.1, 1.0, 2e7])
