@@ -131,7 +131,10 @@ def farthest_rows(gains: Tensor, count: int, *, first: Sequence[int] = ()) -> li
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """What metrics are measured from and in: 0 at the reference point, 1 at the best end.
+    """What metrics are measured from and in: gain 0 at the reference point, 1 at the best end.
+
+    The reference point is a threshold. Where a user sets it above the worst of base and experts,
+    ``unit`` keeps the width of the scale apart from it: the threshold then moves the zero alone.
 
     A metric *has no range* where nothing that was measured beats the reference point by more than
     rounding or noise. Its gain is the constant 1, so that tensors keep one column per metric: it
@@ -142,21 +145,23 @@ class Scale:
         metrics: The ``m`` metrics.
         point: ``m`` values of the reference point, own units: only what beats all of them earns
             hypervolume.
-        best: ``m`` values of the other end, own units: the best single experts, never worse than
-            ``point``.
+        best: ``m`` values of the other end, own units: the best single experts.
         rule: Where the two come from, for the reader.
+        unit: ``m`` positive widths that are one gain, own units, where these are not from
+            ``point`` to ``best``; else None.
         ranged: ``m`` booleans: which metrics have a range. By default those whose two ends differ
             by more than rounding.
 
     Raises:
-        DataError: When shapes disagree, a value is not finite, or ``best`` is worse than
-            ``point``.
+        DataError: When shapes disagree, a value is not finite, or, without a ``unit``, ``best``
+            is worse than ``point``.
     """
 
     metrics: tuple[Metric, ...]
     point: Tensor
     best: Tensor
     rule: str
+    unit: Tensor | None = None
     ranged: Tensor = None  # type: ignore[assignment]
     _low: Tensor = field(init=False, repr=False)
     _width: Tensor = field(init=False, repr=False)
@@ -164,7 +169,9 @@ class Scale:
     def __post_init__(self) -> None:
         put, metrics = object.__setattr__, check_metrics(self.metrics)
         put(self, "metrics", metrics)
-        for name in ("point", "best"):
+        for name in ("point", "best", "unit"):
+            if getattr(self, name) is None:
+                continue
             value = torch.as_tensor(getattr(self, name), dtype=torch.float64).detach().cpu()
             put(self, name, value)
             if value.shape != (len(metrics),) or not bool(torch.isfinite(value).all()):
@@ -174,18 +181,19 @@ class Scale:
                     hint="give one finite value for every metric, in its own unit",
                 )
         low, high = to_maximisation(self.point, metrics), to_maximisation(self.best, metrics)
-        if bool((high < low).any()):
+        width = high - low if self.unit is None else self.unit
+        if bool((width < 0).any()):
             raise DataError(
                 "the best end of the scale is worse than the reference point in "
-                f"{', '.join(_names(metrics, high < low))}",
+                f"{', '.join(_names(metrics, width < 0))}",
                 hint="give both in the metrics' own units and directions",
             )
-        ranged = high - low > _rounding(low, high) if self.ranged is None else self.ranged
+        ranged = width > _rounding(low, high) if self.ranged is None else self.ranged
         if ranged.shape != (len(metrics),):
             raise DataError(f"ranged has shape {tuple(ranged.shape)} for {len(metrics)} metrics")
-        put(self, "ranged", ranged & (high > low))
+        put(self, "ranged", ranged & (width > 0))
         put(self, "_low", low)
-        put(self, "_width", torch.where(self.ranged, high - low, torch.ones_like(low)))
+        put(self, "_width", torch.where(self.ranged, width, torch.ones_like(low)))
 
     @classmethod
     def of(
@@ -200,10 +208,12 @@ class Scale:
         and the best end is the best of the experts. Where fewer than two of base and experts
         succeeded, the worst and the best observed values stand in, and the rule says so.
 
-        A value in ``given`` replaces that of the reference point: it is a threshold. Where no
-        expert beats the reference point by more than rounding and noise, it cannot end the
-        scale, and the observed range does: from a given threshold as far as all observations
-        reach, else up to the best observation. Where that is no range either, the metric has none.
+        Where no expert beats the reference point by more than rounding and noise, the best
+        observation ends the scale instead; where that does not either, the metric has no range.
+
+        A value in ``given`` replaces that of the reference point: it is a threshold, and not the
+        scale. Where it is better than the default, one unit stays the metric's own range between
+        base and experts, or, where they have none, that of all observations; the rule says so.
 
         Noise is what ``Yvar`` says of the anchors (one standard error of a difference), left out
         for metrics that are measured on the same examples every time, and one example of a metric
@@ -228,24 +238,33 @@ class Scale:
         gains = to_maximisation(seen.Y, metrics)
         ends, experts, rule = _ends(seen.X, space)
         low, high = gains[ends].amin(0), gains[experts].amax(0)
-        threshold, named = _threshold(given or {}, metrics)
-        if bool(named.any()):
-            low = torch.where(named, threshold, low)
-            rule = _given_rule(metrics, named, rule)
         floor = torch.maximum(_rounding(low, high), _noise(seen.select(ends)))
-        ranged = high - low > floor
-        if not bool(ranged.all()):
-            most, least = gains.amax(0), gains.amin(0)
-            observed = torch.where(named, most - least, most - low)
-            wide = ~ranged & (observed > floor)
-            if bool(wide.any()):
-                names = ", ".join(_names(metrics, wide))
-                rule += f"; where no expert beats it ({names}), the observed range is the scale"
-            end = torch.where(named, low + observed, most)
-            high = torch.where(wide, end, torch.maximum(high, low))
-            ranged = ranged | wide
+        ranged, most = high - low > floor, gains.amax(0)
+        above = ~ranged & (most - low > floor)
+        high, ranged = torch.where(above, most, high), ranged | above
+        if bool(above.any()):
+            names = ", ".join(_names(metrics, above))
+            rule += f"; where no expert beats it ({names}), the best observed ends the scale"
+        unit = None
+        if given:
+            threshold, named = _threshold(given, metrics)
+            rule = _given_rule(metrics, named, rule)
+            span = most - gains.amin(0)
+            width = torch.where(ranged, high - low, span)
+            apart = named & ((threshold > low) | ~ranged)
+            ranged = ranged | (named & (span > floor))
+            low = torch.where(named, threshold, low)
+            if bool(apart.any()):
+                unit = torch.where(apart, torch.maximum(width, high - low), high - low)
+                names = ", ".join(_names(metrics, apart))
+                rule += f"; one unit of {names} is the range that was measured"
         return cls(
-            metrics, to_maximisation(low, metrics), to_maximisation(high, metrics), rule, ranged
+            metrics,
+            to_maximisation(low, metrics),
+            to_maximisation(high, metrics),
+            rule,
+            unit,
+            ranged,
         )
 
     @classmethod
@@ -258,8 +277,16 @@ class Scale:
         low = torch.stack([to_maximisation(one.point, metrics) for one in scales]).amin(0)
         high = torch.stack([to_maximisation(one.best, metrics) for one in scales]).amax(0)
         ranged = torch.stack([one.ranged for one in scales]).any(0)
+        unit = None
+        if any(one.unit is not None for one in scales):
+            unit = torch.stack([one.width for one in scales]).amax(0)
         return cls(
-            metrics, to_maximisation(low, metrics), to_maximisation(high, metrics), rule, ranged
+            metrics,
+            to_maximisation(low, metrics),
+            to_maximisation(high, metrics),
+            rule,
+            unit,
+            ranged,
         )
 
     @property
@@ -281,6 +308,13 @@ class Scale:
         )
 
     @property
+    def end(self) -> Tensor:
+        """``m`` values that have gain 1, own units."""
+        if self.unit is None:
+            return self.best
+        return to_maximisation(self._low + self._width, self.metrics)
+
+    @property
     def rangeless(self) -> tuple[str, ...]:
         """Names of the metrics that have no range."""
         return _names(self.metrics, ~self.ranged)
@@ -288,7 +322,7 @@ class Scale:
     def gains(
         self, values: Tensor, *, maximised: bool = False, unit: Tensor | None = None
     ) -> Tensor:
-        """Return ``values`` (``... x m``) with 0 at the reference point and 1 at the best end.
+        """Return ``values`` (``... x m``) with 0 at the reference point and 1 at :attr:`end`.
 
         Nothing is cut off: what beats the best end has a gain above 1. Metrics without a range
         have gain 1. Differentiable.
@@ -303,6 +337,17 @@ class Scale:
         if bool(self.ranged.all()):
             return scaled
         return torch.where(self.ranged, scaled, torch.ones_like(scaled))
+
+    def weights(self, preferences: Tensor) -> Tensor:
+        """Return weights (``... x m``) without those of metrics that have no range.
+
+        They add up to 1; weights that are on such metrics alone stay as they are.
+        """
+        if bool(self.ranged.all()):
+            return preferences
+        counted = preferences * self.ranged
+        total = counted.sum(-1, keepdim=True)
+        return torch.where(total > 0, counted / total, preferences)
 
     def observed_unit(self, values: Tensor) -> Tensor:
         """Return how far observed ``values`` (``n x m``, own units) reach, ``m`` positive widths.
@@ -321,6 +366,7 @@ class Scale:
             metrics=tuple(self.metrics[i] for i in columns),
             point=self.point[index],
             best=self.best[index],
+            unit=None if self.unit is None else self.unit[index],
             ranged=self.ranged[index],
         )
 
@@ -333,11 +379,11 @@ class Scale:
         ):
             if metric.name not in self.rangeless:
                 continue
-            what = f"does not differ between {among} ({low:.4g})"
-            if low != high:
+            what = f"does not differ between {among} ({high:.4g})"
+            if self.rule.startswith(_GIVEN):
+                what = f"does not vary ({high:.4g}; reference point {low:.4g})"
+            elif low != high:
                 what = f"differs by no more than its noise between {among} ({low:.4g}, {high:.4g})"
-            elif self.rule.startswith(_GIVEN):
-                what = f"is nowhere better than the reference point ({low:.4g})"
             said.append(
                 f"metric {metric.name!r} {what}: it takes no part in hypervolumes and "
                 "preferences; it still works as a constraint"

@@ -65,7 +65,11 @@ def runs(draw: st.DrawFn) -> Observations:
     for column in flat:  # the anchors tie, and nothing beats them
         Y[:, column] = Y[:, column].abs() + 1.0
         Y[:4, column] = 1.0
-    metrics = tuple(Metric(name, "min" if name == "y" else "max", "unbounded") for name in "xyz")
+    metrics = (
+        Metric("x", "max", "unbounded"),
+        Metric("y", "min", "unbounded"),
+        Metric("z", "max", "unbounded"),
+    )
     Y[:, [j for j in flat if metrics[j].direction == "max"]] *= -1
     return Observations(X, Y, metrics)
 
@@ -145,6 +149,8 @@ def test_nothing_succeeded_is_an_error() -> None:
         ({"point": torch.zeros(3)}, r"the point of a scale is \[0\.0, 0\.0, 0\.0\]"),
         ({"best": torch.tensor([1.0, math.nan])}, r"the best of a scale is \[1\.0, nan\]"),
         ({"best": torch.tensor([1.0, 3.0])}, "worse than the reference point in down"),
+        ({"unit": torch.tensor([1.0, math.inf])}, r"the unit of a scale is \[1\.0, inf\]"),
+        ({"unit": torch.tensor([-1.0, 1.0])}, "worse than the reference point in up"),
         ({"ranged": torch.ones(3, dtype=torch.bool)}, r"ranged has shape \(3,\)"),
     ],
 )
@@ -158,30 +164,51 @@ def test_ends_that_make_no_scale_are_refused(arguments: dict[str, Any], message:
 # --- a reference point that the user gives
 
 
-def test_a_given_point_is_the_threshold_and_the_best_expert_stays_the_end() -> None:
-    scale = Scale.of(ORDINARY, SPACE, {"up": 0.5, "down": 3.0})
-    assert scale.point.tolist() == [0.5, 3.0]
+def test_a_given_point_worse_than_the_default_widens_the_scale() -> None:
+    scale = Scale.of(ORDINARY, SPACE, {"up": 0.0, "down": 9.0})
+    assert scale.point.tolist() == [0.0, 9.0]
     assert scale.best.tolist() == [0.9, 1.0]
+    assert scale.unit is None
     assert scale.rule == "given by the user"
+    assert scale.gains(scale.best).tolist() == [1.0, 1.0]
 
 
 def test_values_that_are_not_given_keep_the_default() -> None:
-    scale = Scale.of(ORDINARY, SPACE, {"down": 3.0})
-    assert scale.point.tolist() == [0.2, 3.0]
+    scale = Scale.of(ORDINARY, SPACE, {"down": 6.0})
+    assert scale.point.tolist() == [0.2, 6.0]
     assert scale.rule == "given by the user for down, else worst of base and experts"
 
 
-@pytest.mark.parametrize("above", [0.9, 0.95, 7.0])
-def test_a_threshold_at_or_above_the_best_expert_is_not_the_scale(above: float) -> None:
-    scale = Scale.of(ORDINARY, SPACE, {"up": above, "down": 3.0})
-    assert scale.point.tolist() == [above, 3.0]
+@pytest.mark.parametrize("threshold", [0.5, 0.89, 0.9, 0.95, 7.0])
+def test_a_threshold_moves_the_zero_and_not_the_unit(threshold: float) -> None:
+    default, scale = (
+        Scale.of(ORDINARY, SPACE, given) for given in (None, {"up": threshold, "down": 6.0})
+    )
+    assert scale.point.tolist() == [threshold, 6.0]
+    assert scale.best.tolist() == [0.9, 1.0], "the best expert is what it is"
+    assert scale.width.tolist() == pytest.approx([0.7, 5.0])
+    gains, before = scale.gains(ORDINARY.Y)[:, 0], default.gains(ORDINARY.Y)[:, 0]
+    assert gains.diff().tolist() == pytest.approx(before.diff().tolist())
+    beaten = ORDINARY.Y[:, 0] > threshold
+    assert torch.equal(gains > 0, beaten)
+    assert scale.gains(scale.end).tolist() == pytest.approx([1.0, 1.0])
+    assert scale.rule.endswith("one unit of up is the range that was measured")
+
+
+@pytest.mark.parametrize("threshold", [0.999, 1.0, 2.0])
+def test_a_threshold_on_a_metric_on_which_the_anchors_tie_has_the_observed_range(
+    threshold: float,
+) -> None:
+    Y = ORDINARY.Y.clone()
+    Y[:, 0] = torch.tensor([1.0, 1.0, 1.0, 0.8, 0.6])
+    scale = Scale.of(replace(ORDINARY, Y=Y), SPACE, {"up": threshold, "down": 6.0})
     assert bool(scale.ranged.all())
-    # The observed values go from 0 to .9, and that is the unit.
-    assert float(scale.width[0]) == pytest.approx(0.9)
-    one, other = scale.gains(torch.tensor([[0.3, 3.0], [0.6, 3.0]], dtype=torch.float64))[:, 0]
-    assert float(other - one) == pytest.approx(0.3 / 0.9)
-    assert float(scale.gains(ORDINARY.Y)[:, 0].max()) <= 0, "nothing beats the threshold"
-    assert "where no expert beats it (up), the observed range is the scale" in scale.rule
+    assert float(scale.width[0]) == pytest.approx(0.4)
+    Y[:, 0] = 1.0
+    scale = Scale.of(replace(ORDINARY, Y=Y), SPACE, {"up": threshold, "down": 6.0})
+    assert scale.rangeless == ("up",)
+    [note] = scale.notes()
+    assert note.startswith(f"metric 'up' does not vary (1; reference point {threshold:g})")
 
 
 @pytest.mark.parametrize(
@@ -273,14 +300,6 @@ def test_one_example_of_twenty_is_no_range(correct: int, rangeless: tuple[str, .
     assert Scale.of(data, SPACE).rangeless == rangeless
 
 
-def test_a_threshold_that_a_constant_does_not_reach_takes_it_out_and_says_so() -> None:
-    Y = ORDINARY.Y.clone()
-    Y[:, 0] = 0.5
-    scale = Scale.of(replace(ORDINARY, Y=Y), SPACE, {"up": 0.7, "down": 6.0})
-    assert scale.rangeless == ("up",)
-    assert scale.notes()[0].startswith("metric 'up' is nowhere better than the reference point")
-
-
 def test_without_anchors_the_notes_speak_of_evaluations() -> None:
     scale = Scale.of(seen([BLEND, [0.2, 0.2]], [[1.0, 1.0], [1.0, 2.0]]), SPACE)
     assert "does not differ between the evaluations (1)" in scale.notes()[0]
@@ -289,9 +308,8 @@ def test_without_anchors_the_notes_speak_of_evaluations() -> None:
 def test_gains_are_differentiable_with_and_without_a_range() -> None:
     scale = replace(Scale.of(ORDINARY, SPACE), ranged=torch.tensor([True, False]))
     values = ORDINARY.Y.clone().requires_grad_()
-    scale.gains(values).sum().backward()  # type: ignore[no-untyped-call]
-    assert values.grad is not None
-    assert values.grad[0].tolist() == pytest.approx([1 / 0.7, 0.0])
+    (slope,) = torch.autograd.grad(scale.gains(values).sum(), values)
+    assert slope[0].tolist() == pytest.approx([1 / 0.7, 0.0])
 
 
 # --- laws
@@ -324,9 +342,8 @@ def test_the_direction_is_a_label(data: Observations, flipped: set[int]) -> None
     Y, metrics = data.Y.clone(), list(data.metrics)
     for j in flipped:
         Y[:, j] *= -1
-        metrics[j] = replace(
-            metrics[j], direction="min" if metrics[j].direction == "max" else "max"
-        )
+        other_way: Any = "min" if metrics[j].direction == "max" else "max"
+        metrics[j] = replace(metrics[j], direction=other_way)
     other = scale_of(Observations(data.X, Y, tuple(metrics)))
     assert torch.equal(scale_of(data).gains(data.Y), other.gains(Y))
 
@@ -362,7 +379,7 @@ def test_ends_have_gains_0_and_1_whatever_the_threshold(
 ) -> None:
     for scale in (scale_of(data), scale_of(data, given={"x": threshold})):
         assert bool((scale.gains(scale.point)[scale.ranged] == 0).all())
-        assert bool((scale.gains(scale.best) == 1).all())
+        torch.testing.assert_close(scale.gains(scale.end), torch.ones(3, dtype=torch.float64))
         assert bool((scale.width > 0).all())
         assert bool((scale.observed_unit(data.Y) > 0).all())
 
@@ -381,11 +398,29 @@ def test_a_metric_without_a_range_changes_no_volume_and_no_distance(data: Observ
     assert farthest_rows(gains, 5, first=[0]) == farthest_rows(fewer, 5, first=[0])
 
 
+def test_weights_of_metrics_without_a_range_do_not_count() -> None:
+    scale = replace(Scale.of(ORDINARY, SPACE), ranged=torch.tensor([True, False]))
+    W = torch.tensor([[0.2, 0.8], [0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)
+    assert scale.weights(W).tolist() == [[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]
+    assert Scale.of(ORDINARY, SPACE).weights(W) is W
+
+
 def test_the_unit_of_observations_reaches_from_the_worst_to_the_best() -> None:
     scale = Scale.of(ORDINARY, SPACE)
     assert scale.observed_unit(ORDINARY.Y).tolist() == pytest.approx([0.9, 8.0])
     # From the reference point, where nothing observed is worse.
     assert scale.observed_unit(ORDINARY.Y[[1, 3]]).tolist() == pytest.approx([0.7, 3.0])
+
+
+def test_a_shared_scale_keeps_the_widest_unit_apart_from_thresholds() -> None:
+    scales = [
+        Scale(METRICS, torch.tensor([0.8, 5.0]), torch.tensor([0.9, 1.0]), "", torch.ones(2)),
+        Scale(METRICS, torch.tensor([0.7, 5.0]), torch.tensor([0.9, 2.0]), "other"),
+    ]
+    both = Scale.common(scales, "both")
+    assert both.point.tolist() == pytest.approx([0.7, 5.0])
+    assert both.width.tolist() == pytest.approx([1.0, 3.0])
+    assert both.select([1]).width.tolist() == pytest.approx([3.0])
 
 
 def test_several_scales_share_the_worst_points_and_the_best_ends() -> None:

@@ -22,7 +22,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.loop.joint_posterior import JointPosterior, plausible_points, volumes
-from map_bo.loop.recommend import searched_metrics
+from map_bo.loop.recommend import of_columns
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Criterion
 from map_bo.pareto.dominance import non_dominated
@@ -30,7 +30,7 @@ from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import preference_weights
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
-from map_bo.scale import Scale, farthest_rows
+from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -96,7 +96,8 @@ def expected_gain(
     evaluated = seen.succeeded().X
     coverage = Coverage.of(evaluated, space) if guarded else None
     guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
-    searched = searched_metrics(guarded_mean, seen)
+    ranged = scale.ranged & varied_metrics(seen)
+    searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
     X = _SOLVER.solve(searched, space, generator=child(generator, "solve"))
     X = X if coverage is None else coverage.shrink(X)
     around = plausible_points(X, space, coverage, count=_POOL, generator=child(generator, "pool"))
@@ -104,6 +105,7 @@ def expected_gain(
     joint = JointPosterior.of(model, pool)
     gains = scale.gains(joint.gains(joint.mean), maximised=True)
     weights = preference_weights(_WEIGHTS, gains.shape[-1], generator=child(generator, "weights"))
+    weights = scale.weights(weights)
 
     def left(of: JointPosterior) -> float:
         F = of.draw(_DRAWS, generator=child(generator, "draws"))

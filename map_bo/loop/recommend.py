@@ -23,7 +23,7 @@ from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, Surrogate
 from map_bo.surrogates.validation import LeavesOneOut, validate
 from map_bo.tracking.codec import encode_front, encode_scale
 
-__all__ = ["Recommendation", "recommend", "refit", "searched_metrics"]
+__all__ = ["Recommendation", "of_columns", "recommend", "refit"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,9 @@ def recommend(
 ) -> Recommendation:
     """Fit the surrogate to ``seen`` and solve it for the whole front.
 
-    With ``settings.guard`` the front is kept where the data support the surrogate.
+    With ``settings.guard`` the front is kept where the data support the surrogate. Metrics that
+    never varied take no part in it. Where another one has no range, the front also holds the
+    trade-offs without it, so that it can be a constraint and hides none of them.
 
     Raises:
         SurrogateError: When nothing succeeded.
@@ -82,11 +84,17 @@ def recommend(
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
     coverage = Coverage.of(seen.succeeded().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
-    searched = searched_metrics(guarded, seen)
+    varied = varied_metrics(seen)
+    searched = of_columns(guarded, varied)
     X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
+    ranged = scale.ranged & varied
+    if bool(ranged.any()) and not torch.equal(ranged, varied):
+        searched = of_columns(guarded, ranged)
+        more = settings.solver.solve(searched, space, generator=child(generator, "solve", "ranged"))
+        X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)
-    X = X[non_dominated(searched_metrics(mean, seen)(X).detach())]
+    X = X[non_dominated(of_columns(mean, varied)(X).detach())]
     prediction = predict(model, X)
     front = Front(
         X=X,
@@ -110,14 +118,11 @@ def recommend(
     return Recommendation(front, model, rows, scale, about, seconds)
 
 
-def searched_metrics(
-    mean: Callable[[Tensor], Tensor], seen: Observations
-) -> Callable[[Tensor], Tensor]:
-    """Return ``mean`` (``n x d`` to ``n x m``) without metrics that never varied in ``seen``."""
-    varied = varied_metrics(seen)
-    if bool(varied.all()):
+def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return ``mean`` (``n x d`` to ``n x m``) of the metrics in ``columns`` (``m`` booleans)."""
+    if bool(columns.all()):
         return mean
-    return lambda X: mean(X)[:, varied]
+    return lambda X: mean(X)[:, columns]
 
 
 def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> SurrogateModel | None:

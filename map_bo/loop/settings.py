@@ -37,8 +37,9 @@ class Settings:
             most 8.
         verify_extra: Whether verification comes on top of the budget instead of inside it.
         guard: Whether the front is kept where the data support the surrogate.
-        reference: Reference point of the hypervolume by metric name, own units; ``None`` takes
-            the worst value among the base and the experts. A sampler that uses one takes it too,
+        reference: Reference point of the hypervolume by metric name, own units: a threshold that
+            moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
+            value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
         retries: How often a failed evaluation is tried again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.

@@ -229,9 +229,9 @@ def _front(
 
 def _same_scale(one: Scale, other: Scale) -> bool:
     return (
-        one.point.shape == other.point.shape
-        and torch.allclose(one.point, other.point)
-        and torch.allclose(one.best, other.best)
+        one.metrics == other.metrics
+        and torch.allclose(one.point, other.point, atol=0.0)
+        and torch.allclose(one.width, other.width, atol=0.0)
         and torch.equal(one.ranged, other.ranged)
     )
 

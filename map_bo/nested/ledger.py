@@ -183,7 +183,7 @@ class Ledger:
             torch.cat([part.point for part in parts]),
             torch.cat([part.best for part in parts]),
             _RULE,
-            torch.cat([part.ranged for part in parts]),
+            ranged=torch.cat([part.ranged for part in parts]),
         )
 
 

@@ -119,7 +119,7 @@ def utility(values: Tensor, preference: Preference, scale: Scale) -> Tensor:
         [preference.weights.get(name, 0.0) if preference.weights else 1.0 for name in names],
         dtype=torch.float64,
     )
-    weights = weights / weights.sum()
+    weights = scale.weights(weights / weights.sum())
     S = scale.gains(values.double())
     score: Tensor = S @ weights
     if preference.rule == "chebyshev":

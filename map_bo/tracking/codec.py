@@ -98,13 +98,17 @@ def decode_tensor(data: Any) -> Tensor:
 
 def encode_scale(scale: Scale) -> dict[str, Any]:
     """Return ``scale`` as plain data, without its metrics."""
-    data = {
+    data: dict[str, Any] = {
         "point": encode_tensor(scale.point),
         "best": encode_tensor(scale.best),
         "rule": scale.rule,
     }
     # Only where there are some, so that all other records stay as they were.
-    return {**data, "rangeless": list(scale.rangeless)} if scale.rangeless else data
+    if scale.unit is not None:
+        data["unit"] = encode_tensor(scale.unit)
+    if scale.rangeless:
+        data["rangeless"] = list(scale.rangeless)
+    return data
 
 
 def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
@@ -118,7 +122,9 @@ def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
     # Version 0.1 ended the scale of a metric without a range a billionth beyond the point.
     low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
     without = high == low + 1e-9
-    scale = Scale(tuple(metrics), point, torch.where(without, point, best), str(data["rule"]))
+    best = torch.where(without, point, best)
+    unit = decode_tensor(data["unit"]) if "unit" in data else None
+    scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
     names = data.get("rangeless", ())
     told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
     return replace(scale, ranged=scale.ranged & ~told)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.data import Observations
+from map_bo.data import Metric, Observations
 from map_bo.loop.expected_gain import (
     _conditioned,
     _missing_volume,
@@ -102,6 +102,23 @@ def test_evaluations_leave_less_to_gain_and_noise_more(criterion: Criterion) -> 
     noisy, clean = gain(14, criterion, count=30)[0], gain(14, criterion, count=5000)[0]
     assert few > 2 * many > 0
     assert noisy > 2 * clean > 0
+
+
+def test_a_metric_without_a_range_hides_no_gain() -> None:
+    seen, space = measured(8)
+    flat = Metric("safe", kind="unbounded")
+    Y = torch.cat([seen.Y, torch.ones(len(seen), 1)], -1)
+    more = Observations(seen.X, Y, (*seen.metrics, flat))
+    fewer = Observations(seen.X, seen.Y, seen.metrics)
+    found = [
+        expected_gain(
+            Quadratic().fit(data, space), data, space, Scale.of(data, space), "regret",
+            guarded=True, generator=make_generator(0),
+        ).gain
+        for data in (fewer, more)
+    ]  # fmt: skip
+    assert found[1] == pytest.approx(found[0], rel=0.5)
+    assert found[1] > 0.7 * found[0], "a third of all weights would be on the metric"
 
 
 def test_the_expected_regret_is_near_the_real_one_where_the_surrogate_is_right() -> None:

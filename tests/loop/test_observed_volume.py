@@ -8,7 +8,7 @@ from map_bo.loop.run import ObservedVolume, Run
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import MemoryStore
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 def volumes(problem: Bowls, budget: int = 12, **changes: object) -> tuple[Run, list[float | None]]:
@@ -38,6 +38,11 @@ def test_a_given_reference_point_is_taken() -> None:
     run, told = volumes(Bowls(), reference={"near a": -3.0, "far from b": 5.0})
     assert run.state.summary is not None
     assert told[-1] == pytest.approx(run.state.summary["hypervolume"]["observed points"])
+
+
+def test_a_metric_without_a_range_changes_nothing() -> None:
+    _, told = volumes(SafeBowls())
+    assert told[2:] == pytest.approx(volumes(Bowls())[1][2:])
 
 
 def test_going_on_says_the_same() -> None:

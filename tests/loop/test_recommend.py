@@ -10,7 +10,7 @@ from map_bo.pareto.trust import Coverage
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 SPACE = CoefficientSpace.box(["a", "b"])
 
@@ -23,6 +23,34 @@ def test_what_was_measured_is_not_verified_again() -> None:
     assert len(found.verify) == 8
     gaps = torch.cdist(found.front.X[found.verify], data.X, p=torch.inf).amin(-1)
     assert float(gaps.min()) > 0.01
+
+
+def test_a_metric_that_never_varies_changes_no_front() -> None:
+    rows = torch.cat([SPACE.anchors().X, SPACE.sample(6, generator=make_generator(0))])
+    fronts = []
+    for problem in (Bowls(), SafeBowls(safe=2e7)):
+        data = problem.evaluate(rows, generator=make_generator(0))
+        fronts.append(recommend(data, SPACE, quick(20, verify=5), generator=make_generator(0)))
+    without, with_it = fronts
+    assert torch.allclose(with_it.front.X, without.front.X, atol=1e-6)
+    assert with_it.verify == without.verify
+    assert with_it.scale.rangeless == ("safe",)
+
+
+def test_a_metric_that_has_no_range_but_varies_hides_no_trade_off_and_can_be_kept() -> None:
+    problem = SafeBowls(drop=0.3)
+    rows = torch.cat([SPACE.anchors().X, SPACE.sample(6, generator=make_generator(0))])
+    data = problem.evaluate(rows, generator=make_generator(0))
+    front = recommend(data, SPACE, quick(20), generator=make_generator(0)).front
+    both = recommend(
+        Bowls().evaluate(rows, generator=make_generator(0)), SPACE, quick(20),
+        generator=make_generator(0),
+    ).front  # fmt: skip
+    gaps = torch.cdist(both.mean, front.mean[:, :2]).amin(-1)
+    assert float(gaps.max()) < 0.3, "what can be had without the metric is there"
+    assert float(front.mean[:, 2].min()) < 0.8, "at its cost"
+    keeping = front.mean[front.mean[:, 2] > 0.98]
+    assert float(keeping[:, 0].max() - keeping[:, 0].min()) > 1.0, "and so is what keeps it"
 
 
 def test_the_guard_keeps_the_front_where_the_data_are() -> None:

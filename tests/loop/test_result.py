@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -21,7 +23,7 @@ from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,56 @@ def test_a_solved_choice_stays_where_the_data_are_and_is_the_best_there(verify: 
         assert float(scores[0]) > float(scores[1:].max()) - 1e-3
         # Without the guard the surrogate is believed anywhere.
         assert float(coverage.excess(free.choose(wanted).x.unsqueeze(0))) > 0.1
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("rule", ["weighted_sum", "chebyshev"])
+def test_a_metric_without_a_range_decides_no_choice(
+    drop: float, rule: Literal["weighted_sum", "chebyshev"]
+) -> None:
+    found = Run(SafeBowls(drop=drop), quick(12, verify=0), MemoryStore()).drive()
+    weights = {"near a": 1000.0, "far from b": 300.0}
+    choice = found.choose({**weights, "safe": 1e6}, rule=rule)
+    assert choice.point == found.choose(weights, rule=rule).point
+    assert torch.allclose(choice.x, found.choose(weights, rule=rule).x, atol=0.02)
+    [note] = choice.notes
+    assert note.startswith("metric 'safe' does not differ between base and experts (1)")
+    assert choice.describe()["notes"] == [note]
+    assert found.point(0).notes == ()
+
+
+def test_a_metric_without_a_range_still_works_as_a_constraint() -> None:
+    found = Run(SafeBowls(drop=0.3), quick(12, verify=0), MemoryStore()).drive()
+    wanted = {"near a": 1.0, "far from b": 1.0}
+    assert found.scale.rangeless == ("safe",)
+    worst = float(found.front.mean[:, 2].min())
+    assert worst < 0.9, "points that lose some of it are on the front"
+    assert float(found.choose(wanted, at_least={"safe": 0.99}).expected[2]) >= 0.99
+    with pytest.raises(PreferenceError, match="safe"):
+        found.choose(wanted, at_least={"safe": 1.5})
+
+
+def test_the_old_name_of_the_scale_still_works(result: Result) -> None:
+    with pytest.warns(DeprecationWarning, match="now Result.scale"):
+        assert result.reference is result.scale
+
+
+def test_a_run_recorded_by_version_0_1_opens_with_its_scale(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = Run(SafeBowls(), quick(10, verify=0), JsonlStore.create(run)).drive()
+    lines = []
+    for line in (run / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "front":
+            reference = event["data"]["reference"]
+            assert reference.pop("rangeless") == ["safe"]
+            reference["best"][2] = 1.0 + 1e-9  # as it was written then
+        lines.append(json.dumps(event))
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n")
+    read = load_result(run)
+    assert read.scale.rangeless == ("safe",)
+    assert torch.equal(read.scale.best, done.scale.best)
+    assert torch.equal(read.scale.gains(read.front.mean), done.scale.gains(done.front.mean))
 
 
 def test_points_are_chosen_by_number(result: Result) -> None:

@@ -21,7 +21,7 @@ from map_bo.rng import child, child_seed, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 class CrashError(BaseException):
@@ -407,7 +407,27 @@ def test_the_reference_point_can_be_given(bowls: Bowls) -> None:
     given = {"near a": -1.0, "far from b": 2.0}
     result = Run(bowls, quick(8, reference=given), MemoryStore()).drive()
     assert result.summary["reference_point"] == given
-    assert result.scale.rule == "given by the user"
+    assert result.scale.rule.startswith("given by the user")
+
+
+@pytest.mark.parametrize("safe", [1.0, 2e7, -1e-9])
+def test_a_metric_without_a_range_is_told_and_counts_in_no_hypervolume(safe: float) -> None:
+    whole = Run(SafeBowls(safe=safe), quick(8), MemoryStore()).drive().summary
+    without = Run(Bowls(), quick(8), MemoryStore()).drive().summary
+    assert whole["hypervolume"] == pytest.approx(without["hypervolume"], rel=1e-6)
+    assert whole["hypervolume"]["observed points"] > 0
+    [note] = [note for note in whole["notes"] if "safe" in note]
+    assert f"does not differ between base and experts ({safe:.4g})" in note
+    assert not [note for note in without["notes"] if "differ" in note]
+
+
+def test_a_threshold_above_the_best_expert_leaves_the_other_metrics_their_say() -> None:
+    given = {"near a": 5.0, "far from b": 3.0}
+    found = Run(Bowls(), quick(10, reference=given, verify=0), MemoryStore()).drive()
+    assert found.summary["reference_point"] == given
+    assert "is the range that was measured" in found.summary["reference_rule"]
+    towards_b = found.choose({"near a": 1.0, "far from b": 20.0})
+    assert towards_b.coefficients["b"] > 0.8
 
 
 def test_the_default_way_needs_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -128,7 +128,7 @@ def test_an_empty_front_is_refused() -> None:
 @pytest.mark.parametrize("rule", ["weighted_sum", "chebyshev"])
 def test_a_metric_without_a_range_decides_nothing_but_its_bounds_hold(rule: str) -> None:
     ranged = torch.tensor([True, True, False])
-    scale = Scale(METRICS, SCALE.point, SCALE.best, "given", ranged)
+    scale = Scale(METRICS, SCALE.point, SCALE.best, "given", ranged=ranged)
     weights = {"math": 1.0, "code": 0.5, "loss": 1000.0}
     without = {"math": 1.0, "code": 0.5}
 

@@ -400,7 +400,7 @@ def _scales(view: RunView) -> list[str]:
     """Return each metric's name, direction, and what 0 and 1 are in its own unit."""
     said = []
     for metric, low, high in zip(
-        view.metrics, view.scale.point.tolist(), view.scale.best.tolist(), strict=True
+        view.metrics, view.scale.point.tolist(), view.scale.end.tolist(), strict=True
     ):
         ends = f"0: {metric_value(low, metric)}   1: {metric_value(high, metric)}"
         if metric.name in view.scale.rangeless:

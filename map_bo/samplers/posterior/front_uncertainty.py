@@ -110,6 +110,7 @@ class FrontUncertainty(AcquisitionDriven):
         """Return the expected gain of one measurement."""
         m = len(situation.good.metrics)
         W = preference_weights(self.preferences, m, generator=child(generator, "preferences"))
+        W = situation.scale.weights(W)
         targets = plausible_optima(situation, W, self.draws, generator=generator)
         if self.criterion == "variance":
             weights = utility_weights(situation, targets, W)

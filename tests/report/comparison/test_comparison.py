@@ -65,6 +65,23 @@ def test_runs_that_measured_no_anchor_do_not_set_the_scale() -> None:
     assert bool((found.scale.point > -1).all())
 
 
+def test_a_metric_without_a_range_in_every_run_is_noted_and_counts_nowhere() -> None:
+    flat, runs = torch.tensor([True, False]), []
+    for one in sweep(seeds=2):
+        assert one.outcome is not None
+        scale = dataclasses.replace(one.outcome.scale, ranged=flat)
+        outcome = dataclasses.replace(one.outcome, scale=scale)
+        runs.append(dataclasses.replace(one, outcome=outcome))
+    found = compare(runs, title="x")
+    assert found.scale.rangeless == ("invert",)
+    assert any("'invert'" in note for note in found.notes)
+    run = found.runs[0]
+    assert run.record.outcome is not None
+    seen = run.record.outcome.seen.succeeded()
+    assert run.volumes[-1] == pytest.approx(float(found.scale.gains(seen.Y)[:, 0].max()))
+    assert not [note for note in comparison().notes if "invert" in note]
+
+
 def test_a_run_wins_half_against_itself_and_the_two_win_rates_differ() -> None:
     found = comparison()
     gp, quadratic = found.variants
