@@ -188,15 +188,32 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module -> today's module, both without the leading ``map_bo.``."""
 
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "samplers.published.public_code.BinsReference": "PublishedBins",
+        "samplers.published.public_code.ReferenceDesign": "PublishedDesign",
+        "surrogates.published.ReferenceModel": "PublishedModel",
+        "surrogates.published.ReferenceQuadratic": "PublishedQuadratic",
+    }
+)
+"""Old name of a class in a module of today -> its name today."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
-    The longest old module that the name begins with is replaced. A name that leads to a module of
+    The longest old module that the name begins with is replaced, and so is the old name of a class.
+    A name that leads to a module of
     today, and any name of another package, is returned as it is.
     """
     if not name.startswith(_ROOT):
         return name
+    name = _moved(name)
+    home, _, last = name.rpartition(".")
+    return f"{home}.{NAMES.get(name.removeprefix(_ROOT), last)}"
+
+
+def _moved(name: str) -> str:
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
@@ -227,6 +244,24 @@ def old_attribute(package: str, name: str) -> Any:
             _warn(f"{package}.{name}", f"{home}.{name}")
             return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+def renamed(module: str, name: str) -> Any:
+    """Return what has another name today: for the ``__getattr__`` of its module.
+
+    Args:
+        module: The module.
+        name: The attribute that was asked of it.
+
+    Raises:
+        AttributeError: When the module never had such an attribute.
+    """
+    old = f"{module}.{name}"
+    if old.removeprefix(_ROOT) not in NAMES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = NAMES[old.removeprefix(_ROOT)]
+    _warn(old, f"{module}.{new}")
+    return vars(import_module(module))[new]
 
 
 class OldNames(MetaPathFinder):
