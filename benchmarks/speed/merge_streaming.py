@@ -28,7 +28,7 @@ from benchmarks.speed.merge_part import (
 from benchmarks.speed.merge_peers import MERGEKIT, installed
 from benchmarks.speed.merge_shapes import Size
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import bytes_of
+from map_bo.merging.vectors.storage import parse_bytes
 from map_bo.operators.sparse import Ties
 
 __all__ = ["measure", "scratch_bytes"]
@@ -68,7 +68,7 @@ def measure(options: Options) -> Outcome:
         "repeats": options.size.disk_repeats,
         "bytes": merges.moved,
         "cached": merges.cached,
-        "cap": bytes_of(CAP, "the cap"),
+        "cap": parse_bytes(CAP, "the cap"),
         "mergekit": installed(MERGEKIT),
         "seconds": medians(seconds),
         "over copy": over(seconds),

@@ -115,6 +115,8 @@ def _choose(options: argparse.Namespace) -> None:
         real=choice.real,
         corrected=choice.corrected,
     )
+    for note in choice.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def _merge(options: argparse.Namespace) -> None:

@@ -47,9 +47,9 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     """
     from map_bo.app.build import build_problem, working_directory
     from map_bo.loop.reading import created_of
-    from map_bo.loop.run import refuse_another
-    from map_bo.merging.vectors.memory import ExportSettings
-    from map_bo.nested.materialised import exporting
+    from map_bo.loop.state import refuse_another
+    from map_bo.merging.export.model import ExportSettings
+    from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested
     from map_bo.problems.problem import Describable
 
@@ -62,7 +62,7 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
             # The coefficients are worth nothing for other checkpoints than those of the run.
             now = json.loads(json.dumps(problem.describe()))
             refuse_another({"problem": created["problem"]}, {"problem": now})
-        exports = exporting(problem, options.run) if is_nested(created) else None
+        exports = nested_exporter(problem, options.run) if is_nested(created) else None
         whole = replace(choice, problem=problem, exports=exports)
         if options.lora_rank is not None:
             written = whole.export_adapter(out, rank=options.lora_rank or None)

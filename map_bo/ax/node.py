@@ -19,8 +19,9 @@ from map_bo.errors import SamplerError
 from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
-from map_bo.samplers.posterior.driven import TakesReference
+from map_bo.samplers.posterior.driven import with_reference
 from map_bo.samplers.sampler import Sampler, looking_through
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate
@@ -116,7 +117,7 @@ class MapBoNode(ExternalGenerationNode):
         waiting = torch.tensor(rows, dtype=torch.float64).reshape(-1, d)
         if len(self._seen):
             # Ax counts abandoned trials among those that wait; here they are failures.
-            waiting = waiting[torch.cdist(waiting, self._seen.X).amin(-1) > 1e-12]
+            waiting = waiting[~same_points(waiting, self._seen.X, self._space).any(-1)]
         x: Tensor = self._sampler.propose(
             self._seen,
             self._space,
@@ -269,8 +270,7 @@ def _with_reference(
         for threshold in getattr(config, "objective_thresholds", ())
         if not threshold.relative
     }
-    if set(bounds) != set(names.metrics) or not isinstance(sampler, TakesReference):
+    if set(bounds) != set(names.metrics):
         return sampler
-    return sampler.above(
-        {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
-    )
+    own = {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
+    return with_reference(sampler, own)

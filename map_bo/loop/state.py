@@ -12,15 +12,15 @@ Events and their data:
                ``hypervolume`` of all points measured until then, once base and experts are known
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows numbered on; ``source``: where they come from
+               rows; ``source``: where they come from
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
-``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a look of the stopping
+``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
                rule after so many evaluations; the reason to stop, or None
 ``corrected``  ``corrected``: the front's predictions with the verified points among the data
 ``finished``   the summary
 
-Whether a record belongs to the run that wants to go on with it.
+:func:`refuse_another` says whether a record belongs to the run that wants to continue it.
 """
 
 from __future__ import annotations
@@ -41,45 +41,6 @@ from map_bo.tracking.store import Event
 __all__ = ["RunState", "advance", "difference", "refuse_another", "replay"]
 
 
-def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Return in words the first way in which a record differs from ``identity``, or None.
-
-    Files may have moved, but their digests must be the same.
-    """
-    before = _flat({part: recorded.get(part) for part in identity})
-    now = _flat(identity)
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if not different:
-        return None
-    key = different[0]
-    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-    return f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}"
-
-
-def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare what a run recorded of itself with what it would record now.
-
-    Raises:
-        AnotherRunError: When they differ; the message names the first difference.
-    """
-    found = difference(recorded, identity)
-    if found is not None:
-        raise AnotherRunError(
-            f"the run directory belongs to another run: {found}",
-            hint="use another run directory, or the settings that the run was started with",
-        )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key != "source":  # files may move; their digests tell whether they are the same
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 @dataclass(frozen=True, eq=False)
 class RunState:
     """Where a run stands.
@@ -95,7 +56,7 @@ class RunState:
         verified: Row of the front -> its one-row observations.
         summary: The summary, once the run has finished.
         proposing: Seconds spent on proposals.
-        checks: The looks of the stopping rule, in order.
+        checks: The checks of the stopping rule, in order.
         imported: Index of a proposed row whose outcome comes from elsewhere -> its source.
     """
 
@@ -168,8 +129,8 @@ def advance(state: RunState, event: Event) -> RunState:
                 state,
                 outcomes={i: out for i, out in state.outcomes.items() if i not in again},
                 attempts={i: tried for i, tried in state.attempts.items() if i not in again},
-                checks=(),  # they were of other data
-                imported={i: told for i, told in state.imported.items() if i not in again},
+                checks=(),  # they were made on other data
+                imported={i: source for i, source in state.imported.items() if i not in again},
             )
         case "imported":
             return _with_imported(state, data)
@@ -200,7 +161,10 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
     indices, first = [int(index) for index in data["indices"]], len(state.X)
     added = [row for row, index in enumerate(indices) if index >= first]
     if [indices[row] for row in added] != list(range(first, first + len(added))):
-        raise StoreError(f"imported rows are numbered {indices} after {first} others")
+        raise StoreError(
+            f"imported rows have numbers {indices}, and the record holds {first} rows before them",
+            hint="restore the record from a copy: it was edited by hand",
+        )
     return dataclasses.replace(
         state,
         X=torch.cat([state.X, found.X[added]]),
@@ -225,6 +189,46 @@ def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunS
         except (MapBoError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise StoreError(
                 f"event {number} ({event.kind!r}) of the run cannot be read: {error!r}",
-                hint="the record was changed by hand, or written by another version",
+                hint="restore the record from a copy if it was edited by hand, or read it with the "
+                "version of map-bo that wrote it",
             ) from error
     return state
+
+
+def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Describe the first way in which a record differs from ``identity``; None if in no way.
+
+    Files may have moved, but their digests must be the same.
+    """
+    before = _flat({part: recorded.get(part) for part in identity})
+    now = _flat(identity)
+    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not different:
+        return None
+    key = different[0]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}"
+
+
+def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a record of another run: one whose identity differs from ``identity``.
+
+    Raises:
+        AnotherRunError: When they differ; the message names the first difference.
+    """
+    found = difference(recorded, identity)
+    if found is not None:
+        raise AnotherRunError(
+            f"the run directory belongs to another run: {found}",
+            hint="use another run directory, or the settings with which the run was started",
+        )
+
+
+def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif key != "source":  # files may move; their digests identify them
+            flat[f"{prefix}{key}"] = value
+    return flat

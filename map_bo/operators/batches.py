@@ -11,7 +11,7 @@ from torch import Tensor, device, nn
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
 
-__all__ = ["Batch", "call", "digest_of", "each_batch", "evaluating", "mapped", "targets_of"]
+__all__ = ["Batch", "call", "digest_of", "each_batch", "evaluating", "map_batch", "targets_of"]
 
 Batch = tuple[Tensor, ...] | dict[str, Tensor]
 """``(inputs..., targets)``, or the keyword arguments of a Hugging Face model."""
@@ -50,7 +50,7 @@ def each_batch(
             n = min(n, left)
             left -= n
         if n:
-            yield mapped(lambda tensor, n=n: tensor[:n].to(where), batch), n  # type: ignore[misc]
+            yield map_batch(lambda tensor, n=n: tensor[:n].to(where), batch), n  # type: ignore[misc]
 
 
 def _batch(given: Any) -> Batch:
@@ -79,7 +79,7 @@ def _batch(given: Any) -> Batch:
     return batch
 
 
-def mapped(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+def map_batch(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Return the batch with every tensor changed."""
     if isinstance(batch, dict):
         return {name: change(tensor) for name, tensor in batch.items()}

@@ -16,8 +16,8 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
-    loaded,
-    matched,
+    load_statistic,
+    match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
@@ -142,7 +142,7 @@ class _FisherKernel(Kernel):
     def __init__(self, operator: Fisher, deltas: Deltas) -> None:
         known = statistics_by_expert(operator.statistics, deltas.experts, "fisher")
         slots = deltas.layout.slots
-        self._names = matched(deltas.layout, known)
+        self._names = match_statistics(deltas.layout, known)
         self._tensors = [statistics.tensors for statistics in known.values()]
         self._held: dict[tuple[int, int], Tensor] = {}
         squares = [0.0] * len(known)
@@ -151,7 +151,7 @@ class _FisherKernel(Kernel):
         for index, names in self._names.items():
             count += slots[index].numel
             for n, (expert, name) in enumerate(zip(known, names, strict=True)):
-                tensor = loaded(known[expert], expert, name)
+                tensor = load_statistic(known[expert], expert, name)
                 if tensor.shape != slots[index].shape:
                     raise MergeError(
                         f"the Fisher of {expert!r} for {name!r} is {list(tensor.shape)}, and the "

@@ -24,10 +24,10 @@ from map_bo.operators.batches import (
     digest_of,
     each_batch,
     evaluating,
-    mapped,
+    map_batch,
     targets_of,
 )
-from map_bo.operators.statistics import Statistics, finished
+from map_bo.operators.statistics import Statistics, finish_statistics
 
 __all__ = ["LogLikelihood", "fisher", "next_tokens"]
 
@@ -107,7 +107,7 @@ def fisher(
     with evaluating(model):
         for batch, n in each_batch(batches, where, limit):
             for start in range(0, n, gradients.chunk):
-                part = mapped(lambda t, s=start: t[s : s + gradients.chunk], batch)  # type: ignore[misc]
+                part = map_batch(lambda t, s=start: t[s : s + gradients.chunk], batch)  # type: ignore[misc]
                 with torch.no_grad():
                     scores = scorer(part)
                 count = min(gradients.chunk, n - start)
@@ -124,7 +124,7 @@ def fisher(
             hint="compute it without torch.no_grad() and .detach(); given labels that the model "
             "is certain of have no gradient either, and labels='exact' is better",
         )
-    return finished(
+    return finish_statistics(
         "fisher",
         {
             name.removeprefix("model."): total / max(1, examples)
@@ -218,11 +218,11 @@ class _Gradients:
                     total += found[name].sum(0)
                 return
         for i in range(len(directions)):
-            self._alone(mapped(lambda tensor, i=i: tensor[i : i + 1], batch), directions[i])  # type: ignore[misc]
+            self._alone(map_batch(lambda tensor, i=i: tensor[i : i + 1], batch), directions[i])  # type: ignore[misc]
 
     def _together(self, batch: Batch, directions: Tensor) -> dict[str, Tensor]:
         def one(example: Batch, along: Tensor) -> dict[str, Tensor]:
-            alone = mapped(lambda tensor: tensor.unsqueeze(0), example)
+            alone = map_batch(lambda tensor: tensor.unsqueeze(0), example)
 
             def score(parameters: dict[str, Tensor]) -> Tensor:
                 result: Tensor = functional_call(self.scorer, parameters, (alone,))[0]

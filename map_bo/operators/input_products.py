@@ -19,7 +19,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.batches import call, digest_of, each_batch, evaluating
-from map_bo.operators.statistics import Statistics, finished
+from map_bo.operators.statistics import Statistics, finish_statistics
 
 __all__ = ["grams", "is_transposed", "linear_layers"]
 
@@ -84,7 +84,7 @@ def grams(
             "no batch went through a linear layer",
             hint="pass forward, a function (model, batch) that runs the model",
         )
-    return finished(
+    return finish_statistics(
         "grams",
         {name: total / products.rows[name] for name, total in products.sums.items()},
         model=digest_of(model, of),

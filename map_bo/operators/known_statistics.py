@@ -18,8 +18,8 @@ __all__ = [
     "NeedsStatistics",
     "check_experts",
     "describe",
-    "loaded",
-    "matched",
+    "load_statistic",
+    "match_statistics",
     "recipe",
     "refuse_negative",
     "require_statistics",
@@ -122,7 +122,9 @@ def recipe(statistics: Mapping[str, StatisticsSource], kind: str) -> dict[str, A
     return told
 
 
-def matched(layout: FlatLayout, statistics: Mapping[str, Statistics]) -> dict[int, list[str]]:
+def match_statistics(
+    layout: FlatLayout, statistics: Mapping[str, Statistics]
+) -> dict[int, list[str]]:
     """Return, for each tensor that has statistics, their name for each expert.
 
     Args:
@@ -169,7 +171,7 @@ def matched(layout: FlatLayout, statistics: Mapping[str, Statistics]) -> dict[in
     return result
 
 
-def loaded(known: Statistics, expert: str, name: str) -> Tensor:
+def load_statistic(known: Statistics, expert: str, name: str) -> Tensor:
     """Return a statistic in float32, checked.
 
     Raises:

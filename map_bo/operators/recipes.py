@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from map_bo.errors import CheckpointError, MergeError, first_line
-from map_bo.merging.adapters.checkpoint import open_expert
-from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.hub import hub_model
 from map_bo.merging.export.draft import refuse_existing
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.model import digest_all
+from map_bo.merging.export.model import ExportSettings, digest_all, merge_checkpoints
 from map_bo.merging.export.recipe import plain, read_recipe
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.operators.statistics import load_statistics
@@ -195,8 +193,8 @@ def _expert(name: str, part: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
     if "fitting" not in part:
         return expert
     told = part["fitting"]
-    expert = fitted(expert, base, told["vocabulary"], label=name)
-    if plain(expert.fitting) != told:
+    expert = fit_vocabulary(expert, base, told["vocabulary"], label=name)
+    if plain(expert.vocabulary_changes) != told:
         raise MergeError(
             f"expert {name!r} is fitted to the base's vocabulary in another way than when the "
             "recipe was written",

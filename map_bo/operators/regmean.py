@@ -20,8 +20,8 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
-    loaded,
-    matched,
+    load_statistic,
+    match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
@@ -30,7 +30,7 @@ from map_bo.operators.searchable import SearchableOperator, share
 from map_bo.operators.statistics import Statistics, StatisticsSource
 from map_bo.space import CoefficientSpace
 
-__all__ = ["RegMean", "regression_mean", "scaled_products"]
+__all__ = ["RegMean", "scaled_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,27 +140,6 @@ def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
     return result
 
 
-def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -> Tensor:
-    """Return the RegMean of a linear layer, ``outputs x inputs``; see `RegMean`.
-
-    Args:
-        base: ``outputs x inputs`` weights of the base.
-        deltas: ``N x outputs x inputs`` task vectors.
-        products: ``N x inputs x inputs`` from `scaled_products`.
-        c: ``N`` coefficients in float64, not negative.
-    """
-    total = float(c.sum())
-    if not total:
-        return base.clone()
-    factor = _cholesky(torch.einsum("n,nij->ij", c, products.double()))
-    if factor is None:
-        change = torch.einsum("n,noi->oi", c / total, deltas.double())
-    else:
-        right = torch.einsum("n,noi,nij->oj", c, deltas.double(), products.double())
-        change = _solve(factor, right)
-    return (base.double() + total * change).to(base.dtype)
-
-
 def _cholesky(left: Tensor) -> Tensor | None:
     """Return the Cholesky factor of a sum of products (``d x d``); None where it is all zero."""
     if not bool(left.any()):
@@ -246,10 +225,12 @@ class _RegressionKernel(Kernel):
         self._layers: dict[int, _Layer] = {}
         self._factors: OrderedDict[tuple[object, ...], Tensor | None] = OrderedDict()
         self._lock = threading.Lock()
-        for index, names in matched(deltas.layout, known).items():
+        for index, names in match_statistics(deltas.layout, known).items():
             slot = deltas.layout.slots[index]
             _check_shapes(known, names, slot)
-            found = [loaded(known[e], e, name) for e, name in zip(known, names, strict=True)]
+            found = [
+                load_statistic(known[e], e, name) for e, name in zip(known, names, strict=True)
+            ]
             grams = torch.stack(found).to(deltas.device)
             diagonals = grams.diagonal(dim1=1, dim2=2)
             extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
@@ -274,7 +255,7 @@ class _RegressionKernel(Kernel):
         layer = self._layers.get(slot)
         return 1 if layer is None else layer.inputs
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         # The factors that are kept, and for each thread products that it sums, scales or widens.
         widest = max((layer.inputs for layer in self._layers.values()), default=0)
         return 8 * widest**2 * (self._KEPT + 4 * threads)

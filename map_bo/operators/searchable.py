@@ -7,11 +7,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.space import CoefficientSpace
 
@@ -32,7 +32,6 @@ class SearchableOperator:
             are measured with.
     """
 
-    streams: ClassVar[bool] = True
     name: ClassVar[str]
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Settings that can be searched, with their default bounds."""
@@ -126,8 +125,20 @@ class SearchableOperator:
             resting=tuple(resting),
         )
 
-    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+    def with_blocks(self, patterns: Mapping[str, str]) -> Self:
+        """Return the same operator with these blocks; see `HasBlocks`."""
+        return dataclasses.replace(self, blocks=patterns)
+
+    def prepare(self, deltas: Deltas) -> KernelMerge:
         """Do, once, all the work that does not depend on the coefficients.
+
+        Raises:
+            MergeError: When the blocks do not fit the tensors.
+        """
+        return self.prepare_pieces(deltas)
+
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Prepare a merge that reads pieces alone; see `ReadsPieces`.
 
         Raises:
             MergeError: When the blocks do not fit the tensors.
@@ -135,7 +146,7 @@ class SearchableOperator:
         blocks = Blocks(self.blocks)
         table = blocks.table(deltas.layout)  # first: a wrong pattern should not wait for the rest
         kernel = self.kernel(deltas)
-        return ChunkedMerge(
+        return KernelMerge(
             deltas, kernel, table, len(blocks), settings=tuple(self.search), signed=self.signed
         )
 

@@ -30,7 +30,7 @@ from map_bo.operators.sparsify import (
     Sparsifier,
     Trim,
     element_keys,
-    ranked,
+    rank_all,
     row_width,
 )
 from map_bo.operators.thresholds import TRIMS, Thresholds, ceilings, sketches, thresholds
@@ -369,7 +369,7 @@ class Della(SparseOperator):
         widths = tuple(row_width(slot.shape) for slot in deltas.layout.slots)
         ranks = None
         if deltas.resident:
-            ranks = ranked(deltas, widths)
+            ranks = rank_all(deltas, widths)
         return RankDrop(
             element_keys(deltas, self.seed), widths, ranks, self.drop_rate, self.epsilon
         )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import Empty, arena, spread
+from map_bo.merging.vectors.parallel import Empty, arena, parallel_for
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
 from map_bo.operators.thresholds import Thresholds
 
@@ -31,8 +31,8 @@ __all__ = [
     "keep_band",
     "keep_largest",
     "magnitude_ranks",
+    "rank_all",
     "rank_drop",
-    "ranked",
     "row_width",
 ]
 
@@ -208,7 +208,7 @@ def row_width(shape: Sequence[int]) -> int:
     return math.prod(shape[1:]) if len(shape) > 3 else shape[-1]
 
 
-def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
+def rank_all(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
     """Return the ranks of all numbers within their matrix rows, by tensor; see `magnitude_ranks`.
 
     Args:
@@ -232,7 +232,7 @@ def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
         rows = deltas.read(slot, start, stop)[1:]
         ranks[slot][:, start:stop] = magnitude_ranks(rows, widths[slot])
 
-    spread(rank, items, lambda: None, threads=deltas.threads)
+    parallel_for(rank, items, lambda: None, threads=deltas.threads)
     return ranks
 
 

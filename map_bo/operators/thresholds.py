@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 
 __all__ = [
     "BINS",
@@ -30,7 +30,7 @@ __all__ = [
     "bins_within",
     "ceilings",
     "kept_count",
-    "located",
+    "locate",
     "magnitude_bins",
     "magnitude_of",
     "sketches",
@@ -123,7 +123,7 @@ class MagnitudeSketch:
         return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
 
 
-def located(counts: Tensor, k: int) -> tuple[int, int]:
+def locate(counts: Tensor, k: int) -> tuple[int, int]:
     """Return the bin of the ``k``-th largest magnitude, and its rank within that bin.
 
     Args:
@@ -208,12 +208,12 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
         counts = _counted(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
-        bins = [located(row, rank(total)) for row in counts]
+        bins = [locate(row, rank(total)) for row in counts]
         counts = _counted(
             deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads
         )
         return tuple(
-            magnitude_of(bin_, located(row, left)[0])
+            magnitude_of(bin_, locate(row, left)[0])
             for row, (bin_, left) in zip(counts, bins, strict=True)
         )
 
@@ -253,7 +253,7 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     """Do all tensors, the largest first so that threads end together."""
     slots = deltas.layout.slots
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    spread(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
+    parallel_for(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
 
 
 def _counted(
@@ -274,7 +274,7 @@ def _counted(
             with lock:
                 total[n].add_(found)
 
-    spread(add, _pieces(deltas, slots), lambda: None, threads=threads)
+    parallel_for(add, _pieces(deltas, slots), lambda: None, threads=threads)
     return total.cpu()
 
 

@@ -19,6 +19,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["ConcaveQuadratics", "MultiBump", "SigmoidQuadratics", "noisy"]
@@ -351,7 +352,7 @@ class MultiBump:
         X, Y = X[rows], Y[rows]
         if len(Y) <= _DENSE:
             return X, Y
-        unit = (Y - Y.amin(0)) / (Y.amax(0) - Y.amin(0)).clamp_min(1e-12)
+        unit = (Y - Y.amin(0)) / widths(Y.amin(0), Y.amax(0))
         first = torch.empty(0, dtype=torch.long)
         # One point a cell of a grid, of the finest grid that leaves few enough.
         for power in range(14, -1, -1):

@@ -44,9 +44,9 @@ class Adaptive:
             chosen = self.acquisition.with_surrogate(self.surrogate)
             object.__setattr__(self, "acquisition", chosen)
 
-    def above(self, reference: Mapping[str, float]) -> Adaptive:
+    def with_reference(self, reference: Mapping[str, float]) -> Adaptive:
         """Return the sampler with this reference point, unless it has one of its own."""
-        return replace(self, acquisition=self.acquisition.above(reference))
+        return replace(self, acquisition=self.acquisition.with_reference(reference))
 
     def with_surrogate(self, surrogate: Surrogate) -> Adaptive:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""

@@ -20,6 +20,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import AutoModel, Selection, SideBySide, leaving_out
 from map_bo.surrogates.surrogate import (
@@ -32,9 +33,6 @@ from map_bo.surrogates.surrogate import (
 from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
 __all__ = ["Informed", "InformedLeavingOut", "InformedModel"]
-
-
-_SAME = 1e-9
 
 
 class InformedModel(SurrogateModel, FantasizeMixin):
@@ -221,7 +219,7 @@ class Informed:
         own = seen.succeeded()
         at = own.X @ self.directions
         further = {
-            metric.name: _elsewhere(self.known[metric.name].succeeded(), at)
+            metric.name: _elsewhere(self.known[metric.name].succeeded(), at, self.space)
             for metric in seen.metrics
             if metric.name in self.known
         }
@@ -244,11 +242,9 @@ class Informed:
         return InformedModel(whole, self.directions, selection)
 
 
-def _elsewhere(known: Observations, at: Tensor) -> Observations:
+def _elsewhere(known: Observations, at: Tensor, space: CoefficientSpace) -> Observations:
     """Return the rows of ``known`` that are at none of the points ``at``."""
-    if not len(at) or not len(known):
-        return known
-    return known.select((known.X[:, None] - at[None]).abs().amax(-1).amin(-1) > _SAME)
+    return known.select(~same_points(known.X, at, space).any(-1))
 
 
 def _columns(seen: Observations, columns: list[int], X: Tensor) -> Observations:

@@ -22,7 +22,7 @@ import map_bo
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.operators.sparse import Della, Ties
 from tests.integration.mistakes import failing
 from tests.merging.adapter_files import write_adapter

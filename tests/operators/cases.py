@@ -9,7 +9,7 @@ from torch import Tensor
 
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.kernel import KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
@@ -114,14 +114,14 @@ def merge(
     return write(prepared if chunk is None else chunked(prepared, chunk), vectors, c, dtype)
 
 
-def chunked(prepared: ChunkedMerge, chunk: int) -> ChunkedMerge:
+def chunked(prepared: KernelMerge, chunk: int) -> KernelMerge:
     """Return the same merge in pieces of another length."""
     prepared._chunk = chunk
     return prepared
 
 
 def write(
-    prepared: ChunkedMerge,
+    prepared: KernelMerge,
     vectors: Deltas,
     c: Tensor | list[float],
     dtype: torch.dtype = torch.float32,

@@ -12,7 +12,7 @@ from map_bo.operators.thresholds import (
     MagnitudeSketch,
     bins_within,
     kept_count,
-    located,
+    locate,
     magnitude_bins,
     magnitude_of,
 )
@@ -49,9 +49,9 @@ numbers = st.lists(
 
 def largest(values: Tensor, k: int, pieces: int = 1) -> float:
     parts = values.chunk(pieces)
-    bin_, left = located(sum((magnitude_bins(part) for part in parts), torch.zeros(1)), k)
+    bin_, left = locate(sum((magnitude_bins(part) for part in parts), torch.zeros(1)), k)
     within = sum((bins_within(part, bin_) for part in parts), torch.zeros(1))
-    return magnitude_of(bin_, located(within, left)[0])
+    return magnitude_of(bin_, locate(within, left)[0])
 
 
 @every

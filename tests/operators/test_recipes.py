@@ -14,10 +14,10 @@ import yaml
 from torch import nn
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.model import export_merged, merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.export.model import merge_checkpoints, write_model
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
 from map_bo.operators.fisher import Fisher
@@ -199,7 +199,9 @@ class TestVocabulary:
                 json.dumps({"vocab_size": len(tensors["embed.weight"])})
             )
         opened_base = open_checkpoint(tmp_path / "in" / "base")
-        expert = fitted(open_checkpoint(tmp_path / "in" / "a"), opened_base, "base", label="a")
+        expert = fit_vocabulary(
+            open_checkpoint(tmp_path / "in" / "a"), opened_base, "base", label="a"
+        )
         return merge_checkpoints(
             opened_base,
             {"a": expert},
@@ -352,12 +354,12 @@ class TestRefusals:
 
 
 def test_another_way_of_writing_leads_to_the_same(tmp_path: Path) -> None:
-    """A recipe of `export_merged` itself, with tensors merged one by one."""
+    """A recipe of `write_model` itself, with tensors merged one by one."""
     base, experts = opened(*hard_family(tmp_path / "in"))
     c = {"math": 0.5, "code": 0.25, "chat": 0.5}
-    first = export_merged(
+    first = write_model(
         tmp_path / "first",
-        tensors=merge_streamed(base, experts, lambda name: c),
+        tensors=merge_linearly(base, experts, lambda name: c),
         base=base,
         experts=experts,
         operator={"name": "task_arithmetic", "blocks": None},

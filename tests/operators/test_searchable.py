@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
@@ -130,6 +130,7 @@ def test_blocks_are_merged_each_with_its_own_coefficients(operator: SearchableOp
 
 @every
 def test_number_of_threads_does_not_change_a_bit(operator: SearchableOperator) -> None:
+    # Threads share out whole pieces, and torch uses one thread within each.
     vectors = hard_vectors(shapes={"a": (300, 70), "b": (50,), "c": ()})
     c = coefficients(operator, 3)
     alone = merge(operator, vectors, c, chunk=1000)
@@ -324,7 +325,7 @@ def zero_padded(vectors: TaskVectors) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, StreamedVectors]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, OnDiskVectors]:
     """The same models resident and on disk, with a variance, in float32 and bfloat16."""
     folder = tmp_path_factory.mktemp("models")
     vectors = hard_vectors(shapes={**SHAPES, "bn.running_var": (6,)})
@@ -341,13 +342,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, Stream
     named = dict(zip(vectors.experts, experts, strict=True))
     return (
         TaskVectors.load(base, named, check_base=False),
-        StreamedVectors(base, named, check_base=False),
+        OnDiskVectors(base, named, check_base=False),
     )
 
 
 @pytest.mark.parametrize("operator", [Dare(drop_rate=0.6), Della()], ids=label)
 def test_masks_of_models_on_disk_are_the_same(
-    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+    operator: SearchableOperator, files: tuple[TaskVectors, OnDiskVectors]
 ) -> None:
     resident, _ = files
     for chunk in (3, 1 << 17):
@@ -358,7 +359,7 @@ def test_masks_of_models_on_disk_are_the_same(
 
 @every
 def test_models_on_disk_are_merged_alike(
-    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+    operator: SearchableOperator, files: tuple[TaskVectors, OnDiskVectors]
 ) -> None:
     resident, streamed = files
     for c in (coefficients(operator, 3), 3 * coefficients(operator, 3, seed=1)):

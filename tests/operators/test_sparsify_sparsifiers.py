@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from map_bo.merging.vectors.parallel import arena
 from map_bo.operators import sparsify as module
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude
-from map_bo.operators.sparsify import RankDrop, element_keys, ranked, row_width
+from map_bo.operators.sparsify import RankDrop, element_keys, rank_all, row_width
 from tests.operators.cases import hard_vectors
 
 
@@ -30,9 +30,9 @@ def test_width_of_rows() -> None:
 def test_ranks_kept_and_ranked_anew_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     vectors = hard_vectors()
     widths = tuple(row_width(slot.shape) for slot in vectors.layout.slots)
-    known = ranked(vectors, widths)
+    known = rank_all(vectors, widths)
     monkeypatch.setattr(module, "_RANKED", 10)
-    short = ranked(vectors, widths)
+    short = rank_all(vectors, widths)
     keys = element_keys(vectors, 1)
     for slot, where in enumerate(vectors.layout.slots):
         assert torch.equal(known[slot], short[slot])

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors import kernel as chunked
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
@@ -85,7 +85,7 @@ def require_same(
     given = coefficients(operator, tuple(experts))
     c = torch.tensor(list(given.values()), dtype=torch.float64)
     expected = whole(operator, TaskVectors.load(base, experts, check_base=False, ties=ties), c)
-    deltas = StreamedVectors(base, experts, check_base=False, ties=ties)
+    deltas = OnDiskVectors(base, experts, check_base=False, ties=ties)
     by_pieces = whole(operator, deltas, c)
     folder = merge_checkpoints(
         base,
@@ -224,6 +224,8 @@ class TestTies:
 def test_threads_and_lengths_of_pieces_change_no_byte(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Threads share out whole pieces, and each entry is made by the same operations in any piece.
+    # Only SLERP sums over entries: in float64, whose last digits are gone in bfloat16.
     base, experts = hard_family(tmp_path, torch.bfloat16, torch.bfloat16)
     operator = OPERATORS[name]
     digests = set()
@@ -245,7 +247,10 @@ def test_threads_and_lengths_of_pieces_change_no_byte(
 
 @pytest.mark.parametrize("of", ["deltas", "weights"])
 def test_sums_over_a_single_tensor_do_not_depend_on_threads(of: str, tmp_path: Path) -> None:
-    """torch cuts a long sum over its threads, which changes its last digits."""
+    """torch would cut a long sum over its threads, which changes its last digits.
+
+    So the sums are made piece by piece, with one thread within each.
+    """
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(90_001, generator=generator) for _ in range(4)]
     base = {"w": draws[0]}

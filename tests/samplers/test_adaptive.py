@@ -55,9 +55,9 @@ def test_after_the_anchors_the_posterior_decides() -> None:
 
 def test_the_reference_of_the_run_reaches_the_acquisition() -> None:
     given = {"first": 0.2, "second": 0.9}
-    assert Adaptive().above(given).acquisition.reference == given
+    assert Adaptive().with_reference(given).acquisition.reference == given
     own = Adaptive(FrontUncertainty(reference={"first": 0.1}))
-    assert own.above(given) == own
+    assert own.with_reference(given) == own
 
 
 def test_it_tells_the_scores_of_the_fit_that_it_chose_by() -> None:

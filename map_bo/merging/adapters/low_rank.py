@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Adapted", "LowRank", "approximated", "exact_products", "stacked", "truncated"]
+__all__ = ["AdaptedTensor", "LowRank", "approximate", "exact_products", "stack", "truncate"]
 
 # Up to this length of its shorter side a matrix is decomposed whole, in float64.
 _WHOLE = 512
@@ -70,13 +70,13 @@ def exact_products(device: torch.device) -> bool:
     return precision in ("none", "ieee")
 
 
-def stacked(parts: Sequence[LowRank]) -> LowRank:
+def stack(parts: Sequence[LowRank]) -> LowRank:
     """Return the sum of changes of one tensor as one change; its rank is the sum of theirs."""
     B = torch.cat([part.scale * part.B for part in parts], dim=1)
     return LowRank(B, torch.cat([part.A for part in parts]))
 
 
-def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
+def truncate(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     """Return the best approximation of a change by one of at most ``rank``, with its error.
 
     By Eckart and Young that is the truncated singular value decomposition. It is found without
@@ -105,9 +105,7 @@ def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]
     return LowRank(B, A), float(values[keep:].norm()), float(values.norm())
 
 
-def approximated(
-    matrix: Tensor, rank: int, *, generator: Generator
-) -> tuple[LowRank, float, float]:
+def approximate(matrix: Tensor, rank: int, *, generator: Generator) -> tuple[LowRank, float, float]:
     """Return an approximation of a matrix by one of at most ``rank``, with its error.
 
     Small matrices go through their singular value decomposition. Large ones, of which few
@@ -145,7 +143,7 @@ _CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptedTensor:
     """The changes of one tensor by adapters, side by side.
 
     The tensor is seen as a matrix ``rows x columns``. The factors of all adapters are one pair,
@@ -173,7 +171,7 @@ class Adapted:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-    ) -> Adapted:
+    ) -> AdaptedTensor:
         """Lay the factors of several adapters side by side.
 
         Args:

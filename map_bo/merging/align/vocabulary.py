@@ -23,7 +23,7 @@ from map_bo.errors import CheckpointError, MergeError, first_line, listed
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
-__all__ = ["VocabularyRule", "fitted", "fitted_experts", "require_shapes", "token_ids"]
+__all__ = ["VocabularyRule", "fit_vocabularies", "fit_vocabulary", "require_shapes", "token_ids"]
 
 
 def token_ids(folder: Path | None) -> dict[str, int] | None:
@@ -137,21 +137,23 @@ _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
 
 
-def fitted_experts(
+def fit_vocabularies(
     experts: Mapping[str, Checkpoint], base: Checkpoint, rule: VocabularyRule | None
 ) -> dict[str, Checkpoint]:
-    """Return every expert `fitted` to the base's vocabulary, or as it is without a rule.
+    """Return every expert fitted to the base's vocabulary, or as it is without a rule.
 
     Raises:
-        MergeError: For an unknown rule, and whatever `fitted` refuses.
+        MergeError: For an unknown rule, and whatever `fit_vocabulary` refuses.
         CheckpointError: When a tokenizer's file is damaged.
     """
     if rule is None:
         return dict(experts)
-    return {name: fitted(expert, base, rule, label=name) for name, expert in experts.items()}
+    return {
+        name: fit_vocabulary(expert, base, rule, label=name) for name, expert in experts.items()
+    }
 
 
-def fitted(
+def fit_vocabulary(
     expert: Checkpoint, base: Checkpoint, rule: VocabularyRule, *, label: str = "expert"
 ) -> Checkpoint:
     """Present an expert in the shapes of a base with another vocabulary.
@@ -177,8 +179,9 @@ def fitted(
         label: The expert's name, for errors.
 
     Returns:
-        The expert itself where nothing needs fitting. Else a checkpoint whose ``fitting`` says
-        what was done, and which reads the expert and the base as its tensors are loaded.
+        The expert itself where nothing has to change. Else a checkpoint whose
+        ``vocabulary_changes`` say what was done, and which reads the expert and the base as its
+        tensors are loaded.
 
     Raises:
         MergeError: For an unknown rule; when tokens have moved under ``"base"``; when a
@@ -465,14 +468,14 @@ class _Fitted(Checkpoint):
             _FittedReader(expert, base, rows), source=expert.source, directory=expert.directory
         )
         self._given = expert
-        self._fitting = {
+        self._changes = {
             "vocabulary": rule,
             "rows": {name: part.plain() for name, part in rows.items()},
         }
 
     @property
-    def fitting(self) -> Mapping[str, Any]:
-        return self._fitting
+    def vocabulary_changes(self) -> Mapping[str, Any]:
+        return self._changes
 
     def digest(self) -> str:
         return self._given.digest()

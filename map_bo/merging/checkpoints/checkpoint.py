@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from map_bo.errors import CheckpointError, first_line
 from map_bo.merging.checkpoints.hub import HubModel, fetch, hub_model
 from map_bo.merging.checkpoints.pickles import state_dict
+from map_bo.merging.checkpoints.read_sharded import ShardedReader, open_file
 from map_bo.merging.checkpoints.tensors import (
     Layout,
     MemoryReader,
@@ -31,7 +32,6 @@ from map_bo.merging.checkpoints.tensors import (
     raw_bytes,
     refuse_odd_names,
 )
-from map_bo.merging.checkpoints.weight_files import ShardedReader, open_file
 
 __all__ = [
     "Checkpoint",
@@ -186,10 +186,10 @@ class Checkpoint:
         return MappingProxyType(dict(self._reader.ties))
 
     @property
-    def fitting(self) -> Mapping[str, Any]:
+    def vocabulary_changes(self) -> Mapping[str, Any]:
         """Plain data on how the tensors differ from those of the source; empty where they do not.
 
-        The digest is that of the source. See `map_bo.merging.align.vocabulary.fitted`.
+        The digest is that of the source. See `map_bo.merging.align.vocabulary.fit_vocabulary`.
         """
         return MappingProxyType({})
 

@@ -1,6 +1,7 @@
-"""Writing a merge as a LoRA adapter of bounded rank: some megabytes in place of a model.
+"""One merge on disk as a LoRA adapter of bounded rank: some megabytes in place of a model.
 
-What a PEFT LoRA adapter consists of: its tensors under peft's names, and its configuration.
+The merged changes are brought to low rank, and written as peft expects them: tensors under its
+names, and a configuration.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.adapter import Adapter, Kind, open_adapter, wide
-from map_bo.merging.adapters.checkpoint import adapter_over
+from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter, wide
 from map_bo.merging.adapters.lora import CONFIG
-from map_bo.merging.adapters.low_rank import LowRank, approximated, stacked, truncated
-from map_bo.merging.align.experts import aligned_names
+from map_bo.merging.adapters.low_rank import LowRank, approximate, stack, truncate
+from map_bo.merging.align.experts import align_names
 from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.checkpoints.tensors import Layout
-from map_bo.merging.export.bounded import checked_weights
+from map_bo.merging.export.bounded import check_weights
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.model import require_space
-from map_bo.merging.export.recipe import RECIPE, Weights, plain, recipe_text
-from map_bo.merging.export.shards import writing
+from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.write_shards import writing
+from map_bo.merging.vectors.operator import Weights
 from map_bo.rng import make_generator
 
 __all__ = ["AdapterContent", "AdapterExport", "adapter_content", "export_adapter", "module_kinds"]
@@ -256,7 +257,7 @@ def export_adapter(
     *,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
-    weights: Weights,
+    weights: Weights | None,
     operator: Mapping[str, Any],
     coefficients: Mapping[str, float],
     rank: int | None = None,
@@ -274,7 +275,7 @@ def export_adapter(
     Frobenius norm (the latter up to the randomised algorithm for large tensors).
 
     What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
-    values. The folder appears whole or not at all, as with `export_merged`; it holds
+    values. The folder appears whole or not at all, as with `write_model`; it holds
     ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
     errors.
 
@@ -282,13 +283,14 @@ def export_adapter(
         out: Folder to create; it may exist only when it is empty.
         base: The base that the adapter will be loaded over.
         experts: Name -> checkpoint, adapters or whole models.
-        weights: Tensor name -> weight of each expert's change.
+        weights: Tensor name -> weight of each expert's change; None where the merge is not linear
+            and ``merged`` is given.
         operator: The merge operator as plain data.
         coefficients: Coefficient name -> value.
         rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
         others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
         kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
-        merged: The merged model, where the merge is not linear; ``weights`` are then not asked.
+        merged: The merged model, where the merge is not linear.
         ties: Further ties of the model, alias -> canonical name; the base need not have both.
         record: Further plain data for the recipe.
 
@@ -298,12 +300,19 @@ def export_adapter(
     """
     target = refuse_existing(out)
     if rank is not None and rank < 1:
-        raise MergeError(f"rank is {rank}", hint="give at least 1")
+        raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
     further = plain(record or {})
-    summed = experts if merged is None else {"merged": merged}
-    of = weights if merged is None else lambda name: {"merged": 1.0}
     tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
-    changes = _Changes(base, summed, of, rank, others, kinds, tied).found()
+    if merged is not None:
+        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
+    elif weights is not None:
+        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
+    else:
+        raise MergeError(
+            "an adapter is written without weights and without a merged model",
+            hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
+        )
+    changes = merging.find()
     adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
     content = adapter_content(
         changes.factors,
@@ -319,8 +328,19 @@ def export_adapter(
     errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
     result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
 
-    def recipe(draft: Path) -> str:
-        return recipe_text(
+    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
+    with writing(target):
+        remove_stale_drafts(target)
+        require_space(target, layouts)
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
+            for name, tensor in content.tensors.items():
+                writer.write(name, tensor)
+            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
+            (draft / CONFIG).write_text(settings, encoding="utf-8")
+        recipe = recipe_text(
             base=base,
             experts=experts,
             operator=operator,
@@ -337,28 +357,15 @@ def export_adapter(
             },
             record=further,
         )
-
-    _write(target, content, recipe)
+        with writing(target):
+            (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            publish(draft, target)
     return result
 
 
-def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str]) -> None:
-    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
-    with writing(target):
-        remove_stale_drafts(target)
-        require_space(target, layouts)
-    with ExitStack() as stack:
-        with writing(target):
-            draft = stack.enter_context(writing_draft(target))
-            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
-            for name, tensor in content.tensors.items():
-                writer.write(name, tensor)
-            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
-            (draft / CONFIG).write_text(settings, encoding="utf-8")
-        text = recipe(draft)
-        with writing(target):
-            (draft / RECIPE).write_text(text, encoding="utf-8")
-            publish(draft, target)
+def _whole(name: str) -> Mapping[str, float]:
+    """Return the weight of the merged model: its change is the whole change."""
+    return {"merged": 1.0}
 
 
 def _common(values: list[str | None]) -> str | None:
@@ -404,7 +411,7 @@ class _Changes:
         self._rank, self._others, self._given = rank, others, kinds
         self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
         self._names = {
-            name: aligned_names(base, expert, name)
+            name: align_names(base, expert, name)
             for name, expert in experts.items()
             if self._adapters[name] is None
         }
@@ -412,12 +419,12 @@ class _Changes:
         for adapter in self._adapters.values():
             self._kinds.update(adapter.kinds if adapter is not None else {})
 
-    def found(self) -> _Found:
+    def find(self) -> _Found:
         result = _Found()
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:
                 continue
-            given = checked_weights(self._weights(name), name, self._experts)
+            given = check_weights(self._weights(name), name, self._experts)
             used = {expert: weight for expert, weight in given.items() if weight}
             parts, rest, fixed = self._summed(name, used)
             if not parts and rest is None:
@@ -479,7 +486,7 @@ class _Changes:
 
     def _factor(self, name: str, parts: list[LowRank], rest: Tensor | None, result: _Found) -> None:
         if rest is None:
-            change, cut, whole = truncated(stacked(parts), self._rank)
+            change, cut, whole = truncate(stack(parts), self._rank)
         elif self._rank is None:
             raise MergeError(
                 f"whole models change {name!r}, and their exact change is not of low rank",
@@ -487,9 +494,9 @@ class _Changes:
             )
         else:
             matrix = rest.flatten(1)
-            matrix = matrix + stacked(parts).dense() if parts else matrix
+            matrix = matrix + stack(parts).dense() if parts else matrix
             # The draws of the sketch are fixed: the same merge is written the same again.
-            change, cut, whole = approximated(matrix, self._rank, generator=make_generator(0))
+            change, cut, whole = approximate(matrix, self._rank, generator=make_generator(0))
         if whole:
             result.factors[name], result.kinds[name] = change, self._kinds[name]
             result.norms[0][name], result.norms[1][name] = cut, whole
@@ -498,8 +505,8 @@ class _Changes:
         pre = self._base.load(name)
         total = rest + pre.to(rest.dtype)
         if parts:
-            total = total + stacked(parts).dense().view(pre.shape)
-        if is_variance(name):  # as `merge_streamed` does it, experts of weight zero included
+            total = total + stack(parts).dense().view(pre.shape)
+        if is_variance(name):  # as `merge_linearly` does it, experts of weight zero included
             least = pre.to(total.dtype)
             for expert, checkpoint in self._experts.items():
                 own = self._names[expert][name] if expert in self._names else name

@@ -1,20 +1,26 @@
-"""A merge in the terms of mergekit: the method, and the settings that give the same weights."""
+"""A merge in the terms of mergekit, as ``mergekit.yaml`` beside a merged model says it.
+
+The method and the settings that give the same weights; or why there are none.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+import yaml
+
 from map_bo.errors import MergeError
+from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks
+from map_bo.merging.vectors.operator import Weights
 
-__all__ = ["MergekitConfig", "NotExpressible", "expressed", "filters_for"]
-
-Weights = Callable[[str], Mapping[str, float]]
-"""Tensor name -> weight of each expert's task vector for that tensor."""
+__all__ = ["MergekitConfig", "NotExpressible", "express", "filters_for", "mergekit_text"]
 
 _Value = TypeVar("_Value")
 _ONE = 1e-6  # how far coefficients may be from the sum 1 to count as such
@@ -53,6 +59,86 @@ class MergekitConfig:
     notes: tuple[str, ...] = ()
 
 
+def mergekit_text(
+    *,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    weights: Weights | None,
+    recalibrated: bool = False,
+) -> str:
+    """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
+
+    mergekit works in ``dtype``, so that is float32 (float64 for float64 weights) and the base's
+    dtype goes to ``out_dtype``. Where its definition can give another number the text has a
+    comment.
+
+    Weights that differ between tensors are written with mergekit's filters. A filter there is a
+    substring of a tensor's name and the first match counts, so a filter per tensor, longest name
+    first, expresses any assignment; shorter filters are used where they give the same. What
+    mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
+
+    Where mergekit cannot express the merge, the text is a comment that says why.
+    """
+    try:
+        content, notes = _mergekit(base, experts, operator, coefficients, weights)
+    except NotExpressible as reason:
+        return f"# No mergekit configuration gives this merge: {reason}.\n"
+    head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
+    if recalibrated:
+        head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
+    elif any(is_variance(name) for name in base.names):
+        head += "# mergekit does not keep running variances above the least of the models.\n"
+    head += "".join(f"# {note}\n" for note in notes)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    return head + text
+
+
+def _mergekit(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    weights: Weights | None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    config = express(base, experts, operator, coefficients, weights)
+    checkpoints = {"the base": base, **{f"expert {name!r}": e for name, e in experts.items()}}
+    for label, checkpoint in checkpoints.items():
+        if checkpoint.directory is None:
+            raise NotExpressible(f"{label} is not a Hugging Face directory")
+        if checkpoint.vocabulary_changes:
+            raise NotExpressible(f"{label} was fitted to the base's vocabulary")
+    folders = [checkpoint.directory for checkpoint in checkpoints.values()]
+    if len(set(folders)) < len(folders):
+        raise NotExpressible(
+            "two of the models are the same directory, and mergekit takes one once"
+        )
+    floats = Counter(base.dtype(name) for name in base.names if base.dtype(name).is_floating_point)
+    if len(floats) > 1:
+        kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in floats))
+        raise NotExpressible(f"the base mixes dtypes ({kinds}), and mergekit writes one")
+    dtype = next(iter(floats), torch.float32)
+    content = {
+        "merge_method": config.method,
+        **({} if config.base is None else {"base_model": _reference(config.base)}),
+        "models": [
+            {"model": _reference(model), **({"parameters": dict(own)} if own else {})}
+            for model, own in config.models
+        ],
+        "parameters": dict(config.parameters),
+        "dtype": "float64" if dtype == torch.float64 else "float32",
+        "out_dtype": str(dtype).removeprefix("torch."),
+    }
+    return content, config.notes
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    path = str(checkpoint.directory)
+    # mergekit reads "a+b" as model and adapter, and "a@b" as model and revision.
+    return {"model": {"path": path}} if re.search(r"[+@]", path) else path
+
+
 @dataclass(frozen=True)
 class _Merge:
     """A merge to be expressed; ``table`` is tensor name -> coefficients of the experts."""
@@ -87,7 +173,7 @@ class _Merge:
         return {n: self.base.shape(n).numel() for n in self.table if n not in self.base.ties}
 
 
-def expressed(
+def express(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     operator: Mapping[str, Any],

@@ -66,7 +66,7 @@ def model_card_text(
             ],
         ),
     ]
-    fitted = [name for name, expert in experts.items() if expert.fitting]
+    fitted = [name for name, expert in experts.items() if expert.vocabulary_changes]
     if fitted:
         names = ", ".join(map(_cell, fitted))
         parts.append(f"Fitted to the base's vocabulary: {names}; `recipe.yaml` has the rows.")

@@ -1,11 +1,15 @@
-"""What a merge operator is: it prepares once, then writes a candidate per coefficient vector.
+"""What a merge operator is, what it reads, and what it may be able to do besides.
 
-What operators read: base and task vectors, piece by piece, wherever they are kept.
+An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
+task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
+here `Linear`, `HasDerivatives`, `ChecksValues` and `Followable`;
+`~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
+with what they need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,14 +18,27 @@ from torch import Tensor
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.space import CoefficientSpace
 
-__all__ = ["ChecksValues", "Deltas", "Followable", "MergeOperator", "PreparedMerge", "recipe_of"]
+__all__ = [
+    "ChecksValues",
+    "Deltas",
+    "Followable",
+    "HasDerivatives",
+    "Linear",
+    "MergeOperator",
+    "PreparedMerge",
+    "Weights",
+    "recipe_of",
+]
+
+Weights = Callable[[str], Mapping[str, float]]
+"""Tensor name -> weight of each expert's task vector for that tensor."""
 
 
 @runtime_checkable
 class Deltas(Protocol):
     """A base and the task vectors of ``N`` experts in the coordinates of a flat layout.
 
-    `TaskVectors` keeps them resident; `StreamedVectors` reads them from checkpoints each time.
+    `TaskVectors` keeps them resident; `OnDiskVectors` reads them from checkpoints each time.
     Pieces may be read from several threads at once.
     """
 
@@ -90,11 +107,7 @@ class PreparedMerge(Protocol):
 
 @runtime_checkable
 class MergeOperator(Protocol):
-    """Settings of a merge operator.
-
-    One that has ``streams = True`` reads the deltas by pieces alone and prepares a `ChunkedMerge`,
-    so that it also merges checkpoints that do not fit into memory.
-    """
+    """Settings of a merge operator."""
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return the coefficients that this operator takes for these experts."""
@@ -106,6 +119,39 @@ class MergeOperator(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Return the operator as plain data, for recipes and the run's record."""
+        ...
+
+
+@runtime_checkable
+class Linear(Protocol):
+    """An operator that is linear in its coefficients.
+
+    A merged tensor is the base and a weighted sum of task vectors, with weights that are linear in
+    the coefficients. So merges of merges are merges of the experts, and a merge can be made tensor
+    by tensor in any dtype.
+    """
+
+    def weights(self, experts: tuple[str, ...], c: Tensor) -> Weights:
+        """Return the weights of the task vectors for coefficients ``c`` (``d``).
+
+        Args:
+            experts: ``N`` names, in the order of the space.
+            c: ``d`` coefficients.
+        """
+        ...
+
+
+@runtime_checkable
+class HasDerivatives(Protocol):
+    """A prepared merge that knows its derivatives by the coefficients."""
+
+    def directional(self, gradient: Tensor) -> Tensor:
+        """Return derivatives by the coefficients, ``d`` (float64 on the CPU).
+
+        Args:
+            gradient: ``P`` in float32 on the task vectors' device: the gradient of a metric by the
+                merged numbers.
+        """
         ...
 
 

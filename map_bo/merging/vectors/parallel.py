@@ -24,7 +24,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Empty", "arena", "spread"]
+__all__ = ["Empty", "arena", "parallel_for"]
 
 _ALIGNMENT = 64
 
@@ -78,7 +78,7 @@ _lock = threading.Lock()
 _pools: dict[int, ThreadPoolExecutor] = {}
 
 
-def spread(
+def parallel_for(
     work: Callable[[Item, State], None],
     items: Sequence[Item],
     state: Callable[[], State],

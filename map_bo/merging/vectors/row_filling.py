@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.adapter import Adapter
-from map_bo.merging.adapters.checkpoint import adapter_over
-from map_bo.merging.adapters.low_rank import Adapted, LowRank
-from map_bo.merging.align.experts import ExpertReader, finite, fixed_tensors
+from map_bo.merging.adapters.adapter import Adapter, adapter_over
+from map_bo.merging.adapters.low_rank import AdaptedTensor, LowRank
+from map_bo.merging.align.experts import (
+    BaseSimilarity,
+    ExpertReader,
+    fixed_tensors,
+    require_finite,
+    require_tied,
+)
 from map_bo.merging.align.layout import FlatLayout, Slot, is_variance
-from map_bo.merging.align.same_base import Likeness, require_tied
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 
-__all__ = ["STORAGE", "Beside", "Put", "adapters_among", "dense_among", "fill"]
+__all__ = ["STORAGE", "Extras", "Put", "adapters_among", "dense_among", "fill"]
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that rows are stored in."""
@@ -37,7 +41,7 @@ It is called by several threads at once, each with numbers of its own."""
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class Extras:
     """What is known of base and experts besides the rows.
 
     Attributes:
@@ -45,16 +49,16 @@ class Beside:
         floors: Index of the slot of a variance -> the smallest value that the base or an expert
             has, by element, in float32.
         adapted: Index of a slot -> what the experts that are adapters change there.
-        likeness: By expert that is no adapter, what `Likeness` gathered; see `Likeness.sums`.
+        similarity: By expert that is no adapter, the sums that `BaseSimilarity` gathered.
     """
 
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     floors: Mapping[int, Tensor] = field(default_factory=dict)
-    adapted: Mapping[int, Adapted] = field(default_factory=dict)
-    likeness: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    adapted: Mapping[int, AdaptedTensor] = field(default_factory=dict)
+    similarity: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def judge(self, experts: Sequence[str]) -> None:
-        """Refuse an expert that does not look fine-tuned from the base; see `Likeness.judge`.
+        """Refuse an expert that does not look fine-tuned from the base; see `BaseSimilarity.judge`.
 
         Args:
             experts: ``N`` names.
@@ -62,8 +66,8 @@ class Beside:
         Raises:
             MergeError: When there is one.
         """
-        for index, sums in self.likeness.items():
-            Likeness(experts[index], sums).judge()
+        for index, sums in self.similarity.items():
+            BaseSimilarity(experts[index], sums).judge()
 
 
 def adapters_among(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> dict[int, Adapter]:
@@ -87,7 +91,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     check_base: bool = True,
-) -> Beside:
+) -> Extras:
     """Read base and experts piece by piece on all cores, and put the rows where they belong.
 
     No more is in memory than a piece of each row for each core, and what adapters change by full
@@ -125,7 +129,7 @@ def fill(
         index, start, stop = item
         slot, floor = layout.slots[index], floors.get(index)
         least = None if floor is None else floor[start:stop]
-        pre = finite(base.read(slot.name, start, stop), slot.name, "the base")
+        pre = require_finite(base.read(slot.name, start, stop), slot.name, "the base")
         put(0, slot.offset + start, _narrowed(pre, dtype, slot.name, "the base"))
         if least is not None:
             least.copy_(pre)
@@ -135,7 +139,7 @@ def fill(
             delta = readers[i].compare(pre, tuned)
             if len(slot.shape) >= 2:
                 with locks[row]:
-                    readers[i].likeness.add(pre.to(delta), delta)
+                    readers[i].similarity.add(pre.to(delta), delta)
             kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
             put(1 + row, slot.offset + start, kept)
             if dtype == torch.float16:
@@ -152,8 +156,10 @@ def fill(
         for index, slot in enumerate(layout.slots)
         for start in range(0, slot.numel, _PIECE)
     ]
-    spread(read, pieces, lambda: None, threads=None if torch.device(device).type == "cpu" else 1)
-    adapted: dict[int, Adapted] = {}
+    parallel_for(
+        read, pieces, lambda: None, threads=None if torch.device(device).type == "cpu" else 1
+    )
+    adapted: dict[int, AdaptedTensor] = {}
     for index, slot in enumerate(layout.slots) if adapters else ():
         part = _adapted(slot, adapters, readers, dtype, device)
         if part is not None:
@@ -168,7 +174,7 @@ def fill(
         each.judge()
     distinct.judge()
     floors = {index: floor.to(device) for index, floor in floors.items()}
-    return Beside(fixed, floors, adapted, {i: readers[i].likeness.sums for i in dense})
+    return Extras(fixed, floors, adapted, {i: readers[i].similarity.sums for i in dense})
 
 
 class _Distinct:
@@ -280,7 +286,7 @@ def _adapted(
     readers: Sequence[ExpertReader],
     dtype: torch.dtype,
     device: torch.device | str,
-) -> Adapted | None:
+) -> AdaptedTensor | None:
     """Return what adapters change in a tensor, or None where they leave it as it is."""
     changes: dict[int, LowRank] = {}
     values: dict[int, Tensor] = {}
@@ -295,4 +301,4 @@ def _adapted(
         readers[i].moved |= i in changes or i in values
     if not changes and not values:
         return None
-    return Adapted.of(changes, values, slot.shape, dtype=dtype, device=device)
+    return AdaptedTensor.of(changes, values, slot.shape, dtype=dtype, device=device)

@@ -27,43 +27,43 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapters.checkpoint import adapter_over
-from map_bo.merging.adapters.low_rank import Adapted
+from map_bo.merging.adapters.adapter import adapter_over
+from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, content_digest
 from map_bo.merging.checkpoints.positioned_reads import WeightFile
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsReader, read_header
 from map_bo.merging.checkpoints.tensors import raw_bytes
-from map_bo.merging.vectors.memory import in_words
-from map_bo.merging.vectors.parallel import spread
-from map_bo.merging.vectors.row_filling import Beside, Put
+from map_bo.merging.vectors.parallel import parallel_for
+from map_bo.merging.vectors.row_filling import Extras, Put
+from map_bo.merging.vectors.storage import format_bytes
 
-__all__ = ["MappedRows", "RowsCache", "read_beside", "rows_key", "write_beside"]
+__all__ = ["MappedRows", "RowsCache", "read_extras", "rows_key", "write_extras"]
 
 _ABOUT = "map_bo_rows"
 
 
-def write_beside(path: Path, about: Mapping[str, Any], beside: Beside) -> None:
+def write_extras(path: Path, about: Mapping[str, Any], extras: Extras) -> None:
     """Write a safetensors file, to the disk itself.
 
     Args:
         path: The file to create.
         about: Plain data on the rows.
-        beside: What there is.
+        extras: What there is.
 
     Raises:
         OSError: When it cannot be written.
     """
-    tensors = {f"fixed.{name}": value for name, value in beside.fixed.items()}
-    tensors |= {f"floor.{index}": floor for index, floor in beside.floors.items()}
-    for index, part in beside.adapted.items():
+    tensors = {f"fixed.{name}": value for name, value in extras.fixed.items()}
+    tensors |= {f"floor.{index}": floor for index, floor in extras.floors.items()}
+    for index, part in extras.adapted.items():
         here = f"adapted.{index}"
         tensors |= {f"{here}.A": part.A, f"{here}.B": part.B, f"{here}.owner": part.owner}
         tensors |= {f"{here}.value.{i}": value for i, value in part.values.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     told = {
         **about,
-        "likeness": {str(i): list(sums) for i, sums in beside.likeness.items()},
+        "likeness": {str(i): list(sums) for i, sums in extras.similarity.items()},
         "beside": _tensors_digest(tensors),
     }
     try:
@@ -74,8 +74,8 @@ def write_beside(path: Path, about: Mapping[str, Any], beside: Beside) -> None:
         os.fsync(file.fileno())
 
 
-def read_beside(path: Path) -> tuple[dict[str, Any], Beside]:
-    """Read what `write_beside` wrote.
+def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
+    """Read what `write_extras` wrote.
 
     Raises:
         CheckpointError: When the file is missing, damaged, or no safetensors file.
@@ -101,19 +101,19 @@ def read_beside(path: Path) -> tuple[dict[str, Any], Beside]:
                 index, _, label = rest.partition(".")
                 parts.setdefault(int(index), {})[label] = tensor
         adapted = {index: _adapted(part) for index, part in sorted(parts.items())}
-        likeness = {int(i): sums for i, sums in about["likeness"].items()}
+        similarity = {int(i): sums for i, sums in about["likeness"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is of something else") from error
-    return about, Beside(fixed, floors, adapted, likeness)
+    return about, Extras(fixed, floors, adapted, similarity)
 
 
-def _adapted(part: Mapping[str, Tensor]) -> Adapted:
+def _adapted(part: Mapping[str, Tensor]) -> AdaptedTensor:
     values = {
         int(label.removeprefix("value.")): tensor
         for label, tensor in part.items()
         if label.startswith("value.")
     }
-    return Adapted(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
+    return AdaptedTensor(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
 
 
 def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
@@ -125,7 +125,8 @@ def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 _FORMAT = 1  # to be raised whenever the same inputs give other files
-_ROWS, _BESIDE = "rows", "beside.safetensors"
+# Names of 0.1 within an entry and its metadata, so that its entries stay good.
+_ROWS, _EXTRAS = "rows", "beside.safetensors"
 _BLOCK = 1 << 24  # bytes that are hashed together
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def rows_key(
         else:  # its digest is that of what it was made of, perhaps over another base
             found[index] = ["model", content_digest(checkpoint)]
 
-    spread(identify, list(enumerate((base, *experts.values()))), lambda: None)
+    parallel_for(identify, list(enumerate((base, *experts.values()))), lambda: None)
     about = {
         "format": _FORMAT,
         "dtype": str(dtype),
@@ -199,7 +200,7 @@ class MappedRows:
     @classmethod
     def open(
         cls, entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[MappedRows, Beside]:
+    ) -> tuple[MappedRows, Extras]:
         """Map the rows of an entry, and read what is beside them.
 
         A file that is as it was left (size, time of change, inode) is taken as it is; one that was
@@ -212,7 +213,7 @@ class MappedRows:
         if not os.path.lexists(entry):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(entry))
         try:
-            about, beside = read_beside(entry / _BESIDE)
+            about, extras = read_extras(entry / _EXTRAS)
         except CheckpointError as error:
             raise ValueError(error.message) from error
         expected = {"key": key, "shape": list(shape), "dtype": str(dtype)}
@@ -232,7 +233,7 @@ class MappedRows:
             # torch has no tensors that cannot be written to, and says so.
             warnings.simplefilter("ignore", UserWarning)
             rows = torch.frombuffer(memory, dtype=dtype).view(shape)
-        return cls(entry, key, shape, dtype, rows, memory), beside
+        return cls(entry, key, shape, dtype, rows, memory), extras
 
     def release(self) -> None:
         """Give the pages back now; they are read again when they are used."""
@@ -273,8 +274,8 @@ class RowsCache:
         key: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fill: Callable[[Put], Beside],
-    ) -> tuple[MappedRows, Beside]:
+        fill: Callable[[Put], Extras],
+    ) -> tuple[MappedRows, Extras]:
         """Return the rows of a key, mapped; they are written first where they are not there.
 
         Args:
@@ -319,7 +320,7 @@ class RowsCache:
 
     def _opened(
         self, entry: Path, shape: tuple[int, int], dtype: torch.dtype, *, warn: bool
-    ) -> tuple[MappedRows, Beside] | None:
+    ) -> tuple[MappedRows, Extras] | None:
         try:
             return MappedRows.open(entry, entry.name, shape, dtype)
         except FileNotFoundError:
@@ -335,15 +336,15 @@ class RowsCache:
         key: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fill: Callable[[Put], Beside],
+        fill: Callable[[Put], Extras],
     ) -> None:
         count, columns = shape
         size = count * columns * dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise MergeError(
-                f"task vectors are to be mapped from {self.folder}, which has {in_words(free)} "
-                f"free, and they take {in_words(size)}",
+                f"task vectors are to be mapped from {self.folder}, which has {format_bytes(free)} "
+                f"free, and they take {format_bytes(size)}",
                 hint="free some space, choose another cache folder, or allow more memory",
             )
         draft.mkdir()
@@ -358,7 +359,7 @@ class RowsCache:
                     written = os.pwrite(file.fileno(), content, at)
                     content, at = content[written:], at + written
 
-            beside = fill(put)
+            extras = fill(put)
             file.flush()
             os.fsync(file.fileno())
         about = {
@@ -368,7 +369,7 @@ class RowsCache:
             "digest": _file_digest(path),
             "state": _state(path),
         }
-        write_beside(draft / _BESIDE, about, beside)
+        write_extras(draft / _EXTRAS, about, extras)
         _sync_folder(draft)
 
     @contextmanager
@@ -400,7 +401,7 @@ def _file_digest(path: Path) -> str:
                 left -= len(content)
         found[start] = block.digest()
 
-    spread(digest, range(0, size, _BLOCK), lambda: None)
+    parallel_for(digest, range(0, size, _BLOCK), lambda: None)
     return hashlib.sha256(b"".join(found[start] for start in sorted(found))).hexdigest()
 
 

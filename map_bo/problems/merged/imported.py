@@ -20,6 +20,7 @@ from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
@@ -110,7 +111,7 @@ def imported_problem(
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
-        if isinstance(getattr(merging, "blocks", None), str):
+        if isinstance(merging, HasBlocks) and isinstance(merging.blocks, str):
             raise ConfigError(
                 "sum_at_most and blocks in a word were both given",
                 hint="give the blocks as {block: regular expression on tensor names}, or bound "

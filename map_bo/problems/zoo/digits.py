@@ -21,6 +21,7 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.evaluators.evaluator import Evaluator, accuracy, mean_loss, mean_probability
+from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
@@ -294,7 +295,7 @@ def digits_problem(
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
-        if isinstance(getattr(merging, "blocks", None), str):
+        if isinstance(merging, HasBlocks) and isinstance(merging.blocks, str):
             raise DataError(
                 "sum_at_most and blocks in a word were both given",
                 hint="give the blocks as {block: regular expression on tensor names}, or bound "

@@ -57,7 +57,7 @@ class Covariances:
         p = len(self.targets)
         cross, variance = self._posterior.to(X)
         if self._gain is None:
-            return cross, variance
+            return cross, variance.clamp_min(0.0)  # rounding may leave less than nothing
         toward = cross[..., p:]  # m x b x k
         taken = (toward @ self._inverse * toward).sum(-1)
         return cross[..., :p] - toward @ self._gain.mT, (variance - taken).clamp_min(0.0)

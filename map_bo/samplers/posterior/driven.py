@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -17,11 +18,12 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import child, child_seed
-from map_bo.samplers.designs.space_filling import Sobol, is_repeat
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.prediction import objective
@@ -33,11 +35,10 @@ __all__ = [
     "PosteriorDriven",
     "Situation",
     "TakesReference",
-    "reference_point",
+    "with_reference",
 ]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
-_LOWER = 0.1  # share of the observed range below the worst value, where no anchor is at hand
 _FAILURES = (
     SurrogateError,
     BotorchError,
@@ -55,7 +56,8 @@ class Situation:
     """What is known when the next points are to be chosen.
 
     Gains are metric values turned so that larger is better, less the reference point and
-    divided by ``scale``: 0 is the reference, and about 1 the best that was observed.
+    divided by ``unit``: 0 is the reference, and about 1 the best that was observed. A metric
+    without a range has gain 1 everywhere; see :class:`map_bo.scale.Scale`.
 
     Attributes:
         model: The fitted surrogate.
@@ -64,8 +66,7 @@ class Situation:
         taken: ``p x d`` points whose value is on its way or will never come: pending points and
             failed evaluations. They count as if their values were known up to the posterior.
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
-        reference: ``m`` reference point, turned so that larger is better.
-        scale: ``m`` units of the gains, positive.
+        scale: The reference point of the metrics.
         generator: A source for this proposal alone.
     """
 
@@ -74,16 +75,20 @@ class Situation:
     space: CoefficientSpace
     taken: Tensor
     known: Tensor
-    reference: Tensor
-    scale: Tensor
+    scale: Scale
     generator: Generator
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """``m`` units of the gains, positive: how far the observations reach."""
+        return self.scale.observed_unit(self.good.Y)
 
     def gains(self) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Return the function from samples on the link scale (``... x m``) to gains."""
         to_metric = objective(self.model)
 
         def scaled(samples: Tensor, X: Tensor | None = None) -> Tensor:
-            return (to_metric(samples, X) - self.reference) / self.scale
+            return self.scale.gains(to_metric(samples, X), maximised=True, unit=self.unit)
 
         return scaled
 
@@ -94,16 +99,38 @@ class Situation:
     @property
     def observed(self) -> Tensor:
         """The gains that were observed, ``n x m``."""
-        return (to_maximisation(self.good.Y, self.good.metrics) - self.reference) / self.scale
+        return self.scale.gains(self.good.Y, unit=self.unit)
 
 
 @runtime_checkable
 class TakesReference(Protocol):
     """A sampler that scales metrics by a reference point, and takes the run's."""
 
-    def above(self, reference: Mapping[str, float]) -> Sampler:
+    def with_reference(self, reference: Mapping[str, float]) -> Sampler:
         """Return the sampler with this reference point, unless it has one of its own."""
         ...
+
+
+@runtime_checkable
+class _TakesReferenceAsBefore(Protocol):
+    """What :class:`TakesReference` was in version 0.1."""
+
+    def above(self, reference: Mapping[str, float]) -> Sampler: ...
+
+
+def with_reference(sampler: Sampler, reference: Mapping[str, float]) -> Sampler:
+    """Return ``sampler`` with the run's reference point, or as it is where it takes none."""
+    if isinstance(sampler, TakesReference):
+        return sampler.with_reference(reference)
+    if isinstance(sampler, _TakesReferenceAsBefore):
+        warnings.warn(
+            f"{type(sampler).__name__}.above is now with_reference; the old name goes in "
+            "version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return sampler.above(reference)
+    return sampler
 
 
 @dataclass(frozen=True)
@@ -126,7 +153,7 @@ class PosteriorDriven:
         initial: Evaluations, seen or pending, before the first fit. ``None``: as many as a box has
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
         reference: Reference point by metric name, in the metrics' own units; metrics left out
-            keep the default of :func:`reference_point`.
+            keep the default of :meth:`map_bo.scale.Scale.of`.
     """
 
     surrogate: Surrogate | None = None
@@ -197,7 +224,7 @@ class PosteriorDriven:
         )
         return torch.cat([chosen, rest]), fit
 
-    def above(self, reference: Mapping[str, float]) -> Self:
+    def with_reference(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
 
@@ -262,46 +289,18 @@ class PosteriorDriven:
         good = seen.succeeded()
         surrogate = Auto() if self.surrogate is None else self.surrogate
         model = surrogate.fit(seen, space)
-        reference = reference_point(seen, space, self.reference)
-        gains = to_maximisation(good.Y, good.metrics)
         situation = Situation(
             model=model,
             good=good,
             space=space,
             taken=torch.cat([seen.X[~seen.ok], waiting]),
             known=torch.cat([seen.X, waiting]),
-            reference=reference,
-            scale=(gains.amax(0) - torch.minimum(reference, gains.amin(0))).clamp_min(1e-12),
+            scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
-
-
-def reference_point(
-    seen: Observations, space: CoefficientSpace, given: Mapping[str, float] | None = None
-) -> Tensor:
-    """Return the reference point of the acquisition, ``m`` values turned so that larger is better.
-
-    For each metric it is the worst value among the base and the experts as observed. Where fewer
-    than two of them succeeded it is a tenth of the observed range below the worst observation.
-    Values in ``given`` (by metric name, own units) take precedence.
-    """
-    good = seen.succeeded()
-    gains = to_maximisation(good.Y, good.metrics)
-    anchors = space.anchors()
-    ends = anchors.X[[kind != "blend" for kind in anchors.kinds]]
-    measured = is_repeat(good.X, ends, space)
-    if int(measured.sum()) >= 2:
-        point = gains[measured].amin(0)
-    else:
-        point = gains.amin(0) - _LOWER * (gains.amax(0) - gains.amin(0))
-    values = {} if given is None else given
-    own = to_maximisation(point, good.metrics)
-    for i, metric in enumerate(good.metrics):
-        own[i] = values.get(metric.name, float(own[i]))
-    return to_maximisation(own, good.metrics)
 
 
 @contextmanager

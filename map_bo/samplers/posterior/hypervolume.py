@@ -47,9 +47,26 @@ __all__ = [
     "QLogEHVI",
     "QLogNEHVI",
     "non_dominated_cells",
+    "positive_part",
 ]
 
 _SOFT = 1e-5  # width over which the positive part is smoothed
+
+
+def positive_part(x: Tensor, width: float) -> Tensor:
+    """Return ``(x + sqrt(x^2 + 4 w^2)) / 2``, the positive part of ``x`` smoothed over ``w``.
+
+    Written as ``max(x, 0) + 2 w^2 / (sqrt(x^2 + 4 w^2) + |x|)``, which loses no digits on either
+    side.
+
+    Args:
+        x: Any values.
+        width: The width ``w``.
+    """
+    root = (x.square() + 4 * width**2).sqrt()
+    # Maximum and modulus have kinks at 0 that cancel: both take the derivative from below there.
+    size = torch.where(x > 0, x, -x)
+    return x.relu() + 2 * width**2 / (root + size)
 
 
 def non_dominated_cells(Y: Tensor, reference: Tensor) -> Tensor:
@@ -224,9 +241,7 @@ class LogImprovement(MultiObjectiveMCAcquisitionFunction):
 
 def _volume_in(lower: Tensor, upper: Tensor, values: Tensor) -> Tensor:
     """Return the smoothed volume below each value inside the boxes, summed over these."""
-    gap = values - lower
-    slope = (gap.square() + 4 * _SOFT**2).sqrt() + gap.abs()
-    sides = torch.minimum(gap.clamp_min(0.0) + 2 * _SOFT**2 / slope, upper - lower)
+    sides = torch.minimum(positive_part(values - lower, _SOFT), upper - lower)
     volume = sides[..., 0]
     for j in range(1, sides.shape[-1]):  # a product over a dimension differentiates slowly
         volume = volume * sides[..., j]
@@ -307,7 +322,7 @@ class QLogNEHVI(_Hypervolume):
             return _single(situation, pending, sampler)
         # Metrics are scaled by their observed range: botorch's smoothing has absolute widths.
         gains = GenericMCMultiOutputObjective(situation.gains())
-        zero, X = torch.zeros_like(situation.reference), situation.good.X
+        zero, X = torch.zeros_like(situation.unit), situation.good.X
         # Points that are on the front of no sample change nothing but the time it takes.
         baseline = prune_inferior_points_multi_objective(
             situation.model, X, ref_point=zero, objective=gains, num_samples=2 * self.mc_samples

@@ -120,9 +120,9 @@ def _shuffled(g: int, d: int, source: Generator) -> Iterator[Tensor]:
         yield torch.randint(g, (_CHUNK, d), generator=source)
 
 
-_SUBSAMPLES = 30
-_KEPT = 0.8  # share of the evaluations in a subsample
-_SPREAD = 0.5  # weight of the spread over subsamples in a score
+_ROUNDS = 30
+_DROPPED = 5  # each round drops one row in so many, rounded down: 20 %
+_SPREAD = 0.5  # weight of the spread over the rounds in a score
 _TEMPERATURE = 0.07
 _RADII = (0.2, 0.8)
 _LARGEST_RADIUS = 1.5  # no radius that is drawn reaches it; kept as published
@@ -139,20 +139,21 @@ class PublishedBins:
     and ``d - 1`` angles in the positive orthant, around the base (the point 0). Each angle is cut
     into ``B`` equal bins on ``[0, pi/2]``, 4 below four coefficients and else 2, joint bins
     ``B^(d - 1)``. A bin's score for a task is the mean squared residual of the surrogate in it,
-    in the metric's own unit, plus half its standard deviation over 30 subsamples that drop 20 %
-    of the evaluations. A bin is drawn from ``softmax(score / 0.07)``, the angles uniformly in it,
-    and the radius from ``U(0.2, 0.8)``, clipped to ``[0, 1.5]``.
+    in the metric's own unit, plus half its standard deviation over 30 rounds, each of which drops
+    a further 20 % (rounded down) of the bin's own remaining rows. A bin is drawn from
+    ``softmax(score / 0.07)``, the angles uniformly in it, and the radius from ``U(0.2, 0.8)``,
+    clipped to ``[0, 1.5]``.
 
     Its faults are kept: the scores are those of the design, however much has been measured since;
     residuals are those of the rows that were fitted; bins without an evaluation are never
-    visited; metrics in large units have softmax pick one bin; and angles that are uniform crowd
-    the last coefficients near 0 when there are many.
+    visited; the rows that rounds drop never come back, so a bin keeps four rows from early on, and
+    one of up to five rows has no spread at all; metrics in large units have softmax pick one bin;
+    and angles that are uniform crowd the last coefficients near 0 when there are many.
 
     What had to be settled: points are dealt to the tasks in turn, by how many were evaluated or
-    are pending; the spread is that of the mean over what a subsample keeps of a bin, the fit
-    held, where it keeps anything; negative coefficients count as 0 when angles are taken; points
-    outside the space are moved to its nearest point; points known already are drawn again, and
-    when that does not help, or nothing of the design succeeded, the design goes on.
+    are pending; negative coefficients count as 0 when angles are taken; points outside the space
+    are moved to its nearest point; points known already are drawn again, and when that does not
+    help, or nothing of the design succeeded, the design goes on.
 
     Attributes:
         initial: Evaluations before the first bins. ``None``: as many as a quadratic has
@@ -225,7 +226,7 @@ class PublishedBins:
 
         @cache
         def scores_of(task: int) -> dict[tuple[int, ...], float]:
-            source = numpy_generator(generator, "bins subsamples", task)
+            source = numpy_generator(generator, "bins rounds", task)
             return bin_scores(residuals[:, task].square().numpy(), bins, source)
 
         found = known[:0]
@@ -253,21 +254,16 @@ def bin_scores(
     Args:
         squares: ``n`` squared residuals.
         bins: The ``n`` bins that they lie in.
-        source: Draws the subsamples.
+        source: Draws the rows to drop.
     """
-    n = len(squares)
-    kept = max(1, round(_KEPT * n))
-    subsamples = [set(source.permutation(n)[:kept].tolist()) for _ in range(_SUBSAMPLES)]
     scores = {}
     for place in sorted(set(bins)):
-        rows = [i for i in range(n) if bins[i] == place]
-        means = [
-            squares[inside].mean()
-            for subsample in subsamples
-            if (inside := [i for i in rows if i in subsample])
-        ]
-        spread = float(np.std(means)) if means else 0.0
-        scores[place] = float(squares[rows].mean()) + _SPREAD * spread
+        own = squares[[row == place for row in bins]]
+        left, means = source.permutation(own), []
+        for _ in range(_ROUNDS):
+            left = left[len(left) // _DROPPED :]
+            means.append(left.mean())
+        scores[place] = float(own.mean() + _SPREAD * np.std(means))
     return scores
 
 

@@ -11,13 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging.adapters.checkpoint import (
-    AdapterCheckpoint,
-    adapter_checkpoint,
-    open_expert,
-)
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, adapter_checkpoint, open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from tests.merging.peft_models import language_model, trained, with_settings
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -385,6 +381,6 @@ def test_adapters_are_streamed_like_any_expert(tmp_path: Path) -> None:
     base = open_checkpoint({**BASE, "fc.weight": torch.ones(2, 3)})
     adapter = adapter_checkpoint(linear_adapter(tmp_path), base)
     full = open_checkpoint({"fc.weight": torch.full((2, 3), 3.0), "fc.bias": torch.ones(2)})
-    merged = dict(merge_streamed(base, {"a": adapter, "b": full}, lambda _: {"a": 0.5, "b": 2.0}))
+    merged = dict(merge_linearly(base, {"a": adapter, "b": full}, lambda _: {"a": 0.5, "b": 2.0}))
     torch.testing.assert_close(merged["fc.weight"], 1 + 0.5 * DELTA + 2 * 2)
     torch.testing.assert_close(merged["fc.bias"], torch.full((2,), 2.0))

@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export import bounded as streamed
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas, PreparedMerge
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.sparse import Dare, Ties
@@ -222,14 +222,14 @@ class TestInputs:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         shard = sorted(family[1]["code"].glob("*.safetensors"))[-1]
-        real, count = streamed.StreamedVectors.read, iter(range(1000))
+        real, count = OnDiskVectors.read, iter(range(1000))
 
         def read(self: Any, *arguments: Any) -> Tensor:
             if next(count) == 3:
                 os.utime(shard, ns=(1, 1))
             return real(self, *arguments)
 
-        monkeypatch.setattr(streamed.StreamedVectors, "read", read)
+        monkeypatch.setattr(OnDiskVectors, "read", read)
         refused("has changed since it was opened")
 
     def test_dtypes_that_cannot_be_merged_this_way(self, refused: Refused) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel, SpanKernel, checked_coefficients
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge, SpanKernel, check_coefficients
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
@@ -48,7 +48,7 @@ def merged(
 ) -> Tensor:
     out = torch.full((vectors.layout.size,), torch.nan)
     blocks = (0,) * len(vectors.layout.slots)
-    ChunkedMerge(vectors, kernel, blocks, chunk=chunk).write(torch.tensor(c), out)
+    KernelMerge(vectors, kernel, blocks, chunk=chunk).write(torch.tensor(c), out)
     return out
 
 
@@ -142,6 +142,7 @@ def test_deltas_that_are_not_resident_give_the_same(operator: Ties | Della, use_
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_two_writes_at_once(threads: int) -> None:
+    # To the bit: threads share out whole pieces, and no two entries of a piece are added up.
     vectors = hard_vectors(shapes={"a": (40, 50), "b": (300,)})
     prepared = Ties(search=["density"]).prepare(vectors)
     prepared._chunk = 100
@@ -254,12 +255,12 @@ def test_outputs_that_do_not_fit_are_refused() -> None:
 
 def test_checked_coefficients() -> None:
     c = torch.tensor([1, 2], dtype=torch.int64)
-    assert checked_coefficients(c, 2).dtype == torch.float64
+    assert check_coefficients(c, 2).dtype == torch.float64
     with pytest.raises(MergeError, match=r"shape \(1, 2\)") as caught:
-        checked_coefficients(c[None], 2)
+        check_coefficients(c[None], 2)
     assert "not a batch" in str(caught.value.hint)
     with pytest.raises(MergeError, match="not finite"):
-        checked_coefficients(torch.tensor([float("inf"), 0.0]), 2)
+        check_coefficients(torch.tensor([float("inf"), 0.0]), 2)
 
 
 def test_variances_are_floored_in_every_piece() -> None:

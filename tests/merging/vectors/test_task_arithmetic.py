@@ -11,9 +11,9 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
-from map_bo.merging.vectors.linear_merge import LinearMerge, LinearOperator, TaskArithmetic
-from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.vectors.linear_merge import LinearMerge, TaskArithmetic
+from map_bo.merging.vectors.operator import Linear, MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.merging.small_models import MODELS, family
@@ -109,6 +109,7 @@ def test_tile_and_chunk_do_not_matter(c: list[float], tile: int, chunk: int) -> 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads_write_the_same(inference: bool) -> None:
+    # To the bit: threads share out whole chunks, and torch uses one thread within each.
     vectors = example_vectors(8000, dtype=torch.bfloat16)  # several chunks
     alone = merge(vectors, [0.3, -0.4, 0.9])
     before = torch.get_num_threads()
@@ -167,7 +168,7 @@ def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | No
     c = torch.linspace(-0.9, 1.4, space.d, dtype=torch.float64)
     flat = vectors.layout.state_dict(merge(vectors, c, blocks), vectors.fixed)
     streamed = dict(
-        merge_streamed(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
+        merge_linearly(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
     )
     assert flat.keys() == streamed.keys()
     for name, tensor in streamed.items():
@@ -198,7 +199,7 @@ def test_one_block_at_zero_leaves_its_tensors_as_the_base() -> None:
 def test_weights_by_tensor() -> None:
     c = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     operator = TaskArithmetic(BLOCKS)
-    assert isinstance(operator, LinearOperator)
+    assert isinstance(operator, Linear)
     of = operator.weights(("a", "b"), c)
     assert of("first.weight") == {"a": 0.1, "b": 0.3}
     assert of("last.bias") == {"a": 0.2, "b": 0.4}

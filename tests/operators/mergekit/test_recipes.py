@@ -14,9 +14,9 @@ from safetensors.torch import save_file
 
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.recipe import mergekit_text
+from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.linear_merge import LinearOperator
+from map_bo.merging.vectors.operator import Linear
 from map_bo.operators import from_mergekit
 from map_bo.operators.mergekit.form import blocks_of
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Ties
@@ -57,7 +57,7 @@ class TestRoundTrip:
         models = states(2)
         experts = {name: open_checkpoint(folders / name) for name in ("e0", "e1")}
         names = operator.space(tuple(experts), lower=0.0, upper=2.0).names
-        linear = isinstance(operator, LinearOperator)
+        linear = isinstance(operator, Linear)
         text = mergekit_text(
             base=open_checkpoint(folders / "base"),
             experts=experts,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import Deltas, PreparedMerge

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export import bounded as piecewise
+from map_bo.merging.export.bounded import merges_files
+from map_bo.merging.export.model import ExportSettings
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
@@ -254,4 +254,4 @@ def test_no_model_is_loaded_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(TaskVectors, "load", lambda *a, **k: pytest.fail("loaded"))
     out = merging.export(point(merging), tmp_path / "m")
     assert loaded(out).keys() == Cnn().state_dict().keys()
-    assert piecewise.streams(open_checkpoint(base), TaskArithmetic())
+    assert merges_files(open_checkpoint(base), TaskArithmetic())

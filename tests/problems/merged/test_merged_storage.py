@@ -13,8 +13,8 @@ from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
+from map_bo.merging.export.model import ExportSettings
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.sparse import Ties
 from map_bo.problems.merged.problem import MergedModelProblem
@@ -57,7 +57,7 @@ def test_mapped_task_vectors_give_the_same_measurements(
     seen = problem(operator=operator).evaluate(X, generator=G)
     for settings in ({"max_memory": ROWS - 1}, {}):
         mapped = problem(operator=operator, cache_dir=tmp_path, **settings)
-        assert not mapped._ready  # nothing is read or written yet
+        assert not mapped._loaded  # nothing is read or written yet
         found = mapped.evaluate(X, generator=G)
         assert torch.equal(found.Y, seen.Y)
         assert len(rows_in(tmp_path)) == 1
@@ -145,7 +145,7 @@ def test_mapped_pages_do_not_count_against_the_memory_of_an_export(
         mapped_pages.append(file_pages() - before)
         return tmp_path
 
-    monkeypatch.setattr(merged, "write_merged", write)
+    monkeypatch.setattr(merged, "export_model", write)
     tested.export(torch.tensor([0.3, 0.4]), tmp_path / "out", settings=ExportSettings("1GB"))
     rows = 3 * 12_000_000
     assert mapped_pages[0] > rows * 0.9

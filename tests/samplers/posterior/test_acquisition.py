@@ -9,17 +9,16 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume
 from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol, Uniform, is_repeat
 from map_bo.samplers.posterior.acquisition import _constraints
-from map_bo.samplers.posterior.driven import reference_point
 from map_bo.samplers.posterior.hypervolume import QLogNEHVI
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.surrogates.quadratic import Quadratic
-from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, measured, some_seen
+from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 
 BOX = CoefficientSpace.box(("a", "b"))
 
@@ -199,28 +198,6 @@ def test_an_unknown_metric_in_the_reference_is_refused() -> None:
     with pytest.raises(SamplerError, match="unknown metrics: frist") as caught:
         sampler.propose(some_seen(BOX, 1), BOX, 1, generator=make_generator(0))
     assert caught.value.hint == "the metrics are first, second"
-
-
-def test_the_reference_is_the_worst_of_base_and_experts() -> None:
-    seen = some_seen(BOX, 12)  # base, a, b, blend, then others; the second metric is a loss
-    expected = torch.stack([seen.Y[:3, 0].amin(), -seen.Y[:3, 1].amax()])
-    assert torch.equal(reference_point(seen, BOX), expected)
-    failed = some_seen(BOX, 12, failed=(1,))
-    expected = torch.stack([seen.Y[[0, 2], 0].amin(), -seen.Y[[0, 2], 1].amax()])
-    assert torch.equal(reference_point(failed, BOX), expected)
-
-
-def test_without_anchors_the_reference_is_below_everything_observed() -> None:
-    seen = some_seen(BOX, 12).select(range(4, 12))
-    gains = to_maximisation(seen.Y, METRICS)
-    reach = gains.amax(0) - gains.amin(0)
-    assert torch.allclose(reference_point(seen, BOX), gains.amin(0) - 0.1 * reach)
-
-
-def test_given_values_of_the_reference_take_precedence() -> None:
-    seen = some_seen(BOX, 12)
-    point = reference_point(seen, BOX, {"second": 7.0})
-    assert point.tolist() == [float(reference_point(seen, BOX)[0]), -7.0]
 
 
 def test_constraints_turn_into_botorchs_form() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from botorch.models.model import FantasizeMixin
 from botorch.posteriors.gpytorch import GPyTorchPosterior
+from torch import Tensor
 
 from map_bo.rng import make_generator
 from map_bo.samplers.posterior.covariance import Covariances, measurement_noise
@@ -52,3 +53,25 @@ def test_noise_is_that_of_the_fit() -> None:
         measurement_noise(model), model.training_targets()[1].median(0).values
     )
     assert bool((measurement_noise(model) > 0).all())
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_variance_that_rounding_takes_below_zero_is_zero(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GP().fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(9, generator=make_generator(0))
+    covariances = Covariances(model, X[:3], measurement_noise(model), X[3 : 3 + waiting])
+    exact = covariances._posterior.to
+
+    def rounded(points: Tensor) -> tuple[Tensor, Tensor]:
+        cross, variance = exact(points)
+        return cross, -1e-12 * variance
+
+    monkeypatch.setattr(covariances._posterior, "to", rounded)
+    points = X[5:].clone().requires_grad_(True)
+    _, variance = covariances.to(points)
+    torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=0)
+    # An upper confidence bound takes its root, and an optimiser the derivative of that.
+    (slope,) = torch.autograd.grad((variance + 1e-30).sqrt().sum(), points)
+    assert bool(torch.isfinite(slope).all())

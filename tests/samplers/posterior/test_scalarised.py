@@ -26,6 +26,7 @@ from map_bo.samplers.posterior.scalarised import (
     unit_volume,
 )
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
@@ -77,8 +78,7 @@ def situation(m: int, n: int = 10) -> Situation:
         space=space,
         taken=X[:0],
         known=X,
-        reference=Y.amin(0),
-        scale=torch.ones(m, dtype=torch.float64),
+        scale=Scale(metrics, Y.amin(0), Y.amax(0), "given"),
         generator=make_generator(0),
     )
 

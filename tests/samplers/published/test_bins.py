@@ -65,6 +65,24 @@ def test_directions_that_are_predicted_ill_get_more_points() -> None:
     assert above > 0.62
 
 
+def test_bins_get_points_in_proportion_to_the_standard_deviation_of_their_residuals() -> None:
+    # Two bins that mirror each other, and pairs of opposite errors around a flat fit: twice as
+    # large above the diagonal, which deserves two thirds of all points (by their squares, 4/5).
+    theta = torch.linspace(3, 42, 20, dtype=torch.float64).repeat_interleave(2) * math.pi / 180
+    theta = torch.cat([theta, math.pi / 2 - theta])
+    X = 0.7 * torch.stack([theta.cos(), theta.sin()], -1)
+    errors = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(40)
+    errors[40:] *= 2
+    seen = Observations(X, errors.unsqueeze(-1), (Metric("one", kind="unbounded"),))
+    sampler = Bins(capacity=40, strength=2.1)
+    shares = []
+    for seed in range(2):
+        found = sampler.propose(seen, PLANE, 70, generator=make_generator(seed))
+        above = angle(torch.cat([X, found])) > math.pi / 4
+        shares.append(float(above.double().mean()))
+    assert float(np.mean(shares)) == pytest.approx(2 / 3, abs=0.03)
+
+
 def test_residuals_are_fresh_every_round() -> None:
     X = PLANE.sample(16, generator=make_generator(1))
     seen = rough(X)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import math
+import random
+import statistics
 
 import numpy as np
 import pytest
@@ -152,17 +154,51 @@ def test_where_everything_is_known_the_design_goes_on(
     assert "hold points known already" in caplog.text
 
 
-def test_the_score_is_the_mean_and_half_the_spread_over_subsamples() -> None:
-    squares = np.array([1.0, 3.0, 5.0, 2.0, 2.0])
-    bins = [(0,), (0,), (0,), (1,), (1,)]
+def deviation(values: list[float]) -> float:
+    mean = statistics.fmean(values)
+    return math.sqrt(statistics.fmean((value - mean) ** 2 for value in values))
+
+
+def published_spread(squares: list[float], source: random.Random) -> float:
+    """The published rule, restated: what is left of a bin shrinks from round to round."""
+    left, means = list(squares), []
+    for _ in range(30):
+        for dropped in source.sample(left, int(0.2 * len(left))):
+            left.remove(dropped)
+        means.append(statistics.fmean(left))
+    return deviation(means)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 5, 6, 9, 25])
+def test_the_spread_is_that_of_the_published_rule(rows: int) -> None:
+    squares = [float(i) ** 2 for i in range(rows)]
+    others = [1000.0 * i for i in range(20)]  # of another bin, which must not matter
+    bins = [(0,)] * rows + [(1,)] * len(others)
+    mean, values = statistics.fmean(squares), np.array(squares + others)
+    ours, theirs = np.random.default_rng(0), random.Random(1)
+    found = [2 * (bin_scores(values, bins, ours)[0,] - mean) for _ in range(300)]
+    expected = [published_spread(squares, theirs) for _ in range(1000)]
+    if rows <= 5:
+        assert found == pytest.approx([0.0] * 300, abs=1e-12)
+        assert expected == pytest.approx([0.0] * 1000, abs=1e-12)
+        return
+    # The order in which rows are dropped is random: the distributions are compared.
+    assert statistics.fmean(found) == pytest.approx(statistics.fmean(expected), rel=0.1)
+    assert deviation(found) == pytest.approx(deviation(expected), rel=0.15)
+    if rows == 6:  # any of the six goes first, any of the other five next, and no more
+        assert {round(spread, 6) for spread in found} == {round(spread, 6) for spread in expected}
+
+
+def test_a_score_is_the_mean_of_the_bin_and_half_its_spread() -> None:
+    squares = np.array([1.0, 2.0, 2.0, 60.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    bins = [(0,), (1,), (1,)] + [(2,)] * 6
     scores = bin_scores(squares, bins, np.random.default_rng(0))
-    assert scores[1,] == 2.0  # equal residuals: no spread
-    # Four of five are kept: the first bin loses a row, for a mean of 4, 3 or 2, or none, for 3.
-    assert 3.0 < scores[0,] <= 3.0 + 0.5 * 1.0
-    assert set(scores) == {(0,), (1,)}
-    # The expected spread: means 4, 2 with probability 1/5 each, 3 else.
-    many = [bin_scores(squares, bins, np.random.default_rng(i))[0,] for i in range(50)]
-    assert float(np.mean(many)) == pytest.approx(3.0 + 0.5 * math.sqrt(0.4), abs=0.03)
+    assert (scores[0,], scores[1,]) == (1.0, 2.0)
+    # The large row is dropped in the first round, in the second, or never.
+    means = [[0.0] * 30, [12.0] + [0.0] * 29, [12.0] + [15.0] * 29]
+    possible = [10.0 + 0.5 * deviation(one) for one in means]
+    assert scores[2,] in [pytest.approx(one) for one in possible]
+    assert set(scores) == {(0,), (1,), (2,)}
 
 
 def test_a_lone_evaluation_has_a_score() -> None:

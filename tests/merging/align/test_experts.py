@@ -1,4 +1,4 @@
-"""Whether an expert is of a base."""
+"""Whether an expert fits its base, and is of it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,52 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.same_base import Likeness, require_alike
+from map_bo.merging.align.experts import BaseSimilarity, align_names, require_alike
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.rng import make_generator
+
+
+def named(*names: str, tied: tuple[str, ...] = (), **changed: Tensor) -> Checkpoint:
+    one = torch.ones(2, 3)
+    tensors = {name: one if name in tied else torch.ones(2, 3) for name in names}
+    return open_checkpoint({**tensors, **changed})
+
+
+def test_own_names_come_first() -> None:
+    assert align_names(named("a", "b"), named("a", "b"), "e") == {"a": "a", "b": "b"}
+
+
+@pytest.mark.parametrize(
+    "expert", [named("a"), named("b"), named("a", "b"), named("a", "b", tied=("a", "b"))]
+)
+def test_a_tied_tensor_under_any_of_its_names(expert: Checkpoint) -> None:
+    recorded = named("a", "b", tied=("a", "b"))
+    assert align_names(recorded, expert, "e") == {"a": expert.names[0]}
+    # As a model ties them whose base was saved with both.
+    assert align_names(named("a", "b"), expert, "e", {"b": "a"}) == {"a": expert.names[0]}
+
+
+def test_an_alias_is_no_further_tensor() -> None:
+    assert align_names(named("a"), named("a", "b", tied=("a", "b")), "e") == {"a": "a"}
+
+
+@pytest.mark.parametrize(
+    ("expert", "message"),
+    [
+        (named("a"), "expert 'e' lacks 1 of the base's tensors: b\n"),
+        (named("a", "b", "c"), "expert 'e' has 1 tensors that the base lacks: c\n"),
+        (
+            named("a", b=torch.ones(3, 2)),
+            r"other shapes than the base: b \[3, 2\] against \[2, 3\]",
+        ),
+        (named("a", b=torch.ones(2, 3, dtype=torch.int8)), "other kinds of dtype .*: b torch.int8"),
+        (named("a", b=torch.ones(2, 3, dtype=torch.complex64)), "b torch.complex64 against"),
+    ],
+)
+def test_what_does_not_fit(expert: Checkpoint, message: str) -> None:
+    with pytest.raises(MergeError, match=message) as caught:
+        align_names(named("a", "b"), expert, "e")
+    assert caught.value.hint
 
 
 def drawn(seed: int, *shape: int) -> Tensor:
@@ -64,7 +107,7 @@ def test_too_few_numbers_decide_nothing() -> None:
 
 
 def test_a_base_of_zeros_refuses_nothing() -> None:
-    likeness = Likeness("e")
+    likeness = BaseSimilarity("e")
     likeness.add(torch.zeros(50, 50), drawn(0, 50, 50))
     likeness.judge()
 
@@ -74,7 +117,7 @@ def judged(far: float, *, size: int = 4000, shared: float = 1.0) -> None:
     generator = make_generator(0)
     base, noise = (torch.randn(size, generator=generator) for _ in range(2))
     expert = shared * base + far * noise * base.norm() / noise.norm()
-    likeness = Likeness("math")
+    likeness = BaseSimilarity("math")
     for start in range(0, size, 1000):  # in pieces
         part = slice(start, start + 1000)
         likeness.add(base[part], (expert - base)[part])

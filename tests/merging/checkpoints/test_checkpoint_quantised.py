@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.damaged import refused
 
@@ -84,7 +84,7 @@ def test_plain_8_bit_floats_are_values(tmp_path: Path, dtype: torch.dtype) -> No
     assert torch.equal(expert.read("w", 3, 9).float(), tuned.float().flatten()[3:9])
     assert base.digest() == open_checkpoint({"w": pre}).digest()
     expected = (pre.float() + 0.5 * (tuned.float() - pre.float())).to(dtype)
-    ((_, merged),) = merge_streamed(base, {"e": expert}, lambda name: {"e": 0.5})
+    ((_, merged),) = merge_linearly(base, {"e": expert}, lambda name: {"e": 0.5})
     assert merged.dtype == dtype
     assert torch.equal(merged.float(), expected.float())
     vectors = TaskVectors.load(base, {"e": expert})

@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align import same_base as comparing
-from map_bo.merging.align.same_base import pieces_of, require_same_fixed, require_tied, same_values
+from map_bo.merging.align import experts as align_experts
+from map_bo.merging.align.experts import pieces_of, require_same_fixed, require_tied, same_values
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 
 
 @pytest.fixture(autouse=True, params=[3, 1 << 20])
 def piece(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "_PIECE", request.param)
+    monkeypatch.setattr(align_experts, "_PIECE", request.param)
 
 
 def of(value: Tensor) -> Checkpoint:

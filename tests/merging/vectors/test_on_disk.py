@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapters.checkpoint import AdapterCheckpoint
+from map_bo.merging.adapters.adapter import AdapterCheckpoint
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.adapter_files import small_adapters, small_base
-from tests.merging.hard_checkpoints import EXPERTS, hard_family, hard_tensors, opened
+from tests.merging.hard_checkpoints import EXPERTS, hard_family, hard_tensors, opened, threads
 
 FP8 = torch.float8_e5m2
 
@@ -26,8 +26,8 @@ def vectors(
     base: torch.dtype = torch.float32,
     experts: torch.dtype = torch.float32,
     ties: Mapping[str, str] | None = None,
-) -> StreamedVectors:
-    return StreamedVectors(
+) -> OnDiskVectors:
+    return OnDiskVectors(
         open_checkpoint(hard_tensors("base", base)),
         {name: open_checkpoint(hard_tensors(name, experts)) for name in EXPERTS},
         ties=ties,
@@ -119,7 +119,7 @@ class TestAdapters:
     def test_their_task_vectors_are_what_they_add_to_the_last_digit(
         self, family: tuple[Checkpoint, dict[str, AdapterCheckpoint]]
     ) -> None:
-        streamed, resident = StreamedVectors(*family), TaskVectors.load(*family)
+        streamed, resident = OnDiskVectors(*family), TaskVectors.load(*family)
         for slot, each in enumerate(streamed.layout.slots):
             for start, stop in ((0, each.numel), (each.numel // 3, each.numel // 2)):
                 found = streamed.read(slot, start, stop)
@@ -133,7 +133,7 @@ class TestAdapters:
     ) -> None:
         base, experts = family
         adapter = experts["chat"].adapter
-        streamed = StreamedVectors(base, experts)
+        streamed = OnDiskVectors(base, experts)
         slot = [each.name for each in streamed.layout.slots].index("layers.1.fc.weight")
         whole = streamed.read(slot, 0, 280)
         real, sizes = adapter.reader.read, []
@@ -151,14 +151,14 @@ class TestAdapters:
 class TestRefusals:
     def test_no_experts(self) -> None:
         with pytest.raises(MergeError, match="there are no experts"):
-            StreamedVectors(open_checkpoint(hard_tensors("base")), {})
+            OnDiskVectors(open_checkpoint(hard_tensors("base")), {})
 
     @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, FP8])
     def test_nan_and_infinity(self, value: float, dtype: torch.dtype) -> None:
         tensors = hard_tensors("math", dtype)
         tensors["scalar"] = torch.tensor(value).to(dtype)
-        deltas = StreamedVectors(
+        deltas = OnDiskVectors(
             open_checkpoint(hard_tensors("base", dtype)),
             {"math": open_checkpoint(tensors)},
             check_base=False,
@@ -171,18 +171,14 @@ class TestRefusals:
         generator = torch.Generator().manual_seed(0)
         pre, other = (torch.randn(60, 60, generator=generator) for _ in range(2))
         experts = {"good": {"w": pre + 0.1}, "bad": {"w": other}}
-        torch.set_num_threads(2)
-        try:
-            with pytest.raises(MergeError, match="'bad' does not look fine-tuned"):
-                StreamedVectors(
-                    open_checkpoint({"w": pre}),
-                    {name: open_checkpoint(tensors) for name, tensors in experts.items()},
-                )
-        finally:
-            torch.set_num_threads(1)
+        with threads(2), pytest.raises(MergeError, match="'bad' does not look fine-tuned"):
+            OnDiskVectors(
+                open_checkpoint({"w": pre}),
+                {name: open_checkpoint(tensors) for name, tensors in experts.items()},
+            )
 
     def test_a_file_that_has_gone(self, tmp_path: Path) -> None:
-        deltas = StreamedVectors(*opened(*hard_family(tmp_path)), check_base=False)
+        deltas = OnDiskVectors(*opened(*hard_family(tmp_path)), check_base=False)
         (tmp_path / "code" / "model.safetensors").unlink()
         with pytest.raises(CheckpointError, match=r"code/model\.safetensors cannot be read"):
             deltas.read(0, 0, 1)
@@ -191,9 +187,9 @@ class TestRefusals:
         same = torch.ones(3, 2)
         base = open_checkpoint({"a": same, "b": same.clone()})
         broken = open_checkpoint({"a": same, "b": same + 1})
-        StreamedVectors(base, {"e": base}, ties={"b": "a"}).require_consistent()
+        OnDiskVectors(base, {"e": base}, ties={"b": "a"}).require_consistent()
         for pre, tuned, label in ((base, broken, "expert 'e'"), (broken, base, "the base")):
-            deltas = StreamedVectors(pre, {"e": tuned}, ties={"b": "a"})
+            deltas = OnDiskVectors(pre, {"e": tuned}, ties={"b": "a"})
             with pytest.raises(MergeError, match=f"'a' and 'b' are one tensor .* {label}"):
                 deltas.require_consistent()
-            StreamedVectors(pre, {"e": tuned}).require_consistent()
+            OnDiskVectors(pre, {"e": tuned}).require_consistent()

@@ -116,7 +116,7 @@ def _put_tensors(
     first: dict[str, tuple[str, Tensor]] = {}
     seen: set[str] = set()
     for name, given in tensors:
-        tensor = _fitting(name, given, base, seen)
+        tensor = _conform(name, given, base, seen)
         seen.add(name)
         canonical = base.ties.get(name, name)
         if canonical in base.ties.values():
@@ -152,7 +152,7 @@ def _put_pieces(
     return {n for n, layout in layouts.items() if counts[n] == layout.shape.numel()}
 
 
-def _fitting(name: str, tensor: Tensor, base: Checkpoint, seen: set[str]) -> Tensor:
+def _conform(name: str, tensor: Tensor, base: Checkpoint, seen: set[str]) -> Tensor:
     if name not in base.names or name in seen:
         problem = "was given twice" if name in seen else "is not in the base"
         raise MergeError(

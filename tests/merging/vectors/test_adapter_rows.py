@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.adapters.low_rank import exact_products
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
 from map_bo.merging.vectors import linear_merge
 from map_bo.merging.vectors.blocks import Blocks, block_norms
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.linear_merge import LinearMerge, TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.rng import make_generator
@@ -109,7 +109,7 @@ class TestRows:
 
     @given(st.data())
     def test_pieces_from_checkpoints(self, models: Models, data: st.DataObject) -> None:
-        streamed = StreamedVectors(models.base, models.experts)
+        streamed = OnDiskVectors(models.base, models.experts)
         slot = data.draw(st.integers(0, len(streamed.layout.slots) - 1))
         where = streamed.layout.slots[slot]
         start = data.draw(st.integers(0, where.numel))
@@ -137,7 +137,7 @@ class TestRows:
         c = torch.tensor([0.5, 1.0, 2.0, -1.0])
         for vectors, out in ((models.low(), found), (models.multiplied_out(), wanted)):
             blocks = Blocks(None).table(vectors.layout)
-            ChunkedMerge(vectors, Largest(), blocks, chunk=16).write(c, out)
+            KernelMerge(vectors, Largest(), blocks, chunk=16).write(c, out)
         close(found, wanted)
 
 
