@@ -20,9 +20,12 @@ __all__ = [
     "CLASSES",
     "FIELDS",
     "MODULES",
+    "NAMES",
     "OldNames",
     "current",
+    "current_class",
     "old_attribute",
+    "renamed",
     "with_current_targets",
 ]
 
@@ -222,16 +225,39 @@ CLASSES: Mapping[str, str] = MappingProxyType(
 FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
 """Fields of settings that have another name today: the old one -> today's."""
 
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "samplers.published.public_code.BinsReference": "PublishedBins",
+        "samplers.published.public_code.ReferenceDesign": "PublishedDesign",
+        "surrogates.published.ReferenceModel": "PublishedModel",
+        "surrogates.published.ReferenceQuadratic": "PublishedQuadratic",
+    }
+)
+"""Old name of a class in a module of today -> its name today."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
-    The longest old module that the name begins with is replaced. A name that leads to a module of
-    today, and any name of another package, is returned as it is. Packages of today whose name was
-    a module's lead to what that module became, but for their own modules.
+    The longest old module that the name begins with is replaced, and so is the old name of a class.
+    A name that leads to a module of today, and any name of another package, is returned as it is.
+    Packages of today whose name was a module's lead to what that module became, but for their own
+    modules.
     """
     if not name.startswith(_ROOT):
         return name
+    name = _moved(name)
+    home, _, last = name.rpartition(".")
+    return f"{home}.{NAMES.get(name.removeprefix(_ROOT), last)}"
+
+
+def current_class(module: str, name: str) -> tuple[str, str]:
+    """Return today's module and name of a class."""
+    home = current(module)
+    return home, NAMES.get(f"{home.removeprefix(_ROOT)}.{name}", name)
+
+
+def _moved(name: str) -> str:
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
@@ -275,6 +301,24 @@ def old_attribute(package: str, name: str) -> Any:
             _warn(f"{package}.{name}", f"{home}.{name}")
             return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+def renamed(module: str, name: str) -> Any:
+    """Return what has another name today: for the ``__getattr__`` of its module.
+
+    Args:
+        module: The module.
+        name: The attribute that was asked of it.
+
+    Raises:
+        AttributeError: When the module never had such an attribute.
+    """
+    old = f"{module}.{name}"
+    if old.removeprefix(_ROOT) not in NAMES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = NAMES[old.removeprefix(_ROOT)]
+    _warn(old, f"{module}.{new}")
+    return vars(import_module(module))[new]
 
 
 class OldNames(MetaPathFinder):

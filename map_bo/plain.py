@@ -36,7 +36,7 @@ from torch import Tensor
 
 from map_bo.errors import MapBoError, SettingsError, did_you_mean, first_line
 from map_bo.extensions import is_registered
-from map_bo.moved import CLASSES, FIELDS, current
+from map_bo.moved import CLASSES, FIELDS, current, current_class
 
 __all__ = [
     "Described",
@@ -278,7 +278,7 @@ def _object(name: Any, given: Any, trust: frozenset[str]) -> Any:
 def _class_named(name: Any, trust: frozenset[str]) -> Any:
     """Return the dataclass that plain data name, if it may be built."""
     module, _, qualname = str(name).partition(":")
-    module = current(module)
+    module, qualname = current_class(module, qualname)
     if not (_NAME.fullmatch(module) and _NAME.fullmatch(qualname)):
         raise SettingsError(
             f"the settings {name!r} cannot be built: that is not the name of a class",
@@ -366,7 +366,8 @@ def _modern_settings(recorded: Any, now: Mapping[str, Any]) -> Any:
     short = name_of(now)
     if is_settings(told):
         module, _, name = str(told["class"]).rpartition(":")
-        same = name == short and (not module or f"{current(module)}:{name}" == now["class"])
+        home = module or str(now["class"]).partition(":")[0]
+        same = ":".join(current_class(home, name)) == now["class"]
         given = told["fields"]
     elif told.keys() == {"type"}:  # problems that said nothing else of themselves
         return now if told["type"] == short else recorded

@@ -131,13 +131,13 @@ def observing(path: str, budget: int, **arguments: Any) -> Parts:
 
 
 def reference(
-    budget: int, sampler: str = "samplers.published.public_code:ReferenceDesign"
+    budget: int, sampler: str = "samplers.published.public_code:PublishedDesign"
 ) -> Parts:
     """Return the published design, fit and solver."""
-    points = {"points": BUDGET} if sampler.endswith("ReferenceDesign") else {}
+    points = {"points": BUDGET} if sampler.endswith("PublishedDesign") else {}
     return Parts(
         part(sampler, budget, **points),
-        part("surrogates.published:ReferenceQuadratic", budget),
+        part("surrogates.published:PublishedQuadratic", budget),
         part("pareto.evolution:NSGA3", budget, population=100, generations=25),
         guard=False,
     )
@@ -208,7 +208,7 @@ def unguarded(budget: int) -> Parts:
 
 def unprior(budget: int) -> Parts:
     """Return the default with the published, unregularised fit for the front."""
-    return swapped(budget, surrogate="surrogates.published:ReferenceQuadratic")
+    return swapped(budget, surrogate="surrogates.published:PublishedQuadratic")
 
 
 def matched(sampler: str, surrogate: str, budget: int) -> Parts:
@@ -244,7 +244,7 @@ _SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "d-optimal": ("samplers.designs.optimal:OptimalDesign", {"criterion": "d"}, {}),
     "i-optimal": ("samplers.designs.optimal:OptimalDesign", {"criterion": "i"}, {}),
     "bins": ("samplers.published.bins:Bins", {}, {}),
-    "bins-reference": ("samplers.published.public_code:BinsReference", {}, {"most_dimensions": 12}),
+    "bins-reference": ("samplers.published.public_code:PublishedBins", {}, {"most_dimensions": 12}),
     "tied-sobol": ("samplers.designs.blocks:TiedSobol", {}, {}),
     "qlognehvi": ("samplers.posterior.hypervolume:QLogNEHVI", {}, {"most_metrics": 4}),
     "qlogehvi": ("samplers.posterior.hypervolume:QLogEHVI", {}, {"most_metrics": 4}),
@@ -345,7 +345,7 @@ def _others() -> list[Method]:
         Method(name, partial(_late, sampled, path, given), "sampler", **limits)
         for name, (path, given, limits) in _SAMPLERS.items()
     ]
-    published = partial(reference, sampler="samplers.published.public_code:BinsReference")
+    published = partial(reference, sampler="samplers.published.public_code:PublishedBins")
     found.append(
         Method("bins-reference as published", published, "sampler", refine=False, box="wide")
     )

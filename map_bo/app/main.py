@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from map_bo.app.arguments import Command, pairs, parser
+from map_bo.app.arguments import Command, pairs, parser, surrogate_of_sampler
 from map_bo.errors import ConfigError, MapBoError, SettingsError
 from map_bo.moved import with_current_targets
 
@@ -246,7 +246,7 @@ def _run(arguments: list[str]) -> None:
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["map-bo", *arguments]
+    sys.argv = ["map-bo", *map(surrogate_of_sampler, arguments)]
     try:
         hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
             run_task

@@ -29,6 +29,7 @@ from map_bo.surrogates.surrogate import (
     SampledFunctions,
     Surrogate,
     SurrogateModel,
+    has_uncertainty,
 )
 from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
@@ -204,6 +205,11 @@ class Informed:
     def leaves_one_out(self) -> bool:
         """Whether the models leave evaluations out: when those of the surrogate do."""
         return promises_leave_one_out(self.surrogate)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the models have no uncertainty: when those of the surrogate have none."""
+        return not has_uncertainty(self.surrogate)
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> InformedModel:
         """Fit each metric to all of its measurements.

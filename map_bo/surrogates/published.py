@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,20 +29,21 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
+from map_bo.moved import renamed
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import quadratic_features
 from map_bo.surrogates.links import IdentityLink, Link, LogitLink, SoftplusLink
 from map_bo.surrogates.quadratic_model import gaussian_posterior, transformed
 from map_bo.surrogates.surrogate import SampledFunctions, SurrogateModel, joint_by_metric
 
-__all__ = ["ReferenceModel", "ReferenceQuadratic"]
+__all__ = ["PublishedModel", "PublishedQuadratic"]
 
 _Array = npt.NDArray[np.float64]
 _VARIANCE = 1e-12  # link scale: "none", but botorch can still factorise it
 _EVALUATIONS = 2000  # of the trust-region method, each with a numerical Jacobian
 
 
-class ReferenceModel(SurrogateModel):
+class PublishedModel(SurrogateModel):
     """Fixed quadratics: a posterior with (nearly) no variance, since the fit has none to offer.
 
     Its intervals mean nothing; it is here to be compared on its predictions.
@@ -93,9 +94,9 @@ class ReferenceModel(SurrogateModel):
         """Return the quadratics themselves, ``k`` times: the fit knows of no other."""
         return _Known(self, k)
 
-    def for_metrics(self, columns: Sequence[int]) -> ReferenceModel:
+    def for_metrics(self, columns: Sequence[int]) -> PublishedModel:
         """Return the model of some metrics alone."""
-        return ReferenceModel(
+        return PublishedModel(
             tuple(self.metrics[i] for i in columns),
             tuple(self.links[i] for i in columns),
             self.weights[list(columns)],
@@ -113,10 +114,12 @@ class _Known(SampledFunctions):
 
 
 @dataclass(frozen=True)
-class ReferenceQuadratic:
+class PublishedQuadratic:
     """Settings of the published fit: there are none."""
 
-    def fit(self, seen: Observations, space: CoefficientSpace) -> ReferenceModel:
+    certain: ClassVar[bool] = True
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> PublishedModel:
         """Fit to the evaluations that succeeded; their noise plays no part.
 
         Raises:
@@ -134,7 +137,7 @@ class ReferenceQuadratic:
         weights = np.stack(
             [_least_squares(Phi, seen.Y[:, j].numpy(), link) for j, link in enumerate(links)]
         )
-        return ReferenceModel(seen.metrics, links, torch.from_numpy(weights))
+        return PublishedModel(seen.metrics, links, torch.from_numpy(weights))
 
 
 def _published_link(metric: Metric) -> Link:
@@ -172,3 +175,7 @@ def _least_squares(Phi: _Array, y: _Array, link: Link) -> _Array:
             return np.asarray(answer[0], dtype=np.float64)
         found = least_squares(residual, start, method="trf", max_nfev=_EVALUATIONS)
     return np.asarray(found.x, dtype=np.float64)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

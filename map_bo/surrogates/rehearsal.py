@@ -80,6 +80,9 @@ def _use(model: SurrogateModel, X: Tensor, metrics: tuple[Metric, ...]) -> None:
             f"{len(model.links)} links, the run's are {[metric.name for metric in metrics]}"
         )
     q, m = len(X), len(metrics)
+    points = X.clone().requires_grad_(True)
+    if not all(value.requires_grad for value in (model.link_mean(points), *model.joint(points))):
+        raise SurrogateError("its posterior cannot be differentiated in the coefficients")
     with torch.no_grad():
         mean, covariance = model.joint(X)
         cross, _ = model.covariances_with(X[:1]).to(X)

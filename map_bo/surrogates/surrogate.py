@@ -36,7 +36,9 @@ __all__ = [
     "SampledFunctions",
     "Surrogate",
     "SurrogateModel",
+    "WithoutUncertainty",
     "gaussian",
+    "has_uncertainty",
     "joint_by_metric",
     "same_state",
 ]
@@ -340,6 +342,21 @@ class DescribesSelection(Protocol):
     def describe_selection(self) -> list[dict[str, Any]]:
         """Return the choice of every metric as plain data."""
         ...
+
+
+@runtime_checkable
+class WithoutUncertainty(Protocol):
+    """Settings of a surrogate that say whether its fits have no uncertainty to offer."""
+
+    @property
+    def certain(self) -> bool:
+        """Whether the variance of the posterior means nothing, so that no sampler can use it."""
+        ...
+
+
+def has_uncertainty(surrogate: Surrogate) -> bool:
+    """Return whether the posterior of a surrogate has an uncertainty to look at."""
+    return not (isinstance(surrogate, WithoutUncertainty) and surrogate.certain)
 
 
 @runtime_checkable

@@ -27,7 +27,7 @@ from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 from tests.loop.bowls import quick
@@ -145,7 +145,7 @@ def test_it_is_the_same_for_the_same_seed() -> None:
 
 
 def test_a_surrogate_that_cannot_leave_out_estimates_no_optimism() -> None:
-    sure = assessed(2, 12, 20, ReferenceQuadratic())
+    sure = assessed(2, 12, 20, PublishedQuadratic())
     assert all(found["mean"] is None for found in (*sure.left_out.values(),))
     assert all(found["mean"] is None for found in (*sure.simulated.values(),))
     assert bool(sure.front.probability.isfinite().all())

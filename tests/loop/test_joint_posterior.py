@@ -28,7 +28,7 @@ from map_bo.surrogates.links import from_link
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 
@@ -74,7 +74,7 @@ def test_more_points_than_features_are_drawn_in_silence() -> None:
 
 
 def test_a_fit_without_uncertainty_draws_its_mean() -> None:
-    model = ReferenceQuadratic().fit(data(), SPACE)
+    model = PublishedQuadratic().fit(data(), SPACE)
     values, known = real_draws(
         model, grid(10), data().X, SPACE, count=8, generator=make_generator(0)
     )

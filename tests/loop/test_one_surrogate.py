@@ -17,6 +17,7 @@ from map_bo.samplers.published.bins import Bins
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.tracking.jsonl import MemoryStore
@@ -42,6 +43,11 @@ def test_an_ability_that_a_sampler_needs_is_checked_before_the_run() -> None:
         Settings(budget=12, surrogate=Plain(), sampler=Bins())
     assert "sampler.surrogate=quadratic" in str(caught.value.hint)
     Settings(budget=12, surrogate=Plain(), sampler=Bins(GP()))
+    with pytest.raises(SamplerError, match="the fit of PublishedQuadratic has no uncert") as caught:
+        Settings(budget=12, surrogate=PublishedQuadratic())
+    assert "sampler=sobol" in str(caught.value.hint)
+    Settings(budget=12, surrogate=PublishedQuadratic(), sampler=Sobol())
+    Settings(budget=12, surrogate=PublishedQuadratic(), sampler=Adaptive(surrogate=GP()))
 
 
 def test_surrogates_propose_different_points() -> None:

@@ -19,7 +19,7 @@ from map_bo.surrogates.features import quadratic_features
 from map_bo.surrogates.links import links_for, observed_on_link
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.processes.gp import GP
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, count_log_densities, log_densities
@@ -190,9 +190,9 @@ def test_drawn_functions_are_in_closed_form_where_all_parts_have_one() -> None:
 
 def test_a_part_that_has_to_be_fitted_again_says_so() -> None:
     seen, space = mixed_observations(12)
-    model = SideBySide([ReferenceQuadratic().fit(seen, space)], [[0, 1, 2]])
+    model = SideBySide([PublishedQuadratic().fit(seen, space)], [[0, 1, 2]])
     X = space.sample(1, generator=make_generator(1))
-    with pytest.raises(SurrogateError, match="ReferenceModel cannot take further observations"):
+    with pytest.raises(SurrogateError, match="PublishedModel cannot take further observations"):
         model.condition_on_observations(X, model.link_mean(X))
 
 

@@ -29,11 +29,16 @@ class Ensemble(SurrogateModel):
         return EnsemblePosterior(X.new_zeros(4, len(X), 3))
 
 
-class WrongShape(SurrogateModel):
+class Detached(SurrogateModel):
     def __init__(self, inner: SurrogateModel) -> None:
         super().__init__()
         self.inner, self.metrics, self.links = inner, inner.metrics, inner.links
 
+    def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.inner.posterior(X.detach())
+
+
+class WrongShape(Detached):
     def posterior(self, X: Tensor, *args: Any, **kwargs: Any) -> Any:
         return self.inner.posterior(X)
 
@@ -55,7 +60,9 @@ class Faulty:
         if self.kind == "ensemble":
             return Ensemble()
         model = Quadratic().fit(seen, space)
-        return model.for_metrics([0, 1]) if self.kind == "metrics" else WrongShape(model)
+        if self.kind == "metrics":
+            return model.for_metrics([0, 1])
+        return Detached(model) if self.kind == "numpy" else WrongShape(model)
 
 
 @pytest.mark.parametrize("surrogate", [Plain(), Quadratic(), Faulty("too few")], ids=repr)
@@ -70,6 +77,7 @@ def test_what_keeps_the_contract_or_wants_more_data_passes(surrogate: Any) -> No
         ("plain model", "returns a SingleTaskGP, which is not a SurrogateModel"),
         ("ensemble", "cannot be used: SurrogateError: the surrogate's posterior is a Ensemble"),
         ("metrics", r"its metrics are \['accuracy', 'loss'\] with 2 links"),
+        ("numpy", "its posterior cannot be differentiated in the coefficients"),
         ("shape", r"misfit_variance has shape \(1,\), not \(3,\)"),
     ],
 )

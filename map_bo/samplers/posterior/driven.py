@@ -27,7 +27,7 @@ from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.prediction import objective
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
 from map_bo.surrogates.validation import LeavesOneOut, validate
 
 __all__ = [
@@ -246,6 +246,13 @@ class PosteriorDriven:
             raise SamplerError(
                 f"surrogate must be the settings of a surrogate, got {surrogate!r}",
                 hint="give an object with `fit`, such as map_bo.surrogates.quadratic.Quadratic()",
+            )
+        if not has_uncertainty(surrogate):
+            raise SamplerError(
+                f"{type(self).__name__} looks through a posterior, and the fit of "
+                f"{type(surrogate).__name__} has no uncertainty",
+                hint="give the sampler a surrogate of its own (sampler.surrogate=quadratic), or "
+                "use one that looks through none, such as sampler=sobol or sampler=published",
             )
 
     def initial_points(self, space: CoefficientSpace) -> int:

@@ -2,7 +2,7 @@
 
 MAP's sampler for few tasks (Li et al., *MAP*, arXiv 2406.07529, "Bayesian adaptive sampling"),
 with a posterior, residuals of today, and bins that fit any number of tasks. As its public code
-has it, the sampler is :class:`map_bo.samplers.published.public_code.BinsReference`.
+has it, the sampler is :class:`map_bo.samplers.published.public_code.PublishedBins`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _BLUR = 0.15  # standard deviation of a radius around a good one, share of what 
 _ATTEMPTS = 32  # to find a point that is not known already
 _HINT = (
     "give the sampler a surrogate that does (sampler.surrogate=quadratic, gp, hybrid, sparse or "
-    "auto), or use sampler=bins_reference, which takes any"
+    "auto), or use sampler=bins_published, which takes any"
 )
 
 
@@ -116,13 +116,13 @@ class Bins(PosteriorDriven):
         Raises:
             SamplerError: With the alternative in its hint.
         """
-        super().check_surrogate(surrogate)
-        if not promises_leave_one_out(surrogate):
+        if isinstance(surrogate, Surrogate) and not promises_leave_one_out(surrogate):
             raise SamplerError(
                 f"bins are made of leave-one-out residuals, and {type(surrogate).__name__} does "
                 "not leave evaluations out",
                 hint=_HINT,
             )
+        super().check_surrogate(surrogate)
 
     def choose(self, situation: Situation, n: int) -> Tensor:
         """Return up to ``n`` new points, one after the other.

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SamplerError, SurrogateError
+from map_bo.moved import renamed
 from map_bo.rng import child, numpy_generator
 from map_bo.samplers.designs.space_filling import fresh_points, is_repeat, uniform_points
 from map_bo.samplers.posterior.driven import NEAREST
@@ -34,17 +36,17 @@ from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import n_features
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.surrogate import Surrogate
 
-__all__ = ["BinsReference", "ReferenceDesign", "bin_scores"]
+__all__ = ["PublishedBins", "PublishedDesign", "bin_scores"]
 
 _ENUMERATED = 2**16  # grids up to this size are shuffled whole, larger ones are drawn from
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class ReferenceDesign:
+class PublishedDesign:
     """``N`` one-hots, then a random subset of the regular grid on ``[0, 1]^N``.
 
     The grid has the fewest levels ``g`` with ``g^N >= 2 m`` for the ``m = points - N`` points that
@@ -69,7 +71,7 @@ class ReferenceDesign:
     def __post_init__(self) -> None:
         if self.points is not None and self.points < 1:
             raise SamplerError(
-                f"the reference design has {self.points} points",
+                f"the published design has {self.points} points",
                 hint="give the number of evaluations of the run, or None for (N + 1) (N + 2)",
             )
 
@@ -130,7 +132,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BinsReference:
+class PublishedBins:
     """The published adaptive sampler, apart for each task.
 
     The first ``initial`` evaluations come from the design. Each of them is turned into a radius
@@ -162,7 +164,7 @@ class BinsReference:
     """
 
     initial: int | None = None
-    surrogate: Surrogate = field(default_factory=ReferenceQuadratic)
+    surrogate: Surrogate = field(default_factory=PublishedQuadratic)
     design: Sampler | None = None
 
     def __post_init__(self) -> None:
@@ -171,7 +173,7 @@ class BinsReference:
                 f"initial is {self.initial}", hint="give 1 or more, or None for the default"
             )
 
-    def with_surrogate(self, surrogate: Surrogate) -> BinsReference:
+    def with_surrogate(self, surrogate: Surrogate) -> PublishedBins:
         """Return the sampler with another fit than the published one."""
         return replace(self, surrogate=surrogate)
 
@@ -186,7 +188,7 @@ class BinsReference:
     ) -> Tensor:
         """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
         initial = n_features(space.d) if self.initial is None else self.initial
-        design = ReferenceDesign(initial) if self.design is None else self.design
+        design = PublishedDesign(initial) if self.design is None else self.design
         waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
         count = len(seen) + len(waiting)
         first = min(n, max(0, initial - count))
@@ -283,3 +285,7 @@ def _draw(
     theta = (place + source.random(len(place))) / cuts * (math.pi / 2)
     radius = float(np.clip(source.uniform(*_RADII), 0.0, _LARGEST_RADIUS))
     return space.project(radius * directions_of(torch.from_numpy(theta).reshape(1, -1)))
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -19,7 +19,7 @@ from map_bo.samplers.published.angles import angles_of, evenly
 from map_bo.samplers.published.bins import Bins, grow_bins, pooled_residuals
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 
@@ -172,20 +172,21 @@ def test_directions_are_even_where_residuals_are_even() -> None:
 
 
 def test_a_surrogate_that_cannot_leave_out_is_refused() -> None:
-    with pytest.raises(SamplerError, match="ReferenceQuadratic does not leave eval") as caught:
-        Bins(surrogate=ReferenceQuadratic())
-    assert "bins_reference" in str(caught.value.hint)
+    with pytest.raises(SamplerError, match="PublishedQuadratic does not leave eval") as caught:
+        Bins(surrogate=PublishedQuadratic())
+    assert "bins_published" in str(caught.value.hint)
     assert "sampler.surrogate=quadratic" in str(caught.value.hint)
-    with pytest.raises(SamplerError, match="ReferenceQuadratic does not leave evaluations out"):
-        Bins().with_surrogate(ReferenceQuadratic())
+    with pytest.raises(SamplerError, match="PublishedQuadratic does not leave evaluations out"):
+        Bins().with_surrogate(PublishedQuadratic())
 
 
 def test_a_broken_promise_to_leave_out_is_told() -> None:
     @dataclass(frozen=True)
-    class Promising(ReferenceQuadratic):
+    class Promising(PublishedQuadratic):
         leaves_one_out: ClassVar[bool] = True
+        certain: ClassVar[bool] = False
 
-    with pytest.raises(SamplerError, match="ReferenceModel cannot leave evaluations out"):
+    with pytest.raises(SamplerError, match="PublishedModel cannot leave evaluations out"):
         Bins(Promising()).propose(some_seen(PLANE, 12), PLANE, 1, generator=make_generator(0))
 
 

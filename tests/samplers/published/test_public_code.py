@@ -13,7 +13,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol
-from map_bo.samplers.published.public_code import BinsReference, ReferenceDesign, bin_scores
+from map_bo.samplers.published.public_code import PublishedBins, PublishedDesign, bin_scores
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import n_features
@@ -36,12 +36,12 @@ def angle(X: Tensor) -> Tensor:
     return torch.atan2(X[:, 1], X[:, 0]) * 180 / math.pi
 
 
-class TestBinsReference(SamplerContract):
+class TestPublishedBins(SamplerContract):
     telling = 8
 
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return BinsReference(initial=5, surrogate=Quadratic())
+        return PublishedBins(initial=5, surrogate=Quadratic())
 
 
 class TestWithThePublishedFit(SamplerContract):
@@ -49,7 +49,7 @@ class TestWithThePublishedFit(SamplerContract):
 
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return BinsReference(initial=6)
+        return PublishedBins(initial=6)
 
     @pytest.fixture(params=["box", "wide"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
@@ -60,15 +60,15 @@ class TestWithThePublishedFit(SamplerContract):
 def test_the_published_design_comes_first(d: int) -> None:
     space, size = box(d), n_features(d)
     nothing = measured(torch.zeros(0, d))
-    X = BinsReference().propose(nothing, space, size, generator=make_generator(0))
-    design = ReferenceDesign(size).propose(nothing, space, size, generator=make_generator(0))
+    X = PublishedBins().propose(nothing, space, size, generator=make_generator(0))
+    design = PublishedDesign(size).propose(nothing, space, size, generator=make_generator(0))
     assert torch.equal(X, design)
 
 
 def test_only_bins_with_evaluations_are_visited() -> None:
     # Of the four bins of 22.5 degrees the second and the last hold evaluations.
     seen = measured(at_angles(25, 30, 40, 70, 80, 88))
-    sampler = BinsReference(initial=6)
+    sampler = PublishedBins(initial=6)
     X = sampler.propose(seen, PLANE, 60, generator=make_generator(0))
     theta, radius = angle(X), X.norm(dim=-1)
     second, last = (theta >= 22.5) & (theta <= 45), theta >= 67.5
@@ -81,14 +81,14 @@ def test_only_bins_with_evaluations_are_visited() -> None:
 def test_two_bins_an_angle_from_four_coefficients_on() -> None:
     space = box(4)
     seen = measured(torch.tensor([[0.6, 0.1, 0.1, 0.1], [0.5, 0.2, 0.1, 0.1]], dtype=torch.float64))
-    X = BinsReference(initial=2).propose(seen, space, 30, generator=make_generator(0))
+    X = PublishedBins(initial=2).propose(seen, space, 30, generator=make_generator(0))
     theta = torch.atan2(X[:, 1:].norm(dim=-1), X[:, 0]) * 180 / math.pi
     assert (theta <= 45).all()  # one of two bins; of four it would be a quarter of that
     assert float(theta.max()) > 35
 
 
 def test_scores_are_stale() -> None:
-    generator, sampler = make_generator(0), BinsReference(initial=6)
+    generator, sampler = make_generator(0), PublishedBins(initial=6)
     first = measured(at_angles(25, 30, 40, 70, 80, 88))
     later = at_angles(1, 5, 50, 60, radius=0.3)
     one, other = measured(later), measured(later.flip(0))
@@ -101,7 +101,7 @@ def test_scores_are_stale() -> None:
 
 
 def test_a_batch_is_what_comes_one_at_a_time() -> None:
-    sampler, generator = BinsReference(initial=6), make_generator(0)
+    sampler, generator = PublishedBins(initial=6), make_generator(0)
     seen = some_seen(PLANE, 4)
     whole = sampler.propose(seen, PLANE, 8, generator=generator)
     seen = seen.append(measured(whole[:2]))
@@ -120,7 +120,7 @@ def test_tasks_take_turns() -> None:
     low = torch.arange(12) < 6
     Y = torch.stack([torch.where(low, noise, 0.0), torch.where(low, 0.0, noise)], -1)
     seen = Observations(X, Y, (Metric("a", kind="unbounded"), Metric("b", kind="unbounded")))
-    sampler = BinsReference(initial=12, surrogate=Quadratic())
+    sampler = PublishedBins(initial=12, surrogate=Quadratic())
     theta = angle(sampler.propose(seen, PLANE, 12, generator=make_generator(0)))
     assert ((theta < 45) == torch.tensor([True, False] * 6)).all()
 
@@ -128,14 +128,14 @@ def test_tasks_take_turns() -> None:
 def test_points_outside_are_moved_in() -> None:
     space = box(2, lower=0.3, upper=1.0)
     seen = measured(torch.tensor([[0.9, 0.31], [0.8, 0.3], [0.3, 1.0]], dtype=torch.float64))
-    X = BinsReference(initial=3).propose(seen, space, 20, generator=make_generator(0))
+    X = PublishedBins(initial=3).propose(seen, space, 20, generator=make_generator(0))
     space.check(X)
     assert bool((X == 0.3).any())
 
 
 def test_failures_leave_it_to_the_design(caplog: pytest.LogCaptureFixture) -> None:
     generator = make_generator(0)
-    sampler = BinsReference(initial=3, design=Sobol())
+    sampler = PublishedBins(initial=3, design=Sobol())
     points = Sobol().propose(measured(torch.zeros(0, 2)), PLANE, 4, generator=generator)
     seen = measured(points[:3], failed=(0, 1, 2))
     X = sampler.propose(seen, PLANE, 1, generator=generator)
@@ -148,7 +148,7 @@ def test_where_everything_is_known_the_design_goes_on(
 ) -> None:
     monkeypatch.setattr("map_bo.samplers.published.public_code.NEAREST", 1.0)
     seen, generator = some_seen(PLANE, 9), make_generator(0)
-    sampler = BinsReference(initial=6, design=Sobol())
+    sampler = PublishedBins(initial=6, design=Sobol())
     X = sampler.propose(seen, PLANE, 1, generator=generator)
     assert torch.equal(X, Sobol().propose(seen, PLANE, 1, generator=generator))
     assert "hold points known already" in caplog.text
@@ -207,4 +207,4 @@ def test_a_lone_evaluation_has_a_score() -> None:
 
 def test_settings_are_checked() -> None:
     with pytest.raises(SamplerError, match="initial is 0"):
-        BinsReference(initial=0)
+        PublishedBins(initial=0)
