@@ -28,7 +28,7 @@ from map_bo.operators.statistics import save_statistics, statistics_of
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import everything, hard_family, loaded, opened, saved
 from tests.operators.expert_statistics import fishers, inputs
-from tests.operators.test_streamed_operators import OPERATORS, coefficients
+from tests.operators.test_operators_on_disk import OPERATORS, coefficients
 
 
 @pytest.fixture(autouse=True)

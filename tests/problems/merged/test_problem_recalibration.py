@@ -248,7 +248,7 @@ class TestConfigured:
     def settings(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         name = "fitting_" + "".join(c for c in tmp_path.name if c.isalnum())
         (tmp_path / f"{name}.py").write_text(
-            "from tests.problems.merged.test_problem_fitting import Words, batches, outputs\n"
+            "from tests.problems.merged.test_problem_recalibration import Words, batches, outputs\n"
             "from tests.merging.small_models import Cnn, inputs\n"
             "def words(): return Words(6, 9)\n"
             "def score(model): return float(model.state_dict()[NAME].detach().sigmoid().mean())\n"
