@@ -201,7 +201,7 @@ class Sparsifier(Protocol):
 def row_width(shape: Sequence[int]) -> int:
     """Return how many numbers make a row within which `RankDrop` ranks; see `Della`.
 
-    Of a convolution the last dimension alone is a few numbers, or one, which are no ranking.
+    Of a convolution the last dimension alone is a few numbers, or one, which is not a ranking.
     """
     if len(shape) < 2:
         return math.prod(shape)

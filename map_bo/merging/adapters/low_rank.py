@@ -95,7 +95,7 @@ def truncate(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     Q, R = torch.linalg.qr(change.scale * change.B.double())
     P, S = torch.linalg.qr(change.A.double().T)
     U, values, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)
-    # What float32 factors cannot tell from zero is no rank.
+    # What float32 factors cannot tell from zero is not rank.
     least = float(values[0]) * torch.finfo(torch.float32).eps if len(values) else 0.0
     keep = max(1, int((values > least).sum()))
     keep = keep if rank is None else min(keep, rank)

@@ -190,8 +190,8 @@ def fit_vocabulary(
     """
     if rule not in get_args(VocabularyRule):
         raise MergeError(
-            f"the vocabulary rule is {rule!r}",
-            hint="choose 'base' (rows by position) or 'tokens' (rows by token)",
+            f"the vocabulary rule must be 'base' or 'tokens', got {rule!r}",
+            hint="'base' matches rows by position, 'tokens' by token",
         )
     if isinstance(expert, _Fitted):
         return expert
@@ -228,7 +228,7 @@ def require_shapes(
         return
     words = {name for name, _ in _vocabulary(expert, base)}
     others = [name for name, mine in different.items() if mine not in words]
-    # What no rule can mend comes first.
+    # What no rule can fix comes first.
     texts = [
         f"{name} {list(expert.shape(different[name]))} against {list(base.shape(name))}"
         for name in (*others, *(name for name in different if name not in others))

@@ -339,7 +339,7 @@ def absolute_path(source: str | Path) -> Path:
     """Return a path, absolute, with ``~`` expanded; it need not exist.
 
     Raises:
-        CheckpointError: When it is no path, or its folder may not be entered.
+        CheckpointError: When it is not a path, or its folder may not be entered.
     """
     try:
         path = Path(source).expanduser().absolute()
@@ -349,7 +349,7 @@ def absolute_path(source: str | Path) -> Path:
     # No such user behind ~, a NUL in the name, a name too long, a folder that may not be entered.
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{str(source)!r} is no path that can be read: {first_line(error)}", hint=_PLACES
+            f"{str(source)!r} cannot be read as a path: {first_line(error)}", hint=_PLACES
         ) from error
     return path
 

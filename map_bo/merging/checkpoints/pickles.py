@@ -267,8 +267,8 @@ def _pickle_problem(error: Exception) -> str:
 def state_dict(content: object, *, origin: str) -> dict[str, Tensor]:
     """Return the tensors of a state dict, or of the one nested in a training checkpoint.
 
-    Entries named ``*_extra_state`` that are no tensors are left out: modules use them for
-    private settings that are no weights.
+    Entries named ``*_extra_state`` that are not tensors are left out: modules use them for
+    private settings that are not weights.
 
     Raises:
         CheckpointError: When there is no state dict, or it holds other things than tensors.

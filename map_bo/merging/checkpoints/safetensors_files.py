@@ -75,7 +75,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 HEADER_LIMIT = 100_000_000
@@ -126,7 +126,7 @@ def read_header(file: WeightFile) -> Header:
     except _Wrong as wrong:
         raise CheckpointError(
             f"{file.path} cannot be read: {wrong}",
-            hint="the file is truncated or damaged, or no safetensors file; copy or download it "
+            hint="the file is truncated or damaged, or not a safetensors file; copy or download it "
             "again",
         ) from wrong.__cause__
 
@@ -147,7 +147,7 @@ def _parsed(file: WeightFile, head: bytes) -> Header:
     try:
         header = strict_json(content[8:])
     except ValueError as error:
-        raise _Wrong(f"its header is no JSON: {first_line(error)}") from error
+        raise _Wrong(f"its header is not JSON: {first_line(error)}") from error
     file.seal(len(content), content)
     metadata = header.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -167,7 +167,7 @@ def _entry(file: WeightFile, name: str, entry: Any) -> tuple[Layout, tuple[int, 
         raise _Wrong(f"{label} is not described by dtype, shape and data_offsets alone")
     shape, place, dtype = entry["shape"], entry["data_offsets"], entry["dtype"]
     if not isinstance(dtype, str):
-        raise _Wrong(f"the dtype of {label} is no text")
+        raise _Wrong(f"the dtype of {label} is not text")
     if dtype not in DTYPES:
         raise CheckpointError(
             f"{file.path}: {label} has the dtype {dtype[:40]}, which cannot be merged",
@@ -176,9 +176,9 @@ def _entry(file: WeightFile, name: str, entry: Any) -> tuple[Layout, tuple[int, 
             else f"convert it to one of {', '.join(DTYPES)}",
         )
     if not _whole_numbers(shape):
-        raise _Wrong(f"the shape of {label} is no list of whole numbers from 0")
+        raise _Wrong(f"the shape of {label} is not a list of whole numbers from 0")
     if not _whole_numbers(place) or len(place) != 2 or place[0] > place[1]:
-        raise _Wrong(f"the offsets of {label} are no begin and end")
+        raise _Wrong(f"the offsets of {label} are not a begin and an end")
     kind = DTYPES[dtype]
     # A dimension of zero hides the others from the count of bytes, and torch has 63 bits for them.
     if math.prod(size or 1 for size in shape) * kind.itemsize >= 1 << 63:

@@ -206,13 +206,13 @@ def buffer_for(count: int, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     hint = f"give a contiguous CPU tensor of {count} {dtype} or {count * dtype.itemsize} uint8"
     if out.device.type != "cpu" or not out.is_contiguous() or out.dtype not in (dtype, torch.uint8):
         raise CheckpointError(
-            f"out is {out.dtype} on {out.device}"
+            f"out cannot hold the elements: it is {out.dtype} on {out.device}"
             + ("" if out.is_contiguous() else ", not contiguous"),
             hint=hint,
         )
     flat = out.detach().reshape(-1)
     if flat.numel() * flat.element_size() < count * dtype.itemsize:
-        raise CheckpointError(f"out has {flat.numel()} elements, which are too few", hint=hint)
+        raise CheckpointError(f"out is too small: it has {flat.numel()} elements", hint=hint)
     if flat.dtype == dtype:
         return flat[:count]
     if flat.data_ptr() % dtype.itemsize or flat.storage_offset() % dtype.itemsize:

@@ -162,7 +162,7 @@ def _sorted_out(
             modules.saved.add(module)
     if wrong:
         raise MergeError(
-            f"{listed(wrong)} are no weights of a module, and an adapter changes modules",
+            f"{listed(wrong)} are not weights of a module, and an adapter changes modules",
             hint="export the merged model instead",
         )
     # peft saves every module whose name ends like that of one to save.
