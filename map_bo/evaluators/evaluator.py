@@ -1,7 +1,4 @@
-"""Evaluators: what is measured on a merged model, and how sure the measurement is.
-
-Named evaluators: their metrics, and what a measurement of one is kept as.
-"""
+"""Evaluators: what is measured on a merged model, how sure that is, and what is kept of it."""
 
 from __future__ import annotations
 

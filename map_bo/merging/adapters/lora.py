@@ -1,6 +1,7 @@
-"""Which tensor of the base each tensor of an adapter belongs to, and which way round it lies.
+"""PEFT's LoRA format: settings, names of tensors, and the tensors of the base that they belong to.
 
-Settings of a PEFT LoRA adapter: its ``adapter_config.json``, and which kinds are refused.
+Adapters that are not sums of a base and low-rank products are refused here, by their settings or by
+their tensors.
 """
 
 from __future__ import annotations
@@ -44,6 +45,13 @@ _REFUSED = {
 }
 # Initialisations that leave the base's weights as they are; the others change the base.
 _INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal")
+
+Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -173,14 +181,6 @@ def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
             hint="it is a mapping from regular expressions of module names to numbers",
         )
     return dict(pattern)
-
-
-Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
-
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
-_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
-_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True)

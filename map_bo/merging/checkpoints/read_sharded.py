@@ -1,7 +1,4 @@
-"""Several weight files joined by an index.
-
-The reader for one weight file, by its suffix.
-"""
+"""Reading weights from disk: one file, by its suffix, or several that an index joins."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ __all__ = ["ShardedReader", "open_file"]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 
+_HINT = "an index is JSON with a 'weight_map' from tensor names to files beside it"
+
 
 def open_file(path: Path) -> TensorReader:
     """Return the reader for one weight file, by its suffix.
@@ -41,9 +40,6 @@ def open_file(path: Path) -> TensorReader:
         f"{path} has the unknown suffix {path.suffix!r}",
         hint="known are .safetensors, .pt, .pth, .bin, a *.index.json, or a folder with them",
     )
-
-
-_HINT = "an index is JSON with a 'weight_map' from tensor names to files beside it"
 
 
 class ShardedReader:

@@ -1,11 +1,9 @@
-"""What the readers of all formats of checkpoints share, and the one for tensors in memory.
+"""Tensors as the readers of all formats give them, and the reader of those in memory.
 
 A reader knows the layout (shape and dtype) of every tensor without reading any, and loads one
-tensor, or a piece of one, at a time. Nothing here runs code that a file contains.
-
-Names of tensors: which are refused, because no program writes them in good faith.
-
-Whether numbers are finite, at the cost of reading them once.
+tensor, or a piece of one, at a time. Nothing here runs code that a file contains. Refused in any
+format are names that no program writes in good faith, and, where asked for, numbers that are not
+finite.
 """
 
 from __future__ import annotations
@@ -42,60 +40,6 @@ _LONGEST = 1024
 # Control characters, lone surrogates, and the separators of lines and paragraphs.
 _REFUSED = {"Cc", "Cs", "Zl", "Zp"}
 
-
-def name_problem(name: str) -> str | None:
-    """Return what is wrong with a tensor's name, or None.
-
-    Names go into messages, recipes, JSON and other programs' file names, so they must be text
-    that is printed as it reads and leads to no other folder. Slashes within are allowed.
-    """
-    if not name:
-        return "is empty"
-    if len(name) > _LONGEST:
-        return f"has {len(name)} characters"
-    if not name.isascii() or not name.isprintable():
-        for character in name:
-            if unicodedata.category(character) in _REFUSED:
-                return f"holds the character {character!a}"
-    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
-        return "reads as a path that leads elsewhere"
-    return None
-
-
-def refuse_odd_names(names: Iterable[str], source: str) -> None:
-    """Refuse names that are empty, unprintable, overlong or parts of a path.
-
-    Raises:
-        CheckpointError: For the first such name.
-    """
-    for name in names:
-        problem = name_problem(name)
-        if problem is not None:
-            shown = ascii(name) if len(name) <= 80 else ascii(name[:80]) + "..."
-            raise CheckpointError(
-                f"{source}: the tensor name {shown} {problem}",
-                hint="a model's own names are short printable text; save the state dict again, "
-                "and do not trust a file that came with such names",
-            )
-
-
-def all_finite(values: Tensor) -> bool:
-    """Return whether a tensor of any dtype holds neither NaN nor infinity.
-
-    NaN and infinity reach a sum, which takes a thirtieth of the time of testing every number.
-    Where large finite numbers overflow the sum, every number is tested after all.
-    """
-    values = values.detach()
-    if not (values.is_floating_point() or values.is_complex()):
-        return True
-    if values.element_size() == 1:  # float8 has neither sums nor isfinite
-        values = values.float()
-    dtype = values.dtype if values.is_complex() or values.dtype.itemsize > 4 else torch.float32
-    total = complex(values.sum(dtype=dtype))
-    finite = math.isfinite(total.real) and math.isfinite(total.imag)
-    return finite or bool(torch.isfinite(values).all())
-
-
 DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     {
         "F64": torch.float64,
@@ -117,7 +61,6 @@ DTYPES: Mapping[str, torch.dtype] = MappingProxyType(
     }
 )
 """The safetensors name of every dtype that is read and written."""
-
 
 _LARGE = 1 << 22  # bytes
 
@@ -162,6 +105,76 @@ class TensorReader(Protocol):
     def version(self) -> object | None:
         """Return a value that changes when the tensors do, or None when that cannot be told."""
         ...
+
+
+class MemoryReader:
+    """Tensors held in memory or memory-mapped by torch; they are referenced, not copied.
+
+    Names that share one storage with the same offset, shape and strides are ties: the name that
+    comes first in ``tensors`` is the canonical one, as in Hugging Face's own files.
+
+    Args:
+        tensors: Name -> tensor.
+        origin: What to call the source in an error.
+
+    Raises:
+        CheckpointError: For a tensor without data (meta device), a sparse or quantised one, or a
+            dtype that no merge can handle.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
+        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
+        layouts: dict[str, Layout] = {}
+        ties: dict[str, str] = {}
+        seen: dict[tuple[object, ...], str] = {}
+        for name, tensor in self._tensors.items():
+            _refuse_unreadable(name, tensor, origin)
+            layouts[name] = Layout(tensor.shape, tensor.dtype)
+            if tensor.numel():
+                key = (
+                    tensor.device,
+                    tensor.untyped_storage().data_ptr(),
+                    tensor.storage_offset(),
+                    tensor.shape,
+                    tensor.stride(),
+                    tensor.dtype,
+                )
+                canonical = seen.setdefault(key, name)
+                if canonical != name:
+                    ties[name] = canonical
+        self.layouts: Mapping[str, Layout] = layouts
+        self.ties: Mapping[str, str] = ties
+
+    def load(self, name: str) -> Tensor:
+        """Return the tensor itself, or a CPU copy of one on another device."""
+        return self._tensors[name].cpu()
+
+    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return a view of the elements from ``start`` to ``stop``, or a copy of them in ``out``.
+
+        Of a tensor that is not contiguous, or on another device, the piece is a copy.
+        """
+        return piece_of(self._tensors[name], start, stop, out)
+
+    def version(self) -> object | None:
+        """Return torch's own write counters; None for inference tensors, which have none."""
+        if any(tensor.is_inference() for tensor in self._tensors.values()):
+            return None
+        return tuple(tensor._version for tensor in self._tensors.values())
+
+
+def _refuse_unreadable(name: str, tensor: Tensor, origin: str) -> None:
+    if tensor.is_meta:
+        raise CheckpointError(
+            f"{origin}: tensor {name!r} has no data (it is on the meta device)",
+            hint="load the weights before using the model as a checkpoint",
+        )
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
+        raise CheckpointError(
+            f"{origin}: tensor {name!r} is {kind}; only dense tensors can be merged",
+            hint="convert it to a dense tensor first (.to_dense(), or dequantise the model)",
+        )
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:
@@ -242,71 +255,54 @@ def piece_of(tensor: Tensor, start: int, stop: int, out: Tensor | None = None) -
     return buffer_for(stop - start, tensor.dtype, out).copy_(piece)
 
 
-class MemoryReader:
-    """Tensors held in memory or memory-mapped by torch; they are referenced, not copied.
-
-    Names that share one storage with the same offset, shape and strides are ties: the name that
-    comes first in ``tensors`` is the canonical one, as in Hugging Face's own files.
-
-    Args:
-        tensors: Name -> tensor.
-        origin: What to call the source in an error.
+def refuse_odd_names(names: Iterable[str], source: str) -> None:
+    """Refuse names that are empty, unprintable, overlong or parts of a path.
 
     Raises:
-        CheckpointError: For a tensor without data (meta device), a sparse or quantised one, or a
-            dtype that no merge can handle.
+        CheckpointError: For the first such name.
     """
-
-    def __init__(self, tensors: Mapping[str, Tensor], *, origin: str) -> None:
-        self._tensors = {name: tensor.detach() for name, tensor in tensors.items()}
-        layouts: dict[str, Layout] = {}
-        ties: dict[str, str] = {}
-        seen: dict[tuple[object, ...], str] = {}
-        for name, tensor in self._tensors.items():
-            _refuse_unreadable(name, tensor, origin)
-            layouts[name] = Layout(tensor.shape, tensor.dtype)
-            if tensor.numel():
-                key = (
-                    tensor.device,
-                    tensor.untyped_storage().data_ptr(),
-                    tensor.storage_offset(),
-                    tensor.shape,
-                    tensor.stride(),
-                    tensor.dtype,
-                )
-                canonical = seen.setdefault(key, name)
-                if canonical != name:
-                    ties[name] = canonical
-        self.layouts: Mapping[str, Layout] = layouts
-        self.ties: Mapping[str, str] = ties
-
-    def load(self, name: str) -> Tensor:
-        """Return the tensor itself, or a CPU copy of one on another device."""
-        return self._tensors[name].cpu()
-
-    def read(self, name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Return a view of the elements from ``start`` to ``stop``, or a copy of them in ``out``.
-
-        Of a tensor that is not contiguous, or on another device, the piece is a copy.
-        """
-        return piece_of(self._tensors[name], start, stop, out)
-
-    def version(self) -> object | None:
-        """Return torch's own write counters; None for inference tensors, which have none."""
-        if any(tensor.is_inference() for tensor in self._tensors.values()):
-            return None
-        return tuple(tensor._version for tensor in self._tensors.values())
+    for name in names:
+        problem = name_problem(name)
+        if problem is not None:
+            shown = ascii(name) if len(name) <= 80 else ascii(name[:80]) + "..."
+            raise CheckpointError(
+                f"{source}: the tensor name {shown} {problem}",
+                hint="a model's own names are short printable text; save the state dict again, "
+                "and do not trust a file that came with such names",
+            )
 
 
-def _refuse_unreadable(name: str, tensor: Tensor, origin: str) -> None:
-    if tensor.is_meta:
-        raise CheckpointError(
-            f"{origin}: tensor {name!r} has no data (it is on the meta device)",
-            hint="load the weights before using the model as a checkpoint",
-        )
-    if tensor.layout != torch.strided or tensor.is_quantized:
-        kind = "quantised" if tensor.is_quantized else str(tensor.layout).removeprefix("torch.")
-        raise CheckpointError(
-            f"{origin}: tensor {name!r} is {kind}; only dense tensors can be merged",
-            hint="convert it to a dense tensor first (.to_dense(), or dequantise the model)",
-        )
+def name_problem(name: str) -> str | None:
+    """Return what is wrong with a tensor's name, or None.
+
+    Names go into messages, recipes, JSON and other programs' file names, so they must be text
+    that is printed as it reads and leads to no other folder. Slashes within are allowed.
+    """
+    if not name:
+        return "is empty"
+    if len(name) > _LONGEST:
+        return f"has {len(name)} characters"
+    if not name.isascii() or not name.isprintable():
+        for character in name:
+            if unicodedata.category(character) in _REFUSED:
+                return f"holds the character {character!a}"
+    if name.startswith("/") or "\\" in name or ".." in name.split("/"):
+        return "reads as a path that leads elsewhere"
+    return None
+
+
+def all_finite(values: Tensor) -> bool:
+    """Return whether a tensor of any dtype holds neither NaN nor infinity.
+
+    NaN and infinity reach a sum, which takes a thirtieth of the time of testing every number.
+    Where large finite numbers overflow the sum, every number is tested after all.
+    """
+    values = values.detach()
+    if not (values.is_floating_point() or values.is_complex()):
+        return True
+    if values.element_size() == 1:  # float8 has neither sums nor isfinite
+        values = values.float()
+    dtype = values.dtype if values.is_complex() or values.dtype.itemsize > 4 else torch.float32
+    total = complex(values.sum(dtype=dtype))
+    finite = math.isfinite(total.real) and math.isfinite(total.imag)
+    return finite or bool(torch.isfinite(values).all())

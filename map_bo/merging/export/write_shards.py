@@ -1,6 +1,6 @@
-"""The weight files of a merged model, written tensor by tensor or piece by piece.
+"""Writing the weight files of a merged model, tensor by tensor or piece by piece.
 
-A progress bar for the writing of a merged model.
+One file, or shards with their index; and a bar that shows how much is written.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The form of a mergekit recipe: its models, its base and the parameters of each.
 
-Parameters of mergekit recipes: numbers, and lists of filters on tensor names.
+Parameters are numbers, or lists of filters on tensor names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ __all__ = ["Entries", "Recipe", "as_bool", "as_number", "blocks_of", "content_of
 
 Entries = tuple[tuple[str | None, float], ...]
 """Filter (a part of tensor names; None takes all) and value; the first match counts."""
+
+_NEEDED = {"merge_method", "models"}
+_READ = _NEEDED | {"base_model", "parameters"}
+_PASSED_OVER = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 
 
 def as_number(name: str, value: Any) -> float:
@@ -131,11 +135,6 @@ def _pattern(text: str, earlier: Sequence[str]) -> str:
         return re.escape(text)
     others = "|".join(map(re.escape, earlier))
     return f"^(?!.*(?:{others})).*{re.escape(text)}"
-
-
-_NEEDED = {"merge_method", "models"}
-_READ = _NEEDED | {"base_model", "parameters"}
-_PASSED_OVER = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 
 
 def content_of(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
