@@ -33,7 +33,10 @@ def each_batch(
         MergeError: On a batch that is something else, or whose tensors differ in length.
     """
     if limit is not None and limit < 1:
-        raise MergeError(f"limit is {limit}", hint="give at least one example, or None for all")
+        raise MergeError(
+            f"limit must be at least 1, got {limit}",
+            hint="give a number of examples, or None for all",
+        )
     left = limit
     for given in batches:
         if left == 0:
@@ -42,7 +45,7 @@ def each_batch(
         lengths = {len(tensor) for tensor in _tensors(batch)}
         if len(lengths) != 1:
             raise MergeError(
-                f"the tensors of a batch have {sorted(lengths)} rows",
+                f"the tensors of a batch must have the same number of rows, got {sorted(lengths)}",
                 hint="the first dimension of each is the example",
             )
         n = lengths.pop()
@@ -63,7 +66,7 @@ def _batch(given: Any) -> Batch:
         batch = tuple(given)
     else:
         raise MergeError(
-            f"a batch is a {type(given).__name__}",
+            f"a batch must be a tensor, tuple, list or mapping, got a {type(given).__name__}",
             hint="give (inputs, targets), or a mapping for a Hugging Face model",
         )
     parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
@@ -71,7 +74,7 @@ def _batch(given: Any) -> Batch:
         if not isinstance(value, Tensor) or not value.dim():
             kind = type(value).__name__
             raise MergeError(
-                f"entry {name!r} of a batch is a {kind}, not a tensor with a row an example",
+                f"entry {name!r} of a batch is a {kind}, not a tensor with one row per example",
                 hint="leave out of the loader what the model does not take",
             )
     if not batch:

@@ -67,10 +67,13 @@ class Fisher(SearchableOperator):
         super().__post_init__()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a floor that is no share; see `SearchableOperator.check`."""
+        """Refuse a floor that is not a share; see `SearchableOperator.check`."""
         floor = settings["floor"]
         if not (math.isfinite(floor) and floor >= 0):
-            raise MergeError(f"floor is {floor}", hint="give a small share, such as 1e-6")
+            raise MergeError(
+                f"floor must be finite and not negative, got {floor}",
+                hint="give a small share, such as 1e-6",
+            )
 
     @property
     def statistics_kind(self) -> str:

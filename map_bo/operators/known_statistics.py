@@ -202,5 +202,6 @@ def refuse_negative(c: Tensor) -> None:
     """
     if bool((c < 0).any()):
         raise MergeError(
-            f"a coefficient is negative: {c.tolist()}", hint="give coefficients from 0 on"
+            f"coefficients must not be negative, got {c.tolist()}",
+            hint="give coefficients from 0 on",
         )

@@ -45,8 +45,8 @@ class RegMean(SearchableOperator):
     coefficients give the base, and one coefficient of 1 gives that expert.
 
     The work is in float64, as the inverse loses digits. ``G_n v_n`` is kept where the task vectors
-    are resident (8 bytes a number of every linear layer and expert), so that a candidate is a
-    weighted sum and one Cholesky solve a layer; where they are streamed it is computed anew.
+    are resident (8 bytes per number of every linear layer and expert), so that a candidate is a
+    weighted sum and one Cholesky solve per layer; where they stay on disk it is computed anew.
 
     Attributes:
         statistics: Expert -> what `grams` returned for it, or the file that it was saved in. May
@@ -78,11 +78,14 @@ class RegMean(SearchableOperator):
         super().__post_init__()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse an alpha or a ridge that is no share; see `SearchableOperator.check`."""
+        """Refuse an alpha or a ridge that is not a share; see `SearchableOperator.check`."""
         share("alpha", settings["alpha"])
         ridge = settings["ridge"]
         if not (math.isfinite(ridge) and ridge >= 0):
-            raise MergeError(f"ridge is {ridge}", hint="give a small share, such as 1e-6")
+            raise MergeError(
+                f"ridge must be finite and not negative, got {ridge}",
+                hint="give a small share, such as 1e-6",
+            )
 
     @property
     def statistics_kind(self) -> str:

@@ -1,8 +1,7 @@
-"""What leaves parts of task vectors out, with all that no coefficient changes ready.
+"""Leaving out parts of task vectors: by magnitude, by chance, or both.
 
-Leaving out a part of a task vector: by magnitude, by chance, or both.
-
-Pure functions on pieces ``N x n`` of task vectors in float32.
+A `Sparsifier` has all that no coefficient changes ready, and applies pure functions to pieces
+``N x n`` of task vectors in float32.
 """
 
 from __future__ import annotations
@@ -35,6 +34,11 @@ __all__ = [
     "rank_drop",
     "row_width",
 ]
+
+_RANKED = 1 << 18  # numbers that are ranked at once
+
+Limits = Callable[[float], Thresholds]
+"""Share of the largest numbers -> the magnitudes from which they are kept."""
 
 
 def keep_largest(
@@ -176,12 +180,6 @@ def rank_drop(
     return kept.div_(torch.add(half, rates, alpha=-1 / LEVELS, out=rates))
 
 
-_RANKED = 1 << 18  # numbers that are ranked at once
-
-Limits = Callable[[float], Thresholds]
-"""Share of the largest numbers -> the magnitudes from which they are kept."""
-
-
 class Sparsifier(Protocol):
     """Leaves out parts of pieces of task vectors."""
 
@@ -201,7 +199,7 @@ class Sparsifier(Protocol):
 def row_width(shape: Sequence[int]) -> int:
     """Return how many numbers make a row within which `RankDrop` ranks; see `Della`.
 
-    Of a convolution the last dimension alone is a few numbers, or one, which are no ranking.
+    Of a convolution the last dimension alone is a few numbers, or one, which is not a ranking.
     """
     if len(shape) < 2:
         return math.prod(shape)

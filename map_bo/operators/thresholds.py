@@ -1,11 +1,9 @@
-"""Magnitude thresholds of all task vectors, over a whole vector or tensor by tensor.
+"""Magnitudes at which a share of the task vectors' numbers is kept: exact, or from sketches.
 
-Magnitudes at which a share of the numbers is kept: exact, or from sketches of bounded size.
-
-The bits of a non-negative float, read as a whole number, are in the order of the floats. So a
-histogram over the leading bits finds, in one pass and bounded memory, the bin that holds a
-quantile; a histogram over the other bits of that bin's numbers, in a second pass, finds it
-exactly.
+Over a whole task vector or tensor by tensor, in bounded memory. The bits of a non-negative float,
+read as a whole number, are in the order of the floats. So a histogram over the leading bits finds,
+in one pass, the bin that holds a quantile; a histogram over the other bits of its numbers, in
+a second pass, finds it exactly.
 """
 
 from __future__ import annotations
@@ -42,6 +40,12 @@ BINS = 1 << (31 - _SHIFT)
 """How many bins the magnitudes of float32 numbers fall into."""
 
 _KNOTS = 1024
+
+TRIMS = ("global", "tensor")
+_PIECE = 1 << 18
+
+Thresholds = tuple[tuple[float, ...], ...]
+"""By tensor of the layout and by expert: the smallest magnitude that is kept."""
 
 
 def kept_count(density: float, total: int, *, least: int = 1) -> int:
@@ -156,13 +160,6 @@ def _edge(bins: Tensor) -> Tensor:
     """Return the smallest magnitude of each bin, in float64."""
     bits = bins.to(torch.int64).bitwise_left_shift(_SHIFT).to(torch.int32)
     return bits.view(torch.float32).double()
-
-
-TRIMS = ("global", "tensor")
-_PIECE = 1 << 18
-
-Thresholds = tuple[tuple[float, ...], ...]
-"""By tensor of the layout and by expert: the smallest magnitude that is kept."""
 
 
 def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:

@@ -65,7 +65,8 @@ class BotorchProblem:
             )
         if not 0 <= self.noise_std < float("inf"):
             raise DataError(
-                f"noise_std is {self.noise_std}", hint="give a standard deviation, or 0 for none"
+                f"noise_std must be finite and not negative, got {self.noise_std}",
+                hint="give a standard deviation, or 0 for none",
             )
         found = {"dim": self.function.dim, "num_objectives": self.function.num_objectives}
         for setting, actual in found.items():

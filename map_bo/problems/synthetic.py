@@ -50,9 +50,14 @@ def noisy(
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
         if value < 1:
-            raise DataError(f"{name} is {value}", hint=f"{name} is at least 1")
+            raise DataError(
+                f"{name} must be at least 1, got {value}", hint="give a whole number from 1"
+            )
     if not 0 <= noise < float("inf"):
-        raise DataError(f"noise is {noise}", hint="give a standard deviation, or 0 for none")
+        raise DataError(
+            f"noise must be finite and not negative, got {noise}",
+            hint="give a standard deviation, or 0 for none",
+        )
 
 
 def _cube(d: int) -> CoefficientSpace:
@@ -97,8 +102,8 @@ class ConcaveQuadratics:
         _check({"d": self.d, "m": self.m}, noise=self.noise)
         if not 1 <= self.conditioning < float("inf"):
             raise DataError(
-                f"conditioning is {self.conditioning}",
-                hint="it is the ratio of the largest to the smallest eigenvalue: 1 or more",
+                f"conditioning must be finite and at least 1, got {self.conditioning}",
+                hint="it is the ratio of the largest to the smallest eigenvalue",
             )
 
     @property
@@ -280,7 +285,10 @@ class MultiBump:
     def __post_init__(self) -> None:
         _check({"d": self.d, "m": self.m, "bumps": self.bumps}, noise=self.noise)
         if not 0 < self.width < float("inf"):
-            raise DataError(f"width is {self.width}", hint="give a positive number")
+            raise DataError(
+                f"width must be finite and positive, got {self.width}",
+                hint="give a positive number",
+            )
 
     @property
     def space(self) -> CoefficientSpace:

@@ -56,7 +56,8 @@ class TableProblem:
             )
         if not 0 <= self.tolerance < math.inf:
             raise DataError(
-                f"tolerance is {self.tolerance}", hint="give a distance that is not negative"
+                f"tolerance must be finite and not negative, got {self.tolerance}",
+                hint="give a distance that is not negative",
             )
         self.space.check(self.observations.X)
 

@@ -263,9 +263,9 @@ class OperatorContract:
         vectors = example_vectors()
         prepared = operator.prepare(vectors)
         out = torch.empty_like(vectors.base)
-        with pytest.raises(MergeError, match=f"this merge takes {space.d}"):
+        with pytest.raises(MergeError, match=rf"must have shape \({space.d},\)"):
             prepared.write(torch.zeros(space.d + 1), out)
-        with pytest.raises(MergeError, match="not finite"):
+        with pytest.raises(MergeError, match="must be finite"):
             prepared.write(torch.full((space.d,), torch.nan), out)
         with pytest.raises(MergeError, match="would be written to"):
             prepared.write(torch.zeros(space.d), out[:-1])

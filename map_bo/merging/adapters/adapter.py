@@ -332,7 +332,8 @@ def _factors(
         roles = ("embedding_A", "embedding_B") if embedded else ("A", "B")
         if set(pair) != set(roles):
             raise CheckpointError(
-                f"the adapter {folder} has {_factor_names(pair)} of module {module!r}, and no pair",
+                f"the adapter {folder} lacks a factor of module {module!r}: it has only "
+                f"{_factor_names(pair)}",
                 hint="factors come in pairs, lora_A and lora_B; save the adapter again",
             )
         if target in found or target in (other for other, *_ in square):
@@ -483,7 +484,7 @@ class AdapterCheckpoint(Checkpoint):
     """An adapter seen as the checkpoint of the model that it makes of its base.
 
     Its digest is that of the adapter alone; the base has its own. It has no ``directory``, since
-    its folder is no model.
+    its folder is not a model.
 
     Attributes:
         adapter: The adapter.

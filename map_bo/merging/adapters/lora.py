@@ -1,6 +1,7 @@
-"""Which tensor of the base each tensor of an adapter belongs to, and which way round it lies.
+"""PEFT's LoRA format: settings, names of tensors, and the tensors of the base that they belong to.
 
-Settings of a PEFT LoRA adapter: its ``adapter_config.json``, and which kinds are refused.
+Adapters that are not sums of a base and low-rank products are refused here, by their settings or by
+their tensors.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ __all__ = [
 CONFIG = "adapter_config.json"
 
 _WHOLE = "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that"
-# Settings under which an adapter is no sum of its base and low-rank products.
+# Settings under which an adapter is not a sum of its base and low-rank products.
 _REFUSED = {
     "use_dora": "is DoRA, whose change depends on the norms of the base's weights",
     "use_qalora": "is QALoRA, whose factors act on groups of inputs",
     "use_bdlora": "is BD-LoRA, whose factors are block-diagonal",
     "alora_invocation_tokens": "is an activated LoRA, which acts on some tokens only",
-    "arrow_config": "routes between adapters (Arrow) and is no change of weights",
+    "arrow_config": "routes between adapters (Arrow) and is not a change of weights",
     "kasa_config": "is KaSA, which changes the base's weights too",
     "monteclora_config": "is MonteCLoRA, whose factors are random",
     "layer_replication": "replicates layers, so its model is not of the base's architecture",
@@ -44,6 +45,13 @@ _REFUSED = {
 }
 # Initialisations that leave the base's weights as they are; the others change the base.
 _INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal")
+
+Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -95,8 +103,8 @@ def read_settings(folder: Path) -> LoraSettings:
     """Read ``adapter_config.json`` of a LoRA adapter.
 
     Raises:
-        CheckpointError: When it is missing or damaged, or the adapter is of a kind that is no sum
-            of the base and low-rank products.
+        CheckpointError: When it is missing or damaged, or the adapter is of a kind that is not a
+            sum of the base and low-rank products.
     """
     path = folder / CONFIG
     content = _read(path)
@@ -119,8 +127,8 @@ def read_settings(folder: Path) -> LoraSettings:
     r, alpha = content.get("r"), content.get("lora_alpha")
     if not _is_rank(r) or not _is_number(alpha):
         raise CheckpointError(
-            f"{path} has r = {r!r} and lora_alpha = {alpha!r}",
-            hint="both are positive numbers in the configuration of a LoRA adapter",
+            f"r and lora_alpha in {path} must be positive numbers, got {r!r} and {alpha!r}",
+            hint="take the adapter_config.json that was saved with the weights",
         )
     assert isinstance(r, int)
     assert isinstance(alpha, (int, float))
@@ -173,14 +181,6 @@ def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
             hint="it is a mapping from regular expressions of module names to numbers",
         )
     return dict(pattern)
-
-
-Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
-
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
-_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
-_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
 
 def _strange(name: str, origin: str) -> CheckpointError:
     return CheckpointError(
-        f"{origin} holds {name!r}, which is no tensor of a plain LoRA adapter",
+        f"{origin} holds {name!r}, which is not a tensor of a plain LoRA adapter",
         hint="merge it into its base first (peft: merge_and_unload) and give that",
     )
 

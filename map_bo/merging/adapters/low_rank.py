@@ -1,8 +1,8 @@
 """Changes of low rank: ``scale * B @ A``, never multiplied out unless asked for.
 
 Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685, section 4.1.
-
-What adapters change in one tensor of a resident model, kept as factors.
+`LowRank` is one change of one tensor; `AdaptedTensor` is the changes of one tensor by several
+adapters, which a resident model keeps as factors.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ __all__ = ["AdaptedTensor", "LowRank", "approximate", "exact_products", "stack",
 # Up to this length of its shorter side a matrix is decomposed whole, in float64.
 _WHOLE = 512
 _OVERSAMPLED, _POWER = 16, 4
+
+# Numbers of a product that is made in a wider dtype, or merged apart, at once.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +98,7 @@ def truncate(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     Q, R = torch.linalg.qr(change.scale * change.B.double())
     P, S = torch.linalg.qr(change.A.double().T)
     U, values, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)
-    # What float32 factors cannot tell from zero is no rank.
+    # What float32 factors cannot tell from zero is not rank.
     least = float(values[0]) * torch.finfo(torch.float32).eps if len(values) else 0.0
     keep = max(1, int((values > least).sum()))
     keep = keep if rank is None else min(keep, rank)
@@ -136,10 +139,6 @@ def approximate(matrix: Tensor, rank: int, *, generator: Generator) -> tuple[Low
     roots = values[:rank].sqrt()
     change = LowRank((U[:, :rank] * roots).float(), (roots[:, None] * Vh[:rank]).float())
     return change, float((wide - change.dense()).norm()), float(wide.norm())
-
-
-# Numbers of a product that is made in a wider dtype, or merged apart, at once.
-_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)

@@ -72,7 +72,7 @@ def align_names(
         if (present := [name for name in group if name in of_expert])
     }
     missing = sorted(set(groups) - set(names))
-    # An alias of a tensor that the base has is no further tensor.
+    # An alias of a tensor that the base has is not a further tensor.
     extra = sorted(name for name in of_expert - known if expert.ties.get(name) not in known)
     if missing:
         raise MergeError(

@@ -1,7 +1,4 @@
-"""Several weight files joined by an index.
-
-The reader for one weight file, by its suffix.
-"""
+"""Reading weights from disk: one file, by its suffix, or several that an index joins."""
 
 from __future__ import annotations
 
@@ -26,6 +23,8 @@ __all__ = ["ShardedReader", "open_file"]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
 
+_HINT = "an index is JSON with a 'weight_map' from tensor names to files beside it"
+
 
 def open_file(path: Path) -> TensorReader:
     """Return the reader for one weight file, by its suffix.
@@ -41,9 +40,6 @@ def open_file(path: Path) -> TensorReader:
         f"{path} has the unknown suffix {path.suffix!r}",
         hint="known are .safetensors, .pt, .pth, .bin, a *.index.json, or a folder with them",
     )
-
-
-_HINT = "an index is JSON with a 'weight_map' from tensor names to files beside it"
 
 
 class ShardedReader:
@@ -112,7 +108,9 @@ class ShardedReader:
 def _weight_map(index: Path) -> dict[str, str]:
     file = WeightFile(index)
     if file.size > HEADER_LIMIT:
-        raise CheckpointError(f"{index} has {file.size} bytes", hint=_HINT)
+        raise CheckpointError(
+            f"{index} must have at most {HEADER_LIMIT} bytes, got {file.size}", hint=_HINT
+        )
     text = file.read(0, file.size)
     try:
         content = strict_json(text)
@@ -138,14 +136,16 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def _shard_problem(shard: object) -> str | None:
-    """Return why a shard is no plain name: an index must not lead out of its own folder."""
+    """Return why a shard is not a plain name: an index must not lead out of its own folder."""
     if not isinstance(shard, str):
         return f"is a {type(shard).__name__}, not a name"
     shown = ascii(shard[:200])
     if "/" in shard or "\\" in shard or shard in {".", ".."}:
         return f"is {shown}, which leads out of the folder"
     return (
-        None if name_problem(shard) is None and len(shard) <= 255 else f"is {shown}, no file name"
+        None
+        if name_problem(shard) is None and len(shard) <= 255
+        else f"is {shown}, not a file name"
     )
 
 

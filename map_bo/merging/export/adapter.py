@@ -41,6 +41,137 @@ _PREFIX = "base_model.model."
 # Tasks for which peft adds nothing of its own to the modules that it saves.
 _PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterExport:
+    """A written adapter and what was lost in it.
+
+    Attributes:
+        path: Its folder.
+        rank: Rank of its factors.
+        error: Frobenius norm of what was cut off, over that of the whole change, of all tensors
+            with factors together; rounding to float32 is not in it.
+        errors: Tensor -> the same of that tensor.
+    """
+
+    path: Path
+    rank: int
+    error: float
+    errors: Mapping[str, float]
+
+
+def export_adapter(
+    out: str | Path,
+    *,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    weights: Weights | None,
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    rank: int | None = None,
+    others: Literal["save", "refuse"] = "save",
+    kinds: Mapping[str, Kind] | None = None,
+    merged: Checkpoint | None = None,
+    ties: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> AdapterExport:
+    """Write a merge as a folder that peft loads over the base.
+
+    Of adapters over this base the merged change of a tensor has at most the sum of their ranks,
+    and goes through the small core of its factors, never multiplied out. Of whole models it is
+    approximated by its singular value decomposition. Both are the nearest of their rank in the
+    Frobenius norm (the latter up to the randomised algorithm for large tensors).
+
+    What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
+    values. The folder appears whole or not at all, as with `write_model`; it holds
+    ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
+    errors.
+
+    Args:
+        out: Folder to create; it may exist only when it is empty.
+        base: The base that the adapter will be loaded over.
+        experts: Name -> checkpoint, adapters or whole models.
+        weights: Tensor name -> weight of each expert's change; None where the merge is not linear
+            and ``merged`` is given.
+        operator: The merge operator as plain data.
+        coefficients: Coefficient name -> value.
+        rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
+        others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
+        kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
+        merged: The merged model, where the merge is not linear.
+        ties: Further ties of the model, alias -> canonical name; the base need not have both.
+        record: Further plain data for the recipe.
+
+    Raises:
+        MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
+            not given, or cannot be written; nothing is left behind.
+    """
+    target = refuse_existing(out)
+    if rank is not None and rank < 1:
+        raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
+    further = plain(record or {})
+    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
+    if merged is not None:
+        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
+    elif weights is not None:
+        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
+    else:
+        raise MergeError(
+            "an adapter is written without weights and without a merged model",
+            hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
+        )
+    changes = merging.find()
+    adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
+    content = adapter_content(
+        changes.factors,
+        changes.values,
+        changes.kinds,
+        base,
+        prefix=_prefix(adapters),
+        base_name=_common([adapter.settings.base for adapter in adapters])
+        or (str(base.directory) if base.directory else None),
+        task=_common([adapter.settings.task for adapter in adapters]),
+    )
+    cut, whole = (math.hypot(*changes.norms[i].values()) for i in (0, 1))
+    errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
+    result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
+
+    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
+    with writing(target):
+        remove_stale_drafts(target)
+        require_space(target, layouts)
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
+            for name, tensor in content.tensors.items():
+                writer.write(name, tensor)
+            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
+            (draft / CONFIG).write_text(settings, encoding="utf-8")
+        recipe = recipe_text(
+            base=base,
+            experts=experts,
+            operator=operator,
+            coefficients=coefficients,
+            merged={
+                # Read back from the file, as for a whole model.
+                "sha256": open_adapter(draft, base).digest(),
+                "adapter": {
+                    "rank": result.rank,
+                    "relative_error": result.error,
+                    "relative_errors": dict(errors),
+                    "full_values": sorted(changes.values),
+                },
+            },
+            record=further,
+        )
+        with writing(target):
+            (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            publish(draft, target)
+    return result
+
 
 @dataclass(frozen=True)
 class AdapterContent:
@@ -162,7 +293,7 @@ def _sorted_out(
             modules.saved.add(module)
     if wrong:
         raise MergeError(
-            f"{listed(wrong)} are no weights of a module, and an adapter changes modules",
+            f"{listed(wrong)} are not weights of a module, and an adapter changes modules",
             hint="export the merged model instead",
         )
     # peft saves every module whose name ends like that of one to save.
@@ -205,27 +336,6 @@ def _targets(targets: list[str], modules: set[str]) -> list[str] | str:
     return targets
 
 
-_WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class AdapterExport:
-    """A written adapter and what was lost in it.
-
-    Attributes:
-        path: Its folder.
-        rank: Rank of its factors.
-        error: Frobenius norm of what was cut off, over that of the whole change, of all tensors
-            with factors together; rounding to float32 is not in it.
-        errors: Tensor -> the same of that tensor.
-    """
-
-    path: Path
-    rank: int
-    error: float
-    errors: Mapping[str, float]
-
-
 def module_kinds(model: nn.Module) -> dict[str, Kind]:
     """Return tensor name -> kind of its module, for the modules that can have LoRA factors.
 
@@ -250,117 +360,6 @@ def module_kinds(model: nn.Module) -> dict[str, Kind]:
         elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
             kinds[weight] = "conv"
     return kinds
-
-
-def export_adapter(
-    out: str | Path,
-    *,
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    weights: Weights | None,
-    operator: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    rank: int | None = None,
-    others: Literal["save", "refuse"] = "save",
-    kinds: Mapping[str, Kind] | None = None,
-    merged: Checkpoint | None = None,
-    ties: Mapping[str, str] | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> AdapterExport:
-    """Write a merge as a folder that peft loads over the base.
-
-    Of adapters over this base the merged change of a tensor has at most the sum of their ranks,
-    and goes through the small core of its factors, never multiplied out. Of whole models it is
-    approximated by its singular value decomposition. Both are the nearest of their rank in the
-    Frobenius norm (the latter up to the randomised algorithm for large tensors).
-
-    What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
-    values. The folder appears whole or not at all, as with `write_model`; it holds
-    ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
-    errors.
-
-    Args:
-        out: Folder to create; it may exist only when it is empty.
-        base: The base that the adapter will be loaded over.
-        experts: Name -> checkpoint, adapters or whole models.
-        weights: Tensor name -> weight of each expert's change; None where the merge is not linear
-            and ``merged`` is given.
-        operator: The merge operator as plain data.
-        coefficients: Coefficient name -> value.
-        rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
-        others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
-        kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
-        merged: The merged model, where the merge is not linear.
-        ties: Further ties of the model, alias -> canonical name; the base need not have both.
-        record: Further plain data for the recipe.
-
-    Raises:
-        MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
-            not given, or cannot be written; nothing is left behind.
-    """
-    target = refuse_existing(out)
-    if rank is not None and rank < 1:
-        raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
-    further = plain(record or {})
-    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
-    if merged is not None:
-        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
-    elif weights is not None:
-        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
-    else:
-        raise MergeError(
-            "an adapter is written without weights and without a merged model",
-            hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
-        )
-    changes = merging.find()
-    adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
-    content = adapter_content(
-        changes.factors,
-        changes.values,
-        changes.kinds,
-        base,
-        prefix=_prefix(adapters),
-        base_name=_common([adapter.settings.base for adapter in adapters])
-        or (str(base.directory) if base.directory else None),
-        task=_common([adapter.settings.task for adapter in adapters]),
-    )
-    cut, whole = (math.hypot(*changes.norms[i].values()) for i in (0, 1))
-    errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
-    result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
-
-    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
-    with writing(target):
-        remove_stale_drafts(target)
-        require_space(target, layouts)
-    with ExitStack() as stack:
-        with writing(target):
-            draft = stack.enter_context(writing_draft(target))
-            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
-            for name, tensor in content.tensors.items():
-                writer.write(name, tensor)
-            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
-            (draft / CONFIG).write_text(settings, encoding="utf-8")
-        recipe = recipe_text(
-            base=base,
-            experts=experts,
-            operator=operator,
-            coefficients=coefficients,
-            merged={
-                # Read back from the file, as for a whole model.
-                "sha256": open_adapter(draft, base).digest(),
-                "adapter": {
-                    "rank": result.rank,
-                    "relative_error": result.error,
-                    "relative_errors": dict(errors),
-                    "full_values": sorted(changes.values),
-                },
-            },
-            record=further,
-        )
-        with writing(target):
-            (draft / RECIPE).write_text(recipe, encoding="utf-8")
-            publish(draft, target)
-    return result
 
 
 def _whole(name: str) -> Mapping[str, float]:

@@ -180,7 +180,9 @@ def _check_values(
     wrong = [name for name, value in given.items() if not math.isfinite(value)]
     if wrong:
         raise MergeError(
-            f"the coefficients {listed(wrong)} are not finite", hint="give finite numbers"
+            f"the coefficients {listed(wrong)} must be finite, got "
+            f"{listed(str(given[name]) for name in wrong)}",
+            hint="give finite numbers",
         )
     values = {name: float(given.get(name, 0.0)) for name in space.names}
     if isinstance(operator, ChecksValues):
@@ -289,7 +291,9 @@ def write_model(
     """
     target = refuse_existing(out)
     if shard_bytes < 1:
-        raise MergeError(f"shard_bytes is {shard_bytes}", hint="give at least one byte")
+        raise MergeError(
+            f"shard_bytes must be at least 1, got {shard_bytes}", hint="give a number of bytes"
+        )
     further = plain(record or {})  # fails before anything is written
     layouts = {name: base.layout(name) for name in base.names if name not in base.ties}
     unwritable = [name for name, layout in layouts.items() if layout.dtype not in DTYPES.values()]

@@ -28,7 +28,7 @@ def plain(value: object, where: str = "record") -> Any:
     Paths become strings, tensors and arrays lists, and numbers of numpy and torch Python numbers.
 
     Raises:
-        MergeError: For anything that is no data, naming where it stands.
+        MergeError: For anything that is not data, naming where it stands.
     """
     if value is None or isinstance(value, bool):
         return value

@@ -1,6 +1,6 @@
-"""The weight files of a merged model, written tensor by tensor or piece by piece.
+"""Writing the weight files of a merged model, tensor by tensor or piece by piece.
 
-A progress bar for the writing of a merged model.
+One file, or shards with their index; and a bar that shows how much is written.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Put = Callable[[str, int, Tensor], None]
 """Takes a canonical name, a first element and the elements from there on (1-D, on the CPU)."""
 
 Pieces = Callable[[Put], None]
-"""Gives every element of every tensor that is no alias to a `Put` once, from any threads."""
+"""Gives every element of every tensor that is not an alias to a `Put` once, from any threads."""
 
 Advance = Callable[[int], None]
 """Takes a number of elements that are done, from any thread."""
@@ -62,7 +62,7 @@ def write_weights(
     Args:
         draft: The folder.
         tensors: All tensors of the base with their names, or a function that puts their pieces.
-        layouts: Layouts of the tensors that are no aliases.
+        layouts: Layouts of the tensors that are not aliases.
         base: The base checkpoint.
         shard_bytes: Largest size of one file.
         instead: Name -> tensor to write in place of the one that is given.

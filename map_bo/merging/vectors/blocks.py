@@ -54,7 +54,7 @@ _DIGITS = 4  # of a norm: sums in another order must not make another problem of
 
 Operator = TypeVar("Operator")
 
-_HINT = "write layers:K, kinds or balanced:K, or {block: regular expression on tensor names}"
+_HINT = "K is a number of blocks; a mapping is {block: regular expression on tensor names}"
 _ORDER = ("embedding", "norm", "attention", "mlp", "head", "other")
 
 
@@ -79,13 +79,13 @@ class Blocks:
             return
         if not isinstance(self.patterns, Mapping):
             raise MergeError(
-                f"blocks are given as a {type(self.patterns).__name__}",
+                f"blocks must be a mapping or a word, got a {type(self.patterns).__name__}",
                 hint="give {block name: regular expression on tensor names}",
             )
         object.__setattr__(self, "patterns", dict(self.patterns))
         if not self.patterns:
             raise MergeError(
-                "there are no blocks", hint="leave out blocks for one coefficient an expert"
+                "there are no blocks", hint="leave out blocks for one coefficient per expert"
             )
         for block, pattern in self.patterns.items():
             if pattern == _REST:
@@ -94,7 +94,8 @@ class Blocks:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise MergeError(
-                    f"the pattern {pattern!r} of block {block!r} is no regular expression: {error}",
+                    f"the pattern {pattern!r} of block {block!r} is not a regular expression: "
+                    f"{error}",
                     hint="write a Python regular expression, or '*' for all other tensors",
                 ) from None
 
@@ -188,7 +189,7 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
     is of layer 7); where a name holds several numbers the first counts. Models whose parts count
     their layers apart (an encoder and a decoder) are told apart by what stands before the number,
     in the order of the names; a part with one number (``classifier.1.weight``) beside
-    others is no layer.
+    others is not a layer.
 
     Args:
         names: Names of the tensors to merge.
@@ -359,7 +360,9 @@ def blocks_of(
     """
     found = re.fullmatch(r"(layers|balanced):(\d+)|kinds", spec.strip())
     if found is None:
-        raise MergeError(f"blocks are {spec!r}", hint=_HINT)
+        raise MergeError(
+            f"blocks must be layers:K, kinds, balanced:K or a mapping, got {spec!r}", hint=_HINT
+        )
     layout = FlatLayout.of(base, join_ties(base, ties or {}))
     names = sorted((slot.name for slot in layout.slots), key=_natural)
     if found.group(1) is None:

@@ -40,11 +40,13 @@ def check_coefficients(c: Tensor, d: int) -> Tensor:
     c = torch.as_tensor(c).detach().to(device="cpu", dtype=torch.float64)
     if c.shape != (d,):
         raise MergeError(
-            f"coefficients have shape {tuple(c.shape)}; this merge takes {d}",
+            f"coefficients must have shape ({d},), got {tuple(c.shape)}",
             hint="give one vector, not a batch",
         )
     if not bool(torch.isfinite(c).all()):
-        raise MergeError(f"coefficients are not finite: {c.tolist()}")
+        raise MergeError(
+            f"coefficients must be finite, got {c.tolist()}", hint="give finite numbers"
+        )
     return c
 
 
@@ -60,7 +62,7 @@ class Kernel(ABC):
         return False
 
     def room(self, experts: int) -> int:
-        """Return how many bytes of temporary memory a number of a piece takes, at most."""
+        """Return how many bytes of temporary memory each number of a piece takes, at most."""
         return 64 + 40 * experts
 
     def overhead(self, threads: int) -> int:
@@ -216,13 +218,13 @@ class KernelMerge:
                 self._threads, self._chunk = count, min(self._chunk, chunk)
                 return
         raise MergeError(
-            f"merging needs {self.least_memory() / 1e6:.0f} MB beside what the program itself "
+            f"merging needs {self.least_memory() / 1e6:.0f} MB besides what the program itself "
             f"takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
             hint="allow more memory, or choose an operator that merges number by number",
         )
 
     def _each(self) -> int:
-        """Return how many bytes a number of a piece takes: rows, what is read, and the kernel's."""
+        """Return how many bytes each number of a piece takes: in rows, read, and for the kernel."""
         count = len(self.deltas.experts)
         return 4 * (1 + count) + 8 + self.kernel.room(count)
 
@@ -240,7 +242,7 @@ class KernelMerge:
             return c
         if bool((c[:d] < -_NOTHING).any()):
             raise MergeError(
-                f"coefficients are negative: {c[:d].tolist()}",
+                f"coefficients must not be negative, got {c[:d].tolist()}",
                 hint="this operator takes coefficients from 0 on",
             )
         return torch.cat([c[:d].clamp_min(0.0), c[d:]])

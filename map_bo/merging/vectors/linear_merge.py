@@ -90,8 +90,8 @@ class LinearMerge:
         vectors: The resident task vectors.
         segments: ``(start, stop, block)`` of the flat layout, without gaps.
         blocks: Number of blocks ``B``; coefficients are ordered expert by expert, ``d = N B``.
-        tile: Numbers a tile of the batched product.
-        chunk: Numbers a chunk of what is not one product; by default what suits the device.
+        tile: Numbers per tile of the batched product.
+        chunk: Numbers per chunk of what is not one product; by default what suits the device.
     """
 
     def __init__(
@@ -267,7 +267,7 @@ class LinearMerge:
 
 @dataclass(frozen=True)
 class TaskArithmetic:
-    r"""``theta(c) = theta_base + sum_n c_n v_n``, with one coefficient an expert or a block.
+    r"""``theta(c) = theta_base + sum_n c_n v_n``, with one coefficient per expert or block.
 
     Ilharco et al., *Editing Models with Task Arithmetic*, arXiv 2212.04089, section 2.
 

@@ -330,7 +330,7 @@ def _matched(
         name = found.pop()
         if id(state[saved[canonical].name]) not in own:
             raise MergeError(
-                f"tensor {name!r} of the state dict is no parameter or buffer of the model",
+                f"tensor {name!r} of the state dict is not a parameter or buffer of the model",
                 hint="the model changes its state dict when saving; give it without such hooks",
             )
         if (name in slots) != tensor.is_floating_point():

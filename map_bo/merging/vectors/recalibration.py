@@ -58,8 +58,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, momentum: float | N
     """
     if momentum is not None and not 0 < momentum <= 1:
         raise MergeError(
-            f"momentum is {momentum}",
-            hint="give the weight of a new batch, above 0 and up to 1, or None for the average",
+            f"momentum must be above 0 and at most 1, got {momentum}",
+            hint="give the weight of a new batch, or None for the average",
         )
     layers = require_batch_norm(model)
     before = {name: _copies(layer) for name, layer in layers.items()}
@@ -120,18 +120,18 @@ class Recalibration:
         batches: The batches of every recalibration; see `recalibrate`.
 
     Raises:
-        MergeError: When they are no batches, or can be gone through only once.
+        MergeError: When they are not batches, or can be gone through only once.
     """
 
     def __init__(self, batches: Batches) -> None:
         if not callable(batches) and not isinstance(batches, Iterable):
             raise MergeError(
-                f"recalibration is a {type(batches).__name__}",
+                f"recalibration must be batches or a function, got a {type(batches).__name__}",
                 hint="give a list of batches, a data loader, or a function that returns one",
             )
         if isinstance(batches, Iterator):
             raise MergeError(
-                "recalibration is an iterator, which the first merge would use up",
+                "recalibration must be batches that can be gone through again, got an iterator",
                 hint="give a list of batches, a data loader, or a function that returns them anew",
             )
         self.batches = batches

@@ -49,7 +49,7 @@ class Extras:
         floors: Index of the slot of a variance -> the smallest value that the base or an expert
             has, by element, in float32.
         adapted: Index of a slot -> what the experts that are adapters change there.
-        similarity: By expert that is no adapter, the sums that `BaseSimilarity` gathered.
+        similarity: By expert that is not an adapter, the sums that `BaseSimilarity` gathered.
     """
 
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def fill(
         experts: Name -> checkpoint of the ``N`` experts.
         layout: Where each tensor lies.
         put: Takes the pieces: row 0 is the base, the others are the deltas of the ``D`` experts
-            that are no adapters. What lies between tensors is not put.
+            that are not adapters. What lies between tensors is not put.
         dtype: Storage of rows and of the full values of adapters.
         device: Where floors and adapters are kept.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.

@@ -1,6 +1,6 @@
 """A folder of rows on disk, written once and then mapped: task vectors larger than memory.
 
-What is known of base and experts besides their rows, as a file beside the rows' file.
+An entry is the rows' file and, beside it, a file with what else is known of base and experts.
 """
 
 from __future__ import annotations
@@ -41,88 +41,6 @@ from map_bo.merging.vectors.storage import format_bytes
 __all__ = ["MappedRows", "RowsCache", "read_extras", "rows_key", "write_extras"]
 
 _ABOUT = "map_bo_rows"
-
-
-def write_extras(path: Path, about: Mapping[str, Any], extras: Extras) -> None:
-    """Write a safetensors file, to the disk itself.
-
-    Args:
-        path: The file to create.
-        about: Plain data on the rows.
-        extras: What there is.
-
-    Raises:
-        OSError: When it cannot be written.
-    """
-    tensors = {f"fixed.{name}": value for name, value in extras.fixed.items()}
-    tensors |= {f"floor.{index}": floor for index, floor in extras.floors.items()}
-    for index, part in extras.adapted.items():
-        here = f"adapted.{index}"
-        tensors |= {f"{here}.A": part.A, f"{here}.B": part.B, f"{here}.owner": part.owner}
-        tensors |= {f"{here}.value.{i}": value for i, value in part.values.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    told = {
-        **about,
-        "likeness": {str(i): list(sums) for i, sums in extras.similarity.items()},
-        "beside": _tensors_digest(tensors),
-    }
-    try:
-        save_file(tensors, path, metadata={_ABOUT: json.dumps(told)})
-    except SafetensorError as error:  # so it calls what the system says
-        raise OSError(errno.EIO, str(error)) from error
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
-    """Read what `write_extras` wrote.
-
-    Raises:
-        CheckpointError: When the file is missing, damaged, or no safetensors file.
-        ValueError: When it holds something else than was written.
-    """
-    header = read_header(WeightFile(path))
-    reader = SafetensorsReader(path)
-    try:
-        about: dict[str, Any] = json.loads(header.metadata[_ABOUT])
-        tensors = {name: reader.load(name) for name in reader.layouts}
-        if _tensors_digest(tensors) != about["beside"]:
-            raise ValueError("what is beside its rows has changed")
-        fixed: dict[str, Tensor] = {}
-        floors: dict[int, Tensor] = {}
-        parts: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "fixed":
-                fixed[rest] = tensor
-            elif kind == "floor":
-                floors[int(rest)] = tensor
-            else:
-                index, _, label = rest.partition(".")
-                parts.setdefault(int(index), {})[label] = tensor
-        adapted = {index: _adapted(part) for index, part in sorted(parts.items())}
-        similarity = {int(i): sums for i, sums in about["likeness"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} is of something else") from error
-    return about, Extras(fixed, floors, adapted, similarity)
-
-
-def _adapted(part: Mapping[str, Tensor]) -> AdaptedTensor:
-    values = {
-        int(label.removeprefix("value.")): tensor
-        for label, tensor in part.items()
-        if label.startswith("value.")
-    }
-    return AdaptedTensor(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
-
-
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(raw_bytes(tensor))
-    return total.hexdigest()
-
 
 _FORMAT = 1  # to be raised whenever the same inputs give other files
 # Names of 0.1 within an entry and its metadata, so that its entries stay good.
@@ -384,6 +302,87 @@ class RowsCache:
                 if full
                 else "choose a cache folder that can be written",
             ) from error
+
+
+def write_extras(path: Path, about: Mapping[str, Any], extras: Extras) -> None:
+    """Write a safetensors file, to the disk itself.
+
+    Args:
+        path: The file to create.
+        about: Plain data on the rows.
+        extras: What there is.
+
+    Raises:
+        OSError: When it cannot be written.
+    """
+    tensors = {f"fixed.{name}": value for name, value in extras.fixed.items()}
+    tensors |= {f"floor.{index}": floor for index, floor in extras.floors.items()}
+    for index, part in extras.adapted.items():
+        here = f"adapted.{index}"
+        tensors |= {f"{here}.A": part.A, f"{here}.B": part.B, f"{here}.owner": part.owner}
+        tensors |= {f"{here}.value.{i}": value for i, value in part.values.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    told = {
+        **about,
+        "likeness": {str(i): list(sums) for i, sums in extras.similarity.items()},
+        "beside": _tensors_digest(tensors),
+    }
+    try:
+        save_file(tensors, path, metadata={_ABOUT: json.dumps(told)})
+    except SafetensorError as error:  # so it calls what the system says
+        raise OSError(errno.EIO, str(error)) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
+    """Read what `write_extras` wrote.
+
+    Raises:
+        CheckpointError: When the file is missing, damaged, or no safetensors file.
+        ValueError: When it holds something else than was written.
+    """
+    header = read_header(WeightFile(path))
+    reader = SafetensorsReader(path)
+    try:
+        about: dict[str, Any] = json.loads(header.metadata[_ABOUT])
+        tensors = {name: reader.load(name) for name in reader.layouts}
+        if _tensors_digest(tensors) != about["beside"]:
+            raise ValueError("what is beside its rows has changed")
+        fixed: dict[str, Tensor] = {}
+        floors: dict[int, Tensor] = {}
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "fixed":
+                fixed[rest] = tensor
+            elif kind == "floor":
+                floors[int(rest)] = tensor
+            else:
+                index, _, label = rest.partition(".")
+                parts.setdefault(int(index), {})[label] = tensor
+        adapted = {index: _adapted(part) for index, part in sorted(parts.items())}
+        similarity = {int(i): sums for i, sums in about["likeness"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is of something else") from error
+    return about, Extras(fixed, floors, adapted, similarity)
+
+
+def _adapted(part: Mapping[str, Tensor]) -> AdaptedTensor:
+    values = {
+        int(label.removeprefix("value.")): tensor
+        for label, tensor in part.items()
+        if label.startswith("value.")
+    }
+    return AdaptedTensor(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(raw_bytes(tensor))
+    return total.hexdigest()
 
 
 def _file_digest(path: Path) -> str:

@@ -54,7 +54,7 @@ def parse_bytes(size: float | str, name: str) -> int:
         name: What to call it in an error.
 
     Raises:
-        MergeError: For text that is no size, and for sizes that are not positive.
+        MergeError: For text that is not a size, and for sizes that are not positive.
     """
     number = 0.0
     if isinstance(size, int | float) and not isinstance(size, bool):
@@ -64,7 +64,8 @@ def parse_bytes(size: float | str, name: str) -> int:
             number = float(found.group(1)) * _UNITS[found.group(2) or ""]
     if not 1 <= number < math.inf:
         raise MergeError(
-            f"{name} is {size!r}", hint="give a number of bytes, or such as 500MB, 2GB or 1.5GiB"
+            f"{name} must be a size of at least one byte, got {size!r}",
+            hint="give a number of bytes, or text such as 500MB, 2GB or 1.5GiB",
         )
     return int(number)
 

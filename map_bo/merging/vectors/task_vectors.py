@@ -2,9 +2,8 @@
 
 Task vectors ``v_n = theta_n - theta_base`` are those of Ilharco et al., *Editing Models with
 Task Arithmetic*, arXiv 2212.04089, section 2. Shapes: ``N`` experts, ``P`` numbers in the flat
-layout (the floating values of the model and a little padding).
-
-How alike task vectors are: their cosines, from the flat matrix in one pass.
+layout (the floating values of the model and a little padding). Their cosines come from the matrix
+in one pass.
 """
 
 from __future__ import annotations
@@ -26,6 +25,8 @@ from map_bo.merging.vectors.rows_cache import MappedRows, RowsCache, rows_key
 from map_bo.merging.vectors.storage import estimate_memory, require_available, storage_dtype
 
 __all__ = ["TaskVectors", "cosines"]
+
+_CHUNK = 1 << 20  # numbers of all task vectors together that are held in float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -275,9 +276,6 @@ class TaskVectors:
             mapped,
             spare_memory,
         )
-
-
-_CHUNK = 1 << 20  # numbers of all task vectors together that are held in float64 at once
 
 
 def cosines(vectors: TaskVectors) -> Tensor:

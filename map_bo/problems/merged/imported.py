@@ -102,10 +102,14 @@ def imported_problem(
             hint=f"evaluators are {', '.join(evaluators)}",
         )
     if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+        raise ConfigError(
+            f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}",
+            hint="set problem.dtype to one of them",
+        )
     if vocabulary not in (None, *get_args(VocabularyRule)):
         raise ConfigError(
-            f"vocabulary is {vocabulary!r}", hint=f"one of {', '.join(get_args(VocabularyRule))}"
+            f"vocabulary must be one of {', '.join(get_args(VocabularyRule))}, got {vocabulary!r}",
+            hint="set problem.vocabulary to one of them, or leave it out",
         )
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
@@ -153,7 +157,9 @@ def named(where: str, key: str) -> Callable[..., Any]:
     """
     module, separator, attribute = str(where).partition(":")
     if not separator or not module or not attribute:
-        raise ConfigError(f"{key} is {where!r}", hint="write it as module:function")
+        raise ConfigError(
+            f"{key} must name a function, got {where!r}", hint="write it as module:function"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -167,7 +173,10 @@ def named(where: str, key: str) -> Callable[..., Any]:
             hint="modules are looked for in the working directory and the installed packages",
         ) from error
     if not callable(found):
-        raise ConfigError(f"{key} {where!r} is a {type(found).__name__}, not a function")
+        raise ConfigError(
+            f"{key} must name a function, got a {type(found).__name__} ({where})",
+            hint="name a function or a class",
+        )
     return found  # type: ignore[no-any-return]
 
 

@@ -50,7 +50,7 @@ def check_model(model: object) -> None:
     """
     if not callable(model):
         raise MergeError(
-            f"the model is a {type(model).__name__}",
+            f"the model must be a module or a function, got a {type(model).__name__}",
             hint="give a torch.nn.Module, or a function that returns one",
         )
 
@@ -64,8 +64,8 @@ def build_model(source: nn.Module | Callable[[], nn.Module], device: torch.devic
     model = source if isinstance(source, nn.Module) else source()
     if not isinstance(model, nn.Module):
         raise MergeError(
-            f"the model function returned a {type(model).__name__}",
-            hint="it must return a torch.nn.Module",
+            f"the model function must return a module, got a {type(model).__name__}",
+            hint="return a torch.nn.Module",
         )
     return model if model is source else model.to(device)
 
@@ -87,7 +87,7 @@ def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
 def check_gradients(
     evaluators: Mapping[str, Evaluator], operator: MergeOperator, *, recalibrated: bool
 ) -> None:
-    """Refuse gradients where metrics are no differentiable function of the coefficients.
+    """Refuse gradients where metrics are not a differentiable function of the coefficients.
 
     Raises:
         MergeError: For an operator that is not linear in its coefficients, and with recalibration.

@@ -164,7 +164,9 @@ class ImageRecipe:
                 hint="name two or more different sets",
             )
         if self.epochs < 1:
-            raise DataError(f"epochs is {self.epochs}", hint="train for at least one epoch")
+            raise DataError(
+                f"epochs must be at least 1, got {self.epochs}", hint="train for at least one epoch"
+            )
 
     def steps(self, name: str) -> int:
         """Return how many epochs the network ``name`` (``"base"`` or a set) takes."""

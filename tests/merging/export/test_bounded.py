@@ -219,7 +219,7 @@ class TestLimit:
 
     def test_less_than_the_least_is_refused(self) -> None:
         merge = self.merge(Wide())
-        with pytest.raises(MergeError, match=r"merging needs \d+ MB beside .* are allowed"):
+        with pytest.raises(MergeError, match=r"merging needs \d+ MB besides .* are allowed"):
             merge.limit(merge.least_memory() - 1, 8)
 
     def test_rows_of_della_are_not_cut(self) -> None:

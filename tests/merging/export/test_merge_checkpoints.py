@@ -262,21 +262,21 @@ class TestSettings:
     def test_coefficients(self, refused: Refused) -> None:
         error = refused("there are no coefficients 'maths'", coefficients={"maths": 1.0})
         assert "math, code, chat" in str(error.hint)
-        refused("coefficients code are not finite", coefficients={"code": float("nan")})
-        refused("coefficients code are not finite", coefficients={"code": float("inf")})
+        refused("coefficients code must be finite", coefficients={"code": float("nan")})
+        refused("coefficients code must be finite", coefficients={"code": float("inf")})
         searched = Ties(search=["density"])
         refused("no value is given for density", operator=searched)
-        refused("density is 1.5", operator=searched, coefficients={**C, "density": 1.5})
-        refused("density is -0.1", operator=searched, coefficients={**C, "density": -0.1})
+        refused("density must .* got 1.5", operator=searched, coefficients={**C, "density": 1.5})
+        refused("density must .* got -0.1", operator=searched, coefficients={**C, "density": -0.1})
         rate = Dare(search=["drop_rate"])
-        refused("drop_rate is 1.0", operator=rate, coefficients={**C, "drop_rate": 1.0})
+        refused("drop_rate must .* got 1.0", operator=rate, coefficients={**C, "drop_rate": 1.0})
 
     @pytest.mark.parametrize("operator", [WeightedAverage(), Slerp()])
     def test_negative_coefficients_where_they_mean_nothing(
         self, refused: Refused, operator: Any
     ) -> None:
         refused(
-            "the coefficients code are negative",
+            "the coefficients code must not be negative",
             operator=operator,
             coefficients={"math": 1.0, "code": -1.0},
         )
@@ -294,8 +294,8 @@ class TestSettings:
 
     @pytest.mark.parametrize("size", ["abc", "-1", 0, "0MB", ""])
     def test_sizes(self, refused: Refused, size: Any) -> None:
-        refused("max_memory is", max_memory=size)
-        refused("shard_size is", shard_size=size)
+        refused("max_memory must", max_memory=size)
+        refused("shard_size must", shard_size=size)
 
     def test_a_record_that_is_no_data(self, refused: Refused) -> None:
         refused("record.a is a object", record={"a": object()})

@@ -268,7 +268,7 @@ class TestRefusals:
         self.refused(tmp_path, "safetensors has no dtype for w", base=base)
 
     def test_no_shard_size(self, tmp_path: Path) -> None:
-        self.refused(tmp_path, "shard_bytes is 0", shard_bytes=0)
+        self.refused(tmp_path, "shard_bytes must .* got 0", shard_bytes=0)
 
     def test_a_record_that_is_no_data(self, tmp_path: Path) -> None:
         self.refused(tmp_path, r"record\.a\[1\] is a object", record={"a": [1, object()]})

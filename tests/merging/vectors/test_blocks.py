@@ -247,7 +247,7 @@ def test_blocks_that_do_not_fit(patterns: dict[str, str], said: str) -> None:
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*a"])
 def test_patterns_that_are_none(pattern: str) -> None:
-    with pytest.raises(MergeError, match="is no regular expression") as caught:
+    with pytest.raises(MergeError, match="is not a regular expression") as caught:
         Blocks({"a": pattern})
     assert "Python regular expression" in str(caught.value.hint)
 

@@ -256,10 +256,10 @@ def test_outputs_that_do_not_fit_are_refused() -> None:
 def test_checked_coefficients() -> None:
     c = torch.tensor([1, 2], dtype=torch.int64)
     assert check_coefficients(c, 2).dtype == torch.float64
-    with pytest.raises(MergeError, match=r"shape \(1, 2\)") as caught:
+    with pytest.raises(MergeError, match=r"shape \(2,\), got \(1, 2\)") as caught:
         check_coefficients(c[None], 2)
     assert "not a batch" in str(caught.value.hint)
-    with pytest.raises(MergeError, match="not finite"):
+    with pytest.raises(MergeError, match="must be finite"):
         check_coefficients(torch.tensor([float("inf"), 0.0]), 2)
 
 

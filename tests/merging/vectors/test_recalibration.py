@@ -193,7 +193,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("momentum", [0.0, -1.0, 1.5, float("nan")])
     def test_a_momentum_that_is_none(self, momentum: float) -> None:
-        with pytest.raises(MergeError, match="momentum is"):
+        with pytest.raises(MergeError, match="momentum must"):
             recalibrate(nn.BatchNorm1d(3), batches(0), momentum=momentum)
 
 
@@ -226,7 +226,10 @@ class TestRecalibration:
 
     @pytest.mark.parametrize(
         ("given", "message"),
-        [(3, "recalibration is a int"), (iter([]), "an iterator, which the first merge would use")],
+        [
+            (3, "must be batches or a function, got a int"),
+            (iter([]), "gone through again, got an iterator"),
+        ],
     )
     def test_what_cannot_be_gone_through_again(self, given: Any, message: str) -> None:
         with pytest.raises(MergeError, match=message):

@@ -218,7 +218,7 @@ def test_blocks_that_do_not_divide_the_tensors_are_refused() -> None:
         TaskArithmetic({"a": "*", "b": "*"}).prepare(vectors)
     with pytest.raises(MergeError, match="no floating tensor belongs to the blocks typo"):
         TaskArithmetic({"typo": "frist", "b": "*"}).prepare(vectors)
-    with pytest.raises(MergeError, match=r"'\(' of block 'a' is no regular expression"):
+    with pytest.raises(MergeError, match=r"'\(' of block 'a' is not a regular expression"):
         TaskArithmetic({"a": "("})
     with pytest.raises(MergeError, match="there are no blocks"):
         TaskArithmetic({})
