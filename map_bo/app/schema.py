@@ -55,7 +55,10 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name ``base_config``."""
+    """Make the schema known to Hydra as ``base_config``, and what installed packages bring."""
     from hydra.core.config_store import ConfigStore
 
+    from map_bo.app.installed import register_installed
+
+    register_installed()
     ConfigStore.instance().store(name="base_config", node=Config)
