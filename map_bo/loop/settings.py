@@ -1,22 +1,42 @@
-"""How a run is run: budget, batch, verification, failures; and the parts that do the work."""
+"""How a run is run: budget, batch, verification, failures; and the parts that do the work.
+
+Importing this costs nothing, because the configuration's schema is made from it on the way to
+``--help``: the parts, and with them the tensor libraries, are loaded when settings are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
-from map_bo.pareto.gradient import GradientSolver
-from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior.driven import TakesReference
-from map_bo.samplers.sampler import Sampler
-from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.surrogate import Surrogate
+
+if TYPE_CHECKING:
+    from map_bo.pareto.solver import FrontSolver
+    from map_bo.samplers.sampler import Sampler
+    from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
+
+
+def _sampler() -> Sampler:
+    from map_bo.samplers.adaptive import Adaptive
+
+    return Adaptive()
+
+
+def _surrogate() -> Surrogate:
+    from map_bo.surrogates.auto import Auto
+
+    return Auto()
+
+
+def _solver() -> FrontSolver:
+    from map_bo.pareto.gradient import GradientSolver
+
+    return GradientSolver()
 
 
 @dataclass(frozen=True)
@@ -48,9 +68,9 @@ class Settings:
 
     budget: int
     seed: int = 0
-    sampler: Sampler = field(default_factory=Adaptive)
-    surrogate: Surrogate = field(default_factory=Auto)
-    solver: FrontSolver = field(default_factory=GradientSolver)
+    sampler: Sampler = field(default_factory=_sampler)
+    surrogate: Surrogate = field(default_factory=_surrogate)
+    solver: FrontSolver = field(default_factory=_solver)
     batch: int = 1
     verify: int | None = None
     verify_extra: bool = False
@@ -87,8 +107,11 @@ class Settings:
                 "lower `verify`, or set `verify_extra`",
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
-        if self.reference is not None and isinstance(self.sampler, TakesReference):
-            object.__setattr__(self, "sampler", self.sampler.above(self.reference))
+        if self.reference is not None:
+            from map_bo.samplers.posterior.driven import TakesReference
+
+            if isinstance(self.sampler, TakesReference):
+                object.__setattr__(self, "sampler", self.sampler.above(self.reference))
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the stopping rule first looks after {self.stop.least} evaluations, "

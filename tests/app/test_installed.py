@@ -224,9 +224,7 @@ class TestOptions:
             composed("sampler=twice")
 
     def test_what_is_no_class(self) -> None:
-        with pytest.raises(
-            ConfigError, match="of the package their-package names 3"
-        ):
+        with pytest.raises(ConfigError, match="of the package their-package names 3"):
             composed("sampler=number")
 
     def test_evaluators(self, monkeypatch: pytest.MonkeyPatch) -> None:
