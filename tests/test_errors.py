@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 
 import pytest
 
@@ -26,3 +27,20 @@ def test_every_error_carries_message_and_hint_and_survives_pickling(
 
 def test_a_hint_is_optional() -> None:
     assert str(errors.MapBoError("alone")) == "alone"
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "before", "hint"),
+    [
+        ("smapler", ["seed", "sampler"], "", "did you mean 'sampler'?"),
+        ("anchor", ["anchors"], "sampler.", "did you mean 'sampler.anchors'?"),
+        ("x", ["seed", "sampler"], "", "choose from seed, sampler"),
+        ("x", {"anchors": 1}, "sampler.", "choose from sampler.anchors"),
+        (3, ("a",), "", "choose from a"),
+        (None, [], "", "there are none"),
+    ],
+)
+def test_a_hint_names_what_was_meant_or_what_there_is(
+    word: object, known: Iterable[str], before: str, hint: str
+) -> None:
+    assert errors.did_you_mean(word, known, before=before) == hint

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric, check_metrics, to_maximisation
-from map_bo.errors import PreferenceError
+from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.pareto.indicators import scaled
 
 __all__ = ["Preference", "choose", "shortfall", "utility"]
@@ -188,7 +188,7 @@ def _check_names(preference: Preference, names: Sequence[str]) -> None:
     if unknown:
         raise PreferenceError(
             f"there is no metric {', '.join(repr(name) for name in unknown)}",
-            hint=f"metrics are {', '.join(names)}",
+            hint=did_you_mean(unknown[0], names),
         )
 
 
