@@ -34,6 +34,7 @@ _ROOT = "map_bo."
 MODULES: Mapping[str, str] = MappingProxyType(
     {
         "app.exchange": "app.ax_commands",
+        "ax.plain": "plain",
         "loop.identity": "loop.state",
         "loop.observed": "loop.run",
         "loop.publish": "loop.mirrors",

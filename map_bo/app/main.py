@@ -239,10 +239,13 @@ def _run(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from map_bo.app.installed import hidden
     from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
 
     register()
+    if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
+        sys.stderr.writelines(f"note: {told}\n" for told in hidden())
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"

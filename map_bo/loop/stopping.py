@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import ConfigError, did_you_mean
-from map_bo.space import CoefficientSpace
+
+if TYPE_CHECKING:
+    from map_bo.space import CoefficientSpace
 
 __all__ = ["Criterion", "Stop", "notes_on", "stop_record"]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.errors import PreferenceError
+from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.scale import Scale, widths
 
 __all__ = ["Preference", "choose", "shortfall", "utility"]
@@ -159,7 +159,7 @@ def _check_names(preference: Preference, names: Sequence[str]) -> None:
     if unknown:
         raise PreferenceError(
             f"there is no metric {', '.join(repr(name) for name in unknown)}",
-            hint=f"metrics are {', '.join(names)}",
+            hint=did_you_mean(unknown[0], names),
         )
 
 

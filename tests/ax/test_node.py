@@ -16,7 +16,7 @@ from map_bo.ax.database import read_experiment
 from map_bo.ax.experiment import experiment_of
 from map_bo.ax.observations import observations_of
 from map_bo.data import Metric, Observations
-from map_bo.errors import SamplerError
+from map_bo.errors import SamplerError, SettingsError
 from map_bo.loop.reading import load_state
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import quiet
@@ -285,11 +285,44 @@ def test_a_strategy_survives_json(tmp_path: Path) -> None:
     assert list(before.values()) == list(after.values())
 
 
-def test_a_sampler_of_ones_own_is_not_stored(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Mine(Sobol):
+    """A sampler that is not of map_bo."""
+
+
+class Nameless:
+    """A sampler that plain data cannot say."""
+
+    propose = Sobol.propose
+
+
+def test_a_sampler_of_ones_own_is_read_by_those_who_trust_its_package(tmp_path: Path) -> None:
+    from ax.api.client import Client
+
+    from map_bo.ax.node import MapBoNode, register
+
+    file = str(tmp_path / "ax.json")
     with quiet():
         client = own_client()
-        client.set_generation_strategy(strategy(Spy([])))
-        with pytest.raises(SamplerError, match="cannot be stored"):
+        client.set_generation_strategy(strategy(Mine(anchors=False)))
+        client.save_to_json_file(file)
+        try:
+            with pytest.raises(SettingsError, match="tests is not a package"):
+                Client.load_from_json_file(file)
+            register(trust=["tests"])
+            again = Client.load_from_json_file(file)
+        finally:
+            register()
+    [node] = again._generation_strategy._nodes
+    assert isinstance(node, MapBoNode)
+    assert node.sampler == Mine(anchors=False)
+
+
+def test_a_sampler_that_plain_data_cannot_say_is_not_stored() -> None:
+    with quiet():
+        client = own_client()
+        client.set_generation_strategy(strategy(Nameless()))
+        with pytest.raises(SettingsError, match="cannot be written as plain data"):
             client._to_json_snapshot()
 
 

@@ -86,11 +86,13 @@ def test_a_bound_beyond_every_point() -> None:
 
 
 @pytest.mark.parametrize("where", ["weights", "at_least", "at_most"])
-def test_unknown_metrics_list_the_known(where: str) -> None:
-    with pytest.raises(PreferenceError) as caught:
+def test_unknown_metrics_are_told_the_nearest_or_the_known(where: str) -> None:
+    with pytest.raises(PreferenceError, match="there is no metric 'maths'") as caught:
         pick(VALUES, **{where: {"maths": 1.0}})
-    assert "there is no metric 'maths'" in str(caught.value)
-    assert "math, code, loss" in str(caught.value)
+    assert caught.value.hint == "did you mean 'math'?"
+    with pytest.raises(PreferenceError, match="there is no metric 'x'") as caught:
+        pick(VALUES, **{where: {"x": 1.0}})
+    assert caught.value.hint == "choose from math, code, loss"
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
