@@ -26,7 +26,7 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.merged.problem import MergedModelProblem
 
-__all__ = ["imported_problem", "named"]
+__all__ = ["import_callable", "imported_problem"]
 
 _DTYPES: dict[str, StorageDtype] = {
     "float32": torch.float32,
@@ -126,11 +126,12 @@ def imported_problem(
     if model is None and not Path(base).expanduser().exists():
         opened = open_checkpoint(base)
     return MergedModelProblem(
-        named(model, "problem.model") if model is not None else _architecture(opened),
+        import_callable(model, "problem.model") if model is not None else _architecture(opened),
         base=opened,
         experts=dict(experts),
         evaluators={
-            name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+            name: import_callable(where, f"problem.evaluators.{name}")
+            for name, where in evaluators.items()
         },
         metrics=described,
         operator=operator,
@@ -143,13 +144,13 @@ def imported_problem(
         vocabulary=vocabulary,
         recalibration=None
         if recalibration is None
-        else named(recalibration, "problem.recalibration"),
+        else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
     )
 
 
-def named(where: str, key: str) -> Callable[..., Any]:
+def import_callable(where: str, key: str) -> Callable[..., Any]:
     """Import ``module:attribute``, looking in the working directory first.
 
     Raises:
