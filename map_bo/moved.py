@@ -12,10 +12,22 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "OldNames", "current", "old_attribute"]
+__all__ = [
+    "CLASSES",
+    "FIELDS",
+    "MODULES",
+    "NAMES",
+    "OldNames",
+    "current",
+    "current_class",
+    "old_attribute",
+    "renamed",
+    "with_current_targets",
+]
 
 _ROOT = "map_bo."
 
@@ -114,7 +126,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "problems.merged": "problems.merged.problem",
         "problems.merged_checks": "problems.merged.parts",
         "problems.merged_description": "problems.merged.parts",
-        "problems.merged.problem": "problems.merged.export",
+        "problems.merged_export": "problems.merged.problem",
         "problems.merged_space": "problems.merged.parts",
         "problems.merged_storage": "problems.merged.parts",
         "problems.zoo": "problems.zoo.digits",
@@ -188,23 +200,85 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module -> today's module, both without the leading ``map_bo.``."""
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "botorch": "map_bo.problems.botorch_functions:BotorchProblem",
+        "breadcrumbs": "map_bo.operators.sparse:Breadcrumbs",
+        "concave_quadratics": "map_bo.problems.synthetic:ConcaveQuadratics",
+        "consensus": "map_bo.operators.consensus:Consensus",
+        "dare": "map_bo.operators.sparse:Dare",
+        "della": "map_bo.operators.sparse:Della",
+        "fisher": "map_bo.operators.fisher:Fisher",
+        "magnitude": "map_bo.operators.sparse:Magnitude",
+        "multi_bump": "map_bo.problems.synthetic:MultiBump",
+        "regmean": "map_bo.operators.regmean:RegMean",
+        "sigmoid_quadratics": "map_bo.problems.synthetic:SigmoidQuadratics",
+        "slerp": "map_bo.operators.averages:Slerp",
+        "task_arithmetic": "map_bo.merging.vectors.linear_merge:TaskArithmetic",
+        "ties": "map_bo.operators.sparse:Ties",
+        "weighted_average": "map_bo.operators.averages:WeightedAverage",
+    }
+)
+"""Name or kind by which records and recipes told an operator or a problem -> today's class."""
+
+
+FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
+"""Fields of settings that have another name today: the old one -> today's."""
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "samplers.published.public_code.BinsReference": "PublishedBins",
+        "samplers.published.public_code.ReferenceDesign": "PublishedDesign",
+        "surrogates.published.ReferenceModel": "PublishedModel",
+        "surrogates.published.ReferenceQuadratic": "PublishedQuadratic",
+    }
+)
+"""Old name of a class in a module of today -> its name today."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
-    The longest old module that the name begins with is replaced. A name that leads to a module of
-    today, and any name of another package, is returned as it is.
+    The longest old module that the name begins with is replaced, and so is the old name of a class.
+    A name that leads to a module of today, and any name of another package, is returned as it is.
+    Packages of today whose name was a module's lead to what that module became, but for their own
+    modules.
     """
     if not name.startswith(_ROOT):
         return name
+    name = _moved(name)
+    home, _, last = name.rpartition(".")
+    return f"{home}.{NAMES.get(name.removeprefix(_ROOT), last)}"
+
+
+def current_class(module: str, name: str) -> tuple[str, str]:
+    """Return today's module and name of a class."""
+    home = current(module)
+    return home, NAMES.get(f"{home.removeprefix(_ROOT)}.{name}", name)
+
+
+def _moved(name: str) -> str:
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
-        if old in _TODAY:
+        file = Path(__file__).parent.joinpath(*parts[:end]).with_suffix(".py")
+        if old in _TODAY or file.is_file():
             return name
         if old in MODULES:
             return _ROOT + ".".join([MODULES[old], *parts[end:]])
     return name
+
+
+def with_current_targets(tree: Any) -> Any:
+    """Return a recorded configuration with today's names of classes and of their options."""
+    if isinstance(tree, Mapping):
+        return {
+            FIELDS[key] if key in FIELDS and FIELDS[key] not in tree else key: current(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_targets(value)
+            for key, value in tree.items()
+        }
+    return [with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def old_attribute(package: str, name: str) -> Any:
@@ -227,6 +301,24 @@ def old_attribute(package: str, name: str) -> Any:
             _warn(f"{package}.{name}", f"{home}.{name}")
             return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+def renamed(module: str, name: str) -> Any:
+    """Return what has another name today: for the ``__getattr__`` of its module.
+
+    Args:
+        module: The module.
+        name: The attribute that was asked of it.
+
+    Raises:
+        AttributeError: When the module never had such an attribute.
+    """
+    old = f"{module}.{name}"
+    if old.removeprefix(_ROOT) not in NAMES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = NAMES[old.removeprefix(_ROOT)]
+    _warn(old, f"{module}.{new}")
+    return vars(import_module(module))[new]
 
 
 class OldNames(MetaPathFinder):

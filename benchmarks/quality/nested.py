@@ -36,9 +36,9 @@ from benchmarks.quality.scoring import representatives
 from benchmarks.record import RESULTS, finish
 from map_bo.errors import BudgetError
 from map_bo.loop.run import optimize
-from map_bo.nested.budget import Purse, node_sizes
+from map_bo.nested.budget import BudgetAllocator, node_sizes
 from map_bo.nested.optimize import optimize_nested
-from map_bo.nested.planning import balanced, most_stages
+from map_bo.nested.planning import balanced_tree, most_stages
 from map_bo.nested.settings import Nested
 from map_bo.pareto.evolution import NSGA3
 from map_bo.pareto.indicators import (
@@ -48,8 +48,8 @@ from map_bo.pareto.indicators import (
 )
 from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.published.public_code import ReferenceDesign
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.samplers.published.public_code import PublishedDesign
+from map_bo.surrogates.published import PublishedQuadratic
 
 __all__ = ["METHODS", "Cell", "best_known", "main"]
 
@@ -66,13 +66,13 @@ METHODS: dict[str, dict[str, Any] | None] = {
     "fronts, 2 stages": {"stages": 2},
     "fronts, 2 stages, informed": {"stages": 2, "inform": True},
     "fronts, pairs": {"stages": 0},
-    "surrogates, 2 stages": {"stages": 2, "hand_up": "surrogate"},
+    "surrogates, 2 stages": {"stages": 2, "promote": "surrogate"},
     "fronts, 2 stages, refined": {"stages": 2, "refine": -4},
-    "given preferences, 2 stages": {"stages": 2, "hand_up": "point"},
+    "given preferences, 2 stages": {"stages": 2, "promote": "point"},
     "published": {
         "group_size": 2,
         "order": "score",
-        "hand_up": "point",
+        "promote": "point",
         "measure": "children",
         "budget_split": "equal",
     },
@@ -129,7 +129,7 @@ def settings_of(cell: Cell) -> Nested | None:
         how["refine"] = cell.budget // -how["refine"]
     if cell.method == "published":
         how["stage_budgets"] = (PER_NODE,) * most_stages(cell.experts)
-    if how.get("hand_up") == "point":
+    if how.get("promote") == "point":
         names = DigitsZoo(cell.experts).names
         wanted = preferences(cell.experts, GIVEN).tolist()
         how["preferences"] = tuple(dict(zip(names, w, strict=True)) for w in wanted)
@@ -141,11 +141,11 @@ def affordable(cell: Cell) -> bool:
     how, n = settings_of(cell), cell.experts
     if how is None or cell.method == "published":
         return True
-    tree = balanced(DigitsZoo(n).names, how.stages or 1)
+    tree = balanced_tree(DigitsZoo(n).names, how.stages or 1)
     below = {path: len(group.leaves) for path, group in tree.nodes()}
     verified = min(GIVEN, cell.budget // 10, 8) if how.preferences else 0
     try:
-        Purse(
+        BudgetAllocator(
             tree,
             how,
             node_sizes(tree, how, below, 1, n),
@@ -182,7 +182,7 @@ def run(cell: Cell) -> dict[str, Any]:
         spent = (len(flat.seen) + len(flat.verification)) * n
         chosen = torch.stack([flat.choose(dict(zip(names, w, strict=True))).x for w in W.tolist()])
         front = flat.front
-    elif given.hand_up == "point":
+    elif given.promote == "point":
         W = W[:GIVEN]
         chosen, spent = _given(cell, problem, given, common)
         front = None
@@ -218,8 +218,8 @@ def _given(cell: Cell, problem: Any, how: Nested, common: Mapping[str, Any]) -> 
             problem,
             cell.budget,
             nested=replace(how, preferences=(one,)),
-            sampler=ReferenceDesign(points=PER_NODE),
-            surrogate=ReferenceQuadratic(),
+            sampler=PublishedDesign(points=PER_NODE),
+            surrogate=PublishedQuadratic(),
             solver=NSGA3(),
             guard=False,
             verify=0,

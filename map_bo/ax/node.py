@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,18 @@ from torch import Tensor
 from map_bo.ax.experiment import KEY
 from map_bo.ax.names import Names
 from map_bo.ax.observations import LeftOut, names_in, observations_of, weights_in
-from map_bo.ax.plain import from_plain, to_plain
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
+from map_bo.plain import from_plain, to_plain
 from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
-from map_bo.samplers.posterior.driven import TakesReference
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.posterior.driven import with_reference
+from map_bo.samplers.sampler import Sampler, looking_through
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace, LinearConstraint
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, encode_metric
 
 import_ax("map_bo.ax.node")
@@ -52,6 +55,8 @@ class MapBoNode(ExternalGenerationNode):
 
     Args:
         sampler: The sampler; the default one if left out.
+        surrogate: The surrogate of the run, that the sampler looks through unless it has its own;
+            the default one if left out.
         seed: Seed of its generator; by default the run's, or 0.
         space: The space, where it says more than the search space (experts, importance).
         metrics: The metrics, where they say more than the objective (kinds and bounds).
@@ -59,10 +64,14 @@ class MapBoNode(ExternalGenerationNode):
         transition_criteria: When the strategy goes on to another node; see Ax.
     """
 
+    trusted: ClassVar[Collection[str]] = ()
+    """Packages whose samplers a database may name; Ax has no other place for it."""
+
     def __init__(
         self,
         sampler: Sampler | None = None,
         *,
+        surrogate: Surrogate | None = None,
         seed: int | None = None,
         space: CoefficientSpace | None = None,
         metrics: Sequence[Metric] | None = None,
@@ -73,7 +82,8 @@ class MapBoNode(ExternalGenerationNode):
         super().__init__(
             name=name, should_deduplicate=False, transition_criteria=transition_criteria
         )
-        self.sampler: Sampler = Adaptive() if sampler is None else sampler
+        chosen = Adaptive() if sampler is None else sampler
+        self.sampler: Sampler = looking_through(chosen, surrogate or Auto())
         self.seed = seed
         self.space = space
         self.metrics = None if metrics is None else tuple(metrics)
@@ -110,7 +120,7 @@ class MapBoNode(ExternalGenerationNode):
         waiting = torch.tensor(rows, dtype=torch.float64).reshape(-1, d)
         if len(self._seen):
             # Ax counts abandoned trials among those that wait; here they are failures.
-            waiting = waiting[torch.cdist(waiting, self._seen.X).amin(-1) > 1e-12]
+            waiting = waiting[~same_points(waiting, self._seen.X, self._space).any(-1)]
         x: Tensor = self._sampler.propose(
             self._seen,
             self._space,
@@ -131,7 +141,7 @@ class MapBoNode(ExternalGenerationNode):
         """Return the settings of a node as plain data.
 
         Raises:
-            SamplerError: When its sampler is not of this package.
+            SettingsError: When plain data cannot say its sampler.
         """
         return {
             "sampler": to_plain(obj.sampler),
@@ -149,7 +159,12 @@ class MapBoNode(ExternalGenerationNode):
         decoder_registry: Any = None,
         class_decoder_registry: Any = None,
     ) -> dict[str, Any]:
-        """Return the arguments of the constructor from :meth:`serialize_init_args`."""
+        """Return the arguments of the constructor from :meth:`serialize_init_args`.
+
+        Raises:
+            SettingsError: When the sampler is not known and its package not trusted, see
+                :func:`register`.
+        """
         from ax.storage.json_store.decoder import object_from_json
 
         registries = {}
@@ -160,7 +175,7 @@ class MapBoNode(ExternalGenerationNode):
             }
         space, metrics = args["space"], args["metrics"]
         return {
-            "sampler": from_plain(args["sampler"]),
+            "sampler": from_plain(args["sampler"], trust=cls.trusted),
             "seed": args["seed"],
             "space": None if space is None else CoefficientSpace.from_description(space),
             "metrics": None if metrics is None else [decode_metric(metric) for metric in metrics],
@@ -169,11 +184,15 @@ class MapBoNode(ExternalGenerationNode):
         }
 
 
-def register() -> None:
+def register(*, trust: Collection[str] = ()) -> None:
     """Tell Ax's JSON and SQL storage how to write and read :class:`MapBoNode`.
 
     Call it before a strategy that holds such a node is saved or loaded.
+
+    Args:
+        trust: Packages whose samplers a database may name; see :func:`map_bo.plain.from_plain`.
     """
+    MapBoNode.trusted = frozenset(trust)
     from ax.storage.json_store.registry import CORE_DECODER_REGISTRY, CORE_ENCODER_REGISTRY
 
     CORE_ENCODER_REGISTRY[MapBoNode] = lambda node: {
@@ -263,8 +282,7 @@ def _with_reference(
         for threshold in getattr(config, "objective_thresholds", ())
         if not threshold.relative
     }
-    if set(bounds) != set(names.metrics) or not isinstance(sampler, TakesReference):
+    if set(bounds) != set(names.metrics):
         return sampler
-    return sampler.above(
-        {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
-    )
+    own = {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
+    return with_reference(sampler, own)

@@ -101,10 +101,12 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
     try:
         result = evaluator(model)
     except Exception as error:
-        text = error.message if isinstance(error, MapBoError) else str(error)
+        text, hint = str(error), None
+        if isinstance(error, MapBoError):
+            text, hint = error.message, error.hint
         reason = f"evaluator {name!r} raised {type(error).__name__}: {text}"
         raise EvaluationError(
-            reason.rstrip(": "), hint="call it on the base model to find out why"
+            reason.rstrip(": "), hint=hint or "call it on the base model to find out why"
         ) from error
     if isinstance(result, Measurement):
         return result

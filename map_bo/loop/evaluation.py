@@ -23,17 +23,17 @@ __all__ = ["TimeLimitExceededError", "evaluate_row", "time_limit"]
 class TimeLimitExceededError(BaseException):
     """An evaluation took longer than its limit.
 
-    Like ``KeyboardInterrupt`` it is no ``Exception``, so that an evaluator that catches everything
-    to carry on cannot swallow it.
+    Like ``KeyboardInterrupt`` it is not an ``Exception``, so that an evaluator that catches every
+    exception and carries on cannot swallow it.
     """
 
 
 @contextmanager
 def time_limit(seconds: float | None) -> Iterator[None]:
-    """Raise :class:`TimeLimitExceededError` in the block after ``seconds``; None is no limit.
+    """Raise :class:`TimeLimitExceededError` in the block after ``seconds``; None means no limit.
 
-    It works through an interval timer and a signal, so the block is interrupted between Python
-    instructions: a single call into native code is left only when it returns.
+    It uses an interval timer and a signal, so the block is interrupted between Python
+    instructions: a call into native code is interrupted only when it returns.
 
     Raises:
         ConfigError: Outside the main thread, or where the system has no such timer.
@@ -46,7 +46,7 @@ def time_limit(seconds: float | None) -> Iterator[None]:
     ):
         raise ConfigError(
             "a time limit needs the main thread of a POSIX process",
-            hint="run without `timeout`, or limit the time inside the evaluator",
+            hint="remove `timeout`, or limit the time inside the evaluator",
         )
 
     def expire(signum: int, frame: FrameType | None) -> None:
@@ -64,11 +64,11 @@ def time_limit(seconds: float | None) -> Iterator[None]:
 def evaluate_row(
     problem: Problem, x: Tensor, *, timeout: float | None, generator: Generator
 ) -> Observations:
-    """Evaluate one row (``d``) and return one row, failed when anything went wrong.
+    """Evaluate one row (``d``) and return one row, which is a failed one when anything went wrong.
 
-    Only what stops a process (``KeyboardInterrupt`` and its like) passes through, and errors of
-    the set-up (a checkpoint that does not fit, a point outside the space), which no further
-    evaluation could survive either.
+    What stops a process (``KeyboardInterrupt`` and the like) passes through, and so do errors of
+    the set-up (a checkpoint that does not fit, a point outside the space), because they would make
+    every further evaluation fail as well.
     """
     start = time.perf_counter()
     row = x.unsqueeze(0)
@@ -79,7 +79,7 @@ def evaluate_row(
         if timeout is not None and time.perf_counter() - start > timeout:
             reason = f"it took longer than {timeout:g} s"
     except (DataError, EvaluationError) as error:
-        reason = error.message
+        reason = error.reason
     except MapBoError:
         raise
     except TimeLimitExceededError as error:

@@ -1,12 +1,13 @@
 """The gain that further evaluations can still bring, by the posterior.
 
 After a round the surrogate is fitted and drawn from, jointly over points that may belong to the
-front. Under one draw the best choice is known; the surrogate's mean, which is what a user would
-choose by now, falls short of it by something. The expectation of that over draws is what knowing
-the truth could still add, so an upper bound of what any further evaluations can. The misfit of
-the surrogate is left out of the draws: it is independent from point to point, so no evaluation
-teaches anything of it elsewhere, and its largest values would look like gain for ever. So where
-the truth is not of the surrogate's form, more is left to gain than is expected here.
+front. Under one draw the best choice is known, and the choice by the surrogate's mean, which is
+what a user would choose now, falls short of it by some amount. The expectation of that amount over
+draws is what knowing the truth could still add, and so an upper bound of what any further
+evaluations can add. The misfit of the surrogate is left out of the draws: it is independent from
+point to point, so an evaluation tells nothing about it elsewhere, and its largest values would
+look like gain for ever. So where the truth is not of the surrogate's form, more is left to gain
+than is expected here.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations, to_maximisation
-from map_bo.loop.joint_posterior import JointPosterior, plausible_points, spread, volumes
-from map_bo.loop.recommend import Reference, reference_of, scaled_gains
+from map_bo.data import Observations
+from map_bo.loop.joint_posterior import JointPosterior, plausible_points, volumes
+from map_bo.loop.recommend import of_columns
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Criterion
 from map_bo.pareto.dominance import non_dominated
@@ -29,12 +30,13 @@ from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import preference_weights
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
+from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
-__all__ = ["ExpectedGain", "expected_gain", "look"]
+__all__ = ["ExpectedGain", "check_stopping", "expected_gain"]
 
 _DRAWS = 64
 _WEIGHTS = 64  # preferences that the regret is averaged over
@@ -44,12 +46,12 @@ _SOLVER = GradientSolver(points=_FRONT, steps=30)
 
 @dataclass(frozen=True)
 class ExpectedGain:
-    """What a look at the search found.
+    """What a check of the search found.
 
     Attributes:
         gain: Expected gain of the criterion if the truth were known.
-        floor: The expected gain that the rest of the budget would leave at the noise of the
-            evaluations so far; None when not asked for, or when the surrogate cannot tell.
+        floor: The expected gain that would be left after the rest of the budget, at the noise of
+            the evaluations so far; None when not asked for, or when the surrogate cannot tell.
     """
 
     gain: float
@@ -60,7 +62,7 @@ def expected_gain(
     model: SurrogateModel,
     seen: Observations,
     space: CoefficientSpace,
-    reference: Reference,
+    scale: Scale,
     criterion: Criterion,
     *,
     guarded: bool,
@@ -70,7 +72,7 @@ def expected_gain(
     """Return the expected gain in ``criterion`` that is left after ``seen``.
 
     For draws ``f`` of the metrics over a pool (the front of the mean and points around it) and
-    preferences ``w``, with gains scaled as :func:`map_bo.loop.recommend.scaled_gains`:
+    preferences ``w``, with gains scaled as :meth:`map_bo.scale.Scale.gains`:
 
     * regret: ``E[max_x w' f(x) - w' f(x_w)]``, ``x_w`` the best of the pool under the mean;
     * hypervolume: ``E[HV(f(pool)) - HV(f(front of the mean))] / E HV(f(front of the mean))``, by
@@ -82,30 +84,32 @@ def expected_gain(
         model: The surrogate, fitted to ``seen``.
         seen: Every evaluation of the search.
         space: The coefficients.
-        reference: The scale of the metrics.
+        scale: The scale of the metrics.
         criterion: ``"regret"`` or ``"hypervolume"``.
         guarded: Whether the front is kept where the data support the surrogate.
         generator: Source of all randomness.
-        further: When positive, ``floor`` says what so many further evaluations would leave: the
-            covariance over the pool is conditioned on them at points spread over the front, at the
-            median variance of the evaluations so far.
+        further: When positive, ``floor`` is what would be left after so many further evaluations:
+            the covariance over the pool is conditioned on them at points spread over the front,
+            with the median variance of the evaluations so far.
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
     coverage = Coverage.of(evaluated, space) if guarded else None
-    width = (reference.best - reference.point).abs()
-    searched = mean if coverage is None else guard(mean, coverage, scale=width)
+    guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
+    ranged = scale.ranged & varied_metrics(seen)
+    searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
     X = _SOLVER.solve(searched, space, generator=child(generator, "solve"))
     X = X if coverage is None else coverage.shrink(X)
     around = plausible_points(X, space, coverage, count=_POOL, generator=child(generator, "pool"))
     pool = torch.cat([X, around, evaluated])
     joint = JointPosterior.of(model, pool)
-    gains = _scaled(joint, joint.mean, reference)
+    gains = scale.gains(joint.gains(joint.mean), maximised=True)
     weights = preference_weights(_WEIGHTS, gains.shape[-1], generator=child(generator, "weights"))
+    weights = scale.weights(weights)
 
     def left(of: JointPosterior) -> float:
         F = of.draw(_DRAWS, generator=child(generator, "draws"))
-        values = _scaled(of, F, reference)
+        values = scale.gains(of.gains(F), maximised=True)
         if criterion == "regret":
             return _regret(gains, values, weights)
         return _missing_volume(gains, values, generator=child(generator, "directions"))
@@ -113,13 +117,13 @@ def expected_gain(
     floor = None
     if further > 0 and isinstance(model, LeavesOneOut):
         _, total = model.training_targets()
-        rows = spread(gains, min(further, len(pool)))
+        rows = torch.tensor(sorted(farthest_rows(gains, further)))
         copies = -(-further // len(rows))
         floor = left(_conditioned(joint, rows, total.median(0).values / copies))
     return ExpectedGain(left(joint), floor)
 
 
-def look(
+def check_stopping(
     seen: Observations,
     before: Sequence[Mapping[str, Any]],
     space: CoefficientSpace,
@@ -127,17 +131,17 @@ def look(
     *,
     generator: Generator,
 ) -> dict[str, Any]:
-    """Look whether the search can stop, by ``settings.stop``.
+    """Check whether the search can stop, by ``settings.stop``.
 
     Args:
         seen: Every evaluation of the search so far.
-        before: The earlier looks.
+        before: The earlier checks.
         space: The coefficients.
-        settings: Of the run; with a stopping rule.
-        generator: Of the run; it is only read.
+        settings: Those of the run, with a stopping rule.
+        generator: That of the run; it is only read.
 
     Returns:
-        ``evaluations``, ``gain``, ``floor`` (at the first look), ``seconds`` and ``stop``: the
+        ``evaluations``, ``gain``, ``floor`` (at the first check), ``seconds`` and ``stop``: the
         reason to stop, or None.
 
     Raises:
@@ -149,7 +153,7 @@ def look(
         settings.surrogate.fit(seen, space),
         seen,
         space,
-        reference_of(seen, space, settings.reference),
+        Scale.of(seen, space, settings.reference),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),
@@ -162,11 +166,6 @@ def look(
         "seconds": time.perf_counter() - start,
         "stop": settings.stop.reached([*(one["gain"] for one in before), found.gain]),
     }
-
-
-def _scaled(joint: JointPosterior, F: Tensor, reference: Reference) -> Tensor:
-    metrics = joint.metrics
-    return scaled_gains(to_maximisation(joint.gains(F), metrics), metrics, reference)
 
 
 def _regret(mean: Tensor, values: Tensor, weights: Tensor) -> float:

@@ -1,6 +1,6 @@
-"""How sure a front is: joint posterior draws, dominance, hypervolume, and expected optimism.
+"""How certain a front is: probabilities of dominance, hypervolume, and expected optimism.
 
-Everything here rests on joint draws of the metrics at many points (:mod:`joint_posterior`).
+Everything rests on joint draws of the metrics at many points (:mod:`joint_posterior`).
 """
 
 from __future__ import annotations
@@ -20,18 +20,17 @@ from map_bo.loop.joint_posterior import (
     JointPosterior,
     plausible_points,
     real_draws,
-    spread,
     volumes,
 )
-from map_bo.loop.recommend import Recommendation, Reference, scaled_gains
+from map_bo.loop.recommend import Recommendation
 from map_bo.loop.settings import Settings
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.indicators import hypervolume, hypervolume_kind
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
+from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
@@ -46,11 +45,11 @@ __all__ = [
 ]
 
 _DRAWS = 128
-_MOST_POINTS = 1500  # covariances have this many rows at most: 18 MB a metric
-_EXACT_METRICS = 4  # hypervolumes of up to so many metrics are exact
-_EXACT_POINTS = {1: 1500, 2: 1500}  # points that exact hypervolumes are taken of
+_MOST_POINTS = 1500  # covariances have at most this many rows: 18 MB per metric
+_EXACT_METRICS = 4  # hypervolumes of up to this many metrics are exact
+_EXACT_POINTS = {1: 1500, 2: 1500}  # number of points of exact hypervolumes, by metrics
 _FEWER_POINTS = 500
-_POOL = 256  # points that the search for an own front runs over
+_POOL = 256  # points that the front of a simulated truth may take
 
 
 def front_probabilities(values: Tensor, evaluated: Tensor) -> Tensor:
@@ -75,8 +74,8 @@ def hypervolume_interval(
 
     With up to four metrics the hypervolume of each draw is exact, on up to 1500 points with one or
     two metrics and 500 points spread over the front with more (``points``).
-    Beyond, it is scalarised (:func:`volumes`) on all points, and multiplied by the one factor that
-    makes the prediction's own scalarised hypervolume right.
+    With more metrics it is scalarised (:func:`volumes`) on all points, and multiplied by the one
+    factor that makes the scalarised hypervolume of the prediction itself exact.
 
     Args:
         values: ``s x k x m`` draws of the real metrics, scaled, reference at 0.
@@ -91,7 +90,7 @@ def hypervolume_interval(
     zero = torch.zeros(m, dtype=torch.float64)
     most = _EXACT_POINTS.get(m, _FEWER_POINTS)
     if m <= _EXACT_METRICS:
-        rows = spread(predicted, most)
+        rows = sorted(farthest_rows(predicted, most))
         found = torch.tensor([hypervolume(draw, zero) for draw in values[:, rows]])
         own, points, kind = hypervolume(predicted[rows], zero), len(rows), "exact"
     else:
@@ -124,7 +123,7 @@ def expected_optimism(
     generator: Generator,
     count: int = 64,
 ) -> tuple[Tensor, Tensor] | None:
-    """Return what optimism a front like this one is expected to have, without verification.
+    """Return the optimism that a front like this one is expected to have, without verification.
 
     The winner's curse, by simulation. A truth ``f`` is drawn from the posterior; evaluations
     ``z' = f(X) + e`` are simulated with the noise and misfit of the real ones; the surrogate is
@@ -133,9 +132,9 @@ def expected_optimism(
     evaluations and ``S`` the joint posterior covariance, the refitted mean is ``mu + S(x, X) V^-1
     (z' - z)``, because ``k(x, X) (K + V)^-1 = S(x, X) V^-1``; so nothing is fitted again.
 
-    What it cannot see is what the surrogate does not know of: hyperparameters that are wrong, and
-    a truth of another form than its misfit has. So it is the optimism of a surrogate that is right;
-    :func:`left_out_optimism` is the check on that.
+    It cannot see what the surrogate does not model: wrong hyperparameters, or a truth whose
+    deviations have another form than the misfit. So it is the optimism of a surrogate that is
+    right; :func:`left_out_optimism` is the check on that.
 
     Args:
         model: The fitted surrogate.
@@ -147,13 +146,13 @@ def expected_optimism(
 
     Returns:
         ``m`` mean optimism (predicted minus real, positive when predicted too well whatever the
-        direction, own units) and ``m`` its standard deviation over the truths; or None when the
-        model does not tell what it was fitted to (:class:`LeavesOneOut`).
+        direction, own units) and ``m`` standard deviations over the truths; or None when the
+        model does not say what it was fitted to (:class:`LeavesOneOut`).
     """
     if not isinstance(model, LeavesOneOut):
         return None
     targets, total = model.training_targets()
-    misfit = model.misfit_variance() if isinstance(model, HasMisfit) else torch.zeros_like(total[0])
+    misfit = model.misfit_variance()
     at = torch.cat([front, pool])
     q = len(at)
     joint = JointPosterior.of(model, torch.cat([at, evaluated]))
@@ -176,10 +175,10 @@ def expected_optimism(
 def left_out_optimism(model: SurrogateModel, seen: Observations) -> tuple[Tensor, Tensor] | None:
     """Return the optimism of predicting each evaluation from all the others.
 
-    Leave-one-out predictions minus what was measured, averaged over the evaluations. It sees a
-    surrogate that is wrong, but it is about the evaluated points and not about the front: where
-    evaluations are few for their dimension, an expert predicted from all others is an
-    extrapolation that the front is not, and this is several times the optimism of the front.
+    It is the mean over evaluations of the leave-one-out prediction minus the measurement. It
+    detects a surrogate that is wrong, but it is about the evaluated points and not about the
+    front: where evaluations are few for their dimension, predicting an expert from all others is
+    an extrapolation, unlike the front, and the result is several times the front's optimism.
 
     Returns:
         ``m`` means (as of :func:`expected_optimism`) and ``m`` standard errors; None when the model
@@ -223,22 +222,22 @@ def assess(
     model: SurrogateModel,
     seen: Observations,
     space: CoefficientSpace,
-    reference: Reference,
+    scale: Scale,
     *,
     guarded: bool,
     generator: Generator,
     draws: int = _DRAWS,
 ) -> FrontUncertainty:
-    """Say how sure a predicted front is.
+    """Assess how certain a predicted front is.
 
-    A front of more than 1,500 points is drawn at so many of them; the others have no probability.
+    Of a front with more than 1,500 points, that many are drawn; the others have no probability.
 
     Args:
         front: The predicted front.
         model: The surrogate that predicted it.
         seen: What the surrogate was fitted to.
         space: The coefficients.
-        reference: The scale of the metrics.
+        scale: The scale of the metrics.
         guarded: Whether the front was kept where the data support the surrogate.
         generator: Source of all randomness.
         draws: How many posterior draws.
@@ -254,15 +253,16 @@ def assess(
         model, X, evaluated, space, count=draws, generator=child(generator, "draws")
     )
     probability = torch.full((len(front),), torch.nan, dtype=torch.float64)
-    probability[rows] = front_probabilities(values, known)
-    predicted = scaled_gains(front.mean[rows], metrics, reference)
+    varied = varied_metrics(seen)
+    probability[rows] = front_probabilities(values[..., varied], known[..., varied])
+    predicted = scale.gains(front.mean[rows])
     volume = hypervolume_interval(
-        scaled_gains(to_maximisation(values, metrics), metrics, reference),
+        scale.gains(values, maximised=True),
         predicted,
         generator=child(generator, "directions"),
     )
     coverage = Coverage.of(evaluated, space) if guarded else None
-    some = spread(predicted, _POOL // 2)
+    some = sorted(farthest_rows(predicted, _POOL // 2))
     pool = plausible_points(
         X[some], space, coverage, count=_POOL, generator=child(generator, "pool")
     )
@@ -297,14 +297,14 @@ def with_uncertainty(
     *,
     generator: Generator,
 ) -> Recommendation:
-    """Return ``found`` with what :func:`assess` says about its front, and the time that took."""
+    """Return ``found`` with the assessment of its front (:func:`assess`), and the time it took."""
     start = time.perf_counter()
     sure = assess(
         found.front,
         found.model,
         seen,
         space,
-        found.reference,
+        found.scale,
         guarded=settings.guard,
         generator=generator,
     )

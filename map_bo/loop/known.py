@@ -1,29 +1,26 @@
-"""Observations that were made elsewhere, as part of a run's record."""
+"""Observations from elsewhere, as part of a run's record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, StoreError
 from map_bo.loop.state import RunState, advance
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.store import Event, RunStore
 
 __all__ = ["begin_with", "check_known", "include", "notes_on_imported"]
 
-_SAME = 1e-9  # of a coefficient: rows nearer than this are one point
-
 
 def check_known(found: Observations, metrics: Sequence[Metric], space: CoefficientSpace) -> None:
-    """Compare observations with the run that is to hold them.
+    """Refuse observations that do not fit the run that is to hold them.
 
     Raises:
-        DataError: When they are of other metrics or another number of coefficients.
+        DataError: When they have other metrics or another number of coefficients.
         SpaceError: When one lies outside the space.
     """
     _check(found, metrics, space.d)
@@ -33,9 +30,9 @@ def check_known(found: Observations, metrics: Sequence[Metric], space: Coefficie
 def _check(found: Observations, metrics: Sequence[Metric], d: int) -> None:
     if found.metrics != tuple(metrics) or found.X.shape[-1] != d:
         raise DataError(
-            f"observations of {[metric.name for metric in found.metrics]} in "
-            f"{found.X.shape[-1]} coefficients are not of this run's "
-            f"{[metric.name for metric in metrics]} in {d}",
+            f"the observations have metrics {[metric.name for metric in found.metrics]} and "
+            f"{found.X.shape[-1]} coefficients, the run has "
+            f"{[metric.name for metric in metrics]} and {d}",
             hint="metrics must agree in name, direction, kind and bounds",
         )
 
@@ -45,54 +42,56 @@ def include(
 ) -> RunState:
     """Record observations in a run, all of them or none, and return the run's new state.
 
-    They are evaluations of the search like those of the run itself: they count in its budget and
-    are fitted. A row at a point that was proposed and still waits is the outcome of that point.
+    They count as evaluations of the search, like those of the run itself: they use up its budget
+    and the surrogate is fitted to them. A row at a point that was proposed and has no outcome yet
+    becomes the outcome of that point.
 
     Args:
         found: Observations of the run's metrics at points of its space.
         store: The run's store.
         state: The state of that store.
-        source: Plain data that says where they come from.
+        source: Plain data on where they come from.
 
     Raises:
-        DataError: When they are of other metrics or coefficients.
+        DataError: When they have other metrics or coefficients.
         StoreError: When the front of the run has been solved, or the event cannot be written.
     """
     if not len(found):
         return state
     if state.created.get("nested"):
         raise StoreError(
-            "this is a nested run, whose nodes measure points of their own",
-            hint="merge all experts at once: start a run without nested=...",
+            "a nested run takes no observations from elsewhere: its nodes measure their own points",
+            hint="start a run that merges all experts at once, without nested=...",
         )
     if state.front is not None:
         raise StoreError(
-            "the front of this run has been solved: no observation can be added any more",
+            "the front of this run has been solved, so no observation can be added",
             hint="start a new run with all of them: `map-bo run ... start_from=FILE`, or "
             "map_bo.optimize(..., known=observations)",
         )
     _check(found, state.metrics, state.X.shape[-1])
+    space = CoefficientSpace.from_description(state.created["space"])
     waiting, number, indices = list(state.pending), len(state.X), []
-    for x in found.X:
-        same = [i for i in waiting if torch.allclose(state.X[i], x, rtol=0.0, atol=_SAME)]
+    for rows in same_points(found.X, state.X, space).tolist():
+        same = [i for i in waiting if rows[i]]
         if same:
             waiting.remove(same[0])
         indices.append(same[0] if same else number)
         number += not same
     data = {"indices": indices, "observations": encode_observations(found), "source": dict(source)}
     event = Event("imported", data)
-    after = advance(state, event)  # first: what cannot be replayed is not written
+    after = advance(state, event)  # before writing: the record must stay replayable
     store.append(event)
     return after
 
 
 def begin_with(known: Observations, store: RunStore, state: RunState) -> None:
-    """Record ``known`` in a run that has no evaluation yet; leave any other as it is."""
+    """Record ``known`` in a run that has no evaluation yet; do nothing in any other."""
     if not len(state.X):
         include(known, store, state, {"from": "python"})
 
 
 def notes_on_imported(state: RunState) -> list[str]:
-    """Return what the summary says of observations that the run did not make itself."""
+    """Return what the summary says about observations that the run did not make itself."""
     count = len(state.imported)
     return [f"{count} of the evaluations were made elsewhere and imported"] if count else []

@@ -1,6 +1,7 @@
-"""The trackers of a run: what its directory holds for people, and services that show it.
+"""The trackers of a run by name: its local files for people, and services that show it.
 
-What a finished run leaves in its directory for people: tables, plots, a page.
+``"local"`` writes tables, plots and a page into the run's directory when the run has ended;
+``"wandb"`` is a mirror on Weights & Biases. Both are made from the record and never read back.
 """
 
 from __future__ import annotations
@@ -8,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, did_you_mean
+from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.report.run.artifacts import write_report
 from map_bo.report.view import RunView
@@ -25,14 +26,13 @@ logger = logging.getLogger(__name__)
 
 
 def view_of(result: Result) -> RunView:
-    """Return the run as the report sees it: search first, then verification."""
+    """Return the view of a run that its report is made from: the search, then the verification."""
     return RunView(
         title=result.run_dir.name if result.run_dir is not None else "run",
         space=result.space,
         front=result.front,
         seen=result.seen.append(result.verification),
-        reference_point=result.reference.point,
-        reference_rule=result.reference.rule,
+        scale=result.scale,
         summary=result.summary,
     )
 
@@ -41,7 +41,7 @@ def publish(result: Result) -> None:
     """Write the report of ``result`` into its run directory.
 
     The record is complete before this is called, so a failure here (a full disk, a plot that
-    cannot be drawn) is logged and never costs the run; ``map-bo report RUN`` writes it again.
+    cannot be drawn) is only logged; ``map-bo report RUN`` writes the report again.
     """
     if result.run_dir is None:
         return
@@ -65,16 +65,12 @@ class _Directory:
     directory: Path | None
 
     def observe(self, event: Event) -> None:
-        """Do nothing: the files are made from the record when it is whole."""
+        """Do nothing: the files are made from the complete record."""
 
     def finish(self, *, whole: bool) -> None:
         """Write the files from the record."""
-        if self.directory is None or not whole:
-            return
-        from map_bo.loop.mirrors import publish  # brings the plotting library along
-        from map_bo.loop.reading import load_result
-
-        publish(load_result(self.directory))
+        if self.directory is not None and whole:
+            publish(load_result(self.directory))
 
 
 def trackers(given: str | Tracking | Sequence[str | Tracking], directory: Path | None) -> Trackers:
@@ -85,10 +81,10 @@ def trackers(given: str | Tracking | Sequence[str | Tracking], directory: Path |
         directory: The run's directory, or None for a run that is kept in memory.
 
     Returns:
-        The trackers as one; the local files come first, for others may show them.
+        The trackers as one; the local files come first, because others may show them.
 
     Raises:
-        ConfigError: On an unknown name, or something that is no tracker.
+        ConfigError: On an unknown name, or an object that is not the settings of a tracker.
     """
     several = [given] if isinstance(given, str | Tracking) else list(given)
     settings = [part for one in several for part in _settings(one)]
@@ -102,10 +98,7 @@ def _settings(given: object) -> list[Tracking]:
         return known[given]
     if isinstance(given, Tracking):
         return [given]
-    near = get_close_matches(given, known, n=1) if isinstance(given, str) else []
     raise ConfigError(
         f"there is no tracker {given!r}",
-        hint=f"did you mean {near[0]!r}?"
-        if near
-        else f"trackers are {', '.join(known)}, and settings that have `open(directory)`",
+        hint=f"{did_you_mean(given, known)} (or give settings that have `open(directory)`)",
     )

@@ -1,4 +1,4 @@
-"""Progress of a run: what is being evaluated, how far along, how long it may still take."""
+"""Progress of a run: what is being evaluated, how much is done, how long the rest may take."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = ["Progress", "Reporter", "RichProgress", "Silent", "silent"]
 
 
 class Reporter(Protocol):
-    """Receives what happens while a run is driven."""
+    """Is notified of what happens while a run is driven."""
 
     def done(self, count: int) -> None:
-        """``count`` evaluations were already there when the run went on."""
+        """``count`` evaluations were recorded before the run was resumed."""
         ...
 
     def evaluating(self, what: str) -> None:
-        """Something begins."""
+        """A step begins; ``what`` describes it."""
         ...
 
     def measured(self, outcome: Observations) -> None:
-        """An evaluation has ended, one row, perhaps failed."""
+        """An evaluation has ended; ``outcome`` is its one row, which may be a failed one."""
         ...
 
 
@@ -43,7 +43,7 @@ class Progress(Protocol):
     """Opens a reporter over a number of evaluations."""
 
     def over(self, total: int) -> AbstractContextManager[Reporter]:
-        """Return a context in which ``total`` evaluations are reported."""
+        """Return a context in which progress towards ``total`` evaluations is reported."""
         ...
 
 

@@ -1,6 +1,8 @@
-"""Reading a recorded run back: its state, its result, its configuration.
+"""Reading recorded runs back: the state and result of one, and all runs of a sweep.
 
-Reading the runs of a sweep back from their stores, finished or not.
+Everything comes from the record of a run; nothing is evaluated. The runs of a sweep are read
+whether they finished or not, and a job that failed before it recorded anything says why in a file
+of its own (:func:`record_failure`).
 """
 
 from __future__ import annotations
@@ -8,22 +10,23 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from map_bo.errors import AnotherRunError, MapBoError, StoreError
-from map_bo.loop.recommend import refitted
+from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
+from map_bo.plain import flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.measured import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.tracking.codec import decode_metric, decode_tensor
+from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb.run import wandb_run_of
 
@@ -35,11 +38,17 @@ __all__ = [
     "load_state",
     "read_runs",
     "record_failure",
+    "recorded_surrogate",
 ]
+
+_EVENTS = "events.jsonl"
+_FAILURE = "failure.json"
+_HYDRA = ".hydra"  # every job begins with it
+_IGNORED = ("progress", "tracking")  # groups and settings that do not change what a run finds
 
 
 def created_of(run_dir: str | Path) -> dict[str, Any]:
-    """Return what was recorded when the run was started.
+    """Return the data of the ``created`` event of a run.
 
     Raises:
         StoreError: When the directory holds no run.
@@ -48,8 +57,8 @@ def created_of(run_dir: str | Path) -> dict[str, Any]:
         if event.kind == "created":
             return dict(event.data)
     raise StoreError(
-        f"{run_dir} holds a record in which no run was started",
-        hint="name the directory that `map-bo run` wrote",
+        f"the record in {run_dir} does not begin with a run",
+        hint="name a directory that `map-bo run` wrote",
     )
 
 
@@ -57,7 +66,7 @@ def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     """Return the state of a recorded run and its space."""
     created = created_of(run_dir)
     events = list(JsonlStore.open(Path(run_dir)).read())
-    # A run that merged in stages may end in other coefficients than it began with.
+    # The result of a nested run may have other coefficients than its experts.
     spaces = [event.data["space"] for event in events if event.kind == "space"]
     try:
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
@@ -65,7 +74,8 @@ def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     except (KeyError, TypeError) as error:
         raise StoreError(
             f"the record in {run_dir} does not say what was run: {error!r}",
-            hint="it was changed by hand, or written by another version",
+            hint="restore it from a copy if it was edited by hand, or read it with the version of "
+            "map-bo that wrote it",
         ) from error
     return replay(events, metrics, space.d), space
 
@@ -75,6 +85,8 @@ def load_result(
     *,
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
+    refit: bool = False,
+    trust: Collection[str] = (),
 ) -> Result:
     """Return the result of a recorded run; no checkpoint is loaded and nothing is evaluated.
 
@@ -82,27 +94,57 @@ def load_result(
         run_dir: The run's directory.
         problem: The run's problem, needed only to export a choice.
         surrogate: The run's surrogate settings. When given, it is fitted again to the recorded
-            evaluations, and to those with the verified points, so that choices can go beyond the
-            points of the front.
+            evaluations, and once more with the verified points among them, so that choices are not
+            limited to the points of the front.
+        refit: Whether to fit the recorded surrogate again where none is given; see
+            :func:`recorded_surrogate`.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
 
     Raises:
         StoreError: When there is no run, or it has no front yet.
+        SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
     state, space = load_state(run_dir)
+    if refit and surrogate is None:
+        surrogate = recorded_surrogate(state.created, trust=trust)
     result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
     if surrogate is None:
         return result
     return replace(
         result,
         model=surrogate.fit(state.seen, space),
-        refitted=refitted(state, space, surrogate) if result.is_corrected else None,
+        refitted=fit_again(state, space, surrogate) if result.is_corrected else None,
     )
 
 
-_EVENTS = "events.jsonl"
-_FAILURE = "failure.json"
-_HYDRA = ".hydra"  # every job begins with it
-_IGNORED = ("progress", "tracking")  # groups and settings that change nothing of what is found
+def recorded_surrogate(
+    created: Mapping[str, Any], *, trust: Collection[str] = ()
+) -> Surrogate | None:
+    """Return the surrogate settings of a run, built again from its record.
+
+    Args:
+        created: What was recorded when the run was started.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
+
+    Returns:
+        The settings; None for runs of version 0.1 that were started in Python, whose records name
+        them in words alone.
+
+    Raises:
+        SettingsError: When they cannot be built, or their package is not trusted.
+    """
+    recorded = created.get("settings", {}).get("surrogate")
+    if isinstance(recorded, str):  # version 0.1
+        recorded = ((created.get("config") or {}).get("tree") or {}).get("surrogate")
+    if recorded is None:
+        return None
+    surrogate = from_plain(recorded, trust=trust)
+    if not isinstance(surrogate, Surrogate):
+        raise SettingsError(
+            f"the recorded surrogate is a {type(surrogate).__name__}, which is not one",
+            hint="the record was changed by hand",
+        )
+    return surrogate
 
 
 def is_run(directory: str | Path) -> bool:
@@ -112,25 +154,25 @@ def is_run(directory: str | Path) -> bool:
 
 
 def record_failure(directory: Path, error: BaseException) -> None:
-    """Write into a job's directory why it failed, for the report of its sweep.
+    """Write the reason of a failed job into its directory, for the report of its sweep.
 
     Raises:
         OSError: When it cannot be written.
     """
     known = isinstance(error, MapBoError)
     reason = error.message if isinstance(error, MapBoError) else f"{type(error).__name__}: {error}"
-    told = {
+    failure = {
         "reason": reason,
         "hint": error.hint if isinstance(error, MapBoError) else None,
         "refused": isinstance(error, AnotherRunError),
         "trace": None if known else "".join(traceback.format_exception(error)),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / _FAILURE).write_text(json.dumps(told, indent=2) + "\n", encoding="utf-8")
+    (directory / _FAILURE).write_text(json.dumps(failure, indent=2) + "\n", encoding="utf-8")
 
 
 def clear_failure(directory: Path) -> None:
-    """Remove what :func:`record_failure` wrote; the job has finished after all."""
+    """Remove what :func:`record_failure` wrote, once the job has finished after all."""
     with suppress(FileNotFoundError):
         (directory / _FAILURE).unlink()
 
@@ -139,11 +181,11 @@ def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[
     """Return every run in the given sweeps (or runs), in the order of their paths.
 
     A run is a directory with ``events.jsonl``, or one in which a job failed or was killed before
-    it recorded anything. Hidden directories (those of launchers) are passed over.
+    it recorded anything. Hidden directories (those of launchers) are skipped.
 
     Args:
         directories: Directories of sweeps, or of single runs.
-        beside: Where the report will be; links are relative to it.
+        beside: Directory of the report; links are relative to it.
 
     Raises:
         StoreError: When a directory does not exist or holds no run.
@@ -160,7 +202,7 @@ def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[
         found = list(_jobs(directory))
         if not found:
             raise StoreError(
-                f"{directory} holds no run: there is no {_EVENTS} in it or below it",
+                f"{directory} holds no run: there is no {_EVENTS} in it or below",
                 hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
             )
         for job in found:
@@ -194,13 +236,13 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
     failure, refused = _failure_of(job)
     if not is_run(job):
         status: Status = "failed" if failure else "unfinished"
-        return RunRecord(name, link, sweep, status, failure or "it recorded nothing")
+        return RunRecord(name, link, sweep, status, failure or "nothing was recorded")
     try:
         return _read(job, RunRecord(name, link, sweep, "finished"), failure, refused)
     except MapBoError as error:
         reason = error.message
     except (OSError, KeyError, TypeError, ValueError) as error:
-        reason = f"its record was changed, or written by another version: {error!r}"
+        reason = f"the record was edited, or written by another version: {error!r}"
     return RunRecord(name, link, sweep, "unreadable", reason)
 
 
@@ -216,15 +258,12 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
         done = f"{len(state.outcomes) + len(state.verified)} of {budget} evaluations are recorded"
         reason = f"{failure} ({done})" if failure else done
         return replace(known, status="failed" if failure else "unfinished", reason=reason)
-    if refused:  # what finished there is not what was asked for
+    if refused:  # another run has finished in this directory
         return replace(known, status="failed", reason=failure)
-    scale = state.front_data["reference"]
     outcome = Outcome(
         seen=state.data,
         front=state.front,
-        reference_point=decode_tensor(scale["point"]),
-        best=decode_tensor(scale["best"]),
-        rule=str(scale["rule"]),
+        scale=decode_scale(state.front_data["reference"], state.metrics),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
         data_sets=(state.summary.get("nested") or {}).get("data_sets"),
     )
@@ -232,29 +271,38 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
 
 
 def _failure_of(job: Path) -> tuple[str, bool]:
-    """Return why a job failed, and whether it was refused for the run that lies there."""
+    """Return why a job failed, and whether it was refused because of the run in its directory."""
     try:
-        told = json.loads((job / _FAILURE).read_text(encoding="utf-8"))
-        return str(told["reason"]), bool(told.get("refused"))
+        failure = json.loads((job / _FAILURE).read_text(encoding="utf-8"))
+        hint = f" (hint: {failure['hint']})" if failure.get("hint") else ""
+        return f"{failure['reason']}{hint}", bool(failure.get("refused"))
     except FileNotFoundError:
         return "", False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "it failed, and why cannot be read", False
+        return "it failed, and its reason cannot be read", False
 
 
 def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Return the flat settings of a run and the names of those that its command gave."""
+    """Return the flat settings of a run, and the names of those given on its command line."""
     config = created.get("config") or {}
     if "tree" not in config:  # a run made in Python
-        return _flat(created.get("settings", {})), ()
+        return _flat_settings(created.get("settings", {})), ()
     settings = _flat(config["tree"])
     choices = config.get("choices") or {}
     settings |= {key: str(value) for key, value in choices.items() if value and key not in _IGNORED}
     given = [text.lstrip("+~").partition("=") for text in config.get("overrides") or ()]
     named = {name.partition("@")[0]: value for name, _, value in given}
-    # One that is a mapping has no value of its own among the flat settings.
+    # A setting that is a mapping has no value of its own among the flat settings.
     settings |= {name: value for name, value in named.items() if name not in settings}
     return {k: v for k, v in settings.items() if k not in _IGNORED}, tuple(named)
+
+
+def _flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        said = read_repr(value) if isinstance(value, str) and "(" in value else value
+        found |= flat(said, name, modules=False)
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in found.items()}
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -1,7 +1,8 @@
-"""What a run returns: the front, what was measured, and the way from a preference to a model."""
+"""What a run returns: the front, all measurements, and the way from a preference to a model."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
-from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
@@ -21,14 +21,15 @@ from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import decode_tensor
+from map_bo.tracking.codec import decode_scale
 
 __all__ = ["Choice", "Exportable", "Result"]
 
-# How much the utility of a choice (1 is the best expert) must gain to leave the front's points.
+# Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
 
 
@@ -43,15 +44,16 @@ class Choice:
         lower: ``m`` lower ends of their 95 % intervals.
         upper: ``m`` upper ends.
         real: ``m`` measured metrics, NaN where the point was not verified.
-        corrected: ``m`` predicted metrics once the verified points are among the data; NaN where
-            nothing was verified. What the choice was made by, where it is known.
+        corrected: ``m`` metrics predicted with the verified points among the data; NaN where
+            nothing was verified. Where they are known, the choice was made by them.
         metrics: The metrics.
         space: The coefficients.
-        preference: What it was chosen by, or None when chosen by number.
-        refined: Whether the surrogate was solved for this very preference, starting from
-            ``point``, because that promised more than the point itself.
+        preference: The preference that it was chosen by, or None when chosen by number.
+        refined: Whether the surrogate was optimised for exactly this preference, starting from
+            ``point``, because that gave a noticeably better prediction than the point itself.
+        notes: What a reader of the choice must know, such as metrics without a range.
         problem: The problem, needed to export.
-        exports: What writes the model in place of the problem, where that is something else.
+        exports: What writes the model, where it is not the problem itself.
     """
 
     point: int
@@ -65,12 +67,13 @@ class Choice:
     space: CoefficientSpace
     preference: Preference | None = None
     refined: bool = False
+    notes: tuple[str, ...] = ()
     problem: Problem | None = None
     exports: Exportable | None = None
 
     @property
     def expected(self) -> Tensor:
-        """``m`` values the choice was made by: corrected ones where known, else predicted."""
+        """``m`` values that the choice was made by: corrected where known, else predicted."""
         known = bool(torch.isfinite(self.corrected).all())
         return self.corrected if known else self.mean
 
@@ -80,7 +83,7 @@ class Choice:
         return dict(zip(self.space.names, self.x.tolist(), strict=True))
 
     def describe(self) -> dict[str, Any]:
-        """Return the choice as plain data, predicted and real apart."""
+        """Return the choice as plain data, with predicted and real values apart."""
 
         def named(values: Tensor) -> dict[str, float | None]:
             return {
@@ -88,9 +91,11 @@ class Choice:
                 for metric, value in zip(self.metrics, values.tolist(), strict=True)
             }
 
+        notes = {"notes": list(self.notes)} if self.notes else {}
         return {
             "point": self.point,
             "refined": self.refined,
+            **notes,
             "coefficients": self.coefficients,
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
@@ -105,7 +110,7 @@ class Choice:
 
         Args:
             out: Folder to create.
-            settings: Bounds of memory and file sizes.
+            settings: Limits on memory and file sizes.
 
         Raises:
             MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
@@ -114,7 +119,7 @@ class Choice:
         if not isinstance(writer, Exportable):
             raise MergeError(
                 f"{type(self.problem).__name__} has no models to merge",
-                hint="export works for problems whose points are merged checkpoints",
+                hint="export a run of a problem that merges checkpoints",
             )
         record = {"choice": self.describe()}
         return writer.export(self.x, out, record=record, settings=settings)
@@ -127,15 +132,15 @@ class Choice:
             rank: Largest rank; None keeps a linear merge of adapters exact.
 
         Returns:
-            The folder, and what was lost by the rank.
+            The folder, its rank, and the error that the rank causes.
 
         Raises:
             MergeError: When the problem has no models, or the adapter cannot be written.
         """
         if not isinstance(self.problem, ExportsAdapters) or self.exports is not None:
             raise MergeError(
-                f"{type(self.problem).__name__} has no merge that an adapter could hold",
-                hint="export_adapter works for problems that merge checkpoints, not in stages",
+                f"a merge of {type(self.problem).__name__} cannot be written as an adapter",
+                hint="export an adapter from a run that merges checkpoints, all at once",
             )
         return self.problem.export_adapter(
             self.x, out, rank=rank, record={"choice": self.describe()}
@@ -148,24 +153,24 @@ class Result:
 
     Attributes:
         front: Predicted trade-offs, with real values where they were verified.
-        seen: Everything the search evaluated, failures included.
-        verification: What was measured at front points at the end.
-        reference: The reference point, the other end of the scale, and the rule.
+        seen: Every evaluation of the search, failures included.
+        verification: The measurements of front points at the end.
+        scale: The reference point, the other end of the scale, and the rule.
         summary: Plain data, as written to ``summary.json``.
         space: The coefficients.
-        problem: The problem, when it is at hand.
+        problem: The problem, when it is available.
         model: The surrogate that predicted the front, when it was fitted in this process.
         refitted: The surrogate fitted to the search and the verification together, when anything
             was verified and it was fitted in this process.
         run_dir: Where the run was recorded, if anywhere.
         guarded: Whether the front was kept where the data support the surrogate.
-        posterior: What was recorded with the front of its uncertainty.
+        posterior: The uncertainty that was recorded with the front.
     """
 
     front: Front
     seen: Observations
     verification: Observations
-    reference: Reference
+    scale: Scale
     summary: Mapping[str, Any]
     space: CoefficientSpace
     problem: Problem | None = None
@@ -186,7 +191,7 @@ class Result:
         refitted: SurrogateModel | None = None,
         run_dir: Path | None = None,
     ) -> Result:
-        """Return the result that the state of a run stands for.
+        """Return the result of a run by its state.
 
         Raises:
             StoreError: When the run has no front yet.
@@ -196,15 +201,11 @@ class Result:
                 f"the run has no front yet: {len(state.outcomes)} evaluations are recorded",
                 hint="finish it with `map-bo resume`",
             )
-        scale = state.front_data["reference"]
-        reference = Reference(
-            decode_tensor(scale["point"]), decode_tensor(scale["best"]), scale["rule"]
-        )
         return cls(
             front=state.front,
             seen=state.seen,
             verification=state.verification,
-            reference=reference,
+            scale=decode_scale(state.front_data["reference"], state.metrics),
             summary=state.summary or {},
             space=space,
             problem=problem,
@@ -214,6 +215,16 @@ class Result:
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
         )
+
+    @property
+    def reference(self) -> Scale:
+        """The name of :attr:`scale` in version 0.1."""
+        warnings.warn(
+            "Result.reference is now Result.scale; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.scale
 
     @property
     def is_corrected(self) -> bool:
@@ -234,23 +245,24 @@ class Result:
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
         corrected: bool = True,
     ) -> Choice:
-        """Return the merge that suits a preference best, at no further evaluation.
+        """Return the merge that suits a preference best, without a further evaluation.
 
-        The best point of the front is taken; when the surrogate is at hand and, solved for this
-        very preference, promises noticeably more than that point, its solution is. Where points
-        were verified, all this goes by the corrected predictions.
+        It is the best point of the front; or, if optimising the surrogate (when it is available)
+        for exactly this preference gives a noticeably better merge, that merge. Where points were
+        verified, both are judged by the corrected predictions.
 
         Args:
-            prefer: Weight of each metric; those not named weigh nothing, none named weighs all
-                alike. Metrics are scaled between the reference point and the best expert first.
-            at_least: Bounds from below on predicted metrics, in their own units.
-            at_most: Bounds from above.
-            rule: How weights become one number.
-            corrected: Whether to go by the corrected predictions where there are any, and not by
+            prefer: Weight of each metric; metrics that are not named have no weight, and when none
+                is named all weigh alike. Metrics are first scaled between the reference point and
+                the best expert.
+            at_least: Lower bounds on predicted metrics, in their own units.
+            at_most: Upper bounds.
+            rule: How the weighted metrics become one number.
+            corrected: Whether to use the corrected predictions where there are any, instead of
                 those that the front was solved with.
 
         Raises:
-            PreferenceError: On an unknown metric, bad weights, or bounds no point satisfies.
+            PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
         """
         preference = Preference(
             weights=dict(prefer or {}),
@@ -258,40 +270,33 @@ class Result:
             at_most=dict(at_most or {}),
             rule=rule,
         )
-        scale = {"reference": self.reference.point, "best": self.reference.best}
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        row = choose(values, self.metrics, preference, **scale)
+        row = choose(values, preference, self.scale)
         x = self._refined(row, preference, self.refitted if corrected else self.model)
         return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
 
     def _refined(
         self, row: int, preference: Preference, model: SurrogateModel | None
     ) -> Tensor | None:
-        """Solve the surrogate for one preference, from the front point that suits it best.
+        """Optimise the surrogate for one preference, from the front point that suits it best.
 
         Returns:
-            ``d`` coefficients, or None when that promises no noticeably better model: then the
-            front point stays, whose metrics may have been measured.
+            ``d`` coefficients, or None when no noticeably better model is predicted: then the
+            front point is kept, whose metrics may have been measured.
         """
         if model is None:
             return None
         mean = predicted_mean(model)
-        width = (self.reference.best - self.reference.point).abs()
+        width = self.scale.width
         # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            wanted = utility(
-                values,
-                self.metrics,
-                preference,
-                reference=self.reference.point,
-                best=self.reference.best,
-            )
-            return wanted - 10 * shortfall(values, self.metrics, preference, scale=width)
+            wanted = utility(values, preference, self.scale)
+            return wanted - 10 * shortfall(values, self.metrics, preference, width=width)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
@@ -323,7 +328,7 @@ class Result:
         if not 0 <= number < len(self.front):
             raise PreferenceError(
                 f"the front has no point {number}",
-                hint=f"points are numbered 0 to {len(self.front) - 1}; see front.csv",
+                hint=f"choose a point from 0 to {len(self.front) - 1}; front.csv lists them",
             )
         return self._choice(number, None)
 
@@ -340,6 +345,7 @@ class Result:
             metrics=self.metrics,
             space=self.space,
             preference=preference,
+            notes=() if preference is None else tuple(self.scale.notes()),
             problem=self.problem,
         )
 
@@ -357,27 +363,27 @@ class Result:
         }
 
     def uncertainty(self) -> dict[str, Any]:
-        """Return how sure the front is, as plain data, as in ``summary.json``.
+        """Return how certain the front is, as plain data, as in ``summary.json``.
 
-        ``hypervolume`` (the posterior of the real hypervolume of the front's points) and
-        ``optimism`` of each metric, positive when predicted too well: ``left_out`` (leaving
-        evaluations out) and ``simulated`` (were the surrogate right) are estimates without
-        verification; ``measured`` is :meth:`optimism` with its standard error, measurement noise
-        included; ``corrected`` is by how much the corrected predictions lie below those of the
-        front, on average over all its points.
+        ``hypervolume`` is the posterior of the real hypervolume of the front's points. ``optimism``
+        holds four values per metric, positive when the prediction was too good: ``left_out``
+        (leaving evaluations out) and ``simulated`` (assuming that the surrogate is right) are
+        estimates without verification; ``measured`` is :meth:`optimism` with its standard error,
+        which includes measurement noise; ``corrected`` is by how much the corrected predictions
+        lie below those of the front, on average over all its points.
         """
         front, names = self.front, [metric.name for metric in self.metrics]
         gap = (front.mean - front.real)[front.verified] * directions(self.metrics)
         count = len(gap)
         error = gap.std(0) / sqrt(count) if count > 1 else gap.new_full((len(names),), nan)
         shift = ((front.mean - front.corrected) * directions(self.metrics)).mean(0)
-        told = dict(self.posterior.get("optimism", {}))
-        told["measured"] = {
+        optimism = dict(self.posterior.get("optimism", {}))
+        optimism["measured"] = {
             name: {"mean": mean, "se": se if se == se else None, "points": count}
             for (name, mean), se in zip(self.optimism().items(), error.tolist(), strict=True)
         }
-        told["corrected"] = {
+        optimism["corrected"] = {
             name: value if value == value else None
             for name, value in zip(names, shift.tolist(), strict=True)
         }
-        return {"hypervolume": self.posterior.get("hypervolume"), "optimism": told}
+        return {"hypervolume": self.posterior.get("hypervolume"), "optimism": optimism}

@@ -1,12 +1,8 @@
-"""Driving a run: ask, evaluate, tell, refit; record every step, and go on after any break.
-
-How far the measured points of a run have come, evaluation by evaluation.
-"""
+"""Driving a run: ask, evaluate, tell, refit; record every step, and resume after any break."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -20,44 +16,42 @@ from torch import Generator
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
-from map_bo.loop.expected_gain import look
+from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import (
-    Recommendation,
-    Reference,
-    recommend,
-    reference_of,
-    refitted,
-    scaled_gains,
-)
+from map_bo.loop.recommend import Recommendation, recommend, refit
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, refuse_another, replay
-from map_bo.loop.stopping import notes_on, told
+from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
+from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import proposed
+from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
+from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
+from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
-__all__ = ["ObservedVolume", "Run", "optimize", "refuse_another"]
+__all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
+
+logger = logging.getLogger(__name__)
 
 
 class ObservedVolume:
     """Hypervolume of the measured points (real) after each evaluation, as in a run's summary.
 
-    It begins when base and experts have been tried, for then no later evaluation moves the scale;
-    hypervolumes before would not compare. A run whose design leaves them out has none.
+    It begins once the base and the experts have been evaluated, because no later evaluation moves
+    the scale; earlier hypervolumes would not be comparable. A run whose design leaves them out has
+    none.
 
     Args:
         space: The space of the run.
@@ -66,44 +60,41 @@ class ObservedVolume:
 
     def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
         self._space, self._given = space, given
-        self._reference: Reference | None = None
+        self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
         """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
-        if self._reference is None:
-            self._reference = self._settled(seen)
-        if self._reference is None:
+        if self._scale is None:
+            self._scale = self._settled(seen)
+        if self._scale is None:
             return {}
-        gains = scaled_gains(seen.succeeded().Y, seen.metrics, self._reference)
+        gains = self._scale.gains(seen.succeeded().Y)
         zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
         return {"hypervolume": hypervolume(gains, zero)}
 
-    def _settled(self, seen: Observations) -> Reference | None:
-        anchors = self._space.anchors()
-        ends = anchors.X[[kind in ("base", "expert") for kind in anchors.kinds]]
+    def _settled(self, seen: Observations) -> Scale | None:
         if not bool(seen.ok.any()):
             return None
-        if bool((torch.cdist(ends, seen.X, p=torch.inf).amin(-1) > 1e-9).any()):
+        tried = anchor_rows(seen.X, self._space).any(-1).tolist()
+        kinds = self._space.anchors().kinds
+        if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = reference_of(seen, self._space, self._given)
-        return None if found.rule.startswith("worst observed") else found
-
-
-logger = logging.getLogger(__name__)
+        found = Scale.of(seen, self._space, self._given)
+        return None if found.is_observed else found
 
 
 class Run:
     """A run over a store: its state is the replay of the store, and every step appends to it.
 
-    ``ask`` and ``tell`` are for those who evaluate elsewhere; :meth:`drive` does the whole run
+    ``ask`` and ``tell`` are for evaluations that happen elsewhere; :meth:`drive` does the whole run
     with the problem's own ``evaluate``.
 
     Args:
         problem: What to optimise.
-        settings: How.
-        store: Where events go; when it already holds a run, that run goes on.
+        settings: How to optimise it.
+        store: Where events go; a run that it already holds is resumed.
         config: Extra plain data to record (for example the resolved configuration).
-        tracker: Is told every event once it has been recorded, those of the store first.
+        tracker: Receives every event once it has been recorded, those of the store first.
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
@@ -128,38 +119,30 @@ class Run:
         if settings.search < anchors:
             self.notes.append(
                 f"the budget leaves {settings.search} evaluations for the search, fewer than the "
-                f"{anchors} of base, experts and uniform blend: a design that starts with these "
+                f"{anchors} of base, experts and uniform blend, so a design that starts with these "
                 "skips the last of them"
             )
         self._volume = ObservedVolume(problem.space, settings.reference)
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
-        self.state: RunState = replay(events, problem.metrics, problem.space.d)
         identity = self._identity()
-        if not self.state.created:
+        recorded = next((event.data for event in events if event.kind == "created"), None)
+        if recorded is not None:  # first: what is of another run cannot be replayed as this one
+            refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+            refuse_another(recorded, identity)
+        self.state: RunState = replay(events, problem.metrics, problem.space.d)
+        if recorded is None:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
-            refuse_another({"nested": self.state.created.get("nested")}, {"nested": None})
-            refuse_another(self.state.created, identity)
             for event in events:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
-        identity = {
-            "settings": self.settings.describe(),
-            "problem": describe()
-            if describe is not None
-            else {"type": type(self.problem).__name__},
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        return run_identity(self.problem, self.settings)
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)
-        after = advance(self.state, event)  # first: what cannot be replayed is not written
+        after = advance(self.state, event)  # before writing: the record must stay replayable
         self.store.append(event)
         self.state = after
         self._trackers.observe(event)
@@ -168,8 +151,8 @@ class Run:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
         start = time.perf_counter()
         waiting = self.state.pending
-        X, told = proposed(
-            self.settings.sampler,
+        X, scores = proposed(
+            self.settings.run_sampler,
             self.state.seen,
             self.problem.space,
             n,
@@ -179,35 +162,39 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        fit = {"surrogate": dict(told)} if told else {}
-        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **fit})
+        about = {"surrogate": dict(scores)} if scores else {}
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:
         """Record the outcome (one row) of the proposed row ``index``."""
         if index not in self.state.pending or len(outcome) != 1:
             raise StoreError(
-                f"{len(outcome)} outcomes were told for row {index}",
-                hint=f"tell one row for one of the rows that wait: {self.state.pending}",
+                f"row {index} cannot take {len(outcome)} outcomes"
+                if index in self.state.pending
+                else f"row {index} does not wait for an outcome",
+                hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
             )
         if outcome.metrics != self.problem.metrics or outcome.X.shape[-1] != self.problem.space.d:
             raise StoreError(
-                f"the outcome of row {index} is of another problem: "
+                f"the outcome of row {index} belongs to another problem: it has "
+                f"{outcome.X.shape[-1]} coefficients and metrics "
                 f"{[metric.name for metric in outcome.metrics]}",
-                hint=f"metrics are {[metric.name for metric in self.problem.metrics]}",
+                hint=f"tell an outcome with {self.problem.space.d} coefficients and metrics "
+                f"{[metric.name for metric in self.problem.metrics]}",
             )
         data = {"index": index, "observation": encode_observations(outcome)}
         self._record("observed", {**data, **self._volume.after(self.state.seen.append(outcome))})
 
     def reopen_failures(self) -> int:
-        """Put every failed evaluation of the search back in line; return how many.
+        """Queue every failed evaluation of the search again; return how many there are.
 
         Raises:
-            StoreError: When the front has been solved: it rests on the evaluations as they are.
+            StoreError: When the front has been solved, because it rests on the evaluations.
         """
         if self.state.front is not None:
             raise StoreError(
-                "the front of this run has been solved without its failed evaluations",
+                "the front of this run has been solved, so failed evaluations cannot be repeated",
                 hint="start a new run to evaluate them",
             )
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
@@ -217,12 +204,14 @@ class Run:
         return len(failed)
 
     def drive(self, progress: Progress = silent) -> Result:
-        """Do all that is left of the run and return its result.
+        """Do what is left of the run and return its result.
 
         Raises:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        if not self.state.outcomes:
+            check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
             self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
@@ -248,24 +237,26 @@ class Run:
         return self._finish(recommendation)
 
     def _searching(self, report: Reporter) -> bool:
-        """Return whether the search goes on, after a look by the stopping rule if one is due."""
+        """Return whether the search goes on; check the stopping rule first if a check is due."""
         state, stop, space = self.state, self.settings.stop, self.problem.space
         done = len(state.outcomes)
         if state.front is not None or state.stopped or done >= self.settings.search:
             return False
-        looked = any(look["evaluations"] == done for look in state.checks)
-        if stop is None or looked or state.pending or int(state.seen.ok.sum()) < stop.first(space):
+        due = not any(check["evaluations"] == done for check in state.checks)
+        if stop is None or not due or state.pending or int(state.seen.ok.sum()) < stop.first(space):
             return True
-        report.evaluating("looking whether the search can stop")
+        report.evaluating("checking whether the search can stop")
         try:
-            found = look(state.seen, state.checks, space, self.settings, generator=self.generator)
+            check = check_stopping(
+                state.seen, state.checks, space, self.settings, generator=self.generator
+            )
         except SurrogateError as error:
-            logger.warning("the stopping rule could not look: %s", error.message)
+            logger.warning("the stopping rule could not be checked: %s", error.reason)
             return True
-        self._record("checked", found)
-        if found["stop"]:
-            logger.info("the search stops after %d evaluations: %s", done, found["stop"])
-        return found["stop"] is None
+        self._record("checked", check)
+        if check["stop"]:
+            logger.info("the search stops after %d evaluations: %s", done, check["stop"])
+        return check["stop"] is None
 
     def _evaluate(self, index: int) -> Observations:
         while True:
@@ -285,7 +276,9 @@ class Run:
             reason = outcome.failures[0]
             if reason is None or attempt >= self.settings.retries:
                 break
-            logger.warning("front point %d could not be measured, trying again: %s", row, reason)
+            logger.warning(
+                "front point %d could not be measured and is tried again: %s", row, reason
+            )
             self._record("attempt", {"verify": row, "reason": reason})
         self._record("verified", {"row": row, "observation": encode_observations(outcome)})
         return outcome
@@ -306,28 +299,28 @@ class Run:
             raise EvaluationError(
                 f"{failed} of {total} evaluations failed, more than the allowed share of "
                 f"{allowed:g}; the last: {last.failures[0]}",
-                hint="mend the evaluator and resume the run (--retry-failed puts the failed "
-                "evaluations back in line); everything measured is kept",
+                hint="fix the evaluator and resume the run (--retry-failed repeats the failed "
+                "evaluations); all measurements are kept",
             )
 
     def _recommend(self) -> Recommendation:
         seen, space = self.state.seen, self.problem.space
         found = recommend(seen, space, self.settings, generator=self.generator)
         found = with_uncertainty(found, seen, space, self.settings, generator=self.generator)
-        self._record("front", found.recorded())
+        self._record("front", found.describe())
         return found
 
     def _correct(self) -> SurrogateModel | None:
-        """Fit again with the verified points among the data, and record what that predicts.
+        """Fit again with the verified points among the data, and record the new predictions.
 
         Returns:
             The fit, or None when nothing was verified or it cannot be done.
         """
         state = self.state
         try:
-            model = refitted(state, self.problem.space, self.settings.surrogate)
+            model = refit(state, self.problem.space, self.settings.surrogate)
         except SurrogateError as error:
-            self.notes.append(f"the predictions could not be corrected: {error.message}")
+            self.notes.append(f"the predictions could not be corrected: {error.reason}")
             return None
         front = state.front
         done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
@@ -353,13 +346,13 @@ class Run:
         if state.summary is not None:
             return result
         unused = self.settings.search - len(state.outcomes)
-        stop = told(self.settings.stop, state.checks, unused)
+        stop = stop_record(self.settings.stop, state.checks, unused)
         summary = summarise(
             front=result.front,
             seen=result.seen,
             verification=result.verification,
             space=result.space,
-            reference=result.reference,
+            scale=result.scale,
             settings=self.settings,
             optimism=result.optimism(),
             uncertainty=result.uncertainty(),
@@ -371,18 +364,37 @@ class Run:
                 **state.front_data["seconds"],
                 **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=[*self.notes, *notes_on_imported(state), *notes_on(stop)],
+            notes=[
+                *self.notes,
+                *result.scale.notes(),
+                *notes_on_imported(state),
+                *notes_on(stop),
+            ],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def check_surrogates(settings: Settings, problem: Problem) -> None:
+    """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
+
+    Raises:
+        SurrogateError: When one of them would fail once the evaluations were paid for.
+    """
+    used = [settings.surrogate]
+    if isinstance(settings.sampler, SeesThroughSurrogate) and settings.sampler.surrogate:
+        used.append(settings.sampler.surrogate)
+    for surrogate in used:
+        if is_foreign(surrogate):
+            rehearse(surrogate, problem.space, problem.metrics)
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:
     given, names = settings.reference, {metric.name for metric in problem.metrics}
     if given is not None and (set(given) != names or not all(map(math.isfinite, given.values()))):
         raise ConfigError(
-            f"the reference point is {dict(given)}, the metrics are {sorted(names)}",
-            hint="give one finite value for every metric",
+            f"the reference point must give one finite value per metric, got {dict(given)}",
+            hint=f"metrics are {', '.join(sorted(names))}",
         )
 
 
@@ -402,13 +414,14 @@ def optimize(
 
     Args:
         problem: What to optimise.
-        budget: Evaluations in all; a tenth of them (at most 8) measures points of the predicted
-            front at the end, see ``verify`` and ``verify_extra`` of :class:`Settings`.
+        budget: Number of evaluations. It includes the final verification of front points (10 %,
+            at most 8); see ``verify`` and ``verify_extra`` of :class:`Settings`.
         seed: The same seed gives the same run.
-        run_dir: Where to record the run. When it already holds this same run, the run goes on
-            where it was, or is returned when it had finished. None keeps it in memory.
+        run_dir: Where to record the run. When it already holds this same run, the run is resumed,
+            or returned if it had finished. None keeps the record in memory.
         progress: Whether to show a progress bar.
-        known: Observations from elsewhere, recorded at the start of a new run, in its budget.
+        known: Observations from elsewhere, recorded at the start of a new run; they count in its
+            budget.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
             ``run_dir``), ``"wandb"``, settings such as
@@ -417,10 +430,10 @@ def optimize(
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 
     Returns:
-        The front and all that was measured.
+        The front and all measurements.
 
     Raises:
-        ConfigError: On an unknown or ill-typed setting.
+        ConfigError: On an unknown setting, or a value of the wrong type.
         BudgetError: When the budget is too small for a front.
         EvaluationError: When too many evaluations failed.
         StoreError: When ``run_dir`` holds another run, is in use, or cannot be written.
@@ -428,7 +441,7 @@ def optimize(
     chosen = Settings.checked(budget=budget, seed=seed, **settings)
     bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
 
-    if known is not None:  # before the store, too: what is refused leaves no run behind
+    if known is not None:  # before the store: refused observations leave no run behind
         check_known(known, problem.metrics, problem.space)
 
     def run(store: RunStore, tracker: Tracker) -> Result:

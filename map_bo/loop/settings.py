@@ -1,19 +1,18 @@
-"""How a run is run: budget, batch, verification, failures; and the parts that do the work."""
+"""Settings of a run: budget, batch, verification, failures; and the parts that do the work."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
 from typing import Any
 
-from map_bo.errors import BudgetError, ConfigError
+from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.solver import FrontSolver
 from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior.driven import TakesReference
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.posterior.driven import with_reference
+from map_bo.samplers.sampler import Sampler, looking_through
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.surrogate import Surrogate
 
@@ -25,25 +24,28 @@ class Settings:
     """Settings of a run.
 
     Attributes:
-        budget: Evaluations in all: search and, unless ``verify_extra``, verification. A retry of
-            a failed evaluation is not counted again; an evaluation that fails for good is.
+        budget: Number of evaluations: the search and, unless ``verify_extra``, the verification. A
+            retry of a failed evaluation is not counted again; an evaluation that fails for good
+            is.
         seed: Seed of the run's generator.
         sampler: Chooses what to evaluate next.
-        surrogate: Fitted to everything evaluated, for the front.
+        surrogate: The surrogate of the run: the sampler looks through it unless it was given its
+            own, the stopping rule asks it, and the front is solved on it.
         solver: Solves the surrogate for the front.
         batch: How many points are proposed at a time.
-        verify: How many front points are measured at the end; ``None`` is a tenth of the budget,
-            at most 8.
+        verify: How many front points are measured at the end; ``None`` is 10 % of the budget, at
+            most 8.
         verify_extra: Whether verification comes on top of the budget instead of inside it.
         guard: Whether the front is kept where the data support the surrogate.
-        reference: Reference point of the hypervolume by metric name, own units; ``None`` takes
-            the worst value among the base and the experts. A sampler that scales by one takes it
-            too, unless it was given its own.
+        reference: Reference point of the hypervolume by metric name, own units: a threshold that
+            moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
+            value among the base and the experts. A sampler that scales by one takes it too,
+            unless it was given its own.
         retries: How often a failed evaluation is tried again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good.
-        stop: When the search stops before its budget is spent, a rule or its fields as a mapping;
+        stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
     """
 
@@ -68,17 +70,27 @@ class Settings:
             if value is None and name == "verify":
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(f"{name} is {value!r}", hint=f"{name} is a whole number")
+                raise ConfigError(
+                    f"{name} must be a whole number, got {value!r}",
+                    hint=f"give a number of at least {least}",
+                )
             if value < least:
                 kind = BudgetError if name == "budget" else ConfigError
-                raise kind(f"{name} is {value}", hint=f"{name} must be at least {least}")
+                raise kind(
+                    f"{name} must be at least {least}, got {value}",
+                    hint="raise it, or leave it out for the default"
+                    if name != "budget"
+                    else "give the number of evaluations that you can afford",
+                )
         if self.timeout is not None and not self.timeout > 0:
             raise ConfigError(
-                f"timeout is {self.timeout}", hint="give seconds, or None for no limit"
+                f"timeout must be positive, got {self.timeout}",
+                hint="give seconds, or None for no limit",
             )
         if not 0 <= self.max_failure_share <= 1:
             raise ConfigError(
-                f"max_failure_share is {self.max_failure_share}", hint="a share is in [0, 1]"
+                f"max_failure_share must be between 0 and 1, got {self.max_failure_share}",
+                hint="give the share of evaluations that may fail, such as 0.5",
             )
         if self.search < 3:
             raise BudgetError(
@@ -88,11 +100,12 @@ class Settings:
                 "lower `verify`, or set `verify_extra`",
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
-        if self.reference is not None and isinstance(self.sampler, TakesReference):
-            object.__setattr__(self, "sampler", self.sampler.above(self.reference))
+        if self.reference is not None:
+            object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
+        assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
-                f"the stopping rule first looks after {self.stop.least} evaluations, "
+                f"the first check of the stopping rule comes after {self.stop.least} evaluations, "
                 f"and the search has {self.search}",
                 hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
@@ -103,12 +116,15 @@ class Settings:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            near = get_close_matches(unknown[0], known, n=1)
             raise ConfigError(
-                f"there is no setting {unknown[0]!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"settings: {', '.join(known)}",
+                f"there is no setting {unknown[0]!r}", hint=did_you_mean(unknown[0], known)
             )
         return cls(**values)
+
+    @property
+    def run_sampler(self) -> Sampler:
+        """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
+        return looking_through(self.sampler, self.surrogate)
 
     @property
     def verifications(self) -> int:
@@ -119,18 +135,3 @@ class Settings:
     def search(self) -> int:
         """How many evaluations the search has."""
         return self.budget if self.verify_extra else self.budget - self.verifications
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data: what makes two runs the same run."""
-        parts = {"sampler", "surrogate", "solver"}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
-        plain["reference"] = dict(self.reference) if self.reference is not None else None
-        plain["stop"] = None if self.stop is None else self.stop.describe()
-        return {**plain, **{name: _told(getattr(self, name)) for name in sorted(parts)}}
-
-
-def _told(part: object) -> str:
-    """Return a part in words that are the same in every process."""
-    if type(part).__repr__ is object.__repr__:
-        return f"{type(part).__module__}.{type(part).__qualname__}"
-    return repr(part)

@@ -4,27 +4,29 @@ Events and their data:
 
 ``created``    settings, problem (its description), space, metrics, versions
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
-               ``surrogate``: leave-one-out scores of the fit they were chosen by, if there was one
+               ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
+               ``model`` and leave-one-out scores
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows numbered on; ``source``: where they come from
+               rows; ``source``: where they come from
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
-``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a look of the stopping
+``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
                rule after so many evaluations; the reason to stop, or None
 ``corrected``  ``corrected``: the front's predictions with the verified points among the data
 ``finished``   the summary
 
-Whether a record belongs to the run that wants to go on with it.
+:func:`refuse_another` says whether a record belongs to the run that wants to continue it.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,20 +35,44 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations
-from map_bo.errors import AnotherRunError, MapBoError, StoreError
-from map_bo.tracking.codec import decode_front, decode_observations, decode_tensor
+from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.settings import Settings
+from map_bo.plain import Described, flat, identity_of, modernise, to_plain
+from map_bo.problems.problem import Problem
+from map_bo.tracking.codec import (
+    decode_front,
+    decode_observations,
+    decode_tensor,
+    encode_metric,
+)
 from map_bo.tracking.store import Event
 
-__all__ = ["RunState", "advance", "difference", "refuse_another", "replay"]
+__all__ = [
+    "RunState",
+    "advance",
+    "difference",
+    "problem_identity",
+    "refuse_another",
+    "replay",
+    "run_identity",
+]
 
 
 def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Return in words the first way in which a record differs from ``identity``, or None.
+    """Describe the first way in which a record differs from ``identity``; None if in no way.
 
     Files may have moved, but their digests must be the same.
     """
-    before = _flat({part: recorded.get(part) for part in identity})
-    now = _flat(identity)
+    before: dict[str, Any] = {}
+    now: dict[str, Any] = {}
+    for part, value in identity.items():
+        before |= flat(modernise(_with_resampling(recorded.get(part), value), value), part)
+        now |= flat(value, part)
+    for values in (before, now):
+        for key in list(values):
+            # Files may move; their digests tell whether they are the same.
+            if key.rpartition(".")[2] == "source" or values[key] == {}:
+                del values[key]
     different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
     if not different:
         return None
@@ -56,7 +82,7 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
 
 
 def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Compare what a run recorded of itself with what it would record now.
+    """Refuse a record of another run: one whose identity differs from ``identity``.
 
     Raises:
         AnotherRunError: When they differ; the message names the first difference.
@@ -65,18 +91,57 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
     if found is not None:
         raise AnotherRunError(
             f"the run directory belongs to another run: {found}",
-            hint="use another run directory, or the settings that the run was started with",
+            hint="use another run directory, or the settings with which the run was started",
         )
 
 
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key != "source":  # files may move; their digests tell whether they are the same
-            flat[f"{prefix}{key}"] = value
-    return flat
+def run_identity(problem: Problem, settings: Settings, **parts: Any) -> dict[str, Any]:
+    """Return what makes two runs the same run, as it is read back from a record.
+
+    Args:
+        problem: What is optimised.
+        settings: How.
+        **parts: Further parts of the identity.
+    """
+    identity = {
+        "settings": identity_of(settings)["fields"],
+        **parts,
+        "problem": problem_identity(problem),
+        "space": problem.space.describe(),
+        "metrics": [encode_metric(metric) for metric in problem.metrics],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def problem_identity(problem: Problem) -> Any:
+    """Return plain data by which a problem is recognised.
+
+    One that does not describe itself is recognised by its fields where they are settings (those
+    of a frozen dataclass), and by its type alone where they are not.
+    """
+    if isinstance(problem, Described):
+        return problem.describe()
+    if dataclasses.is_dataclass(problem) and type(problem).__dataclass_params__.frozen:
+        try:
+            return to_plain(problem)
+        except SettingsError:
+            pass
+    return {"type": type(problem).__name__}
+
+
+def _with_resampling(recorded: Any, now: Any) -> Any:
+    """Return the description of a problem with what version 0.1 left out of its metrics.
+
+    That a metric draws new examples was recorded with the run's own metrics, and is compared there.
+    """
+    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
+        return recorded
+    ours, theirs = now.get("metrics"), recorded.get("metrics")
+    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
+        return recorded
+    known = ({"examples": metric.get("examples")} for metric in ours)
+    return {**recorded, "metrics": [a | b for a, b in zip(known, theirs, strict=True)]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +159,7 @@ class RunState:
         verified: Row of the front -> its one-row observations.
         summary: The summary, once the run has finished.
         proposing: Seconds spent on proposals.
-        checks: The looks of the stopping rule, in order.
+        checks: The checks of the stopping rule, in order.
         imported: Index of a proposed row whose outcome comes from elsewhere -> its source.
     """
 
@@ -167,8 +232,8 @@ def advance(state: RunState, event: Event) -> RunState:
                 state,
                 outcomes={i: out for i, out in state.outcomes.items() if i not in again},
                 attempts={i: tried for i, tried in state.attempts.items() if i not in again},
-                checks=(),  # they were of other data
-                imported={i: told for i, told in state.imported.items() if i not in again},
+                checks=(),  # they were made on other data
+                imported={i: source for i, source in state.imported.items() if i not in again},
             )
         case "imported":
             return _with_imported(state, data)
@@ -199,7 +264,10 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
     indices, first = [int(index) for index in data["indices"]], len(state.X)
     added = [row for row, index in enumerate(indices) if index >= first]
     if [indices[row] for row in added] != list(range(first, first + len(added))):
-        raise StoreError(f"imported rows are numbered {indices} after {first} others")
+        raise StoreError(
+            f"imported rows have numbers {indices}, and the record holds {first} rows before them",
+            hint="restore the record from a copy: it was edited by hand",
+        )
     return dataclasses.replace(
         state,
         X=torch.cat([state.X, found.X[added]]),
@@ -224,6 +292,7 @@ def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunS
         except (MapBoError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
             raise StoreError(
                 f"event {number} ({event.kind!r}) of the run cannot be read: {error!r}",
-                hint="the record was changed by hand, or written by another version",
+                hint="restore the record from a copy if it was edited by hand, or read it with the "
+                "version of map-bo that wrote it",
             ) from error
     return state

@@ -1,17 +1,15 @@
-"""When a search stops before its budget is spent: the rule, and what is told of it."""
+"""When a search stops before its budget is spent: the rule, and what the summary says of it."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, did_you_mean
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Criterion", "Stop", "notes_on", "told"]
+__all__ = ["Criterion", "Stop", "notes_on", "stop_record"]
 
 Criterion = Literal["regret", "hypervolume"]
 
@@ -23,18 +21,18 @@ class Stop:
     """When to stop a search before its budget is spent.
 
     Attributes:
-        criterion: ``"regret"``: what the choice by the mean is expected to fall short of the best
-            choice, averaged over preferences, in units of the scale from the reference point (0)
-            to the best expert (1). ``"hypervolume"``: how much hypervolume the true front is
-            expected to have more than the mean's, as a share of the latter; a lower estimate,
-            see :func:`map_bo.loop.expected_gain.expected_gain`.
-        tolerance: The search stops when the expected gain is at most this.
-        patience: For so many rounds one after the other.
-        least: Evaluations that have to succeed before the first look; ``None`` is ``2 N + 2`` for
+        criterion: ``"regret"``: by how much the choice by the mean is expected to fall short of
+            the best choice, averaged over preferences, on the scale from the reference point (0)
+            to the best expert (1). ``"hypervolume"``: by how much the hypervolume of the true front
+            is expected to exceed that of the mean's front, as a share of the latter; a lower
+            estimate, see :func:`map_bo.loop.expected_gain.expected_gain`.
+        tolerance: The search stops when the expected gain is at most this ...
+        patience: ... in so many rounds in a row.
+        least: Evaluations that have to succeed before the first check; ``None`` is ``2 N + 2`` for
             ``N`` experts, and at least 10.
 
     Raises:
-        ConfigError: On an unknown criterion, or numbers that mean nothing.
+        ConfigError: On an unknown criterion, or numbers out of their range.
     """
 
     criterion: Criterion = "regret"
@@ -44,21 +42,17 @@ class Stop:
 
     def __post_init__(self) -> None:
         if self.criterion not in _CRITERIA:
-            near = get_close_matches(str(self.criterion), _CRITERIA, n=1)
             raise ConfigError(
                 f"there is no stopping criterion {self.criterion!r}",
-                hint=(f"did you mean {near[0]!r}? " if near else "")
-                + "criteria are 'regret' and 'hypervolume'; no criterion spends the whole budget",
+                hint=f"{did_you_mean(self.criterion, _CRITERIA)} "
+                "(no criterion spends the whole budget)",
             )
         value = self.tolerance
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
-            reach = "a gain that is never quite 0 cannot fall under it"
-            reach = reach if _number(value) and value <= 0 else "everything is under it"
             raise ConfigError(
-                f"the stopping tolerance is {value!r}"
-                + (f": {reach}" if _number(value) and not math.isnan(value) else ""),
-                hint="give a number between 0 and 1, such as 0.005; leave the criterion out to "
-                "spend the whole budget",
+                f"the stopping tolerance must be between 0 and 1, got {value!r}",
+                hint="give an expected gain such as 0.005; leave the criterion out to spend the "
+                "whole budget",
             )
         for name, least in (("patience", 1), ("least", 3)):
             number = getattr(self, name)
@@ -66,13 +60,13 @@ class Stop:
                 continue
             if isinstance(number, bool) or not isinstance(number, int) or number < least:
                 raise ConfigError(
-                    f"{name} of the stopping rule is {number!r}",
-                    hint=f"{name} is a whole number, at least {least}",
+                    f"stop.{name} must be a whole number, at least {least}, got {number!r}",
+                    hint="raise it, or remove it for the default",
                 )
 
     @classmethod
     def of(cls, given: Stop | Mapping[str, Any] | None) -> Stop | None:
-        """Return a rule from plain data; no criterion means no rule.
+        """Return the rule that plain data describe; without a criterion there is no rule.
 
         Raises:
             ConfigError: On an unknown key, or keys without a criterion.
@@ -81,17 +75,13 @@ class Stop:
             return given
         if not isinstance(given, Mapping):
             raise ConfigError(
-                f"stop is {given!r}",
-                hint="give a Stop, or a mapping such as {'criterion': 'regret'}",
+                f"stop must be a Stop or a mapping, got {given!r}",
+                hint="write it as in {'criterion': 'regret', 'tolerance': 0.005}",
             )
         known = {field.name: field.default for field in fields(cls)}
         for key in given:
             if key not in known:
-                near = get_close_matches(str(key), list(known), n=1)
-                raise ConfigError(
-                    f"stop has no option {key!r}",
-                    hint=f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}",
-                )
+                raise ConfigError(f"stop has no option {key!r}", hint=did_you_mean(key, known))
         if given.get("criterion") is None:
             changed = [key for key, value in given.items() if key != "criterion"]
             changed = [key for key in changed if given[key] != known[key]]
@@ -104,17 +94,13 @@ class Stop:
         return cls(**given)
 
     def first(self, space: CoefficientSpace) -> int:
-        """Return how many evaluations have to succeed before the first look."""
+        """Return how many evaluations have to succeed before the first check."""
         if self.least is not None:
             return self.least
         return max(2 * (len(space.experts) or space.d) + 2, 10)
 
-    def describe(self) -> dict[str, Any]:
-        """Return the rule as plain data."""
-        return asdict(self)
-
     def reached(self, gains: Sequence[float]) -> str | None:
-        """Return why the search stops after expected ``gains``, one a round; None to go on."""
+        """Return why the search stops after expected ``gains``, one per round; None to go on."""
         last = gains[-self.patience :]
         if len(last) < self.patience or max(last) > self.tolerance:
             return None
@@ -124,26 +110,26 @@ class Stop:
         return f"{what} at most {self.tolerance:g} for {rounds} ({shown})"
 
 
-def told(
+def stop_record(
     stop: Stop | None, checks: Sequence[Mapping[str, Any]], unused: int
 ) -> dict[str, Any] | None:
-    """Return what became of a stopping rule, as plain data for the summary.
+    """Return what a stopping rule did, as plain data for the summary.
 
     Args:
         stop: The rule.
-        checks: The recorded looks, in order.
+        checks: The recorded checks, in order.
         unused: Evaluations of the search that were not spent.
 
     Returns:
         The rule, ``reason`` (None when the budget was spent), ``series`` of evaluations and
-        expected gains, ``least_gain`` seen, ``floor`` and ``unused``; None without a rule.
+        expected gains, the ``least_gain``, ``floor`` and ``unused``; None without a rule.
     """
     if stop is None:
         return None
     series = [[int(check["evaluations"]), float(check["gain"])] for check in checks]
     floors = [check["floor"] for check in checks if check.get("floor") is not None]
     return {
-        **stop.describe(),
+        **asdict(stop),
         "reason": checks[-1].get("stop") if checks else None,
         "series": series,
         "least_gain": min((gain for _, gain in series), default=None),
@@ -152,32 +138,28 @@ def told(
     }
 
 
-def notes_on(told: Mapping[str, Any] | None) -> list[str]:
+def notes_on(record: Mapping[str, Any] | None) -> list[str]:
     """Return what a reader of the summary should know about a stopping rule."""
-    if told is None:
+    if record is None:
         return []
     notes = []
-    if told["reason"] is None:
-        what = f"the search spent its budget: expected {told['criterion']} still to be gained "
-        if told["least_gain"] is None:
+    if record["reason"] is None:
+        if record["least_gain"] is None:
             notes.append(
-                "the search ended before its stopping rule looked for the first time; lower "
-                "stop.least or raise the budget"
+                "the search ended before the first check of its stopping rule; lower stop.least or "
+                "raise the budget"
             )
         else:
             notes.append(
-                f"{what}was {told['least_gain']:.2g} at the least, over the tolerance of "
-                f"{told['tolerance']:g} (or not for {told['patience']} rounds)"
+                f"the search spent its budget: the expected {record['criterion']} still to be "
+                f"gained was at least {record['least_gain']:.2g}, and the rule needs at most "
+                f"{record['tolerance']:g} for {record['patience']} rounds"
             )
-    floor = told["floor"]
-    if floor is not None and floor > told["tolerance"]:
+    floor = record["floor"]
+    if floor is not None and floor > record["tolerance"]:
         notes.append(
-            f"the stopping tolerance of {told['tolerance']:g} is below {floor:.2g}, which is "
-            "what the whole budget was expected to leave at the noise of the evaluations; give a "
-            "larger tolerance, more examples an evaluation, or a larger budget"
+            f"the stopping tolerance of {record['tolerance']:g} is below {floor:.2g}, the gain "
+            "that was expected to be left after the whole budget at the noise of the evaluations; "
+            "use a larger tolerance, more examples per evaluation, or a larger budget"
         )
     return notes
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,8 +1,8 @@
-"""How merges of merges compose: the small space of a node, and what its points are in the full one.
+"""How merges of merges compose: the small space of a node, and its points in the full space.
 
 With an operator that is linear in its coefficients, a merge ``theta_0 + sum_n c_n v_n`` scaled by
 ``u`` is the merge with coefficients ``u c``. So a node that merges its children with ``u`` is the
-flat merge with ``c = u R``, where the rows of ``R`` are what each child hands up: a unit vector for
+flat merge with ``c = u R``, where the rows of ``R`` are what each child promotes: a unit vector for
 an expert, the coefficients of the child's own merge for a group. Coefficients multiply along the
 path, and no model is written between stages.
 """
@@ -23,14 +23,14 @@ __all__ = ["Part", "check_nestable", "expert_part", "node_space", "subspace"]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What one child hands up to its node.
+    """What one child promotes to its node.
 
     Attributes:
         label: The expert's name, or that of the group.
         names: ``r`` names of coefficients.
-        rows: ``r x d``: what a unit of each is in the full space.
-        columns: For the coefficients of experts their places in the full space; ``None`` for
-            merges, whose coefficients are shares in [0, 1] that add up to at most 1.
+        rows: ``r x d``: the coefficients in the full space per unit of each.
+        columns: For coefficients of experts, their columns in the full space; ``None`` for merges,
+            whose coefficients are shares in [0, 1] that add up to at most 1.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Part:
 
 
 def check_nestable(space: CoefficientSpace) -> None:
-    """Refuse a space in which what is merged first could not be left out later.
+    """Refuse a space in which a merge could not be left out by the nodes above it.
 
     Raises:
         SpaceError: When a coefficient of an expert cannot be 0.
@@ -55,12 +55,12 @@ def check_nestable(space: CoefficientSpace) -> None:
     if wrong:
         raise SpaceError(
             f"nested merging needs coefficients that can be 0, and {', '.join(wrong)} cannot",
-            hint="choose bounds around 0, or merge all experts at once",
+            hint="choose bounds that include 0, or merge all experts at once",
         )
 
 
 def expert_part(space: CoefficientSpace, expert: str) -> Part:
-    """Return an expert as a part: its own coefficients, one or one a block."""
+    """Return an expert as a part: its own coefficient, or one per block."""
     index = space.experts.index(expert)
     columns = tuple(i for i, owner in enumerate(space.owner) if owner == index)
     rows = torch.eye(space.d, dtype=torch.float64)[list(columns)]
@@ -70,16 +70,15 @@ def expert_part(space: CoefficientSpace, expert: str) -> Part:
 def node_space(parts: Sequence[Part], space: CoefficientSpace) -> CoefficientSpace:
     """Return the space of a node that merges ``parts``.
 
-    Coefficients of experts keep their bounds, those of merges are in [0, 1], and in sum at most 1
-    where a child hands up several. Constraints of the full space hold for what the points are
-    there.
+    Coefficients of experts keep their bounds. Those of merges are in [0, 1], and where a child
+    promotes several they add up to at most 1. Constraints of the full space are carried over.
 
     Args:
-        parts: What the children hand up.
+        parts: What the children promote.
         space: The full space.
 
     Raises:
-        SpaceError: When no point is left.
+        SpaceError: When no point is feasible.
     """
     names = tuple(name for part in parts for name in part.names)
     rows = torch.cat([part.rows for part in parts])
@@ -124,16 +123,16 @@ def node_space(parts: Sequence[Part], space: CoefficientSpace) -> CoefficientSpa
 
 
 def _importance(rows: Tensor, space: CoefficientSpace) -> list[float]:
-    """Return how far a unit of each coefficient moves the model, were all blocks orthogonal."""
+    """Return how far a unit of each coefficient moves the model, taking blocks as orthogonal."""
     sizes = torch.tensor(space.importance, dtype=torch.float64)
     moved: list[float] = (rows * sizes).norm(dim=-1).clamp_min(1e-6).tolist()
     return moved
 
 
 def subspace(space: CoefficientSpace, columns: Tensor) -> CoefficientSpace:
-    """Return the coefficients of ``columns`` (``d`` booleans) alone, as a space of their own.
+    """Return the space of the coefficients of ``columns`` (``d`` booleans) alone.
 
-    Constraints that involve them alone are kept; importances are.
+    Constraints are kept where they involve any of these; importances are kept.
     """
     kept = columns.nonzero().flatten().tolist()
     owners = sorted({space.owner[i] for i in kept})

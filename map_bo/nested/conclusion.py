@@ -1,4 +1,4 @@
-"""From the root of a tree to the outcome of the whole run, in the coefficients of all experts."""
+"""From the root of a tree to the result of the whole run, in the coefficients of all experts."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ from torch import Tensor
 from map_bo.data import Front, Observations
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.front_posterior import assess
-from map_bo.loop.recommend import Reference, reference_of
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
 from map_bo.loop.summary import summarise
 from map_bo.nested.nodes import Node, NodeProblem
-from map_bo.nested.promotion import chosen
+from map_bo.nested.promotion import choose_merge
 from map_bo.nested.record import NODE
-from map_bo.nested.result import NestedResult, NodeRecord, described
+from map_bo.nested.result import NestedResult, NodeRecord, describe_tree
 from map_bo.nested.tree import Group
 from map_bo.rng import child, make_generator
+from map_bo.scale import Scale
 from map_bo.surrogates.prediction import Prediction, predict
 from map_bo.tracking.codec import (
     decode_observations,
     encode_front,
     encode_observations,
+    encode_scale,
     encode_tensor,
 )
 from map_bo.tracking.store import Event
 
-__all__ = ["Final", "Picked", "conclude", "pick"]
+__all__ = ["Final", "Selection", "conclude", "select"]
 
 _KINDS = ("proposed", "observed", "front", "verified", "corrected", "finished")
 
@@ -52,7 +53,7 @@ class Final:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Picked:
+class Selection:
     """A merge for a preference that was given in advance.
 
     Attributes:
@@ -64,27 +65,27 @@ class Picked:
     prediction: Prediction
 
 
-def pick(final: Final, weights: Mapping[str, float], settings: Settings) -> Picked:
+def select(final: Final, weights: Mapping[str, float], settings: Settings) -> Selection:
     """Return the merge of the root's front for a preference, with its metrics task by task.
 
-    Where the root looked at one number a child, the surrogate is fitted once more, to the metrics
-    of the tasks as they were measured on the way.
+    Where the root measured one number per child, the surrogate is fitted once more, to the metrics
+    of the tasks that were measured for it.
     """
     node, result = final.node, final.result
-    u = chosen(result, weights).x.unsqueeze(0)
+    u = choose_merge(result, weights).x.unsqueeze(0)
     model = result.model
     if node.means is not None or model is None:
         ok = result.seen.succeeded().X
         known = node.ledger.rows(node.full(ok), node.names)
         model = settings.surrogate.fit(dataclasses.replace(known, X=ok), node.space)
-    return Picked(node.full(u)[0], predict(model, u))
+    return Selection(node.full(u)[0], predict(model, u))
 
 
 def conclude(
     tree: Group,
     nodes: Sequence[NodeRecord],
     finals: Sequence[Final],
-    picks: Sequence[Picked] | None,
+    selections: Sequence[Selection] | None,
     *,
     settings: Settings,
     verify: int,
@@ -93,19 +94,19 @@ def conclude(
     append: Callable[[Event], None],
     directory: Path | None,
 ) -> NestedResult:
-    """Record the outcome of a nested run as that of a flat one, as far as it is not recorded yet.
+    """Record the outcome of a nested run like that of a flat one; what is recorded stays.
 
     Args:
         tree: The tree.
         nodes: What each node did.
-        finals: The last runs, one a preference; several preferences may share one.
-        picks: Merges for given preferences, which are the front then; None keeps the front.
-        settings: The settings of the whole.
-        verify: How many of the picks to measure.
-        spent: Measurements of one metric at one point, before the picks are measured.
-        events: The record, which ``append`` makes longer.
+        finals: The last runs, one per preference; several preferences may share one.
+        selections: Merges for given preferences, which then are the front; None keeps the front.
+        settings: The settings of the whole run.
+        verify: How many of the selections to measure.
+        spent: Measurements of one metric at one point, before the selections are measured.
+        events: The record, which grows with ``append``.
         append: Adds an event to the record.
-        directory: Where the record lies.
+        directory: The directory of the record.
     """
     final = finals[0]
     node, result = final.node, final.result
@@ -121,9 +122,8 @@ def conclude(
     different = {one.node.key: one for one in finals}.values()
     parts = [_outcomes(one.result.seen, one.node) for one in different]
     written = Observations.joined(parts, space.d, problem.metrics)
-    own = result.reference
-    reference = own if node.means is None else reference_of(written, space)
-    front, data = _front(final, picks, reference, settings)
+    scale = result.scale if node.means is None else Scale.of(written, space)
+    front, data = _front(final, selections, scale, settings)
     step(Event("proposed", {"X": encode_tensor(written.X), "seconds": 0.0}), 0)
     count = 1
     for i in range(len(written)):
@@ -133,32 +133,33 @@ def conclude(
     step(Event("front", {"front": encode_front(front), **data}), count)
     count += 1
     known = {int(e.data["row"]): e for e in events if e.kind == "verified"}
-    for row, outcome in _verified(final, front, picks, settings, verify, known):
-        one = {"row": row, "observation": encode_observations(outcome)}
+    for row, found in _verify(final, front, selections, settings, verify, known):
+        one = {"row": row, "observation": encode_observations(found)}
         step(Event("verified", one), count)
         count += 1
     corrected = result.front.corrected
-    if picks is None and len(corrected) and bool(corrected.isfinite().all()):
+    if selections is None and len(corrected) and bool(corrected.isfinite().all()):
         step(Event("corrected", {"corrected": encode_tensor(corrected)}), count)
         count += 1
     state: RunState = replay(events, problem.metrics, space.d)
-    told = NestedResult(
+    outcome = NestedResult(
         **vars(Result.of(state, space, problem=problem, run_dir=directory)),
         tree=tree,
-        root=result if picks is None else None,
+        root=result if selections is None else None,
         directions=node.directions,
         nodes=tuple(nodes),
     )
     if state.summary is None:
         spent += ledger.spent - before
-        notes = list(result.summary.get("notes") or ())
-        summary = _summary(told, state, settings, spent, nodes, _seconds(events), notes)
+        own = list(result.summary.get("notes") or ())
+        notes = list(dict.fromkeys([*own, *outcome.scale.notes()]))
+        summary = _summary(outcome, state, settings, spent, nodes, _seconds(events), notes)
         append(Event("finished", {"summary": summary}))
-        told = dataclasses.replace(told, summary=summary)
-    if picks is None:
-        return told
-    choices: tuple[Choice, ...] = tuple(told.point(i) for i in range(len(picks)))
-    return dataclasses.replace(told, choices=choices)
+        outcome = dataclasses.replace(outcome, summary=summary)
+    if selections is None:
+        return outcome
+    choices: tuple[Choice, ...] = tuple(outcome.point(i) for i in range(len(selections)))
+    return dataclasses.replace(outcome, choices=choices)
 
 
 def _outcomes(seen: Observations, node: Node) -> Observations:
@@ -177,36 +178,36 @@ def _outcomes(seen: Observations, node: Node) -> Observations:
 
 def _front(
     final: Final,
-    picks: Sequence[Picked] | None,
-    reference: Reference,
+    selections: Sequence[Selection] | None,
+    scale: Scale,
     settings: Settings,
 ) -> tuple[Front, dict[str, Any]]:
-    """Return the front in the full space, nothing verified, and what else is recorded with it."""
+    """Return the front in the full space, not verified yet, and the data recorded with it."""
     node, result = final.node, final.result
     uncertainty: Mapping[str, Any] = {}
-    if picks is None:
+    if selections is None:
         own = dataclasses.replace(
             result.front,
             real=torch.full_like(result.front.real, torch.nan),
             corrected=torch.full_like(result.front.corrected, torch.nan),
         )
         uncertainty = result.posterior
-        if not _same_scale(reference, result.reference) and result.model is not None:
+        if not _same_scale(scale, result.scale) and result.model is not None:
             sure = assess(
                 own,
                 result.model,
                 result.seen,
                 result.space,
-                reference,
+                scale,
                 guarded=settings.guard,
                 generator=child(make_generator(settings.seed), "conclusion"),
             )
             uncertainty = sure.describe()
         front = dataclasses.replace(own, X=node.full(own.X))
     else:
-        values = [one.prediction for one in picks]
+        values = [one.prediction for one in selections]
         front = Front(
-            X=torch.stack([one.x for one in picks]),
+            X=torch.stack([one.x for one in selections]),
             mean=torch.cat([v.mean for v in values]),
             std=torch.cat([v.std for v in values]),
             lower=torch.cat([v.lower for v in values]),
@@ -215,11 +216,7 @@ def _front(
         )
     return front, {
         "verify": [],
-        "reference": {
-            "point": encode_tensor(reference.point),
-            "best": encode_tensor(reference.best),
-            "rule": reference.rule,
-        },
+        "reference": encode_scale(scale),
         "surrogate": dict(result.summary.get("surrogate") or {}),
         "seconds": {
             key: value
@@ -230,28 +227,29 @@ def _front(
     }
 
 
-def _same_scale(one: Reference, other: Reference) -> bool:
+def _same_scale(one: Scale, other: Scale) -> bool:
     return (
-        one.point.shape == other.point.shape
-        and torch.allclose(one.point, other.point)
-        and torch.allclose(one.best, other.best)
+        one.metrics == other.metrics
+        and torch.allclose(one.point, other.point, atol=0.0)
+        and torch.allclose(one.width, other.width, atol=0.0)
+        and torch.equal(one.ranged, other.ranged)
     )
 
 
-def _verified(
+def _verify(
     final: Final,
     front: Front,
-    picks: Sequence[Picked] | None,
+    selections: Sequence[Selection] | None,
     settings: Settings,
     verify: int,
     known: Mapping[int, Event],
 ) -> list[tuple[int, Observations]]:
-    """Return what was measured at points of the front, in the full space.
+    """Return the measurements at points of the front, in the full space.
 
-    What is recorded already (``known``) is not measured again, were it a failure.
+    Points that are recorded already (``known``) are not measured again, even where they failed.
     """
     node, result = final.node, final.result
-    if picks is None:
+    if selections is None:
         outcomes = _outcomes(result.verification, node)
         gaps = torch.cdist(result.verification.X, result.front.X)
         rows = gaps.argmin(-1).tolist() if len(outcomes) else []
@@ -275,7 +273,7 @@ def _verified(
 
 
 def _summary(
-    told: NestedResult,
+    outcome: NestedResult,
     state: RunState,
     settings: Settings,
     spent: int,
@@ -283,16 +281,16 @@ def _summary(
     seconds: Mapping[str, float],
     notes: list[str],
 ) -> dict[str, Any]:
-    assert told.tree is not None
+    assert outcome.tree is not None
     summary = summarise(
-        front=told.front,
-        seen=told.seen,
-        verification=told.verification,
-        space=told.space,
-        reference=told.reference,
+        front=outcome.front,
+        seen=outcome.seen,
+        verification=outcome.verification,
+        space=outcome.space,
+        scale=outcome.scale,
         settings=settings,
-        optimism=told.optimism(),
-        uncertainty=told.uncertainty(),
+        optimism=outcome.optimism(),
+        uncertainty=outcome.uncertainty(),
         stop=None,
         surrogate=state.front_data["surrogate"],
         seconds=seconds,
@@ -300,7 +298,7 @@ def _summary(
     )
     return {
         **summary,
-        "nested": described(told.tree, nodes, spent, len(told.metrics)),
+        "nested": describe_tree(outcome.tree, nodes, spent, len(outcome.metrics)),
     }
 
 

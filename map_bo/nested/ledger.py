@@ -1,20 +1,21 @@
 """Everything that a nested run has measured, by point and metric, so that nothing is paid twice.
 
-Points are coefficients of all experts, in the full space: what a node searches is a view of it. The
-unit of cost is one *data set*: one metric measured at one point. Every measurement is an event of
-its own in the record, from which the ledger of a run that goes on is made again.
+Points are coefficients of all experts, in the full space; a node searches a part of it. The unit of
+cost is one *data set*: one metric measured at one point. Every measurement is an event of its own
+in the record, from which the ledger of a resumed run is rebuilt.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
-from map_bo.loop.recommend import Reference
+from map_bo.data import Metric, Observations
+from map_bo.scale import SAME_POINT, Scale
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import decode_observations, encode_observations
 from map_bo.tracking.store import Event
@@ -22,9 +23,9 @@ from map_bo.tracking.store import Event
 __all__ = ["MEASURED", "Ledger"]
 
 MEASURED = "measured"
-"""Kind of the events that hold one point and what was measured there (``names``)."""
+"""Kind of the events that hold one point and the metrics measured there (``names``)."""
 
-_DIGITS = 9
+_DIGITS = round(-math.log10(SAME_POINT))  # coefficients that agree in these are one point
 _RULE = "worst of base and experts, where they were measured"
 
 
@@ -37,12 +38,12 @@ class _Entry:
 
 
 class Ledger:
-    """Measurements in the order in which they came.
+    """All measurements, in the order in which they were made.
 
     Args:
         metrics: The metrics of the whole problem.
         append: Adds an event to the record, durably.
-        before: The events that it holds already.
+        before: The events that the record already holds.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class Ledger:
         self.spent = 0
         """Data sets measured so far, failed ones included."""
         self.measured = 0
-        """Points measured so far; what comes later can be told from what was known at some time."""
+        """Points measured so far; it marks a moment, so that later points can be told apart."""
         for event in before:
             if event.kind == MEASURED and "node" not in event.data:
                 own = tuple(self._by_name[name] for name in event.data["names"])
@@ -72,14 +73,14 @@ class Ledger:
         Args:
             x: A point.
             names: Metrics.
-            before: Only so many of the first points measured count; all when None.
+            before: Only this many of the first measured points count; all when None.
         """
         known = self._entries.get(_key(x), {})
         last = self.measured if before is None else before
         return [name for name in names if name not in known or known[name].number >= last]
 
     def add(self, outcome: Observations) -> None:
-        """Record one row, measured in the full space; a failed one counts, and teaches nothing."""
+        """Record one row of the full space; a failed one costs its data sets and adds no value."""
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
         self._append(Event(MEASURED, data))
@@ -102,7 +103,7 @@ class Ledger:
             )
 
     def rows(self, X: Tensor, names: Sequence[str]) -> Observations:
-        """Return what is known at the rows of ``X`` (``n x d``); all of ``names`` must be."""
+        """Return the values at the rows of ``X`` (``n x d``), where all of ``names`` are known."""
         entries = [[self._entries[_key(x)][name] for name in names] for x in X]
 
         def table(part: str) -> Tensor:
@@ -117,7 +118,7 @@ class Ledger:
 
         Args:
             names: Metrics.
-            columns: ``d`` booleans: points with coefficients elsewhere are left out.
+            columns: ``d`` booleans: points with other non-zero coefficients are left out.
             before: See :meth:`missing`.
         """
         found = [
@@ -130,7 +131,7 @@ class Ledger:
     def about(
         self, names: Sequence[str], columns: Tensor, *, before: int | None = None
     ) -> dict[str, Observations]:
-        """Return all that is known of each metric where only some coefficients are not zero.
+        """Return all measurements of each metric where only some coefficients are not zero.
 
         Args:
             names: Metrics.
@@ -150,13 +151,13 @@ class Ledger:
                 )
         return found
 
-    def reference(
+    def scale(
         self, space: CoefficientSpace, names: Sequence[str], *, before: int | None = None
-    ) -> Reference | None:
+    ) -> Scale | None:
         """Return the scale of metrics that the base and the experts give, as far as measured.
 
-        For each metric, the reference is the worst value of the base and of the experts that it
-        was measured on, and the other end is the best of those experts.
+        For each metric it is :meth:`map_bo.scale.Scale.of` what was measured of that metric on
+        the base and the experts.
 
         Args:
             space: The full space.
@@ -164,25 +165,25 @@ class Ledger:
             before: See :meth:`missing`.
 
         Returns:
-            The two ends; None when a metric was measured on no expert.
+            The scale; None when a metric was measured on no expert.
         """
         anchors = space.anchors()
-        point, best = [], []
+        parts = []
         for name in names:
-            ends = [
-                (kind, self._entries[_key(x)][name].value)
-                for kind, x in zip(anchors.kinds, anchors.X, strict=True)
-                if kind != "blend" and not self.missing(x, [name], before=before)
+            rows = [
+                i
+                for i, kind in enumerate(anchors.kinds)
+                if kind != "blend" and not self.missing(anchors.X[i], [name], before=before)
             ]
-            sign = float(to_maximisation(torch.ones(1), (self._by_name[name],)))
-            experts = [sign * value for kind, value in ends if kind == "expert"]
-            if not experts:
+            if all(anchors.kinds[i] != "expert" for i in rows):
                 return None
-            low = min(sign * value for _, value in ends)
-            point.append(sign * low)
-            best.append(sign * max(*experts, low + 1e-9))
-        return Reference(
-            torch.tensor(point, dtype=torch.float64), torch.tensor(best, dtype=torch.float64), _RULE
+            parts.append(Scale.of(self.rows(anchors.X[rows], [name]), space))
+        return Scale(
+            tuple(self._by_name[name] for name in names),
+            torch.cat([part.point for part in parts]),
+            torch.cat([part.best for part in parts]),
+            _RULE,
+            ranged=torch.cat([part.ranged for part in parts]),
         )
 
 

@@ -1,15 +1,15 @@
-"""Nested merging with operators that are not linear: what a node hands up is a model, not a row.
+"""Nested merging with operators that are not linear: a node promotes models, not coefficients.
 
-Coefficients do not multiply along the path then. So the merges that a node hands up are made, kept
-in memory as long as they fit and else in safetensors files, and take the place of experts above.
-The coefficients of the result are those of what the root merged.
+Coefficients then do not multiply along the path. So the merges that a node promotes are made, kept
+in memory as long as they fit and otherwise in safetensors files, and used as experts by the parent.
+The coefficients of the result are those of the models that the root merged.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path as FilePath
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -28,29 +28,42 @@ from map_bo.nested.reading import load_nested
 from map_bo.nested.result import Exporting, NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
-from map_bo.nested.tree import Group, Path, path_name
+from map_bo.nested.tree import Group, NodePath, path_name
 from map_bo.problems.problem import Problem
 from map_bo.tracking.codec import decode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker
 
-__all__ = ["MaterialisedRun", "Mergeable", "composes", "exporting", "rebuilt"]
+__all__ = [
+    "Composing",
+    "MaterialisedRun",
+    "Mergeable",
+    "Models",
+    "composes",
+    "nested_exporter",
+    "rebuild_root",
+]
 
 _FOLDER = "merged"
 
 
 @runtime_checkable
-class Mergeable(Protocol):
-    """A problem of real models, whose merges can be experts of another merge."""
+class Composing(Protocol):
+    """A problem that says whether coefficients multiply along the path of a tree."""
 
     @property
     def composes(self) -> bool:
         """Whether merges of merges are merges of the experts."""
         ...
 
+
+@runtime_checkable
+class Mergeable(Composing, Protocol):
+    """A problem of real models, whose merges can be experts of another merge."""
+
     def with_experts(self, experts: Mapping[str, Any], names: Sequence[str]) -> Any:
-        """Return the merging of other experts, with some of the metrics."""
+        """Return the problem of merging other experts, with some of the metrics."""
         ...
 
     def merged(self, x: Tensor) -> dict[str, Tensor]:
@@ -61,21 +74,21 @@ class Mergeable(Protocol):
 def composes(problem: Problem) -> bool:
     """Return whether coefficients of a problem multiply along the path of a tree.
 
-    They do unless the problem says otherwise: a table or a formula knows no other merge than that
-    of its coefficients.
+    They do unless the problem says otherwise: a table or a formula has no merges besides its
+    coefficients.
     """
-    return not isinstance(problem, Mergeable) or problem.composes
+    return not isinstance(problem, Composing) or problem.composes
 
 
 class Models:
-    """The merges that nodes handed up: in memory up to a limit, then in files.
+    """The merges that nodes promoted: in memory up to a limit, then in files.
 
     Args:
-        directory: Where files go; None keeps all in memory.
-        limit: Bytes that may be in memory.
+        directory: Where files go; None keeps everything in memory.
+        limit: Bytes that may be kept in memory.
     """
 
-    def __init__(self, directory: FilePath | None, limit: float) -> None:
+    def __init__(self, directory: Path | None, limit: float) -> None:
         self._directory, self._left = directory, limit
         self._held: dict[str, CheckpointSource] = {}
 
@@ -104,16 +117,16 @@ class Models:
         except OSError as error:
             raise StoreError(
                 f"a merge cannot be written to {path}: {error.strerror or error}",
-                hint="free some space and resume; nothing that was measured is lost",
+                hint="free some disk space and resume; no measurement is lost",
             ) from error
         self._held[name] = path
 
 
 class MaterialisedRun(NestedRun):
-    """A nested run whose nodes hand up models; see :class:`NestedRun` for all else.
+    """A nested run whose nodes promote models; in all else it is a :class:`NestedRun`.
 
-    Every node searches the coefficients of what it merges, and looks at the metrics of the tasks
-    below it. What nodes measure is not shared between them.
+    Every node searches the coefficients of the models that it merges, and measures the tasks below
+    it. Nodes do not share measurements.
 
     Raises:
         ConfigError: When the settings need coefficients that compose.
@@ -130,23 +143,26 @@ class MaterialisedRun(NestedRun):
         tracker: Tracker | None = None,
     ) -> None:
         if not isinstance(problem, Mergeable):
-            raise ConfigError(f"{type(problem).__name__} has no models to merge in stages")
+            raise ConfigError(
+                f"{type(problem).__name__} has no models to merge in stages",
+                hint="merge all experts at once: leave out nested=...",
+            )
         for wrong, name in (
-            (nested.hand_up == "surrogate", "nested.hand_up=surrogate"),
+            (nested.promote == "surrogate", "nested.promote=surrogate"),
             (nested.refine > 0, f"nested.refine={nested.refine}"),
             (bool(nested.inform), "nested.inform=true"),
         ):
             if wrong:
                 raise ConfigError(
                     f"{name} needs an operator that is linear in its coefficients",
-                    hint="use operator=task_arithmetic, or nested.hand_up=points without it",
+                    hint="use operator=task_arithmetic, or nested.promote=points without it",
                 )
         if len(nested.preferences) > 1:
             # Each has experts of its own at the root, and a result is in the space of one root.
             raise ConfigError(
                 f"{len(nested.preferences)} preferences need an operator that is linear in its "
                 "coefficients",
-                hint="run once for each preference, or keep fronts with nested.hand_up=points",
+                hint="run once for each preference, or keep fronts with nested.promote=points",
             )
         super().__init__(problem, settings, nested, store, config=config, tracker=tracker)
         self._mergeable: Mergeable = problem
@@ -163,11 +179,11 @@ class MaterialisedRun(NestedRun):
 
     @property
     def shares(self) -> bool:
-        """Whether nodes use what was measured elsewhere: never."""
+        """Whether nodes use measurements of other nodes: never."""
         return False
 
-    def _scaled(self, name: str, finals: Sequence[Final]) -> list[Final]:
-        """Return the runs as they are: experts are not measured above their own node."""
+    def _rescale(self, name: str, finals: Sequence[Final]) -> list[Final]:
+        """Return the runs as they are: experts are measured only by their own node."""
         return list(finals)
 
     def _ledger_of(self, key: str) -> Ledger:
@@ -186,9 +202,9 @@ class MaterialisedRun(NestedRun):
 
     def _node(
         self,
-        path: Path,
+        path: NodePath,
         group: Group,
-        handed: Mapping[Path, Sequence[Part]],
+        promoted: Mapping[NodePath, Sequence[Part]],
         number: int,
         key: str,
     ) -> Node:
@@ -199,7 +215,7 @@ class MaterialisedRun(NestedRun):
                 parts.append(Part(item, (item,), torch.zeros(1, 0)))
                 experts[item] = item
             else:
-                part = handed[*path, i][number]
+                part = promoted[*path, i][number]
                 parts.append(part)
                 experts |= {name: self._models[name] for name in part.names}
         names = self.tasks.below(group) if path else self.tasks.metrics
@@ -213,12 +229,12 @@ class MaterialisedRun(NestedRun):
         )
 
     def _in_record(self, final: Final, U: Tensor) -> Tensor:
-        """Return merges as they are recorded: in the coefficients of the node itself."""
+        """Return merges as they are recorded: in the node's own coefficients."""
         return U
 
-    def _handed(self, path: Path, group: Group, nodes: Sequence[Node]) -> list[Part]:
-        """Make the merges that a node handed up."""
-        parts = super()._handed(path, group, nodes)
+    def _parts(self, path: NodePath, group: Group, nodes: Sequence[Node]) -> list[Part]:
+        """Return what a node promoted, and make its merges."""
+        parts = super()._parts(path, group, nodes)
         [part], [node] = parts, nodes  # there is one preference at most
         assert isinstance(node.whole, Mergeable)
         for name, u in zip(part.names, part.rows, strict=True):
@@ -226,17 +242,17 @@ class MaterialisedRun(NestedRun):
         return parts
 
     def _coordinates(self, node: Node) -> tuple[str, ...]:
-        """Return the names of the coefficients in which a node hands up: its own."""
+        """Return the names of the coefficients of a promoted merge: those of its node."""
         return node.space.names
 
     def _before_conclusion(self, final: Final) -> None:
-        """Record the coefficients that the result is in: those of what the root merges."""
+        """Record the space of the result: that of the models that the root merges."""
         if self._recorded("space") is None:
             self._record("space", space=final.node.space.describe())
 
 
-def rebuilt(problem: Problem, result: NestedResult, events: Sequence[Event]) -> Problem:
-    """Return the problem of the root of a finished run, its experts merged once more.
+def rebuild_root(problem: Problem, result: NestedResult, events: Sequence[Event]) -> Problem:
+    """Return the problem of the root of a finished run, with its experts merged once more.
 
     Args:
         problem: The problem of all experts.
@@ -244,38 +260,38 @@ def rebuilt(problem: Problem, result: NestedResult, events: Sequence[Event]) -> 
         events: Its record.
 
     Raises:
-        StoreError: When the record does not say what was handed up.
+        StoreError: When the record does not say what was promoted.
     """
     assert isinstance(problem, Mergeable)
     assert result.tree is not None
-    handed = {e.data["node"]: e.data for e in events if e.kind == "handed"}
+    promoted = {e.data["node"]: e.data for e in events if e.kind == "handed"}
     models = Models(None, float("inf"))
     names = [metric.name for metric in problem.metrics]
 
-    def made(path: Path, group: Group) -> Any:
+    def rebuild(path: NodePath, group: Group) -> Any:
         experts: dict[str, Any] = {}
         for i, item in enumerate(group.children):
             if isinstance(item, str):
                 experts[item] = item
                 continue
-            part = handed[path_name((*path, i))]["parts"][0]
-            below = made((*path, i), item)
+            part = promoted[path_name((*path, i))]["parts"][0]
+            below = rebuild((*path, i), item)
             for name, u in zip(part["names"], decode_tensor(part["rows"]), strict=True):
                 models.keep(name, below.merged(u))
                 experts[name] = models[name]
         return problem.with_experts(experts, names)
 
     try:
-        return made((), result.tree)  # type: ignore[no-any-return]
+        return rebuild((), result.tree)  # type: ignore[no-any-return]
     except (KeyError, IndexError) as error:
         raise StoreError(
-            f"the record does not say what node {error} handed up",
+            f"the record does not say what node {error} promoted",
             hint="finish the run with `map-bo resume`",
         ) from error
 
 
-def exporting(problem: Problem, run_dir: str | FilePath) -> Exportable | None:
-    """Return what writes the models of a recorded nested run; None when they are no models.
+def nested_exporter(problem: Problem, run_dir: str | Path) -> Exportable | None:
+    """Return what writes the models of a recorded nested run; None when it has no models.
 
     Args:
         problem: The problem of all experts.
@@ -286,5 +302,5 @@ def exporting(problem: Problem, run_dir: str | FilePath) -> Exportable | None:
     """
     result = load_nested(run_dir)
     if not composes(problem):
-        problem = rebuilt(problem, result, list(JsonlStore.open(FilePath(run_dir)).read()))
+        problem = rebuild_root(problem, result, list(JsonlStore.open(Path(run_dir)).read()))
     return Exporting(problem, result.summary) if isinstance(problem, Exportable) else None

@@ -1,14 +1,13 @@
-"""Running one node of a tree: an ordinary run in the node's own small space.
+"""One node of a tree: its problem, its settings, and its run.
 
-The problem of a node: its own small space, and the metrics of the tasks below it.
-
-A design of points that are known already, before a sampler goes on.
+The run of a node is an ordinary run. Its problem has a small space of its own, the coefficients of
+what the children promoted, and the metrics of the tasks below the node (:class:`NodeProblem`), or
+one number per child (:class:`ChildMean`). :class:`Seeded` starts a run from known points.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,10 +25,11 @@ from map_bo.nested.composition import Part, node_space, subspace
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
+from map_bo.plain import identity_of
 from map_bo.problems.problem import Divisible, Preparable, Problem
 from map_bo.rng import child_seed, make_generator
-from map_bo.samplers.posterior.driven import FitsSurrogate
-from map_bo.samplers.sampler import Sampler, proposed
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
+from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
 from map_bo.surrogates.surrogate import Surrogate
@@ -39,25 +39,25 @@ __all__ = [
     "Node",
     "NodeProblem",
     "Seeded",
-    "handed_part",
-    "informed",
+    "inform",
     "node_settings",
+    "promoted_part",
     "run_node",
-    "selected",
+    "select_metrics",
 ]
 
 
-def selected(problem: Problem, names: Sequence[str]) -> Problem:
+def select_metrics(problem: Problem, names: Sequence[str]) -> Problem:
     """Return the problem with these metrics alone.
 
-    One that cannot measure a part (:class:`Divisible`) measures all, and the others are dropped.
+    A problem that is not :class:`Divisible` measures all metrics, and the others are dropped.
     """
     if isinstance(problem, Divisible):
         return problem.restricted(names)
-    return _Selected(problem, tuple(names))
+    return _MetricSubset(problem, tuple(names))
 
 
-class _Selected:
+class _MetricSubset:
     def __init__(self, problem: Problem, names: tuple[str, ...]) -> None:
         self.problem = problem
         all_names = [metric.name for metric in problem.metrics]
@@ -73,7 +73,7 @@ class _Selected:
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         seen = self.problem.evaluate(X, generator=generator)
-        return dataclasses.replace(
+        return replace(
             seen,
             Y=seen.Y[:, self._columns],
             metrics=self.metrics,
@@ -84,13 +84,13 @@ class _Selected:
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class ChildMean:
-    """One number a child, as published: the weighted mean of the metrics of its tasks.
+    """One number per child, as published: the weighted mean of the metrics of its tasks.
 
     Attributes:
-        metrics: One metric a child.
-        weights: ``children x tasks``, each row adding up to 1.
+        metrics: One metric per child.
+        weights: ``children x tasks``; each row adds up to 1.
         children: Label of a child -> names of its metrics.
     """
 
@@ -110,7 +110,7 @@ class ChildMean:
         Args:
             tasks: The metrics below the node.
             children: Label of a child -> names of its metrics.
-            weight: Weights of metrics; where those of a child are all zero they count alike.
+            weight: Weights of metrics; where those of a child are all zero, they weigh alike.
 
         Raises:
             ConfigError: When the metrics of a child are of different kinds.
@@ -121,12 +121,12 @@ class ChildMean:
             kinds = {(m.direction, m.kind, m.lower, m.upper) for m in tasks if m.name in own}
             if len(kinds) > 1:
                 raise ConfigError(
-                    f"the mean of {', '.join(own)} means nothing: they are metrics of different "
-                    "kinds or directions",
+                    f"the metrics {', '.join(own)} have no mean: their kinds, directions or bounds "
+                    "differ",
                     hint="set nested.measure=tasks",
                 )
             first = next(metric for metric in tasks if metric.name in own)
-            found.append(dataclasses.replace(first, name=label))
+            found.append(replace(first, name=label))
             row = torch.tensor(
                 [weight.get(name, 0.0) if name in own else 0.0 for name in names]
             ).double()
@@ -137,7 +137,7 @@ class ChildMean:
         return cls(tuple(found), torch.stack(rows), named)
 
     def of_rows(self, seen: Observations) -> Observations:
-        """Return observations of the tasks as observations of the children."""
+        """Turn observations of the tasks into observations of the children."""
         ok = seen.ok.unsqueeze(-1)
         Y = torch.where(ok, seen.Y.nan_to_num() @ self.weights.T, torch.nan)
         # Where one variance is unknown, so is that of the mean; weights of 0 do not count.
@@ -149,17 +149,17 @@ class ChildMean:
 
 
 class NodeProblem:
-    """Merging what a node's children hand up, and measuring the tasks below the node.
+    """Merging what a node's children promoted, and measuring the tasks below the node.
 
-    What was measured before, by whatever node, is looked up and not measured again.
+    What any node has measured before is looked up and not measured again.
 
     Args:
         whole: The problem of all experts.
         names: Metrics that the node measures.
         space: The node's space, ``k`` coefficients.
-        directions: ``k x d``: what a unit of each is in the full space.
-        ledger: All that was measured; what is measured here is added to it.
-        means: What the node looks at in place of the metrics themselves.
+        directions: ``k x d``: the coefficients in the full space per unit of each.
+        ledger: All measurements; those made here are added to it.
+        means: What the node optimises instead of the metrics themselves.
     """
 
     def __init__(
@@ -178,16 +178,16 @@ class NodeProblem:
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """The metrics that the node looks at."""
+        """The metrics that the node optimises."""
         return self.tasks if self.means is None else self.means.metrics
 
     def prepare(self) -> None:
-        """Read checkpoints, if there are any."""
+        """Read the checkpoints, if there are any."""
         if isinstance(self._whole, Preparable):
             self._whole.prepare()
 
     def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same node is recognised."""
+        """Return plain data that identifies the node."""
         return {
             "kind": "node",
             "directions": [[float(f"{v:.12g}") for v in row] for row in self.directions.tolist()],
@@ -196,14 +196,14 @@ class NodeProblem:
         }
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        """Measure what is not known yet at every row of ``X`` (``n x k``)."""
+        """Measure what is not yet known at every row of ``X`` (``n x k``)."""
         U = self.space.check(X)
         parts = [self._row(u, generator) for u in U]
         found = Observations.joined(parts, self.space.d, self.tasks)
         return found if self.means is None else self.means.of_rows(found)
 
     def full(self, U: Tensor) -> Tensor:
-        """Return what points (``n x k``) are in the full space (``n x d``)."""
+        """Return the points ``U`` (``n x k``) in the full space (``n x d``)."""
         return self._whole.space.project(U @ self.directions)
 
     def _row(self, u: Tensor, generator: Generator) -> Observations:
@@ -211,24 +211,24 @@ class NodeProblem:
         missing = self._ledger.missing(x, self.names)
         cost = torch.zeros(1, dtype=torch.float64)
         if missing:
-            part = selected(self._whole, missing)
+            part = select_metrics(self._whole, missing)
             seen = part.evaluate(x.unsqueeze(0), generator=generator)
             reason = seen.failures[0]
-            self._ledger.add(dataclasses.replace(seen, X=x.unsqueeze(0)))
+            self._ledger.add(replace(seen, X=x.unsqueeze(0)))
             if reason is not None:
                 return Observations.failed(u.unsqueeze(0), self.tasks, reason)
             cost = seen.cost
         known = self._ledger.rows(x.unsqueeze(0), self.names)
-        return dataclasses.replace(known, X=u.unsqueeze(0), cost=cost)
+        return replace(known, X=u.unsqueeze(0), cost=cost)
 
 
 @dataclass(frozen=True, eq=False)
 class Seeded:
-    """Proposes given points first, one after another, and then what a sampler says.
+    """Proposes given points first, in order, and then those of a sampler.
 
     Attributes:
         points: ``n x d`` points to begin with.
-        sampler: Goes on after them.
+        sampler: Proposes all further points.
     """
 
     points: Tensor
@@ -236,6 +236,22 @@ class Seeded:
 
     def __repr__(self) -> str:
         return f"Seeded({len(self.points)} points, {self.sampler!r})"
+
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """What the sampler looks through; see `SeesThroughSurrogate`."""
+        return self.sampler.surrogate if isinstance(self.sampler, SeesThroughSurrogate) else None
+
+    def with_surrogate(self, surrogate: Surrogate) -> Seeded:
+        """Return the same; a sampler that looks through a surrogate has this one."""
+        if not isinstance(self.sampler, SeesThroughSurrogate):
+            return self
+        return replace(self, sampler=self.sampler.with_surrogate(surrogate))
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which it is recognised; the points follow from the run itself."""
+        content = {"points": len(self.points), "sampler": identity_of(self.sampler)}
+        return {"class": f"{Seeded.__module__}:{Seeded.__qualname__}", "fields": content}
 
     def propose(
         self,
@@ -246,9 +262,9 @@ class Seeded:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> Tensor:
-        """Return ``n x d`` points to evaluate next; see :class:`Sampler`.
+        """Return up to ``n x d`` points to evaluate next; see :class:`Sampler`.
 
-        Fewer where the given points come to their end, so that the sampler sees them all.
+        The batch in which the given points end is shorter, so that the sampler sees them all.
         """
         return self.propose_and_tell(seen, space, n, pending=pending, generator=generator)[0]
 
@@ -261,7 +277,7 @@ class Seeded:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return the points and what the sampler tells of its fit; see :class:`TellsFit`."""
+        """Return the points and the sampler's scores of its fit; see :class:`TellsFit`."""
         count = len(seen) + (0 if pending is None else len(pending))
         if count < len(self.points):
             return space.project(self.points[count : count + n]), {}
@@ -270,18 +286,18 @@ class Seeded:
 
 @dataclass(frozen=True, eq=False)
 class Node:
-    """A node whose children have handed up.
+    """A node whose children have promoted their merges.
 
     Attributes:
         key: Name of its run in the record.
-        parts: What its children handed up.
+        parts: What its children promoted.
         names: Metrics that it measures.
         space: Its space.
-        directions: ``k x d``: what its coefficients are in the full space.
+        directions: ``k x d``: the coefficients in the full space per unit of each of its own.
         is_root: Whether it is the root.
         whole: The problem of all experts, whose space is the full one.
-        ledger: All that was measured of it.
-        means: What the node looks at in place of its metrics.
+        ledger: All measurements of that problem.
+        means: What the node optimises instead of its metrics.
     """
 
     key: str
@@ -306,7 +322,7 @@ class Node:
         is_root: bool,
         means: ChildMean | None = None,
     ) -> Node:
-        """Return the node that merges ``parts``; one that merges all experts has the full space."""
+        """Return the node that merges ``parts``; with all experts, its space is the full one."""
         full = whole.space
         directions = torch.cat([part.rows for part in parts])
         columns = [i for part in parts if part.columns is not None for i in part.columns]
@@ -318,37 +334,38 @@ class Node:
 
     @property
     def columns(self) -> Tensor:
-        """``d`` booleans: which coefficients of the full space the node can make other than 0."""
+        """``d`` booleans: which coefficients of the full space the node can change from 0."""
         return self.directions.abs().sum(0) > 0
 
     def problem(self) -> NodeProblem:
-        """Return what the node optimises."""
+        """Return the problem that the node optimises."""
         return NodeProblem(
             self.whole, self.names, self.space, self.directions, self.ledger, self.means
         )
 
     def full(self, U: Tensor) -> Tensor:
-        """Return what points (``n x k``) are in the full space (``n x d``)."""
+        """Return the points ``U`` (``n x k``) in the full space (``n x d``)."""
         return self.whole.space.project(U @ self.directions)
 
     def same_as(self, other: Node) -> bool:
-        """Return whether two nodes would do the same run."""
+        """Return whether two nodes would make the same run."""
         parts = [part.names for part in self.parts], [part.names for part in other.parts]
         if parts[0] != parts[1] or self.names != other.names:
             return False
-        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=1e-9)
+        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=SAME_POINT)
         if self.means is None or other.means is None:
             return alike and self.means is other.means
         return alike and torch.allclose(self.means.weights, other.means.weights)
 
 
-def informed(surrogate: Surrogate, node: Node, before: int) -> Informed:
-    """Return the surrogate that also knows what was measured below a node.
+def inform(surrogate: Surrogate, node: Node, before: int) -> Informed:
+    """Return the surrogate that is also fitted to what was measured below a node.
 
     Args:
-        surrogate: What is fitted.
+        surrogate: The surrogate of the run.
         node: The node.
-        before: How many points had been measured when the node began. Its own are in its record.
+        before: How many points had been measured when the node began; its own points are in its
+            record.
     """
     columns = node.columns
     return Informed(
@@ -365,11 +382,11 @@ def node_settings(
     """Return the settings of a node's own run.
 
     Args:
-        settings: Those of the whole.
+        settings: Those of the whole run.
         nested: How experts are merged in stages.
         node: The node.
-        evaluations: Points that it may look at.
-        verify: Points of its front that are measured at the end, out of these.
+        evaluations: Number of points that it may evaluate.
+        verify: How many of these are points of its front, measured at the end.
     """
     seed = settings.seed
     if not node.is_root:
@@ -402,38 +419,49 @@ def run_node(
     store: NodeStore,
     progress: Progress,
     *,
-    surrogate: Surrogate | None = None,
+    inform: Callable[[Surrogate], Surrogate] | None = None,
     sampler: Sampler | None = None,
 ) -> Result:
-    """Run a node to its end, or go on with it.
+    """Run a node to its end, or resume it.
 
     Args:
         node: The node.
         settings: Those of :func:`node_settings`.
         store: Its record.
-        progress: Shows it.
-        surrogate: In place of that of the settings, in the sampler too.
-        sampler: In place of that of the settings.
+        progress: Shows the progress of the run.
+        inform: Turns a surrogate into one that knows more; applied to that of the settings, and
+            to that of the sampler where it has its own.
+        sampler: Replaces that of the settings.
 
     Raises:
         EvaluationError: When too many evaluations failed.
         StoreError: When the record belongs to other settings, or cannot be written.
     """
-    if sampler is None:
-        sampler = settings.sampler
-        if surrogate is not None and isinstance(sampler, FitsSurrogate):
-            sampler = sampler.fitting(surrogate)
-    chosen = replace(settings, sampler=sampler, surrogate=surrogate or settings.surrogate)
+    if sampler is not None:
+        settings = replace(settings, sampler=sampler)
+    if inform is not None:
+        settings = replace(
+            settings,
+            surrogate=inform(settings.surrogate),
+            sampler=_informed_sampler(settings.sampler, inform),
+        )
     try:
-        return Run(node.problem(), chosen, store).drive(progress)
+        return Run(node.problem(), settings, store).drive(progress)
     except MapBoError as error:
         if node.key == "root" or not isinstance(error, EvaluationError):
             raise
         raise EvaluationError(f"node {node.key}: {error.message}", hint=error.hint) from error
 
 
-def handed_part(label: str, rows: Tensor) -> Part:
-    """Return merges of a node (``r x d``, full space) as the part that it hands up."""
+def _informed_sampler(sampler: Sampler, inform: Callable[[Surrogate], Surrogate]) -> Sampler:
+    """Return a sampler whose surrogate knows more; one without its own takes the node's."""
+    if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is not None:
+        return sampler.with_surrogate(inform(sampler.surrogate))
+    return sampler
+
+
+def promoted_part(label: str, rows: Tensor) -> Part:
+    """Return merges of a node (``r x d``, full space) as the part that it promotes."""
     count = len(rows)
     names = (label,) if count == 1 else tuple(f"{label} #{i + 1}" for i in range(count))
     return Part(label, names, rows)

@@ -1,4 +1,4 @@
-"""The front door of nested merging in Python."""
+"""Nested merging from Python: one call from problem and budget to the result."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ def optimize_nested(
     tracking: str | Tracking | Sequence[str | Tracking] = "local",
     **settings: Any,
 ) -> NestedResult:
-    """Merge experts in stages, at the cost of a flat run of ``budget`` evaluations.
+    """Merge experts in stages, for the cost of a flat run with ``budget`` evaluations.
 
     Args:
-        problem: What to optimise; with many experts.
+        problem: What to optimise.
         budget: Evaluations of all metrics that a flat run of equal cost would have. A node measures
-            only the tasks below it, and so has more.
-        nested: How; two stages that keep their fronts by default.
+            only the tasks below it, and so can make more evaluations.
+        nested: How to merge in stages; by default two stages that keep their fronts.
         seed: The same seed gives the same run.
-        run_dir: Where to record the run; one that holds it goes on. None keeps it in memory.
+        run_dir: Where to record the run; an unfinished run there goes on. None keeps it in memory.
         progress: Whether to show a progress bar.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record, as in :func:`map_bo.optimize`.
@@ -64,7 +64,7 @@ def optimize_nested(
     Raises:
         BudgetError: When a node would have too few evaluations.
         ConfigError: On settings that are unknown or do not fit the problem.
-        TreeError: When there is no such tree.
+        TreeError: When the tree does not fit the experts.
         SpaceError: When a coefficient cannot be 0.
         EvaluationError: When too many evaluations failed.
         StoreError: When ``run_dir`` holds another run, is in use, or cannot be written.

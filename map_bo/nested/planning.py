@@ -1,6 +1,7 @@
-"""From settings to a tree, with what has to be looked at or measured on the way.
+"""Planning a tree: its shape, the order of its leaves, and what has to be measured to decide.
 
-Which experts are merged together: the shape of a tree, and the order of its leaves.
+:func:`plan` follows the settings. The other functions are its parts: trees of a given shape over
+experts in a given order, orders by score, similarity and conflict, and the cost of finding these.
 """
 
 from __future__ import annotations
@@ -26,24 +27,24 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.nodes import NodeProblem
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Tasks
-from map_bo.pareto.indicators import scaled
 from map_bo.problems.problem import Problem
 from map_bo.rng import child
 from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 
 __all__ = [
     "HasSimilarity",
-    "balanced",
-    "by_affinity",
-    "by_score",
+    "balanced_tree",
     "conflict",
+    "grouped_tree",
     "most_stages",
+    "order_by_affinity",
+    "order_cost",
     "plan",
-    "probes",
-    "sized",
-    "unshared",
+    "probe_count",
+    "tree_by_score",
 ]
 
 Item = Group | str
@@ -54,14 +55,14 @@ def most_stages(experts: int) -> int:
     return max(1, math.ceil(math.log2(experts)))
 
 
-def balanced(names: Sequence[str], stages: int) -> Group:
-    """Return a tree of so many stages over neighbours in ``names``.
+def balanced_tree(names: Sequence[str], stages: int) -> Group:
+    """Return a tree with ``stages`` stages that merges neighbours in ``names``.
 
-    In each stage, the smallest group size whose power reaches the number of items left:
-    ``N ** (1 / S)``, rounded up. One stage is the flat merge of all, ``ceil(log2 N)`` merges pairs.
+    Each stage has the smallest group size whose power reaches the number of items left:
+    ``N ** (1 / S)``, rounded up. One stage is the flat merge of all; ``ceil(log2 N)`` merge pairs.
 
     Raises:
-        TreeError: When so many experts cannot have so many stages.
+        TreeError: When the experts are too few for the stages.
     """
     _check(names)
     most = most_stages(len(names))
@@ -76,15 +77,17 @@ def balanced(names: Sequence[str], stages: int) -> Group:
     return _root(items)
 
 
-def sized(names: Sequence[str], size: int) -> Group:
-    """Return a tree of groups of at most ``size`` neighbours, until one is left.
+def grouped_tree(names: Sequence[str], size: int) -> Group:
+    """Return a tree that merges groups of at most ``size`` neighbours until one is left.
 
     Raises:
         TreeError: When ``size`` is less than 2.
     """
     _check(names)
     if size < 2:
-        raise TreeError(f"groups of {size} do not merge anything", hint="give 2 or more")
+        raise TreeError(
+            f"the size of a group must be at least 2, got {size}", hint="give 2 or more"
+        )
     items: list[Item] = list(names)
     while True:
         items = _grouped(items, size)
@@ -92,18 +95,19 @@ def sized(names: Sequence[str], size: int) -> Group:
             return _root(items)
 
 
-def by_score(
+def tree_by_score(
     scores: Mapping[str, float], shape: Callable[[int], int], stages: int | None = None
 ) -> Group:
-    """Return a tree that merges, in every stage, what scores alike.
+    """Return a tree that merges, in every stage, items with similar scores.
 
     Pairs are taken closest first, as published (Li et al., arXiv 2406.07529, section 3.3); larger
-    groups are neighbours in the order of their scores. A group's score is the mean of its experts'.
+    groups are neighbours in the order of their scores. The score of a group is the mean over its
+    experts.
 
     Args:
         scores: Expert -> how well it does its own task, larger is better.
-        shape: Number of items left -> size of the groups; not used where ``stages`` are given.
-        stages: Stages to make; until one group is left when None.
+        shape: Number of items left -> size of the groups; not used when ``stages`` is given.
+        stages: Number of stages; None merges until one group is left.
     """
     _check(list(scores))
 
@@ -121,8 +125,8 @@ def by_score(
     return _root(items)
 
 
-def by_affinity(names: Sequence[str], affinity: Tensor) -> list[str]:
-    """Return the names such that those with much affinity stand together.
+def order_by_affinity(names: Sequence[str], affinity: Tensor) -> list[str]:
+    """Return the names in an order in which those with much affinity are neighbours.
 
     Average linkage, then the order of the dendrogram's leaves in which neighbours are closest
     (Bar-Joseph, Gifford & Jaakkola, *Fast optimal leaf ordering for hierarchical clustering*,
@@ -144,7 +148,7 @@ def by_affinity(names: Sequence[str], affinity: Tensor) -> list[str]:
 
 def _check(names: Sequence[str]) -> None:
     if not names:
-        raise TreeError("there are no experts to merge", hint="give at least one")
+        raise TreeError("there are no experts to merge", hint="give at least one expert")
 
 
 def _size(items: int, stages: int) -> int:
@@ -156,14 +160,14 @@ def _size(items: int, stages: int) -> int:
 
 
 def _grouped(items: list[Item], size: int) -> list[Item]:
-    """Return neighbours in groups of at most ``size``, as even as can be."""
+    """Return neighbours in groups of at most ``size``, as even as possible."""
     count = math.ceil(len(items) / size)
     ends = [round(i * len(items) / count) for i in range(count + 1)]
     return [_group(items[a:b]) for a, b in pairwise(ends)]
 
 
 def _pairs(items: list[Item], score: Callable[[Item], float]) -> list[Item]:
-    """Return the items in pairs, closest scores first; an odd one stays alone."""
+    """Return the items in pairs, closest scores first; with an odd number, one stays alone."""
     left, pairs = list(items), []
     while len(left) > 1:
         gaps = [abs(score(a) - score(b)) for a, b in pairwise(left)]
@@ -184,10 +188,10 @@ def _root(items: list[Item]) -> Group:
 
 @runtime_checkable
 class HasSimilarity(Protocol):
-    """A problem that knows how alike its experts are."""
+    """A problem that knows how similar its experts are."""
 
     def similarity(self) -> Tensor:
-        """Return ``N x N``, larger is more alike."""
+        """Return ``N x N``; larger is more similar."""
         ...
 
 
@@ -203,11 +207,11 @@ def plan(
 ) -> Group:
     """Return the tree that the settings ask for.
 
-    The orders ``"score"`` and ``"conflict"`` measure; what they measure goes into the ledger.
+    The orders ``"score"`` and ``"conflict"`` need measurements, which go into the ledger.
 
     Raises:
-        TreeError: When there is no such tree.
-        ConfigError: When the problem cannot say how alike its experts are.
+        TreeError: When the experts cannot have such a tree.
+        ConfigError: When the problem does not know how similar its experts are.
         EvaluationError: When an expert could not be measured.
     """
     experts = problem.space.experts
@@ -215,39 +219,41 @@ def plan(
         return Group.of(nested.tree, experts)
     stages, size = nested.stages, nested.group_size
     if stages is not None:
-        balanced(experts, stages)  # a stage count out of range is told before anything is measured
+        balanced_tree(experts, stages)  # refuses a wrong number before anything is measured
     names = list(experts)
     if nested.order == "score" and len(experts) > 1:
         say("measuring the experts on their own tasks")
         scores = _scores(problem, tasks, settings, ledger, generator=generator)
-        return by_score(scores, lambda items: size or items, stages)
+        return tree_by_score(scores, lambda items: size or items, stages)
     if nested.order == "similarity":
         if not isinstance(problem, HasSimilarity):
             raise ConfigError(
-                f"{type(problem).__name__} does not know how alike its experts are",
+                f"{type(problem).__name__} does not know how similar its experts are",
                 hint="choose another order: nested.order=given, score or conflict",
             )
-        names = by_affinity(experts, problem.similarity())
+        names = order_by_affinity(experts, problem.similarity())
     elif nested.order == "conflict":
         say("measuring how the experts disturb each other")
-        seen = _probed(problem, tasks, nested, settings, ledger, generator=generator)
-        names = by_affinity(experts, conflict(seen, problem.space, settings))
-    return sized(names, size) if size is not None else balanced(names, stages or most_stages(1))
+        seen = _probe(problem, tasks, nested, settings, ledger, generator=generator)
+        names = order_by_affinity(experts, conflict(seen, problem.space, settings))
+    if size is not None:
+        return grouped_tree(names, size)
+    return balanced_tree(names, stages or most_stages(1))
 
 
-def probes(nested: Nested, experts: int) -> int:
-    """Return how many evaluations of all tasks the order takes: 0 unless it is by conflict."""
+def probe_count(nested: Nested, experts: int) -> int:
+    """Return how many evaluations of all tasks the order needs: 0 unless it is by conflict."""
     if nested.order != "conflict" or nested.tree is not None:
         return 0
     return 2 * experts + 2 if nested.probe is None else nested.probe
 
 
-def unshared(nested: Nested, tasks: Tasks, space: CoefficientSpace, *, composes: bool) -> int:
-    """Return how many data sets the order takes that no node measures anyway.
+def order_cost(nested: Nested, tasks: Tasks, space: CoefficientSpace, *, composes: bool) -> int:
+    """Return how many data sets the order costs beyond what nodes measure anyway.
 
-    The order by score measures experts by themselves. Nodes begin with the same points and look
-    them up, but not where an expert by itself is outside the space, nor where merges do not compose
-    and nodes share nothing.
+    The order by score measures each expert alone. Nodes begin with the same points and reuse these
+    measurements, except where an expert alone lies outside the space, or where merges do not
+    compose and so nodes share nothing.
     """
     if nested.order != "score" or nested.tree is not None or len(space.experts) < 2:
         return 0
@@ -263,7 +269,7 @@ def unshared(nested: Nested, tasks: Tasks, space: CoefficientSpace, *, composes:
 def _scores(
     problem: Problem, tasks: Tasks, settings: Settings, ledger: Ledger, *, generator: Generator
 ) -> dict[str, float]:
-    """Return how well each expert does its own tasks, on the mean, larger is better."""
+    """Return how well each expert does its own tasks on average; larger is better."""
     space, found = problem.space, {}
     for expert in space.experts:
         node = NodeProblem(problem, tasks.of[expert], space, _identity(space), ledger)
@@ -274,13 +280,13 @@ def _scores(
         if outcome.failures[0] is not None:
             raise EvaluationError(
                 f"expert {expert} could not be measured: {outcome.failures[0]}",
-                hint="mend the evaluator, or choose nested.order=given",
+                hint="fix the evaluator, or choose nested.order=given",
             )
         found[expert] = float(to_maximisation(outcome.Y, outcome.metrics).mean())
     return found
 
 
-def _probed(
+def _probe(
     problem: Problem,
     tasks: Tasks,
     nested: Nested,
@@ -292,7 +298,7 @@ def _probed(
     space = problem.space
     node = NodeProblem(problem, tasks.metrics, space, _identity(space), ledger)
     seen = Observations.empty(space.d, node.metrics)
-    count = probes(nested, len(space.experts))
+    count = probe_count(nested, len(space.experts))
     X = Sobol().propose(seen, space, count, generator=child(generator, "probe"))
     for i, x in enumerate(X):
         outcome = evaluate_row(
@@ -303,13 +309,13 @@ def _probed(
 
 
 def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) -> Tensor:
-    """Return how much every two experts disturb each other as a surrogate predicts, ``N x N``.
+    """Return how much any two experts disturb each other by a surrogate's prediction, ``N x N``.
 
     The absolute mixed difference of every metric ``f``, scaled to its observed range,
 
         f(e_i/2 + e_j/2) - f(e_i/2) - f(e_j/2) + f(0),
 
-    summed over metrics: what merging both does beyond what each does alone.
+    summed over metrics: the effect of merging both beyond that of merging each.
 
     Args:
         seen: Evaluations of all metrics.
@@ -323,9 +329,10 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
     pairs = list(itertools.combinations(range(n), 2))
     both = torch.stack([half[i] + half[j] for i, j in pairs]) if pairs else half[:0]
     gains = to_maximisation(seen.succeeded().Y, seen.metrics)
+    low, width = gains.amin(0), widths(gains.amin(0), gains.amax(0))
     with torch.no_grad():
         at = [
-            scaled(mean(space.project(base + X)), gains.amin(0), gains.amax(0))
+            (mean(space.project(base + X)) - low) / width
             for X in (both, half, torch.zeros_like(base))
         ]
     found = torch.zeros(n, n, dtype=torch.float64)
@@ -336,7 +343,7 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
 
 
 def _alone(space: CoefficientSpace, expert: str) -> Tensor:
-    """Return the coefficients (``d``) of an expert by itself, wherever the bounds are."""
+    """Return the coefficients (``d``) of an expert alone, whatever the bounds are."""
     return _base(space) + _part(space, expert)
 
 
@@ -345,7 +352,7 @@ def _part(space: CoefficientSpace, expert: str) -> Tensor:
 
 
 def _base(space: CoefficientSpace) -> Tensor:
-    """Return the coefficients (``d``) of the base, with the operator's settings at rest."""
+    """Return the coefficients (``d``) of the base, with the operator's settings at defaults."""
     row = torch.zeros(space.d, dtype=torch.float64)
     row[torch.tensor(space.owner) < 0] = torch.tensor(space.resting, dtype=torch.float64)
     return row

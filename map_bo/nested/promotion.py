@@ -1,4 +1,4 @@
-"""What a node hands up: one merge a preference, a few that stand for its front, or its experts."""
+"""Which merges a node promotes to its parent: one per preference, or a few for its whole front."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from map_bo.loop.recommend import Reference, scaled_gains, spread_rows
 from map_bo.loop.result import Choice, Result
+from map_bo.scale import Scale, farthest_rows
 from map_bo.space import CoefficientSpace
 
-__all__ = ["chosen", "representatives", "weights_of"]
+__all__ = ["choose_merge", "representatives", "weights_of"]
 
-_NOTHING = 1e-3  # a merge this near the base is nothing that a node above could scale
-_ALIKE = 0.02  # merges nearer than this are one
+_NOTHING = 1e-3  # a merge this near the base leaves nothing for the parent to scale
+_ALIKE = 0.02  # merges nearer than this count as one
 
 
 def weights_of(
@@ -23,12 +23,12 @@ def weights_of(
     """Return the weights of a node's metrics under a preference for all metrics.
 
     Args:
-        preference: Weight by metric name; empty weighs all alike.
-        children: The node's metrics; or, when it looks at one number a child, label of the child
+        preference: Weight by metric name; when empty, all weigh alike.
+        children: The node's metrics; or, when it measures one number per child, label of the child
             -> names of its metrics, whose weights add up.
 
     Returns:
-        Weights; all alike where the preference has none below the node.
+        The weights; all alike where the preference gives no weight to any metric of the node.
     """
     given = preference or {}
     if isinstance(children, Mapping):
@@ -41,8 +41,8 @@ def weights_of(
     return found if any(found.values()) else dict.fromkeys(found, 1.0)
 
 
-def chosen(result: Result, weights: Mapping[str, float]) -> Choice:
-    """Return the merge of a node's front that suits the weights, and is more than the base."""
+def choose_merge(result: Result, weights: Mapping[str, float]) -> Choice:
+    """Return the merge of a node's front that suits the weights and differs from the base."""
     choice = result.choose(dict(weights))
     moving = torch.tensor(result.space.owner) >= 0
     if float(choice.x[moving].abs().max()) > _NOTHING:
@@ -51,24 +51,23 @@ def chosen(result: Result, weights: Mapping[str, float]) -> Choice:
     rows = (sizes > _NOTHING).nonzero().flatten()
     if not len(rows):
         return choice
-    values = scaled_gains(result.front.mean[rows], result.metrics, result.reference)
+    values = result.scale.gains(result.front.mean[rows])
     weight = torch.tensor([weights[m.name] for m in result.metrics], dtype=torch.float64)
     return result.point(int(rows[int((values @ weight).argmax())]))
 
 
-def representatives(result: Result, count: int, reference: Reference) -> Tensor:
-    """Return up to ``count`` merges that stand for a node's front, ``r x k``.
+def representatives(result: Result, count: int, scale: Scale) -> Tensor:
+    """Return up to ``count`` merges that represent a node's front, ``r x k``.
 
-    The most balanced point first, then one after another the point whose metrics are farthest from
-    those taken, on the scale of ``reference``; points that are nothing, or hardly differ from one
-    taken, are passed over. At least one is returned, and at most one more than the node has
-    coefficients: a balanced point and the ends of the front.
+    The most balanced point comes first; then, again and again, the point whose metrics are farthest
+    from those taken, on ``scale``. Points that hardly differ from the base, or
+    from one taken, are passed over. At least one is returned, and at most one more than the node
+    has coefficients: a balanced point and the ends of the front.
     """
     count = min(count, result.space.d + 1)
     front = result.front
     moving = torch.tensor(result.space.owner) >= 0
-    gains = scaled_gains(front.mean, front.metrics, reference)
-    order = spread_rows(gains, min(len(front), 4 * count))
+    order = farthest_rows(scale.gains(front.mean), 4 * count)
     taken: list[Tensor] = []
     for row in order:
         x = front.X[row]
@@ -81,7 +80,7 @@ def representatives(result: Result, count: int, reference: Reference) -> Tensor:
 
 
 def _something(space: CoefficientSpace) -> Tensor:
-    """Return a point (``1 x d``) that is more than the base, as near the uniform blend as can be.
+    """Return a point (``1 x d``) that differs from the base, near the uniform blend if possible.
 
     Bounds or constraints may keep the blend itself out of the space.
     """

@@ -1,17 +1,17 @@
-"""Reading a recorded nested run back, with a root that preferences can be solved for."""
+"""Reading a recorded nested run back, with a root whose surrogate can serve any preference."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from map_bo.errors import StoreError
-from map_bo.loop.reading import load_state
-from map_bo.loop.recommend import refitted
+from map_bo.loop.reading import load_state, recorded_surrogate
+from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import replay
 from map_bo.nested.composition import subspace
@@ -19,6 +19,7 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.tree import Group
+from map_bo.plain import modernise, name_of
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
@@ -31,7 +32,7 @@ __all__ = ["is_nested", "load_nested"]
 
 
 def is_nested(created: dict[str, Any]) -> bool:
-    """Return whether what a run recorded of itself is that of a nested run."""
+    """Return whether a run is nested, by the data of its ``created`` event."""
     return bool(created.get("nested"))
 
 
@@ -40,31 +41,41 @@ def load_nested(
     *,
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
+    refit: bool = False,
+    trust: Collection[str] = (),
 ) -> NestedResult:
-    """Return the result of a recorded nested run; nothing is loaded and nothing evaluated.
+    """Return the result of a recorded nested run; no model is loaded and nothing is evaluated.
 
     Args:
         run_dir: The run's directory.
         problem: The run's problem, needed only to export a choice.
-        surrogate: The run's surrogate settings. When given, that of the root is fitted again, so
-            that choices can go beyond the points of the front.
+        surrogate: The run's surrogate settings. When given, the surrogate of the root is fitted
+            again, so that choices are not limited to the points of the front.
+        refit: Whether to fit the recorded surrogate again where none is given.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
 
     Raises:
-        StoreError: When there is no such run, or it has not come to its end.
+        StoreError: When there is no such run, or it has not finished.
+        SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
     state, space = load_state(run_dir)
     events = list(JsonlStore.open(Path(run_dir)).read())
     created = state.created
     if not is_nested(dict(created)):
-        raise StoreError(f"the run in {run_dir} is no nested one")
+        raise StoreError(
+            f"the run in {run_dir} is not nested", hint="read it with map_bo.load_result"
+        )
     flat = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
     try:
         tree = Group.of(next(e.data["tree"] for e in events if e.kind == "planned"))
         records = tuple(_record(node) for node in flat.summary["nested"]["nodes"])
         result = NestedResult(**vars(flat), tree=tree, nodes=records)
-        if created["nested"]["hand_up"] == "point" and not created["nested"]["refine"]:
+        promote = modernise(created["nested"], {"promote": None})["promote"]
+        if promote == "point" and not created["nested"]["refine"]:
             choices = tuple(result.point(i) for i in range(len(result.front)))
             return dataclasses.replace(result, choices=choices)
+        if refit and surrogate is None:
+            surrogate = recorded_surrogate(created, trust=trust)
         if surrogate is None:
             return result
         key = "refine" if created["nested"]["refine"] else "root"
@@ -77,9 +88,9 @@ def load_nested(
     except (KeyError, StopIteration, IndexError, TypeError) as error:
         raise StoreError(
             f"the record in {run_dir} cannot be read as that of a nested run: {error!r}",
-            hint="finish the run with `map-bo resume`, unless its record was changed by hand",
+            hint="finish the run with `map-bo resume`, unless its record was edited by hand",
         ) from error
-    if "Informed(" in str(about["settings"]["surrogate"]):
+    if name_of(about["settings"]["surrogate"]) == "Informed":
         ledger = Ledger(state.metrics, before=events)
         columns = directions.abs().sum(0) > 0
         names = [metric.name for metric in metrics]
@@ -88,7 +99,7 @@ def load_nested(
     root = dataclasses.replace(
         Result.of(node_state, node_space, problem=None),
         model=surrogate.fit(node_state.seen, node_space),
-        refitted=refitted(node_state, node_space, surrogate) if flat.is_corrected else None,
+        refitted=fit_again(node_state, node_space, surrogate) if flat.is_corrected else None,
     )
     return dataclasses.replace(result, root=root, directions=directions)
 
@@ -108,5 +119,5 @@ def _record(node: dict[str, Any]) -> NodeRecord:
         coefficients=node["coefficients"],
         evaluations=node["evaluations"],
         data_sets=node["data_sets"],
-        handed=tuple(node["handed"]),
+        promoted=tuple(node["handed"]),
     )

@@ -1,6 +1,7 @@
-"""The record of a nested run: one store for all of its nodes.
+"""The record of a nested run: one store, which also holds the events of all of its nodes.
 
-The record of a node, kept in the one record of its nested run.
+:class:`Record` writes the events of the whole run; :class:`NodeStore` is the run store that a node
+sees, whose events are kept in the same record under the name of the node.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from map_bo.loop.result import Result
 from map_bo.loop.state import refuse_another
 from map_bo.loop.summary import versions
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.tree import Path
+from map_bo.nested.tree import NodePath
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers
 
@@ -29,7 +30,7 @@ class NodeStore:
     Args:
         key: Name of the node's run.
         append: Adds an event to the record of the nested run, durably.
-        before: The events that record holds already.
+        before: The events that the record already holds.
     """
 
     def __init__(self, key: str, append: Callable[[Event], None], before: Iterable[Event]) -> None:
@@ -42,23 +43,23 @@ class NodeStore:
 
     def append(self, event: Event) -> None:
         """Add one event durably; see :class:`map_bo.tracking.store.RunStore`."""
-        own = deepcopy(dict(event.data))  # the caller's may change afterwards
+        own = deepcopy(dict(event.data))  # the caller may change its own afterwards
         self._append(Event(NODE, {"node": self._key, "kind": event.kind, "data": own}, event.time))
         self._events.append(Event(event.kind, own, event.time))
 
     def read(self) -> Iterator[Event]:
-        """Yield all events of the node in their order."""
+        """Yield all events of the node in order."""
         return iter(tuple(self._events))
 
 
 class Record:
-    """Writes events, and finds them again when a run goes on.
+    """Writes events, and finds them again when a run is resumed.
 
     Args:
         store: Where events go.
-        identity: What makes two runs the same.
+        identity: Plain data that is equal for two runs exactly when they are the same run.
         config: Extra plain data to record.
-        tracker: Is told every event, those of the store first.
+        tracker: Receives every event, those of the store first.
 
     Raises:
         StoreError: When the store holds another run.
@@ -105,11 +106,13 @@ class Record:
                 return event.data
         return None
 
-    def _begin(self, name: str, take: Callable[[Path, int], int], path: Path) -> Mapping[str, Any]:
-        """Return what a node was given, and give it when its turn has come."""
+    def _begin(
+        self, name: str, allocate: Callable[[NodePath, int], int], path: NodePath
+    ) -> Mapping[str, Any]:
+        """Return the recorded start of a node: its evaluations; allocate them at its turn."""
         begun = self._recorded("begun", name)
         spent = self.spent if begun is None else int(begun["spent"])
-        evaluations = take(path, spent)
+        evaluations = allocate(path, spent)
         if begun is None:
             self._record("begun", node=name, spent=spent, evaluations=evaluations)
             begun = self._recorded("begun", name)
@@ -117,7 +120,7 @@ class Record:
         return begun
 
     def _finish(self, name: str, results: Sequence[Result], begun: Mapping[str, Any]) -> None:
-        """Record what a node has cost."""
+        """Record the cost of a node."""
         if self._recorded("done", name) is None:
             count = sum(len(result.seen) + len(result.verification) for result in results)
             spent = self.spent - int(begun["spent"])

@@ -1,7 +1,8 @@
-"""What a nested run returns: a front over all tasks, and how each node came to its part of it."""
+"""What a nested run returns: a front over all tasks, and what each node contributed to it."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,10 +12,10 @@ from torch import Tensor
 
 from map_bo.loop.result import Choice, Exportable, Result
 from map_bo.merging.export.model import ExportSettings
-from map_bo.nested.tree import Group, drawn, path_name
+from map_bo.nested.tree import Group, draw_tree, path_name
 from map_bo.pareto.preferences import Preference
 
-__all__ = ["Exporting", "NestedResult", "NodeRecord", "described"]
+__all__ = ["Exporting", "NestedResult", "NodeRecord", "describe_tree"]
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,9 @@ class NodeRecord:
         stage: Its stage; 0 for the refinement.
         tasks: Number of metrics that it measured.
         coefficients: Number of coefficients that it searched.
-        evaluations: Points that it looked at, reused ones included.
-        data_sets: Measurements of one metric at one point that it cost.
-        handed: For each merge that it handed up the coefficients of the experts, those below it.
+        evaluations: Points that it considered, reused ones included.
+        data_sets: Measurements of one metric at one point that it made.
+        promoted: For each merge that it promoted, the coefficients of the experts below it.
     """
 
     name: str
@@ -39,7 +40,17 @@ class NodeRecord:
     coefficients: int
     evaluations: int
     data_sets: int
-    handed: tuple[Mapping[str, float], ...] = ()
+    promoted: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def handed(self) -> tuple[Mapping[str, float], ...]:
+        """The name of :attr:`promoted` in version 0.1."""
+        warnings.warn(
+            "NodeRecord.handed is now NodeRecord.promoted; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.promoted
 
     def describe(self) -> dict[str, Any]:
         """Return the record as plain data."""
@@ -51,14 +62,14 @@ class NodeRecord:
             "coefficients": self.coefficients,
             "evaluations": self.evaluations,
             "data_sets": self.data_sets,
-            "handed": [dict(one) for one in self.handed],
+            "handed": [dict(one) for one in self.promoted],
         }
 
 
-def described(
+def describe_tree(
     tree: Group, nodes: Sequence[NodeRecord], data_sets: int, tasks: int
 ) -> dict[str, Any]:
-    """Return what the summary of a run says of its tree."""
+    """Return the part of a run's summary that is about its tree, as plain data."""
     paths = {path_name(path): path for path, _ in tree.nodes()}
     notes = {
         paths[node.name]: f"{node.evaluations} evaluations of {node.tasks} tasks, "
@@ -69,7 +80,7 @@ def described(
     return {
         "tree": tree.plain(),
         "stages": tree.stage,
-        "drawn": drawn(tree, notes),
+        "drawn": draw_tree(tree, notes),
         "data_sets": data_sets,
         "flat_evaluations": data_sets / tasks,
         "nodes": [node.describe() for node in nodes],
@@ -78,7 +89,7 @@ def described(
 
 @dataclass(frozen=True, eq=False)
 class Exporting:
-    """Writes models as a problem does, with the tree that they come from in the recipe.
+    """Writes models as the problem does, with the tree that they come from in the recipe.
 
     Attributes:
         problem: Writes the models.
@@ -97,12 +108,12 @@ class Exporting:
         settings: ExportSettings | None = None,
     ) -> Path:
         """Write the model with coefficients ``x`` (``d``); see :class:`Exportable`."""
-        told = self.summary["nested"]
+        nested = self.summary["nested"]
         nodes = [
             {"node": node["node"], "merges": node["label"], "handed": node["handed"]}
-            for node in told["nodes"]
+            for node in nested["nodes"]
         ]
-        recipe = {**record, "nested": {"tree": told["tree"], "nodes": nodes}}
+        recipe = {**record, "nested": {"tree": nested["tree"], "nodes": nodes}}
         return self.problem.export(x, out, record=recipe, settings=settings)
 
 
@@ -110,14 +121,14 @@ class Exporting:
 class NestedResult(Result):
     """The outcome of a nested run, in the coefficients of all experts.
 
-    Everything that a flat :class:`Result` has; ``seen`` and ``verification`` are the evaluations of
-    all tasks, made at the root.
+    It has everything that a flat :class:`Result` has; ``seen`` and ``verification`` are the
+    evaluations of all tasks, made at the root.
 
     Attributes:
         tree: The tree that was merged.
-        root: The result of the root in its own small space, where a preference can be solved for;
-            None where the tree was merged for preferences given in advance.
-        directions: ``k x d``: what the root's coefficients are in those of the experts.
+        root: The result of the root in its own small space, in which the surrogate can be
+            optimised for a preference; None where the preferences were given in advance.
+        directions: ``k x d``: the coefficients of the experts per unit of each of the root's.
         nodes: What each node did, in the order in which they ran.
         choices: One merge for each preference given in advance.
     """
@@ -144,14 +155,14 @@ class NestedResult(Result):
     ) -> Choice:
         """Return the merge that suits a preference best; see :meth:`Result.choose`.
 
-        Where the root's surrogate is at hand it is solved for the preference, among the merges of
-        what its children handed up.
+        Where the root's surrogate is available it is optimised for the preference, over the merges
+        of what its children promoted.
         """
         if self.root is None or self.directions is None:
             return super().choose(
                 prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
             )
-        inner = replace(self.root, reference=self.reference).choose(
+        inner = replace(self.root, scale=self.scale).choose(
             prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
         )
         if not inner.refined:

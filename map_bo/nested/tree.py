@@ -1,10 +1,9 @@
-"""Merge trees: which experts are merged together, and in which order.
+"""Merge trees: which experts are merged together, in which order, and measured on which tasks.
 
-A tree is plain data. Its leaves are names of experts, its inner nodes are groups of any size of
-leaves and further groups. A node's *stage* is its height: the groups of experts alone are merged in
-stage 1, and the root is merged last.
-
-Which metrics belong to which expert.
+A tree is plain data. Its leaves are names of experts; its inner nodes are groups, of any size, of
+leaves and further groups. A node's *stage* is its height: groups of experts alone are merged in
+stage 1, and the root is merged last. :class:`Tasks` says which metrics belong to which expert, and
+so which of them a node measures.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from typing import TypeAlias
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, TreeError
 
-__all__ = ["Group", "Path", "Plain", "Tasks", "drawn", "path_name"]
+__all__ = ["Group", "NodePath", "Plain", "Tasks", "draw_tree", "path_name"]
 
-Path: TypeAlias = tuple[int, ...]
-"""Where a node stands: the number of the child to take at each group, from the root down."""
+NodePath: TypeAlias = tuple[int, ...]
+"""Position of a node: the number of the child to take at each group, from the root down."""
 
 Plain: TypeAlias = "str | list[Plain]"
 
@@ -31,8 +30,8 @@ class Group:
     """An inner node: what is merged together.
 
     Attributes:
-        children: Names of experts, and groups; two or more, except that a tree of one expert is
-            a group of one.
+        children: Names of experts, and groups; at least two, except that the tree of a single
+            expert is a group of one.
 
     Raises:
         TreeError: When there are too few children.
@@ -43,25 +42,25 @@ class Group:
     def __post_init__(self) -> None:
         object.__setattr__(self, "children", tuple(self.children))
         if not self.children:
-            raise TreeError("a group of the tree is empty", hint="leave it out")
+            raise TreeError("a group of the tree is empty", hint="remove the empty brackets")
         inner = [child for child in self.children if isinstance(child, Group)]
         alone = [child for child in inner if len(self.children) == 1 or len(child.children) == 1]
         if alone:
             raise TreeError(
-                f"the group of {', '.join(alone[0].leaves)} has one child only",
-                hint="leave out the pair of brackets around it",
+                f"the group of {', '.join(alone[0].leaves)} has only one child",
+                hint="remove the pair of brackets around it",
             )
 
     @classmethod
     def of(cls, plain: object, experts: Sequence[str] | None = None) -> Group:
-        """Return the tree that nested lists of names stand for.
+        """Return the tree that nested lists of names describe.
 
         Args:
             plain: For example ``[["a", "b"], ["c", "d"]]``.
             experts: The experts that the tree must hold, each once; not checked when None.
 
         Raises:
-            TreeError: When it is no tree, or lacks, repeats or invents an expert.
+            TreeError: When it is not a tree, or lacks, repeats or invents an expert.
         """
         tree = _group(plain)
         if experts is not None:
@@ -88,13 +87,13 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The experts below in one short word."""
+        """The experts below as one short name."""
         leaves = self.leaves
         whole = "+".join(leaves)
         return whole if len(whole) <= _LABEL else f"{leaves[0]}+..+{leaves[-1]} ({len(leaves)})"
 
-    def nodes(self, at: Path = ()) -> Iterator[tuple[Path, Group]]:
-        """Yield every group below and this one, each after all that it is made of."""
+    def nodes(self, at: NodePath = ()) -> Iterator[tuple[NodePath, Group]]:
+        """Yield every group below, then this one: each after everything that it is made of."""
         for i, child in enumerate(self.children):
             if isinstance(child, Group):
                 yield from child.nodes((*at, i))
@@ -114,15 +113,15 @@ class Group:
             if names:
                 raise TreeError(
                     f"the tree {what} {', '.join(names)}",
-                    hint=f"each of these stands in it once: {', '.join(experts)}",
+                    hint=f"name each of these exactly once: {', '.join(experts)}",
                 )
 
 
 def _group(plain: object) -> Group:
     if isinstance(plain, str) or not isinstance(plain, Sequence):
         raise TreeError(
-            f"a tree is a list of lists of names, not {plain!r}",
-            hint="for example [[a, b], [c, d]]",
+            f"a tree must be a list of lists of names, got {plain!r}",
+            hint="write it as in [[a, b], [c, d]]",
         )
     children: list[Group | str] = []
     for child in plain:
@@ -132,31 +131,33 @@ def _group(plain: object) -> Group:
             children.append(_group(child))
         else:
             raise TreeError(
-                f"{child!r} stands in the tree where a name or a list belongs",
-                hint="for example [[a, b], [c, d]]",
+                f"every item of a tree must be a name or a list, got {child!r}",
+                hint="write the tree as in [[a, b], [c, d]]",
             )
     return Group(tuple(children))
 
 
-def path_name(path: Path) -> str:
+def path_name(path: NodePath) -> str:
     """Return the name of a node: ``root``, or numbers of children as in ``0.1``."""
     return ".".join(map(str, path)) or "root"
 
 
-def drawn(tree: Group, notes: dict[Path, str] | None = None) -> str:
-    """Return the tree as lines of text, with a note behind each group.
+def draw_tree(tree: Group, notes: dict[NodePath, str] | None = None) -> str:
+    """Return the tree as lines of text, with a note after each group.
 
     Args:
         tree: The tree.
-        notes: What to write behind the groups, by their paths.
+        notes: What to write after a group, by its path.
     """
-    said = notes or {}
+    notes = notes or {}
 
-    def lines(node: Group | str, at: Path, before: str, joint: str, after: str) -> Iterator[str]:
+    def lines(
+        node: Group | str, at: NodePath, before: str, joint: str, after: str
+    ) -> Iterator[str]:
         if isinstance(node, str):
             yield f"{before}{joint}{node}"
             return
-        note = f"  {said[at]}" if at in said else ""
+        note = f"  {notes[at]}" if at in notes else ""
         yield f"{before}{joint}[stage {node.stage}]{note}"
         for i, child in enumerate(node.children):
             last = i == len(node.children) - 1
@@ -177,24 +178,24 @@ class Tasks:
 
     Attributes:
         metrics: Names of all metrics, in the problem's order.
-        of: Expert -> names of its metrics. A metric may be that of several experts; one that is
-            nobody's is measured at the root alone.
+        of: Expert -> names of its metrics. A metric may belong to several experts; one that
+            belongs to none is measured only at the root.
     """
 
     metrics: tuple[str, ...]
     of: Mapping[str, tuple[str, ...]]
 
     @classmethod
-    def given(
+    def assign(
         cls,
         experts: Sequence[str],
         metrics: Sequence[Metric],
         named: Mapping[str, Sequence[str]],
     ) -> Tasks:
-        """Return the tasks that were named, or else those that have their expert's name.
+        """Give each expert the tasks that were named for it, or else the one that has its name.
 
         Raises:
-            ConfigError: When an expert has none, or a name is unknown.
+            ConfigError: When an expert has no task, or a name is unknown.
         """
         names = tuple(metric.name for metric in metrics)
         unknown = sorted(set(named) - set(experts))
@@ -215,7 +216,7 @@ class Tasks:
             if not own:
                 raise ConfigError(
                     f"expert {expert} has no task: there is no metric of that name",
-                    hint=f"say which metrics are its own: nested.tasks.{expert}=[...] out of "
+                    hint=f"choose its metrics with nested.tasks.{expert}=[...], out of "
                     f"{', '.join(names)}",
                 )
             found[expert] = own
@@ -237,16 +238,16 @@ class Tasks:
         unknown = sorted(set(weights) - set(self.metrics))
         bad = [name for name, weight in weights.items() if not 0 <= float(weight) < float("inf")]
         if missing or unknown or bad or not any(weights.values()):
-            what = (
+            fault = (
                 f"does not name {', '.join(missing)}"
                 if missing
-                else f"names {', '.join(unknown)}, which no metric is called"
+                else f"names {', '.join(unknown)}, which are not metrics"
                 if unknown
-                else f"has weights that are no finite numbers from 0 on: {', '.join(bad)}"
+                else f"has weights that are not finite and at least 0: {', '.join(bad)}"
                 if bad
                 else "has no weight above 0"
             )
             raise ConfigError(
-                f"preference {number} of nested.preferences {what}",
-                hint=f"give each of {', '.join(self.metrics)} a weight; 0 leaves a task out",
+                f"preference {number} of nested.preferences {fault}",
+                hint=f"give a weight to each of {', '.join(self.metrics)}; 0 leaves a task out",
             )

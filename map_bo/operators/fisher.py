@@ -106,14 +106,15 @@ class Fisher(SearchableOperator):
         return _FisherKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what tells the statistics, as plain data."""
-        told = known_statistics.describe(self.statistics, "fisher")
-        return {**super().describe(), "statistics": told}
+        """Return plain data in which statistics are told by their content, not by their files."""
+        return known_statistics.with_told(
+            self, known_statistics.describe(self.statistics, "fisher")
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
         told = known_statistics.recipe(self.statistics, "fisher")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
 
 def fisher_average(base: Tensor, deltas: Tensor, fishers: Tensor, c: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
+from map_bo.plain import to_plain
 
 __all__ = [
     "NeedsStatistics",
@@ -24,6 +25,7 @@ __all__ = [
     "refuse_negative",
     "require_statistics",
     "statistics_by_expert",
+    "with_told",
 ]
 
 
@@ -120,6 +122,12 @@ def recipe(statistics: Mapping[str, StatisticsSource], kind: str) -> dict[str, A
         if Path(file).is_absolute():
             told[expert]["source"] = file
     return told
+
+
+def with_told(operator: NeedsStatistics, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an operator as plain data, with what is told of its statistics in their place."""
+    data: dict[str, Any] = to_plain(operator.with_statistics({}))
+    return {**data, "fields": {**data["fields"], "statistics": to_plain(told)}}
 
 
 def match_statistics(

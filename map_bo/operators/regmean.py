@@ -30,7 +30,7 @@ from map_bo.operators.searchable import SearchableOperator, share
 from map_bo.operators.statistics import Statistics, StatisticsSource
 from map_bo.space import CoefficientSpace
 
-__all__ = ["RegMean", "regression_mean", "scaled_products"]
+__all__ = ["RegMean", "scaled_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,14 +118,14 @@ class RegMean(SearchableOperator):
         return _RegressionKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what tells the statistics, as plain data."""
+        """Return plain data in which statistics are told by their content, not by their files."""
         told = known_statistics.describe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
         told = known_statistics.recipe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
@@ -141,27 +141,6 @@ def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
     extra = ridge * diagonal.double().mean()
     result.diagonal(dim1=-2, dim2=-1).copy_(diagonal + extra.to(diagonal))
     return result
-
-
-def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -> Tensor:
-    """Return the RegMean of a linear layer, ``outputs x inputs``; see `RegMean`.
-
-    Args:
-        base: ``outputs x inputs`` weights of the base.
-        deltas: ``N x outputs x inputs`` task vectors.
-        products: ``N x inputs x inputs`` from `scaled_products`.
-        c: ``N`` coefficients in float64, not negative.
-    """
-    total = float(c.sum())
-    if not total:
-        return base.clone()
-    factor = _cholesky(torch.einsum("n,nij->ij", c, products.double()))
-    if factor is None:
-        change = torch.einsum("n,noi->oi", c / total, deltas.double())
-    else:
-        right = torch.einsum("n,noi,nij->oj", c, deltas.double(), products.double())
-        change = _solve(factor, right)
-    return (base.double() + total * change).to(base.dtype)
 
 
 def _cholesky(left: Tensor) -> Tensor | None:

@@ -159,18 +159,6 @@ class SearchableOperator:
         """Return the index of the block of a tensor; 0 where there are no blocks."""
         return Blocks(self.blocks).of(name)
 
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain data."""
-        return {"name": self.name, **self._settings()}
-
-    def _settings(self) -> dict[str, Any]:
-        def plain(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: plain(item) for key, item in value.items()}
-            return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
-
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
 
 def share(name: str, value: object, *, open_above: bool = False) -> None:
     """Refuse a setting that is not a share of 1.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import botorch.test_functions.multi_objective as functions
 import torch
@@ -145,7 +144,3 @@ class BotorchProblem:
         """
         X = self.space.check(X)
         return noisy(X, self.true_values(X), self.metrics, self.noise_std, generator)
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "botorch", **asdict(self)}

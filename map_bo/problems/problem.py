@@ -16,7 +16,15 @@ from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Divisible", "Exportable", "ExportsAdapters", "Preparable", "Problem"]
+__all__ = [
+    "Describable",
+    "Divisible",
+    "Exportable",
+    "ExportsAdapters",
+    "Preparable",
+    "Problem",
+    "description_of",
+]
 
 
 @runtime_checkable
@@ -64,6 +72,22 @@ class Preparable(Protocol):
     def prepare(self) -> None:
         """Do that work; doing it again costs nothing."""
         ...
+
+
+@runtime_checkable
+class Describable(Protocol):
+    """A problem that says what it is, so that a run is not resumed with another."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data by which the same problem is recognised."""
+        ...
+
+
+def description_of(problem: Problem) -> Mapping[str, Any]:
+    """Return what a problem says of itself; its type alone where it says nothing."""
+    if isinstance(problem, Describable):
+        return problem.describe()
+    return {"type": type(problem).__name__}
 
 
 @runtime_checkable

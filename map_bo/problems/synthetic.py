@@ -8,9 +8,8 @@ settings are the same functions everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +18,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["ConcaveQuadratics", "MultiBump", "SigmoidQuadratics", "noisy"]
@@ -171,10 +171,6 @@ class ConcaveQuadratics:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "concave_quadratics", **asdict(self)}
-
 
 @dataclass(frozen=True)
 class SigmoidQuadratics:
@@ -256,10 +252,6 @@ class SigmoidQuadratics:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "sigmoid_quadratics", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -359,7 +351,7 @@ class MultiBump:
         X, Y = X[rows], Y[rows]
         if len(Y) <= _DENSE:
             return X, Y
-        unit = (Y - Y.amin(0)) / (Y.amax(0) - Y.amin(0)).clamp_min(1e-12)
+        unit = (Y - Y.amin(0)) / widths(Y.amin(0), Y.amax(0))
         first = torch.empty(0, dtype=torch.long)
         # One point a cell of a grid, of the finest grid that leaves few enough.
         for power in range(14, -1, -1):
@@ -385,7 +377,3 @@ class MultiBump:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return the values (``n x m``) of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "multi_bump", **asdict(self)}

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -167,6 +167,7 @@ class Quadratic:
     likelihood: Literal["auto", "gaussian"] = "auto"
     misfit: bool = True
     importance: float = 0.5
+    leaves_one_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

@@ -101,8 +101,9 @@ def test_measure_says_what_an_evaluator_raised() -> None:
         measure("code", lambda model: broken(RuntimeError()), MODEL)
     assert caught.value.message == "evaluator 'code' raised RuntimeError"
     with pytest.raises(EvaluationError) as caught:
-        measure("code", lambda model: broken(DataError("odd", hint="mend it")), MODEL)
+        measure("code", lambda model: broken(DataError("odd", hint="fix it")), MODEL)
     assert caught.value.message == "evaluator 'code' raised DataError: odd"
+    assert caught.value.hint == "fix it"
     for passes in (KeyboardInterrupt, SystemExit):
         with pytest.raises(passes):
             measure("code", lambda model, kind=passes: broken(kind()), MODEL)  # type: ignore[misc]

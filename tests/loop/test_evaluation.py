@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, SpaceError
+from map_bo.errors import ConfigError, EvaluationError, SpaceError
 from map_bo.loop.evaluation import TimeLimitExceededError, evaluate_row, time_limit
 from map_bo.rng import make_generator
 from tests.loop.bowls import Bowls
@@ -72,3 +72,13 @@ def test_errors_of_the_set_up_pass_through() -> None:
 def test_the_cost_is_measured_where_the_problem_does_not_say() -> None:
     row = evaluate_row(Bowls(), torch.zeros(2), timeout=None, generator=make_generator(0))
     assert float(row.cost[0]) > 0
+
+
+class Hinting(Bowls):
+    def evaluate(self, X: torch.Tensor, *, generator: torch.Generator) -> Observations:
+        raise EvaluationError("no GPU is free", hint="set device=cpu")
+
+
+def test_a_failure_is_recorded_with_its_hint() -> None:
+    row = evaluate_row(Hinting(), torch.zeros(2), timeout=None, generator=make_generator(0))
+    assert row.failures == ("no GPU is free (hint: set device=cpu)",)

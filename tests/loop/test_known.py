@@ -104,5 +104,5 @@ def test_a_record_with_a_gap_is_refused() -> None:
     run = Run(Bowls(), quick(), MemoryStore())
     found = encode_observations(seen_at((0.3, 0.4)))
     event = Event("imported", {"indices": [4], "observations": found, "source": {}})
-    with pytest.raises(StoreError, match="numbered"):
+    with pytest.raises(StoreError, match="imported rows have numbers"):
         advance(run.state, event)

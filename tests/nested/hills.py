@@ -9,6 +9,9 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.loop.settings import Settings
+from map_bo.nested.optimize import optimize_nested
+from map_bo.nested.result import NestedResult
+from map_bo.nested.settings import Nested
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
@@ -72,3 +75,43 @@ def options(**changes: Any) -> dict[str, Any]:
         "retries": 0,
         **changes,
     }
+
+
+def nested(problem: Any = None, budget: int = 24, **settings: Any) -> NestedResult:
+    how = Nested(**{k: settings.pop(k) for k in list(settings) if k in Nested.__dataclass_fields__})
+    return optimize_nested(
+        problem or Hills(),
+        budget,
+        nested=how,
+        progress=False,
+        tracking="none",
+        **options(**settings),
+    )
+
+
+def outcome(result: NestedResult) -> list[Any]:
+    front, seen = result.front, result.seen
+    tensors = [seen.X, seen.Y, front.X, front.mean, front.std, front.real, result.verification.Y]
+    told = [tensor.nan_to_num(-99.0).tolist() for tensor in tensors]
+    return [*told, seen.failures, result.data_sets, [node.describe() for node in result.nodes]]
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "points": {"stages": 2},
+    "pairs": {"stages": 2, "points": 1, "budget_split": "equal"},
+    "informed": {"stages": 2, "inform": True},
+    "surrogate": {"stages": 2, "promote": "surrogate"},
+    "point": {"stages": 2, "promote": "point"},
+    "published": {"group_size": 2, "order": "score", "promote": "point", "measure": "children"},
+    "preferences": {
+        "stages": 2,
+        "promote": "point",
+        "preferences": (
+            {"a": 1, "b": 1, "c": 1, "d": 1},
+            {"a": 3, "b": 0, "c": 1, "d": 0},
+        ),
+    },
+    "refined": {"stages": 2, "refine": 4},
+    "adaptive": {"stages": 2, "budget_split": "adaptive"},
+    "conflict": {"stages": 2, "order": "conflict", "probe": 6},
+}

@@ -18,7 +18,7 @@ from map_bo.nested.composition import (
     node_space,
     subspace,
 )
-from map_bo.nested.nodes import handed_part
+from map_bo.nested.nodes import promoted_part
 from map_bo.nested.tree import Group
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
@@ -67,7 +67,7 @@ def composed(group: Group, whole: MergedModelProblem, seed: int) -> tuple[Tensor
             sources[child] = child
         else:
             row, tensors = composed(child, whole, 31 * seed + i + 1)
-            parts.append(handed_part(child.label, row.unsqueeze(0)))
+            parts.append(promoted_part(child.label, row.unsqueeze(0)))
             sources[child.label] = tensors
     space = node_space(parts, whole.space)
     u = in_box(space, 1, seed)[0]
@@ -118,14 +118,14 @@ ROWS = torch.tensor([[0.5, 0.25, 0.0, 0.0], [0.2, 0.1, 0.0, 0.0]], dtype=torch.f
 def test_experts_keep_their_bounds_and_merges_are_shares() -> None:
     space = full()
     found = node_space(
-        [handed_part("a+b", ROWS), expert_part(space, "d"), expert_part(space, "c")], space
+        [promoted_part("a+b", ROWS), expert_part(space, "d"), expert_part(space, "c")], space
     )
     assert found.names == found.experts == ("a+b #1", "a+b #2", "d", "c")
     assert found.lower == (0.0, 0.0, 0.0, 0.0)
     assert found.upper == (1.0, 1.0, 1.5, 2.0)
     # Several points of one front: between them and the base.
     assert found.constraints == (LinearConstraint((1.0, 1.0, 0.0, 0.0), 1.0),)
-    alone = node_space([handed_part("a+b", ROWS[:1]), expert_part(space, "a")], space)
+    alone = node_space([promoted_part("a+b", ROWS[:1]), expert_part(space, "a")], space)
     assert alone.names == ("a+b", "a")
     assert alone.lower == (0.0, -0.5)
     assert not alone.constraints
@@ -134,7 +134,7 @@ def test_experts_keep_their_bounds_and_merges_are_shares() -> None:
 def test_each_front_has_a_sum_of_its_own() -> None:
     space = full()
     other = torch.tensor([[0.0, 0.0, 0.3, 0.2]] * 3, dtype=torch.float64)
-    found = node_space([handed_part("a+b", ROWS), handed_part("c+d", other)], space)
+    found = node_space([promoted_part("a+b", ROWS), promoted_part("c+d", other)], space)
     assert [c.weights for c in found.constraints] == [(1, 1, 0, 0, 0), (0, 0, 1, 1, 1)]
     # The corner where everything is taken from one point of each front.
     assert bool(found.contains(torch.tensor([[1.0, 0, 0, 1, 0]]).double()).all())
@@ -143,7 +143,7 @@ def test_each_front_has_a_sum_of_its_own() -> None:
 @given(st.integers(0, 10_000))
 def test_constraints_hold_for_the_node_exactly_where_they_do_for_the_experts(seed: int) -> None:
     space = full(SUM)
-    parts = [handed_part("a+b", ROWS[:1]), expert_part(space, "c"), expert_part(space, "d")]
+    parts = [promoted_part("a+b", ROWS[:1]), expert_part(space, "c"), expert_part(space, "d")]
     found = node_space(parts, space)
     U = found.unnormalise(torch.rand(40, 3, generator=make_generator(seed), dtype=torch.float64))
     rows = torch.cat([part.rows for part in parts])
@@ -155,7 +155,7 @@ def test_equalities_are_kept_and_constraints_on_others_dropped() -> None:
     others = LinearConstraint((0.0, 0.0, 1.0, 1.0), 0.5)
     space = full(EVEN, others)
     row = torch.tensor([[0.4, 0.6, 0.0, 0.0]], dtype=torch.float64)
-    [equality] = node_space([handed_part("a+b", row)], space).constraints
+    [equality] = node_space([promoted_part("a+b", row)], space).constraints
     assert equality == LinearConstraint((1.0,), 1.0, equality=True)
     found = node_space([expert_part(space, name) for name in "ab"], space)
     assert found.constraints == (LinearConstraint((1.0, 1.0), 1.0, equality=True),)
@@ -174,7 +174,7 @@ def test_blocks_belong_to_their_expert_and_a_merge_is_one() -> None:
     assert part.columns == (2, 3)
     assert torch.equal(part.rows, torch.eye(6, dtype=torch.float64)[2:4])
     row = torch.tensor([[0.1, 0.2, 0.0, 0.0, 0.3, 0.4]], dtype=torch.float64)
-    found = node_space([part, handed_part("a+c", row)], space)
+    found = node_space([part, promoted_part("a+c", row)], space)
     assert found.names == ("b/x", "b/y", "a+c")
     assert found.experts == ("b", "a+c")
     assert found.owner == (0, 0, 1)
@@ -183,9 +183,9 @@ def test_blocks_belong_to_their_expert_and_a_merge_is_one() -> None:
 def test_importance_is_how_far_a_unit_moves_the_model() -> None:
     space = full(importance=(3.0, 4.0, 1.0, 2.0))
     row = torch.tensor([[1.0, 0.5, 0.0, 0.0]], dtype=torch.float64)
-    found = node_space([handed_part("a+b", row), expert_part(space, "d")], space)
+    found = node_space([promoted_part("a+b", row), expert_part(space, "d")], space)
     assert found.importance == pytest.approx((13**0.5, 2.0))
-    assert not node_space([handed_part("a+b", row)], full()).importance
+    assert not node_space([promoted_part("a+b", row)], full()).importance
 
 
 def test_a_subspace_has_what_belongs_to_its_coefficients() -> None:
@@ -220,4 +220,4 @@ def test_coefficients_that_cannot_be_zero_are_refused() -> None:
     space = CoefficientSpace(("a", "b", "c"), (0.0, 0.1, -1.0), (1.0, 1.0, -0.1))
     with pytest.raises(SpaceError, match="can be 0, and b, c cannot") as caught:
         check_nestable(space)
-    assert "bounds around 0" in str(caught.value.hint)
+    assert "bounds that include 0" in str(caught.value.hint)

@@ -12,13 +12,12 @@ from torch import Tensor
 from map_bo.errors import ConfigError, StoreError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.nested import materialised
-from map_bo.nested.materialised import MaterialisedRun, Models, composes, rebuilt
+from map_bo.nested.materialised import MaterialisedRun, Models, composes, rebuild_root
 from map_bo.nested.optimize import nested_run, optimize_nested
 from map_bo.nested.result import NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
-from map_bo.nested.tree import Group
-from map_bo.nested.tree import Path as NodePath
+from map_bo.nested.tree import Group, NodePath
 from map_bo.operators.sparse import Ties
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
@@ -30,13 +29,13 @@ BUDGET = 21
 HOWS: dict[str, dict[str, Any]] = {
     "points": {"stages": 2, "points": 2},
     "one point": {"tree": [[["e0", "e3"], "e1"], "e2"], "points": 1},
-    "point": {"stages": 2, "hand_up": "point"},
+    "point": {"stages": 2, "promote": "point"},
     "published": {
-        "group_size": 2, "order": "score", "hand_up": "point", "measure": "children",
+        "group_size": 2, "order": "score", "promote": "point", "measure": "children",
         "budget_split": "equal",
     },
     "preference": {
-        "stages": 2, "hand_up": "point",
+        "stages": 2, "promote": "point",
         "preferences": ({"e0": 3.0, "e1": 1.0, "e2": 0.0, "e3": 1.0},),
     },
 }  # fmt: skip
@@ -58,7 +57,7 @@ def finished(name: str) -> tuple[NestedResult, MemoryStore, list[str]]:
 
 
 def merged_again(result: NestedResult, x: Tensor, kind: str = "mlp") -> dict[str, Tensor]:
-    """Merge by hand, from what the nodes say that they handed up."""
+    """Merge by hand, from what the record says the nodes promoted."""
     base, experts = models(kind, 4)
     handed = {node.name: node for node in result.nodes}
 
@@ -69,10 +68,10 @@ def merged_again(result: NestedResult, x: Tensor, kind: str = "mlp") -> dict[str
                 sources[child] = experts[child]
                 continue
             node = handed[".".join(map(str, (*path, i)))]
-            for number, told in enumerate(node.handed):
+            for number, told in enumerate(node.promoted):
                 below = children_of(child, (*path, i), handed)
                 row = torch.tensor([told.get(name, 0.0) for name in below], dtype=torch.float64)
-                name = child.label if len(node.handed) == 1 else f"{child.label} #{number + 1}"
+                name = child.label if len(node.promoted) == 1 else f"{child.label} #{number + 1}"
                 sources[name] = made((*path, i), child, row)
         return by_hand(base, sources, c)
 
@@ -87,7 +86,7 @@ def children_of(group: Group, path: NodePath, handed: Mapping[str, Any]) -> list
         if isinstance(child, str):
             names.append(child)
             continue
-        count = len(handed[".".join(map(str, (*path, i)))].handed)
+        count = len(handed[".".join(map(str, (*path, i)))].promoted)
         names += [child.label] if count == 1 else [f"{child.label} #{k + 1}" for k in range(count)]
     return names
 
@@ -168,7 +167,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(name: str, tmp_path: Path
     expected, whole, _ = finished(name)
     kinds = [event.kind for event in whole.read()]
     handed = [i for i, kind in enumerate(kinds) if kind == "handed"]
-    # After a merge was handed up, in the root, and while the outcome is recorded.
+    # After a merge was promoted, in the root, and while the outcome is recorded.
     places = [handed[0] + 1, handed[-1] + 3, len(kinds) - 3]
     for at in places:
         store = MemoryStore()
@@ -198,7 +197,7 @@ def test_models_that_do_not_fit_in_memory_go_to_files(kind: str, tmp_path: Path)
     filed = run(JsonlStore.create(folder), problem=electing(kind), memory=0.0)
     assert outcome(filed) == outcome(held)
     files = sorted((folder / "merged").iterdir())
-    count = sum(len(node.handed) for node in held.nodes)
+    count = sum(len(node.promoted) for node in held.nodes)
     assert [file.name for file in files] == [f"{i}.safetensors" for i in range(count)]
     names = [name for node in held.nodes for name in names_of(node)]
     for name, file in zip(names, files, strict=True):
@@ -219,7 +218,7 @@ def test_models_that_do_not_fit_in_memory_go_to_files(kind: str, tmp_path: Path)
 
 
 def names_of(node: Any) -> list[str]:
-    count = len(node.handed)
+    count = len(node.promoted)
     return [node.label] if count == 1 else [f"{node.label} #{i + 1}" for i in range(count)]
 
 
@@ -227,7 +226,7 @@ def handed_row(result: NestedResult, name: str) -> Mapping[str, float]:
     return next(
         told
         for node in result.nodes
-        for own, told in zip(names_of(node), node.handed, strict=True)
+        for own, told in zip(names_of(node), node.promoted, strict=True)
         if own == name
     )
 
@@ -244,7 +243,7 @@ def part_by_hand(
 @pytest.mark.parametrize("name", HOWS)
 def test_the_models_of_a_finished_run_can_be_made_once_more(name: str) -> None:
     result, store, _ = finished(name)
-    again: Any = rebuilt(electing(), result, list(store.read()))
+    again: Any = rebuild_root(electing(), result, list(store.read()))
     assert again.space.names == result.space.names
     for x in result.front.X[:3]:
         assert same(again.merged(x), merged_again(result, x))
@@ -252,21 +251,21 @@ def test_the_models_of_a_finished_run_can_be_made_once_more(name: str) -> None:
         assert same(own.merged(x), again.merged(x), atol=0.0)
 
 
-def test_a_record_without_what_was_handed_up_cannot_be_made_again() -> None:
+def test_a_record_without_what_was_promoted_cannot_be_rebuilt() -> None:
     result, store, _ = finished("points")
     events = [e for e in store.read() if e.kind != "handed" or e.data["node"] != "1"]
-    with pytest.raises(StoreError, match="does not say what node '1' handed up"):
-        rebuilt(electing(), result, events)
+    with pytest.raises(StoreError, match="does not say what node '1' promoted"):
+        rebuild_root(electing(), result, events)
 
 
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"hand_up": "surrogate"}, "nested.hand_up=surrogate needs an operator that is linear"),
+        ({"promote": "surrogate"}, "nested.promote=surrogate needs an operator that is linear"),
         ({"refine": 4}, "nested.refine=4 needs an operator that is linear"),
         ({"inform": True}, "nested.inform=true needs an operator that is linear"),
         (
-            {"hand_up": "point", "preferences": ({f"e{i}": 1.0 for i in range(4)},) * 2},
+            {"promote": "point", "preferences": ({f"e{i}": 1.0 for i in range(4)},) * 2},
             "2 preferences need an operator that is linear",
         ),
     ],
@@ -338,7 +337,7 @@ def test_searched_settings_are_each_nodes_own() -> None:
     result.space.check(result.seen.X)
     assert result.seen.X[0, -1] == 0.2
     for node in result.nodes:
-        for handed in node.handed:
+        for handed in node.promoted:
             assert 0.05 <= handed["density"] <= 1.0
             assert any(abs(v) > 1e-3 for name, v in handed.items() if name != "density")
     half = MemoryStore()

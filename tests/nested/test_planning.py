@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import BudgetError, ConfigError, EvaluationError, TreeError
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.planning import HasSimilarity, conflict, plan, probes, unshared
+from map_bo.nested.planning import HasSimilarity, conflict, order_cost, plan, probe_count
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Tasks
@@ -107,7 +107,7 @@ def planned(
     problem: Any, nested: Nested, tasks: Mapping[str, tuple[str, ...]] | None = None
 ) -> tuple[Group, Ledger]:
     ledger = Ledger(problem.metrics)
-    of = Tasks.given(problem.space.experts, problem.metrics, tasks or {})
+    of = Tasks.assign(problem.space.experts, problem.metrics, tasks or {})
     tree = plan(problem, of, nested, quick(), ledger, generator=make_generator(1))
     return tree, ledger
 
@@ -123,10 +123,10 @@ def test_the_order_by_conflict_merges_those_first_that_disturb_each_other_most()
 
 
 def test_probes_are_paid_for_the_order_by_conflict_alone() -> None:
-    assert probes(Nested(order="conflict"), 6) == 14
-    assert probes(Nested(order="conflict", probe=9), 6) == 9
-    assert probes(Nested(order="score", probe=9), 6) == 0
-    assert probes(Nested(order="conflict", tree=["a", "b"]), 2) == 0
+    assert probe_count(Nested(order="conflict"), 6) == 14
+    assert probe_count(Nested(order="conflict", probe=9), 6) == 9
+    assert probe_count(Nested(order="score", probe=9), 6) == 0
+    assert probe_count(Nested(order="conflict", tree=["a", "b"]), 2) == 0
 
 
 SCORES = {"a": 0.1, "b": 0.55, "c": 0.5, "d": 0.9, "base": 0.3}
@@ -186,16 +186,16 @@ def test_experts_are_scored_in_any_space(box: CoefficientSpace) -> None:
 
 def test_scores_that_no_node_uses_again_are_paid_for() -> None:
     score, names = Nested(order="score"), ("a", "b", "c", "d")
-    tasks = Tasks.given(names, Hills().metrics, {"a": ("a", "b")})
+    tasks = Tasks.assign(names, Hills().metrics, {"a": ("a", "b")})
     box, low = CoefficientSpace.box(names), CoefficientSpace.box(names, upper=0.8)
-    assert unshared(score, tasks, box, composes=True) == 0
-    assert unshared(score, tasks, low, composes=True) == 5
-    assert unshared(score, tasks, box, composes=False) == 5
-    assert unshared(Nested(), tasks, low, composes=False) == 0
-    assert unshared(Nested(order="score", tree=["a"]), tasks, low, composes=False) == 0
+    assert order_cost(score, tasks, box, composes=True) == 0
+    assert order_cost(score, tasks, low, composes=True) == 5
+    assert order_cost(score, tasks, box, composes=False) == 5
+    assert order_cost(Nested(), tasks, low, composes=False) == 0
+    assert order_cost(Nested(order="score", tree=["a"]), tasks, low, composes=False) == 0
     for budget in (21, 22):
         problem = Scored(box=low)
-        how = Nested(group_size=2, order="score", hand_up="point", budget_split="equal")
+        how = Nested(group_size=2, order="score", promote="point", budget_split="equal")
         result = NestedRun(problem, quick(budget), how, MemoryStore()).drive()
         assert result.data_sets == len(problem.measured) <= budget * 4
     with pytest.raises(BudgetError, match="evaluations and needs") as caught:
@@ -236,7 +236,7 @@ def test_the_order_by_similarity_measures_nothing() -> None:
     }
     assert not problem.measured
     assert ledger.spent == 0
-    with pytest.raises(ConfigError, match="Hills does not know how alike its experts are"):
+    with pytest.raises(ConfigError, match="Hills does not know how similar its experts are"):
         planned(Hills(), Nested(order="similarity"))
 
 

@@ -5,15 +5,13 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations
-from map_bo.loop.recommend import Reference
 from map_bo.loop.result import Result
-from map_bo.nested.promotion import chosen, representatives, weights_of
+from map_bo.nested.promotion import choose_merge, representatives, weights_of
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 
 METRICS = (Metric("first"), Metric("second", direction="min", kind="loss"))
-SCALE = Reference(
-    torch.tensor([0.0, 2.0]).double(), torch.tensor([1.0, 1.0]).double(), "given by the user"
-)
+SCALE = Scale(METRICS, torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]), "given by the user")
 
 
 def result(
@@ -61,16 +59,16 @@ def test_weights_of_children_add_up() -> None:
 def test_the_merge_that_suits_the_weights_is_chosen(
     weights: dict[str, float], x: list[float]
 ) -> None:
-    assert chosen(FRONT, weights).x.tolist() == x
+    assert choose_merge(FRONT, weights).x.tolist() == x
 
 
 def test_a_merge_that_is_the_base_is_passed_over_for_the_next_best() -> None:
     # The base is best for both metrics, then the last point for the second.
     front = result([[0.0, 1e-4], [0.4, 0.1], [0.0, 0.3]], [[0.9, 1.0], [0.8, 1.9], [0.2, 1.1]])
-    assert chosen(front, {"first": 1.0, "second": 0.0}).x.tolist() == [0.4, 0.1]
-    assert chosen(front, {"first": 0.0, "second": 1.0}).x.tolist() == [0.0, 0.3]
+    assert choose_merge(front, {"first": 1.0, "second": 0.0}).x.tolist() == [0.4, 0.1]
+    assert choose_merge(front, {"first": 0.0, "second": 1.0}).x.tolist() == [0.0, 0.3]
     nothing = result([[0.0, 0.0], [1e-5, 0.0]], [[0.5, 1.5], [0.4, 1.4]])
-    assert chosen(nothing, {"first": 1.0, "second": 0.0}).point == 0
+    assert choose_merge(nothing, {"first": 1.0, "second": 0.0}).point == 0
 
 
 def rows(found: Tensor) -> list[list[float]]:
@@ -78,7 +76,7 @@ def rows(found: Tensor) -> list[list[float]]:
 
 
 def test_the_most_balanced_point_comes_first_then_the_farthest() -> None:
-    # (0.52, 0.58) is most balanced; (0.5, 0.6) is too near it in coefficients to count.
+    # (0.52, 0.58) is most balanced_tree; (0.5, 0.6) is too near it in coefficients to count.
     assert rows(representatives(FRONT, 1, SCALE)) == [[0.51, 0.49]]
     found = rows(representatives(FRONT, 3, SCALE))
     assert found[0] == [0.51, 0.49]
@@ -87,11 +85,11 @@ def test_the_most_balanced_point_comes_first_then_the_farthest() -> None:
 
 
 def test_what_is_balanced_depends_on_the_scale() -> None:
-    narrow = Reference(SCALE.point, torch.tensor([0.55, 1.0]).double(), "other")
+    narrow = Scale(METRICS, SCALE.point, torch.tensor([0.55, 1.0]), "other")
     assert rows(representatives(FRONT, 1, narrow)) == [[0.5, 0.5]]
 
 
-def test_at_least_one_merge_is_handed_up_and_it_is_none_of_the_base() -> None:
+def test_at_least_one_merge_is_promoted_and_it_is_not_the_base() -> None:
     front = result([[0.0, 0.0], [1e-4, 0.0], [0.3, 0.2]], [[0.9, 1.1], [0.8, 1.0], [0.1, 1.9]])
     assert rows(representatives(front, 1, SCALE)) == [[0.3, 0.2]]
     nothing = result([[0.0, 0.0], [1e-4, 0.0]], [[0.9, 1.1], [0.8, 1.0]])

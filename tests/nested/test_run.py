@@ -2,9 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,78 +13,21 @@ from map_bo.errors import (
     ConfigError,
     EvaluationError,
     SpaceError,
-    StoreError,
     TreeError,
 )
-from map_bo.loop.reading import load_result
-from map_bo.loop.run import optimize
-from map_bo.nested.optimize import optimize_nested
-from map_bo.nested.reading import load_nested
 from map_bo.nested.result import NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import Event
-from tests.nested.hills import Hills, options, quick
-
-
-def nested(problem: Any = None, budget: int = 24, **settings: Any) -> NestedResult:
-    how = Nested(**{k: settings.pop(k) for k in list(settings) if k in Nested.__dataclass_fields__})
-    return optimize_nested(
-        problem or Hills(),
-        budget,
-        nested=how,
-        progress=False,
-        tracking="none",
-        **options(**settings),
-    )
-
-
-def outcome(result: NestedResult) -> list[Any]:
-    front, seen = result.front, result.seen
-    tensors = [seen.X, seen.Y, front.X, front.mean, front.std, front.real, result.verification.Y]
-    told = [tensor.nan_to_num(-99.0).tolist() for tensor in tensors]
-    return [*told, seen.failures, result.data_sets, [node.describe() for node in result.nodes]]
-
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "points": {"stages": 2},
-    "pairs": {"stages": 2, "points": 1, "budget_split": "equal"},
-    "informed": {"stages": 2, "inform": True},
-    "surrogate": {"stages": 2, "hand_up": "surrogate"},
-    "point": {"stages": 2, "hand_up": "point"},
-    "published": {"group_size": 2, "order": "score", "hand_up": "point", "measure": "children"},
-    "preferences": {
-        "stages": 2,
-        "hand_up": "point",
-        "preferences": (
-            {"a": 1, "b": 1, "c": 1, "d": 1},
-            {"a": 3, "b": 0, "c": 1, "d": 0},
-        ),
-    },
-    "refined": {"stages": 2, "refine": 4},
-    "adaptive": {"stages": 2, "budget_split": "adaptive"},
-    "conflict": {"stages": 2, "order": "conflict", "probe": 6},
-}
+from tests.nested.hills import VARIANTS, Hills, nested, outcome, quick
 
 
 @functools.cache
 def finished(name: str) -> tuple[Hills, NestedResult]:
     problem = Hills()
     return problem, nested(problem, budget=48, **VARIANTS[name])
-
-
-def test_one_stage_is_the_flat_run() -> None:
-    flat = optimize(Hills(), 16, progress=False, tracking="none", **options(verify=2))
-    one = nested(budget=16, stages=1, verify=2)
-    assert torch.equal(one.seen.X, flat.seen.X)
-    assert torch.equal(one.front.X, flat.front.X)
-    assert torch.equal(one.front.real.nan_to_num(), flat.front.real.nan_to_num())
-    assert one.data_sets == 16 * 4
-    assert one.summary["hypervolume"] == flat.summary["hypervolume"]
-    given = {"a": 2.0, "b": 1.0}
-    assert torch.allclose(one.choose(given).x, flat.choose(given).x)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -118,7 +59,7 @@ def test_a_node_measures_only_the_tasks_below_it() -> None:
     assert ends  # the root merges both halves
     alone = {task for task, x in problem.measured if x[0] > 0 and x[1] > 0 and x[2] == x[3] == 0}
     assert {"a", "b"} <= alone
-    # Only the merges that are handed up are measured on the tasks of the other half.
+    # Only the merges that are promoted are measured on the tasks of the other half.
     others = {x for task, x in problem.measured if task in "cd" and x[2] == x[3] == 0 and any(x)}
     assert len(others) <= 3
     assert len(first) > len(others)
@@ -168,82 +109,6 @@ def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(name: str) ->
 @pytest.mark.parametrize("name", ["points", "informed", "published", "preferences", "refined"])
 def test_every_variant_survives_being_killed_at_many_places(name: str) -> None:
     survives(name, deaths=25)
-
-
-def test_a_finished_run_is_returned_without_measuring(tmp_path: Path) -> None:
-    first, again = Hills(), Hills()
-    how, folder = Nested(stages=2), tmp_path / "run"
-    one = optimize_nested(first, 24, nested=how, run_dir=folder, progress=False, **options())
-    two = optimize_nested(again, 24, nested=how, run_dir=folder, progress=False, **options())
-    assert not again.measured
-    assert outcome(one) == outcome(two)
-
-
-def test_the_record_is_that_of_a_run_and_reads_back(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    result = optimize_nested(
-        Hills(), 24, nested=Nested(stages=2), run_dir=folder, progress=False, **options()
-    )
-    flat = load_result(folder)
-    assert torch.equal(flat.front.X, result.front.X)
-    assert torch.equal(flat.seen.X, result.seen.X)
-    back = load_nested(folder, surrogate=quick().surrogate)
-    given = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 0.0}
-    assert torch.allclose(back.choose(given).x, result.choose(given).x, atol=1e-6)
-    assert outcome(back) == outcome(result)
-    assert json.loads((folder / "summary.json").read_text())["nested"]["stages"] == 2
-    page = (folder / "report.html").read_text()
-    assert "The merge tree" in page
-    assert "a+b" in page
-    assert (folder / "plots" / "tree.png").stat().st_size > 1000
-
-
-def test_informed_choices_read_back(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    how = Nested(stages=2, hand_up="surrogate")
-    result = optimize_nested(
-        Hills(), 28, nested=how, run_dir=folder, progress=False, tracking="none", **options()
-    )
-    back = load_nested(folder, surrogate=quick().surrogate)
-    given = {"a": 3.0, "b": 1.0, "c": 1.0, "d": 0.0}
-    assert torch.allclose(back.choose(given).x, result.choose(given).x, atol=1e-6)
-
-
-def test_merges_for_given_preferences_are_the_front(tmp_path: Path) -> None:
-    preferences = ({"a": 1, "b": 0, "c": 0, "d": 0}, {"a": 0, "b": 0, "c": 0, "d": 1})
-    folder = tmp_path / "run"
-    how = Nested(stages=2, hand_up="point", preferences=preferences)
-    result = optimize_nested(
-        Hills(), 40, nested=how, run_dir=folder, progress=False, tracking="none", **options()
-    )
-    assert len(result.front) == len(result.choices) == 2
-    first, second = (choice.x for choice in result.choices)
-    assert float(first[0]) > float(first[3])
-    assert float(second[3]) > float(second[0])
-    assert result.choose({"a": 1.0}).point == 0
-    assert result.choose({"d": 1.0}).point == 1
-    assert len(load_nested(folder).choices) == 2
-
-
-def test_all_runs_of_the_root_are_in_the_record() -> None:
-    result = nested(budget=32, **VARIANTS["preferences"])
-    assert len(result.seen) == result.nodes[-1].evaluations
-
-
-def test_a_chosen_merge_that_could_not_be_measured_is_not_tried_again(tmp_path: Path) -> None:
-    how, folder = Nested(stages=2, hand_up="point"), tmp_path / "run"
-    quiet: dict[str, Any] = {"nested": how, "progress": False, "tracking": "none", **options()}
-    whole = Hills()
-    optimize_nested(whole, 32, **quiet)
-    before = len(whole.measured) - 4  # the last four are those of the choice
-    problem = Hills()
-    problem.fails = lambda x: "no luck" if len(problem.measured) >= before else None
-    first = optimize_nested(problem, 32, run_dir=folder, **quiet)
-    assert first.verification.failures == ("no luck",)
-    count = len(problem.measured)
-    again = optimize_nested(problem, 32, run_dir=folder, **quiet)
-    assert len(problem.measured) == count
-    assert outcome(again) == outcome(first)
 
 
 def test_refinement_never_forgets_what_the_tree_found() -> None:
@@ -302,31 +167,31 @@ def test_a_node_that_fails_too_often_says_which() -> None:
         ({"tree": [["a", "b"], ["c", "a"]]}, TreeError, "lacks d"),
         ({"tree": [["a", "b"], ["c", "d", "a"]]}, TreeError, "repeats a"),
         ({"tree": [["a", "b"], ["c", "d", "x"]]}, TreeError, "invents x"),
-        ({"tree": "a"}, TreeError, "a tree is a list"),
+        ({"tree": "a"}, TreeError, "a tree must be a list"),
         ({"budget": 8}, BudgetError, "its anchors and one more"),
-        ({"budgets": {"0.7": 5}}, TreeError, "names the node '0.7'"),
+        ({"budgets": {"0.7": 5}}, TreeError, "names a node '0.7' that does not exist"),
         ({"stage_budgets": (8,)}, BudgetError, "1 numbers for 2 stages"),
         ({"budget": 14, "verify": 8}, BudgetError, "1 evaluations for the search after 8"),
         ({"budget": 18, "refine": 3, "verify": 8}, BudgetError, "for the search after 8"),
         ({"tasks": {"z": ("a",)}}, ConfigError, "unknown experts: z"),
         ({"tasks": {"a": ("z",)}}, ConfigError, "unknown metrics z"),
-        ({"order": "similarity"}, ConfigError, "how alike its experts are"),
+        ({"order": "similarity"}, ConfigError, "how similar its experts are"),
         (
-            {"hand_up": "point", "preferences": ({"a": 1},)},
+            {"promote": "point", "preferences": ({"a": 1},)},
             ConfigError,
             "does not name b, c, d",
         ),
         (
-            {"hand_up": "point", "preferences": ({"a": 1, "b": 1, "c": 1, "d": 1, "z": 1},)},
+            {"promote": "point", "preferences": ({"a": 1, "b": 1, "c": 1, "d": 1, "z": 1},)},
             ConfigError,
-            "names z, which no metric is called",
+            "names z, which are not metrics",
         ),
         (
-            {"hand_up": "point", "preferences": ({"a": 0, "b": 0, "c": 0, "d": 0},)},
+            {"promote": "point", "preferences": ({"a": 0, "b": 0, "c": 0, "d": 0},)},
             ConfigError,
             "no weight above 0",
         ),
-        ({"reference": {"a": 0.0}}, ConfigError, "the reference point names"),
+        ({"reference": {"a": 0.0}}, ConfigError, "reference point must name every metric"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_measured(
@@ -354,15 +219,6 @@ def test_shares_that_add_up_to_one_can_be_nested() -> None:
     box = CoefficientSpace.box(("a", "b", "c", "d"), simplex=True)
     result = nested(Hills(box=box), budget=30, stages=2)
     assert torch.allclose(result.front.X.sum(-1), torch.ones(()).double(), atol=1e-6)
-
-
-def test_another_run_in_the_directory_is_refused(tmp_path: Path) -> None:
-    how: dict[str, Any] = {"run_dir": tmp_path, "progress": False, "tracking": "none"}
-    optimize_nested(Hills(), 24, nested=Nested(stages=2), **how, **options())
-    with pytest.raises(StoreError, match=r"nested\.stages was 2"):
-        optimize_nested(Hills(), 24, nested=Nested(stages=1), **how, **options())
-    with pytest.raises(StoreError, match="another run"):
-        optimize(Hills(), 24, **how, **options())
 
 
 def test_constraints_with_negative_weights_compose() -> None:

@@ -8,6 +8,7 @@ import pytest
 
 from map_bo.errors import ConfigError
 from map_bo.nested.settings import Nested
+from map_bo.plain import from_plain, to_plain
 
 
 def test_two_stages_unless_a_size_or_a_tree_is_given() -> None:
@@ -20,27 +21,27 @@ def test_two_stages_unless_a_size_or_a_tree_is_given() -> None:
 @pytest.mark.parametrize(
     ("settings", "match"),
     [
-        ({"order": "scores"}, "nested.order is 'scores'"),
-        ({"hand_up": "front"}, "nested.hand_up is 'front'"),
-        ({"budget_split": "fair"}, "nested.budget_split is 'fair'"),
-        ({"measure": "child"}, "nested.measure is 'child'"),
-        ({"stages": 0}, "nested.stages is 0"),
-        ({"stages": 2.0}, "nested.stages is 2.0"),
-        ({"stages": True}, "nested.stages is True"),
-        ({"group_size": 1}, "nested.group_size is 1"),
-        ({"points": 0}, "nested.points is 0"),
-        ({"points": None}, "nested.points is None"),
-        ({"refine": -1}, "nested.refine is -1"),
-        ({"probe": 0}, "nested.probe is 0"),
-        ({"probe": -4}, "nested.probe is -4"),
-        ({"probe": 1.5}, "nested.probe is 1.5"),
+        ({"order": "scores"}, "'scores' is not a value of nested.order"),
+        ({"promote": "front"}, "'front' is not a value of nested.promote"),
+        ({"budget_split": "fair"}, "'fair' is not a value of nested.budget_split"),
+        ({"measure": "child"}, "'child' is not a value of nested.measure"),
+        ({"stages": 0}, "nested.stages must be a whole number, at least 1, got 0"),
+        ({"stages": 2.0}, "nested.stages must be .*, got 2.0"),
+        ({"stages": True}, "nested.stages must be .*, got True"),
+        ({"group_size": 1}, "nested.group_size must be .* at least 2, got 1"),
+        ({"points": 0}, "nested.points must be .*, got 0"),
+        ({"points": None}, "nested.points must be .*, got None"),
+        ({"refine": -1}, "nested.refine must be .* at least 0, got -1"),
+        ({"probe": 0}, "nested.probe must be .*, got 0"),
+        ({"probe": -4}, "nested.probe must be .*, got -4"),
+        ({"probe": 1.5}, "nested.probe must be .*, got 1.5"),
         ({"stages": 2, "group_size": 3}, "nested.stages and nested.group_size were both given"),
         ({"stages": 2, "tree": ["a"]}, "nested.stages and nested.tree were both given"),
-        ({"preferences": ({"a": 1},)}, "mean nothing with nested.hand_up=points"),
-        ({"measure": "children"}, "needs a preference, and nested.hand_up=points has none"),
-        ({"tolerance": 0.0}, "nested.tolerance is 0.0"),
-        ({"tolerance": float("nan")}, "nested.tolerance is nan"),
-        ({"memory": -1.0}, "nested.memory -1.0"),
+        ({"preferences": ({"a": 1},)}, "have no effect with nested.promote=points"),
+        ({"measure": "children"}, "needs a preference, and nested.promote=points has none"),
+        ({"tolerance": 0.0}, "nested.tolerance must be positive, got 0.0"),
+        ({"tolerance": float("nan")}, "nested.tolerance must be positive, got nan"),
+        ({"memory": -1.0}, "nested.memory must be at least 0, got -1.0"),
     ],
 )
 def test_values_that_cannot_be_are_refused_with_a_hint(
@@ -54,16 +55,16 @@ def test_values_that_cannot_be_are_refused_with_a_hint(
 def test_a_slip_of_the_pen_is_recognised() -> None:
     with pytest.raises(ConfigError) as caught:
         Nested(order="similarty")  # type: ignore[arg-type]
-    assert caught.value.hint == "did you mean similarity?"
+    assert caught.value.hint == "did you mean 'similarity'?"
     with pytest.raises(ConfigError) as caught:
         Nested(order="xyz")  # type: ignore[arg-type]
-    assert caught.value.hint == "choose of given, score, similarity, conflict"
+    assert caught.value.hint == "choose from given, score, similarity, conflict"
 
 
 def test_values_are_kept_as_plain_immutable_data() -> None:
     preference = {"a": 1.0}
     settings: dict[str, Any] = {
-        "hand_up": "point",
+        "promote": "point",
         "preferences": [preference],
         "stage_budgets": [7, 9],
         "budgets": {"root": 9, 0: 8},
@@ -82,26 +83,36 @@ def test_values_are_kept_as_plain_immutable_data() -> None:
 def test_nodes_are_informed_where_it_was_asked_for_or_pays() -> None:
     two = ({"a": 1}, {"a": 2})
     assert not Nested().informed
-    assert Nested(hand_up="surrogate").informed
-    assert not Nested(hand_up="point", preferences=two[:1]).informed
-    assert Nested(hand_up="point", preferences=two).informed
-    assert not Nested(hand_up="point", preferences=two, inform=False).informed
-    assert not Nested(hand_up="surrogate", inform=False).informed
+    assert Nested(promote="surrogate").informed
+    assert not Nested(promote="point", preferences=two[:1]).informed
+    assert Nested(promote="point", preferences=two).informed
+    assert not Nested(promote="point", preferences=two, inform=False).informed
+    assert not Nested(promote="surrogate", inform=False).informed
     assert Nested(inform=True).informed
 
 
 def test_description_is_plain_and_gives_the_settings_back() -> None:
     nested = Nested(
-        hand_up="point",
-        tree=[["a", "b"], "c"],
+        promote="point",
+        tree=(("a", "b"), "c"),
         preferences=({"a": 1.0, "b": 0.0, "c": 2.0},),
         budgets={"root": 9},
         stage_budgets=(7, 8),
         tasks={"a": ("x", "y")},
         probe=5,
     )
-    described = nested.describe()
-    assert json.loads(json.dumps(described)) == described
-    assert set(described) == {field.name for field in dataclasses.fields(Nested)}
-    assert Nested(**described) == nested
-    assert Nested().describe() != Nested(points=4).describe()
+    written = json.loads(json.dumps(to_plain(nested)))
+    assert from_plain(written) == nested
+    assert to_plain(Nested()) != to_plain(Nested(points=4))
+
+
+def test_the_old_name_of_promote_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match="nested.hand_up is now nested.promote"):
+        old = Nested(hand_up="surrogate")
+    assert old == Nested(promote="surrogate")
+    assert dataclasses.replace(old, promote="point").promote == "point"  # and warns no more
+    with (
+        pytest.warns(DeprecationWarning, match="is now nested.promote"),
+        pytest.raises(ConfigError, match="'front' is not a value"),
+    ):
+        Nested(hand_up="front")  # type: ignore[arg-type]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 
 from map_bo.errors import TreeError
-from map_bo.nested.tree import Group, drawn, path_name
+from map_bo.nested.tree import Group, draw_tree, path_name
 from tests.nested.trees import trees
 
 UNEVEN = Group.of([[["a", "b"], "c"], ["d", "e"], "f"])
@@ -73,26 +73,26 @@ def test_tuples_are_trees_too() -> None:
 def test_experts_that_are_missing_repeated_or_unknown_are_named(plain: Any, match: str) -> None:
     with pytest.raises(TreeError, match=match) as caught:
         Group.of(plain, ("a", "b", "c", "d"))
-    assert caught.value.hint == "each of these stands in it once: a, b, c, d"
+    assert caught.value.hint == "name each of these exactly once: a, b, c, d"
     assert Group.of(plain)  # without the experts nobody can know
 
 
 @pytest.mark.parametrize(
     ("plain", "match"),
     [
-        ("ab", "a tree is a list of lists of names, not 'ab'"),
-        (None, "a tree is a list of lists of names, not None"),
-        ({"a": "b"}, "a tree is a list of lists of names"),
-        (3, "not 3"),
-        (["a", 3], "3 stands in the tree where a name or a list belongs"),
-        ([["a", None], "b"], "None stands in the tree"),
+        ("ab", "a tree must be a list of lists of names, got 'ab'"),
+        (None, "a tree must be a list of lists of names, got None"),
+        ({"a": "b"}, "a tree must be a list of lists of names"),
+        (3, "got 3"),
+        (["a", 3], "must be a name or a list, got 3"),
+        ([["a", None], "b"], "must be a name or a list, got None"),
         ([], "a group of the tree is empty"),
         (["a", []], "a group of the tree is empty"),
-        ([["a", "b"]], "the group of a, b has one child only"),
-        ([[["a", "b"]], "c"], "the group of a, b has one child only"),
-        ([["a"], "b"], "the group of a has one child only"),
-        ([["a", "b"], ["c"]], "the group of c has one child only"),
-        ([["a"]], "the group of a has one child only"),
+        ([["a", "b"]], "the group of a, b has only one child"),
+        ([[["a", "b"]], "c"], "the group of a, b has only one child"),
+        ([["a"], "b"], "the group of a has only one child"),
+        ([["a", "b"], ["c"]], "the group of c has only one child"),
+        ([["a"]], "the group of a has only one child"),
     ],
 )
 def test_what_is_no_tree_is_refused(plain: Any, match: str) -> None:
@@ -107,7 +107,7 @@ def test_one_expert_is_a_tree() -> None:
 
 
 def test_text_shows_the_tree() -> None:
-    assert drawn(UNEVEN, {(): "ten points", (0, 0): "four points"}) == "\n".join(
+    assert draw_tree(UNEVEN, {(): "ten points", (0, 0): "four points"}) == "\n".join(
         [
             "[stage 3]  ten points",
             "├─ [stage 2]",
@@ -125,7 +125,7 @@ def test_text_shows_the_tree() -> None:
 
 @given(trees(fewest=1))
 def test_text_has_a_line_for_every_leaf_and_group(tree: Group) -> None:
-    lines = drawn(tree).splitlines()
+    lines = draw_tree(tree).splitlines()
     assert len(lines) == len(tree.leaves) + len(list(tree.nodes()))
     shown = [line.split("─ ")[-1] for line in lines if "[stage" not in line]
     assert tuple(shown) == tree.leaves

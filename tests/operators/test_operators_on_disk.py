@@ -23,6 +23,7 @@ from map_bo.operators.fisher import Fisher
 from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.plain import to_plain
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import (
     BLOCKS,
@@ -153,7 +154,9 @@ def test_models_in_memory(name: str, tmp_path: Path) -> None:
     require_same(OPERATORS[name], open_checkpoint(loaded(base)), held, tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", [n for n, o in OPERATORS.items() if not o.describe()["blocks"]])
+@pytest.mark.parametrize(
+    "name", [n for n, o in OPERATORS.items() if not to_plain(o)["fields"]["blocks"]]
+)
 def test_adapters_as_experts(name: str, tmp_path: Path) -> None:
     base = small_base()
     require_same(OPERATORS[name], base, small_adapters(tmp_path, base), tmp_path / "out")
@@ -224,6 +227,8 @@ class TestTies:
 def test_threads_and_lengths_of_pieces_change_no_byte(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # Threads share out whole pieces, and each entry is made by the same operations in any piece.
+    # Only SLERP sums over entries: in float64, whose last digits are gone in bfloat16.
     base, experts = hard_family(tmp_path, torch.bfloat16, torch.bfloat16)
     operator = OPERATORS[name]
     digests = set()
@@ -245,7 +250,10 @@ def test_threads_and_lengths_of_pieces_change_no_byte(
 
 @pytest.mark.parametrize("of", ["deltas", "weights"])
 def test_sums_over_a_single_tensor_do_not_depend_on_threads(of: str, tmp_path: Path) -> None:
-    """torch cuts a long sum over its threads, which changes its last digits."""
+    """torch would cut a long sum over its threads, which changes its last digits.
+
+    So the sums are made piece by piece, with one thread within each.
+    """
     generator = torch.Generator().manual_seed(0)
     draws = [torch.randn(90_001, generator=generator) for _ in range(4)]
     base = {"w": draws[0]}

@@ -20,6 +20,7 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.plain import from_plain, to_plain
 from tests.operators.cases import (
     OPERATORS,
     SHAPES,
@@ -130,6 +131,7 @@ def test_blocks_are_merged_each_with_its_own_coefficients(operator: SearchableOp
 
 @every
 def test_number_of_threads_does_not_change_a_bit(operator: SearchableOperator) -> None:
+    # Threads share out whole pieces, and torch uses one thread within each.
     vectors = hard_vectors(shapes={"a": (300, 70), "b": (50,), "c": ()})
     c = coefficients(operator, 3)
     alone = merge(operator, vectors, c, chunk=1000)
@@ -224,11 +226,10 @@ def test_space_has_the_settings_behind_the_coefficients() -> None:
 
 @every
 def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
-    described = operator.describe()
-    kind: Any = type(operator)
-    again = kind(**{k: v for k, v in described.items() if k != "name"})
+    told = to_plain(operator)
+    again = from_plain(told)
     assert again == operator
-    assert again.describe() == described
+    assert to_plain(again) == told
 
 
 @pytest.mark.parametrize(

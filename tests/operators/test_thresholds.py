@@ -89,6 +89,7 @@ def test_models_of_empty_tensors_alone() -> None:
 
 
 def test_threads_find_the_same(vectors: TaskVectors, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Exactly: what threads add up are counts.
     monkeypatch.setattr(module, "_PIECE", 8)
     alone = [thresholds(vectors, 0.3, trim) for trim in TRIMS]
     before = torch.get_num_threads()

@@ -138,7 +138,7 @@ def merge_by_pieces(merge: Merge, max_memory: int | None = None) -> Pieces:
     operator = merge.operator
     if not isinstance(operator, ReadsPieces):
         raise MergeError(
-            f"the operator {operator.describe().get('name')} cannot merge by pieces",
+            f"the operator {type(operator).__name__} cannot merge by pieces",
             hint="export the merge of a loaded problem instead",
         )
     threads = None
@@ -206,7 +206,7 @@ def merge_by_tensor(merge: Merge, max_memory: int | None = None) -> Iterator[tup
     base, experts, weights = merge.base, merge.experts, merge.weights
     if weights is None:
         raise MergeError(
-            f"the operator {merge.operator.describe().get('name')} is not linear, and only linear "
+            f"the operator {type(merge.operator).__name__} is not linear, and only linear "
             "merges are made tensor by tensor",
             hint="export the merge of a loaded problem instead",
         )

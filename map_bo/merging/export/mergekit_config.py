@@ -19,6 +19,8 @@ from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks
 from map_bo.merging.vectors.operator import Weights
+from map_bo.moved import CLASSES
+from map_bo.plain import from_name, name_of
 
 __all__ = ["MergekitConfig", "NotExpressible", "express", "filters_for", "mergekit_text"]
 
@@ -185,26 +187,29 @@ def express(
     Args:
         base: The base.
         experts: Name -> checkpoint of the ``N`` experts.
-        operator: The operator's ``describe()``.
+        operator: The operator as plain data, see `recipe_of`.
         coefficients: Coefficient name -> value, settings that were searched included.
         weights: Tensor name -> weight of each expert, where the merge is linear.
 
     Raises:
         NotExpressible: When no method and settings of mergekit give this merge.
     """
-    name = re.sub(r"[ _-]+", "_", str(operator.get("name", operator.get("kind", ""))).lower())
+    operator = from_name(operator)
+    name = next((n for n, kind in CLASSES.items() if kind == operator.get("class")), "")
+    told = operator.get("fields", {})
     if weights is not None and name != "weighted_average":
         name = "task_arithmetic"
     if name in ("dare", "della"):
         raise NotExpressible(f"mergekit draws random masks of its own, so its {name} is another")
     if name not in _METHODS:
-        raise NotExpressible(f"mergekit has no method for the operator {name or 'without a name'}")
-    searched = frozenset(operator.get("search") or ())
+        said = name or name_of(operator) or operator.get("name") or "without a name"
+        raise NotExpressible(f"mergekit has no method for the operator {said}")
+    searched = frozenset(told.get("search") or ())
     if missing := searched - set(coefficients):
         raise NotExpressible(f"the coefficients lack the settings {', '.join(sorted(missing))}")
-    settings = {**operator, **{key: float(coefficients[key]) for key in searched}}
+    settings = {**told, "name": name, **{key: float(coefficients[key]) for key in searched}}
     own = {key: float(value) for key, value in coefficients.items() if key not in searched}
-    table = _table(base, tuple(experts), operator.get("blocks"), own, weights)
+    table = _table(base, tuple(experts), told.get("blocks"), own, weights)
     return _METHODS[name](_Merge(base, experts, settings, searched, table))
 
 

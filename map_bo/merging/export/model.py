@@ -27,7 +27,13 @@ from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_d
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
-from map_bo.merging.export.write_shards import Advance, Pieces, merging_bar, write_weights, writing
+from map_bo.merging.export.write_shards import (
+    Advance,
+    Pieces,
+    merging_bar,
+    write_weights,
+    writing,
+)
 from map_bo.merging.vectors.blocks import with_known_blocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import ChecksValues, MergeOperator, Weights, recipe_of

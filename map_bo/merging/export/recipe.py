@@ -19,7 +19,7 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint
 __all__ = ["RECIPE", "plain", "read_recipe", "recipe_text"]
 
 RECIPE = "recipe.yaml"
-_FORMAT = 1
+_FORMAT = 2  # in format 1 operators had names in place of classes
 
 
 def plain(value: object, where: str = "record") -> Any:
@@ -124,9 +124,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             f"{file} is not YAML: {str(error).splitlines()[0]}",
             hint="recipes are written by map_bo beside each merged model",
         ) from error
-    if not isinstance(content, dict) or content.get("recipe") != _FORMAT:
+    if not isinstance(content, dict) or content.get("recipe") not in (1, _FORMAT):
         raise MergeError(
-            f"{file} is not a recipe of format {_FORMAT}",
+            f"{file} is not a recipe of format 1 or {_FORMAT}",
             hint="recipes are written by map_bo beside each merged model",
         )
     return content

@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, overload
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -323,13 +323,6 @@ class TaskArithmetic:
     def with_blocks(self, patterns: Mapping[str, str]) -> TaskArithmetic:
         """Return task arithmetic with these blocks; see `HasBlocks`."""
         return replace(self, blocks=patterns)
-
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain data."""
-        return {
-            "name": "task_arithmetic",
-            "blocks": dict(self.blocks) if isinstance(self.blocks, Mapping) else self.blocks,
-        }
 
     def block(self, name: str) -> int:
         """Return the index of the block of a tensor; 0 where there are no blocks.

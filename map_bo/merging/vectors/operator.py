@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.align.layout import FlatLayout
+from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
 
 __all__ = [
@@ -107,7 +108,7 @@ class PreparedMerge(Protocol):
 
 @runtime_checkable
 class MergeOperator(Protocol):
-    """Settings of a merge operator."""
+    """Settings of a merge operator: a frozen dataclass, so that recipes and records hold them."""
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return the coefficients that this operator takes for these experts."""
@@ -115,10 +116,6 @@ class MergeOperator(Protocol):
 
     def prepare(self, deltas: Deltas) -> PreparedMerge:
         """Do, once, all the work that does not depend on the coefficients."""
-        ...
-
-    def describe(self) -> dict[str, Any]:
-        """Return the operator as plain data, for recipes and the run's record."""
         ...
 
 
@@ -170,13 +167,19 @@ class ChecksValues(Protocol):
 
 @runtime_checkable
 class Followable(Protocol):
-    """An operator that needs more than its description to be made once more, such as files."""
+    """An operator that needs more than its fields to be made once more, such as files."""
 
     def recipe(self) -> dict[str, Any]:
-        """Return the description with all that is needed, as plain data."""
+        """Return its plain data (see :mod:`map_bo.plain`) with all that is needed."""
         ...
 
 
 def recipe_of(operator: MergeOperator) -> dict[str, Any]:
-    """Return what a recipe says of an operator."""
-    return operator.recipe() if isinstance(operator, Followable) else operator.describe()
+    """Return what a recipe says of an operator: plain data that it is built from again.
+
+    One that plain data cannot say is put in words; its recipe then cannot be followed.
+    """
+    if isinstance(operator, Followable):
+        return operator.recipe()
+    told: dict[str, Any] = identity_of(operator)
+    return told

@@ -23,8 +23,10 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
 from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
 from map_bo.merging.vectors.storage import Storage
+from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import encode_metric
 
 __all__ = [
     "blocks_to_weigh",
@@ -231,18 +233,9 @@ def describe_problem(
         "kind": "merged_model",
         "base": origin(base),
         "experts": {name: origin(expert) for name, expert in experts.items()},
-        "operator": operator.describe(),
+        "operator": identity_of(operator),
         "space": space.describe(),
-        "metrics": [
-            {
-                "name": metric.name,
-                "direction": metric.direction,
-                "kind": metric.kind,
-                "lower": metric.lower,
-                "upper": metric.upper,
-            }
-            for metric in metrics
-        ],
+        "metrics": [encode_metric(metric) for metric in metrics],
         "dtype": str(dtype).removeprefix("torch."),
         **{name: True for name, on in switches.items() if on},
     }

@@ -248,7 +248,7 @@ class MergedModelProblem:
                             )
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
                 except EvaluationError as error:
-                    failures[i] = error.message
+                    failures[i] = error.reason
                     Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
                 cost[i] = time.perf_counter() - start
         return Observations(

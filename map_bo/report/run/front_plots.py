@@ -25,7 +25,7 @@ from map_bo.report.marks import (
     title_of,
 )
 from map_bo.report.numbers import better, metric_value, shortened
-from map_bo.report.view import RunView, anchor_values, representative_rows, scale, scaled_gains
+from map_bo.report.view import RunView, anchor_values, representative_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -179,7 +179,7 @@ def _one_metric(view: RunView) -> Figure:
     done = front.verified.numpy()
     KINDS["real"].scatter(axes, place[done], front.real[:, 0].numpy()[done])
     axes.axvline(after - 1, color=GREY, linewidth=0.8)
-    axes.axhline(float(view.reference_point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
+    axes.axhline(float(view.scale.point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_xlabel("evaluation  |  then the predicted front, with 95 % intervals")
     axes.set_ylabel(axis_label(metric))
     style_axes(axes)
@@ -224,7 +224,7 @@ def _pair(axes: Axes, view: RunView, i: int, j: int, *, size: float = 1.0) -> No
             zorder=5,
         )
     for draw, k in ((axes.axvline, i), (axes.axhline, j)):
-        value = float(view.reference_point[k])
+        value = float(view.scale.point[k])
         draw(value, color=GREY, linestyle=(0, (2, 3)), linewidth=0.9, zorder=2)
     style_axes(axes)
     limits = _limits(view)
@@ -354,7 +354,7 @@ def _parallel(view: RunView) -> Figure:
     figure = _figure(wide * m + 1.2, 6.4)
     axes = figure.add_subplot()
     x = np.arange(m)
-    gains = {kind: scaled_gains(values, view).numpy() for kind, values in shown(view).items()}
+    gains = {kind: view.scale.gains(values).numpy() for kind, values in shown(view).items()}
     mark = KINDS["predicted"]
     for line in gains["predicted"][representative_rows(view, _LINES)]:
         axes.plot(x, line, color=mark.colour, linewidth=0.9, alpha=0.35, zorder=mark.order)
@@ -398,9 +398,12 @@ def _parallel(view: RunView) -> Figure:
 
 def _scales(view: RunView) -> list[str]:
     """Return each metric's name, direction, and what 0 and 1 are in its own unit."""
-    low, high = scale(view)
-    return [
-        f"{plain(shortened(metric.name, 17))}\n({better(metric)})\n"
-        f"0: {metric_value(a, metric)}   1: {metric_value(b, metric)}"
-        for metric, a, b in zip(view.metrics, low.tolist(), high.tolist(), strict=True)
-    ]
+    said = []
+    for metric, low, high in zip(
+        view.metrics, view.scale.point.tolist(), view.scale.end.tolist(), strict=True
+    ):
+        ends = f"0: {metric_value(low, metric)}   1: {metric_value(high, metric)}"
+        if metric.name in view.scale.rangeless:
+            ends = f"no range: {metric_value(low, metric)}"
+        said.append(f"{plain(shortened(metric.name, 17))}\n({better(metric)})\n{ends}")
+    return said

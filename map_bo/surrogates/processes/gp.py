@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import gpytorch
 import torch
@@ -38,7 +38,7 @@ from map_bo.surrogates.processes.marginal import (
     fit,
     leave_one_out,
 )
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SurrogateModel, joint_by_metric
 
 __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
 
@@ -252,9 +252,17 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         """Return the fitted variance on top of known noise (``m``, link scale), else 0."""
         return torch.tensor([process.misfit for process in self.processes], dtype=torch.float64)
 
-    def subset_output(self, idcs: Sequence[int]) -> GPModel:
-        """Return the model of the given metrics alone."""
-        return GPModel(*[self.processes[i] for i in idcs])
+    def for_metrics(self, columns: Sequence[int]) -> GPModel:
+        """Return the model of some metrics alone."""
+        return GPModel(*[self.processes[i] for i in columns])
+
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return joint_by_metric([self.one_metric(j) for j in range(self.num_outputs)], X)
+
+    def subset_output(self, idcs: list[int]) -> GPModel:
+        """Return the model of the given metrics alone; botorch's name for :meth:`for_metrics`."""
+        return self.for_metrics(idcs)
 
     def condition_on_observations(
         self, X: Tensor | list[Tensor], Y: Tensor, noise: Tensor | None = None, **kwargs: Any
@@ -304,6 +312,7 @@ class GP:
 
     link: Literal["auto", "identity"] = "auto"
     importance: float = 0.5
+    leaves_one_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

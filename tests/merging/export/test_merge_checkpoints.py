@@ -311,10 +311,7 @@ class TestSettings:
             def prepare(self, deltas: Deltas) -> PreparedMerge:
                 raise AssertionError
 
-            def describe(self) -> dict[str, Any]:
-                return {"name": "own"}
-
-        refused("the operator own cannot merge by pieces", operator=Own())
+        refused("the operator Own cannot merge by pieces", operator=Own())
 
 
 def test_a_checkpoint_object_may_be_given(family: Family, tmp_path: Path) -> None:

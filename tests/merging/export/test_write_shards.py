@@ -20,7 +20,13 @@ from safetensors.torch import load_file
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.model import merge_checkpoints
-from map_bo.merging.export.write_shards import Pieces, Put, merging_bar, write_weights, writing
+from map_bo.merging.export.write_shards import (
+    Pieces,
+    Put,
+    merging_bar,
+    write_weights,
+    writing,
+)
 from tests.merging import checkpoint_files as files
 from tests.merging.hard_checkpoints import hard_family
 

@@ -142,6 +142,7 @@ def test_deltas_that_are_not_resident_give_the_same(operator: Ties | Della, use_
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_two_writes_at_once(threads: int) -> None:
+    # To the bit: threads share out whole pieces, and no two entries of a piece are added up.
     vectors = hard_vectors(shapes={"a": (40, 50), "b": (300,)})
     prepared = Ties(search=["density"]).prepare(vectors)
     prepared._chunk = 100

@@ -17,7 +17,7 @@ from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.adapter_files import small_adapters, small_base
-from tests.merging.hard_checkpoints import EXPERTS, hard_family, hard_tensors, opened
+from tests.merging.hard_checkpoints import EXPERTS, hard_family, hard_tensors, opened, threads
 
 FP8 = torch.float8_e5m2
 
@@ -171,15 +171,11 @@ class TestRefusals:
         generator = torch.Generator().manual_seed(0)
         pre, other = (torch.randn(60, 60, generator=generator) for _ in range(2))
         experts = {"good": {"w": pre + 0.1}, "bad": {"w": other}}
-        torch.set_num_threads(2)
-        try:
-            with pytest.raises(MergeError, match="'bad' does not look fine-tuned"):
-                OnDiskVectors(
-                    open_checkpoint({"w": pre}),
-                    {name: open_checkpoint(tensors) for name, tensors in experts.items()},
-                )
-        finally:
-            torch.set_num_threads(1)
+        with threads(2), pytest.raises(MergeError, match="'bad' does not look fine-tuned"):
+            OnDiskVectors(
+                open_checkpoint({"w": pre}),
+                {name: open_checkpoint(tensors) for name, tensors in experts.items()},
+            )
 
     def test_a_file_that_has_gone(self, tmp_path: Path) -> None:
         deltas = OnDiskVectors(*opened(*hard_family(tmp_path)), check_base=False)

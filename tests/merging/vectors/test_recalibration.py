@@ -63,6 +63,16 @@ class TestRecalibrate:
         )
         assert found["num_batches_tracked"] == count
 
+    @pytest.mark.parametrize("momentum", [None, 0.25])
+    def test_nothing_is_left_of_earlier_statistics(self, momentum: float | None) -> None:
+        fresh, trained = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        for x in batches(1, scale=9.0):
+            trained(x)
+        assert int(statistics(trained)["num_batches_tracked"]) == 4
+        for norm in (fresh, trained):
+            recalibrate(norm, batches(0), momentum=momentum)
+        assert same(statistics(trained), statistics(fresh))
+
     def test_with_momentum_the_average_is_exponential(self) -> None:
         norm, data = nn.BatchNorm1d(3, momentum=None), batches(0)
         recalibrate(norm, data, momentum=0.25)

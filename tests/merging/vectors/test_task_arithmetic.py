@@ -15,6 +15,7 @@ from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.vectors.linear_merge import LinearMerge, TaskArithmetic
 from map_bo.merging.vectors.operator import Linear, MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.plain import from_plain, to_plain
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.merging.small_models import MODELS, family
 
@@ -109,6 +110,7 @@ def test_tile_and_chunk_do_not_matter(c: list[float], tile: int, chunk: int) -> 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads_write_the_same(inference: bool) -> None:
+    # To the bit: threads share out whole chunks, and torch uses one thread within each.
     vectors = example_vectors(8000, dtype=torch.bfloat16)  # several chunks
     alone = merge(vectors, [0.3, -0.4, 0.9])
     before = torch.get_num_threads()
@@ -224,8 +226,8 @@ def test_blocks_that_do_not_divide_the_tensors_are_refused() -> None:
 
 def test_settings_are_equal_by_value_and_described() -> None:
     assert TaskArithmetic(BLOCKS) == TaskArithmetic(dict(BLOCKS))
-    assert TaskArithmetic(BLOCKS).describe() == {"name": "task_arithmetic", "blocks": BLOCKS}
-    assert TaskArithmetic().describe()["blocks"] is None
+    assert to_plain(TaskArithmetic(BLOCKS))["fields"] == {"blocks": BLOCKS}
+    assert from_plain(to_plain(TaskArithmetic(BLOCKS))) == TaskArithmetic(BLOCKS)
 
 
 @pytest.mark.parametrize("blocks", [None, BLOCKS])

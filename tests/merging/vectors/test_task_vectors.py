@@ -303,6 +303,7 @@ def test_pieces_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_threads_read_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    # To the bit: each entry is read and subtracted by itself.
     base, experts = family("cnn")
     alone = load(base, experts)
     monkeypatch.setattr(row_filling, "_PIECE", 5)

@@ -16,10 +16,12 @@ from map_bo.errors import ConfigError, MapBoError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.vectors.blocks import Blocks
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import Linear
 from map_bo.operators import from_mergekit
 from map_bo.operators.mergekit.form import blocks_of
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Ties
+from map_bo.plain import to_plain
 from tests.operators.expressible import CASES
 from tests.operators.oracle import assert_same, ours, states
 
@@ -61,7 +63,7 @@ class TestRoundTrip:
         text = mergekit_text(
             base=open_checkpoint(folders / "base"),
             experts=experts,
-            operator=operator.describe(),
+            operator=to_plain(operator),
             coefficients=dict(zip(names, c, strict=True)),
             weights=operator.weights(tuple(experts), torch.tensor(c).double()) if linear else None,  # type: ignore[attr-defined]
         )
@@ -94,7 +96,7 @@ class TestReading:
         del content["models"][1]["parameters"]["weight"]
         read = from_mergekit(content)
         assert read.coefficients == {"e0": 0.5, "e1": 7.0}
-        assert read.operator.describe()["density"] == 0.5
+        assert to_plain(read.operator)["fields"]["density"] == 0.5
 
     def test_random_methods(self) -> None:
         read = from_mergekit(recipe("dare_ties", 1, 1, density=0.53, scale=0.5))
@@ -125,7 +127,7 @@ class TestReading:
         content = recipe("linear", 1.0, 3.0)
         content["models"].append({"model": "org/base", "parameters": {"weight": 4.0}})
         read = from_mergekit(content)
-        assert read.operator.describe()["name"] == "task_arithmetic"
+        assert isinstance(read.operator, TaskArithmetic)
         assert read.coefficients == {"e0": 0.125, "e1": 0.375}
 
     def test_spherical_merges_of_whole_models_need_no_base(self) -> None:

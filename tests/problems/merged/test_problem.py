@@ -160,7 +160,10 @@ def test_failed_rows_have_their_reason_and_others_their_values(result: Any, reas
         evaluators={"mean": mean_output("mlp"), "code": code, "last": last},
     )
     seen = tested.evaluate(X, generator=G)
-    assert seen.failures == (None, reason, None)
+    before_it, failure, after_it = seen.failures
+    assert before_it is after_it is None
+    assert failure is not None
+    assert failure.startswith(f"{reason} (hint: ")
     assert bool(seen.Y[1].isnan().all())
     assert bool(seen.Yvar[1].isnan().all())
     assert calls == ["code", "last", "code", "code", "last"]
@@ -323,6 +326,7 @@ def test_description_recognises_the_problem() -> None:
         problem(operator=TaskArithmetic({"all": "*"})),
         problem(experts={**experts, "e0": experts["e1"]}),
         problem(metrics=[Metric("mean", direction="min"), Metric("spread")]),
+        problem(metrics=[Metric("mean", examples="fresh"), Metric("spread")]),
         problem(dtype=torch.bfloat16),
     ]
     assert all(other.describe() != described for other in others)

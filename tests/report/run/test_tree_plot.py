@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from map_bo.nested.planning import balanced, most_stages
-from map_bo.nested.result import NodeRecord, described
+from map_bo.nested.planning import balanced_tree, most_stages
+from map_bo.nested.result import NodeRecord, describe_tree
 from map_bo.nested.tree import Group, path_name
 from map_bo.report.run.tree_plot import nested_of, tree_figure, tree_section, tree_words
 from map_bo.report.view import RunView
@@ -35,7 +35,7 @@ def view_of(tree: Group, refined: bool = False) -> RunView:
     if refined:
         nodes.append(NodeRecord("refine", tree.label, 0, len(names), len(names), 33, 44))
     view = make_view(2)
-    summary = {**view.summary, "nested": described(tree, nodes, 321, len(names))}
+    summary = {**view.summary, "nested": describe_tree(tree, nodes, 321, len(names))}
     return dataclasses.replace(view, summary=summary)
 
 
@@ -124,8 +124,8 @@ SHAPES = [
     Group(("only",)),
     Group.of([[["a", "b"], "c"], "d"]),
     Group((r"$\frac{1}$", "x" * 60, "<b>", "100%", "日本")),
-    *(balanced([f"e{i}" for i in range(n)], s) for n in (3, 8) for s in (1, most_stages(n))),
-    balanced([f"expert {i}" for i in range(16)], 4),
+    *(balanced_tree([f"e{i}" for i in range(n)], s) for n in (3, 8) for s in (1, most_stages(n))),
+    balanced_tree([f"expert {i}" for i in range(16)], 4),
 ]
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import make_generator
-from map_bo.samplers.published.public_code import ReferenceDesign
+from map_bo.samplers.published.public_code import PublishedDesign
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, measured
@@ -17,15 +17,15 @@ from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, m
 
 def design(n: int, d: int, *, points: int | None = None, seed: int = 0, **box: float) -> Tensor:
     space = CoefficientSpace.box([f"e{i}" for i in range(d)], **box)  # type: ignore[arg-type]
-    return ReferenceDesign(points).propose(
+    return PublishedDesign(points).propose(
         Observations.empty(d, METRICS), space, n, generator=make_generator(seed)
     )
 
 
-class TestReferenceDesign(SamplerContract):
+class TestPublishedDesign(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return ReferenceDesign()
+        return PublishedDesign()
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ class TestReferenceDesign(SamplerContract):
     [(2, None, 5), (3, None, 4), (4, None, 3), (3, 35, 4), (3, 36, 5), (16, None, 2), (4, 2, 2)],
 )
 def test_levels_of_the_grid(d: int, points: int | None, levels: int) -> None:
-    assert ReferenceDesign(points).levels(d) == levels
+    assert PublishedDesign(points).levels(d) == levels
 
 
 @pytest.mark.parametrize("d", [2, 3, 4, 16])
@@ -42,7 +42,7 @@ def test_the_design_is_one_hots_and_a_part_of_the_grid(d: int) -> None:
     total = (d + 1) * (d + 2)
     X = design(total, d)
     assert torch.equal(X[:d], torch.eye(d, dtype=torch.float64))
-    rest = X[d:] * (ReferenceDesign().levels(d) - 1)
+    rest = X[d:] * (PublishedDesign().levels(d) - 1)
     assert torch.allclose(rest, rest.round())
     assert not torch.isclose(X[d:].sum(-1), torch.tensor(1.0, dtype=torch.float64)).any()
     assert not (X[d:] == X[d:, :1]).all(-1).any()
@@ -69,7 +69,7 @@ def test_the_random_part_depends_on_the_seed_and_continues() -> None:
     space = CoefficientSpace.box(("a", "b", "c"))
     whole, seen = design(30, 3), Observations.empty(3, METRICS)
     for _ in range(10):
-        X = ReferenceDesign().propose(seen, space, 3, generator=make_generator(0))
+        X = PublishedDesign().propose(seen, space, 3, generator=make_generator(0))
         seen = seen.append(measured(X))
     assert torch.equal(seen.X, whole)
 
@@ -80,7 +80,7 @@ def test_a_design_smaller_than_the_experts_is_their_one_hots() -> None:
 
 def test_anchors_in_front_leave_the_rest_as_it_is() -> None:
     space = CoefficientSpace.box(("a", "b", "c"))
-    X = ReferenceDesign(anchors=True).propose(
+    X = PublishedDesign(anchors=True).propose(
         Observations.empty(3, METRICS), space, 15, generator=make_generator(0)
     )
     assert torch.equal(X[:5], space.anchors().X)
@@ -95,15 +95,15 @@ def test_one_expert_leaves_nothing_of_the_grid() -> None:
 
 def test_a_design_of_no_points_is_refused() -> None:
     with pytest.raises(SamplerError, match="has 0 points"):
-        ReferenceDesign(0)
+        PublishedDesign(0)
 
 
 def test_settings_have_a_grid_over_their_bounds() -> None:
     space = SPACES["settings"]
     empty = measured(torch.zeros(0, space.d, dtype=torch.float64))
-    X = ReferenceDesign(points=30).propose(empty, space, 20, generator=make_generator(0))
+    X = PublishedDesign(points=30).propose(empty, space, 20, generator=make_generator(0))
     assert X[:2].tolist() == [[1, 0, 0.2, 2.0], [0, 1, 0.2, 2.0]]
-    levels = ReferenceDesign(points=30).levels(4)
+    levels = PublishedDesign(points=30).levels(4)
     for column in range(4):
         steps = space.normalise(X)[2:, column] * (levels - 1)
         assert torch.allclose(steps, steps.round(), atol=1e-9)

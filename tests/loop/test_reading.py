@@ -90,7 +90,7 @@ def test_failures_are_recorded_read_and_cleared(tmp_path: Path) -> None:
     job = tmp_path / "job"
     record_failure(job, StoreError("the disk is full", hint="free some"))
     (record,) = read_runs([tmp_path], beside=tmp_path)
-    assert (record.status, record.reason) == ("failed", "the disk is full")
+    assert (record.status, record.reason) == ("failed", "the disk is full (hint: free some)")
     assert json.loads((job / "failure.json").read_text())["hint"] == "free some"
     (job / "failure.json").write_text("torn")
     (record,) = read_runs([tmp_path], beside=tmp_path)
@@ -104,7 +104,7 @@ def test_failures_are_recorded_read_and_cleared(tmp_path: Path) -> None:
 def test_a_job_that_was_killed_before_its_first_event_is_listed(tmp_path: Path) -> None:
     (tmp_path / "job" / ".hydra").mkdir(parents=True)
     (record,) = read_runs([tmp_path], beside=tmp_path)
-    assert (record.status, record.reason) == ("unfinished", "it recorded nothing")
+    assert (record.status, record.reason) == ("unfinished", "nothing was recorded")
 
 
 def test_a_job_that_was_refused_is_not_the_run_that_lies_there(tmp_path: Path) -> None:

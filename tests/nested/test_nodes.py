@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, SpaceError
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.nodes import ChildMean, NodeProblem, selected
+from map_bo.nested.nodes import ChildMean, NodeProblem, select_metrics
 from map_bo.problems.problem import Problem
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
@@ -113,7 +113,7 @@ def test_a_problem_that_cannot_be_divided_measures_all_and_keeps_what_was_asked_
     assert seen.gradients is None
     assert ledger.spent == 4
     assert ledger.missing((U @ DIRECTIONS)[0], ["a", "b"]) == ["a"]
-    part = selected(whole, ["c"])
+    part = select_metrics(whole, ["c"])
     assert part.space == whole.space
     assert [metric.name for metric in part.metrics] == ["c"]
 
@@ -215,7 +215,7 @@ def test_a_failed_row_stays_failed() -> None:
     ],
 )
 def test_a_mean_of_different_kinds_is_refused(other: Metric) -> None:
-    with pytest.raises(ConfigError, match="the mean of a, b means nothing") as caught:
+    with pytest.raises(ConfigError, match="the metrics a, b have no mean") as caught:
         ChildMean.of((other, *MIXED[1:]), CHILDREN, {})
     assert caught.value.hint == "set nested.measure=tasks"
 
