@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from map_bo.merging.vectors.kernel import KernelMerge, ReadsPieces
 from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Linear, MergeOperator, Weights
 from map_bo.merging.vectors.storage import resident_bytes
+from map_bo.moved import renamed
 
 __all__ = [
     "Merge",
@@ -370,3 +372,7 @@ def _require(max_memory: int, needed: int) -> None:
             f"of which the program itself takes {(least - needed) / 1e6:.0f} MB",
             hint=f"allow {math.ceil(1.05 * least / 1e6)}MB or more",
         )
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)
