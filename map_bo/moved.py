@@ -228,13 +228,14 @@ FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
+        "merging.export.bounded.merge_streamed": "merge_linearly",
         "samplers.published.public_code.BinsReference": "PublishedBins",
         "samplers.published.public_code.ReferenceDesign": "PublishedDesign",
         "surrogates.published.ReferenceModel": "PublishedModel",
         "surrogates.published.ReferenceQuadratic": "PublishedQuadratic",
     }
 )
-"""Old name of a class in a module of today -> its name today."""
+"""Old name of a class or function in a module of today -> its name today."""
 
 
 def current(name: str) -> str:

@@ -30,7 +30,7 @@ __all__ = [
     "mean_probability",
     "measure",
     "metrics_of",
-    "named_metrics",
+    "select_metrics",
 ]
 
 _HINT = "return a float, or map_bo.Measurement(value, variance=..., count=...)"
@@ -315,7 +315,7 @@ def metrics_of(
     )
 
 
-def named_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
+def select_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
     """Return the metrics of these names, in their order.
 
     Raises:

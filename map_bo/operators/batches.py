@@ -39,8 +39,6 @@ def each_batch(
         )
     left = limit
     for given in batches:
-        if left == 0:
-            return
         batch = _batch(given)
         lengths = {len(tensor) for tensor in _tensors(batch)}
         if len(lengths) != 1:
@@ -54,6 +52,8 @@ def each_batch(
             left -= n
         if n:
             yield map_batch(lambda tensor, n=n: tensor[:n].to(where), batch), n  # type: ignore[misc]
+        if left == 0:
+            return
 
 
 def _batch(given: Any) -> Batch:

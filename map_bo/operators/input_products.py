@@ -151,7 +151,7 @@ class _Products:
         if isinstance(module, nn.Conv2d):
             values = values[None] if values.dim() == 3 else values
             patches = nn.functional.unfold(
-                _padded(module, values.float()),
+                _pad(module, values.float()),
                 module.kernel_size,
                 dilation=module.dilation,
                 stride=module.stride,
@@ -162,6 +162,6 @@ class _Products:
         return values.reshape(-1, values.shape[-1]).float()
 
 
-def _padded(module: nn.Conv2d, values: Tensor) -> Tensor:
+def _pad(module: nn.Conv2d, values: Tensor) -> Tensor:
     # `padding` may be "same", which is not symmetric for even kernels; this is what torch keeps.
     return nn.functional.pad(values, module._reversed_padding_repeated_twice)

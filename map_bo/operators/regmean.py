@@ -237,7 +237,7 @@ class _RegressionKernel(Kernel):
             grams = torch.stack(found).to(deltas.device)
             diagonals = grams.diagonal(dim1=1, dim2=2)
             extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
-            layer = _Layer(grams, extra, _transposed(known, names, slot))
+            layer = _Layer(grams, extra, _is_transposed(known, names, slot))
             if deltas.resident:
                 v = layer.matrix(deltas.read(index, 0, slot.numel)[1:])
                 layer = replace(layer, right=layer.flat(v.double() @ grams.double()))
@@ -311,7 +311,7 @@ def _inputs(slot: Slot) -> tuple[int, ...]:
     return (inputs, slot.shape[0]) if len(slot.shape) == 2 else (inputs,)
 
 
-def _transposed(known: Mapping[str, Statistics], names: list[str], slot: Slot) -> bool:
+def _is_transposed(known: Mapping[str, Statistics], names: list[str], slot: Slot) -> bool:
     (first, *_), name = known.values(), names[0]
     size = first.tensors.shape(name)[0]
     inputs, *_ = _inputs(slot)

@@ -178,7 +178,7 @@ def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
         return _everywhere(deltas, 0.0)
     if density <= 0:
         return _everywhere(deltas, math.inf)
-    return _ranked(deltas, lambda total: kept_count(density, total), trim)
+    return _rank(deltas, lambda total: kept_count(density, total), trim)
 
 
 def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
@@ -189,14 +189,14 @@ def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
     """
     if share <= 0:
         return _everywhere(deltas, math.inf)
-    return _ranked(deltas, lambda total: kept_count(share, total, least=0) + 1, trim)
+    return _rank(deltas, lambda total: kept_count(share, total, least=0) + 1, trim)
 
 
 def _everywhere(deltas: Deltas, value: float) -> Thresholds:
     return ((value,) * len(deltas.experts),) * len(deltas.layout.slots)
 
 
-def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
+def _rank(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
     """Return the magnitudes that have a rank (from 1) among so many numbers; 0 below all."""
     experts, slots = len(deltas.experts), deltas.layout.slots
 
@@ -204,11 +204,9 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         total = sum(slots[slot].numel for slot in part)
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
-        counts = _counted(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
+        counts = _count(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
         bins = [locate(row, rank(total)) for row in counts]
-        counts = _counted(
-            deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads
-        )
+        counts = _count(deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads)
         return tuple(
             magnitude_of(bin_, locate(row, left)[0])
             for row, (bin_, left) in zip(counts, bins, strict=True)
@@ -232,14 +230,14 @@ def sketches(deltas: Deltas, trim: str) -> tuple[tuple[MagnitudeSketch, ...], ..
     """
     slots = deltas.layout.slots
     if trim == "global":
-        counts = _counted(
+        counts = _count(
             deltas, range(len(slots)), lambda n, row: magnitude_bins(row), threads=deltas.threads
         )
         return (tuple(MagnitudeSketch.of(row) for row in counts),) * len(slots)
     result: list[tuple[MagnitudeSketch, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        counts = _counted(deltas, [slot], lambda n, row: magnitude_bins(row), threads=1)
+        counts = _count(deltas, [slot], lambda n, row: magnitude_bins(row), threads=1)
         result[slot] = tuple(MagnitudeSketch.of(row) for row in counts)
 
     _by_size(deltas, of)
@@ -253,7 +251,7 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     parallel_for(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
 
 
-def _counted(
+def _count(
     deltas: Deltas,
     slots: Sequence[int],
     count: Callable[[int, Tensor], Tensor],

@@ -207,7 +207,7 @@ class TableProblem:
             Observations(
                 X,
                 Y,
-                tuple(metrics) if metrics is not None else _guessed(wanted, Y),
+                tuple(metrics) if metrics is not None else _guess(wanted, Y),
                 Yvar=table.numbers([_VARIANCE + name for name in wanted], blank=always),
                 counts=table.numbers([_COUNT + name for name in wanted], blank=always),
                 cost=table.numbers(["cost"], blank=always)[:, 0].nan_to_num(0.0),
@@ -219,7 +219,7 @@ class TableProblem:
         )
 
 
-def _guessed(names: Iterable[str], Y: Tensor) -> tuple[Metric, ...]:
+def _guess(names: Iterable[str], Y: Tensor) -> tuple[Metric, ...]:
     known = Y.nan_to_num(0.0)
     share = ((known >= 0) & (known <= 1)).all(0).tolist()
     return tuple(

@@ -82,16 +82,16 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """Return the rank of the factors of a module."""
-        return int(_found(self.rank_pattern, module, self.r))
+        return int(_match_pattern(self.rank_pattern, module, self.r))
 
     def scale(self, module: str) -> float:
         """Return what the product of a module's factors is multiplied by."""
         rank = self.rank(module)
-        alpha = float(_found(self.alpha_pattern, module, self.alpha))
+        alpha = float(_match_pattern(self.alpha_pattern, module, self.alpha))
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _found(pattern: Mapping[str, float], module: str, default: float) -> float:
+def _match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """Return the first entry whose expression matches the end of a module's name."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -222,7 +222,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
         if factor:
             module, side, label, part = factor.groups()
             if part == "bias" and side == "A":
-                raise _strange(name, origin)
+                raise _not_plain_error(name, origin)
             role: Role = "bias" if part == "bias" else "A" if side == "A" else "B"
             found[name] = OwnTensor(module, part, role)
             labels |= {label} if label else set()
@@ -232,7 +232,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
             found[name] = OwnTensor(module, "weight", role)
             labels |= {label} if label else set()
         elif ".lora_" in short or "token_adapter" in short:
-            raise _strange(name, origin)
+            raise _not_plain_error(name, origin)
         elif ".original_module." not in short:  # the untrained twin of a module to save
             plain = _SAVED.sub("", short.replace(".base_layer.", "."))
             module, _, part = plain.rpartition(".")
@@ -245,7 +245,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
     return found
 
 
-def _strange(name: str, origin: str) -> CheckpointError:
+def _not_plain_error(name: str, origin: str) -> CheckpointError:
     return CheckpointError(
         f"{origin} holds {name!r}, which is not a tensor of a plain LoRA adapter",
         hint="merge it into its base first (peft: merge_and_unload) and give that",
@@ -274,7 +274,7 @@ def place(
     shifts: dict[tuple[str, str], str] = {}
     known = set(base.names)
     for target in targets:
-        name, shift = _placed(target, known, base, origin)
+        name, shift = _place_one(target, known, base, origin)
         shifts.setdefault(shift, target)
         placed[target] = base.ties.get(name, name)
     if len(shifts) > 1:
@@ -286,7 +286,7 @@ def place(
     return placed, next(iter(shifts), ("", ""))
 
 
-def _placed(
+def _place_one(
     target: str, known: set[str], base: Checkpoint, origin: str
 ) -> tuple[str, tuple[str, str]]:
     """Return the base's name, and the prefixes that were taken off and put on."""
@@ -334,7 +334,7 @@ class Orientation:
         """Return whether the square weight ``name`` is stored ``in x out``."""
         near: dict[int, set[bool]] = {}
         for other, flipped in {**self._by_bias(), **self.seen}.items():
-            near.setdefault(_shared(name, other), set()).add(flipped)
+            near.setdefault(_count_shared(name, other), set()).add(flipped)
         most = max(near, default=0)
         if most == 0 or len(near[most]) > 1:
             return self.default
@@ -353,7 +353,7 @@ class Orientation:
         return found
 
 
-def _shared(first: str, second: str) -> int:
+def _count_shared(first: str, second: str) -> int:
     """Return how many leading parts two dotted names have in common."""
     count = 0
     for a, b in zip(first.split("."), second.split("."), strict=False):

@@ -257,7 +257,7 @@ def _vocabulary(expert: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, tup
 
 def _sizes(checkpoint: Checkpoint) -> set[int]:
     """Return the sizes of the vocabulary that tell its tensors from others."""
-    sizes = set(_configured(checkpoint.directory))
+    sizes = set(_configured_sizes(checkpoint.directory))
     widths: set[int] = set()
     for name in checkpoint.names:
         shape = checkpoint.shape(name)
@@ -268,7 +268,7 @@ def _sizes(checkpoint: Checkpoint) -> set[int]:
     return sizes - widths
 
 
-def _configured(directory: Path | None) -> Iterator[int]:
+def _configured_sizes(directory: Path | None) -> Iterator[int]:
     """Yield each ``vocab_size`` of a configuration, those of its parts included."""
     try:
         text = "{}" if directory is None else (directory / "config.json").read_text("utf-8")
@@ -338,10 +338,10 @@ class _FittedReader:
         """
         if name not in self._rows:
             return self._expert.read(name, start, stop, out=out)
-        piece = self._gathered(name, start, stop)
+        piece = self._gather(name, start, stop)
         return piece if out is None else buffer_for(len(piece), piece.dtype, out).copy_(piece)
 
-    def _gathered(self, name: str, start: int, stop: int) -> Tensor:
+    def _gather(self, name: str, start: int, stop: int) -> Tensor:
         part, layout = self._rows[name], self.layouts[name]
         width = max(1, layout.shape.numel() // max(1, part.there))
         first, last = start // width, -(-stop // width)
@@ -403,15 +403,15 @@ def token_ids(folder: Path | None) -> dict[str, int] | None:
     """
     if folder is None:
         return None
-    ids = _fast(folder)
+    ids = _fast_tokenizer_ids(folder)
     if ids is None:
-        ids = _mapping(folder / "vocab.json")
+        ids = _mapping_ids(folder / "vocab.json")
     if ids is None:
-        ids = _lines(folder / "vocab.txt")
+        ids = _line_ids(folder / "vocab.txt")
     if ids is None:
         return None
-    ids |= _mapping(folder / "added_tokens.json") or {}
-    further = (_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
+    ids |= _mapping_ids(folder / "added_tokens.json") or {}
+    further = (_read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
     if isinstance(further, Mapping):
         for number, token in further.items():
             if isinstance(token, Mapping) and str(number).isdecimal():
@@ -419,9 +419,9 @@ def token_ids(folder: Path | None) -> dict[str, int] | None:
     return ids
 
 
-def _fast(folder: Path) -> dict[str, int] | None:
+def _fast_tokenizer_ids(folder: Path) -> dict[str, int] | None:
     file = folder / "tokenizer.json"
-    content = _json(file)
+    content = _read_json(file)
     if content is None:
         return None
     model = content.get("model")
@@ -436,43 +436,43 @@ def _fast(folder: Path) -> dict[str, int] | None:
         added = content.get("added_tokens") or []
         return ids | {str(token["content"]): int(token["id"]) for token in added}
     except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
 
 
-def _mapping(file: Path) -> dict[str, int] | None:
-    content = _json(file)
+def _mapping_ids(file: Path) -> dict[str, int] | None:
+    content = _read_json(file)
     if content is None:
         return None
     try:
         return {str(token): int(number) for token, number in content.items()}
     except (TypeError, ValueError) as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
 
 
-def _lines(file: Path) -> dict[str, int] | None:
+def _line_ids(file: Path) -> dict[str, int] | None:
     if not file.is_file():
         return None
     try:
         # Not read_text and splitlines: a token may be any other separator of lines.
         lines = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
     return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
 
 
-def _json(file: Path) -> dict[str, Any] | None:
+def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
+        raise _damage_error(file, error) from error
     if not isinstance(content, dict):
-        raise _damaged(file, TypeError("it is no JSON object"))
+        raise _damage_error(file, TypeError("it is no JSON object"))
     return content
 
 
-def _damaged(file: Path, error: BaseException) -> CheckpointError:
+def _damage_error(file: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{file} cannot be read as a vocabulary: {first_line(error)}",
         hint="fetch the tokenizer's files again, or merge without a vocabulary rule",

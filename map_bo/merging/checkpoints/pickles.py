@@ -232,7 +232,7 @@ def data_sizes(file: WeightFile) -> Counter[int]:
         if not zipfile.is_zipfile(file.path):
             raise _Wrong("it is a zip archive, as torch.save writes, that is cut off")
         with zipfile.ZipFile(file.path) as archive:
-            return _checked(file, archive.infolist())
+            return _check_records(file, archive.infolist())
     except CheckpointError:
         raise
     # A damaged archive can raise nearly anything, from struct.error to NotImplementedError.
@@ -243,7 +243,7 @@ def data_sizes(file: WeightFile) -> Counter[int]:
         ) from error
 
 
-def _checked(file: WeightFile, records: list[zipfile.ZipInfo]) -> Counter[int]:
+def _check_records(file: WeightFile, records: list[zipfile.ZipInfo]) -> Counter[int]:
     sizes: Counter[int] = Counter()
     names: set[str] = set()
     end = 0

@@ -85,11 +85,11 @@ class WeightFile:
         try:
             known = self._known
             if known is None:
-                known = self._recognised(descriptor)
+                known = self._recognise(descriptor)
             self._fill(descriptor, buffer, start)
             # Asked for after reading, so that a change meanwhile is seen as well.
             if _state(os.fstat(descriptor)) != known:
-                raise self._changed()
+                raise self._change_error()
         finally:
             os.close(descriptor)
 
@@ -111,7 +111,7 @@ class WeightFile:
     def require_unchanged(self) -> None:
         """Refuse a file that is gone or has changed since it was opened."""
         if self._known is not None and self.version() != self._known:
-            raise self._changed()
+            raise self._change_error()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_known": None}
@@ -138,16 +138,16 @@ class WeightFile:
         except (OSError, ValueError) as error:
             raise self._unreadable(error) from error
 
-    def _recognised(self, descriptor: int) -> tuple[int, ...]:
+    def _recognise(self, descriptor: int) -> tuple[int, ...]:
         known = _state(os.fstat(descriptor))
         if known[0] != self.size:
-            raise self._changed()
+            raise self._change_error()
         if self._seal is not None:
             length, digest = self._seal
             content = bytearray(length)
             self._fill(descriptor, memoryview(content), 0)
             if hashlib.sha256(content).digest() != digest:
-                raise self._changed()
+                raise self._change_error()
         self._known = known
         return known
 
@@ -167,7 +167,7 @@ class WeightFile:
                 )
             done += count
 
-    def _changed(self) -> CheckpointError:
+    def _change_error(self) -> CheckpointError:
         return CheckpointError(
             f"{self.path} cannot be read: it has changed since it was opened",
             hint="open the checkpoint again once nothing writes to the file",

@@ -251,7 +251,7 @@ def read_header(file: WeightFile) -> Header:
             hint=seen.hint,
         )
     try:
-        return _parsed(file, head)
+        return _parse(file, head)
     except _Wrong as wrong:
         raise CheckpointError(
             f"{file.path} cannot be read: {wrong}",
@@ -260,7 +260,7 @@ def read_header(file: WeightFile) -> Header:
         ) from wrong.__cause__
 
 
-def _parsed(file: WeightFile, head: bytes) -> Header:
+def _parse(file: WeightFile, head: bytes) -> Header:
     if len(head) < 8:
         raise _Wrong(f"it ends after {len(head)} bytes, within the length of its header")
     length = int.from_bytes(head[:8], "little")

@@ -230,23 +230,23 @@ def adapter_content(
             "no tensor changes by a product of low rank, and a LoRA adapter needs one",
             hint="export the merged model instead",
         )
-    modules = _sorted_out(changes, values, base)
+    modules = _sort_out(changes, values, base)
     rank = max(change.rank for change in changes.values())
     tensors: dict[str, Tensor] = {}
     for module, name in modules.factors.items():
         factors = _factors(changes[name], kinds[name], base.shape(name), rank)
         for part, tensor in factors.items():
-            tensors[f"{_own(module, prefix)}.{part}"] = tensor
+            tensors[f"{_name_in_model(module, prefix)}.{part}"] = tensor
     for module in sorted(modules.saved):
         for name in base.names:
             if name.startswith(f"{module}."):
                 value = values[name].to(base.dtype(name)) if name in values else base.load(name)
-                tensors[_own(name, prefix)] = value
+                tensors[_name_in_model(name, prefix)] = value
     for name in sorted(modules.biases):
         module = name.removesuffix(".bias")
         part = "base_layer.bias" if module in modules.factors else "bias"
-        tensors[f"{_own(module, prefix)}.{part}"] = values[name].to(base.dtype(name))
-    targets = sorted(_own(module, prefix) for module in modules.factors)
+        tensors[f"{_name_in_model(module, prefix)}.{part}"] = values[name].to(base.dtype(name))
+    targets = sorted(_name_in_model(module, prefix) for module in modules.factors)
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task if task in _PLAIN_TASKS else None,
@@ -263,14 +263,14 @@ def adapter_content(
         "alpha_pattern": {},
         "bias": "all" if modules.biases else "none",
         "fan_in_fan_out": any(kinds[name] == "transposed" for name in changes),
-        "target_modules": _targets(targets, {_own(m, prefix) for m in _modules(base)}),
-        "modules_to_save": sorted(_own(m, prefix) for m in modules.saved) or None,
+        "target_modules": _targets(targets, {_name_in_model(m, prefix) for m in _modules(base)}),
+        "modules_to_save": sorted(_name_in_model(m, prefix) for m in modules.saved) or None,
     }
     stored = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     return AdapterContent(stored, settings)
 
 
-def _own(name: str, prefix: tuple[str, str]) -> str:
+def _name_in_model(name: str, prefix: tuple[str, str]) -> str:
     lacking, further = prefix
     return lacking + name.removeprefix(further)
 
@@ -280,7 +280,7 @@ def _modules(base: Checkpoint) -> set[str]:
     return {name.rpartition(".")[0] for name in base.names}
 
 
-def _sorted_out(
+def _sort_out(
     changes: Mapping[str, LowRank], values: Mapping[str, Tensor], base: Checkpoint
 ) -> _Modules:
     modules = _Modules({name.removesuffix(".weight"): name for name in changes})
@@ -425,7 +425,7 @@ class _Changes:
                 continue
             given = check_weights(self._weights(name), name, self._experts)
             used = {expert: weight for expert, weight in given.items() if weight}
-            parts, rest, fixed = self._summed(name, used)
+            parts, rest, fixed = self._sum(name, used)
             if not parts and rest is None:
                 continue
             if name in self._tied:
@@ -450,7 +450,7 @@ class _Changes:
             )
         return result
 
-    def _summed(
+    def _sum(
         self, name: str, used: Mapping[str, float]
     ) -> tuple[list[LowRank], Tensor | None, bool]:
         """Return the parts of low rank, the sum of the others, and whether one saved it whole."""

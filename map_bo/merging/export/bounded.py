@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from map_bo.merging.vectors.kernel import KernelMerge, ReadsPieces
 from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Linear, MergeOperator, Weights
 from map_bo.merging.vectors.storage import resident_bytes
+from map_bo.moved import renamed
 
 __all__ = [
     "Merge",
@@ -144,7 +146,7 @@ def merge_by_pieces(merge: Merge, max_memory: int | None = None) -> Pieces:
     threads = None
     if max_memory is not None:
         each = _PREPARING * (1 + len(merge.experts))
-        threads = max(1, min(torch.get_num_threads(), _left(max_memory) // each))
+        threads = max(1, min(torch.get_num_threads(), _memory_left(max_memory) // each))
         _require(max_memory, each)
     deltas = OnDiskVectors(
         merge.base, merge.experts, ties=merge.ties, check_base=merge.check_base, threads=threads
@@ -155,7 +157,7 @@ def merge_by_pieces(merge: Merge, max_memory: int | None = None) -> Pieces:
         prepared = operator.prepare_pieces(deltas)
         if max_memory is not None:
             _require(max_memory, prepared.least_memory())
-            prepared.limit(_left(max_memory), torch.get_num_threads())
+            prepared.limit(_memory_left(max_memory), torch.get_num_threads())
         _put_merged(prepared, merge.c, deltas, put)
         _put_fixed(deltas, put)
 
@@ -172,12 +174,12 @@ def _put_merged(prepared: KernelMerge, c: Tensor, deltas: OnDiskVectors, put: Pu
 
     def sink(slot: int, start: int, piece: Tensor) -> None:
         for name in names[slots[slot].name]:
-            put(name, start, _rounded(piece, base.dtype(name), name))
+            put(name, start, _round(piece, base.dtype(name), name))
 
     prepared.run(c, sink)
 
 
-def _rounded(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def _round(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     values = piece.to(dtype)
     if not all_finite(values):
         raise MergeError(
@@ -278,7 +280,7 @@ def _merge(
     for alias, canonical in sorted(ties.items()):
         aliases.setdefault(canonical, []).append(alias)
 
-    def checked(value: Tensor, name: str, label: str) -> Tensor:
+    def check(value: Tensor, name: str, label: str) -> Tensor:
         return require_finite(value, name, label) if check_finite else value
 
     for name in base.names:
@@ -288,7 +290,7 @@ def _merge(
         dtype = merged.dtype
         if dtype.is_floating_point or dtype.is_complex:
             wide = dtype if dtype.is_complex or dtype == torch.float64 else torch.float32
-            pre = checked(merged, name, "the base").to(wide)
+            pre = check(merged, name, "the base").to(wide)
             _require_tied(name, aliases.get(name, []), merged, "the base", base)
             total = pre.clone()
             given = check_weights(weights(name), name, experts)
@@ -309,7 +311,7 @@ def _merge(
                 tuned = checkpoint.load(own)
                 others = [alias for alias in (name, *aliases.get(name, [])) if alias != own]
                 _require_tied(own, others, tuned, label, checkpoint)
-                tuned = checked(tuned, name, label)
+                tuned = check(tuned, name, label)
                 if least is not None:
                     least = torch.minimum(least, tuned.to(wide))
                 if weight != 0:
@@ -358,15 +360,19 @@ def _require_tied(
             )
 
 
-def _left(max_memory: int) -> int:
+def _memory_left(max_memory: int) -> int:
     return max_memory - resident_bytes() - _SPARE
 
 
 def _require(max_memory: int, needed: int) -> None:
-    if needed > _left(max_memory):
+    if needed > _memory_left(max_memory):
         least = resident_bytes() + _SPARE + needed
         raise MergeError(
             f"max_memory is {max_memory / 1e6:.0f} MB, and this merge needs {least / 1e6:.0f} MB, "
             f"of which the program itself takes {(least - needed) / 1e6:.0f} MB",
             hint=f"allow {math.ceil(1.05 * least / 1e6)}MB or more",
         )
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -297,7 +297,7 @@ def _sparse(merge: _Merge) -> MergekitConfig:
     if merge.searched & {"density", "gamma"}:
         notes = (*notes, _SKETCHED)
     elect = settings["joining"] == "elect"
-    columns, parameters = _elected(merge) if elect else _summed(merge)
+    columns, parameters = _elect(merge) if elect else _sum(merge)
     parameters = {"density": _share(density, sizes), "rescale": False, **parameters}
     if elect and settings["name"] != "breadcrumbs":
         return merge.config("ties", columns, parameters, *notes)
@@ -309,19 +309,20 @@ def _sparse(merge: _Merge) -> MergekitConfig:
         )
     gone = min(gamma, 1 - density)
     whole = all(
-        _kept(density + gone, n) - _kept(gone, n) == _kept(density, n) for n in sizes.values()
+        _count_kept(density + gone, n) - _count_kept(gone, n) == _count_kept(density, n)
+        for n in sizes.values()
     )
     notes = notes if whole else (*notes, _ROUNDED)
     method = "breadcrumbs_ties" if elect else "breadcrumbs"
     return merge.config(method, columns, {**parameters, "gamma": _share(gamma, sizes)}, *notes)
 
 
-def _summed(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _sum(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     scale = float(merge.settings["scale"])
     return merge.columns(), {"normalize": False, "lambda": scale}
 
 
-def _elected(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _elect(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Return weights and parameters for an election.
 
     mergekit elects by the mass of the weighted task vectors and divides by the weights that agree,
@@ -355,7 +356,7 @@ def _rows(merge: _Merge) -> list[tuple[float, ...]]:
     return [c for c in merge.table.values() if c]
 
 
-def _kept(share: float, total: int) -> int:
+def _count_kept(share: float, total: int) -> int:
     return min(int(share * total * _ROUNDING), total)
 
 
@@ -364,7 +365,7 @@ def _share(share: float, sizes: Mapping[str, int]) -> float:
 
     In floating point .29 * 100 is a little less than 29, and mergekit rounds it down to 28.
     """
-    exact = all(int(share * n) == _kept(share, n) for n in sizes.values())
+    exact = all(int(share * n) == _count_kept(share, n) for n in sizes.values())
     return share if exact else share * _ROUNDING
 
 

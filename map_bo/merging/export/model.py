@@ -302,7 +302,7 @@ def write_model(
             f"safetensors has no dtype for {listed(unwritable)}",
             hint="convert the base and the experts to float32",
         )
-    carried = _carried(base.directory)
+    carried = _carry(base.directory)
     with writing(target):
         remove_stale_drafts(target)
         require_space(target, layouts, carried)
@@ -376,7 +376,7 @@ def require_space(
         )
 
 
-def _carried(directory: Path | None) -> list[Path]:
+def _carry(directory: Path | None) -> list[Path]:
     if directory is None:
         return []
     found = {

@@ -145,7 +145,7 @@ class KernelMerge:
                 where it must not be, or ``out`` lives on another device.
         """
         layout, device = self.deltas.layout, self.deltas.device
-        c = self._checked(c)
+        c = self._check(c)
         if out.shape != (layout.size,) or out.device != device or not out.is_contiguous():
             raise MergeError(
                 f"the merged model would be written to {tuple(out.shape)} on {out.device}; the "
@@ -172,7 +172,7 @@ class KernelMerge:
             c: ``d`` coefficients.
             sink: Takes every piece, in any order.
         """
-        c = self._checked(c)
+        c = self._check(c)
         d = c.numel() - len(self._settings)
         settings = dict(zip(self._settings, c[d:].tolist(), strict=True))
         table = c[:d].view(-1, self._count).T.contiguous()
@@ -235,7 +235,7 @@ class KernelMerge:
         )
         return max(_SHORTEST, *units)
 
-    def _checked(self, c: Tensor) -> Tensor:
+    def _check(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count
         c = check_coefficients(c, d + len(self._settings))
         if self._signed:

@@ -66,7 +66,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, momentum: float | N
     try:
         with _training(model, layers.values(), momentum):
             count = _run(model, batches)
-        missed = [name for name, layer in layers.items() if not _reached(layer)]
+        missed = [name for name, layer in layers.items() if not _is_reached(layer)]
         if not count or len(missed) == len(layers):
             raise MergeError(
                 "there are no batches to recalibrate with"
@@ -174,7 +174,7 @@ def _restore(layer: _BatchNorm, values: Mapping[str, Tensor]) -> None:
             getattr(layer, kind).copy_(value)
 
 
-def _reached(layer: _BatchNorm) -> bool:
+def _is_reached(layer: _BatchNorm) -> bool:
     return layer.num_batches_tracked is not None and bool(layer.num_batches_tracked)
 
 
@@ -210,9 +210,9 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> int:
             inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
             try:
                 if isinstance(inputs, Mapping):
-                    model(**{name: _moved(value, device) for name, value in inputs.items()})
+                    model(**{name: _move(value, device) for name, value in inputs.items()})
                 else:
-                    model(_moved(inputs, device))
+                    model(_move(inputs, device))
             except Exception as error:
                 raise EvaluationError(
                     f"recalibration: on batch {count} the model raised {type(error).__name__}: "
@@ -224,7 +224,7 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> int:
     return count
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 

@@ -130,7 +130,7 @@ def fill(
         slot, floor = layout.slots[index], floors.get(index)
         least = None if floor is None else floor[start:stop]
         pre = require_finite(base.read(slot.name, start, stop), slot.name, "the base")
-        put(0, slot.offset + start, _narrowed(pre, dtype, slot.name, "the base"))
+        put(0, slot.offset + start, _narrow(pre, dtype, slot.name, "the base"))
         if least is not None:
             least.copy_(pre)
         stored: list[Tensor] | None = [] if distinct.unsure else None
@@ -140,7 +140,7 @@ def fill(
             if len(slot.shape) >= 2:
                 with locks[row]:
                     readers[i].similarity.add(pre.to(delta), delta)
-            kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
+            kept = _narrow(delta, dtype, slot.name, f"expert {names[i]!r}")
             put(1 + row, slot.offset + start, kept)
             if dtype == torch.float16:
                 lost[row].add(delta, kept)
@@ -161,7 +161,7 @@ def fill(
     )
     adapted: dict[int, AdaptedTensor] = {}
     for index, slot in enumerate(layout.slots) if adapters else ():
-        part = _adapted(slot, adapters, readers, dtype, device)
+        part = _adapt(slot, adapters, readers, dtype, device)
         if part is not None:
             adapted[index] = part
         for value in () if part is None or index not in floors else part.values.values():
@@ -194,7 +194,7 @@ class _Distinct:
     def add(self, pieces: Sequence[Tensor]) -> None:
         """Take in the same piece of all task vectors."""
         with self._lock:
-            self._groups = [part for group in self._groups for part in _parted(group, pieces)]
+            self._groups = [part for group in self._groups for part in _part(group, pieces)]
 
     def judge(self) -> None:
         """Refuse two that are the same."""
@@ -202,7 +202,7 @@ class _Distinct:
             raise _same(self._names[first], self._names[second])
 
 
-def _parted(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
+def _part(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
     parts: list[list[int]] = []
     for i in group:
         alike = (part for part in parts if torch.equal(pieces[part[0]], pieces[i]))
@@ -240,7 +240,7 @@ class _Lost:
             )
 
 
-def _narrowed(piece: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
+def _narrow(piece: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
     """Return a piece in the storage dtype.
 
     Raises:
@@ -280,7 +280,7 @@ def _require_distinct_adapters(names: tuple[str, ...], adapters: Mapping[int, Ad
             raise _same(other, names[i])
 
 
-def _adapted(
+def _adapt(
     slot: Slot,
     adapters: Mapping[int, Adapter],
     readers: Sequence[ExpertReader],
@@ -297,7 +297,7 @@ def _adapted(
         if change is not None and bool(change.B.any()) and bool(change.A.any()) and change.scale:
             changes[i] = change
         if value is not None and bool(value.any()):
-            values[i] = _narrowed(value, dtype, slot.name, f"expert {readers[i].label!r}")
+            values[i] = _narrow(value, dtype, slot.name, f"expert {readers[i].label!r}")
         readers[i].moved |= i in changes or i in values
     if not changes and not values:
         return None

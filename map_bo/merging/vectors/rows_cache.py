@@ -159,10 +159,10 @@ class MappedRows:
             self._memory.madvise(mmap.MADV_DONTNEED)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.entry, self.key, self.shape, self.dtype)
+        return _reopen, (self.entry, self.key, self.shape, self.dtype)
 
 
-def _reopened(entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype) -> MappedRows:
+def _reopen(entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype) -> MappedRows:
     try:
         return MappedRows.open(entry, key, shape, dtype)[0]
     except (OSError, ValueError) as error:
@@ -208,12 +208,12 @@ class RowsCache:
         """
         entry = self.folder / key
         # An entry that is there needs no right to write.
-        if (found := self._opened(entry, shape, dtype, warn=False)) is not None:
+        if (found := self._open(entry, shape, dtype, warn=False)) is not None:
             return found
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{key}.lock"):
-                if (found := self._opened(entry, shape, dtype, warn=True)) is not None:
+                if (found := self._open(entry, shape, dtype, warn=True)) is not None:
                     return found
                 for left in self.folder.glob(f".{key}.*.tmp"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
@@ -228,7 +228,7 @@ class RowsCache:
                     _sync_folder(self.folder)
                 finally:
                     shutil.rmtree(draft, ignore_errors=True)
-        found = self._opened(entry, shape, dtype, warn=True)
+        found = self._open(entry, shape, dtype, warn=True)
         if found is None:
             raise MergeError(
                 f"the task vectors were written to {entry} and cannot be read back",
@@ -236,7 +236,7 @@ class RowsCache:
             )
         return found
 
-    def _opened(
+    def _open(
         self, entry: Path, shape: tuple[int, int], dtype: torch.dtype, *, warn: bool
     ) -> tuple[MappedRows, Extras] | None:
         try:
@@ -361,14 +361,14 @@ def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
             else:
                 index, _, label = rest.partition(".")
                 parts.setdefault(int(index), {})[label] = tensor
-        adapted = {index: _adapted(part) for index, part in sorted(parts.items())}
+        adapted = {index: _adapt(part) for index, part in sorted(parts.items())}
         similarity = {int(i): sums for i, sums in about["likeness"].items()}
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path.name} is of something else") from error
     return about, Extras(fixed, floors, adapted, similarity)
 
 
-def _adapted(part: Mapping[str, Tensor]) -> AdaptedTensor:
+def _adapt(part: Mapping[str, Tensor]) -> AdaptedTensor:
     values = {
         int(label.removeprefix("value.")): tensor
         for label, tensor in part.items()

@@ -28,7 +28,7 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.merged.problem import MergedModelProblem
 
-__all__ = ["imported_problem", "named"]
+__all__ = ["import_callable", "imported_problem"]
 
 _DTYPES: dict[str, StorageDtype] = {
     "float32": torch.float32,
@@ -129,7 +129,7 @@ def imported_problem(
     if model is None and not Path(base).expanduser().exists():
         opened = open_checkpoint(base)
     return MergedModelProblem(
-        named(model, "problem.model") if model is not None else _architecture(opened),
+        import_callable(model, "problem.model") if model is not None else _architecture(opened),
         base=opened,
         experts=dict(experts),
         evaluators={
@@ -147,7 +147,7 @@ def imported_problem(
         vocabulary=vocabulary,
         recalibration=None
         if recalibration is None
-        else named(recalibration, "problem.recalibration"),
+        else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
     )
@@ -158,17 +158,17 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
         return where
     points = installed()["evaluator"].get(str(where), ())
     if not points:
-        return named(where, key)
+        return import_callable(where, key)
     if len(points) > 1:
         raise ConfigError(
             f"{key} {where!r} is registered by {' and '.join(map(origin, points))}",
             hint="write it as module:function",
         )
-    found = named(points[0].value, key)
+    found = import_callable(points[0].value, key)
     return found() if isinstance(found, type) else found
 
 
-def named(where: str, key: str) -> Callable[..., Any]:
+def import_callable(where: str, key: str) -> Callable[..., Any]:
     """Import ``module:attribute``, looking in the working directory first.
 
     Raises:

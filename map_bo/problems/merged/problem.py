@@ -22,7 +22,7 @@ from map_bo.evaluators.evaluator import (
     entry_of,
     measure,
     metrics_of,
-    named_metrics,
+    select_metrics,
 )
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import join_ties
@@ -365,7 +365,7 @@ class MergedModelProblem:
         Raises:
             DataError: When there is no such metric.
         """
-        metrics = named_metrics(self._metrics, names)
+        metrics = select_metrics(self._metrics, names)
         self._load()
         part = copy.copy(self)
         part._metrics = metrics
@@ -396,7 +396,7 @@ class MergedModelProblem:
                 "a space of your own says nothing about merging other experts",
                 hint="give lower and upper in place of space",
             )
-        metrics = named_metrics(self._metrics, names)
+        metrics = select_metrics(self._metrics, names)
         low, high = self._bounds
         return MergedModelProblem(
             self._architecture(),

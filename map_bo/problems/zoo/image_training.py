@@ -72,11 +72,11 @@ def select(name: str, root: str | Path | None = None) -> Selection:
     Raises:
         DataError: See :func:`map_bo.problems.zoo.image_sets.load_image_set`.
     """
-    return _selected(name, str(image_folder(root).resolve()))
+    return _select(name, str(image_folder(root).resolve()))
 
 
 @lru_cache(maxsize=8)
-def _selected(name: str, folder: str) -> Selection:
+def _select(name: str, folder: str) -> Selection:
     data = load_image_set(name, folder)
     generator = numpy_generator(make_generator(0), "images", name)
     chosen = generator.permutation(len(data.train))[:TRAIN_EXAMPLES]

@@ -12,7 +12,7 @@ from torch import nn
 from map_bo.errors import CheckpointError, ConfigError
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.operators.sparse import Ties
-from map_bo.problems.merged.imported import imported_problem, named
+from map_bo.problems.merged.imported import import_callable, imported_problem
 from map_bo.rng import make_generator
 from tests.merging.hub_server import cached
 
@@ -126,7 +126,7 @@ def test_task_vectors_are_kept_as_a_configuration_says(
 )
 def test_names_that_lead_nowhere_are_told(own: str, where: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        named(where.format(own=own), "problem.model")
+        import_callable(where.format(own=own), "problem.model")
     assert message in str(caught.value)
 
 
