@@ -22,7 +22,7 @@ from map_bo.loop.recommend import refit
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.problems.problem import Problem
-from map_bo.report.comparison.measured import Outcome, RunRecord, Status
+from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_tensor

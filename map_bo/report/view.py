@@ -1,4 +1,4 @@
-"""What a person may see of a run: one frozen view that every table, plot and page is made from."""
+"""The view of a run that every table, plot and page is made from."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ _SAME = 1e-9
 
 @dataclass(frozen=True, eq=False)
 class RunView:
-    """A run as the report shows it. Predicted and real values stay in fields of their own.
+    """A run as the report shows it; predicted and real values are separate fields.
 
     Attributes:
         title: What the run is called.
         space: The ``d`` coefficients.
-        front: ``k`` predicted trade-offs, with real values where they were verified.
+        front: ``k`` predicted points, with real values where they were verified.
         seen: Every evaluation in order, failures included: the search, then the verification.
         reference_point: ``m`` values in the metrics' own units.
         reference_rule: Where the reference point comes from, such as "worst of base and experts".
@@ -61,13 +61,14 @@ class RunView:
                 f"the front has metrics {[x.name for x in self.front.metrics]}, the evaluations "
                 f"{[x.name for x in self.seen.metrics]} and the reference point "
                 f"{len(point.flatten())} values",
-                hint="all three belong to one run and have the same metrics",
+                hint="take all three from one run, so that their metrics agree",
             )
         widths = (self.space.d, self.front.X.shape[-1], self.seen.X.shape[-1])
         if len(set(widths)) != 1:
             raise DataError(
                 f"the space has {widths[0]} coefficients, the front {widths[1]} and the "
-                f"evaluations {widths[2]}"
+                f"evaluations {widths[2]}",
+                hint="take all three from one run",
             )
 
     @property
@@ -78,7 +79,7 @@ class RunView:
 
 @dataclass(frozen=True, eq=False)
 class AnchorValue:
-    """A point that a user has without a search, and what was measured there.
+    """A baseline (base, expert or uniform blend) and its measured metrics.
 
     Attributes:
         name: ``"base"``, the expert's name, or ``"uniform blend"``.
@@ -111,8 +112,8 @@ def anchor_values(view: RunView) -> tuple[AnchorValue, ...]:
 def verification_rows(view: RunView) -> Tensor:
     """Return ``n`` booleans: which evaluations measured front points at the end of the run.
 
-    They are the last ``summary["verification"]["points"]`` rows; a view without that entry is
-    taken to have none.
+    They are the last ``summary["verification"]["points"]`` rows; a view without that entry has
+    none.
     """
     recorded = view.summary.get("verification") or {}
     points = min(int(recorded.get("points") or 0), len(view.seen))
@@ -120,7 +121,7 @@ def verification_rows(view: RunView) -> Tensor:
 
 
 def search_rows(view: RunView) -> Tensor:
-    """Return ``n`` booleans: successful evaluations of the search that are no anchors."""
+    """Return ``n`` booleans: successful evaluations of the search that are not anchors."""
     rows = view.seen.ok & ~verification_rows(view)
     for anchor in anchor_values(view):
         rows = rows & ~_matches(view.seen.X, view.seen.X[anchor.row])
@@ -162,10 +163,10 @@ def scaled_gains(values: Tensor, view: RunView) -> Tensor:
 
 
 def representative_rows(view: RunView, count: int = 7) -> list[int]:
-    """Return up to ``count`` rows of the front that stand for the whole of it.
+    """Return up to ``count`` rows of the front that represent all of it.
 
-    Verified points come first, for they show what a prediction is worth; then the most balanced
-    point (largest worst scaled gain), then one after another the point farthest from those
+    Verified points come first, because they show how good the predictions are; then the most
+    balanced point (largest worst scaled gain); then, again and again, the point farthest from those
     taken. The rows are returned from the best to the worst in the first metric.
     """
     front = view.front
