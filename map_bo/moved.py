@@ -21,6 +21,7 @@ _ROOT = "map_bo."
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
+        "app.comparing": "app.comparison",
         "app.exchange": "app.ax_commands",
         "loop.identity": "loop.state",
         "loop.observed": "loop.run",

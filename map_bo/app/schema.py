@@ -1,6 +1,6 @@
-"""The typed part of the configuration; what the YAML files under ``conf/`` must fit.
+"""The typed part of the configuration, which the YAML files under ``conf/`` must fit.
 
-Importing this costs nothing: no tensor library is loaded on the way to ``--help``.
+Importing this is cheap: no tensor library is loaded for ``--help``.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ __all__ = ["Config", "LoopConfig", "StopConfig", "register"]
 
 @dataclass
 class StopConfig:
-    """Mirror of :class:`map_bo.loop.stopping.Stop`; no criterion is no stopping rule."""
+    """Mirror of :class:`map_bo.loop.stopping.Stop`; without a criterion there is no rule."""
 
     criterion: str | None = None
     tolerance: float = 0.005

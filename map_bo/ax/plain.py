@@ -33,8 +33,7 @@ def to_plain(value: Any) -> Any:
     if not dataclasses.is_dataclass(value) or not kind.__module__.startswith(_PACKAGE):
         raise SamplerError(
             f"{kind.__module__}.{kind.__qualname__} cannot be stored in an Ax database",
-            hint="only samplers and surrogates of map_bo can; a node with another one can be used "
-            "in a client without a database",
+            hint="use a sampler and a surrogate of map_bo, or a client without a database",
         )
     fields = {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(kind) if f.init}
     return {"class": f"{kind.__module__}:{kind.__qualname__}", "fields": fields}
@@ -57,13 +56,13 @@ def from_plain(data: Any) -> Any:
     try:
         module, _, name = str(data["class"]).partition(":")
         if not module.startswith(_PACKAGE):
-            raise ValueError("it is not of this package")
+            raise ValueError("it is not a class of map_bo")
         kind = getattr(sys.modules.get(module) or import_module(module), name)
         if not (isinstance(kind, type) and dataclasses.is_dataclass(kind)):
-            raise ValueError("it is no data class")
+            raise ValueError("it is not a dataclass")
         return kind(**{key: from_plain(part) for key, part in data["fields"].items()})
     except (ImportError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise SamplerError(
             f"the stored settings {data.get('class')!r} cannot be built: {error}",
-            hint="they were stored by another version of map_bo",
+            hint="read them with the version of map_bo that stored them",
         ) from error

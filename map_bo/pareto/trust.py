@@ -68,13 +68,15 @@ class Coverage:
         """
         if len(X) == 0:
             raise SurrogateError(
-                "no evaluation has succeeded, so nothing is covered",
+                "no evaluation has succeeded, so no region is covered",
                 hint="evaluate the anchors first",
             )
         if slack is None:
             slack = _WITH_BLOCKS if space.blocks > 1 else 1.0
         if not slack > 0:
-            raise SurrogateError(f"slack is {slack}", hint="slack is positive; None is the default")
+            raise SurrogateError(
+                f"slack must be positive, got {slack}", hint="give None for the default"
+            )
         Z = space.normalise(X.double())
         centre = Z.mean(0)
         offset = Z - centre

@@ -140,7 +140,7 @@ def test_a_job_goes_on_with_another_tracking(
     assert run_job(composed("tracking=local"), job, TOLD) == value
     assert (job / "report.html").exists()
     assert (job / "events.jsonl").read_bytes() == events
-    monkeypatch.setattr("map_bo.app.jobs.mirrored", lambda directory: True)
+    monkeypatch.setattr("map_bo.app.jobs.is_mirrored", lambda directory: True)
     capsys.readouterr()
     run_job(composed("tracking=wandb"), job, TOLD)
     assert "already finished" in capsys.readouterr().out
@@ -163,7 +163,7 @@ def test_a_failing_job_leaves_its_reason_and_no_run(
     assert json.loads((job / "failure.json").read_text())["reason"]
     assert not (job / "events.jsonl").exists()
     assert "error: job:" in capsys.readouterr().err
-    # The job is mended and repeated.
+    # The job is fixed and repeated.
     run_job(composed(), job, TOLD)
     assert not (job / "failure.json").exists()
 

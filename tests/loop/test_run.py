@@ -254,9 +254,7 @@ def test_files_may_move_between_the_parts_of_a_run(tmp_path: Path) -> None:
 
 def test_a_wrong_reference_is_told_before_anything_is_evaluated(bowls: Bowls) -> None:
     for reference in ({"near a": 0.0}, {"near a": float("nan"), "far from b": 1.0}):
-        with pytest.raises(
-            ConfigError, match="must give one finite value per metric"
-        ):
+        with pytest.raises(ConfigError, match="must give one finite value per metric"):
             Run(bowls, quick(8, reference=reference), MemoryStore())
     assert not bowls.calls
 
@@ -265,9 +263,7 @@ def test_failures_cannot_be_reopened_under_a_front() -> None:
     problem = Bowls(fails=lambda number, x: "boom" if x.tolist() == [1.0, 0.0] else None)
     run = Run(problem, quick(8), MemoryStore())
     run.drive()
-    with pytest.raises(
-        StoreError, match="so failed evaluations cannot be repeated"
-    ):
+    with pytest.raises(StoreError, match="so failed evaluations cannot be repeated"):
         run.reopen_failures()
 
 

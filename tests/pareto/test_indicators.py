@@ -120,7 +120,7 @@ class TestHypervolume:
             hypervolume(torch.tensor([[torch.nan, 1.0]]), zeros(2))
         with pytest.raises(DataError, match="reference point has shape"):
             hypervolume(torch.ones(2, 3), zeros(2))
-        with pytest.raises(DataError, match="values have shape"):
+        with pytest.raises(DataError, match="values must be a matrix, got shape"):
             hypervolume(torch.ones(3), zeros(3))
 
 
@@ -242,7 +242,7 @@ class TestPreferences:
 
     def test_shapes_must_match(self) -> None:
         W = preference_weights(2, 2, generator=make_generator(0))
-        with pytest.raises(DataError, match="do not describe one front"):
+        with pytest.raises(DataError, match="which do not fit"):
             preference_regret(torch.ones(3, 2), torch.ones(4, 2), torch.ones(1, 2), W)
 
 
