@@ -64,7 +64,7 @@ class CoefficientSpace:
         upper: ``d`` upper bounds.
         constraints: Linear constraints on top of the box; the box and they must share a point.
         owner: For each coefficient the index of the expert that it scales; with one coefficient
-            an expert (the default) this is ``0 .. d-1``, with one an expert and block of layers
+            per expert (the default) this is ``0 .. d-1``, with one per expert and block of layers
             several coefficients share an owner. -1 is a setting of the merge operator, such as
             a density, that belongs to no expert.
         experts: Names of the experts; defaults to ``names``.
@@ -309,7 +309,7 @@ class CoefficientSpace:
         """Return the nearest points of the space (``n x d``, Euclidean).
 
         Exact for the box alone, for one constraint, and for several that share no coefficient
-        (one a block). Constraints that overlap go through Dykstra's alternating projections onto
+        (one per block). Constraints that overlap go through Dykstra's alternating projections onto
         the sets "box and one constraint", which converge to the nearest point of all of them.
         """
         if not self.constraints or not len(X):

@@ -145,13 +145,19 @@ def _build(config: DictConfig, key: str, group: str = "") -> Any:
         _check_keys(node, group)
         return instantiate(node, _convert_="all")
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{group}: {error}") from error
+        raise ConfigError(
+            f"{group} cannot be resolved: {error}",
+            hint=f"see its options with `map-bo run {group.partition('.')[0]}=NAME --cfg job`",
+        ) from error
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, MapBoError):
             raise cause from error
         reason = next(iter(str(cause or error).splitlines()), "") or type(cause).__name__
-        raise ConfigError(f"{group} cannot be built: {reason}") from error
+        raise ConfigError(
+            f"{group} cannot be built: {reason}",
+            hint=f"check the values below {group} in the configuration",
+        ) from error
 
 
 def _check_keys(node: Mapping[str, Any], path: str) -> None:

@@ -103,7 +103,7 @@ def experiment_names(path: str | Path) -> list[str]:
     """Return the names of the experiments in a file, without Ax and without changing it.
 
     Raises:
-        StoreError: When there is no such file, or it is no database of Ax.
+        StoreError: When there is no such file, or it is not a database of Ax.
     """
     file = Path(path)
     if not file.is_file():

@@ -44,7 +44,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An arm that is no observation, and why."""
+    """An arm that is not an observation, and the reason."""
 
     trial: int
     arm: str
@@ -169,7 +169,7 @@ def _matching(
 
 
 class _LeftOutError(Exception):
-    """Why an arm is no observation."""
+    """The reason why an arm is not an observation."""
 
 
 def _values(data: Data, names: Names) -> dict[tuple[int, str], dict[str, tuple[float, float]]]:

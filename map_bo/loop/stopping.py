@@ -109,7 +109,7 @@ class Stop:
         """Return the rule as plain data."""
         return asdict(self)
 
-    def reached(self, gains: Sequence[float]) -> str | None:
+    def reason(self, gains: Sequence[float]) -> str | None:
         """Return why the search stops after expected ``gains``, one per round; None to go on."""
         last = gains[-self.patience :]
         if len(last) < self.patience or max(last) > self.tolerance:

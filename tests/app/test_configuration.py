@@ -130,6 +130,12 @@ def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> 
                 assert OmegaConf.select(config, key) == yaml.safe_load(value.replace(":", ": "))
 
 
+def test_the_old_name_of_promote_is_still_an_option() -> None:
+    with pytest.warns(DeprecationWarning, match="is now nested.promote"):
+        nested = build_nested(composed("nested=fronts", "nested.hand_up=surrogate"))
+    assert nested == build_nested(composed("nested=fronts", "nested.promote=surrogate"))
+
+
 @pytest.mark.parametrize("name", sorted(set(GROUPS["nested"]) - {"none", "by_hand"}))
 def test_every_way_of_nesting_builds(name: str) -> None:
     assert isinstance(build_nested(composed(f"nested={name}")), Nested)
