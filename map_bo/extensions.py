@@ -14,7 +14,7 @@ Looking for entry points imports nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from types import MappingProxyType
 
@@ -34,17 +34,19 @@ GROUPS: Mapping[str, str] = MappingProxyType(
 """Group of the configuration -> group of entry points."""
 
 
-def installed(group: str) -> dict[str, tuple[EntryPoint, ...]]:
-    """Return the entry points of a group of the configuration by name, in the order of names.
+def installed() -> dict[str, dict[str, tuple[EntryPoint, ...]]]:
+    """Return the entry points by group of the configuration and by name.
 
     A name with several is registered by several packages.
     """
-    found: dict[str, list[EntryPoint]] = {}
-    for point in entry_points(group=GROUPS[group]):
-        same = found.setdefault(point.name, [])
-        if all(point.value != other.value for other in same):  # a package may be found twice
-            same.append(point)
-    return {name: tuple(found[name]) for name in sorted(found)}
+    found: dict[str, dict[str, tuple[EntryPoint, ...]]] = {group: {} for group in GROUPS}
+    points = entry_points()  # all groups at once: every package is looked at each time
+    for group, theirs in GROUPS.items():
+        for point in sorted(points.select(group=theirs), key=lambda point: point.name):
+            same = found[group].get(point.name, ())
+            if point.value not in [other.value for other in same]:  # a package may be found twice
+                found[group][point.name] = (*same, point)
+    return found
 
 
 def origin(point: EntryPoint) -> str:
@@ -59,15 +61,16 @@ def is_registered(module: str, qualname: str) -> bool:
     entry points of the same top-level package are loaded to find out.
     """
     package = module.partition(".")[0]
-    candidates = [point for point in _all() if point.module.partition(".")[0] == package]
+    candidates = [
+        point
+        for names in installed().values()
+        for same in names.values()
+        for point in same
+        if point.module.partition(".")[0] == package
+    ]
     if any((point.module, point.attr) == (module, qualname) for point in candidates):
         return True
     return any(_leads_to(point, module, qualname) for point in candidates)
-
-
-def _all() -> Iterator[EntryPoint]:
-    for group in GROUPS.values():
-        yield from entry_points(group=group)
 
 
 def _leads_to(point: EntryPoint, module: str, qualname: str) -> bool:

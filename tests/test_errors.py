@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+from collections.abc import Iterable
 from importlib import import_module
 
 import pytest
@@ -54,3 +55,20 @@ def test_what_an_option_needs_is_named_when_its_settings_are_made(
 def test_a_reason_is_message_and_hint_on_one_line() -> None:
     assert errors.DataError("a is 2", hint="use 1").reason == "a is 2 (hint: use 1)"
     assert errors.DataError("a is 2").reason == "a is 2"
+
+
+@pytest.mark.parametrize(
+    ("word", "known", "before", "hint"),
+    [
+        ("smapler", ["seed", "sampler"], "", "did you mean 'sampler'?"),
+        ("anchor", ["anchors"], "sampler.", "did you mean 'sampler.anchors'?"),
+        ("x", ["seed", "sampler"], "", "choose from seed, sampler"),
+        ("x", {"anchors": 1}, "sampler.", "choose from sampler.anchors"),
+        (3, ("a",), "", "choose from a"),
+        (None, [], "", "there are none"),
+    ],
+)
+def test_a_hint_names_what_was_meant_or_what_there_is(
+    word: object, known: Iterable[str], before: str, hint: str
+) -> None:
+    assert errors.did_you_mean(word, known, before=before) == hint

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, looking_through
 from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = [
@@ -48,6 +48,13 @@ class Parts:
     surrogate: Surrogate | None = None
     solver: FrontSolver | None = None
     guard: bool = True
+
+    @property
+    def run_sampler(self) -> Sampler | None:
+        """The sampler as a run uses it: through the surrogate, unless it has its own."""
+        if self.sampler is None or self.surrogate is None:
+            return self.sampler
+        return looking_through(self.sampler, self.surrogate)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,8 @@ class Method:
         It is described for a fixed number of evaluations: all its budgets belong to one cell.
         """
         parts = self.make(12)
-        told = {name: _told(getattr(parts, name)) for name in ("sampler", "surrogate", "solver")}
+        told = {name: _told(getattr(parts, name)) for name in ("surrogate", "solver")}
+        told["sampler"] = _told(parts.run_sampler)
         plain = {"answer", "anytime", "box", "noise", "refine"}
         if VERSION > 1 and self.answer == "front":
             told["version"] = str(VERSION)
@@ -152,8 +160,6 @@ def everywhere(thing: Any, **values: Any) -> Any:
         old = getattr(thing, field.name)
         if field.name in values:
             new[field.name] = values[field.name]
-        elif field.name == "surrogate" and old is None:
-            new[field.name] = everywhere(part("surrogates.quadratic:Quadratic", 0), **values)
         elif isinstance(old, tuple):
             new[field.name] = tuple(
                 tuple(everywhere(inner, **values) for inner in item)
@@ -207,8 +213,10 @@ def unguarded(budget: int) -> Parts:
 
 
 def unprior(budget: int) -> Parts:
-    """Return the default with the published, unregularised fit for the front."""
-    return swapped(budget, surrogate="surrogates.published:PublishedQuadratic")
+    """Return the default with the published, unregularised fit for the front alone."""
+    before = default(budget)
+    published = part("surrogates.published:PublishedQuadratic", budget)
+    return dataclasses.replace(before, sampler=before.run_sampler, surrogate=published)
 
 
 def matched(sampler: str, surrogate: str, budget: int) -> Parts:

@@ -193,12 +193,13 @@ def _search(
 ) -> tuple[Observations, float]:
     """Return all observations up to ``stop`` and the seconds spent on proposals."""
     root = make_generator(seed)
-    assert parts.sampler is not None
+    sampler = parts.run_sampler
+    assert sampler is not None
     while len(seen) < stop:
         count = min(batch_at(len(seen)), stop - len(seen))
         known = shown(seen, entry)
         start = time.perf_counter()
-        X = parts.sampler.propose(known, problem.space, count, generator=child(root, "propose"))
+        X = sampler.propose(known, problem.space, count, generator=child(root, "propose"))
         X = problem.space.check(X)
         seconds += time.perf_counter() - start
         seen = _measure(problem, X, seed, seen)

@@ -49,9 +49,9 @@ class MapBoNode(ExternalGenerationNode):
     """A node that asks one of our samplers for the next point.
 
     In an experiment that was exported from a run it knows the run's space, metrics and seed, and
-    proposes what the run itself would. In any other it takes the space from the search space and
-    the metrics, as unbounded ones, from the objective; objective thresholds become the sampler's
-    reference point.
+    with the run's sampler and surrogate it proposes what the run itself would. In any other it
+    takes the space from the search space and the metrics, as unbounded ones, from the objective;
+    objective thresholds become the sampler's reference point.
 
     Args:
         sampler: The sampler; the default one if left out.
@@ -82,8 +82,8 @@ class MapBoNode(ExternalGenerationNode):
         super().__init__(
             name=name, should_deduplicate=False, transition_criteria=transition_criteria
         )
-        chosen = Adaptive() if sampler is None else sampler
-        self.sampler: Sampler = looking_through(chosen, surrogate or Auto())
+        self.sampler: Sampler = Adaptive() if sampler is None else sampler
+        self.surrogate = surrogate
         self.seed = seed
         self.space = space
         self.metrics = None if metrics is None else tuple(metrics)
@@ -100,7 +100,8 @@ class MapBoNode(ExternalGenerationNode):
             self._space = self.space or _space_of(experiment, kept)
             self._metrics = self.metrics or _metrics_of(experiment, kept)
             self._names = names_in(experiment, self._space, self._metrics)
-            self._sampler = _with_reference(self.sampler, experiment, self._metrics, self._names)
+            through = looking_through(self.sampler, self.surrogate or Auto())
+            self._sampler = _with_reference(through, experiment, self._metrics, self._names)
         found = observations_of(experiment, self._space, self._metrics, data=data)
         self._seen: Observations = found.observations
         seed = kept.get("seed") if self.seed is None else self.seed
@@ -145,6 +146,7 @@ class MapBoNode(ExternalGenerationNode):
         """
         return {
             "sampler": to_plain(obj.sampler),
+            "surrogate": to_plain(obj.surrogate),
             "seed": obj.seed,
             "space": None if obj.space is None else obj.space.describe(),
             "metrics": None if obj.metrics is None else [encode_metric(m) for m in obj.metrics],
@@ -176,6 +178,8 @@ class MapBoNode(ExternalGenerationNode):
         space, metrics = args["space"], args["metrics"]
         return {
             "sampler": from_plain(args["sampler"], trust=cls.trusted),
+            # version 0.1 stored none
+            "surrogate": from_plain(args.get("surrogate"), trust=cls.trusted),
             "seed": args["seed"],
             "space": None if space is None else CoefficientSpace.from_description(space),
             "metrics": None if metrics is None else [decode_metric(metric) for metric in metrics],
@@ -224,8 +228,8 @@ def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpa
             or parameter.logit_scale
         ):
             raise SamplerError(
-                f"parameter {parameter.name!r} is no range of real numbers on a linear scale",
-                hint="map_bo searches coefficients between two bounds",
+                f"parameter {parameter.name!r} is not a range of real numbers on a linear scale",
+                hint="give it a lower and an upper bound, as for every coefficient",
             )
     names = tuple(parameter.name for parameter in parameters)
     space = CoefficientSpace(
@@ -256,8 +260,8 @@ def _metrics_of(experiment: Experiment, kept: Mapping[str, Any]) -> tuple[Metric
         )
     if config.objective.is_scalarized_objective or config.outcome_constraints:
         raise SamplerError(
-            "the experiment has a weighted objective or outcome constraints, which map_bo's "
-            "samplers do not know",
+            "the experiment has a weighted objective or outcome constraints, which the samplers of "
+            "map_bo do not support",
             hint="name the metrics one by one: client.configure_optimization('a, -b')",
         )
     run = dict(zip(kept.get("metric_names", ()), kept.get("metrics", ()), strict=True))

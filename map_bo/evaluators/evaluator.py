@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.data import Metric, check_metrics
-from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError
+from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError, did_you_mean
 
 __all__ = [
     "Accuracy",
@@ -324,7 +324,7 @@ def select_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Met
     known = {metric.name: metric for metric in metrics}
     for name in names:
         if name not in known:
-            raise DataError(f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}")
+            raise DataError(f"there is no metric {name!r}", hint=did_you_mean(name, known))
     return tuple(known[name] for name in names)
 
 

@@ -1,22 +1,42 @@
-"""Settings of a run: budget, batch, verification, failures; and the parts that do the work."""
+"""Settings of a run: budget, batch, verification, failures; and the parts that do the work.
+
+Importing this costs nothing, because the configuration's schema is made from it on the way to
+``--help``: the parts, and with them the tensor libraries, are loaded when settings are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
-from map_bo.pareto.gradient import GradientSolver
-from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior.driven import with_reference
-from map_bo.samplers.sampler import Sampler, looking_through
-from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.surrogate import Surrogate
+
+if TYPE_CHECKING:
+    from map_bo.pareto.solver import FrontSolver
+    from map_bo.samplers.sampler import Sampler
+    from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
+
+
+def _sampler() -> Sampler:
+    from map_bo.samplers.adaptive import Adaptive
+
+    return Adaptive()
+
+
+def _surrogate() -> Surrogate:
+    from map_bo.surrogates.auto import Auto
+
+    return Auto()
+
+
+def _solver() -> FrontSolver:
+    from map_bo.pareto.gradient import GradientSolver
+
+    return GradientSolver()
 
 
 @dataclass(frozen=True)
@@ -51,9 +71,9 @@ class Settings:
 
     budget: int
     seed: int = 0
-    sampler: Sampler = field(default_factory=Adaptive)
-    surrogate: Surrogate = field(default_factory=Auto)
-    solver: FrontSolver = field(default_factory=GradientSolver)
+    sampler: Sampler = field(default_factory=_sampler)
+    surrogate: Surrogate = field(default_factory=_surrogate)
+    solver: FrontSolver = field(default_factory=_solver)
     batch: int = 1
     verify: int | None = None
     verify_extra: bool = False
@@ -101,6 +121,8 @@ class Settings:
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
         if self.reference is not None:
+            from map_bo.samplers.posterior.driven import with_reference
+
             object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
         assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
@@ -124,6 +146,8 @@ class Settings:
     @property
     def run_sampler(self) -> Sampler:
         """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
+        from map_bo.samplers.sampler import looking_through
+
         return looking_through(self.sampler, self.surrogate)
 
     @property

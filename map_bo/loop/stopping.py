@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import ConfigError, did_you_mean
-from map_bo.space import CoefficientSpace
+
+if TYPE_CHECKING:
+    from map_bo.space import CoefficientSpace
 
 __all__ = ["Criterion", "Stop", "notes_on", "stop_record"]
 
@@ -99,7 +101,7 @@ class Stop:
             return self.least
         return max(2 * (len(space.experts) or space.d) + 2, 10)
 
-    def reached(self, gains: Sequence[float]) -> str | None:
+    def reason(self, gains: Sequence[float]) -> str | None:
         """Return why the search stops after expected ``gains``, one per round; None to go on."""
         last = gains[-self.patience :]
         if len(last) < self.patience or max(last) > self.tolerance:

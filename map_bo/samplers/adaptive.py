@@ -52,6 +52,14 @@ class Adaptive:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
         return replace(self, surrogate=surrogate)
 
+    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Adaptive:
+        """Return the sampler with this surrogate; the name of `with_surrogate` in version 0.1."""
+        return replace(
+            self,
+            acquisition=self.acquisition.fitting(surrogate, initial=initial),
+            surrogate=surrogate,
+        )
+
     def without_design(self) -> Adaptive:
         """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""
         return replace(self, acquisition=self.acquisition.without_design())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from map_bo.app.build import (
     working_directory,
 )
 from map_bo.app.jobs import RENAMED
-from map_bo.app.schema import Config, register
+from map_bo.app.schema import register
 from map_bo.errors import ConfigError, DataError, SamplerError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.run import Run
@@ -31,6 +32,7 @@ from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.nested.optimize import nested_run
 from map_bo.nested.settings import Nested
+from map_bo.plain import to_plain
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
@@ -170,6 +172,12 @@ def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> 
                 assert OmegaConf.select(config, key) == yaml.safe_load(value.replace(":", ": "))
 
 
+def test_the_old_name_of_promote_is_still_an_option() -> None:
+    with pytest.warns(DeprecationWarning, match="is now nested.promote"):
+        nested = build_nested(composed("nested=fronts", "nested.hand_up=surrogate"))
+    assert nested == build_nested(composed("nested=fronts", "nested.promote=surrogate"))
+
+
 @pytest.mark.parametrize("name", sorted(set(GROUPS["nested"]) - {"none", "by_hand"}))
 def test_every_way_of_nesting_builds(name: str) -> None:
     assert isinstance(build_nested(composed(f"nested={name}")), Nested)
@@ -184,18 +192,40 @@ def test_a_tree_by_hand_has_to_be_given() -> None:
     assert built.tree == [["rot90", "invert"], ["flip", "permute"]]
 
 
-def test_the_schema_and_the_settings_agree() -> None:
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config).loop)
-    parts = {"seed", "sampler", "surrogate", "solver"}
-    assert set(schema) == set(Settings(budget=24).__dataclass_fields__) - parts
-    defaults: Any = composed().loop
+def test_the_composed_defaults_are_those_of_the_settings() -> None:
+    loop: Any = OmegaConf.to_container(composed().loop)
     fresh = Settings(budget=24)
-    plain = {key: getattr(fresh, key) for key in schema}
+    parts = {"seed", "sampler", "surrogate", "solver"}
+    assert set(loop) == {one.name for one in fields(Settings)} - parts
     # A rule is a node of its own; without a criterion it is no rule.
-    assert set(schema["stop"]) == set(Stop.__dataclass_fields__)
-    assert plain["stop"] is None
-    plain["stop"] = {**asdict(Stop()), "criterion": None}
-    assert {key: defaults[key] for key in schema} == plain
+    assert loop.pop("stop") == {**asdict(Stop()), "criterion": None}
+    assert fresh.stop is None
+    assert loop == {key: getattr(fresh, key) for key in loop}
+    assert composed().seed == fresh.seed
+    built = build_settings(composed())
+    assert [getattr(built, key) for key in loop] == [getattr(fresh, key) for key in loop]
+    assert to_plain(built.surrogate) == to_plain(fresh.surrogate)
+    assert to_plain(built.sampler) == to_plain(fresh.sampler)
+    assert to_plain(built.solver) == to_plain(fresh.solver)
+
+
+def test_the_configuration_repeats_no_default_and_describes_every_option() -> None:
+    text = (CONF / "config.yaml").read_text()
+    assert yaml.safe_load(text)["loop"] == {"budget": 24}
+    described = set(re.findall(r"^#   (loop[.\w]*) {2,}\S", text, re.MULTILINE)) | {"loop.budget"}
+    options = {f"loop.{one.name}" for one in fields(Settings)}
+    options -= {"loop.seed", "loop.sampler", "loop.surrogate", "loop.solver"}
+    assert described == options | {f"loop.stop.{one.name}" for one in fields(Stop)}
+
+
+def test_the_types_of_the_schema_are_those_of_the_settings() -> None:
+    for wrong in ("loop.batch=many", "loop.guard=3.5", "loop.stop.patience=x", "loop.timeout=soon"):
+        with pytest.raises(ConfigCompositionException):
+            composed(wrong)
+    assert composed("loop.timeout=3").loop.timeout == 3.0
+    assert composed("loop.reference={a: 1}").loop.reference == {"a": 1}
+    with pytest.raises(ConfigCompositionException):
+        composed("loop.bacth=2")
 
 
 @pytest.mark.parametrize(
@@ -266,11 +296,15 @@ def test_a_run_recorded_before_there_were_trackers_has_the_local_files() -> None
     ("overrides", "message", "hint"),
     [
         (["tracking=wandb", "+tracking.wandb.projekt=x"], "no option 'projekt'", "project"),
-        (["tracking=wandb", "tracking.wandb.mode=of"], "mode of wandb is 'of'", "offline"),
+        (
+            ["tracking=wandb", "tracking.wandb.mode=of"],
+            r"mode of wandb must be .*, got 'of'",
+            "offline",
+        ),
         (["+tracking.mine={a: 1}"], "tracking.mine has no _target_", "tracking=NAME"),
         (
             ["+tracking.mine={_target_: map_bo.rng.make_generator, seed: 3}"],
-            "tracking.mine gives a Generator, which is no tracker",
+            r"tracking\.mine must build a tracker, and builds a Generator",
             "tracking=none, local, wandb",
         ),
     ],
@@ -284,7 +318,7 @@ def test_a_wrong_tracker_is_told(overrides: list[str], message: str, hint: str) 
 def test_what_is_not_a_problem_is_told() -> None:
     config = composed()
     config.problem = {"_target_": "map_bo.rng.make_generator", "seed": 3}
-    with pytest.raises(ConfigError, match="which is not a problem"):
+    with pytest.raises(ConfigError, match=r"must build a problem, and .* builds a Generator"):
         build_problem(config)
 
 
@@ -299,7 +333,7 @@ def test_a_typo_gets_a_suggestion() -> None:
     assert "sampler" in caught.value.message
     with pytest.raises(ConfigError) as caught:
         build_settings(composed("sampler=sobol", "+sampler.anchor=true"))
-    assert caught.value.hint == "did you mean sampler.anchors?"
+    assert caught.value.hint == "did you mean 'sampler.anchors'?"
 
 
 def test_the_working_directory_is_restored(tmp_path: Path) -> None:

@@ -85,6 +85,13 @@ def test_its_surrogate_is_handed_on_to_the_acquisition() -> None:
     assert Adaptive(SMALL).without_design().acquisition.initial == 0
 
 
+def test_the_name_of_version_0_1_works_and_warns() -> None:
+    for sampler in (Adaptive(SMALL), SMALL):
+        with pytest.warns(DeprecationWarning, match="fitting is now with_surrogate"):
+            found = sampler.fitting(GP(), initial=0)
+        assert found == sampler.with_surrogate(GP()).without_design()
+
+
 def test_a_name_is_not_the_settings_of_a_surrogate() -> None:
     with pytest.raises(SamplerError, match="settings of a surrogate, got 'gp'") as caught:
         Adaptive(surrogate="gp")  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def test_every_sampler_that_looks_through_a_posterior_is_known() -> None:
     }
 
 
-@pytest.mark.parametrize("name", set(SEEING) - {"bins_published"})
+@pytest.mark.parametrize("name", sorted(set(SEEING) - {"bins_published"}))
 def test_it_looks_through_the_surrogate_of_the_run(name: str) -> None:
     sampler = SEEING[name]
     assert sampler.surrogate is None
@@ -88,7 +88,7 @@ def test_runs_with_surrogates_that_disagree_propose_differently(name: str) -> No
     assert torch.equal(own, right)
 
 
-@pytest.mark.parametrize("name", set(SEEING) - {"bins"})
+@pytest.mark.parametrize("name", sorted(set(SEEING) - {"bins"}))
 def test_the_smallest_surrogate_is_enough(name: str) -> None:
     box = SPACES["box"]
     sampler = SEEING[name].with_surrogate(Plain())

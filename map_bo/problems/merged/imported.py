@@ -18,6 +18,8 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.extensions import installed, origin
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.blocks import HasBlocks
@@ -41,7 +43,7 @@ def imported_problem(
     *,
     base: str,
     experts: Mapping[str, str],
-    evaluators: Mapping[str, str],
+    evaluators: Mapping[str, str | Evaluator],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
     lower: float = 0.0,
@@ -63,8 +65,9 @@ def imported_problem(
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
             `map_bo.open_checkpoint`).
         experts: The experts by name, likewise.
-        evaluators: ``module:callable`` by metric name; each takes the model and returns a float
-            or a :class:`~map_bo.evaluators.evaluator.Measurement`.
+        evaluators: ``module:callable`` by metric name, or the name of an evaluator that an
+            installed package registers (see :mod:`map_bo.extensions`); each takes the model and
+            returns a float or a :class:`~map_bo.evaluators.evaluator.Measurement`.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
             proportion to maximise) does not fit.
         operator: How to merge; task arithmetic when None.
@@ -130,7 +133,7 @@ def imported_problem(
         base=opened,
         experts=dict(experts),
         evaluators={
-            name: import_callable(where, f"problem.evaluators.{name}")
+            name: _evaluator(where, f"problem.evaluators.{name}")
             for name, where in evaluators.items()
         },
         metrics=described,
@@ -148,6 +151,21 @@ def imported_problem(
         max_memory=max_memory,
         cache_dir=cache_dir,
     )
+
+
+def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
+    if callable(where):  # built from a configuration of its own
+        return where
+    points = installed()["evaluator"].get(str(where), ())
+    if not points:
+        return import_callable(where, key)
+    if len(points) > 1:
+        raise ConfigError(
+            f"{key} {where!r} is registered by {' and '.join(map(origin, points))}",
+            hint="write it as module:function",
+        )
+    found = import_callable(points[0].value, key)
+    return found() if isinstance(found, type) else found
 
 
 def import_callable(where: str, key: str) -> Callable[..., Any]:

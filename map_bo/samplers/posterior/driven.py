@@ -48,6 +48,11 @@ _FAILURES = (
     ArithmeticError,
 )
 
+_FITTING = (
+    "fitting is now with_surrogate, and without_design for initial=0; the old name goes in "
+    "version 0.3"
+)
+
 _log = logging.getLogger(__name__)
 
 
@@ -231,6 +236,12 @@ class PosteriorDriven:
     def with_surrogate(self, surrogate: Surrogate) -> Self:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
         return replace(self, surrogate=surrogate)
+
+    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Self:
+        """Return the sampler with this surrogate; the name of `with_surrogate` in version 0.1."""
+        warnings.warn(_FITTING, DeprecationWarning, stacklevel=2)
+        found = self.with_surrogate(surrogate)
+        return found if initial is None else replace(found, initial=initial)
 
     def without_design(self) -> Self:
         """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""

@@ -245,7 +245,7 @@ def test_load_merged_and_export_are_the_same_model(kind: str, tmp_path: Path) ->
     assert torch.allclose(other(inputs(kind)), output, atol=1e-5)
     recipe = (folder / "recipe.yaml").read_text()
     assert "why: test" in recipe
-    assert "task_arithmetic" in recipe
+    assert "class: map_bo.merging.vectors.linear_merge:TaskArithmetic" in recipe
 
 
 def test_export_needs_no_task_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

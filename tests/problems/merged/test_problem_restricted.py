@@ -102,7 +102,7 @@ def test_a_metric_that_there_is_not_is_refused() -> None:
             tested.restricted(("first", "fourth"))
     with pytest.raises(DataError, match="there is no metric 'second'") as caught:
         part.restricted(("second",))
-    assert caught.value.hint == "metrics are first"
+    assert caught.value.hint == "choose from first"
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
