@@ -198,12 +198,12 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
         counts=_matrix(data["counts"], m),
         cost=decode_tensor(data["cost"]),
         failures=tuple(data["failures"]),
-        gradients=_slopes(data, "gradients"),
-        gradient_variance=_slopes(data, "gradient_variance"),
+        gradients=_gradients(data, "gradients"),
+        gradient_variance=_gradients(data, "gradient_variance"),
     )
 
 
-def _slopes(data: Mapping[str, Any], name: str) -> Tensor | None:
+def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
     return decode_tensor(data[name]) if data.get(name) else None
 
 
