@@ -56,7 +56,7 @@ class FewExamples:
 
     def __init__(self, problem: Problem, networks: MergedNetworks, count: int = FEW) -> None:
         if count < 1:
-            raise DataError(f"count is {count}", hint="use at least one example")
+            raise DataError(f"count must be positive, got {count}", hint="use at least one example")
         self.full, self.networks, self.count = problem, networks, count
 
     @property

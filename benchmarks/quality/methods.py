@@ -235,7 +235,9 @@ def proposing(surrogate: str, budget: int) -> Parts:
     Both are named, so that nothing here depends on what a sampler takes when it is given none.
     """
     acquisition = part(
-        "samplers.front_uncertainty:FrontUncertainty", budget, surrogate=part(surrogate, budget)
+        "samplers.posterior.front_uncertainty:FrontUncertainty",
+        budget,
+        surrogate=part(surrogate, budget),
     )
     sampler = part("samplers.adaptive:Adaptive", budget, acquisition=acquisition)
     return dataclasses.replace(
@@ -273,8 +275,8 @@ _SURROGATES = {
 PROPOSALS = {
     "proposals-auto": "surrogates.auto:Auto",
     "proposals-quadratic": "surrogates.quadratic:Quadratic",
-    "proposals-hybrid": "surrogates.hybrid:Hybrid",
-    "proposals-gp": "surrogates.gp:GP",
+    "proposals-hybrid": "surrogates.processes.hybrid:Hybrid",
+    "proposals-gp": "surrogates.processes.gp:GP",
 }
 """Name of a method -> the surrogate that its proposals rest on; all solve their front on auto."""
 _EXTERNAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {

@@ -150,14 +150,14 @@ def test_once_recorded_the_file_is_not_needed_any_more(started: Path, tmp_path: 
         (["export", "{run}", "--to", "/proc/x.db"], "cannot be written"),
         (["export", "{run}", "--to", "text"], "exists and is not overwritten"),
         (["export", "{fresh}", "--to", "x.db"], "no evaluation yet"),
-        (["import", "text", "--into", "{run}"], "no database of Ax"),
+        (["import", "text", "--into", "{run}"], "is not a database of Ax"),
         (["import", "missing.db", "--into", "{run}"], "there is no file"),
         (["import", "text", "--into", "nowhere"], "holds no run"),
         (["import", "text"], "--into"),
-        (["import", "other.db", "--into", "{run}"], "has no parameters rot90"),
+        (["import", "other.db", "--into", "{run}"], "lacks the parameters rot90"),
         (["import", "other.db", "--into", "{run}", "--name", "x"], "holds no experiment 'x'"),
-        (["run", *SMALL, "start_from=text", "hydra.run.dir=new"], "no database of Ax"),
-        (["run", *SMALL, "start_from=other.db", "hydra.run.dir=new"], "has no parameters"),
+        (["run", *SMALL, "start_from=text", "hydra.run.dir=new"], "is not a database of Ax"),
+        (["run", *SMALL, "start_from=other.db", "hydra.run.dir=new"], "lacks the parameters"),
     ],
 )
 def test_a_users_mistake_is_one_clear_error(

@@ -232,10 +232,19 @@ def test_resume_goes_on_where_the_record_ends(
         (["run", "tracking=tensorboard"], "wandb"),
         (["run", "tracking=wandb", "tracking.wandb.mode=of"], "offline"),
         (["run", "a b c="], "a b c"),
-        (["run", *SMALL, "operator=ties", "operator.density=2"], "hint: give a share in [0, 1]"),
-        (["run", *SMALL, "operator=ties", "operator.trim=layer"], "hint: one of global, tensor"),
+        (
+            ["run", *SMALL, "operator=ties", "operator.density=2"],
+            "density must be a share in [0, 1], got 2",
+        ),
+        (
+            ["run", *SMALL, "operator=ties", "operator.trim=layer"],
+            "trim must be one of global, tensor, got 'layer'",
+        ),
         (["run", *SMALL, "operator=ties", "operator.search=[trim]"], "cannot search 'trim'"),
-        (["run", *SMALL, "operator=dare", "operator.seed=x"], "hint: give a whole number"),
+        (
+            ["run", *SMALL, "operator=dare", "operator.seed=x"],
+            "seed must be a whole number, got 'x'",
+        ),
         (["run", *SMALL, "operator=consensus", "operator.agreement=7"], "7 tasks must agree"),
         (["run", *SMALL, "operator=slerp", "problem.lower=-1"], "hint: use a lower bound of 0"),
         (["run", *SMALL, "operator=ties", "operator.blocks={a: nothing}"], "to no block"),

@@ -82,5 +82,5 @@ def test_surrogates_are_surer_of_what_is_measured_on_the_same_examples(
 def test_a_metric_says_only_what_examples_can_be() -> None:
     from map_bo.errors import DataError
 
-    with pytest.raises(DataError, match="examples 'few'"):
+    with pytest.raises(DataError, match="must be 'same' or 'fresh', got 'few'"):
         Metric("a", examples="few")  # type: ignore[arg-type]
