@@ -56,21 +56,22 @@ class Metric:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise DataError("a metric has no name", hint="give every metric a name of its own")
+            raise DataError("a metric has no name", hint="give each metric a name of its own")
         if self.direction not in ("max", "min"):
             raise DataError(
-                f"metric {self.name!r} has direction {self.direction!r}",
-                hint="directions are 'max' and 'min'",
+                f"direction of metric {self.name!r} must be 'max' or 'min', got {self.direction!r}",
+                hint="give 'max' if larger is better, else 'min'",
             )
         if self.kind not in ("proportion", "loss", "unbounded"):
             raise DataError(
-                f"metric {self.name!r} has kind {self.kind!r}",
-                hint="kinds are 'proportion', 'loss' and 'unbounded'",
+                f"metric {self.name!r} has the unknown kind {self.kind!r}",
+                hint="choose 'proportion', 'loss' or 'unbounded'",
             )
         if self.examples not in ("same", "fresh", None):
             raise DataError(
-                f"metric {self.name!r} has examples {self.examples!r}",
-                hint="examples are 'same' or 'fresh'; leave it out when neither is known",
+                f"examples of metric {self.name!r} must be 'same' or 'fresh', got "
+                f"{self.examples!r}",
+                hint="leave it out when neither is known",
             )
         if self.kind in ("proportion", "loss") and self.lower is None:
             object.__setattr__(self, "lower", 0.0)
@@ -78,8 +79,9 @@ class Metric:
             object.__setattr__(self, "upper", 1.0)
         if self.lower is not None and self.upper is not None and not self.lower < self.upper:
             raise DataError(
-                f"metric {self.name!r} has bounds [{self.lower}, {self.upper}]",
-                hint="lower must be smaller than upper",
+                f"lower must be smaller than upper, got [{self.lower}, {self.upper}] for metric "
+                f"{self.name!r}",
+                hint="swap the bounds, or leave out the one that does not exist",
             )
 
 
@@ -105,7 +107,10 @@ def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
         raise DataError("there are no metrics", hint="give at least one metric to optimise")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise DataError(f"metric names appear twice: {', '.join(twice)}", hint="rename one")
+        raise DataError(
+            f"metric names appear twice: {', '.join(twice)}",
+            hint="give each metric a name of its own",
+        )
     return tuple(metrics)
 
 
@@ -158,38 +163,52 @@ class Observations:
             raise DataError(
                 f"X has shape {tuple(self.X.shape)} and Y {tuple(self.Y.shape)}; "
                 "both need two dimensions",
-                hint="X is n x d (one row an evaluation), Y is n x m (one column a metric)",
+                hint="give X as n x d and Y as n x m, with one row per evaluation and one column "
+                "per metric of Y",
             )
         n, m = len(self.X), len(self.metrics)
         if self.Y.shape != (n, m):
             raise DataError(
                 f"Y has shape {tuple(self.Y.shape)} for {n} evaluations of {m} metrics",
-                hint=f"return one row an evaluation and one column for each of "
+                hint=f"return one row per evaluation and one column for each of "
                 f"{', '.join(metric.name for metric in self.metrics)}",
             )
         for name in ("Yvar", "counts"):
             value = getattr(self, name)
             value = torch.full_like(self.Y, torch.nan) if value is None else _double(value)
             if value.shape != self.Y.shape:
-                raise DataError(f"{name} has shape {tuple(value.shape)}, Y {tuple(self.Y.shape)}")
+                raise DataError(
+                    f"{name} has shape {tuple(value.shape)}, and Y {tuple(self.Y.shape)}",
+                    hint=f"give {name} the shape of Y",
+                )
             put(self, name, value)
         put(self, "cost", torch.zeros(n).double() if self.cost is None else _double(self.cost))
         put(self, "failures", (None,) * n if self.failures is None else tuple(self.failures))
         if self.cost.shape != (n,) or len(self.failures) != n:
-            raise DataError(f"cost and failures need one entry for each of the {n} evaluations")
+            raise DataError(
+                f"cost has {len(self.cost)} and failures {len(self.failures)} entries for {n} "
+                "evaluations",
+                hint="give one entry per evaluation",
+            )
         if not bool(torch.isfinite(self.X).all()):
-            raise DataError("X holds NaN or infinity", hint="coefficients are finite numbers")
+            raise DataError("X holds NaN or infinity", hint="give finite coefficients")
         bad = ~torch.isfinite(self.Y).all(-1) & self.ok
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
             raise DataError(
                 f"row {rows[0]} of Y holds NaN or infinity: {self.Y[rows[0]].tolist()}",
-                hint="record the row as failed: put the reason in `failures`",
+                hint="record the row as a failed one: put the reason in `failures`",
             )
         if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
-            raise DataError("Yvar holds negative or infinite variances")
+            raise DataError(
+                "Yvar holds negative or infinite variances",
+                hint="use NaN where the variance is not known",
+            )
         if bool((self.counts <= 0).any()):
-            raise DataError("counts must be positive", hint="use NaN where nothing was counted")
+            raise DataError(
+                "counts must be positive, and some are not",
+                hint="use NaN where nothing was counted",
+            )
         gradients, noise = self._checked_gradients()
         put(self, "gradients", gradients)
         put(self, "gradient_variance", noise)
@@ -198,7 +217,9 @@ class Observations:
         """Return the gradients and their variances as they are kept, or raise."""
         if self.gradients is None:
             if self.gradient_variance is not None:
-                raise DataError("there is a gradient_variance without gradients")
+                raise DataError(
+                    "gradient_variance was given without gradients", hint="give gradients as well"
+                )
             return None, None
         gradients = _double(self.gradients)
         noise = self.gradient_variance
@@ -207,13 +228,16 @@ class Observations:
         for name, value in (("gradients", gradients), ("gradient_variance", noise)):
             if value.shape != shape:
                 raise DataError(
-                    f"{name} has shape {tuple(value.shape)}, not {shape}",
-                    hint="give one derivative for each evaluation, metric and coefficient",
+                    f"{name} must have shape {shape}, got {tuple(value.shape)}",
+                    hint="give one derivative per evaluation, metric and coefficient",
                 )
         if bool(torch.isinf(gradients).any()):
             raise DataError("gradients hold infinity", hint="use NaN where there is no gradient")
         if bool(((noise < 0) | torch.isinf(noise)).any()):
-            raise DataError("gradient_variance holds negative or infinite variances")
+            raise DataError(
+                "gradient_variance holds negative or infinite variances",
+                hint="use NaN where the variance is not known",
+            )
         nowhere = gradients.isnan() | ~self.ok.view(-1, 1, 1)
         if bool(nowhere.all()):
             return None, None
@@ -253,9 +277,10 @@ class Observations:
         """Return these rows followed by those of ``other``; the metrics must be the same."""
         if other.metrics != self.metrics or other.X.shape[-1] != self.X.shape[-1]:
             raise DataError(
-                "observations of different problems cannot be joined: "
-                f"{[x.name for x in self.metrics]} in {self.X.shape[-1]} coefficients and "
-                f"{[x.name for x in other.metrics]} in {other.X.shape[-1]}"
+                "observations of different problems cannot be joined: metrics "
+                f"{[x.name for x in self.metrics]} with {self.X.shape[-1]} coefficients and "
+                f"{[x.name for x in other.metrics]} with {other.X.shape[-1]}",
+                hint="join observations with the same metrics and coefficients",
             )
         return Observations.joined([self, other], self.X.shape[-1], self.metrics)
 
@@ -361,10 +386,15 @@ class Front:
             put(self, name, _double(value))
             if getattr(self, name).shape != shape:
                 raise DataError(
-                    f"{name} of a front has shape {tuple(getattr(self, name).shape)}, not {shape}"
+                    f"{name} of a front must have shape {shape}, got "
+                    f"{tuple(getattr(self, name).shape)}",
+                    hint="give one row per point and one column per metric",
                 )
         if bool(((self.probability < 0) | (self.probability > 1)).any()):
-            raise DataError("probabilities of a front leave [0, 1]")
+            raise DataError(
+                "probabilities of a front must be between 0 and 1, and some are not",
+                hint="use NaN where the probability is not known",
+            )
 
     def __len__(self) -> int:
         return len(self.X)

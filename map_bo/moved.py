@@ -33,6 +33,7 @@ _ROOT = "map_bo."
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
+        "app.comparing": "app.comparison",
         "app.exchange": "app.ax_commands",
         "ax.plain": "plain",
         "loop.identity": "loop.state",
@@ -149,7 +150,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "report.front_plots": "report.run.front_plots",
         "report.html": "report.run.page",
         "report.labels": "report.run.front_plots",
-        "report.measured": "report.comparison.measured",
+        "report.measured": "report.comparison.runs",
         "report.plots": "report.run.plots",
         "report.progress_plot": "report.run.plots",
         "report.tables": "report.run.tables",

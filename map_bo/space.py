@@ -64,7 +64,7 @@ class CoefficientSpace:
         upper: ``d`` upper bounds.
         constraints: Linear constraints on top of the box; the box and they must share a point.
         owner: For each coefficient the index of the expert that it scales; with one coefficient
-            an expert (the default) this is ``0 .. d-1``, with one an expert and block of layers
+            per expert (the default) this is ``0 .. d-1``, with one per expert and block of layers
             several coefficients share an owner. -1 is a setting of the merge operator, such as
             a density, that belongs to no expert.
         experts: Names of the experts; defaults to ``names``.
@@ -97,18 +97,23 @@ class CoefficientSpace:
             raise SpaceError("a space needs at least one coefficient", hint="give an expert")
         if len(set(self.names)) != d:
             twice = sorted({name for name in self.names if self.names.count(name) > 1})
-            raise SpaceError(f"coefficient names appear twice: {', '.join(twice)}")
+            raise SpaceError(
+                f"coefficient names appear twice: {', '.join(twice)}",
+                hint="give each coefficient a name of its own",
+            )
         if len(self.lower) != d or len(self.upper) != d:
             raise SpaceError(
-                f"{d} coefficients have {len(self.lower)} lower and {len(self.upper)} upper bounds"
+                f"{d} coefficients have {len(self.lower)} lower and {len(self.upper)} upper bounds",
+                hint="give one lower and one upper bound per coefficient",
             )
         finite = torch.isfinite(torch.tensor(self.lower + self.upper))
         if not bool(finite.all()) or any(
             low >= high for low, high in zip(self.lower, self.upper, strict=True)
         ):
             raise SpaceError(
-                f"bounds {list(self.lower)} and {list(self.upper)} do not make a box",
-                hint="every lower bound must be finite and smaller than its upper bound",
+                f"every lower bound must be finite and smaller than its upper bound, got "
+                f"{list(self.lower)} and {list(self.upper)}",
+                hint="fix the bounds, or leave out a coefficient that cannot vary",
             )
         if not self.owner:
             put(self, "owner", tuple(range(d)))
@@ -117,7 +122,8 @@ class CoefficientSpace:
         if len(self.owner) != d or set(self.owner) - {-1} != set(range(len(self.experts))):
             raise SpaceError(
                 f"owner {self.owner} does not assign {d} coefficients to "
-                f"{len(self.experts)} experts"
+                f"{len(self.experts)} experts",
+                hint="give the index of an expert per coefficient, or -1 for a setting",
             )
         put(self, "resting", tuple(float(value) for value in self.resting))
         if len(self.resting) != self.owner.count(-1):
@@ -132,21 +138,21 @@ class CoefficientSpace:
                 raise SpaceError(
                     f"the resting value {rest} of {self.names[i]} is not in "
                     f"[{self.lower[i]}, {self.upper[i]}]",
-                    hint="anchors are measured with it, so it must be within the bounds",
+                    hint="anchors are measured with it: widen the bounds, or move it inside",
                 )
         put(self, "importance", tuple(float(size) for size in self.importance))
         if self.importance and (
             len(self.importance) != d or not all(0 < s < float("inf") for s in self.importance)
         ):
             raise SpaceError(
-                f"{d} coefficients have the importance {list(self.importance)}",
-                hint="give one positive finite size a coefficient, or none at all",
+                f"importance must be {d} positive finite sizes, got {list(self.importance)}",
+                hint="give one size per coefficient, or none at all",
             )
         for constraint in self.constraints:
             if len(constraint.weights) != d or not any(constraint.weights):
                 raise SpaceError(
                     f"a constraint has weights {constraint.weights} for {d} coefficients",
-                    hint="give one weight a coefficient, not all of them zero",
+                    hint="give one weight per coefficient, not all of them 0",
                 )
         if self.constraints:
             middle = (self._low + self._high).unsqueeze(0) / 2
@@ -284,12 +290,12 @@ class CoefficientSpace:
         X = torch.as_tensor(X, dtype=torch.float64)
         if X.dim() != 2 or X.shape[-1] != self.d:
             raise SpaceError(
-                f"coefficients have shape {tuple(X.shape)}; this space has {self.d}: "
+                f"coefficients have shape {tuple(X.shape)}, and the space has {self.d} of them: "
                 f"{', '.join(self.names)}",
                 hint=f"give an n x {self.d} tensor",
             )
         if not bool(torch.isfinite(X).all()):
-            raise SpaceError("coefficients hold NaN or infinity")
+            raise SpaceError("coefficients hold NaN or infinity", hint="give finite coefficients")
         outside = ~self.contains(X)
         if bool(outside.any()):
             row = X[outside][0].tolist()
@@ -303,7 +309,7 @@ class CoefficientSpace:
         """Return the nearest points of the space (``n x d``, Euclidean).
 
         Exact for the box alone, for one constraint, and for several that share no coefficient
-        (one a block). Constraints that overlap go through Dykstra's alternating projections onto
+        (one per block). Constraints that overlap go through Dykstra's alternating projections onto
         the sets "box and one constraint", which converge to the nearest point of all of them.
         """
         if not self.constraints or not len(X):

@@ -26,7 +26,7 @@ def observations(n: int = 3, **changes: object) -> Observations:
     ("arguments", "message"),
     [
         ({"name": ""}, "no name"),
-        ({"name": "a", "direction": "up"}, "direction 'up'"),
+        ({"name": "a", "direction": "up"}, "must be 'max' or 'min', got 'up'"),
         ({"name": "a", "kind": "score"}, "kind 'score'"),
         ({"name": "a", "lower": 1.0, "upper": 0.0}, "bounds"),
     ],
@@ -183,12 +183,12 @@ def test_a_failed_row_has_no_gradient() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"gradients": torch.zeros(3, 2)}, r"gradients has shape \(3, 2\), not \(3, 2, 2\)"),
+        ({"gradients": torch.zeros(3, 2)}, r"gradients must have shape \(3, 2, 2\), got \(3, 2\)"),
         ({"gradients": torch.full((3, 2, 2), torch.inf)}, "gradients hold infinity"),
-        ({"gradient_variance": torch.zeros(3, 2, 2)}, "gradient_variance without gradients"),
+        ({"gradient_variance": torch.zeros(3, 2, 2)}, "given without gradients"),
         (
             {"gradients": torch.zeros(3, 2, 2), "gradient_variance": torch.zeros(3, 2)},
-            "gradient_variance has shape",
+            "gradient_variance must have shape",
         ),
         (
             {"gradients": torch.zeros(3, 2, 2), "gradient_variance": -torch.ones(3, 2, 2)},
@@ -214,9 +214,9 @@ def test_a_front_may_say_how_sure_it_is() -> None:
     assert torch.equal(some.corrected, sure.corrected[[2, 0]])
     assert torch.equal(sure.with_real([1], sure.mean[1:2]).probability, sure.probability)
     for changes, message in (
-        ({"probability": torch.zeros(2)}, "probability of a front has shape"),
-        ({"corrected": plain.mean[:2]}, "corrected of a front has shape"),
-        ({"probability": torch.tensor([0.0, 1.1, 0.2])}, "leave"),
+        ({"probability": torch.zeros(2)}, "probability of a front must have shape"),
+        ({"corrected": plain.mean[:2]}, "corrected of a front must have shape"),
+        ({"probability": torch.tensor([0.0, 1.1, 0.2])}, "must be between 0 and 1"),
     ):
         with pytest.raises(DataError, match=message):
             dataclasses.replace(plain, **changes)  # type: ignore[arg-type]

@@ -32,8 +32,11 @@ SETTINGS = CoefficientSpace(
         ({"names": (), "lower": (), "upper": ()}, "at least one"),
         ({"names": ("a", "a"), "lower": (0, 0), "upper": (1, 1)}, "appear twice"),
         ({"names": ("a",), "lower": (0, 0), "upper": (1,)}, "2 lower"),
-        ({"names": ("a",), "lower": (1,), "upper": (0,)}, "do not make a box"),
-        ({"names": ("a",), "lower": (0,), "upper": (float("inf"),)}, "do not make a box"),
+        ({"names": ("a",), "lower": (1,), "upper": (0,)}, "smaller than its upper bound, got"),
+        (
+            {"names": ("a",), "lower": (0,), "upper": (float("inf"),)},
+            "smaller than its upper bound, got",
+        ),
         ({"names": ("a",), "lower": (0,), "upper": (1,), "owner": (1,)}, "owner"),
         (
             {
@@ -42,7 +45,7 @@ SETTINGS = CoefficientSpace(
                 "upper": (1,),
                 "constraints": (LinearConstraint((0.0,), 1.0),),
             },
-            "not all of them zero",
+            "not all of them 0",
         ),
         (
             {
@@ -151,7 +154,7 @@ def test_normalise_and_back(values: list[float]) -> None:
     ("X", "message"),
     [
         (torch.zeros(2), "shape"),
-        (torch.zeros(2, 3), "this space has 2"),
+        (torch.zeros(2, 3), "the space has 2 of them"),
         (torch.full((1, 2), torch.nan), "NaN"),
         (torch.tensor([[0.5, 0.5], [2.0, 0.0]]), "1 of 2 rows leave the space"),
     ],

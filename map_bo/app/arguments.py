@@ -1,4 +1,4 @@
-"""Commands and options of the console script, but for what Hydra reads."""
+"""Commands and options of the console script, except for those that Hydra reads."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from map_bo.errors import ConfigError
 __all__ = ["Command", "pairs", "parser", "surrogate_of_sampler"]
 
 Command = Callable[[argparse.Namespace], None]
-"""Does what a command and its options say."""
+"""Carries out a command with its options."""
 
 _DESCRIPTION = "Find the Pareto front of merging fine-tuned models, for a handful of evaluations."
 _EPILOG = """\
 examples:
   map-bo run                                            four digit experts, no set-up needed
   map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
-  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep, and the comparison of its runs
+  map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep and the comparison of its runs
   map-bo report SWEEP                                   write that comparison again
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
-  map-bo resume RUN                                     go on after any interruption
+  map-bo resume RUN                                     continue after any interruption
   map-bo export RUN --to ax.db                          the run as an Ax experiment
 
 `map-bo run --help` lists the configuration groups and their options.
@@ -34,8 +34,8 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     """Return the parser of all commands.
 
     Args:
-        functions: Command -> what it does; found as ``command`` of the options that are parsed.
-            ``run`` takes Hydra's overrides instead, and is here for its help alone.
+        functions: Command -> its function, which is ``command`` of the parsed options. ``run``
+            takes Hydra's overrides instead and is here only for its help.
     """
     from map_bo import __version__
 
@@ -49,9 +49,9 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
     commands.add_parser("run", help="find a front; takes Hydra overrides (see map-bo run --help)")
 
-    resume = _command(commands, "resume", "go on with an interrupted run", functions["resume"])
+    resume = _command(commands, "resume", "continue an interrupted run", functions["resume"])
     resume.add_argument(
-        "--retry-failed", action="store_true", help="evaluate again what had failed"
+        "--retry-failed", action="store_true", help="repeat the evaluations that failed"
     )
 
     choose = _command(
@@ -69,7 +69,7 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     report = _command(
         commands,
         "report",
-        "write the report of a run or sweep again, or compare several",
+        "write the report of a run or sweep again, or compare several runs",
         functions["report"],
     )
     report.add_argument("more", nargs="*", metavar="RUN", help="further runs or sweeps to compare")
@@ -80,12 +80,12 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--baseline", metavar="VARIANT", help="variant that the others are compared with"
     )
     report.add_argument(
-        "--wandb", action="store_true", help="also make a W&B Report of the comparison"
+        "--wandb", action="store_true", help="also publish the comparison as a W&B Report"
     )
     report.add_argument(
         "--wandb-project",
         metavar="[ENTITY/]PROJECT",
-        help="where its runs are, if not where they were recorded for",
+        help="project of the runs, if not the one that they were recorded in",
     )
 
     export = _command(commands, "export", "write a run as an Ax experiment", functions["export"])
@@ -114,21 +114,21 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="METRIC=WEIGHT",
-        help="how much a metric matters (repeatable; none given: all alike)",
+        help="weight of a metric (repeatable; by default all metrics weigh alike)",
     )
-    for name, text in (("at-least", "from below"), ("at-most", "from above")):
+    for name, text in (("at-least", "lower"), ("at-most", "upper")):
         parser.add_argument(
             f"--{name}",
             action="append",
             default=[],
             metavar="METRIC=VALUE",
-            help=f"bound on a metric {text}, in its own unit (repeatable)",
+            help=f"{text} bound on a metric, in its own unit (repeatable)",
         )
     parser.add_argument(
         "--rule",
         choices=("weighted_sum", "chebyshev"),
         default="weighted_sum",
-        help="how weights become one number (default: %(default)s)",
+        help="how the weighted metrics become one number (default: %(default)s)",
     )
     parser.add_argument(
         "--trust",
@@ -138,7 +138,7 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         help="package whose classes the files may name, and so whose code may be run (repeatable)",
     )
     parser.add_argument(
-        "--point", type=int, metavar="K", help="take point K of front.csv instead of a preference"
+        "--point", type=int, metavar="K", help="choose point K of front.csv instead of a preference"
     )
 
 
@@ -160,7 +160,7 @@ def pairs(given: list[str], option: str) -> dict[str, float]:
 
     Args:
         given: Texts ``METRIC=NUMBER``.
-        option: What the user wrote them after.
+        option: The option that they were given to.
 
     Raises:
         ConfigError: When one is of another form, or a metric is named twice.
@@ -174,7 +174,8 @@ def pairs(given: list[str], option: str) -> dict[str, float]:
             separator = ""
         if not separator or not name:
             raise ConfigError(
-                f"{option} {text!r} is not METRIC=NUMBER", hint=f"for example {option} code=0.5"
+                f"{option} must be METRIC=NUMBER, got {text!r}",
+                hint=f"write it as in {option} code=0.5",
             )
         if name in found:
             raise ConfigError(f"{option} names {name!r} twice", hint="give each metric once")

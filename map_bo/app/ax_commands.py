@@ -1,4 +1,4 @@
-"""``map-bo export`` and ``map-bo import``: a run to Ax and back."""
+"""``map-bo export`` and ``map-bo import``: a run as an Ax experiment, and back."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def export_run(options: argparse.Namespace) -> None:
     from map_bo.ax.database import require_storage, write_experiment
     from map_bo.ax.experiment import experiment_of
 
-    require_storage()  # first: what is missing should be told before anything is read
+    require_storage()  # first: report a missing package before anything is read
     experiment = experiment_of(options.run, name=options.name)
     written = write_experiment(experiment, options.to)
     trials = len(experiment.trials)
@@ -27,14 +27,14 @@ def export_run(options: argparse.Namespace) -> None:
 
 
 def import_into(options: argparse.Namespace) -> None:
-    """Record the trials of an Ax experiment in a run that exists."""
+    """Record the trials of an Ax experiment in an existing run."""
     from map_bo.ax.database import read_experiment
     from map_bo.ax.recording import record
     from map_bo.tracking.jsonl import JsonlStore
 
     store = JsonlStore.open(Path(options.into))  # first: a wrong name should not wait for Ax
     report_recorded(record(read_experiment(options.database, options.name), store))
-    sys.stdout.write(f"`map-bo resume {shlex.quote(options.into)}` goes on\n")
+    sys.stdout.write(f"continue with `map-bo resume {shlex.quote(options.into)}`\n")
 
 
 def report_recorded(recorded: Recorded) -> None:
@@ -43,8 +43,8 @@ def report_recorded(recorded: Recorded) -> None:
     if recorded.failed:
         parts.append(f"{recorded.failed} of them failures")
     if recorded.completed:
-        parts.append(f"{recorded.completed} for points that waited")
-    lines = [", ".join(parts), f"the run has {recorded.evaluations} evaluations now"]
+        parts.append(f"{recorded.completed} for points that were waiting")
+    lines = [", ".join(parts), f"the run now has {recorded.evaluations} evaluations"]
     reasons: dict[str, list[str]] = {}
     for left in recorded.left_out:
         reasons.setdefault(left.reason, []).append(str(left.trial))

@@ -1,4 +1,4 @@
-"""From configuration to objects: the problem, the settings, and clear words for a wrong key."""
+"""From configuration to objects: problem, settings, trackers; a wrong key is a clear error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def refuse_unknown(config: DictConfig) -> None:
-    """Refuse options that nothing reads, which a ``+`` on the command line lets in.
+    """Refuse options that nothing reads; a ``+`` on the command line lets them in.
 
     Raises:
         ConfigError: On the first of them.
@@ -55,9 +55,9 @@ def build_problem(config: DictConfig) -> Problem:
     problem = _build(config, "problem")
     if not isinstance(problem, Problem):
         raise ConfigError(
-            f"problem._target_ {config.problem['_target_']!r} gives a {type(problem).__name__}, "
-            "which is not a problem",
-            hint="a problem has `space`, `metrics` and `evaluate(X, *, generator)`",
+            f"problem._target_ must build a problem, and {config.problem['_target_']!r} builds a "
+            f"{type(problem).__name__}",
+            hint="give it `space`, `metrics` and `evaluate(X, *, generator)`, or name a problem",
         )
     return problem
 
@@ -73,15 +73,15 @@ def build_nested(config: DictConfig) -> Nested | None:
     """Build ``config.nested``; None where all experts are merged at once.
 
     Raises:
-        ConfigError: On a key that it does not take, or a value that is not possible.
+        ConfigError: On an unknown key, or a value that is not possible.
     """
     if "nested" not in config or not config.nested:
         return None
     built = _build(config, "nested")
     if not isinstance(built, Nested):
         raise ConfigError(
-            f"nested gives a {type(built).__name__}",
-            hint="choose with nested=fronts, surrogates, preferences, published or by_hand",
+            f"nested must build a Nested, and builds a {type(built).__name__}",
+            hint="choose one with nested=fronts, surrogates, preferences, published or by_hand",
         )
     return built
 
@@ -89,10 +89,10 @@ def build_nested(config: DictConfig) -> Nested | None:
 def build_tracking(config: DictConfig) -> list[Tracking]:
     """Build the settings of the trackers in ``config.tracking``.
 
-    The configuration of a run that was recorded without this group has the local files alone.
+    A run whose recorded configuration lacks this group has only the local files.
 
     Raises:
-        ConfigError: On a key that a tracker does not take, or a part that is no tracker.
+        ConfigError: On an unknown key, or a part that is not the settings of a tracker.
     """
     if "tracking" not in config:
         return [Local()]
@@ -101,8 +101,8 @@ def build_tracking(config: DictConfig) -> list[Tracking]:
         part = _build(config.tracking, name, f"tracking.{name}")
         if not isinstance(part, Tracking):
             raise ConfigError(
-                f"tracking.{name} gives a {type(part).__name__}, which is no tracker",
-                hint="choose with tracking=none, local, wandb or [local,wandb]; settings of a "
+                f"tracking.{name} must build a tracker, and builds a {type(part).__name__}",
+                hint="choose one with tracking=none, local, wandb or [local,wandb]; settings of a "
                 "tracker have `open(directory)`",
             )
         found.append(part)
@@ -111,7 +111,7 @@ def build_tracking(config: DictConfig) -> list[Tracking]:
 
 @contextmanager
 def working_directory(path: str | Path | None) -> Iterator[None]:
-    """Enter ``path`` for the block, so that relative paths mean what they meant at the start."""
+    """Enter ``path`` for the block, so that relative paths mean the same as in the original run."""
     if path is None or not Path(path).is_dir():
         yield
         return
@@ -127,7 +127,7 @@ def _build(config: DictConfig, key: str, group: str = "") -> Any:
     group = group or key
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # a user's own classes stand in the working directory
+        sys.path.insert(0, here)  # a user's own classes are in the working directory
     node = config[key]
     if node is None or "_target_" not in node:
         raise ConfigError(
@@ -140,17 +140,23 @@ def _build(config: DictConfig, key: str, group: str = "") -> Any:
         _check_keys(node, group)
         return instantiate(node, _convert_="all")
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{group}: {error}") from error
+        raise ConfigError(
+            f"{group} cannot be resolved: {error}",
+            hint=f"see its options with `map-bo run {group.partition('.')[0]}=NAME --cfg job`",
+        ) from error
     except InstantiationException as error:
         cause = error.__cause__
         if isinstance(cause, MapBoError):
             raise cause from error
         reason = next(iter(str(cause or error).splitlines()), "") or type(cause).__name__
-        raise ConfigError(f"{group} cannot be built: {reason}") from error
+        raise ConfigError(
+            f"{group} cannot be built: {reason}",
+            hint=f"check the values below {group} in the configuration",
+        ) from error
 
 
 def _check_keys(node: Mapping[str, Any], path: str) -> None:
-    """Refuse a key that the target does not take, before anything is built."""
+    """Refuse an unknown key of the target before anything is built."""
     try:
         target = get_object(node["_target_"])
     except Exception as error:

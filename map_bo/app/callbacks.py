@@ -1,4 +1,4 @@
-"""Hydra callbacks: refuse to run over a run; compare the runs of a sweep at its end."""
+"""Hydra callbacks: refuse to overwrite a run; compare the runs of a sweep at its end."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 class RefuseExistingRun(Callback):
-    """Stops before Hydra writes its own files over those of the run that is already there."""
+    """Stops before Hydra overwrites the files of a run that is already in the directory."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         """Exit with status 2 when the run directory holds events."""
@@ -24,14 +24,15 @@ class RefuseExistingRun(Callback):
         if _holds_a_run(directory / "events.jsonl"):
             _refuse(
                 f"{directory} already holds a run",
-                f"go on with `map-bo resume {directory}`, or choose another directory with "
+                f"continue it with `map-bo resume {directory}`, or choose another directory with "
                 "hydra.run.dir=...",
             )
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Exit with status 2 when the sweep directory itself is that of a run.
+        """Exit with status 2 when the sweep directory is the directory of a run.
 
-        One that holds the jobs of a sweep is welcome: finished jobs are skipped, others go on.
+        A directory with the jobs of a sweep is accepted: finished jobs are skipped and others are
+        resumed.
         """
         directory = Path(config.hydra.sweep.dir)
         if _holds_a_run(directory / "events.jsonl"):
@@ -42,23 +43,25 @@ class RefuseExistingRun(Callback):
 
 
 class CompareRuns(Callback):
-    """Writes the comparison report into the directory of a sweep when all its jobs are through."""
+    """Writes the comparison report into the directory of a sweep after all its jobs."""
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Write the report and say where; exit with 1 when a job did not finish, 2 without one."""
-        from map_bo.app.comparing import compare_directories
+        """Write the report; exit with 1 when a job did not finish, with 2 without a report."""
+        from map_bo.app.comparison import compare_directories
         from map_bo.errors import MapBoError
 
         directory = Path(config.hydra.sweep.dir)
         try:
             compared = compare_directories([directory], directory)
         except MapBoError as error:
-            _refuse(error.message, error.hint or f"`map-bo report {directory}` writes it again")
-        except Exception as error:  # Hydra would make a warning of it, and the command a success
+            _refuse(error.message, error.hint or f"write it again with `map-bo report {directory}`")
+        except (
+            Exception
+        ) as error:  # Hydra would turn it into a warning, and the command would succeed
             logger.exception("the comparison of %s failed", directory)
             _refuse(
-                f"the runs are done, and their comparison failed: {type(error).__name__}: {error}",
-                f"`map-bo report {directory}` writes it again",
+                f"the runs are done, but their comparison failed: {type(error).__name__}: {error}",
+                f"write it again with `map-bo report {directory}`",
             )
         sys.stdout.write(f"comparison of {compared.finished} runs: {compared.page}\n")
         if compared.missing:
@@ -67,7 +70,7 @@ class CompareRuns(Callback):
                 sys.stderr.write(f"  {name}: {reason}\n")
             sys.stderr.write(
                 "hint: repeat the command with "
-                f"hydra.sweep.dir={directory} to go on with these alone\n"
+                f"hydra.sweep.dir={directory} to continue only these\n"
             )
             raise SystemExit(1)
 
@@ -78,5 +81,5 @@ def _holds_a_run(path: Path) -> bool:
 
 def _refuse(message: str, hint: str) -> NoReturn:
     sys.stderr.write(f"error: {message}\nhint: {hint}\n")
-    # Hydra turns exceptions of callbacks into warnings; this passes through.
+    # Hydra turns exceptions of callbacks into warnings; SystemExit passes through.
     raise SystemExit(2)

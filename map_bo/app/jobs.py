@@ -1,4 +1,4 @@
-"""What Hydra calls: a run, or the jobs of a sweep, skipped when finished, resumed when not."""
+"""What Hydra calls: a run, or a job of a sweep, which is skipped or resumed if it exists."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.errors import MapBoError
-from map_bo.moved import with_current_targets
-from map_bo.tracking.wandb.run import mirrored
+from map_bo.moved import current, with_current_targets
+from map_bo.tracking.wandb.run import is_mirrored
 
 if TYPE_CHECKING:
     from map_bo.loop.result import Result
@@ -34,15 +34,15 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
-_MIRRORS = ("progress", "tracking")  # settings that only show a job; its name is without them
+_MIRRORS = ("progress", "tracking")  # settings that only show a job; its name omits them
 
 
 def job_name(overrides: str) -> str:
-    """Return the directory of a job, a function of its own overrides alone.
+    """Return the directory of a job, which depends on its own overrides alone.
 
-    The overrides as they are where they can be a file name, so that repeating a sweep finds its
-    jobs again, whatever their order and number. What cannot stand in a file name is replaced, and
-    then, as for long names, a digest of the overrides keeps names apart.
+    It is the overrides themselves where they can be a file name, so that a repeated sweep finds its
+    jobs again, whatever their order and number. Characters that a file name cannot have are
+    replaced; then, and for long names, a digest of the overrides keeps names distinct.
 
     Args:
         overrides: Sorted overrides, such as ``"seed=0,surrogate=gp"``.
@@ -57,23 +57,23 @@ def job_name(overrides: str) -> str:
 
 
 def register_job_name() -> None:
-    """Make the names of jobs known to configuration, as ``${map_bo.job_name:OVERRIDES}``."""
-    OmegaConf.register_new_resolver("map_bo.job_name", _named_by, replace=True)
+    """Register the names of jobs in the configuration, as ``${map_bo.job_name:OVERRIDES}``."""
+    OmegaConf.register_new_resolver("map_bo.job_name", _name_of, replace=True)
 
 
-def _named_by(overrides: Sequence[str]) -> str:
+def _name_of(overrides: Sequence[str]) -> str:
     """Return the name of the job with these overrides, in any order."""
-    return job_name(",".join(sorted(text for text in overrides if _telling(text))))
+    return job_name(",".join(sorted(text for text in overrides if _matters(text))))
 
 
-def _telling(override: str) -> bool:
+def _matters(override: str) -> bool:
     """Return whether an override changes what a job finds."""
     group = re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0]
     return group not in _MIRRORS
 
 
 def record_of(hydra: Any) -> dict[str, Any]:
-    """Return what the command of a run chose, as plain data to record with it.
+    """Return the choices of a run's command, as plain data to record with it.
 
     Args:
         hydra: Hydra's own configuration.
@@ -110,44 +110,44 @@ def warn_of_old_names(choices: Mapping[str, str | None]) -> None:
 
 
 def run_task(config: DictConfig) -> float:
-    """Do the run that ``config`` describes in Hydra's output directory.
+    """Make the run that ``config`` describes in Hydra's output directory.
 
     Returns:
-        The hypervolume of the predicted front, as the value of the job in a sweep.
+        The hypervolume of the predicted front, which is the value of the job in a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
     warn_of_old_names(hydra.runtime.choices)
-    directory, told = Path(hydra.runtime.output_dir), record_of(hydra)
+    directory, choices = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:
         _group(config, Path(hydra.sweep.dir).name)
-        return run_job(config, directory, told)
+        return run_job(config, directory, choices)
     from map_bo.app.task import drive, show
 
-    result = drive(config, directory, fresh=True, told=told)
+    result = drive(config, directory, fresh=True, choices=choices)
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
 
 def _group(config: DictConfig, sweep: str) -> None:
-    """Name the sweep in the trackers that group runs and were told no group."""
+    """Set the sweep as the group of trackers that group runs and have no group yet."""
     for node in (config.tracking or {}).values():
         if "group" in node and node.group is None:
             OmegaConf.update(node, "group", sweep)
 
 
-def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> float:
-    """Do one job of a sweep, or what is left of it.
+def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> float:
+    """Make one job of a sweep, or what is left of it.
 
     A finished job is read back and not repeated. A job that fails leaves its reason in its
-    directory and does not take the others with it.
+    directory and does not stop the others.
 
     Args:
         config: The resolved configuration of the job.
         directory: The job's directory, see :func:`job_name`.
-        told: What its command chose, see :func:`record_of`.
+        choices: The choices of its command, see :func:`record_of`.
 
     Returns:
         The hypervolume of the predicted front; NaN when the job failed.
@@ -155,7 +155,7 @@ def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> flo
     from map_bo.loop.reading import clear_failure, record_failure
 
     try:
-        result = _done(config, directory, told)
+        result = _result(config, directory, choices)
         clear_failure(directory)
         return float(result.summary["hypervolume"]["predicted front"])
     except MapBoError as error:
@@ -169,7 +169,7 @@ def run_job(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> flo
     return nan
 
 
-def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Result:
+def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
     from map_bo.loop.reading import created_of, is_run, load_state
     from map_bo.loop.result import Result
@@ -180,36 +180,43 @@ def _done(config: DictConfig, directory: Path, told: Mapping[str, Any]) -> Resul
         now: Any = OmegaConf.to_container(config, resolve=True)
         refuse_another(_comparable(with_current_targets(recorded)), _comparable(now))
         state, space = load_state(directory)
-        if state.summary is not None and _shown(config, directory):
+        if state.summary is not None and _is_shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")
             return Result.of(state, space, run_dir=directory)
-    result = drive(config, directory, fresh=not (directory / "events.jsonl").exists(), told=told)
+    fresh = not (directory / "events.jsonl").exists()
+    result = drive(config, directory, fresh=fresh, choices=choices)
     show(result, Path.cwd())
     return result
 
 
-def _shown(config: DictConfig, directory: Path) -> bool:
-    """Return whether the trackers of a finished job have told all of it."""
+def _is_shown(config: DictConfig, directory: Path) -> bool:
+    """Return whether the trackers of a finished job have shown all of it."""
     nodes = config.tracking if "tracking" in config else {"local": {"_target_": _LOCAL}}
     for node in (nodes or {}).values():
         if node.get("_target_") == _LOCAL and not (directory / "report.html").exists():
             return False
-        if node.get("_target_") == _WANDB and not mirrored(directory):
+        if node.get("_target_") == _WANDB and not is_mirrored(directory):
             return False
     return True
 
 
 def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes two jobs the same; how they are shown does not."""
+    """Return the settings that decide whether two jobs are the same; how they are shown does not.
+
+    Classes that have moved since the job was recorded have their names of today.
+    """
 
     def kept(node: Any) -> Any:
-        if isinstance(node, Mapping):
-            return {key: kept(value) for key, value in node.items() if key != "progress"}
-        return node
+        if not isinstance(node, Mapping):
+            return node
+        found = {key: kept(value) for key, value in node.items() if key != "progress"}
+        if isinstance(found.get("_target_"), str):
+            found["_target_"] = current(found["_target_"])
+        return found
 
     return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
 
 
-# Launchers ship the task to processes that know nothing else of this package, and there the
-# configuration is resolved again; so what it needs is registered wherever the task can be loaded.
+# Launchers send the task to processes that load nothing else of this package and resolve the
+# configuration again, so the resolver is registered wherever the task is loaded.
 register_job_name()

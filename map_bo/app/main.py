@@ -17,10 +17,10 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 a user's mistake, 130 interrupted.
+    """Run the command line and exit: 0 is done, 2 a user's mistake, 130 interrupted.
 
-    1 says that part of it is done: some jobs of a sweep did not finish, and its report lists
-    them; or a report was written and could not be put on Weights & Biases.
+    1 means that only a part was done: some jobs of a sweep did not finish, and its report lists
+    them; or a report was written but could not be published on Weights & Biases.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -30,13 +30,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        # The reader of a pipe has gone (`map-bo choose ... | head`).
+        # The reader of a pipe has closed it (`map-bo choose ... | head`).
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(0) from None
     except OSError as error:
         _fail(
             f"{error.filename or 'a file'}: {error.strerror or error}",
-            "name a directory that exists and can be written, or free some space",
+            "name a directory that exists and that you can write to, or free some disk space",
         )
 
 
@@ -58,16 +58,14 @@ def _dispatch(arguments: list[str]) -> None:
         command(options)
 
 
-def _chosen(options: argparse.Namespace) -> Any:
+def _choice_of(options: argparse.Namespace) -> Any:
     prefer = pairs(options.prefer, "--prefer")
     at_least = pairs(options.at_least, "--at-least")
     at_most = pairs(options.at_most, "--at-most")
-    result = _loaded(options.run)
+    result = _load(options.run)
     if options.point is not None:
         if prefer or at_least or at_most:
-            raise ConfigError(
-                "--point and a preference were both given", hint="choose by one of them"
-            )
+            raise ConfigError("--point and a preference were both given", hint="give one of them")
         return result.point(options.point)
 
     def choice(of: Any) -> Any:
@@ -75,7 +73,7 @@ def _chosen(options: argparse.Namespace) -> Any:
 
     first = choice(result)  # a wrong name should not wait for the surrogate
     try:
-        return choice(_loaded(options.run, refit=True, trust=options.trust))
+        return choice(_load(options.run, refit=True, trust=options.trust))
     except SettingsError as error:
         if options.trust:
             raise
@@ -87,7 +85,7 @@ def _chosen(options: argparse.Namespace) -> Any:
         return first
 
 
-def _loaded(run: str, *, refit: bool = False, trust: Sequence[str] = ()) -> Any:
+def _load(run: str, *, refit: bool = False, trust: Sequence[str] = ()) -> Any:
     from map_bo.loop.reading import created_of, load_result
     from map_bo.nested.reading import is_nested, load_nested
 
@@ -104,7 +102,7 @@ def _look_in(*folders: str | Path | None) -> None:
 
 
 def _choose(options: argparse.Namespace) -> None:
-    choice = _chosen(options)
+    choice = _choice_of(options)
     if options.json:
         import json
 
@@ -115,7 +113,7 @@ def _choose(options: argparse.Namespace) -> None:
     from map_bo.report.run.cards import print_choice
 
     console = Console()
-    where = "Solved for this preference, near point" if choice.refined else "Point"
+    where = "Optimised for this preference, near point" if choice.refined else "Point"
     console.print(f"{where} {choice.point} of {options.run}", highlight=False, markup=False)
     print_choice(
         console,
@@ -136,15 +134,15 @@ def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
     from map_bo.merging.export.draft import refuse_existing
 
-    refuse_existing(options.out)  # first: nothing should be read or fitted for nothing
+    refuse_existing(options.out)  # first: before anything is read or fitted
     recipe = recipe_at(options.run)
     if recipe is not None:
         _look_in(*([Path.cwd()] if options.trust else []))
-        told = merge_recipe(recipe, options)
+        written = merge_recipe(recipe, options)
     else:
-        choice = _chosen(options)  # a wrong name should not wait for checkpoints
-        told = merge_choice(choice, options, *_recorded_config(options.run))
-    sys.stdout.write(told + "\n")
+        choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
+        written = merge_choice(choice, options, *_recorded_config(options.run))
+    sys.stdout.write(written + "\n")
 
 
 def _resume(options: argparse.Namespace) -> None:
@@ -172,7 +170,7 @@ def _report(options: argparse.Namespace) -> None:
     for name, asked in (("--baseline", options.baseline), ("--wandb", wandb)):
         if asked:
             raise ConfigError(
-                f"{options.run} is a single run, and {name} is for a comparison of several",
+                f"{name} is for a comparison of several runs, and {options.run} is a single run",
                 hint="name a sweep, or several runs",
             )
     out = options.out or options.run
@@ -181,7 +179,7 @@ def _report(options: argparse.Namespace) -> None:
 
 
 def _report_comparison(options: argparse.Namespace) -> None:
-    from map_bo.app.comparing import compare_directories, publish_comparison
+    from map_bo.app.comparison import compare_directories, publish_comparison
 
     given = [options.run, *options.more]
     out = options.out or ("comparison" if options.more else options.run)
@@ -199,8 +197,7 @@ def _report_comparison(options: argparse.Namespace) -> None:
     sys.stdout.write(f"W&B Report: {address}\n")
     if offline:
         sys.stdout.write(
-            f"{offline} of its runs were recorded offline: `wandb sync` uploads what is not yet "
-            "there\n"
+            f"{offline} of its runs were recorded offline; upload them with `wandb sync`\n"
         )
 
 
@@ -226,15 +223,15 @@ def _recorded_config(run: str) -> Any:
     if recorded and "tree" in recorded:
         return OmegaConf.create(with_current_targets(recorded["tree"])), recorded.get("cwd")
     raise ConfigError(
-        f"the run in {run} was not started by `map-bo run`, so how to build its problem is "
-        "not recorded",
-        hint="go on in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
-        "problem and settings; result.choose(...).export(...)",
+        f"the run in {run} was not started by `map-bo run`, so its record does not say how to "
+        "build its problem",
+        hint="continue in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
+        "problem and settings, then result.choose(...).export(...)",
     )
 
 
 def _run(arguments: list[str]) -> None:
-    """Hand over to Hydra, and turn what it raises for a wrong override into one clear error."""
+    """Call Hydra, and turn its exceptions for a wrong override into one clear error."""
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -259,7 +256,7 @@ def _run(arguments: list[str]) -> None:
             raise
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
-        _fail(text, "`map-bo run --help` lists the groups and their options")
+        _fail(text, "see the groups and their options with `map-bo run --help`")
     finally:
         if asked is None:
             del os.environ["HYDRA_FULL_ERROR"]
@@ -268,7 +265,7 @@ def _run(arguments: list[str]) -> None:
 
 
 def _complete(arguments: list[str]) -> None:
-    """Answer the shell: commands first, then Hydra's completion of overrides after ``run``."""
+    """Complete commands for the shell, and overrides after ``run`` through Hydra."""
     line = os.environ.get("COMP_LINE", "")
     words = line.split()
     if any(argument.startswith("query=") for argument in arguments):

@@ -1,4 +1,4 @@
-"""``map-bo merge``: the model of a point of a front, or of a recipe, written to disk."""
+"""``map-bo merge``: writing the model of a point of a front, or of a recipe."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ __all__ = ["merge_choice", "merge_options", "merge_recipe", "recipe_at"]
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
-    """Add what ``map-bo merge`` takes besides a choice."""
+    """Add the options of ``map-bo merge`` besides those of a choice."""
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write (new)")
     parser.add_argument(
         "--max-memory",
         metavar="SIZE",
-        help="resident memory that the process may have, such as 2GB (default: some hundred MB)",
+        help="limit on the resident memory of the process, such as 2GB (default: some hundred MB)",
     )
     parser.add_argument(
         "--shard-size",
@@ -32,18 +32,18 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         "--lora-rank",
         type=int,
         metavar="R",
-        help="write a LoRA adapter of at most this rank in place of a whole model; 0 is exact",
+        help="write a LoRA adapter of at most this rank instead of a whole model; 0 is exact",
     )
 
 
 def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str | None) -> str:
-    """Write the model of a choice; return what to tell of it.
+    """Write the model of a choice, and return a message about it.
 
     Args:
         choice: The choice, without its problem.
-        options: What the command was given.
+        options: The options of the command.
         config: The recorded configuration of the run.
-        cwd: Where the run was started.
+        cwd: The directory in which the run was started.
     """
     from map_bo.app.build import build_problem, working_directory
     from map_bo.loop.reading import created_of
@@ -65,14 +65,14 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
         if options.lora_rank is not None:
             written = whole.export_adapter(out, rank=options.lora_rank or None)
             return (
-                f"adapter of rank {written.rank} written to {written.path}; it leaves out "
+                f"adapter of rank {written.rank} written to {written.path}; its error is "
                 f"{written.error:.2%} of the change (relative Frobenius norm)"
             )
         return f"merged model written to {whole.export(out, settings=settings)}"
 
 
 def recipe_at(path: str) -> Path | None:
-    """Return the recipe that a path names: a file, or in the folder of a merged model."""
+    """Return the recipe at a path, which is a file or the folder of a merged model."""
     file = Path(path)
     if file.is_dir() and not (file / "events.jsonl").exists():
         file = file / "recipe.yaml"
@@ -80,22 +80,22 @@ def recipe_at(path: str) -> Path | None:
 
 
 def merge_recipe(recipe: Path, options: argparse.Namespace) -> str:
-    """Merge once more what a recipe says; return what to tell of it.
+    """Merge by a recipe once more, and return a message about it.
 
     Raises:
-        ConfigError: When a choice was asked for too: a recipe is one.
+        ConfigError: When a choice was given too, which a recipe does not need.
         MergeError: When an input is not the one that the recipe names.
     """
     from map_bo.operators.recipes import merge_again
 
     if options.prefer or options.at_least or options.at_most or options.point is not None:
         raise ConfigError(
-            f"{recipe} is a recipe, which leaves nothing to choose",
-            hint="name a run to choose a point of its front",
+            f"{recipe} is a recipe, and a preference, bound or point was given as well",
+            hint="leave these out, or name a run to choose a point of its front",
         )
     if options.lora_rank is not None:
         raise ConfigError(
-            "a recipe is written as a whole model", hint="leave out --lora-rank, or name a run"
+            "a recipe cannot be written as an adapter", hint="leave out --lora-rank, or name a run"
         )
     written = merge_again(
         recipe,

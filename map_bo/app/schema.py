@@ -1,6 +1,6 @@
-"""The typed part of the configuration; what the YAML files under ``conf/`` must fit.
+"""The typed part of the configuration, which the YAML files under ``conf/`` must fit.
 
-Importing this costs nothing: no tensor library is loaded on the way to ``--help``.
+Importing this is cheap: no tensor library is loaded for ``--help``.
 """
 
 from __future__ import annotations

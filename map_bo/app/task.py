@@ -27,16 +27,16 @@ def drive(
     *,
     fresh: bool = False,
     retry_failed: bool = False,
-    told: Mapping[str, Any] | None = None,
+    choices: Mapping[str, Any] | None = None,
 ) -> Result:
-    """Start (``fresh``) or go on with the run in ``directory``, telling its trackers.
+    """Start (``fresh``) or resume the run in ``directory``, with its trackers.
 
     Args:
         config: The resolved configuration.
         directory: The run's directory.
-        fresh: Whether the run is new; an existing one is then refused.
-        retry_failed: Whether to evaluate again what had failed.
-        told: Further plain data to record with a new run.
+        fresh: Whether the run is new; then an existing one is refused.
+        retry_failed: Whether to repeat the evaluations that failed.
+        choices: Further plain data to record with a new run.
     """
     from map_bo.app.build import (
         build_nested,
@@ -61,12 +61,12 @@ def drive(
             hint="leave out start_from, or merge all experts at once with nested=none",
         )
     mirrors = trackers(build_tracking(config), directory)
-    problem = build_problem(config)  # before the store: what cannot be built leaves no run behind
+    problem = build_problem(config)  # before the store: an error here leaves no run behind
     begun = not fresh and _has_begun(directory)
     experiment = None if begun else _experiment(config.get("start_from"), problem)
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     tree = OmegaConf.to_container(config, resolve=True)
-    plain = {"tree": tree, "cwd": str(Path.cwd()), **(told or {})}
+    plain = {"tree": tree, "cwd": str(Path.cwd()), **(choices or {})}
     with store.lock(), mirrors as tracker:
         run: Run | NestedRun
         if nested is not None:
@@ -79,14 +79,16 @@ def drive(
             run.reopen_failures()
         elif retry_failed:
             raise StoreError(
-                "what failed in a nested run is not evaluated again: later nodes rest on it",
+                "failed evaluations of a nested run cannot be repeated: later nodes depend on them",
                 hint="resume without --retry-failed, or start a new run",
             )
         try:
             return run.drive(RichProgress() if config.progress else silent)
         except KeyboardInterrupt:
-            command = f"map-bo resume {shlex.quote(_shown(directory, Path.cwd()))}"
-            sys.stderr.write(f"\ninterrupted; what was measured is kept: `{command}` goes on\n")
+            command = f"map-bo resume {shlex.quote(_relative(directory, Path.cwd()))}"
+            sys.stderr.write(
+                f"\ninterrupted; all measurements are kept; continue with `{command}`\n"
+            )
             raise
 
 
@@ -97,7 +99,7 @@ def _has_begun(directory: Path) -> bool:
 
 
 def _experiment(database: str | None, problem: Problem) -> Experiment | None:
-    """Return the experiment of Ax that a run starts from, if it fits the problem."""
+    """Return the Ax experiment that a run starts from, after checking that it fits."""
     if database is None:
         return None
     from map_bo.ax.database import read_experiment
@@ -119,7 +121,7 @@ def _start_from(experiment: Experiment, run: Run) -> None:
 
 
 def show(result: Result, here: Path) -> None:
-    """Print the summary of a run, and what to do next from the directory ``here``."""
+    """Print the summary of a run, and the next commands from the directory ``here``."""
     from rich.console import Console
 
     from map_bo.loop.mirrors import view_of
@@ -134,7 +136,7 @@ def _print_next_steps(console: Console, result: Result, here: Path) -> None:
     from map_bo.loop.result import Exportable
 
     assert result.run_dir is not None
-    directory = _shown(result.run_dir, here)
+    directory = _relative(result.run_dir, here)
     first = shlex.quote(f"{result.metrics[0].name}=2")
     console.print("\n[bold]Written[/bold]", highlight=False)
     names = ("report.html", "front.csv", "evaluations.csv", "summary.json", "plots")
@@ -149,7 +151,7 @@ def _print_next_steps(console: Console, result: Result, here: Path) -> None:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 
 
-def _shown(path: Path, here: Path) -> str:
+def _relative(path: Path, here: Path) -> str:
     try:
         return str(path.resolve().relative_to(here.resolve()))
     except ValueError:

@@ -103,7 +103,7 @@ def experiment_names(path: str | Path) -> list[str]:
     """Return the names of the experiments in a file, without Ax and without changing it.
 
     Raises:
-        StoreError: When there is no such file, or it is no database of Ax.
+        StoreError: When there is no such file, or it is not a database of Ax.
     """
     file = Path(path)
     if not file.is_file():
@@ -115,7 +115,7 @@ def experiment_names(path: str | Path) -> list[str]:
             rows = connection.execute("SELECT name FROM experiment_v2 ORDER BY id").fetchall()
     except sqlite3.Error as error:
         raise StoreError(
-            f"{file} is no database of Ax: {error}",
+            f"{file} is not a database of Ax: {error}",
             hint="name the SQLite file that Ax or map-bo wrote",
         ) from error
     return [str(row[0]) for row in rows]
@@ -154,7 +154,7 @@ def read_experiment(path: str | Path, name: str | None = None) -> Experiment:
         except Exception as error:  # whatever Ax's decoder meets in a file of another version
             raise StoreError(
                 f"experiment {name!r} in {path} cannot be read: {type(error).__name__}: {error}",
-                hint="it was written by another version of Ax, or with classes of one's own",
+                hint="read it with the version of Ax, and the classes, that wrote it",
             ) from error
 
 

@@ -52,7 +52,7 @@ def experiment_of(run_dir: str | Path, *, name: str | None = None) -> Experiment
     if not any(row.outcome is not None for row in rows):
         raise StoreError(
             f"the run in {directory} has no evaluation yet",
-            hint=f"go on with it by `map-bo resume {directory}`",
+            hint=f"continue it with `map-bo resume {directory}`",
         )
     import_ax("an export to Ax")
     with quiet():

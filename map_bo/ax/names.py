@@ -37,7 +37,7 @@ def names_for(space: CoefficientSpace, metrics: Sequence[Metric]) -> Names:
 
     A coefficient is ``c_`` and its name, for expert and metric often share one and Ax shows both
     in one table. A metric keeps its name, or gets ``m_`` before it where the name means something
-    else in an expression. Whatever is no letter, digit or underscore becomes an underscore.
+    else in an expression. Characters other than letters, digits and underscores become underscores.
     """
     import sympy
 

@@ -228,8 +228,8 @@ def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpa
             or parameter.logit_scale
         ):
             raise SamplerError(
-                f"parameter {parameter.name!r} is no range of real numbers on a linear scale",
-                hint="map_bo searches coefficients between two bounds",
+                f"parameter {parameter.name!r} is not a range of real numbers on a linear scale",
+                hint="give it a lower and an upper bound, as for every coefficient",
             )
     names = tuple(parameter.name for parameter in parameters)
     space = CoefficientSpace(
@@ -260,8 +260,8 @@ def _metrics_of(experiment: Experiment, kept: Mapping[str, Any]) -> tuple[Metric
         )
     if config.objective.is_scalarized_objective or config.outcome_constraints:
         raise SamplerError(
-            "the experiment has a weighted objective or outcome constraints, which map_bo's "
-            "samplers do not know",
+            "the experiment has a weighted objective or outcome constraints, which the samplers of "
+            "map_bo do not support",
             hint="name the metrics one by one: client.configure_optimization('a, -b')",
         )
     run = dict(zip(kept.get("metric_names", ()), kept.get("metrics", ()), strict=True))

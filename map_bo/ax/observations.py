@@ -44,7 +44,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """An arm that is no observation, and why."""
+    """An arm that is not an observation, and the reason."""
 
     trial: int
     arm: str
@@ -127,8 +127,8 @@ def names_in(experiment: Experiment, space: CoefficientSpace, metrics: Sequence[
     parameters = _matching("parameters", experiment.parameters, given.parameters, space.names)
     if extra := sorted(set(experiment.parameters) - set(parameters)):
         raise DataError(
-            f"the experiment has parameters that the run has not: {', '.join(extra)}",
-            hint=f"coefficients of the run: {', '.join(space.names)}",
+            f"the experiment has parameters that the run lacks: {', '.join(extra)}",
+            hint=f"keep only the coefficients of the run: {', '.join(space.names)}",
         )
     found = _matching("metrics", experiment.metrics, given.metrics, own)
     weights = weights_in(experiment)
@@ -139,8 +139,8 @@ def names_in(experiment: Experiment, space: CoefficientSpace, metrics: Sequence[
         if lower is not None and lower != (metric.direction == "min"):
             raise DataError(
                 f"metric {metric.name!r} is {'minimised' if lower else 'maximised'} in the "
-                "experiment and not in the run",
-                hint="its values mean something else; give it another name",
+                "experiment, but not in the run",
+                hint="rename it in the experiment: its values mean something else",
             )
     return Names(parameters, found)
 
@@ -162,14 +162,14 @@ def _matching(
             return tuple(names)
     missing = [name for name in own if name not in present]
     raise DataError(
-        f"the experiment has no {what} {', '.join(missing)} of the run",
-        hint=f"it has {', '.join(present) or 'none'}; those of the run, or those that an export "
-        f"writes for them, are needed: {', '.join(exported)}",
+        f"the experiment lacks the {what} {', '.join(missing)} of the run",
+        hint=f"it has {', '.join(present) or 'none'}; name them as the run does, or as an export "
+        f"does: {', '.join(exported)}",
     )
 
 
 class _LeftOutError(Exception):
-    """Why an arm is no observation."""
+    """The reason why an arm is not an observation."""
 
 
 def _values(data: Data, names: Names) -> dict[tuple[int, str], dict[str, tuple[float, float]]]:
@@ -188,7 +188,7 @@ def _point(parameters: Mapping[str, Any], names: Names, space: CoefficientSpace)
     for name in names.parameters:
         value = parameters.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise _LeftOutError(f"{name} is {value!r}, which is no number")
+            raise _LeftOutError(f"{name} is {value!r}, which is not a number")
         numbers.append(float(value))
     x = torch.tensor([numbers], dtype=torch.float64)
     if not bool(x.isfinite().all()) or not bool(space.contains(x).all()):
@@ -217,7 +217,7 @@ def _row(
     if not status.is_completed:
         raise _LeftOutError(f"it is {status.name.lower().replace('_', ' ')}")
     if missing := [name for name in names.metrics if name not in measured]:
-        raise _LeftOutError(f"it has no value of {', '.join(missing)}")
+        raise _LeftOutError(f"it has no value for {', '.join(missing)}")
     means, sems = zip(*(measured[name] for name in names.metrics), strict=True)
     Y = torch.tensor([means], dtype=torch.float64)
     errors = torch.tensor([sems], dtype=torch.float64)

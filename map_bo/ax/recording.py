@@ -81,8 +81,8 @@ def _refuse_another_problem(experiment: Experiment, state: RunState) -> None:
     if theirs and ours and (found := difference({"problem": theirs}, {"problem": ours})):
         raise DataError(
             f"the experiment comes from a run of another problem: {found}",
-            hint="its values were measured on something else; where they mean the same, pass them "
-            "in Python: map_bo.optimize(problem, ..., known=observations_of(...).observations)",
+            hint="if its values mean the same all the same, pass them in Python: "
+            "map_bo.optimize(problem, ..., known=observations_of(...).observations)",
         )
 
 

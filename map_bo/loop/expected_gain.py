@@ -164,7 +164,7 @@ def check_stopping(
         "gain": found.gain,
         "floor": found.floor,
         "seconds": time.perf_counter() - start,
-        "stop": settings.stop.reached([*(one["gain"] for one in before), found.gain]),
+        "stop": settings.stop.reason([*(one["gain"] for one in before), found.gain]),
     }
 
 

@@ -23,7 +23,7 @@ from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
 from map_bo.plain import flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
-from map_bo.report.comparison.measured import Outcome, RunRecord, Status
+from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale

@@ -101,7 +101,7 @@ class Stop:
             return self.least
         return max(2 * (len(space.experts) or space.d) + 2, 10)
 
-    def reached(self, gains: Sequence[float]) -> str | None:
+    def reason(self, gains: Sequence[float]) -> str | None:
         """Return why the search stops after expected ``gains``, one per round; None to go on."""
         last = gains[-self.patience :]
         if len(last) < self.patience or max(last) > self.tolerance:

@@ -28,7 +28,8 @@ def non_dominated(Y: Tensor) -> Tensor:
     """
     if Y.dim() != 2:
         raise DataError(
-            f"values have shape {tuple(Y.shape)}", hint="give one row a point, one column a metric"
+            f"values must be a matrix, got shape {tuple(Y.shape)}",
+            hint="give one row per point and one column per metric",
         )
     mask = torch.zeros(len(Y), dtype=torch.bool)
     known = ~torch.isnan(Y).any(-1)

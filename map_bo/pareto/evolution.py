@@ -113,9 +113,7 @@ def direct_search(
     """
     _check(population, evaluations, eta)
     if algorithm not in ("nsga2", "nsga3"):
-        raise ConfigError(
-            f"there is no algorithm {algorithm!r}", hint="algorithms are nsga2 and nsga3"
-        )
+        raise ConfigError(f"there is no algorithm {algorithm!r}", hint="choose nsga2 or nsga3")
     points, values = [], []
     for X, Y in _generations(
         algorithm, evaluate, space, min(population, evaluations), eta, generator, evaluations
@@ -157,9 +155,9 @@ def _check(population: int, rounds: int, eta: float) -> None:
     require("pymoo", by="the evolutionary search", extra="baselines")
     if population < 1 or rounds < 1 or not eta > 0:
         raise ConfigError(
-            f"population {population}, {rounds} generations or evaluations and eta {eta} "
-            "make no search",
-            hint="all three must be positive",
+            "population, generations (or evaluations) and eta must be positive, got "
+            f"{population}, {rounds} and {eta}",
+            hint="raise what is not positive",
         )
 
 
@@ -210,7 +208,7 @@ def _generations(
         Y = evaluate(X)
         if not bool(torch.isfinite(Y).all()):
             raise SurrogateError(
-                "a value to search over is NaN or infinite",
+                "a value of the function that is searched is NaN or infinite",
                 hint="an evolutionary search needs a finite value at every point of the space",
             )
         return Y

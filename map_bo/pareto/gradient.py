@@ -68,12 +68,13 @@ class GradientSolver:
         for name in ("points", "steps", "learning_rate", "starts", "surplus"):
             if not getattr(self, name) > 0:
                 raise ConfigError(
-                    f"{name} of the gradient solver is {getattr(self, name)}",
-                    hint="it must be positive",
+                    f"{name} of the gradient solver must be positive, got {getattr(self, name)}",
+                    hint="raise it, or leave it out for the default",
                 )
         if not 0 <= self.sums <= 1:
             raise ConfigError(
-                f"sums of the gradient solver is {self.sums}", hint="a share is in [0, 1]"
+                f"sums of the gradient solver must be between 0 and 1, got {self.sums}",
+                hint="give the share of scalarisations that are weighted sums, such as 0.5",
             )
 
     def solve(
@@ -103,8 +104,8 @@ class GradientSolver:
         finite = torch.isfinite(Y).all(-1)
         if not bool(finite.any()):
             raise SurrogateError(
-                "the predictions to find the front of are NaN or infinite everywhere",
-                hint="fit the surrogate to other or more evaluations",
+                "the predictions are NaN or infinite everywhere, so they have no front",
+                hint="fit the surrogate to more or to other evaluations",
             )
         pool, Y = pool[finite], Y[finite]
         tops = self._maximise_each(mean, space, pool, Y)

@@ -177,7 +177,8 @@ def _in_front(Y: Tensor, reference: Tensor) -> Tensor:
     _check(Y, "values")
     if reference.shape != Y.shape[-1:]:
         raise DataError(
-            f"the reference point has shape {tuple(reference.shape)} for {Y.shape[-1]} metrics"
+            f"the reference point has shape {tuple(reference.shape)} for {Y.shape[-1]} metrics",
+            hint="give one value per metric",
         )
     gain = Y.detach().double().cpu() - reference.detach().double().cpu()
     gain = gain[(gain > 0).all(-1)]
@@ -196,10 +197,11 @@ def _is_exact(front: Tensor) -> bool:
 def _check(Y: Tensor, name: str) -> None:
     if Y.dim() != 2:
         raise DataError(
-            f"{name} have shape {tuple(Y.shape)}", hint="give one row a point, one column a metric"
+            f"{name} must be a matrix, got shape {tuple(Y.shape)}",
+            hint="give one row per point and one column per metric",
         )
     if not bool(torch.isfinite(Y).all()):
-        raise DataError(f"{name} hold NaN or infinity", hint="leave failed evaluations out")
+        raise DataError(f"{name} hold NaN or infinity", hint="leave out failed evaluations")
 
 
 def _check_pair(A: Tensor, B: Tensor) -> None:
@@ -208,7 +210,7 @@ def _check_pair(A: Tensor, B: Tensor) -> None:
     if A.shape[-1] != B.shape[-1] or len(A) == 0 or len(B) == 0:
         raise DataError(
             f"two fronts of shapes {tuple(A.shape)} and {tuple(B.shape)} cannot be compared",
-            hint="both need at least one point and the same metrics",
+            hint="give both at least one point and the same metrics",
         )
 
 

@@ -49,8 +49,8 @@ class Preference:
         for name, weight in self.weights.items():
             if not (math.isfinite(weight) and weight >= 0):
                 raise PreferenceError(
-                    f"the weight of {name} is {weight}",
-                    hint="weights are finite and not negative; 0 ignores a metric",
+                    f"the weight of {name} must be finite and at least 0, got {weight}",
+                    hint="give 0 to ignore a metric",
                 )
         if self.weights and not any(self.weights.values()):
             raise PreferenceError(
@@ -61,7 +61,8 @@ class Preference:
             for name, bound in bounds.items():
                 if not math.isfinite(bound):
                     raise PreferenceError(
-                        f"{name} must be {kind} {bound}", hint="give a finite bound"
+                        f"{name} must be {kind} a finite number, got {bound}",
+                        hint="give a finite bound, or leave it out",
                     )
         for name in self.at_least.keys() & self.at_most.keys():
             if self.at_least[name] > self.at_most[name]:
@@ -72,7 +73,7 @@ class Preference:
                 )
         if self.rule not in ("weighted_sum", "chebyshev"):
             raise PreferenceError(
-                f"there is no rule {self.rule!r}", hint="rules are weighted_sum and chebyshev"
+                f"there is no rule {self.rule!r}", hint="choose weighted_sum or chebyshev"
             )
 
 
@@ -95,8 +96,9 @@ def choose(values: Tensor, preference: Preference, scale: Scale) -> int:
     _check_names(preference, names)
     if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
         raise PreferenceError(
-            f"values of shape {tuple(values.shape)} hold no point to choose for "
-            f"{len(names)} metrics"
+            f"values must be a non-empty matrix of {len(names)} metrics, got shape "
+            f"{tuple(values.shape)}",
+            hint="give one row per point and one column per metric",
         )
     allowed = _allowed(values, names, preference)
     score = utility(values, preference, scale)
@@ -189,12 +191,12 @@ def _allowed(values: Tensor, names: Sequence[str], preference: Preference) -> Te
                 f"by {float(miss[nearest, i]):.4g}"
             )
         extreme, reach = ("largest", own.amax()) if side > 0 else ("smallest", own.amin())
-        attainable.append(f"{extreme} {name} alone {float(reach):.4g}")
+        attainable.append(f"the {extreme} {name} alone is {float(reach):.4g}")
     at_nearest = ", ".join(
         f"{name} = {float(values[nearest, names.index(name)]):.4g}"
         for name in dict.fromkeys(name for name, _, _ in bounds)
     )
     raise PreferenceError(
-        f"no point satisfies all constraints; at the nearest one {'; '.join(missed)}",
-        hint=f"attainable: {', '.join(attainable)}; together {at_nearest} (point {nearest})",
+        f"no point satisfies all constraints; for the nearest point, {'; '.join(missed)}",
+        hint=f"relax a bound: {', '.join(attainable)}; together, point {nearest} has {at_nearest}",
     )

@@ -22,9 +22,9 @@ __all__ = ["Coverage", "guard"]
 # Prior for the spread of the data: as much as `_PRIOR` points spread uniformly over the box,
 # whose variance in the unit cube is 1/12 in every direction.
 _PRIOR = 1.0
-# Trusted leverage, as a share of the data's largest, with several coefficients an expert. On 2 to
-# 6 real experts in 4 and 6 blocks, fronts of half the leverage had a tenth less regret on average
-# than fronts of the whole, and hardly any of the optimism.
+# Trusted leverage, as a share of the data's largest, with several coefficients per expert. On 2 to
+# 6 real experts in 4 and 6 blocks, fronts with half the leverage had 10 % less regret on average
+# than fronts with all of it, and hardly any of the optimism.
 _WITH_BLOCKS = 0.5
 
 
@@ -59,7 +59,7 @@ class Coverage:
             space: Their space.
             slack: Trusted leverage as a multiple of the largest leverage in the data; at 1 or
                 more every data point, and all between them, is trusted. ``None`` is 1 with one
-                coefficient an expert, and 1/2 with several: there the experts, far outside all
+                coefficient per expert, and 1/2 with several: there the experts, far outside all
                 other data, would set the limit in all of many directions, some of which the data
                 hardly explored.
 
@@ -68,13 +68,15 @@ class Coverage:
         """
         if len(X) == 0:
             raise SurrogateError(
-                "no evaluation has succeeded, so nothing is covered",
+                "no evaluation has succeeded, so no region is covered",
                 hint="evaluate the anchors first",
             )
         if slack is None:
             slack = _WITH_BLOCKS if space.blocks > 1 else 1.0
         if not slack > 0:
-            raise SurrogateError(f"slack is {slack}", hint="slack is positive; None is the default")
+            raise SurrogateError(
+                f"slack must be positive, got {slack}", hint="give None for the default"
+            )
         Z = space.normalise(X.double())
         centre = Z.mean(0)
         offset = Z - centre

@@ -10,10 +10,10 @@ __all__ = ["write_whole"]
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write ``content`` (text as UTF-8) to ``path`` by way of a temporary file beside it.
+    """Write ``content`` (text as UTF-8) to ``path`` through a temporary file in the same folder.
 
-    Characters that UTF-8 cannot hold (halves of surrogate pairs, as broken file names give them)
-    are written as escapes.
+    Characters that UTF-8 cannot hold (halves of surrogate pairs, from broken file names) are
+    written as escapes.
 
     Raises:
         OSError: When it cannot be written; ``path`` is then as it was before.

@@ -1,4 +1,4 @@
-"""How each kind of point looks in every plot: told apart by colour and by shape.
+"""How each kind of point looks in every plot: distinct in colour and in shape.
 
 Colours are those of Okabe and Ito, "Color Universal Design" (2008), which stay distinct in all
 common forms of colour blindness.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.report.numbers import better, shortened
+from map_bo.report.numbers import better, shorten
 from map_bo.report.view import RunView, anchor_values, search_rows
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ __all__ = [
     "Mark",
     "axis_label",
     "legend_handles",
-    "plain",
-    "shown",
+    "literal",
+    "points_by_kind",
     "style_axes",
     "title_of",
 ]
@@ -46,7 +46,7 @@ class Mark:
     Attributes:
         label: Its name in the legend.
         colour: Its colour.
-        shape: Its matplotlib marker; diamonds are drawn open, so that what they lie on shows.
+        shape: Its matplotlib marker; diamonds are drawn open, so that points under them show.
         size: Area of the marker in points squared.
         order: Drawing order, the highest on top.
     """
@@ -109,8 +109,8 @@ KINDS: Mapping[str, Mark] = {
 }
 
 
-def shown(view: RunView) -> dict[str, Tensor]:
-    """Return the points of each kind (``n x m``, own units) that the run has; none is empty."""
+def points_by_kind(view: RunView) -> dict[str, Tensor]:
+    """Return the points (``n x m``, own units) of each kind that the run has."""
     front = view.front
     points = {
         "observed": view.seen.Y[search_rows(view)],
@@ -132,27 +132,28 @@ def legend_handles(
     Args:
         view: The run.
         without: Kinds to leave out.
-        beyond: How many observed points are not wholly inside the axes; the legend says so.
+        beyond: How many observed points lie outside the axes; the legend says so.
     """
     reach = "reaches" if beyond == 1 else "reach"
     notes = {"observed": f"observed ({beyond} {reach} beyond the axes)" if beyond else None}
-    return [KINDS[kind].handle(notes.get(kind)) for kind in shown(view) if kind not in without]
+    kinds = [kind for kind in points_by_kind(view) if kind not in without]
+    return [KINDS[kind].handle(notes.get(kind)) for kind in kinds]
 
 
 def title_of(view: RunView, what: str) -> str:
-    """Return the title of a plot: what it shows, of which run."""
-    return f"{what}: {plain(shortened(view.title, 40))}"
+    """Return the title of a plot: what it shows, and of which run."""
+    return f"{what}: {literal(shorten(view.title, 40))}"
 
 
-def plain(text: str) -> str:
-    """Return ``text`` so that matplotlib draws it letter by letter, with no mathematics."""
+def literal(text: str) -> str:
+    """Return ``text`` escaped so that matplotlib draws it as it is, without mathematics."""
     return text.replace("$", r"\$")
 
 
 def axis_label(metric: Metric, *, length: int = 34, lines: int = 1) -> str:
     """Return a metric's name with its direction."""
     gap = " " if lines == 1 else "\n"
-    return f"{plain(shortened(metric.name, length))}{gap}({better(metric)})"
+    return f"{literal(shorten(metric.name, length))}{gap}({better(metric)})"
 
 
 def style_axes(axes: Axes) -> None:

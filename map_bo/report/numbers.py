@@ -1,4 +1,4 @@
-"""How numbers are written for people: short, aligned, never more digits than mean something."""
+"""How numbers are written for people: short, aligned, with no more digits than are meaningful."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from collections.abc import Sequence
 
 from map_bo.data import Metric
 
-__all__ = ["better", "coefficient", "interval", "metric_value", "seconds", "share", "shortened"]
+__all__ = [
+    "better",
+    "coefficient",
+    "distinct",
+    "interval",
+    "metric_value",
+    "seconds",
+    "share",
+    "shorten",
+]
 
 
 def metric_value(value: float, metric: Metric, *, missing: str = "") -> str:
-    """Return a metric's value: three decimals for what lies in about [0, 1], else four digits."""
+    """Return a metric's value: three decimals for values of about [0, 1], else four digits."""
     if math.isnan(value):
         return missing
     if metric.kind == "proportion" and (metric.lower, metric.upper) == (0.0, 1.0):
@@ -27,7 +36,7 @@ def interval(lower: float, upper: float, metric: Metric, *, missing: str = "") -
 
 
 def coefficient(value: float) -> str:
-    """Return a coefficient with two decimals; what rounds to zero is written without a sign."""
+    """Return a coefficient with two decimals; a value that rounds to zero has no sign."""
     return f"{round(value, 2) + 0.0:.2f}"
 
 
@@ -37,9 +46,9 @@ def better(metric: Metric) -> str:
 
 
 def share(value: float) -> str:
-    """Return a probability with two decimals; what is not quite certain never reads as if it was.
+    """Return a probability with two decimals; one that is almost 0 or 1 does not read as certain.
 
-    Empty where it is not known.
+    It is empty where the probability is not known.
     """
     if math.isnan(value):
         return ""
@@ -49,7 +58,7 @@ def share(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Return a duration in the unit that suits it."""
+    """Return a duration in a suitable unit."""
     if value < 0.995:
         return f"{value:.2f} s"
     if value < 120:
@@ -58,8 +67,8 @@ def seconds(value: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def shortened(name: str, length: int) -> str:
-    """Return ``name`` on one line, its middle left out when it is longer than ``length``."""
+def shorten(name: str, length: int) -> str:
+    """Return ``name`` on one line; when it is longer than ``length``, its middle is cut out."""
     name = " ".join(name.split()) or repr(name)
     if len(name) <= length:
         return name
@@ -68,9 +77,9 @@ def shortened(name: str, length: int) -> str:
 
 
 def distinct(names: Sequence[str], length: int) -> list[str]:
-    """Return all ``names`` shortened; those that would look alike are numbered."""
-    short = [shortened(name, length) for name in names]
+    """Return all ``names`` shortened; those that would look the same are numbered."""
+    short = [shorten(name, length) for name in names]
     return [
-        f"{shortened(name, length - 3)} #{i + 1}" if short.count(name) > 1 else name
+        f"{shorten(name, length - 3)} #{i + 1}" if short.count(name) > 1 else name
         for i, name in enumerate(short)
     ]

@@ -62,4 +62,4 @@ summary { cursor: pointer; padding: .35rem 0; font-weight: 600; }
   figure, tr { break-inside: avoid; }
   h2 { break-after: avoid; } }
 """
-"""The style sheet, written into the head of the page."""
+"""The style sheet, which is written into the head of the page."""

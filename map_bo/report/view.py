@@ -1,4 +1,4 @@
-"""What a person may see of a run: one frozen view that every table, plot and page is made from."""
+"""The view of a run that every table, plot and page is made from."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class RunView:
-    """A run as the report shows it. Predicted and real values stay in fields of their own.
+    """A run as the report shows it; predicted and real values are separate fields.
 
     Attributes:
         title: What the run is called.
         space: The ``d`` coefficients.
-        front: ``k`` predicted trade-offs, with real values where they were verified.
+        front: ``k`` predicted points, with real values where they were verified.
         seen: Every evaluation in order, failures included: the search, then the verification.
         scale: The reference point of the metrics, and the other end of their scale.
         summary: Plain data, as written to ``summary.json``.
@@ -59,7 +59,8 @@ class RunView:
         if len(set(widths)) != 1:
             raise DataError(
                 f"the space has {widths[0]} coefficients, the front {widths[1]} and the "
-                f"evaluations {widths[2]}"
+                f"evaluations {widths[2]}",
+                hint="take all three from one run",
             )
 
     @property
@@ -70,7 +71,7 @@ class RunView:
 
 @dataclass(frozen=True, eq=False)
 class AnchorValue:
-    """A point that a user has without a search, and what was measured there.
+    """A baseline (base, expert or uniform blend) and its measured metrics.
 
     Attributes:
         name: ``"base"``, the expert's name, or ``"uniform blend"``.
@@ -104,8 +105,8 @@ def anchor_values(view: RunView) -> tuple[AnchorValue, ...]:
 def verification_rows(view: RunView) -> Tensor:
     """Return ``n`` booleans: which evaluations measured front points at the end of the run.
 
-    They are the last ``summary["verification"]["points"]`` rows; a view without that entry is
-    taken to have none.
+    They are the last ``summary["verification"]["points"]`` rows; a view without that entry has
+    none.
     """
     recorded = view.summary.get("verification") or {}
     points = min(int(recorded.get("points") or 0), len(view.seen))
@@ -113,15 +114,15 @@ def verification_rows(view: RunView) -> Tensor:
 
 
 def search_rows(view: RunView) -> Tensor:
-    """Return ``n`` booleans: successful evaluations of the search that are no anchors."""
+    """Return ``n`` booleans: successful evaluations of the search that are not anchors."""
     anchors = anchor_rows(view.seen.X, view.space).any(0)
     return view.seen.ok & ~verification_rows(view) & ~anchors
 
 
 def representative_rows(view: RunView, count: int = 7) -> list[int]:
-    """Return up to ``count`` rows of the front that stand for the whole of it.
+    """Return up to ``count`` rows of the front that represent all of it.
 
-    Verified points come first, for they show what a prediction is worth; then
+    Verified points come first, because they show how good the predictions are; then
     :func:`map_bo.scale.farthest_rows`. The rows are returned from the best to the worst in the
     first metric.
     """

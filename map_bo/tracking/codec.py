@@ -5,8 +5,8 @@ JSON has no NaN and no infinity, so they are written in two ways:
 * Inside a tensor (:func:`encode_tensor`) ``null`` is NaN, and ``"Infinity"`` and ``"-Infinity"``
   are the infinities.
 * Anywhere else in the data of an event a float that is not finite is the object
-  ``{"$float": "NaN"}``, ``{"$float": "Infinity"}`` or ``{"$float": "-Infinity"}``. A mapping of
-  the user's that has this one key is refused, so nothing can be mistaken.
+  ``{"$float": "NaN"}``, ``{"$float": "Infinity"}`` or ``{"$float": "-Infinity"}``. A user's mapping
+  with this single key is refused, so the two cannot be confused.
 
 All other floats are written with the fewest digits that read back to the same number.
 """
@@ -72,10 +72,10 @@ def encode_tensor(tensor: Tensor) -> Nested:
 def decode_tensor(data: Any) -> Tensor:
     """Return the float64 tensor that :func:`encode_tensor` wrote.
 
-    A tensor without rows has lost its further dimensions; the caller gives them back.
+    A tensor without rows has lost its further dimensions, which the caller restores.
 
     Raises:
-        DataError: When the lists are ragged or hold something that is no number.
+        DataError: When the lists are ragged, or hold something that is not a number.
     """
 
     def number(value: Any) -> Any:
@@ -86,14 +86,20 @@ def decode_tensor(data: Any) -> Tensor:
         if isinstance(value, str) and value in _NAMED:
             return _NAMED[value]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise DataError(f"{value!r} stands where a number belongs")
+            raise DataError(
+                f"a recorded tensor holds {value!r}, which is not a number",
+                hint="restore the record from a copy: it was edited by hand",
+            )
         return value
 
     numbers = number(data)
     try:
         return torch.tensor(numbers, dtype=torch.float64)
     except (ValueError, TypeError) as error:
-        raise DataError(f"recorded numbers do not form a tensor: {error}") from error
+        raise DataError(
+            f"recorded numbers do not form a tensor: {error}",
+            hint="restore the record from a copy: it was edited by hand",
+        ) from error
 
 
 def encode_scale(scale: Scale) -> dict[str, Any]:
@@ -170,7 +176,7 @@ def decode_metric(data: Mapping[str, Any]) -> Metric:
 def encode_observations(observations: Observations) -> dict[str, Any]:
     """Return ``observations`` as plain data, without the metrics (the run records them once).
 
-    Gradients and their variances are there only when there are any.
+    Gradients and their variances are included only where there are any.
     """
     fields = ["X", "Y", "Yvar", "counts", "cost"]
     if observations.gradients is not None:
@@ -208,7 +214,7 @@ def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
 
 
 def encode_front(front: Front) -> dict[str, Any]:
-    """Return ``front`` as plain data, without the metrics; predicted and real stay apart."""
+    """Return ``front`` as plain data without the metrics, predicted and real values apart."""
     fields = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
     return {
         "d": front.X.shape[-1],
@@ -219,7 +225,7 @@ def encode_front(front: Front) -> dict[str, Any]:
 def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
     """Return the front that :func:`encode_front` wrote.
 
-    A front of a version that knew no corrected values or probabilities has none.
+    A front recorded by a version without corrected values or probabilities has none.
 
     Raises:
         KeyError: When a part is missing.
@@ -244,7 +250,7 @@ def encode_event(event: Event) -> bytes:
     """Return ``event`` as one line of strict ASCII JSON, its newline included.
 
     Raises:
-        StoreError: When the data hold something that is not plain JSON data.
+        StoreError: When the data hold something that JSON cannot express.
     """
     line = {
         "v": SCHEMA,
@@ -281,15 +287,15 @@ def decode_event(line: bytes) -> Event:
     """Return the event that :func:`encode_event` wrote.
 
     Raises:
-        ValueError: When the line is no JSON.
-        StoreError: When it is JSON and no event, or was written by a newer version.
+        ValueError: When the line is not JSON.
+        StoreError: When it is JSON but not an event, or was written by a newer version.
     """
     content = json.loads(line.decode("utf-8"), object_hook=_special, parse_constant=_refuse)
     if not isinstance(content, dict) or not isinstance(content.get("v"), int):
         raise StoreError("it is not an event of a run")
     if content["v"] > SCHEMA:
         raise StoreError(
-            f"it has format {content['v']} and this version of map-bo reads up to {SCHEMA}",
+            f"its format is {content['v']}, and this version of map-bo reads up to {SCHEMA}",
             hint="update map-bo",
         )
     kind, data, time = content.get("kind"), content.get("data"), content.get("time")

@@ -34,7 +34,7 @@ class MemoryStore:
         """Add one event.
 
         Raises:
-            StoreError: When its data are not plain.
+            StoreError: When its data are not plain data.
         """
         self._lines.append(encode_event(event))
 
@@ -44,11 +44,11 @@ class MemoryStore:
 
 
 class JsonlStore:
-    """The events of a run, one a line, in ``DIRECTORY/events.jsonl``.
+    """The events of a run, one per line, in ``DIRECTORY/events.jsonl``.
 
-    An event is there for good when :meth:`append` returns, and not at all when it raises. A line
-    that a killed process left unfinished was never acknowledged: readers pass over it and the
-    next writer cuts it off. Any other line that cannot be read is an error that names it.
+    An event is durable when :meth:`append` returns, and not written at all when it raises. A line
+    that a killed process left unfinished was never acknowledged: readers skip it and the next
+    writer cuts it off. Any other line that cannot be read is an error that names the line.
 
     Only the holder of the lock writes. :meth:`append` takes the lock for its own duration when
     :meth:`lock` is not held around it; reading needs no lock.
@@ -69,32 +69,31 @@ class JsonlStore:
         """Return the store of a new run, making its directory where needed.
 
         Raises:
-            StoreError: When the directory already holds events, or cannot be made.
+            StoreError: When the directory already holds events, or cannot be created.
         """
         store = cls(directory)
         try:
             missing = [p for p in (store.directory, *store.directory.parents) if not p.exists()]
             store.directory.mkdir(parents=True, exist_ok=True)
             os.close(os.open(store._path, os.O_WRONLY | os.O_CREAT, 0o666))
-            # A new name is only durable once the directory that holds it has been written.
+            # A new name is durable only once the directory that holds it has been written.
             for changed in {store.directory, *(path.parent for path in missing)}:
                 _sync_directory(changed)
         except OSError as error:
             raise StoreError(
-                f"the run directory {store.directory} cannot be made: {_reason(error)}",
-                hint="name a directory that can be written",
+                f"the run directory {store.directory} cannot be created: {_reason(error)}",
+                hint="name a directory that you can write to",
             ) from error
         if next(store.read(), None) is not None:
             raise StoreError(
                 f"{store.directory} already holds a run",
-                hint=f"go on with it by `map-bo resume {store.directory}`, "
-                "or name another directory",
+                hint=f"resume it with `map-bo resume {store.directory}`, or name another directory",
             )
         return store
 
     @classmethod
     def open(cls, directory: Path) -> JsonlStore:
-        """Return the store of a run that exists, for reading or for going on.
+        """Return the store of an existing run, for reading or resuming.
 
         Raises:
             StoreError: When the directory holds no events file.
@@ -103,16 +102,16 @@ class JsonlStore:
         if not store._path.is_file():
             raise StoreError(
                 f"{store.directory} holds no run: there is no {_EVENTS} in it",
-                hint="name the directory that `map-bo run` wrote",
+                hint="name a directory that `map-bo run` wrote",
             )
         return store
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes from writing to this run; a killed process lets go of it.
+        """Keep other processes from writing to this run; the lock of a killed process is free.
 
         Raises:
-            StoreError: At once, when another process holds the lock or it cannot be taken.
+            StoreError: Immediately, when another process holds the lock or it cannot be taken.
         """
         owner = self.directory / _OWNER
         try:
@@ -125,13 +124,13 @@ class JsonlStore:
         except (OSError, NotImplementedError) as error:
             raise StoreError(
                 f"the run in {self.directory} cannot be locked: {_reason(error)}",
-                hint="free space or make the directory writable, and resume; "
-                "nothing that was measured before is lost",
+                hint="free some disk space or make the directory writable, and resume; no "
+                "measurement is lost",
             ) from error
         outermost = self._file_lock.lock_counter == 1
         try:
             if outermost:
-                # It only serves the message above, so a full disk does not matter here.
+                # It is only used in the message above, so a full disk does not matter here.
                 with suppress(OSError):
                     owner.write_text(f"pid {os.getpid()}, host {socket.gethostname()}")
                 self._repaired = False
@@ -143,12 +142,12 @@ class JsonlStore:
             self._file_lock.release()
 
     def append(self, event: Event) -> None:
-        """Write one event as one line and wait until the disk has it.
+        """Write one event as one line and wait until it is on disk.
 
         Raises:
             StoreError: When it cannot be written (the file is then as it was before, and the
                 event may be appended again later), when another process is writing, when its
-                data are not plain, or when the file is corrupt.
+                data are not plain data, or when the file is corrupt.
         """
         line = encode_event(event)
         with self._thread_lock:
@@ -176,7 +175,7 @@ class JsonlStore:
         except OSError as error:
             raise StoreError(
                 f"an event cannot be written to {self._path}: {_reason(error)}",
-                hint="free space and resume; nothing that was measured before is lost",
+                hint="free some disk space and resume; no earlier measurement is lost",
             ) from error
 
     def read(self) -> Iterator[Event]:
@@ -201,14 +200,17 @@ class JsonlStore:
                     yield event
                     line, number = following, number + 1
         except OSError as error:
-            raise StoreError(f"{self._path} cannot be read: {_reason(error)}") from error
+            raise StoreError(
+                f"{self._path} cannot be read: {_reason(error)}",
+                hint="make the file readable, or name another run",
+            ) from error
 
     def _corrupt(self, number: int, reason: str, hint: str | None) -> StoreError:
         return StoreError(
             f"line {number} of {self._path} cannot be read: {reason}",
             hint=hint
             or "restore the file from a copy, or delete that line in a copy of the directory "
-            "to go on without what it recorded",
+            "to continue without what it recorded",
         )
 
 
@@ -232,7 +234,7 @@ def _cut_torn_line(file: BinaryIO) -> None:
         except ValueError:
             pass
         except StoreError:
-            return  # JSON of another kind was not torn; reading reports it
+            return  # JSON of another kind was not torn: reading reports it
         else:
             return
     file.truncate(start)
@@ -254,7 +256,7 @@ def _line_start(file: BinaryIO, end: int) -> int:
 
 def _sync_directory(path: Path) -> None:
     if os.name != "posix":
-        return  # elsewhere a directory cannot be opened, and its entries are durable by themselves
+        return  # elsewhere a directory cannot be opened, and its entries are durable anyway
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run store is: an append-only list of events, the single source of truth of a run."""
+"""The protocol of run stores: append-only events, the single source of truth of a run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Event:
 
 @runtime_checkable
 class RunStore(Protocol):
-    """Append-only events. When ``append`` returns, the event survives a kill or power loss."""
+    """Append-only events: when ``append`` returns, the event survives a kill or a power loss."""
 
     def append(self, event: Event) -> None:
         """Add one event durably.
 
         Raises:
-            StoreError: When it cannot be written (disk full, read-only); what was there stays.
+            StoreError: When it cannot be written (disk full, read-only); earlier events are kept.
         """
         ...
 

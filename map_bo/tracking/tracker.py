@@ -1,4 +1,4 @@
-"""Trackers: mirrors of a run's events for people to look at. Nothing reads them back."""
+"""The protocol of trackers: mirrors of a run's events for people; nothing reads them back."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Is told everything that a run records, after it has been recorded."""
+    """Receives every event of a run after it has been recorded."""
 
     def observe(self, event: Event) -> None:
         """Take the next event of the record.
 
-        Every process that works on a run tells it the whole record from ``created`` on, so what
-        another process has told before comes again, in the same order.
+        Every process that works on a run sends the whole record from ``created`` on, so events that
+        another process has sent before come again, in the same order.
         """
         ...
 
     def finish(self, *, whole: bool) -> None:
-        """Nothing follows in this process.
+        """End the tracking in this process; no event follows.
 
         Args:
-            whole: Whether the run has come to its end; False when it broke off.
+            whole: Whether the run has finished; False when it was interrupted.
         """
         ...
 
@@ -41,17 +41,17 @@ class Tracking(Protocol):
     """Settings of a tracker."""
 
     def open(self, directory: Path | None) -> Tracker:
-        """Return a tracker of the run in ``directory``, or of one that is kept in memory."""
+        """Return a tracker of the run in ``directory``; None is a run that is kept in memory."""
         ...
 
 
 class Trackers:
-    """Several trackers as one, which the run cannot feel: what fails is told once and left out.
+    """Several trackers as one that never raises: a tracker that fails is logged and removed.
 
-    As a context it finishes them at the end of the block, whole unless the block raised.
+    As a context it finishes them at the end of the block, as whole unless the block raised.
 
     Args:
-        parts: The trackers, in the order in which they are told; none is allowed.
+        parts: The trackers, in the order in which they receive events; may be empty.
     """
 
     def __init__(self, parts: Iterable[Tracker] = ()) -> None:
@@ -66,14 +66,14 @@ class Trackers:
         self._each(lambda tracker: tracker.finish(whole=whole))
         self._parts = []
 
-    def _each(self, tell: Callable[[Tracker], None]) -> None:
+    def _each(self, send: Callable[[Tracker], None]) -> None:
         for tracker in list(self._parts):
             try:
-                tell(tracker)
+                send(tracker)
             except Exception as error:
                 self._parts.remove(tracker)
                 logger.warning(
-                    "the tracker %s failed and is left out; the run and its record go on: %s: %s",
+                    "the tracker %s failed and is removed; the run and its record go on: %s: %s",
                     type(tracker).__name__,
                     type(error).__name__,
                     error,

@@ -94,6 +94,20 @@ def test_a_finished_job_is_not_repeated(tmp_path: Path, capsys: pytest.CaptureFi
     assert (job / "events.jsonl").read_bytes() == events
 
 
+def test_a_job_of_version_0_1_is_not_repeated(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    value = run_job(composed(), job, TOLD)
+    record = (job / "events.jsonl").read_text()
+    old = record.replace("map_bo.samplers.designs.space_filling", "map_bo.samplers.space_filling")
+    assert old != record
+    (job / "events.jsonl").write_text(old)
+    capsys.readouterr()
+    assert run_job(composed(), job, TOLD) == value
+    assert "already finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("lines", [0, 1, 6, -1])
 def test_an_unfinished_job_goes_on_where_it_was(tmp_path: Path, lines: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
@@ -140,7 +154,7 @@ def test_a_job_goes_on_with_another_tracking(
     assert run_job(composed("tracking=local"), job, TOLD) == value
     assert (job / "report.html").exists()
     assert (job / "events.jsonl").read_bytes() == events
-    monkeypatch.setattr("map_bo.app.jobs.mirrored", lambda directory: True)
+    monkeypatch.setattr("map_bo.app.jobs.is_mirrored", lambda directory: True)
     capsys.readouterr()
     run_job(composed("tracking=wandb"), job, TOLD)
     assert "already finished" in capsys.readouterr().out
@@ -163,7 +177,7 @@ def test_a_failing_job_leaves_its_reason_and_no_run(
     assert json.loads((job / "failure.json").read_text())["reason"]
     assert not (job / "events.jsonl").exists()
     assert "error: job:" in capsys.readouterr().err
-    # The job is mended and repeated.
+    # The job is fixed and repeated.
     run_job(composed(), job, TOLD)
     assert not (job / "failure.json").exists()
 

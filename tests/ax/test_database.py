@@ -102,7 +102,7 @@ def test_what_is_no_database_of_ax_is_told(tmp_path: Path) -> None:
         connection.execute("CREATE TABLE other (name)")
     connection.close()
     for name in ("text.db", "empty.db", "other.db"):
-        with pytest.raises(StoreError, match="is no database of Ax"):
+        with pytest.raises(StoreError, match="is not a database of Ax"):
             read_experiment(tmp_path / name)
     for name in ("nowhere.db", "."):
         with pytest.raises(StoreError, match="there is no file"):

@@ -181,7 +181,7 @@ def test_an_experiment_of_axs_own_is_searched(caplog: pytest.LogCaptureFixture) 
     ((weights, bound, equality),) = [(c.weights, c.bound, c.equality) for c in space.constraints]
     assert (weights, bound, equality) == ((1.0, 2.0), 2.0, False)
     told = [record.getMessage() for record in caplog.records if record.name.startswith("map_bo")]
-    assert told == ["trial 0 is left out: it has no value of far_from_b"]  # once
+    assert told == ["trial 0 is left out: it has no value for far_from_b"]  # once
 
 
 def test_what_was_changed_in_ax_after_the_export_counts(tmp_path: Path) -> None:
@@ -329,9 +329,9 @@ def test_a_sampler_that_plain_data_cannot_say_is_not_stored() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("integer", "is no range of real numbers"),
-        ("log", "is no range of real numbers"),
-        ("choice", "is no range of real numbers"),
+        ("integer", "is not a range of real numbers"),
+        ("log", "is not a range of real numbers"),
+        ("choice", "is not a range of real numbers"),
         ("weighted", "weighted objective or outcome constraints"),
         ("constrained", "weighted objective or outcome constraints"),
     ],

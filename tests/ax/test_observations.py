@@ -109,11 +109,11 @@ def test_what_cannot_be_taken_is_told() -> None:
     assert {left.trial: left.reason for left in found.left_out} == {
         0: "it is running",
         1: "it lies outside the space: a=1.5, b=0.5",
-        2: "it has no value of far_from_b",
+        2: "it has no value for far_from_b",
         3: "far_from_b is -1, which is not in [0, inf]",
         4: "near_a is nan, which is not in [-inf, inf]",
         5: "a standard error is infinite",
-        6: "b is None, which is no number",
+        6: "b is None, which is not a number",
         7: "it is early stopped",
     }
 
@@ -130,9 +130,9 @@ def test_names_may_be_the_runs_or_those_of_an_export() -> None:
 @pytest.mark.parametrize(
     ("names", "objective", "message"),
     [
-        (("a", "z"), "near_a, -far_from_b", "has no parameters b of the run"),
-        (("a", "b", "z"), "near_a, -far_from_b", "parameters that the run has not: z"),
-        (("a", "b"), "near_a, -other", "has no metrics near a, far from b of the run"),
+        (("a", "z"), "near_a, -far_from_b", "lacks the parameters b of the run"),
+        (("a", "b", "z"), "near_a, -far_from_b", "parameters that the run lacks: z"),
+        (("a", "b"), "near_a, -other", "lacks the metrics near a, far from b of the run"),
         (("a", "b"), "near_a, far_from_b", "'far from b' is maximised in the experiment"),
         (("a", "b"), "-near_a, -far_from_b", "'near a' is minimised in the experiment"),
     ],

@@ -118,8 +118,8 @@ def test_an_impossible_bound_says_what_is_attainable(
     ("arguments", "message"),
     [
         (["--prefer", "rot91=1"], "rot91"),
-        (["--prefer", "rot90"], "is not METRIC=NUMBER"),
-        (["--prefer", "rot90=much"], "is not METRIC=NUMBER"),
+        (["--prefer", "rot90"], "must be METRIC=NUMBER, got"),
+        (["--prefer", "rot90=much"], "must be METRIC=NUMBER, got"),
         (["--prefer", "rot90=1", "--prefer", "rot90=2"], "twice"),
         (["--prefer", "rot90=-1"], "rot90"),
         (["--point", "100000"], "has no point"),

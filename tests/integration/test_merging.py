@@ -126,7 +126,7 @@ class TestRuns:
         out = tmp_path / "a"
         arguments = ["merge", str(of_models), "--point", "0", "--out", str(out)]
         main([*arguments, "--lora-rank", rank])
-        assert f"adapter of rank {rank} written to {out}; it leaves out" in capsys.readouterr().out
+        assert f"adapter of rank {rank} written to {out}; its error is" in capsys.readouterr().out
         assert json.loads((out / "adapter_config.json").read_text())["r"] == int(rank)
         assert "is the recipe of an adapter" in failing(
             capsys, "merge", str(out), "--out", str(tmp_path / "again")
@@ -139,7 +139,7 @@ class TestRuns:
         for rank in ("4", "0"):
             arguments = ["merge", str(of_adapters), "--point", "0"]
             main([*arguments, "--out", str(tmp_path / f"a{rank}"), "--lora-rank", rank])
-            assert "it leaves out 0.00%" in capsys.readouterr().out
+            assert "its error is 0.00%" in capsys.readouterr().out
         main(["merge", str(of_adapters), "--point", "0", "--out", str(tmp_path / "m")])
         base = of_adapters.parent / "base.safetensors"
         merge_checkpoints(
@@ -189,7 +189,7 @@ class TestRuns:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         (tmp_path / "x").write_text("x")
-        monkeypatch.setattr("map_bo.app.main._chosen", lambda options: pytest.fail("chosen"))
+        monkeypatch.setattr("map_bo.app.main._choice_of", lambda options: pytest.fail("chosen"))
         for out, message in ((tmp_path, "is not empty"), (tmp_path / "x", "is not a folder")):
             assert message in failing(capsys, "merge", str(of_models), "--out", str(out))
 
@@ -228,9 +228,9 @@ class TestRecipes:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--point", "0"], "leaves nothing to choose"),
-            (["--prefer", "a=1"], "leaves nothing to choose"),
-            (["--lora-rank", "4"], "a recipe is written as a whole model"),
+            (["--point", "0"], "is a recipe, and a preference, bound or point was given"),
+            (["--prefer", "a=1"], "is a recipe, and a preference, bound or point was given"),
+            (["--lora-rank", "4"], "a recipe cannot be written as an adapter"),
             (["--max-memory", "10MB"], "max_memory is 10 MB, and this merge needs"),
             (
                 ["--max-memory", "much"],

@@ -153,7 +153,7 @@ def test_a_comparison_that_fails_is_no_success(
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no font")
 
-    monkeypatch.setattr("map_bo.app.comparing.compare_directories", broken)
+    monkeypatch.setattr("map_bo.app.comparison.compare_directories", broken)
     words = ["run", "-m", *JOB, "surrogate=quadratic,gp", "seed=0,1", f"hydra.sweep.dir={sweep}"]
     said = failing(capsys, *words)
     assert "their comparison failed: RuntimeError: no font" in said

@@ -110,8 +110,8 @@ def test_without_a_login_the_local_report_is_written(
     assert (out / "report.html").exists()
     assert "comparison of 2 runs written" in said.out
     assert said.err == (
-        "error: the W&B Report needs a login, and there is none\n"
-        "hint: run `wandb login`, or set WANDB_API_KEY; then the same command again\n"
+        "error: a W&B Report needs a login, and no key was found\n"
+        "hint: run `wandb login`, or set WANDB_API_KEY; then repeat the command\n"
     )
 
 
@@ -128,7 +128,7 @@ def test_with_a_login_the_report_is_saved(
         main(["report", str(sweep), "--wandb", "--out", str(tmp_path / "out")])
     said = capsys.readouterr()
     assert f"W&B Report: {server.url}/team/merging/reports/Comparison-of-study" in said.out
-    assert "2 of its runs were recorded offline: `wandb sync`" in said.out
+    assert "2 of its runs were recorded offline; upload them with `wandb sync`" in said.out
     assert said.err == ""
     assert len(server.saved) == 1
 

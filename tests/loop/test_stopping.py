@@ -91,7 +91,7 @@ def test_the_first_check_waits_for_the_design(experts: int, first: int) -> None:
 def test_it_stops_exactly_when_the_last_gains_are_small(
     gains: list[float], patience: int, tolerance: float
 ) -> None:
-    reason = Stop(tolerance=tolerance, patience=patience).reached(gains)
+    reason = Stop(tolerance=tolerance, patience=patience).reason(gains)
     last = gains[-patience:]
     small = len(last) == patience and all(gain <= tolerance for gain in last)
     assert (reason is not None) == small

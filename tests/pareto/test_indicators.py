@@ -116,7 +116,7 @@ class TestHypervolume:
             hypervolume(torch.tensor([[torch.nan, 1.0]]), zeros(2))
         with pytest.raises(DataError, match="reference point has shape"):
             hypervolume(torch.ones(2, 3), zeros(2))
-        with pytest.raises(DataError, match="values have shape"):
+        with pytest.raises(DataError, match="values must be a matrix, got shape"):
             hypervolume(torch.ones(3), zeros(3))
 
 

@@ -225,7 +225,7 @@ def test_nothing_seen_covers_nothing() -> None:
 
 
 def test_slack_must_be_positive() -> None:
-    with pytest.raises(SurrogateError, match="slack is 0"):
+    with pytest.raises(SurrogateError, match="slack must be positive, got 0"):
         Coverage.of(torch.zeros(1, 2), box(2), slack=0.0)
 
 

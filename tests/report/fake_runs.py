@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from map_bo.data import Metric
 from map_bo.report.comparison.comparison import Comparison, compare
-from map_bo.report.comparison.measured import Outcome, RunRecord
+from map_bo.report.comparison.runs import Outcome, RunRecord
 from tests.report.fake_views import make_view
 
 SURROGATES = {"gp": 20, "quadratic": 14}

@@ -5,7 +5,7 @@ import torch
 from matplotlib.figure import Figure
 
 from map_bo.data import Metric
-from map_bo.report.marks import KINDS, axis_label, legend_handles, plain, shown, title_of
+from map_bo.report.marks import KINDS, axis_label, legend_handles, literal, points_by_kind, title_of
 from tests.report.fake_views import make_view
 
 
@@ -30,7 +30,7 @@ def test_marks_stand_out_from_the_paper(kind: str) -> None:
 
 def test_the_points_of_each_kind_are_the_run_s() -> None:
     view = make_view(3, failures=(8,))
-    points = shown(view)
+    points = points_by_kind(view)
     assert list(points) == [
         "observed", "predicted", "real", "expert", "base", "blend", "reference",
     ]  # fmt: skip
@@ -69,7 +69,7 @@ def test_labels_say_which_way_is_better() -> None:
 
 
 def test_names_are_drawn_letter_by_letter() -> None:
-    assert plain("$a$") == r"\$a\$"
+    assert literal("$a$") == r"\$a\$"
     assert title_of(make_view(2, title="$a$"), "Front") == r"Front: \$a\$"
 
 

@@ -15,7 +15,7 @@ from map_bo.report.numbers import (
     metric_value,
     seconds,
     share,
-    shortened,
+    shorten,
 )
 
 ACC, LOSS = Metric("acc"), Metric("loss", "min", "loss")
@@ -68,7 +68,7 @@ def test_durations_have_the_unit_that_suits(value: float, text: str) -> None:
 
 @given(name=st.text(min_size=1, max_size=60), length=st.integers(8, 30))
 def test_shortened_names_are_one_line_and_never_empty(name: str, length: int) -> None:
-    short = shortened(name, length)
+    short = shorten(name, length)
     assert 0 < len(short) <= length
     assert "\n" not in short
 

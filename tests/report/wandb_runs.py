@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from map_bo.report.comparison.comparison import Comparison
-from map_bo.report.comparison.measured import RunRecord
+from map_bo.report.comparison.runs import RunRecord
 from map_bo.tracking.wandb.run import WandbRun
 
 Home = Callable[[RunRecord], WandbRun | None]

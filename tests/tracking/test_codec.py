@@ -70,7 +70,7 @@ def test_a_tensor_is_written_as_other_tools_expect() -> None:
 
 @pytest.mark.parametrize("data", [["one"], [True], {"a": 1}])
 def test_what_is_no_number_is_refused(data: Any) -> None:
-    with pytest.raises(DataError, match="stands where a number belongs"):
+    with pytest.raises(DataError, match="which is not a number"):
         decode_tensor(data)
 
 
@@ -190,7 +190,7 @@ def test_json_that_is_no_event_is_refused(line: bytes) -> None:
 
 def test_a_newer_format_is_refused() -> None:
     line = b'{"v":99,"kind":"a","time":0,"data":{}}'
-    with pytest.raises(StoreError, match=r"format 99.*up to 1") as caught:
+    with pytest.raises(StoreError, match=r"format is 99.*up to 1") as caught:
         decode_event(line)
     assert caught.value.hint == "update map-bo"
 

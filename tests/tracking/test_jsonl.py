@@ -61,9 +61,9 @@ def test_create_takes_over_where_nothing_was_ever_acknowledged(tmp_path: Path) -
     assert kinds(tmp_path) == ["x"]
 
 
-def test_create_explains_a_directory_that_cannot_be_made(tmp_path: Path) -> None:
+def test_create_explains_a_directory_that_cannot_be_created(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot be made: Not a directory"):
+    with pytest.raises(StoreError, match="cannot be created: Not a directory"):
         JsonlStore.create(tmp_path / "file" / "run")
 
 
@@ -151,7 +151,7 @@ def test_a_failing_write_leaves_the_file_as_it_was(
         with pytest.raises(StoreError, match="No space left on device") as caught:
             store.append(Event("d", {}))
         assert caught.value.hint == (
-            "free space and resume; nothing that was measured before is lost"
+            "free some disk space and resume; no earlier measurement is lost"
         )
         assert (run / "events.jsonl").read_bytes() == before
         monkeypatch.undo()
@@ -371,4 +371,4 @@ def test_a_lock_that_cannot_be_taken_is_explained(run: Path) -> None:
     (run / "run.lock").mkdir()
     with pytest.raises(StoreError, match="cannot be locked: Is a directory") as caught:
         JsonlStore.open(run).append(Event("d", {}))
-    assert "nothing that was measured before is lost" in str(caught.value.hint)
+    assert "no measurement is lost" in str(caught.value.hint)

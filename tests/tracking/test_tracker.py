@@ -63,7 +63,7 @@ def test_a_run_that_breaks_off_is_not_whole() -> None:
 
 
 @pytest.mark.parametrize("at", ["created", "observed", "never"])
-def test_one_that_fails_is_told_once_and_left_out(
+def test_one_that_fails_is_logged_once_and_removed(
     at: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     broken, notes = Broken(at), Notes()
@@ -73,7 +73,7 @@ def test_one_that_fails_is_told_once_and_left_out(
     assert notes.told == ["created", "observed", "observed", True]
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "the tracker Broken failed and is left out; the run" in record.getMessage()
+    assert "the tracker Broken failed and is removed; the run" in record.getMessage()
     assert broken.told == {"created": ["created"], "observed": ["created", "observed"]}.get(
         at, notes.told[:-1]
     )

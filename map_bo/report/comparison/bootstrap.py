@@ -1,4 +1,4 @@
-"""Means of a few runs and how sure they are: percentile bootstrap, paired where runs are."""
+"""Means of a few runs and their uncertainty: percentile bootstrap, paired where runs are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 __all__ = ["LEAST", "Estimate", "Reading", "mean_interval", "paired_difference"]
 
 LEAST = 5
-"""Values below which no difference is called clear: a bootstrap of few is too narrow."""
+"""Number of values below which no difference is called clear: a bootstrap of few is too narrow."""
 
 Reading = Literal["higher", "lower", "no clear difference", "too few pairs"]
 
@@ -23,8 +23,8 @@ class Estimate:
 
     Attributes:
         mean: The mean.
-        low: Lower end, NaN of a single value.
-        high: Upper end, NaN of a single value.
+        low: Lower end; NaN for a single value.
+        high: Upper end; NaN for a single value.
         count: Number of values (of pairs, for a difference).
     """
 
@@ -35,7 +35,7 @@ class Estimate:
 
     @property
     def reading(self) -> Reading:
-        """What a difference says, by its interval alone."""
+        """What a difference means, by its interval alone."""
         if self.count < LEAST:
             return "too few pairs"
         if self.low > 0:
@@ -49,10 +49,10 @@ def mean_interval(
     """Return the mean of ``values`` and its percentile bootstrap interval.
 
     Args:
-        values: Any number of values; ``None`` is returned of nothing.
+        values: Any number of values; without any, ``None`` is returned.
         resamples: Number of bootstrap samples.
         level: Coverage of the interval.
-        seed: Of the draws, so that the same values always give the same interval.
+        seed: Seed of the draws; the same values always give the same interval.
     """
     held = np.asarray(values, dtype=np.float64)
     if held.size == 0:
@@ -67,12 +67,12 @@ def mean_interval(
 def paired_difference(
     own: Mapping[int, float], other: Mapping[int, float], *, resamples: int = 10_000
 ) -> Estimate | None:
-    """Return the mean of ``own`` less ``other`` over the seeds that both have.
+    """Return the mean of ``own`` minus ``other`` over the seeds that both have.
 
     Args:
         own: Value by seed.
         other: Value by seed.
-        resamples: Number of bootstrap samples; differences are drawn, so pairs stay together.
+        resamples: Number of bootstrap samples; these are of differences, so pairs stay together.
 
     Returns:
         ``None`` when no seed is shared.

@@ -1,6 +1,8 @@
-"""Many runs on one scale: what each found, and how sure the differences between them are.
+"""Many runs on one scale: how they vary, what each found, and how clear their differences are.
 
-What tells the runs of a sweep apart: the fewest settings, in the words of the user.
+:func:`variation` finds the fewest settings that distinguish the runs of a sweep, preferably those
+that the user named; runs that agree in them are one variant. :func:`compare` puts all finished runs
+on one scale, so that a :class:`Comparison` can compare variants by their means over seeds.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ from map_bo.data import Metric, to_maximisation
 from map_bo.errors import DataError
 from map_bo.pareto.indicators import win_rate_dominance, win_rate_per_objective
 from map_bo.report.comparison.bootstrap import Estimate, mean_interval, paired_difference
-from map_bo.report.comparison.measured import Measured, Outcome, RunRecord, columns_of, measured
+from map_bo.report.comparison.runs import Outcome, RunRecord, ScaledRun, columns_of, measure
 from map_bo.scale import Scale
 
 __all__ = ["UNSET", "Comparison", "Curve", "Variation", "compare", "variation"]
 
 UNSET = "not set"
-"""Shown where a run does not have a setting that another has."""
+"""Shown for a run without a setting that another run has."""
 
 _SEED = "seed"
 
@@ -33,9 +35,9 @@ class Variation:
     """How runs differ.
 
     Attributes:
-        keys: The settings that tell them apart, ``seed`` aside.
-        values: For each key its values, in natural order.
-        labels: For each run its variant, such as ``"surrogate=gp, loop.budget=24"``.
+        keys: The settings that distinguish them, except for ``seed``.
+        values: The values of each key, in natural order.
+        labels: The variant of each run, such as ``"surrogate=gp, loop.budget=24"``.
         order: The variants in the natural order of their values.
     """
 
@@ -46,16 +48,16 @@ class Variation:
 
 
 def variation(settings: Sequence[Mapping[str, str]], named: Sequence[str] = ()) -> Variation:
-    """Return the fewest settings that tell the runs apart.
+    """Return the fewest settings that distinguish the runs.
 
-    Settings are looked at in turn: those the user named, then the shortest names. One is kept
-    when it splits what those before it leave together; what follows from another (a default that
-    is interpolated from it, all that an experiment sets) is therefore left out, and so is what
-    goes with the seed, which pairs the runs.
+    Settings are considered in turn: first those that the user named, then those with the shortest
+    names. A setting is kept when it splits runs that all settings before it leave together. So
+    settings that follow from another one (an interpolated default, everything that an experiment
+    sets) are left out, and so are those that vary with the seed, by which runs are paired.
 
     Args:
-        settings: Name and value of every setting, one mapping for each run.
-        named: Names that the user gave, most telling first.
+        settings: Name and value of every setting, one mapping per run.
+        named: Names that the user gave, most important first.
     """
     known = {key for one in settings for key in one}
     rest = sorted(known - set(named), key=lambda key: (key.count("."), key))
@@ -93,14 +95,14 @@ def variation(settings: Sequence[Mapping[str, str]], named: Sequence[str] = ()) 
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:
-    """Return a key that sorts numbers inside words by their size."""
+    """Return a sort key by which numbers inside words are sorted by their value."""
     parts = re.split(r"(\d+(?:\.\d+)?)", text)
     return [(0, float(x), "") if i % 2 else (1, 0.0, x) for i, x in enumerate(parts) if x]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """How a variant got on: one value for each number of evaluations.
+    """The progress of a variant: one value per number of evaluations.
 
     Attributes:
         places: Numbers of evaluations, from 1.
@@ -120,22 +122,22 @@ class Comparison:
     """Runs compared.
 
     Attributes:
-        title: What is compared.
-        keys: The settings that vary, the seed aside.
+        title: The name of the sweep or sweeps.
+        keys: The settings that vary, except for the seed.
         values: The values of each.
         variants: The combinations that occur, the baseline first.
         runs: The finished runs.
         missing: The runs that did not finish.
         metrics: The ``m`` metrics that all finished runs have.
         scale: The scale that they share.
-        notes: What the reader must know.
+        notes: What a reader has to know.
     """
 
     title: str
     keys: tuple[str, ...]
     values: Mapping[str, tuple[str, ...]]
     variants: tuple[str, ...]
-    runs: tuple[Measured, ...]
+    runs: tuple[ScaledRun, ...]
     missing: tuple[RunRecord, ...]
     metrics: tuple[Metric, ...]
     scale: Scale
@@ -146,13 +148,13 @@ class Comparison:
         """The variant that the others are compared with."""
         return self.variants[0]
 
-    def of(self, variant: str) -> tuple[Measured, ...]:
+    def of(self, variant: str) -> tuple[ScaledRun, ...]:
         """Return the finished runs of a variant, by seed."""
         found = (run for run in self.runs if run.variant == variant)
         return tuple(sorted(found, key=lambda run: run.seed))
 
     def by_seed(self, variant: str, measure: str) -> dict[int, float]:
-        """Return a measure of a variant's runs by their seed; runs without it are left out."""
+        """Return a measure of a variant's runs by seed; runs without it are left out."""
         return {run.seed: run.values[measure] for run in self.of(variant) if measure in run.values}
 
     def mean(self, variant: str, measure: str) -> Estimate | None:
@@ -160,7 +162,7 @@ class Comparison:
         return mean_interval(list(self.by_seed(variant, measure).values()))
 
     def difference(self, variant: str, measure: str) -> Estimate | None:
-        """Return variant less baseline, paired by seed; ``None`` without a pair."""
+        """Return variant minus baseline, paired by seed; ``None`` without a pair."""
         return paired_difference(
             self.by_seed(variant, measure), self.by_seed(self.baseline, measure)
         )
@@ -168,11 +170,11 @@ class Comparison:
     def win_rate(
         self, variant: str, other: str, kind: Literal["per objective", "dominance"]
     ) -> float | None:
-        """Return how often fronts of observed points (real) win, over pairs of the same seed.
+        """Return the win rate of the fronts of observed points (real), over pairs of equal seed.
 
         Args:
-            variant: Whose fronts win.
-            other: Over whose.
+            variant: The variant whose fronts win.
+            other: The variant whose fronts lose.
             kind: ``"per objective"`` (all pairs of points and metrics, ties count half) or
                 ``"dominance"`` (share of pairs of points in which the first dominates).
 
@@ -222,7 +224,7 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
 
     Args:
         records: The runs, in any order.
-        title: What is compared.
+        title: The name of the sweep or sweeps.
         baseline: Variant that the others are compared with; the first in natural order by
             default.
 
@@ -236,39 +238,41 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
         first = f"; the first of them, {missing[0].name}: {missing[0].reason}" if missing else ""
         raise DataError(
             f"none of the {len(missing)} runs of {title} finished{first}",
-            hint="repeat the command of the sweep with the same hydra.sweep.dir to go on with it",
+            hint="repeat the command of the sweep with the same hydra.sweep.dir to resume it",
         )
     notes: list[str] = []
     metrics, dropped = _common(done)
     if dropped:
         notes.append(
-            "the runs have different metrics; compared are those that all of them have: "
+            "the runs have different metrics; only those that all runs have are compared: "
             f"{', '.join(m.name for m in metrics)} (left out: {', '.join(dropped)})"
         )
     settings = [dict(record.settings) for record in done]
-    told = list(dict.fromkeys(key for record in done for key in record.named))
-    found = variation(settings, told)
+    named = list(dict.fromkeys(key for record in done for key in record.named))
+    found = variation(settings, named)
     pairs = [(label, r.seed or 0) for label, r in zip(found.labels, done, strict=True)]
     if len(set(pairs)) < len(pairs) and len({record.sweep for record in done}) > 1:
         for one, record in zip(settings, done, strict=True):
             one["sweep"] = record.sweep
-        found = variation(settings, ["sweep", *told])
-        notes.append("the sweeps share settings and seeds, so their runs are kept apart by sweep")
+        found = variation(settings, ["sweep", *named])
+        notes.append(
+            "the sweeps share settings and seeds, so their runs are separate variants by sweep"
+        )
     scale = _scale(done, metrics)
     notes += scale.notes()
-    runs: dict[tuple[str, int], Measured] = {}
+    runs: dict[tuple[str, int], ScaledRun] = {}
     for record, label in zip(done, found.labels, strict=True):
         if (label, record.seed or 0) in runs:
             notes.append(
-                f"{record.name} repeats the settings and the seed of another run; left out"
+                f"{record.name} has the settings and the seed of another run and is left out"
             )
             continue
-        runs[label, record.seed or 0] = measured(record, label, scale)
+        runs[label, record.seed or 0] = measure(record, label, scale)
     order = list(found.order)
     if baseline is not None:
         if baseline not in order:
             raise DataError(
-                f"there is no variant {baseline!r}", hint=f"variants: {'; '.join(order)}"
+                f"there is no variant {baseline!r}", hint=f"variants are {'; '.join(order)}"
             )
         order = [baseline, *(name for name in order if name != baseline)]
     if any(record.seed is None for record in done):
@@ -292,7 +296,7 @@ def _outcome(record: RunRecord) -> Outcome:
 
 
 def _common(done: Sequence[RunRecord]) -> tuple[tuple[Metric, ...], list[str]]:
-    """Return the metrics that all have, and the names of the others."""
+    """Return the metrics that all runs have, and the names of the others."""
     every = [_outcome(record).seen.metrics for record in done]
     names = [{(metric.name, metric.direction) for metric in metrics} for metrics in every]
     shared = set.intersection(*names)
@@ -315,8 +319,8 @@ def _scale(done: Sequence[RunRecord], metrics: tuple[Metric, ...]) -> Scale:
     return Scale.common([one.select(columns_of(one.metrics, metrics)) for one in counted], rule)
 
 
-def _value_at(run: Measured, place: int) -> float:
-    """Return the value at the last number of evaluations up to ``place``, 0 before the first."""
+def _value_at(run: ScaledRun, place: int) -> float:
+    """Return the volume at the last number of evaluations up to ``place``; 0 before the first."""
     value = 0.0
     for reached, volume in zip(run.places, run.volumes, strict=True):
         if reached > place:

@@ -1,4 +1,4 @@
-"""The files of a comparison, each written whole or not: page, Markdown, table, plots."""
+"""The files of a comparison (page, Markdown, table, plots), each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import warnings
 from pathlib import Path
 
 from map_bo.report.comparison.comparison import Comparison
-from map_bo.report.comparison.measured import MEASURES
 from map_bo.report.comparison.page import comparison_html, comparison_markdown
 from map_bo.report.comparison.plots import cost_figure, front_overlay, progress_bands
+from map_bo.report.comparison.runs import MEASURES
 from map_bo.report.files import write_whole
 
 __all__ = ["results_csv", "write_comparison"]
@@ -34,7 +34,7 @@ def write_comparison(found: Comparison, directory: Path) -> None:
     ):
         image = io.BytesIO()
         with warnings.catch_warnings():
-            # Names in scripts that the font lacks show as boxes; the tables hold them in full.
+            # Characters that the font lacks are drawn as boxes; the tables hold them in full.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             draw(found).savefig(image, format="png")
         plots[name] = image.getvalue()
@@ -44,7 +44,7 @@ def write_comparison(found: Comparison, directory: Path) -> None:
 
 
 def results_csv(found: Comparison) -> str:
-    """Return one row a run, those that did not finish included, with every digit.
+    """Return one row per run, unfinished ones included, with all digits.
 
     Columns: ``run``, ``sweep``, ``status``, ``reason``, ``variant``, ``seed``, each setting that
     varies, then each measure, predicted and real apart, and ``reference:NAME`` of each metric.

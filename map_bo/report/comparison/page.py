@@ -1,4 +1,4 @@
-"""A comparison as one page, and as Markdown: self-contained, without scripts or network."""
+"""A comparison as one self-contained page without scripts or network, and as Markdown."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ PLOTS = {
     ),
     "cost": (
         "Hypervolume of the observed points (real) against evaluations and against seconds spent "
-        "evaluating, choosing and fitting. Small marks are runs, large ones the means of variants."
+        "evaluating, choosing and fitting. Small marks are runs, large marks the means of variants."
     ),
 }
-"""Name of every plot and what it shows."""
+"""Name of each plot -> what it shows."""
 
 _EXTRA = """
 th.name, td.name { white-space: normal; overflow-wrap: anywhere; min-width: 13rem; }
@@ -57,20 +57,20 @@ table.matrix thead th { min-width: 0; }
 
 
 def sections(found: Comparison) -> list[tuple[str, str, list[str | Table]]]:
-    """Return anchor, title, and content of every section; plots are named ``plot:NAME``."""
+    """Return anchor, title and content of every section; a plot is the text ``plot:NAME``."""
     varied, gaps, missing = varied_table(found), difference_table(found), missing_table(found)
     wins = win_rate_tables(found)
     quality, cost = measure_tables(found)
     same = "Only the seed varied."
     crowded = (
-        [f"Win rates of {len(found.variants)} variants, each over each, are left out."]
+        [f"The win rates of {len(found.variants)} variants, each over each, are left out."]
         if len(found.variants) > 1
         else []
     )
     every: list[tuple[str, str, list[str | Table]]] = [
         (
             "compared",
-            "What was compared",
+            "Runs compared",
             [summary_words(found), varied if varied else same, *found.notes],
         ),
         ("quality", "Quality", [scale_words(found), quality, *([gaps] if gaps else [])]),
@@ -176,7 +176,7 @@ def comparison_markdown(found: Comparison) -> str:
 
 
 def markdown_part(part: str | Table) -> list[str]:
-    """Return a table or a sentence as lines of Markdown; a plot (``plot:NAME``) as its image."""
+    """Return a table, a sentence or a plot (``plot:NAME``) as lines of Markdown."""
     if isinstance(part, Table):
         return [_plain(part.caption), "", *_markdown_table(part)]
     if part.startswith("plot:"):
@@ -200,7 +200,7 @@ def _markdown_cell(cell: Cell) -> str:
 
 
 def _plain(text: str) -> str:
-    """Return ``text`` so that Markdown shows it as it is, on one line."""
+    """Return ``text`` on one line, escaped so that Markdown shows it as it is."""
     text = " ".join(text.split())
     for character in "\\`*_[]<>|":
         text = text.replace(character, f"\\{character}")

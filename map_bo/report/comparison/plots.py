@@ -1,4 +1,4 @@
-"""A comparison in pictures: progress with bands, fronts on top of each other, cost and quality."""
+"""The plots of a comparison: progress with bands, overlaid fronts, quality against cost."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from map_bo.report.comparison.comparison import Comparison
-from map_bo.report.marks import GREY, INK, axis_label, plain, style_axes
+from map_bo.report.marks import GREY, INK, axis_label, literal, style_axes
 from map_bo.report.numbers import distinct
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COLOURS", "cost_figure", "front_overlay", "progress_bands"]
 
-# Okabe and Ito, "Color Universal Design" (2008); shapes and dashes tell apart beyond colour.
+# Okabe and Ito, "Color Universal Design" (2008); shapes and dashes also distinguish variants.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _SHAPES = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "*")
 _DASHES = ((0, ()), (0, (6, 2)), (0, (2, 2)), (0, (8, 2, 1, 2)))
@@ -56,7 +56,7 @@ def _looks(found: Comparison) -> dict[str, _Look]:
     names = distinct(found.variants, _LABEL)
     return {
         variant: _Look(
-            plain(name),
+            literal(name),
             COLOURS[i % len(COLOURS)],
             _SHAPES[i % len(_SHAPES)],
             _DASHES[i // len(COLOURS) % len(_DASHES)],
@@ -66,7 +66,7 @@ def _looks(found: Comparison) -> dict[str, _Look]:
 
 
 def progress_bands(found: Comparison) -> Figure:
-    """Return hypervolume of the observed points against evaluations, a band each variant."""
+    """Return the hypervolume of observed points by evaluations, one band per variant."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(8.0, 5.0)
@@ -105,9 +105,10 @@ def progress_bands(found: Comparison) -> Figure:
 
 
 def front_overlay(found: Comparison) -> Figure:
-    """Return the non-dominated observed points (real) of all seeds, variant over variant.
+    """Return the non-dominated observed points (real) of all seeds, with variants overlaid.
 
-    One metric: its best value, run by run. Two to four: all pairs. More: parallel coordinates.
+    With one metric it shows the best value of each run, with two to four all pairs, and with more
+    parallel coordinates.
     """
     m = len(found.metrics)
     looks = _looks(found)
@@ -129,7 +130,7 @@ def front_overlay(found: Comparison) -> Figure:
 
 
 def cost_figure(found: Comparison) -> Figure:
-    """Return quality against cost: evaluations, and seconds, a point each run."""
+    """Return quality against evaluations and against seconds, one point per run."""
     figure = _figure(9.0, 4.8)
     looks = _looks(found)
     quality = "observed_hypervolume_real"
@@ -156,7 +157,7 @@ def cost_figure(found: Comparison) -> Figure:
         if number == 1:
             axes.set_ylabel("hypervolume of observed points, scaled\n(real, higher is better)")
         style_axes(axes)
-    _finish(figure, "Cost against quality: small a run, large the mean", looks)
+    _finish(figure, "Quality against cost: a small mark per run, a large one for the mean", looks)
     return figure
 
 
@@ -210,7 +211,7 @@ def _parallel(axes: Axes, found: Comparison, looks: dict[str, _Look]) -> None:
     axes.axhline(0.0, color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     for i in range(len(found.metrics)):
         axes.axvline(i, color=GREY, linewidth=0.8, zorder=1)
-    axes.set_xticks(x, distinct([plain(metric.name) for metric in found.metrics], 16))
+    axes.set_xticks(x, distinct([literal(metric.name) for metric in found.metrics], 16))
     axes.tick_params(axis="x", labelsize=8)
     axes.set_ylabel("scaled: 0 is the reference point, 1 the best expert")
     style_axes(axes)

@@ -1,4 +1,4 @@
-"""What a comparison says, as tables and sentences; page and Markdown only lay them out."""
+"""A comparison as tables and sentences; the page and the Markdown only lay them out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal, TypeAlias
 
 from map_bo.report.comparison.bootstrap import LEAST, Estimate
 from map_bo.report.comparison.comparison import Comparison
-from map_bo.report.comparison.measured import MEASURES, Measure
+from map_bo.report.comparison.runs import MEASURES, Measure
 from map_bo.report.numbers import better, metric_value
 
 __all__ = [
@@ -25,17 +25,17 @@ __all__ = [
     "win_rate_tables",
 ]
 
-_NAMED = 6  # variants beyond which the columns of the win-rate matrix have numbers for names
-_HELD = 24  # variants beyond which the win-rate matrix would no longer be read
+_NAMED = 6  # variants beyond which columns of the win-rate matrix have numbers instead of names
+_HELD = 24  # variants beyond which the win-rate matrix would be unreadable
 
 
 @dataclass(frozen=True)
 class Link:
-    """A cell that leads somewhere.
+    """A cell with a link.
 
     Attributes:
-        text: What it says.
-        target: Where it leads, relative to the report.
+        text: Its text.
+        target: Its target, relative to the report.
     """
 
     text: str
@@ -53,8 +53,8 @@ class Table:
         caption: What it holds.
         columns: Titles, as many as every row has cells.
         rows: The cells.
-        words: Columns that hold words and not numbers, the first one aside.
-        matrix: Whether columns are what rows are, as many as there may be.
+        words: Columns besides the first that hold words instead of numbers.
+        matrix: Whether the columns are the same items as the rows, however many these are.
     """
 
     caption: str
@@ -74,7 +74,7 @@ def summary_words(found: Comparison) -> str:
         f"{'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))})."
     )
     if found.missing:
-        text += f" {len(found.missing)} did not finish; they are listed below and count nowhere."
+        text += f" {len(found.missing)} did not finish; they are listed below and not counted."
     return text
 
 
@@ -91,15 +91,15 @@ def scale_words(found: Comparison) -> str:
 
 
 def varied_table(found: Comparison) -> Table | None:
-    """Return the settings that vary and their values; ``None`` where only the seed does."""
+    """Return the settings that vary and their values; ``None`` where only the seed varies."""
     if not found.keys:
         return None
     rows = tuple((key, ", ".join(found.values[key])) for key in found.keys)
-    return Table("What varied, the seed aside.", ("setting", "values"), rows, (1,))
+    return Table("The settings that vary, except for the seed.", ("setting", "values"), rows, (1,))
 
 
 def measure_tables(found: Comparison) -> list[Table]:
-    """Return the means of quality, and those of cost, for each variant."""
+    """Return the means of quality and the means of cost of each variant."""
     groups = (
         ("Quality: means over the runs, with 95 % bootstrap intervals.", MEASURES[:4]),
         ("Cost: means over the runs, with 95 % bootstrap intervals.", MEASURES[4:]),
@@ -120,7 +120,7 @@ def measure_tables(found: Comparison) -> list[Table]:
 
 
 def difference_table(found: Comparison) -> Table | None:
-    """Return what each variant has more than the baseline, seed by seed; ``None`` for one."""
+    """Return the differences from the baseline, paired by seed; ``None`` for a single variant."""
     if len(found.variants) < 2:
         return None
     kept = [
@@ -136,15 +136,15 @@ def difference_table(found: Comparison) -> Table | None:
         rows.append((variant, str(pairs), *cells))
     return Table(
         f"Differences from the baseline ({found.baseline}), paired by seed, with 95 % bootstrap "
-        "intervals over the pairs. Those whose interval leaves out 0 are marked higher or lower; "
-        f"below {LEAST} pairs none is.",
+        "intervals over the pairs. Those whose interval excludes 0 are marked higher or lower, "
+        f"unless there are fewer than {LEAST} pairs.",
         ("variant", "pairs", *(_title(measure) for measure in kept)),
         tuple(rows),
     )
 
 
 def win_rate_tables(found: Comparison) -> list[Table]:
-    """Return the win rates by both definitions, row over column; none for a single variant."""
+    """Return the win rates by both definitions, row over column; empty for a single variant."""
     if not 1 < len(found.variants) <= _HELD:
         return []
     what = "of the observed points (real) of the row over those of the column, means over seeds"
@@ -152,13 +152,13 @@ def win_rate_tables(found: Comparison) -> list[Table]:
         (
             "Per-objective win rate",
             "per objective",
-            "Mean over all pairs of front points and metrics of whether the row's is better; "
-            "ties count half, so .5 is even.",
+            "The share of all pairs of front points, over all metrics, in which the row's point is "
+            "better; ties count half, so .5 is even.",
         ),
         (
             "Dominance win rate",
             "dominance",
-            "Share of pairs of front points in which the row's dominates the column's.",
+            "The share of pairs of front points in which the row's point dominates the column's.",
         ),
     )
     numbers = [str(number) for number in range(1, len(found.variants) + 1)]
@@ -223,7 +223,7 @@ def runs_table(found: Comparison) -> Table:
 
 
 def missing_table(found: Comparison) -> Table | None:
-    """Return the runs that did not finish and why; ``None`` where all did."""
+    """Return the runs that did not finish, with the reasons; ``None`` where all finished."""
     if not found.missing:
         return None
     rows = tuple(

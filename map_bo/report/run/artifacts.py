@@ -1,4 +1,4 @@
-"""Everything that a run leaves in its directory for people, each file written whole or not."""
+"""All files that a run leaves in its directory for people, each written whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ __all__ = ["write_report", "write_summary"]
 def write_report(view: RunView, directory: Path) -> None:
     """Write the tables, the summary, the plots and the page of a run into ``directory``.
 
-    ``evaluations.csv``, ``front.csv``, ``summary.json``, ``plots/*.png`` and ``report.html``; the
-    plain files come first, so that a plot that cannot be drawn costs none of them.
+    They are ``evaluations.csv``, ``front.csv``, ``summary.json``, ``plots/*.png`` and
+    ``report.html``. The plain files are written first, so that they exist even when a plot cannot
+    be drawn.
 
     Raises:
         OSError: When a file cannot be written; the file is then as it was before.

@@ -1,4 +1,4 @@
-"""A run on a terminal: readable at 80 columns, without colour, and when piped to a file."""
+"""A run on a terminal: readable in 80 columns, without colour, and when piped to a file."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ _MANY = 5
 
 
 def print_summary(view: RunView, console: Console) -> None:
-    """Print what was run, what it found, how that compares, and a few trade-offs to choose from.
+    """Print the settings of a run, its results, its baselines, and a few points to choose from.
 
-    Predicted and real values stand in columns of their own.
+    Predicted and real values have separate columns.
     """
     _heading(console, f"Run {view.title}")
     about = _table(console, show_header=False)
@@ -64,7 +64,10 @@ def print_summary(view: RunView, console: Console) -> None:
     console.print(metrics)
     if bool(view.front.verified.any()) and not optimism_rows(view):
         console.print(
-            _text(console, "Optimism: predicted minus real, positive when predicted too well.")
+            _text(
+                console,
+                "Optimism: predicted minus real; positive means a prediction that was too good.",
+            )
         )
 
     _heading(console, "Hypervolume")
@@ -125,7 +128,7 @@ def print_choice(
     real: Tensor,
     corrected: Tensor | None = None,
 ) -> None:
-    """Print one chosen point: its coefficients, and its metrics as predicted and as measured.
+    """Print one chosen point: its coefficients, and its predicted and measured metrics.
 
     Args:
         console: Where to print.
@@ -136,8 +139,8 @@ def print_choice(
         lower: ``m`` lower ends of their 95 % intervals.
         upper: ``m`` upper ends.
         real: ``m`` measured metrics, NaN where the point was not verified.
-        corrected: ``m`` predicted metrics with the verified points among the data, NaN or None
-            where there are none; then their column is left out.
+        corrected: ``m`` metrics predicted with the verified points among the data; NaN or None
+            where there are none, and then their column is left out.
     """
     chosen = _table(console)
     chosen.add_column("coefficient", overflow="fold")
@@ -178,20 +181,20 @@ def _print_points(view: RunView, console: Console) -> None:
     wide_enough = fits <= console.width
     console.print(wide if wide_enough else _blocks(view, console, rows))
     if bool(front.verified.any()):
-        console.print(_text(console, "Real values stand only where a point was measured."))
+        console.print(_text(console, "Only points that were measured have real values."))
     else:
         console.print(_text(console, "No point was measured: all values are predictions."))
     if has_corrected(view):
-        text = "Corrected: predicted again with the measured points among the data."
+        text = "Corrected: predicted again, with the measured points among the data."
         console.print(_text(console, text))
     if has_probability(view):
         where = "prob." if wide_enough else "Under a point's number"
-        text = "the probability that nothing in the front, and nothing evaluated, dominates it."
+        text = "the probability that no other point, of the front or evaluated, dominates it."
         console.print(_text(console, f"{where}: {text}"))
 
 
 def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
-    """Return one line a point: coefficients, predicted values, real values."""
+    """Return one line per point: coefficients, predicted values, real values."""
     front, table = view.front, _table(console)
     table.add_column("point", justify="right", vertical="bottom")
     titles = distinct(view.space.names, 12)
@@ -228,10 +231,10 @@ def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
 
 
 def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
-    """Return one block of lines a point, for runs too wide for one line a point.
+    """Return one block of lines per point, for runs too wide for one line per point.
 
-    A probability stands under its point's number. Where there are corrected values, half an
-    interval stands behind the prediction instead of the interval in a column of its own.
+    The probability is under the number of the point. Where there are corrected values, the
+    prediction is followed by half its interval, and the interval has no column.
     """
     front, table = view.front, _table(console)
     table.add_column("point", justify="right", no_wrap=True)
@@ -287,7 +290,7 @@ def _heading(console: Console, text: str) -> None:
 
 
 def _text(console: Console, text: str, *, style: str = "") -> Text:
-    """Return ``text`` as it stands: no markup in names, no characters the output cannot show."""
+    """Return ``text`` as it is: without markup, and without characters that cannot be shown."""
     if console.options.ascii_only:
         text = (
             text.replace("\u2026", "~")

@@ -1,6 +1,7 @@
-"""How sure the answer of a run is, as rows of text: hypervolume, optimism, why it stopped.
+"""How certain the results of a run are, as sentences and rows of text.
 
-How far the surrogate can be believed, as rows of text: its leave-one-out record.
+The interval of the hypervolume, the optimism of the predictions, the reason why the search ended,
+and the calibration of the surrogate by its leave-one-out predictions.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def has_probability(view: RunView) -> bool:
 
 
 def hypervolume_words(view: RunView) -> str:
-    """Return what is known of the real hypervolume of the front; empty where nothing is."""
+    """Return the expected real hypervolume of the front in a sentence; empty where unknown."""
     found = _uncertainty(view).get("hypervolume")
     if not isinstance(found, Mapping) or found.get("median") is None:
         return ""
@@ -52,10 +53,11 @@ def hypervolume_words(view: RunView) -> str:
 
 
 def optimism_rows(view: RunView) -> list[tuple[str, str, str, str]]:
-    """Return for each metric: name, optimism estimated, as measured, and how much was corrected.
+    """Return for each metric: name, optimism as estimated and as measured, and the correction.
 
-    Estimated: leaving evaluations out, with its standard error. Measured: at the verified points,
-    with its standard error where there are at least two. No rows where none of them is known.
+    Estimated: by leaving evaluations out, with its standard error. Measured: at the verified
+    points, with its standard error where there are at least two. There are no rows where none of
+    them is known.
     """
     optimism = _uncertainty(view).get("optimism")
     if not isinstance(optimism, Mapping):
@@ -70,24 +72,25 @@ def optimism_rows(view: RunView) -> list[tuple[str, str, str, str]]:
 
 
 def optimism_words(view: RunView) -> str:
-    """Return what the columns of :func:`optimism_rows` mean; empty where there are no rows."""
+    """Return the meaning of the columns of :func:`optimism_rows`; empty where it has no rows."""
     if not optimism_rows(view):
         return ""
     words = (
-        "Optimism is predicted minus real, positive when the prediction was too good, whatever "
-        "the direction; \u00b1 is a standard error. Estimated: each evaluation predicted from the "
-        "others, which is harder than the front where evaluations are few. "
+        "Optimism is predicted minus real; it is positive when the prediction was too good, "
+        "whatever the direction of the metric. \u00b1 is a standard error. Estimated: by "
+        "predicting each evaluation from the others, which is harder than predicting the front "
+        "where there are few evaluations. "
     )
     if not bool(view.front.verified.any()):
-        return words + "Nothing was verified, so it was neither measured nor corrected."
+        return words + "Nothing was verified, so optimism was neither measured nor corrected."
     return words + (
         "Measured: at the verified points. Corrected: by how much the predictions of the front "
-        "fell when the verified points joined the data, on average."
+        "fell, on average, when the verified points were added to the data."
     )
 
 
 def stop_words(view: RunView) -> str:
-    """Return why the search ended when it did; empty where no stopping rule was set."""
+    """Return why the search ended; empty where no stopping rule was set."""
     stop = view.summary.get("stop")
     if not isinstance(stop, Mapping):
         return ""
@@ -96,10 +99,11 @@ def stop_words(view: RunView) -> str:
         left = "1 evaluation" if unused == 1 else f"{unused} evaluations"
         return f"{stop['reason']}; {left} of the budget unused"
     least = stop.get("least_gain")
-    seen = "" if least is None else f", {least:.2g} at the least"
+    if least is None:
+        return "not before the budget was spent: the rule was never checked"
     return (
-        f"not before the budget was spent: expected {stop.get('criterion')} still to be gained"
-        f"{seen}, tolerance {stop.get('tolerance'):g}"
+        f"not before the budget was spent: the expected {stop.get('criterion')} still to be gained "
+        f"was at least {least:.2g}, the tolerance is {stop.get('tolerance'):g}"
     )
 
 
@@ -128,8 +132,8 @@ def _validation(view: RunView) -> Mapping[str, Any]:
 def calibration_rows(view: RunView) -> list[tuple[str, str, str, str]]:
     """Return for each metric: name, coverage of 95 % intervals, log density, error.
 
-    Everything is on the link scale. No rows where the run recorded no validation, as with a
-    surrogate that cannot leave evaluations out.
+    Everything is on the link scale. There are no rows where the run recorded no validation, as
+    with a surrogate that cannot leave evaluations out.
     """
     return [
         (
@@ -143,7 +147,7 @@ def calibration_rows(view: RunView) -> list[tuple[str, str, str, str]]:
 
 
 def pit_rows(view: RunView) -> list[tuple[str, ...]]:
-    """Return for each metric its name and how many evaluations fell into each PIT bin."""
+    """Return for each metric its name and the number of evaluations in each PIT bin."""
     return [
         (str(name), *(str(count) for count in results["pit"]))
         for name, results in (_validation(view).get("metrics") or {}).items()
@@ -152,18 +156,19 @@ def pit_rows(view: RunView) -> list[tuple[str, ...]]:
 
 
 def calibration_words(view: RunView) -> str:
-    """Return what the numbers mean and how coarse they are; empty where there are none."""
+    """Return the meaning and precision of the numbers; empty where there are none."""
     found = _validation(view)
     n = int(found.get("n") or 0)
     if not n:
         return ""
     coarse = math.sqrt(0.95 * 0.05 / n)
     return (
-        f"Each of the {n} evaluations was predicted from the other {n - 1}; an interval holds "
-        "what the surrogate does not know and the noise of the measurement. Of 95 % intervals, "
-        f"95 % should hold the measured value, give or take {100 * coarse:.0f} points for so many "
-        "evaluations. Hyperparameters were fitted to all of them, which flatters a little. A "
-        "level PIT histogram is calibrated; high ends are overconfidence, a high middle is caution."
+        f"Each of the {n} evaluations was predicted from the other {n - 1}; an interval covers "
+        "both the uncertainty of the surrogate and the noise of the measurement. Of the 95 % "
+        f"intervals, 95 % should contain the measured value, give or take {100 * coarse:.0f} "
+        f"percentage points for {n} evaluations. Hyperparameters were fitted to all evaluations, "
+        "so the numbers are slightly too good. A flat PIT histogram means that the predictions are "
+        "calibrated; high ends mean overconfidence, and a high middle means too wide intervals."
     )
 
 

@@ -1,4 +1,4 @@
-"""What the card and the page say about a run, as rows of text; only the layout is theirs."""
+"""What the card and the page say about a run, as rows of text; they only lay it out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _VOLUMES = {
 
 
 def facts(view: RunView) -> list[tuple[str, str]]:
-    """Return what was run, as label and text; what the summary does not hold is left out."""
+    """Return the facts of a run as label and text; those the summary does not hold are left out."""
     summary, front = view.summary, view.front
     evaluations = str(summary.get("evaluations", len(view.seen)))
     if "budget" in summary:
@@ -68,7 +68,7 @@ def facts(view: RunView) -> list[tuple[str, str]]:
 
 
 def _surrogate(about: Mapping[str, Any]) -> str:
-    """Return the surrogate's name and, where one was selected for each metric, which."""
+    """Return the surrogate's name and, where each metric has its own, which one."""
     name = _name(about.get("settings") or about.get("model") or "unknown")
     chosen: dict[str, list[str]] = {}
     selection = about.get("selection")
@@ -80,15 +80,15 @@ def _surrogate(about: Mapping[str, Any]) -> str:
 
 
 def _name(settings: Any) -> str:
-    """Return what stands before the parentheses; the page holds the settings in full."""
+    """Return the text before the parentheses; the page holds the settings in full."""
     return str(settings).split("(", 1)[0]
 
 
 def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
     """Return for each metric: name, direction, reference point, best expert, optimism.
 
-    Optimism is the mean of predicted minus real over the verified points, positive when the
-    prediction was too good whatever the direction; empty where nothing was verified.
+    Optimism is the mean of predicted minus real over the verified points; it is positive when the
+    prediction was too good, whatever the direction, and empty where nothing was verified.
     """
     optimism = view.summary.get("optimism") or {}
     low, high = view.scale.point, view.scale.best
@@ -108,7 +108,7 @@ def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
 
 
 def hypervolume_scale(view: RunView) -> str:
-    """Return the sentence that says what the hypervolumes are measured from and in."""
+    """Return the sentence on the reference point and the scale of the hypervolumes."""
     said = (
         f"Reference point: {view.scale.rule}. Metrics are scaled to 0 there and to 1 at the "
         "best expert."
@@ -118,7 +118,7 @@ def hypervolume_scale(view: RunView) -> str:
 
 
 def hypervolume_rows(view: RunView) -> list[tuple[str, str, float | None]]:
-    """Return the hypervolumes compared: of what, ``"predicted"`` or ``"real"``, and how large."""
+    """Return the hypervolumes: of what, ``"predicted"`` or ``"real"``, and the value."""
     recorded = view.summary.get("hypervolume") or {}
     return [
         (name, _VOLUMES.get(name, ""), None if value is None else float(value))

@@ -1,6 +1,6 @@
-"""The front as a picture: a scatter, a matrix of scatters, or parallel coordinates.
+"""The front as a picture: a scatter plot, a matrix of them, or parallel coordinates.
 
-Names beside points, placed so that they cover neither each other nor the points.
+Labels (:func:`place_labels`) are placed so that they cover neither each other nor the points.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from map_bo.report.marks import (
     KINDS,
     axis_label,
     legend_handles,
-    plain,
-    shown,
+    literal,
+    points_by_kind,
     style_axes,
     title_of,
 )
-from map_bo.report.numbers import better, metric_value, shortened
+from map_bo.report.numbers import better, metric_value, shorten
 from map_bo.report.view import RunView, anchor_values, representative_rows
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ __all__ = ["front_figure", "place_labels"]
 
 _DIRECTIONS = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
 _DISTANCES = (8.0, 16.0, 28.0, 42.0)
+_SCATTER_MATRIX_UP_TO = 5  # metrics; beyond, there are parallel coordinates
+_LINES = 60  # points of the front in parallel coordinates
 
 Box: TypeAlias = tuple[float, float, float, float]
 
@@ -49,11 +51,11 @@ def place_labels(
     size: float = 9.0,
     length: int = 24,
 ) -> None:
-    """Write each name near its point, one after another where it covers least.
+    """Write each name near its point, one after another, where it covers least.
 
     For every name eight directions at four distances are tried; the place that overlaps the
-    fewest labels, points and edges of the axes wins, the nearest among equals. Names that end
-    far from their point are joined to it by a thin line.
+    fewest labels, points and edges of the axes is taken, and the nearest of several such places.
+    A name far from its point is joined to it by a thin line.
 
     Args:
         axes: Where to write; its limits must be final.
@@ -72,7 +74,7 @@ def place_labels(
     line = {"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 4}
     pixels = axes.transData.transform(at)
     for name, (x0, y0), xy in zip(names, at, pixels, strict=True):
-        text = shortened(name, length)
+        text = shorten(name, length)
         # Widths of the default font: about .6 of its size a letter; enough to keep apart.
         width, height = len(text) * size * 0.6 * per_point, size * 1.25 * per_point
         best: tuple[float, tuple[float, float], Box, bool] | None = None
@@ -90,7 +92,7 @@ def place_labels(
         _, offset, box, far = best
         placed.append(box)
         axes.annotate(
-            plain(text),
+            literal(text),
             xy=(float(x0), float(y0)),
             xytext=offset,
             textcoords="offset points",
@@ -123,15 +125,11 @@ def _cost(
     return 20.0 * labels + float(under.sum()) + (6.0 if outside else 0.0)
 
 
-_SCATTER_MATRIX_UP_TO = 5
-_LINES = 60
-
-
 def front_figure(view: RunView) -> Figure:
-    """Return the figure that suits the number of metrics.
+    """Return the figure for the number of metrics.
 
-    One metric: the evaluations in order. Two: a scatter. Three to five: all pairs. More:
-    parallel coordinates.
+    With one metric it shows the evaluations in order, with two a scatter plot, with three to five
+    all pairs, and with more parallel coordinates.
     """
     m = len(view.metrics)
     if m == 1:
@@ -148,7 +146,7 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _one_metric(view: RunView) -> Figure:
-    """Draw the evaluations in order, and after them the predicted best with its interval."""
+    """Draw the evaluations in order, then the predicted best with its interval."""
     from matplotlib.ticker import MaxNLocator
 
     figure = _figure(8.0, 4.8)
@@ -211,9 +209,9 @@ def _legend(figure: Figure, handles: list[Line2D], *, columns: int = 4) -> None:
 
 
 def _pair(axes: Axes, view: RunView, i: int, j: int, *, size: float = 1.0) -> None:
-    """Draw metric ``j`` against metric ``i``: all kinds of points, joined where verified."""
+    """Draw metric ``j`` against metric ``i``: all points, with verified ones joined."""
     front = view.front
-    for kind, values in shown(view).items():
+    for kind, values in points_by_kind(view).items():
         KINDS[kind].scatter(axes, values[:, i].numpy(), values[:, j].numpy(), size=size)
     for row in front.verified.nonzero().flatten().tolist():
         axes.plot(
@@ -235,10 +233,12 @@ def _pair(axes: Axes, view: RunView, i: int, j: int, *, size: float = 1.0) -> No
 def _limits(view: RunView) -> NDArray[np.float64]:
     """Return ``m x 2`` limits of the axes, own units.
 
-    They hold the front, the anchors and the reference point. A single evaluation that went far
-    astray must not squeeze all that matters into a corner, so observed points do not count.
+    They contain the front, the anchors and the reference point. Observed points do not count,
+    because a single bad evaluation would squeeze everything else into a corner.
     """
-    every = np.concatenate([y.numpy() for kind, y in shown(view).items() if kind != "observed"])
+    every = np.concatenate(
+        [y.numpy() for kind, y in points_by_kind(view).items() if kind != "observed"]
+    )
     low, high = every.min(0), every.max(0)
     width = np.where(high > low, high - low, 0.1)
     return np.stack([low - 0.07 * width, high + 0.07 * width], axis=-1)
@@ -250,7 +250,7 @@ def _beyond(values: NDArray[np.float64], limits: NDArray[np.float64]) -> int:
 
 
 def _observed(view: RunView) -> NDArray[np.float64]:
-    return shown(view).get("observed", view.front.mean[:0]).numpy()
+    return points_by_kind(view).get("observed", view.front.mean[:0]).numpy()
 
 
 def _scatter(view: RunView) -> Figure:
@@ -278,7 +278,7 @@ def _scatter(view: RunView) -> Figure:
     figure.draw_without_rendering()
     experts = [anchor for anchor in anchor_values(view) if anchor.kind == "expert"]
     if experts:
-        every = np.concatenate([values.numpy() for values in shown(view).values()])
+        every = np.concatenate([values.numpy() for values in points_by_kind(view).values()])
         at = np.array([anchor.y.tolist() for anchor in experts])
         place_labels(axes, [anchor.name for anchor in experts], at, every)
     return figure
@@ -306,7 +306,7 @@ def _expert_handles(view: RunView, beyond: int) -> list[Line2D]:
     for number, anchor in enumerate(
         (a for a in anchor_values(view) if a.kind == "expert"), start=1
     ):
-        label = f"expert {number}: {plain(shortened(anchor.name, 26))}"
+        label = f"expert {number}: {literal(shorten(anchor.name, 26))}"
         handles.append(KINDS["expert"].handle(label))
     return handles
 
@@ -348,13 +348,15 @@ def _scatter_matrix(view: RunView) -> Figure:
 
 
 def _parallel(view: RunView) -> Figure:
-    """Draw one vertical axis a metric, up is better; each line is a point of the front."""
+    """Draw one vertical axis per metric, up is better; each line is a point of the front."""
     m = len(view.metrics)
     wide = 1.35
     figure = _figure(wide * m + 1.2, 6.4)
     axes = figure.add_subplot()
     x = np.arange(m)
-    gains = {kind: view.scale.gains(values).numpy() for kind, values in shown(view).items()}
+    gains = {
+        kind: view.scale.gains(values).numpy() for kind, values in points_by_kind(view).items()
+    }
     mark = KINDS["predicted"]
     for line in gains["predicted"][representative_rows(view, _LINES)]:
         axes.plot(x, line, color=mark.colour, linewidth=0.9, alpha=0.35, zorder=mark.order)
@@ -365,7 +367,7 @@ def _parallel(view: RunView) -> Figure:
             KINDS[kind].scatter(axes, x, line, size=0.7)
     for line in gains.get("observed", ()):
         KINDS["observed"].scatter(axes, x, line, size=0.7)
-    # Experts stand side by side on every axis, so that none hides another of the same value.
+    # Experts are drawn side by side on every axis, so that none hides another of equal value.
     experts = gains.get("expert", np.zeros((0, m)))
     reach = min(0.4, 0.055 * max(len(experts) - 1, 0))
     aside = np.linspace(-reach, reach, len(experts))
@@ -388,7 +390,7 @@ def _parallel(view: RunView) -> Figure:
     axes.grid(False, axis="x")
     axes.set_xticks(range(m), _scales(view))
     axes.tick_params(axis="x", length=0, labelsize=8)
-    title = "Pareto front, one axis a metric, up is better"
+    title = "Pareto front, one axis per metric, up is better"
     figure.suptitle(title_of(view, title), fontsize=11, color=INK)
     handles = _expert_handles(view, _beyond(gains.get("observed", experts[:0]), limits))
     kept_handles = [h for h in handles if h.get_label() != KINDS["reference"].label]
@@ -397,7 +399,7 @@ def _parallel(view: RunView) -> Figure:
 
 
 def _scales(view: RunView) -> list[str]:
-    """Return each metric's name, direction, and what 0 and 1 are in its own unit."""
+    """Return each metric's name, its direction, and the values of 0 and 1 in its own unit."""
     said = []
     for metric, low, high in zip(
         view.metrics, view.scale.point.tolist(), view.scale.end.tolist(), strict=True
@@ -405,5 +407,5 @@ def _scales(view: RunView) -> list[str]:
         ends = f"0: {metric_value(low, metric)}   1: {metric_value(high, metric)}"
         if metric.name in view.scale.rangeless:
             ends = f"no range: {metric_value(low, metric)}"
-        said.append(f"{plain(shortened(metric.name, 17))}\n({better(metric)})\n{ends}")
+        said.append(f"{literal(shorten(metric.name, 17))}\n({better(metric)})\n{ends}")
     return said

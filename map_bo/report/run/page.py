@@ -44,8 +44,8 @@ from map_bo.report.view import (
 __all__ = ["write_html"]
 
 _CAPTIONS = {
-    "front": "The predicted front, what was measured, and what one has without a search.",
-    "tree": "What was merged with what, and how many points were measured for it.",
+    "front": "The predicted front, the measured points, and the baselines.",
+    "tree": "The merge tree, with the number of points that each merge measured.",
     "progress": "Hypervolume of the observed points after each evaluation.",
 }
 
@@ -66,13 +66,13 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
     trees = [plot for plot in plots if plot.stem == "tree"]
     plots = [plot for plot in plots if plot.stem != "tree"]
     sections = [
-        ("run", "What was run", _run(view)),
+        ("run", "The run", _run(view)),
         ("front", "The front", _front(view, plots)),
         ("tree", "The merge tree", tree_section(view, "".join(_figures(view, trees)))),
-        ("comparison", "Comparison", _comparison(view, plots)),
+        ("hypervolume", "Hypervolume", _hypervolume(view, plots)),
         ("evaluations", "Evaluations", _evaluations(view)),
         ("calibration", "Calibration of the surrogate", _calibration(view)),
-        ("provenance", "Provenance", _provenance(view)),
+        ("versions", "Versions", _versions(view)),
     ]
     sections = [section for section in sections if section[2]]
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in sections)
@@ -106,18 +106,18 @@ def _front(view: RunView, plots: Sequence[Path]) -> str:
     front, rows = view.front, representative_rows(view)
     real = int(front.verified.sum())
     said = (
-        f"{real} of the {len(front)} points were measured; only there do real values stand."
+        f"{real} of the {len(front)} points were measured; only these have real values."
         if real
         else "No point was measured: all values are predictions."
     )
     if has_corrected(view):
-        said += " Corrected values were predicted with the measured points among the data."
+        said += " Corrected values are predictions with the measured points among the data."
     if has_probability(view):
         said += (
-            " The probability is that nothing else in the front, and nothing evaluated, dominates "
-            "the point, under the posterior of the surrogate."
+            " The probability is that no other point, of the front or evaluated, dominates the "
+            "point, under the posterior of the surrogate."
         )
-    few = _front_table(view, rows, f"{len(rows)} trade-offs that stand for the whole front.")
+    few = _front_table(view, rows, f"{len(rows)} representative points of the front.")
     parts = [*_figures(view, [p for p in plots if p.stem != "progress"]), f"<p>{said}</p>", few]
     if len(rows) < len(front):
         every = _front_table(view, range(len(front)), "All points, as in front.csv.")
@@ -130,7 +130,7 @@ def _figures(view: RunView, plots: Iterable[Path]) -> list[str]:
     for plot in plots:
         image = base64.b64encode(plot.read_bytes()).decode("ascii")
         caption = escape(_CAPTIONS.get(plot.stem, plot.stem))
-        # Many small panels shrunk to a phone show nothing; there they scroll instead.
+        # On a phone many small panels would be unreadable, so they scroll instead.
         wide = ' class="wide"' if plot.stem == "front" and len(view.metrics) > 2 else ""
         figures.append(
             '<figure><div class="scroll" tabindex="0" role="region" '
@@ -192,7 +192,7 @@ def _real_cells(values: Sequence[float], metrics: Sequence[Metric]) -> list[str]
     ]
 
 
-def _comparison(view: RunView, plots: Sequence[Path]) -> str:
+def _hypervolume(view: RunView, plots: Sequence[Path]) -> str:
     volumes = []
     for name, kind, value in hypervolume_rows(view):
         shown = "not measured" if value is None else f"{value:.4f}"
@@ -228,7 +228,7 @@ def _comparison(view: RunView, plots: Sequence[Path]) -> str:
 
 
 def _optimism(view: RunView) -> str:
-    """Return optimism estimated, measured and corrected; nothing where none of it is known."""
+    """Return optimism as estimated, measured and corrected; empty where none is known."""
     rows = [
         f'<tr><th class="name" scope="row">{escape(name)}</th>'
         + "".join(f"<td>{cell}</td>" for cell in cells)
@@ -290,7 +290,7 @@ def _evaluations_table(view: RunView) -> str:
 
 
 def _calibration(view: RunView) -> str:
-    """Return the leave-one-out results, nothing where the surrogate has none."""
+    """Return the leave-one-out results; empty where the surrogate has none."""
     rows = calibration_rows(view)
     if not rows:
         return ""
@@ -308,20 +308,20 @@ def _calibration(view: RunView) -> str:
     words, pit = calibration_words(view), pit_rows(view)
     tenths = "".join(_column(f"{i / 10:.1f}") for i in range(len(pit[0]) - 1)) if pit else ""
     histogram = _table(
-        "Evaluations by their predictive probability of a smaller value, from each tenth on.",
+        "Evaluations by the predicted probability of a smaller value, in steps of a tenth.",
         f"<tr>{_column('metric', name=True)}{tenths}</tr>",
         body(pit),
     )
     return (
         f"<p>{escape(words)}</p>"
-        + _table("Every evaluation predicted from all others, link scale.", head, body(rows))
+        + _table("Every evaluation predicted from all others, on the link scale.", head, body(rows))
         + (f"<details><summary>PIT histogram</summary>{histogram}</details>" if pit else "")
     )
 
 
-def _provenance(view: RunView) -> str:
+def _versions(view: RunView) -> str:
     summary = view.summary
-    items = [("commit", summary.get("commit") or "not in a checkout")]
+    items = [("map_bo commit", summary.get("commit") or "not in a checkout")]
     items += list((summary.get("versions") or {}).items())
     listed = "".join(
         f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in items
@@ -348,7 +348,7 @@ def _column(title: str, *, name: bool = False) -> str:
 
 
 def _table(caption: str, head: str, rows: Sequence[str]) -> str:
-    """Return a table that scrolls inside its own container, also by the keyboard."""
+    """Return a table in a container of its own that scrolls, also by keyboard."""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
         f"<caption>{escape(caption)}</caption><thead>{head}</thead>"

@@ -1,6 +1,8 @@
 """The plots of a run as PNG files, drawn without a display and without global state.
 
-How the run got on: hypervolume of what had been observed, after each evaluation.
+The plot of the front is in :mod:`map_bo.report.run.front_plots` and that of a merge tree in
+:mod:`map_bo.report.run.tree_plot`; the plot of progress, the hypervolume of the observed points
+after each evaluation, is here.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from map_bo.pareto.indicators import hypervolume
 from map_bo.report.files import write_whole
 from map_bo.report.marks import GREY, INK, KINDS, style_axes, title_of
 from map_bo.report.numbers import better
+from map_bo.report.run.front_plots import front_figure
+from map_bo.report.run.tree_plot import nested_of, tree_figure, tree_words
 from map_bo.report.view import RunView, anchor_values, search_rows, verification_rows
 
 if TYPE_CHECKING:
@@ -24,13 +28,13 @@ if TYPE_CHECKING:
 
 __all__ = ["describe_plot", "observed_hypervolume", "progress_figure", "write_plots"]
 
-# Beyond five metrics one hypervolume may take a good part of a second, so fewer are computed.
+# Beyond five metrics a single hypervolume may take most of a second, so fewer are computed.
 _EXACT_METRICS = 5
 _PLACES = 25
 
 
 def observed_hypervolume(view: RunView) -> tuple[list[int], list[float]]:
-    """Return numbers of evaluations and the hypervolume of all points observed until then.
+    """Return numbers of evaluations, and the hypervolume of all points observed up to each.
 
     Metrics are scaled to 0 at the reference point and 1 at the best expert; failed evaluations
     count as evaluations and add nothing.
@@ -49,7 +53,7 @@ def observed_hypervolume(view: RunView) -> tuple[list[int], list[float]]:
 
 
 def progress_figure(view: RunView) -> Figure:
-    """Return the figure, with the fixed marks of comparison as horizontal lines."""
+    """Return the figure of progress, with the baselines and the front as horizontal lines."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -123,10 +127,6 @@ def write_plots(view: RunView, directory: Path) -> list[Path]:
     Raises:
         OSError: When a file cannot be written.
     """
-    from map_bo.report.run.front_plots import front_figure
-    from map_bo.report.run.plots import progress_figure
-    from map_bo.report.run.tree_plot import nested_of, tree_figure
-
     figures = [("front", front_figure), ("progress", progress_figure)]
     if nested_of(view) is not None:
         figures.append(("tree", tree_figure))
@@ -135,7 +135,7 @@ def write_plots(view: RunView, directory: Path) -> list[Path]:
     for name, draw in figures:
         image = io.BytesIO()
         with warnings.catch_warnings():
-            # Names in scripts that the font lacks show as boxes; the tables hold them in full.
+            # Characters that the font lacks are drawn as boxes; the tables hold them in full.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             draw(view).savefig(image, format="png")
         written.append(directory / f"{name}.png")
@@ -144,7 +144,7 @@ def write_plots(view: RunView, directory: Path) -> list[Path]:
 
 
 def describe_plot(view: RunView, name: str) -> str:
-    """Return in words what the plot called ``name`` (a file's stem) shows, for those who listen."""
+    """Return in words what the plot ``name`` (a file's stem) shows, for screen readers."""
     if name == "progress":
         return (
             f"Hypervolume of the observed points after each of {len(view.seen)} evaluations, "
@@ -152,8 +152,6 @@ def describe_plot(view: RunView, name: str) -> str:
             "blend as horizontal lines. The hypervolume table holds the final values."
         )
     if name == "tree":
-        from map_bo.report.run.tree_plot import tree_words
-
         return tree_words(view)
     if name != "front":
         return name

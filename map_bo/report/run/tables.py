@@ -1,4 +1,4 @@
-"""The tables of a run as CSV, with every digit, for spreadsheets and scripts."""
+"""The tables of a run as CSV, with all digits, for spreadsheets and scripts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["write_evaluations_csv", "write_front_csv"]
 def write_evaluations_csv(
     view_or_seen: RunView | Observations, space: CoefficientSpace, path: Path
 ) -> None:
-    """Write one row an evaluation, in order, failures included.
+    """Write one row per evaluation, in order, failures included.
 
     Columns: ``c:NAME`` for each coefficient; for each metric ``y:NAME`` (measured, own unit),
     ``var:NAME`` (noise variance) and ``n:NAME`` (examples it was measured on); ``cost`` (seconds)
@@ -53,12 +53,12 @@ def write_evaluations_csv(
 
 
 def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
-    """Write one row a front point.
+    """Write one row per front point.
 
     Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
     metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval),
     ``corrected:NAME`` (predicted with the verified points among the data; empty where nothing was
-    verified) and ``real:NAME``, which is empty where the point was not verified; last
+    verified) and ``real:NAME`` (empty where the point was not verified); and last
     ``probability`` (of being non-dominated; empty where it is not known).
 
     Raises:

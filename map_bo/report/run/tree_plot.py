@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
 
-from map_bo.report.marks import GREY, INK, KINDS, plain
+from map_bo.report.marks import GREY, INK, KINDS, literal
 from map_bo.report.view import RunView
 
 if TYPE_CHECKING:
@@ -18,20 +18,20 @@ _LABEL = 22
 
 
 def nested_of(view: RunView) -> Mapping[str, Any] | None:
-    """Return what the summary says of the tree; None for a flat run."""
+    """Return the part of the summary that is about the tree; None for a flat run."""
     nested = view.summary.get("nested")
     return nested if isinstance(nested, Mapping) and nested.get("tree") else None
 
 
 def tree_words(view: RunView) -> str:
-    """Return in words what the picture of the tree shows, for those who listen."""
+    """Return in words what the picture of the tree shows, for screen readers."""
     nested = nested_of(view)
     if nested is None:
         return "merge tree"
     nodes = [node for node in nested["nodes"] if node["stage"]]
     return (
         f"Tree of {len(nodes)} merges in {nested['stages']} stages over "
-        f"{len(view.space.experts)} experts. The table below holds its nodes."
+        f"{len(view.space.experts)} experts. The table below lists its nodes."
     )
 
 
@@ -39,7 +39,7 @@ def tree_figure(view: RunView) -> Figure:
     """Return the tree: experts on the left, each merge to the right of what it merges.
 
     Raises:
-        ValueError: When the run is no nested one.
+        ValueError: When the run is flat.
     """
     from matplotlib.figure import Figure
 
@@ -59,12 +59,12 @@ def tree_figure(view: RunView) -> Figure:
     row = 0
 
     def draw(item: Any, path: tuple[int, ...]) -> tuple[float, float]:
-        """Draw what is below, then the item itself; return where it stands."""
+        """Draw everything below, then the item itself; return its position."""
         nonlocal row
         if isinstance(item, str):
             axes.plot(0, -row, "o", color=KINDS["expert"].colour, markersize=6)
             shown = item if len(item) <= _LABEL else item[: _LABEL - 1] + "\u2026"
-            axes.text(-0.08, -row, plain(shown), ha="right", va="center", fontsize=8, color=INK)
+            axes.text(-0.08, -row, literal(shown), ha="right", va="center", fontsize=8, color=INK)
             row += 1
             return 0.0, -(row - 1.0)
         places = [draw(child, (*path, i)) for i, child in enumerate(item)]
@@ -98,23 +98,23 @@ def _leaves(tree: Any) -> Sequence[str]:
 
 
 def tree_section(view: RunView, figures: str) -> str:
-    """Return the part of the page that is about the tree; nothing for a flat run.
+    """Return the section of the page on the tree; empty for a flat run.
 
     Args:
         view: The run.
-        figures: The picture, as it stands in the page.
+        figures: The picture, as HTML.
     """
     nested = nested_of(view)
     if nested is None:
         return ""
     cells = ("label", "stage", "tasks", "coefficients", "evaluations", "data_sets")
-    heads = ("merge of", "stage", "tasks", "coefficients", "points", "data sets", "handed up")
+    heads = ("merge of", "stage", "tasks", "coefficients", "points", "data sets", "promoted")
     head = "".join(f'<th scope="col">{title}</th>' for title in heads)
     rows = []
     for node in nested["nodes"]:
         shown = ["refinement", ""] if not node["stage"] else [node["label"], node["stage"]]
         shown += [node[name] for name in cells[2:]]
-        handed = "<br>".join(
+        promoted = "<br>".join(
             escape(", ".join(f"{name} {value:.3g}" for name, value in one.items()))
             for one in node.get("handed") or ()
         )
@@ -122,13 +122,13 @@ def tree_section(view: RunView, figures: str) -> str:
         rows.append(
             f'<tr><th scope="row">{first}</th>'
             + "".join(f"<td>{value}</td>" for value in rest)
-            + f"<td>{handed}</td></tr>"
+            + f"<td>{promoted}</td></tr>"
         )
     caption = "Merges in the order in which they were made"
     said = (
-        f"{nested['data_sets']} measurements of one task at one point, as many as a flat run of "
-        f"{float(nested['flat_evaluations']):.1f} evaluations makes. A merge measures only the "
-        "tasks below it."
+        f"{nested['data_sets']} measurements of one task at one point, as many as a flat run makes "
+        f"in {float(nested['flat_evaluations']):.1f} evaluations. A merge measures only the tasks "
+        "below it."
     )
     return (
         f"{figures}<p>{said}</p>"

@@ -1,7 +1,7 @@
-"""A W&B Report put on the server: the only part of it that needs the library, a key and a network.
+"""Publishing a W&B Report: the only part that needs the library, a key and a network.
 
 The library (``wandb-workspaces``) is imported when it is needed. Its objects can be made without
-a network; what asks the server is saving, which looks up the projects of the runs.
+a network; only saving contacts the server, which looks up the projects of the runs.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from map_bo.tracking.wandb.service import end_service
 
 __all__ = ["Account", "account", "report_of", "save_report"]
 
-_PATIENCE = 20  # seconds for an answer of the server
-_COLUMNS = 24  # the width of a grid on the server's pages
-_LINES = 100  # lines of a plot, beyond which the page crawls
+_PATIENCE = 20  # seconds to wait for the server
+_COLUMNS = 24  # width of a grid on the server's pages
+_LINES = 100  # lines of a plot, beyond which the page is slow
 
 
 @dataclass(frozen=True)
 class Account:
-    """Who is logged in, and where.
+    """The user who is logged in, and the server.
 
     Attributes:
         entity: The default owner of runs and reports.
@@ -55,7 +55,7 @@ class Account:
 
 
 def account(environment: Mapping[str, str] | None = None) -> Account:
-    """Return who is logged in, as the server says.
+    """Return the user who is logged in, by the server's answer.
 
     Args:
         environment: Where to look for a key; that of this process by default.
@@ -67,26 +67,25 @@ def account(environment: Mapping[str, str] | None = None) -> Account:
     _library()
     if not has_key(os.environ if environment is None else environment):
         raise PublishError(
-            "the W&B Report needs a login, and there is none",
-            hint="run `wandb login`, or set WANDB_API_KEY; then the same command again",
+            "a W&B Report needs a login, and no key was found",
+            hint="run `wandb login`, or set WANDB_API_KEY; then repeat the command",
         )
     import wandb
 
-    ready = wandb.setup(settings=wandb.Settings(silent=True))  # it would greet and complain
+    ready = wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints greetings
     try:
         entity = wandb.Api(timeout=_PATIENCE).default_entity
     except Exception as error:
-        if wandb.run is None:  # else it still records, and is ended with the run
+        if wandb.run is None:  # a run that still records ends the service itself
             end_service()
         raise PublishError(
             f"the W&B Report cannot be made: {_reason(error)}",
-            hint="check the network, or the key: `wandb login --relogin`; then the same command "
-            "again",
+            hint="check the network, or the key (`wandb login --relogin`); then repeat the command",
         ) from error
     if not entity:
         raise PublishError(
-            "the key has no user or team to make the W&B Report for",
-            hint="say whose runs they are: --wandb-project ENTITY/PROJECT",
+            "the key belongs to no user or team, so the W&B Report has no owner",
+            hint="name the owner of the runs: --wandb-project ENTITY/PROJECT",
         )
     return Account(str(entity), str(ready.settings.app_url).rstrip("/"))
 
@@ -109,13 +108,13 @@ def save_report(spec: ReportSpec) -> str:
     except Exception as error:
         raise PublishError(
             f"the W&B Report cannot be saved: {_reason(error)}",
-            hint="runs that were recorded offline are there once `wandb sync` has uploaded them; "
-            "runs that went elsewhere are found with --wandb-project ENTITY/PROJECT",
+            hint="upload runs that were recorded offline with `wandb sync`; name the project of "
+            "runs that were moved with --wandb-project ENTITY/PROJECT",
         ) from error
 
 
 def report_of(spec: ReportSpec) -> Any:
-    """Return the library's object of a report; nothing is asked or saved yet.
+    """Return the library's object of a report; the server is not contacted.
 
     Raises:
         MissingDependencyError: Without ``wandb-workspaces``.
@@ -144,7 +143,7 @@ def _library() -> Any:
 
 
 def _quiet() -> AbstractContextManager[Any]:
-    """Return a context in which the library's use of old pydantic is not told."""
+    """Return a context without the library's warnings about its use of old pydantic."""
     return warnings.catch_warnings(action="ignore", category=DeprecationWarning)
 
 

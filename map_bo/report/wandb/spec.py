@@ -1,11 +1,8 @@
-"""A comparison as a W&B Report: the words and tables of the local report, and the same panels.
+"""The content of a W&B Report of a comparison, as plain data.
 
-Panels show what the runs logged themselves, so that they stay alive on the server. The report is
-plain data: nothing here imports wandb or asks a server.
-
-What a W&B Report holds, as plain data: words, panels, and of which runs.
-
-Names are those that the runs logged themselves, see :class:`map_bo.tracking.wandb.numbers.Numbers`.
+It has the words and tables of the local report, and panels in place of its plots. Panels show what
+the runs logged themselves (see :class:`map_bo.tracking.wandb.numbers.Numbers` for the names), so
+they are updated on the server. Nothing here imports wandb or contacts a server.
 """
 
 from __future__ import annotations
@@ -18,9 +15,9 @@ from typing import TypeAlias
 
 from map_bo.errors import PublishError
 from map_bo.report.comparison.comparison import Comparison
-from map_bo.report.comparison.measured import RunRecord
 from map_bo.report.comparison.page import markdown_part, sections
 from map_bo.report.comparison.plots import COLOURS
+from map_bo.report.comparison.runs import RunRecord
 from map_bo.report.comparison.tables import Cell, Link, Table
 from map_bo.tracking.wandb.run import WandbRun
 
@@ -43,6 +40,9 @@ __all__ = [
     "wandb_report",
 ]
 
+_TITLE = 128  # longest title of a W&B Report, in characters
+_PAIRS_UP_TO = 4  # metrics of which all pairs are shown, as in the local report
+
 
 @dataclass(frozen=True)
 class Heading:
@@ -53,21 +53,21 @@ class Heading:
 
 @dataclass(frozen=True)
 class Text:
-    """Words or a table, in Markdown."""
+    """Sentences or a table, in Markdown."""
 
     markdown: str
 
 
 @dataclass(frozen=True)
 class Lines:
-    """What was logged over time, against another such name.
+    """Logged numbers over time, against another logged number.
 
     Attributes:
-        title: What it shows.
-        x: Name that was logged.
-        y: Names that were logged.
-        mean: Whether runs of a set become one line, their mean with its standard error; else
-            every evaluation of every run is a point.
+        title: Its title.
+        x: Logged name of the horizontal axis.
+        y: Logged names of the vertical axis.
+        mean: Whether the runs of a set become one line, their mean with its standard error;
+            otherwise every evaluation of every run is a point.
     """
 
     title: str
@@ -78,7 +78,7 @@ class Lines:
 
 @dataclass(frozen=True)
 class Scatter:
-    """A point each run, by two names of its summary."""
+    """One point per run, by two names of its summary."""
 
     title: str
     x: str
@@ -87,7 +87,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Bars:
-    """Names of the summary as bars, means over the runs of a set."""
+    """Names of the summary as bars: means over the runs of a set."""
 
     title: str
     names: tuple[str, ...]
@@ -104,7 +104,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Parallel:
-    """A line each run, through what it was set to and what it came to."""
+    """One line per run, through its settings and results."""
 
     title: str
     columns: tuple[Column, ...]
@@ -112,7 +112,7 @@ class Parallel:
 
 @dataclass(frozen=True)
 class FrontTable:
-    """The fronts that runs logged as a table, one over the other, by two of its columns."""
+    """The fronts that runs logged as tables, overlaid, by two of their columns."""
 
     title: str
     table: str
@@ -137,11 +137,11 @@ class RunSet:
 
     Attributes:
         name: The variant.
-        project: Where they are.
-        entity: Whose they are.
+        project: Their project.
+        entity: Their owner.
         ids: Their ids.
-        groups: The groups they belong to; empty where they belong to none.
-        colour: How they are drawn.
+        groups: The groups that they belong to; empty where there is none.
+        colour: Their colour.
     """
 
     name: str
@@ -157,8 +157,8 @@ class Grid:
     """Panels over the runs of all variants.
 
     Attributes:
-        runs: A set each variant.
-        panels: What is shown of them.
+        runs: One set per variant.
+        panels: The panels.
         grouped: Whether each set is one line or bar.
     """
 
@@ -176,10 +176,10 @@ class ReportSpec:
 
     Attributes:
         title: At most 128 characters.
-        description: A line below it.
-        project: Where the report will be.
-        entity: Whose it will be.
-        blocks: What it holds, from top to bottom.
+        description: The line below the title.
+        project: The project of the report.
+        entity: The owner of the report.
+        blocks: Its content, from top to bottom.
     """
 
     title: str
@@ -189,12 +189,8 @@ class ReportSpec:
     blocks: tuple[Block, ...]
 
 
-_TITLE = 128  # characters that a W&B Report takes
-_PAIRS_UP_TO = 4  # metrics of which every pair is shown, as in the local report
-
-
 def require_tracked(found: Comparison) -> None:
-    """Refuse a comparison of which no finished run was tracked with wandb.
+    """Refuse a comparison in which no finished run was tracked with wandb.
 
     Raises:
         PublishError: When none was.
@@ -202,7 +198,7 @@ def require_tracked(found: Comparison) -> None:
     if all(run.record.wandb is None for run in found.runs):
         raise PublishError(
             f"none of the {len(found.runs)} finished runs was tracked with wandb, so a W&B Report "
-            "has nothing to show",
+            "would be empty",
             hint="track runs from their start, with tracking=[local,wandb]",
         )
 
@@ -217,10 +213,10 @@ def wandb_report(
     """Return the W&B Report of a comparison.
 
     Args:
-        found: What the local report is made of.
+        found: The comparison of the local report.
         entity: Owner of the runs that were recorded without one: the default of the key.
         place: Project of all runs, ``PROJECT`` or ``ENTITY/PROJECT``, where it is not the one
-            that they were recorded for.
+            that they were recorded in.
         site: Address of the server's pages.
 
     Raises:
@@ -237,15 +233,15 @@ def wandb_report(
         for part in parts:
             if isinstance(part, str) and part.startswith("plot:"):
                 continue
-            told = _linked(part, found, homes, site) if isinstance(part, Table) else part
-            blocks.append(Text("\n".join(markdown_part(told))))
+            shown = _link(part, found, homes, site) if isinstance(part, Table) else part
+            blocks.append(Text("\n".join(markdown_part(shown))))
         for words, grid in grids.get(anchor, ()):
             blocks += [Text(words), grid]
     first = homes[tracked[0].record.name]
     title = f"Comparison of {found.title}"
     return ReportSpec(
         title=title if len(title) <= _TITLE else f"{title[: _TITLE - 1]}…",
-        description="Written by map-bo report --wandb; the local report.html holds the same.",
+        description="Written by map-bo report --wandb; the local report.html has the same content.",
         project=first.project,
         entity=first.entity or entity,
         blocks=tuple(blocks),
@@ -253,7 +249,7 @@ def wandb_report(
 
 
 def _homes(found: Comparison, entity: str, place: str | None) -> dict[str, WandbRun]:
-    """Return where each run is, by its name, with nothing left open."""
+    """Return the place of each tracked run by name, with owner and project filled in."""
     owner, _, project = (place or "").rpartition("/")
     homes = {}
     for record in (*(run.record for run in found.runs), *found.missing):
@@ -288,40 +284,40 @@ def _run_sets(found: Comparison, homes: dict[str, WandbRun]) -> tuple[RunSet, ..
 
 
 def _opening(found: Comparison, homes: dict[str, WandbRun], prefix: str) -> list[str]:
-    """Return what the reader must know of the panels."""
+    """Return what a reader has to know about the panels."""
     words = [
-        "Tables hold the values of the local report, on one scale for all runs. Panels show what "
-        "the runs logged: hypervolumes there are on the scale of each run, with its own reference "
-        "point, and bands are standard errors instead of bootstrap intervals."
+        "The tables hold the values of the local report, on one scale for all runs. The panels "
+        "show what the runs logged: there hypervolumes are on the scale of each run, with its own "
+        "reference point, and bands are standard errors instead of bootstrap intervals."
     ]
     lost = [run for run in found.runs if run.record.name not in homes]
     if lost:
         words.append(
             f"{len(lost)} of {len(found.runs)} finished runs were not tracked with wandb; they are "
-            "in the tables and not in the panels."
+            "in the tables but not in the panels."
         )
     others = sum(
         run.record.name in homes and homes[run.record.name].prefix != prefix for run in found.runs
     )
     if others:
         words.append(
-            f"{others} runs logged under another prefix than `{prefix}`; panels lack their lines."
+            f"{others} runs logged under another prefix than `{prefix}`; the panels lack them."
         )
     return words
 
 
-def _linked(part: Table, found: Comparison, homes: dict[str, WandbRun], site: str) -> Table:
-    """Return a table whose links lead to runs on the server instead of into local folders."""
+def _link(part: Table, found: Comparison, homes: dict[str, WandbRun], site: str) -> Table:
+    """Return a table whose links lead to runs on the server instead of local folders."""
     records = (*(run.record for run in found.runs), *found.missing)
     targets = {record.link: _address(record, homes, site) for record in records}
 
-    def moved(cell: Cell) -> Cell:
+    def replaced(cell: Cell) -> Cell:
         if not isinstance(cell, Link):
             return cell
         target = targets.get(cell.target)
         return cell.text if target is None else Link(cell.text, target)
 
-    return replace(part, rows=tuple(tuple(moved(cell) for cell in row) for row in part.rows))
+    return replace(part, rows=tuple(tuple(replaced(cell) for cell in row) for row in part.rows))
 
 
 def _address(record: RunRecord, homes: dict[str, WandbRun], site: str) -> str | None:
@@ -332,7 +328,7 @@ def _address(record: RunRecord, homes: dict[str, WandbRun], site: str) -> str | 
 def _grids(
     found: Comparison, prefix: str, runs: tuple[RunSet, ...]
 ) -> dict[str, list[tuple[str, Grid]]]:
-    """Return for each section its panels, and the words above them."""
+    """Return the panels of each section, with the sentence above them."""
     volume = f"{prefix}hypervolume"
     observed = f"{volume}/observed points"
     grids = {
@@ -354,7 +350,7 @@ def _grids(
         "progress": [
             (
                 "Hypervolume of the observed points (real) after each evaluation of the search, "
-                "from when base and experts were measured: mean over the runs of a variant.",
+                "once base and experts were measured: mean over the runs of a variant.",
                 Grid(
                     runs,
                     (
@@ -377,7 +373,7 @@ def _grids(
         ],
         "cost": [
             (
-                "A point each run.",
+                "One point per run.",
                 Grid(
                     runs,
                     (
@@ -399,8 +395,8 @@ def _grids(
         columns = (*(_setting(key, found) for key in varied), Column(observed, title, False))
         grids["compared"] = [
             (
-                "A line each run, from its settings to the hypervolume of its observed points.",
-                Grid(runs, (Parallel("What varied", columns),), grouped=False),
+                "One line per run, from its settings to the hypervolume of its observed points.",
+                Grid(runs, (Parallel("Settings that vary", columns),), grouped=False),
             )
         ]
     return grids
@@ -428,7 +424,7 @@ def _front_panels(found: Comparison, prefix: str) -> tuple[Panel, ...]:
 
 
 def _setting(key: str, found: Comparison) -> Column:
-    """Return the setting by its place in the configuration of the wandb run."""
+    """Return a setting as a column, by its name in the configuration of the wandb run."""
     commanded = any("loop.budget" in run.record.settings for run in found.runs)
     if not commanded:  # runs made in Python
         return Column(f"run.settings.{key}", key, True)

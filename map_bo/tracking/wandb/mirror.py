@@ -1,6 +1,8 @@
 """Weights & Biases as a mirror of a run: online with a key, offline without one.
 
-A tracker in a thread of its own, so that it can neither stop nor slow the run.
+:class:`Wandb` holds the settings, :class:`WandbMirror` writes the events of a run, and
+:class:`Background` runs the mirror in a thread of its own, so that it can neither stop nor slow the
+run.
 """
 
 from __future__ import annotations
@@ -30,23 +32,37 @@ __all__ = ["Background", "Wandb", "WandbMirror", "default_mode"]
 
 logger = logging.getLogger(__name__)
 
+Mode = Literal["online", "offline", "disabled"]
+
 _Item: TypeAlias = "Event | bool"  # a bool is the end: whether the run is whole
 
 _SOON = 5.0
-"""Seconds to wait for a tracker when the run broke off: someone may be holding Ctrl-C."""
+"""Seconds to wait for a tracker after an interruption: someone may be holding Ctrl-C."""
+
+_WRITTEN = (
+    "events.jsonl",
+    "evaluations.csv",
+    "front.csv",
+    "summary.json",
+    "report.html",
+    "run.log",
+    ".hydra/*.yaml",
+    "plots/*.png",
+)
+"""Files of a run directory in the artifact; merged models are left out."""
 
 
 class Background:
-    """Tells another tracker from a thread; whatever goes wrong there is told once, as a warning.
+    """Runs another tracker in a thread; a failure there is logged once, as a warning.
 
-    The queue in between is bounded. A tracker that lags behind by all of it hangs, and is given
-    up, as is one that fails: the record of the run is complete without it.
+    The queue in between is bounded. A tracker that lags behind by the whole queue is taken to hang
+    and is given up, as is one that fails: the record of the run is complete without it.
 
     Args:
-        inner: The tracker, used from the thread alone.
-        name: What to call it in warnings.
+        inner: The tracker, which only the thread uses.
+        name: Its name in warnings.
         patience: Seconds to wait for it at the end of a run.
-        room: Events that may wait in the queue.
+        room: Number of events that may wait in the queue.
     """
 
     def __init__(
@@ -64,13 +80,13 @@ class Background:
         self._put(event)
 
     def finish(self, *, whole: bool) -> None:
-        """Wait until the tracker has taken everything, but no longer than the patience."""
+        """Wait until the tracker has taken all events, but no longer than the patience."""
         if self._lost.is_set() or not self._thread.is_alive():
             return
         self._put(whole)
         self._thread.join(self._patience if whole else min(self._patience, _SOON))
         if self._thread.is_alive():
-            self._give_up("it did not end in time")
+            self._give_up("it did not finish in time")
 
     def _put(self, item: _Item) -> None:
         if self._lost.is_set():
@@ -101,21 +117,6 @@ class Background:
             )
 
 
-Mode = Literal["online", "offline", "disabled"]
-
-_WRITTEN = (
-    "events.jsonl",
-    "evaluations.csv",
-    "front.csv",
-    "summary.json",
-    "report.html",
-    "run.log",
-    ".hydra/*.yaml",
-    "plots/*.png",
-)
-"""What the artifact holds of a run directory; models that were merged into it stay out."""
-
-
 @dataclass(frozen=True)
 class Wandb:
     """Settings of the mirror on Weights & Biases.
@@ -123,15 +124,15 @@ class Wandb:
     Attributes:
         project: The project.
         entity: The user or team; ``None`` for the default of the key.
-        group: Name that the runs of a sweep share; a sweep of ``map-bo run -m`` fills it in.
-        job_type: What the run is for.
-        name: Name of the run; ``None`` takes that of the run directory, after the group's.
+        group: Name that the runs of a sweep share; ``map-bo run -m`` sets it to the sweep's.
+        job_type: The purpose of the run.
+        name: Name of the run; ``None`` is the group's name and that of the run directory.
         tags: Tags of the run.
-        mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` takes ``WANDB_MODE``, else
+        mode: ``"online"``, ``"offline"`` or ``"disabled"``; ``None`` takes ``WANDB_MODE``, or else
             online when there is a key and offline when there is none.
-        prefix: Put before the name of everything that is logged over time, such as ``"stage 1/"``.
-        patience: Seconds to wait for the upload at the end of a run; what is not uploaded by then
-            stays on disk.
+        prefix: Prefix of the names of all logged numbers, such as ``"stage 1/"``.
+        patience: Seconds to wait for the upload at the end of a run; data that are not uploaded by
+            then stay on disk.
     """
 
     project: str = "map-bo"
@@ -148,24 +149,26 @@ class Wandb:
         object.__setattr__(self, "tags", tuple(self.tags))
         if self.mode not in ("online", "offline", "disabled", None):
             raise ConfigError(
-                f"the mode of wandb is {self.mode!r}",
-                hint="modes are online, offline and disabled; null chooses by whether there "
-                "is a key",
+                f"the mode of wandb must be online, offline, disabled or null, got {self.mode!r}",
+                hint="remove it to go online when there is a key and offline when there is none",
             )
         if not self.patience > 0:
-            raise ConfigError(f"patience is {self.patience}", hint="give seconds above 0")
+            raise ConfigError(
+                f"patience must be positive, got {self.patience}",
+                hint="give the seconds to wait for the upload, such as 60",
+            )
 
     def open(self, directory: Path | None) -> Tracker:
         """See :class:`map_bo.tracking.tracker.Tracking`; nothing is imported or written yet."""
         mirror = WandbMirror(self, None if directory is None else Path(directory))
-        # wandb itself gives up after the patience; the rest is for starting and ending it.
+        # wandb itself gives up after the patience; the rest is for its start and end.
         return Background(mirror, name="wandb", patience=self.patience + 15)
 
 
 def default_mode(environment: Mapping[str, str]) -> Mode:
-    """Return the mode of a run that was given none, by ``WANDB_MODE`` or by whether there is a key.
+    """Return the default mode, by ``WANDB_MODE`` or by whether there is a key.
 
-    Without a key wandb would ask for it and wait; see :func:`map_bo.tracking.wandb.run.has_key`.
+    Without a key, wandb would ask for one and wait; see :func:`map_bo.tracking.wandb.run.has_key`.
     """
     asked = environment.get("WANDB_MODE", "").lower()
     if asked in ("offline", "dryrun"):
@@ -180,9 +183,9 @@ def default_mode(environment: Mapping[str, str]) -> Mode:
 class WandbMirror:
     """Writes the events of a run to Weights & Biases. It may block and raise.
 
-    The wandb run begins with the first event that no session has told it before, and its id is
-    kept in ``wandb.json`` in the run directory, so that going on with a run goes on with its wandb
-    run. The step of an event is its number in the record.
+    The wandb run begins with the first event that no session has sent before. Its id is kept in
+    ``wandb.json`` in the run directory, so that resuming a run also resumes its wandb run. The step
+    of an event is its number in the record.
 
     Args:
         settings: Where and how.
@@ -213,7 +216,7 @@ class WandbMirror:
         self._keep(events=self._seen, whole=False)
 
     def finish(self, *, whole: bool) -> None:
-        """See :class:`map_bo.tracking.tracker.Tracker`; a whole run gets its front and files."""
+        """See :class:`map_bo.tracking.tracker.Tracker`; a whole run logs its front and files."""
         if self._run is None and (not whole or self._state["whole"] or not self._seen):
             return
         run = self._open()
@@ -232,9 +235,9 @@ class WandbMirror:
         import wandb
 
         mode = self._settings.mode or default_mode(os.environ)
-        wandb.setup(settings=wandb.Settings(silent=True))  # it greets whoever has a key otherwise
+        wandb.setup(settings=wandb.Settings(silent=True))  # otherwise it prints greetings
         try:
-            self._run = self._started(mode)
+            self._run = self._start(mode)
         except Exception as error:
             if mode != "online":
                 raise
@@ -244,13 +247,13 @@ class WandbMirror:
                 "(check the network, or the key: `wandb login --relogin`)",
                 reason,
             )
-            # The attempt still holds the run's id, and lets go of it only when all of wandb ends.
+            # The failed attempt holds the run's id until all of wandb has ended.
             if wandb.run is None:
                 wandb.teardown()
                 wandb.setup(settings=wandb.Settings(silent=True))
             else:
                 self._state["id"] = _new_id()
-            self._run = self._started("offline")
+            self._run = self._start("offline")
         for kind in ("metric", "noise", "coefficient", "hypervolume"):
             self._run.define_metric(
                 f"{self._settings.prefix}{kind}/*", step_metric=f"{self._settings.prefix}evaluation"
@@ -266,7 +269,7 @@ class WandbMirror:
         )
         return self._run
 
-    def _started(self, mode: Mode) -> wandb.Run:
+    def _start(self, mode: Mode) -> wandb.Run:
         import wandb
 
         given, place = self._settings, self._directory
@@ -343,9 +346,9 @@ def _new_id() -> str:
 
 
 def _configuration(created: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the resolved configuration with what was chosen of each group below ``choices``.
+    """Return the resolved configuration, with the choice of each group below ``choices``.
 
-    What the run recorded of itself stands below ``run``.
+    The data of the ``created`` event are below ``run``.
     """
     given = created.get("config")
     config = given if isinstance(given, Mapping) else {}

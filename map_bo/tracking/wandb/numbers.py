@@ -20,13 +20,12 @@ __all__ = ["Numbers", "flat", "front_table"]
 class Numbers:
     """Reads the record of a run event by event.
 
-    After the last event ``front`` is the front with real and corrected values, ``summary`` the
-    summary and ``created`` what the run recorded of itself.
+    After the last event, ``front`` has real and corrected values.
 
     Attributes:
-        created: The data of ``created``; empty before it.
-        front: The front, once it was solved.
-        summary: The summary, once the run has ended; empty before.
+        created: The data of the ``created`` event; empty before it.
+        front: The front, once it has been solved.
+        summary: The summary, once the run has finished; empty before.
         names: Names of the ``d`` coefficients.
         metrics: The ``m`` metrics.
     """
@@ -42,7 +41,7 @@ class Numbers:
         self._nodes: dict[str, Numbers] = {}
 
     def of(self, event: Event) -> dict[str, float]:
-        """Return what ``event`` has to show by name; nothing for an event without numbers.
+        """Return the numbers of ``event`` by name; empty for an event without numbers.
 
         ``proposed``: ``round``, ``proposal/points``, ``proposal/seconds`` and, where the
         sampler fits a surrogate, its scores below ``surrogate/round/``. ``observed``:
@@ -51,14 +50,14 @@ class Numbers:
         ``hypervolume/observed points`` (real, scaled; once base and experts were measured).
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
-        ``imported``: ``evaluation`` after them, and ``imported``, how many they are.
-        ``node``: what an event of a node of a nested run has to show, below ``nested/NODE/``;
+        ``imported``: ``evaluation`` after them, and ``imported``, their number.
+        ``node``: the numbers of an event of a node of a nested run, below ``nested/NODE/``;
         ``measured``: ``nested/data_sets`` so far.
-        ``checked`` and ``front``: whatever numbers were recorded, below ``stop/``,
-        ``surrogate/``, ``uncertainty/`` and ``front/``.
+        ``checked`` and ``front``: all recorded numbers, below ``stop/``, ``surrogate/``,
+        ``uncertainty/`` and ``front/``.
 
         Raises:
-            KeyError, TypeError, ValueError, MapBoError: When it is no event of a run.
+            KeyError, TypeError, ValueError, MapBoError: When it is not an event of a run.
         """
         data = event.data
         match event.kind:
@@ -166,7 +165,7 @@ def front_table(front: Front, names: tuple[str, ...]) -> tuple[list[str], list[l
 
     Columns: ``point``, ``c:NAME`` for each coefficient; for each metric ``predicted:NAME``,
     ``std:NAME``, ``lower:NAME``, ``upper:NAME``, ``corrected:NAME`` and ``real:NAME``, in own
-    units; ``probability``. What is unknown is None. They are the columns of ``front.csv``.
+    units; ``probability``. Unknown values are None. These are the columns of ``front.csv``.
     """
     parts = ("predicted", "std", "lower", "upper", "corrected", "real")
     values = (front.mean, front.std, front.lower, front.upper, front.corrected, front.real)

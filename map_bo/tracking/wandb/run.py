@@ -1,4 +1,4 @@
-"""Where a run is on Weights & Biases, as its directory and its record tell; nothing is asked."""
+"""The wandb run of a run, by its directory and its record alone; no server is contacted."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
-__all__ = ["STATE", "WandbRun", "has_key", "mirrored", "wandb_run_of"]
+from map_bo.moved import current
+
+__all__ = ["STATE", "WandbRun", "has_key", "is_mirrored", "wandb_run_of"]
 
 STATE = "wandb.json"
-"""The file in a run directory by which a run goes on with its wandb run."""
+"""The file in a run directory by which a run resumes its wandb run."""
 
 _HOST = "https://api.wandb.ai"
 _TARGET = "map_bo.tracking.wandb.mirror.Wandb"
@@ -27,11 +29,11 @@ class WandbRun:
     Attributes:
         id: Its id.
         project: Its project.
-        entity: The user or team it belongs to; ``None`` for the default of the key.
-        group: The group it belongs to.
-        prefix: What stands before the names of all that it logged.
-        offline: Whether it was recorded offline, in part at least: such a run is on the server
-            only once ``wandb sync`` has uploaded it.
+        entity: The user or team that owns it; ``None`` for the default of the key.
+        group: The group that it belongs to.
+        prefix: The prefix of all names that it logged.
+        offline: Whether it was recorded offline, at least in part; such a run is on the server only
+            once ``wandb sync`` has uploaded it.
     """
 
     id: str
@@ -46,21 +48,21 @@ def wandb_run_of(directory: Path, config: Mapping[str, Any] | None = None) -> Wa
     """Return the wandb run that mirrors the run in ``directory``; ``None`` where none does.
 
     Args:
-        directory: The run's directory. Its ``wandb.json`` says what was used.
-        config: What the run recorded as its configuration, for what that file does not say.
+        directory: The run's directory, with its ``wandb.json``.
+        config: The recorded configuration of the run, for what that file does not say.
     """
     try:
         state = json.loads((directory / STATE).read_text(encoding="utf-8"))
-        told = {**_settings(config or {}), **state}
-        if told.get("mode") == "disabled" or not told.get("events"):
+        found = {**_settings(config or {}), **state}
+        if found.get("mode") == "disabled" or not found.get("events"):
             return None
         return WandbRun(
-            id=str(told["id"]),
-            project=str(told["project"]),
-            entity=told.get("entity") or None,
-            group=told.get("group") or None,
-            prefix=str(told.get("prefix") or ""),
-            offline=bool(told.get("offline")),
+            id=str(found["id"]),
+            project=str(found["project"]),
+            entity=found.get("entity") or None,
+            group=found.get("group") or None,
+            prefix=str(found.get("prefix") or ""),
+            offline=bool(found.get("offline")),
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -70,13 +72,13 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
     tree = config.get("tree")
     group = tree.get("tracking") if isinstance(tree, Mapping) else None
     for node in (group if isinstance(group, Mapping) else {}).values():
-        if isinstance(node, Mapping) and node.get("_target_") == _TARGET:
+        if isinstance(node, Mapping) and current(str(node.get("_target_"))) == _TARGET:
             return dict(node)
     return {}
 
 
-def mirrored(directory: Path) -> bool:
-    """Return whether the wandb run of the run in ``directory`` was told all of it."""
+def is_mirrored(directory: Path) -> bool:
+    """Return whether the run in ``directory`` is on Weights & Biases from start to end."""
     try:
         return bool(json.loads((directory / STATE).read_text(encoding="utf-8"))["whole"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -86,8 +88,8 @@ def mirrored(directory: Path) -> bool:
 def has_key(environment: Mapping[str, str]) -> bool:
     """Return whether there is a key for the server.
 
-    It stands in ``WANDB_API_KEY``, or in the netrc file (``NETRC``, else ``~/.netrc``) under the
-    host of ``WANDB_BASE_URL``.
+    It is in ``WANDB_API_KEY``, or in the netrc file (``NETRC``, else ``~/.netrc``) under the host
+    of ``WANDB_BASE_URL``.
     """
     if environment.get("WANDB_API_KEY") or environment.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True

@@ -1,4 +1,4 @@
-"""The end of wandb's service process, which may wait longer for a server than anybody would."""
+"""Ending wandb's service process, which may wait for a server without limit."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _WAY = ("_singleton", "_connection", "_proc", "_process")  # from its module to 
 
 
 def end_service(patience: float = 10.0) -> bool:
-    """End the library's service process: by asking, and by force when it does not answer.
+    """End the library's service process: on request, or by force when it does not answer.
 
-    With a request to an unreachable server under way the service now and then never ends, and
-    the library waits for it without limit, also at the exit of the interpreter. To be called
-    when nothing is recorded any more that is not yet on the disk.
+    While a request to an unreachable server is under way, the service sometimes never ends, and
+    the library waits for it without limit, even at the exit of the interpreter. Call this only when
+    everything recorded is on disk.
 
     Args:
-        patience: Seconds it has to end by itself.
+        patience: Seconds that it has to end by itself.
 
     Returns:
         Whether it ended by itself, or was not running.
@@ -28,11 +28,11 @@ def end_service(patience: float = 10.0) -> bool:
     import wandb
 
     process: Any = import_module("wandb.sdk.wandb_setup")
-    for name in _WAY:  # private: where it is called otherwise, nothing is forced
+    for name in _WAY:  # private names: where they differ, nothing is forced
         process = getattr(process, name, None)
 
     def ask() -> None:
-        # It would exit with the code of a service that failed, or was killed below.
+        # It would exit with the status of a service that failed, or was killed below.
         with suppress(Exception, SystemExit):
             wandb.teardown()
 

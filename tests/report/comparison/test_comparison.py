@@ -9,7 +9,7 @@ from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.pareto.indicators import win_rate_dominance
 from map_bo.report.comparison.comparison import compare
-from map_bo.report.comparison.measured import RunRecord
+from map_bo.report.comparison.runs import RunRecord
 from tests.report.fake_runs import comparison, failed, record, sweep
 
 
@@ -167,7 +167,7 @@ def test_sweeps_that_share_settings_are_kept_apart_and_others_are_joined() -> No
 
     apart = compare([*runs("one", [0, 1]), *runs("two", [0, 1])], title="x")
     assert apart.variants == ("sweep=one", "sweep=two")
-    assert "kept apart" in apart.notes[0]
+    assert "separate variants by sweep" in apart.notes[0]
     joined = compare([*runs("one", [0, 1]), *runs("two", [2, 3])], title="x")
     assert joined.variants == ("all runs",)
     assert len(joined.runs) == 4
@@ -177,11 +177,11 @@ def test_a_repeated_run_and_a_missing_seed_are_noted() -> None:
     twice = [record({"seed": "0"}, name="a"), record({"seed": "0"}, name="b")]
     found = compare(twice, title="x")
     assert len(found.runs) == 1
-    assert "b repeats" in found.notes[0]
+    assert "b has the settings and the seed of another run" in found.notes[0]
     assert "no recorded seed" in compare([record({"a": "1"})], title="x").notes[0]
 
 
 def test_a_run_without_a_seed_does_not_stand_beside_seed_0() -> None:
     found = compare([record({"seed": "0"}), record({}, name="made in Python")], title="x")
     assert len(found.runs) == 1
-    assert any("made in Python repeats the settings" in note for note in found.notes)
+    assert any("made in Python has the settings" in note for note in found.notes)

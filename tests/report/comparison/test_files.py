@@ -8,7 +8,7 @@ import pytest
 
 from map_bo.report.comparison.comparison import compare
 from map_bo.report.comparison.files import results_csv, write_comparison
-from map_bo.report.comparison.measured import MEASURES
+from map_bo.report.comparison.runs import MEASURES
 from tests.report.fake_runs import comparison, failed, record
 
 

@@ -96,4 +96,4 @@ def test_a_large_matrix_has_numbers_for_columns_and_a_larger_one_is_left_out() -
     assert win_rate_tables(of(6))[0].columns[1] == "s=a0"
     assert not win_rate_tables(of(25))
     text = comparison_markdown(of(25))
-    assert "Win rates of 25 variants, each over each, are left out." in text
+    assert "The win rates of 25 variants, each over each, are left out." in text

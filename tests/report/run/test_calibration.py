@@ -35,7 +35,7 @@ def test_what_is_not_finite_is_unknown() -> None:
 def test_words_tell_how_coarse_the_shares_are() -> None:
     words = calibration_words(validated())
     assert "Each of the 20 evaluations was predicted from the other 19" in words
-    assert "give or take 5 points" in words
+    assert "give or take 5 percentage points for 20 evaluations" in words
 
 
 def test_a_run_without_validation_has_no_calibration(tmp_path: Path) -> None:
@@ -51,7 +51,9 @@ def test_the_page_shows_tables_that_can_be_read_aloud(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert '<h2 id="calibration">Calibration of the surrogate</h2>' in page
     assert '<a href="#calibration">' in page
-    assert "<caption>Every evaluation predicted from all others, link scale.</caption>" in page
+    assert (
+        "<caption>Every evaluation predicted from all others, on the link scale.</caption>" in page
+    )
     assert "in&lt;vert" in page
     assert "in<vert" not in page
     start = page.index("<summary>PIT histogram")

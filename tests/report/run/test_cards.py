@@ -131,7 +131,7 @@ def test_what_is_sure_stands_with_the_numbers() -> None:
     assert f"{float(view.front.corrected[row, 0]):.3f}" in line
     assert line[-1] == "<0.01", "the probability of the first point is 0.001"
     unverified = printed(make_view(2, points=30, verify=0, certain=True), 120)
-    assert "Nothing was verified, so it was neither measured nor corrected." in " ".join(
+    assert "Nothing was verified, so optimism was neither measured nor corrected." in " ".join(
         unverified.split()
     )
 

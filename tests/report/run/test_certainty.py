@@ -31,7 +31,7 @@ def test_optimism_is_told_with_its_error() -> None:
         "+0.012 \u00b1 0.003",
         "+0.010",
     )
-    assert "fell when the verified points joined" in optimism_words(view)
+    assert "fell, on average, when the verified points were added" in optimism_words(view)
 
 
 def test_one_verified_point_has_no_error() -> None:
@@ -50,5 +50,5 @@ def test_the_reason_of_the_end_is_told() -> None:
     assert stop_words(view).endswith("(0.004, 0.003); 5 evaluations of the budget unused")
     stop = {**view.summary["stop"], "reason": None, "unused": 0}
     spent = dataclasses.replace(view, summary={**view.summary, "stop": stop})
-    assert stop_words(spent).startswith("not before the budget was spent: expected regret")
-    assert "0.003 at the least, tolerance 0.005" in stop_words(spent)
+    assert stop_words(spent).startswith("not before the budget was spent: the expected regret")
+    assert "was at least 0.003, the tolerance is 0.005" in stop_words(spent)

@@ -74,8 +74,17 @@ def test_the_page_is_well_formed_and_says_what_it_must(m: int, tmp_path: Path) -
         "0123456789abcdef",
         "2.13.0",
         f"All {len(view.seen)} evaluations",
+        "map_bo commit",
     ):
         assert part in page.text
+    titles = re.findall(r"<h2 id=.*?>(.*?)</h2>", text)
+    assert titles == [
+        "The run",
+        "The front",
+        "Hypervolume",
+        "Evaluations",
+        "Versions",
+    ]
 
 
 def test_tables_and_images_are_made_for_those_who_listen(tmp_path: Path) -> None:
@@ -132,7 +141,9 @@ def test_every_name_is_escaped(tmp_path: Path) -> None:
 def test_predicted_and_real_cells_are_told_apart(tmp_path: Path) -> None:
     view = make_view(2, points=5, verify=2)
     _, text = page_of(view, tmp_path)
-    table = re.search(r"trade-offs that stand.*?<tbody>(.*?)</tbody>", text, flags=re.S)
+    table = re.search(
+        r"representative points of the front.*?<tbody>(.*?)</tbody>", text, flags=re.S
+    )
     assert table is not None
     rows = re.findall(r'<tr><th scope="row">(\d+)</th>(.*?)</tr>', table.group(1), flags=re.S)
     assert {int(point) for point, _ in rows} == set(range(5))

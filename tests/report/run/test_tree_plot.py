@@ -77,10 +77,10 @@ def test_the_section_has_a_row_for_every_merge_in_order() -> None:
     section = tree_section(view_of(TREE, refined=True), "<figure></figure>")
     assert section.startswith("<figure></figure>")
     assert "321 measurements of one task at one point" in section
-    assert "a flat run of 64.2 evaluations" in section
+    assert "a flat run makes in 64.2 evaluations" in section
     head, *rows = cells(section)
     assert head == [
-        "merge of", "stage", "tasks", "coefficients", "points", "data sets", "handed up",
+        "merge of", "stage", "tasks", "coefficients", "points", "data sets", "promoted",
     ]  # fmt: skip
     assert [row[:6] for row in rows] == [
         ["a+b", "1", "2", "2", "10", "0"],
@@ -104,7 +104,7 @@ def test_names_are_escaped() -> None:
 
 def test_words_say_how_large_the_tree_is() -> None:
     assert tree_words(view_of(TREE, refined=True)) == (
-        "Tree of 3 merges in 2 stages over 2 experts. The table below holds its nodes."
+        "Tree of 3 merges in 2 stages over 2 experts. The table below lists its nodes."
     )
 
 

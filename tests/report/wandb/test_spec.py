@@ -49,7 +49,7 @@ def words(report: ReportSpec) -> str:
 def test_it_has_the_sections_and_tables_of_the_local_report() -> None:
     report = spec()
     assert [block.text for block in report.blocks if isinstance(block, Heading)] == [
-        "What was compared",
+        "Runs compared",
         "Quality",
         "Progress",
         "Fronts",
@@ -95,7 +95,7 @@ def test_the_panels_of_two_metrics() -> None:
     observed = "hypervolume/observed points"
     assert panels(report, Parallel) == [
         Parallel(
-            "What varied",
+            "Settings that vary",
             (
                 Column("run.settings.surrogate", "surrogate", True),
                 Column(observed, "hypervolume of observed points", False),

@@ -65,7 +65,7 @@ def test_one_that_hangs_is_waited_for_as_long_as_the_patience(
     assert 0.15 < time.perf_counter() - start < 2
     (record,) = caplog.records
     assert record.getMessage() == (
-        "it is given up for this session; the run and its record go on: it did not end in time"
+        "it is given up for this session; the run and its record go on: it did not finish in time"
     )
     inner.free.set()
 

@@ -33,6 +33,11 @@ def test_the_configuration_says_where_and_the_file_says_which(tmp_path: Path) ->
     assert wandb_run_of(state(tmp_path), CONFIG) == WandbRun("abc", "merging", None, "study")
 
 
+def test_a_configuration_of_version_0_1_is_understood(tmp_path: Path) -> None:
+    text = json.dumps(CONFIG).replace("map_bo.tracking.wandb.mirror", "map_bo.tracking.wandb")
+    assert wandb_run_of(state(tmp_path), json.loads(text)) == wandb_run_of(tmp_path, CONFIG)
+
+
 def test_what_was_used_counts_more_than_what_was_asked_for(tmp_path: Path) -> None:
     told = {"project": "p", "entity": "team", "group": None, "prefix": "a/", "offline": True}
     found = wandb_run_of(state(tmp_path, **told), CONFIG)

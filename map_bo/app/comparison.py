@@ -15,7 +15,7 @@ __all__ = ["Compared", "compare_directories", "publish_comparison"]
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison was made of.
+    """A comparison that was written.
 
     Attributes:
         found: The comparison.
@@ -37,7 +37,7 @@ def compare_directories(
 
     Args:
         directories: Directories of sweeps or runs.
-        out: Directory to write into; made when missing.
+        out: Directory to write into; it is created when missing.
         baseline: Variant that the others are compared with; the first by default.
 
     Raises:
@@ -64,12 +64,12 @@ def compare_directories(
 
 
 def publish_comparison(found: Comparison, *, place: str | None = None) -> tuple[str, int]:
-    """Make a W&B Report of a comparison.
+    """Publish a comparison as a W&B Report.
 
     Args:
         found: The comparison.
         place: Project of the runs, ``PROJECT`` or ``ENTITY/PROJECT``, where it is not the one
-            that they were recorded for.
+            that they were recorded in.
 
     Returns:
         The address of the report, and how many of its runs were recorded offline.
@@ -82,7 +82,7 @@ def publish_comparison(found: Comparison, *, place: str | None = None) -> tuple[
     from map_bo.report.wandb.publish import account, save_report
     from map_bo.report.wandb.spec import require_tracked, wandb_report
 
-    require_tracked(found)  # first: who has nothing to show needs no login
+    require_tracked(found)  # first: an empty report needs no login
     who = account()
     address = save_report(wandb_report(found, entity=who.entity, place=place, site=who.site))
     offline = sum(run.record.wandb is not None and run.record.wandb.offline for run in found.runs)

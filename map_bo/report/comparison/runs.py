@@ -1,4 +1,4 @@
-"""One run among many: what it found, and what that is on the scale that all of them share."""
+"""One run among many: its outcome, and its measures on the scale that all runs share."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from map_bo.tracking.wandb.run import WandbRun
 __all__ = [
     "MEASURES",
     "Measure",
-    "Measured",
     "Outcome",
     "RunRecord",
+    "ScaledRun",
     "Status",
     "columns_of",
-    "measured",
+    "measure",
 ]
 
 Status: TypeAlias = Literal["finished", "unfinished", "failed", "unreadable"]
 
-# Beyond five metrics one hypervolume may take a good part of a second, so fewer are computed.
+# Beyond five metrics a single hypervolume may take most of a second, so fewer are computed.
 _EXACT_METRICS = 5
 _PLACES = 25
 
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a finished run found.
+    """The outcome of a finished run.
 
     Attributes:
         seen: Every evaluation in order, failures included: the search, then the verification.
         front: The predicted front, with real values where they were verified.
         scale: The scale of its metrics.
         seconds: Seconds spent on each phase.
-        data_sets: Measurements of one metric at one point that it cost. ``None`` is all metrics at
-            every evaluation; a nested run also measures some of them at points of its nodes.
+        data_sets: Measurements of one metric at one point that it made; ``None`` for all metrics at
+            every evaluation. A nested run also measures some metrics at points of its nodes.
     """
 
     seen: Observations
@@ -55,7 +55,7 @@ class Outcome:
 
     @property
     def evaluations(self) -> float:
-        """How many evaluations of all metrics it cost, or would have."""
+        """Number of evaluations of all metrics, or of equal cost."""
         if self.data_sets is None:
             return float(len(self.seen))
         return self.data_sets / len(self.seen.metrics)
@@ -66,15 +66,15 @@ class RunRecord:
     """A run among many, finished or not.
 
     Attributes:
-        name: What it is called.
-        link: Where it is, relative to the report.
+        name: Its name.
+        link: Its page or directory, relative to the report.
         sweep: The sweep that it belongs to.
         status: Whether it finished.
-        reason: Why it did not; empty when it did.
+        reason: Why it did not finish; empty when it did.
         settings: Name and value of every setting.
-        named: The settings that the user gave, most telling first.
-        outcome: What it found; ``None`` unless it finished.
-        wandb: Where it is on Weights & Biases; ``None`` where it is not.
+        named: The settings that the user gave, most important first.
+        outcome: Its outcome; ``None`` unless it finished.
+        wandb: The same run on Weights & Biases; ``None`` where it was not tracked.
     """
 
     name: str
@@ -89,23 +89,23 @@ class RunRecord:
 
     @property
     def seed(self) -> int | None:
-        """The seed, which pairs runs; ``None`` where none was recorded."""
+        """The seed, by which runs are paired; ``None`` where none was recorded."""
         text = self.settings.get("seed", "")
         return int(text) if text.lstrip("-").isdigit() else None
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class ScaledRun:
     """A finished run on the common scale: 0 at the reference point, 1 at the best expert.
 
     Attributes:
         record: The run.
         variant: The settings that tell it from the others.
-        places: Numbers of evaluations. Those of a nested run's nodes come before the first of
+        places: Numbers of evaluations; a nested run's nodes count before its first evaluation of
             all metrics.
-        volumes: Hypervolume of all points observed until then, real.
+        volumes: Hypervolume of all points observed up to each of these, real.
         points: ``k x m`` non-dominated observed points, own units, real.
-        values: Value of each measure that the run has, by its name.
+        values: Value of each measure that the run has, by name.
     """
 
     record: RunRecord
@@ -127,8 +127,8 @@ class Measure:
 
     Attributes:
         name: Short name, as in ``results.csv``.
-        title: Its name for the reader, which says whether it is predicted or real.
-        better: Which way is better, ``""`` where neither is.
+        title: Its full name, which says whether it is predicted or real.
+        better: The better direction; ``""`` where neither is better.
         digits: Decimals to show.
     """
 
@@ -151,16 +151,16 @@ MEASURES = (
 
 
 def columns_of(metrics: Sequence[Metric], kept: Sequence[Metric]) -> list[int]:
-    """Return where the ``kept`` metrics stand among ``metrics``, by name."""
+    """Return the columns of the ``kept`` metrics among ``metrics``, by name."""
     names = [metric.name for metric in metrics]
     return [names.index(metric.name) for metric in kept]
 
 
-def measured(record: RunRecord, variant: str, scale: Scale) -> Measured:
-    """Return a finished run on the common scale.
+def measure(record: RunRecord, variant: str, scale: Scale) -> ScaledRun:
+    """Measure a finished run on the common scale.
 
     Args:
-        record: The run; it has an outcome.
+        record: The run, with an outcome.
         variant: The settings that tell it from the others.
         scale: The scale of the ``m`` common metrics.
     """
@@ -197,6 +197,6 @@ def measured(record: RunRecord, variant: str, scale: Scale) -> Measured:
         gap = (front.mean - front.real)[front.verified][:, columns] * directions(metrics)
         ranged = scale.ranged if bool(scale.ranged.any()) else ~scale.ranged
         values["optimism"] = float((gap / scale.width)[:, ranged].mean())
-    return Measured(
+    return ScaledRun(
         record, variant, tuple(places), tuple(volumes), seen.Y[rows][:, columns], values
     )

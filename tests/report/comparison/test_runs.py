@@ -5,7 +5,7 @@ import torch
 
 from map_bo.data import to_maximisation
 from map_bo.pareto.indicators import hypervolume
-from map_bo.report.comparison.measured import MEASURES, columns_of, measured
+from map_bo.report.comparison.runs import MEASURES, columns_of, measure
 from tests.report.fake_runs import record
 
 
@@ -14,7 +14,7 @@ def test_measures_are_those_of_the_values_on_the_common_scale() -> None:
     outcome = run.outcome
     assert outcome is not None
     metrics = outcome.seen.metrics
-    found = measured(run, "v", outcome.scale)
+    found = measure(run, "v", outcome.scale)
     low, high = (to_maximisation(x, metrics) for x in (outcome.scale.point, outcome.scale.best))
     gains = (to_maximisation(outcome.seen.Y, metrics) - low) / (high - low)
     zero = torch.zeros(2, dtype=torch.float64)
@@ -37,7 +37,7 @@ def test_without_verification_there_is_nothing_real_to_say_of_the_front() -> Non
     run = record({"seed": "0"}, verify=0)
     outcome = run.outcome
     assert outcome is not None
-    found = measured(run, "v", outcome.scale).values
+    found = measure(run, "v", outcome.scale).values
     assert "verified_hypervolume_real" not in found
     assert "optimism" not in found
 
@@ -53,6 +53,6 @@ def test_many_metrics_are_measured_at_fewer_places() -> None:
     run = record({"seed": "0"}, m=6, evaluations=40)
     outcome = run.outcome
     assert outcome is not None
-    found = measured(run, "v", outcome.scale)
+    found = measure(run, "v", outcome.scale)
     assert len(found.places) <= 25
     assert found.places[-1] == len(outcome.seen)

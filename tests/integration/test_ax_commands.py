@@ -83,8 +83,8 @@ def test_what_ax_measured_comes_back_and_the_run_goes_on(
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     lines = done.stdout.splitlines()
-    assert lines[0] == "2 observations recorded, 1 for points that waited"
-    assert lines[1].endswith("evaluations now")
+    assert lines[0] == "2 observations recorded, 1 for points that were waiting"
+    assert lines[1].startswith("the run now has ")
     assert any("the run has it already" in line for line in lines)
     assert any("lies outside the space" in line for line in lines)
     assert "map-bo resume run" in lines[-1]
