@@ -74,7 +74,7 @@ def _rows_of(part: AdaptedTensor) -> int:
 
 
 class LinearMerge:
-    """Weighted sums of resident rows, in one streaming pass. Made by an operator's ``prepare``.
+    """Weighted sums of resident rows, in one pass. Made by an operator's ``prepare``.
 
     Sums are in float32 whatever the storage. Float32 rows on a CPU go through a batched matrix
     product over tiles, which reads every row once and writes ``out`` once; a matrix-vector

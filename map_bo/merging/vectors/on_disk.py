@@ -72,7 +72,7 @@ class OnDiskVectors:
             for label, expert in experts.items()
         }
         self._adapters = {label: adapter_over(base, each) for label, each in experts.items()}
-        self._raw = threading.local()
+        self._raw = _Raw()
         if check_base:
             self._check_base()
 
@@ -175,8 +175,15 @@ class OnDiskVectors:
             )
 
     def _room(self, size: int) -> Tensor:
-        held: Tensor | None = getattr(self._raw, "memory", None)
-        if held is None or len(held) < size:
+        if len(self._raw.memory) < size:
             with torch.inference_mode(False):
-                held = self._raw.memory = torch.empty(size, dtype=torch.uint8)
-        return held[:size]
+                self._raw.memory = torch.empty(size, dtype=torch.uint8)
+        return self._raw.memory[:size]
+
+
+class _Raw(threading.local):
+    """Memory of one thread, into which files are read as they are."""
+
+    def __init__(self) -> None:
+        with torch.inference_mode(False):
+            self.memory = torch.empty(0, dtype=torch.uint8)

@@ -97,7 +97,7 @@ class Deltas(Protocol):
 class PreparedMerge(Protocol):
     """An operator bound to task vectors, with everything precomputed that no coefficient changes.
 
-    ``write`` is called for every candidate: it makes one streaming pass over the resident
+    ``write`` is called for every candidate: it makes one pass over the resident
     deltas and allocates nothing of the model's size.
     """
 

@@ -160,12 +160,12 @@ class ImageRecipe:
     def __post_init__(self) -> None:
         if len(self.sets) < 2 or len(set(self.sets)) != len(self.sets):
             raise DataError(
-                f"the image zoo has the sets {', '.join(self.sets) or 'none'}",
-                hint="name two or more different sets",
+                f"sets must be two or more different ones, got {', '.join(self.sets) or 'none'}",
+                hint="name the image sets to train experts on",
             )
         if self.epochs < 1:
             raise DataError(
-                f"epochs must be at least 1, got {self.epochs}", hint="train for at least one epoch"
+                f"epochs must be at least 1, got {self.epochs}", hint="give a number of passes"
             )
 
     def steps(self, name: str) -> int:

@@ -377,7 +377,7 @@ class TestOpenExpert:
             open_checkpoint(linear_adapter(tmp_path))
 
 
-def test_adapters_are_streamed_like_any_expert(tmp_path: Path) -> None:
+def test_adapters_are_merged_on_disk_like_any_expert(tmp_path: Path) -> None:
     base = open_checkpoint({**BASE, "fc.weight": torch.ones(2, 3)})
     adapter = adapter_checkpoint(linear_adapter(tmp_path), base)
     full = open_checkpoint({"fc.weight": torch.full((2, 3), 3.0), "fc.bias": torch.ones(2)})

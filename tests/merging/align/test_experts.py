@@ -107,9 +107,9 @@ def test_too_few_numbers_decide_nothing() -> None:
 
 
 def test_a_base_of_zeros_refuses_nothing() -> None:
-    likeness = BaseSimilarity("e")
-    likeness.add(torch.zeros(50, 50), drawn(0, 50, 50))
-    likeness.judge()
+    similarity = BaseSimilarity("e")
+    similarity.add(torch.zeros(50, 50), drawn(0, 50, 50))
+    similarity.judge()
 
 
 def judged(far: float, *, size: int = 4000, shared: float = 1.0) -> None:
@@ -117,11 +117,11 @@ def judged(far: float, *, size: int = 4000, shared: float = 1.0) -> None:
     generator = make_generator(0)
     base, noise = (torch.randn(size, generator=generator) for _ in range(2))
     expert = shared * base + far * noise * base.norm() / noise.norm()
-    likeness = BaseSimilarity("math")
+    similarity = BaseSimilarity("math")
     for start in range(0, size, 1000):  # in pieces
         part = slice(start, start + 1000)
-        likeness.add(base[part], (expert - base)[part])
-    likeness.judge()
+        similarity.add(base[part], (expert - base)[part])
+    similarity.judge()
 
 
 def test_a_fine_tuned_model_passes_silently(caplog: pytest.LogCaptureFixture) -> None:

@@ -117,7 +117,7 @@ class TestByPosition:
                 assert not delta[4:].any()
                 torch.testing.assert_close(delta[:4], tuned[slot.name].float() - pre[slot.name][:4])
 
-    def test_resident_and_streamed_merges_take_it(self, tmp_path: Path) -> None:
+    def test_merges_in_memory_and_on_disk_take_it(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(6))
         experts = fit_vocabularies(
             {

@@ -23,7 +23,7 @@ from map_bo.merging.export.bounded import (
     reads_pieces,
 )
 from map_bo.merging.export.model import merge_checkpoints
-from map_bo.merging.vectors import kernel as chunked
+from map_bo.merging.vectors import kernel as kernels
 from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.on_disk import OnDiskVectors
@@ -69,9 +69,6 @@ class Opaque:
     def prepare(self, deltas: Deltas) -> PreparedMerge:
         return TaskArithmetic().prepare(deltas)
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": "opaque"}
-
 
 def test_what_can_be_merged_from_files() -> None:
     narrow = open_checkpoint(hard_tensors("base", torch.bfloat16))
@@ -88,10 +85,10 @@ def test_an_operator_that_needs_loaded_task_vectors() -> None:
     merge = merge_of(BASE, EXPERTS, Opaque(), torch.tensor([0.5, 0.5]))
     assert merge.weights is None
     for way in (merge_bounded, merge_by_pieces):
-        with pytest.raises(MergeError, match="opaque cannot merge by pieces") as caught:
+        with pytest.raises(MergeError, match="Opaque cannot merge by pieces") as caught:
             way(merge)
         assert "loaded problem" in str(caught.value.hint)
-    with pytest.raises(MergeError, match="opaque is not linear"):
+    with pytest.raises(MergeError, match="Opaque is not linear"):
         merge_by_tensor(merge)
     tensors = {"w": torch.ones(1)}
     assert dict(merge_bounded(replace(merge, tensors=tensors))) == tensors  # type: ignore[arg-type]
@@ -184,7 +181,7 @@ def test_fixed_tensors_go_by_pieces_too(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class Wide(Kernel):
-    """A kernel that cuts at multiples of 20000 and takes a MB beside for each thread."""
+    """A kernel that cuts at multiples of 20000 and takes a MB besides for each thread."""
 
     def unit(self, slot: int) -> int:
         return 20_000
@@ -204,7 +201,7 @@ class TestLimit:
     def test_much_room_changes_nothing(self) -> None:
         merge = self.merge(Wide())
         merge.limit(10**12, 4)
-        assert (merge._threads, merge._chunk) == (4, chunked._CHUNK["cpu"] // 2)
+        assert (merge._threads, merge._chunk) == (4, kernels._CHUNK["cpu"] // 2)
 
     @pytest.mark.parametrize("share", [1.0, 1.5, 2.1, 3.7, 10.0])
     def test_threads_and_pieces_fit(self, share: float) -> None:
@@ -274,7 +271,7 @@ def by_hand(weights: Mapping[str, float]) -> dict[str, Tensor]:
     return result
 
 
-class TestMergeStreamed:
+class TestMergeLinearly:
     def test_it_is_the_weighted_sum_in_the_dtype_of_the_base(self) -> None:
         result = dict(merged())
         expected = by_hand(COEFFICIENTS)

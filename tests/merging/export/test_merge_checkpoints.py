@@ -300,7 +300,7 @@ class TestSettings:
     def test_a_record_that_is_no_data(self, refused: Refused) -> None:
         refused("record.a is a object", record={"a": object()})
 
-    def test_an_operator_that_cannot_be_streamed(self, refused: Refused) -> None:
+    def test_an_operator_that_cannot_merge_by_pieces(self, refused: Refused) -> None:
         @dataclass(frozen=True)
         class Own:
             def space(

@@ -18,7 +18,7 @@ from torch import Tensor
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
-from map_bo.merging.export.model import digest_all
+from map_bo.merging.export.model import ExportSettings, digest_all
 from tests.merging.checkpoint_files import BASE, Tied, export, merged
 from tests.merging.hard_checkpoints import hard_family, opened, threads
 
@@ -299,3 +299,13 @@ def test_a_file_that_has_gone_is_told(tmp_path: Path) -> None:
     (tmp_path / "code" / "model.safetensors").unlink()
     with threads(3), pytest.raises(CheckpointError, match="cannot be read"):
         digest_all([base, *experts.values()])
+
+
+def test_settings_are_checked_when_they_are_made() -> None:
+    settings = ExportSettings("1GB", "2 MiB")
+    assert (settings.memory, settings.shard_bytes) == (10**9, 2 << 20)
+    assert ExportSettings().memory is None
+    with pytest.raises(MergeError, match=r"max_memory must .* got 'much'"):
+        ExportSettings("much")
+    with pytest.raises(MergeError, match=r"shard_size must .* got 0"):
+        ExportSettings(shard_size=0)

@@ -109,12 +109,12 @@ class TestRows:
 
     @given(st.data())
     def test_pieces_from_checkpoints(self, models: Models, data: st.DataObject) -> None:
-        streamed = OnDiskVectors(models.base, models.experts)
-        slot = data.draw(st.integers(0, len(streamed.layout.slots) - 1))
-        where = streamed.layout.slots[slot]
+        on_disk = OnDiskVectors(models.base, models.experts)
+        slot = data.draw(st.integers(0, len(on_disk.layout.slots) - 1))
+        where = on_disk.layout.slots[slot]
         start = data.draw(st.integers(0, where.numel))
         stop = data.draw(st.integers(start, where.numel))
-        close(streamed.read(slot, start, stop), models.multiplied_out().read(slot, start, stop))
+        close(on_disk.read(slot, start, stop), models.multiplied_out().read(slot, start, stop))
         for expert in models.experts.values():
             whole = expert.load(where.name).flatten()[start:stop]
             room = torch.full((stop - start,), torch.nan)

@@ -131,12 +131,12 @@ class FromFiles:
 @pytest.mark.parametrize("operator", [Ties(trim="tensor"), Ties(search=["density"]), Della()])
 def test_deltas_that_are_not_resident_give_the_same(operator: Ties | Della, use_room: bool) -> None:
     vectors = hard_vectors()
-    streamed = FromFiles(vectors, use_room)
-    assert isinstance(streamed, Deltas)
+    on_disk = FromFiles(vectors, use_room)
+    assert isinstance(on_disk, Deltas)
     c = torch.tensor([0.5, 0.2, 0.9, *([0.4] if operator.search else [])])
     outs = [torch.empty(vectors.layout.size) for _ in range(2)]
     operator.prepare(vectors).write(c, outs[0])
-    operator.prepare(streamed).write(c, outs[1])
+    operator.prepare(on_disk).write(c, outs[1])
     assert torch.equal(*outs)
 
 

@@ -119,10 +119,10 @@ class TestAdapters:
     def test_their_task_vectors_are_what_they_add_to_the_last_digit(
         self, family: tuple[Checkpoint, dict[str, AdapterCheckpoint]]
     ) -> None:
-        streamed, resident = OnDiskVectors(*family), TaskVectors.load(*family)
-        for slot, each in enumerate(streamed.layout.slots):
+        on_disk, resident = OnDiskVectors(*family), TaskVectors.load(*family)
+        for slot, each in enumerate(on_disk.layout.slots):
             for start, stop in ((0, each.numel), (each.numel // 3, each.numel // 2)):
-                found = streamed.read(slot, start, stop)
+                found = on_disk.read(slot, start, stop)
                 expected = resident.read(slot, start, stop)
                 torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
 
@@ -133,9 +133,9 @@ class TestAdapters:
     ) -> None:
         base, experts = family
         adapter = experts["chat"].adapter
-        streamed = OnDiskVectors(base, experts)
-        slot = [each.name for each in streamed.layout.slots].index("layers.1.fc.weight")
-        whole = streamed.read(slot, 0, 280)
+        on_disk = OnDiskVectors(base, experts)
+        slot = [each.name for each in on_disk.layout.slots].index("layers.1.fc.weight")
+        whole = on_disk.read(slot, 0, 280)
         real, sizes = adapter.reader.read, []
 
         def read(name: str, start: int, stop: int, out: Tensor | None = None) -> Tensor:
@@ -144,7 +144,7 @@ class TestAdapters:
 
         monkeypatch.setattr(adapter.reader, "read", read)
         monkeypatch.setattr(adapter.reader, "load", lambda name: pytest.fail("read whole"))
-        assert torch.equal(streamed.read(slot, 10, 17)[3], whole[3, 10:17])
+        assert torch.equal(on_disk.read(slot, 10, 17)[3], whole[3, 10:17])
         assert sizes == [7]
 
 

@@ -160,7 +160,9 @@ def test_lower_precision_of_products_does_not_reach_the_weights(
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
 @pytest.mark.parametrize("blocks", [None, {"weights": r"\.weight$", "others": "*"}])
-def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | None) -> None:
+def test_flat_merge_equals_the_merge_tensor_by_tensor(
+    kind: str, blocks: dict[str, str] | None
+) -> None:
     base, experts = family(kind)
     checkpoints = {name: open_checkpoint(expert) for name, expert in experts.items()}
     vectors = TaskVectors.load(open_checkpoint(base), checkpoints)
@@ -168,11 +170,11 @@ def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | No
     space = operator.space(vectors.experts, lower=-1.0, upper=1.5)
     c = torch.linspace(-0.9, 1.4, space.d, dtype=torch.float64)
     flat = vectors.layout.state_dict(merge(vectors, c, blocks), vectors.fixed)
-    streamed = dict(
+    on_disk = dict(
         merge_linearly(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
     )
-    assert flat.keys() == streamed.keys()
-    for name, tensor in streamed.items():
+    assert flat.keys() == on_disk.keys()
+    for name, tensor in on_disk.items():
         assert torch.allclose(flat[name], tensor, rtol=1e-5, atol=1e-6), name
 
 

@@ -63,9 +63,6 @@ class Doubled:
         inner = TaskArithmetic().prepare(deltas)
         return _Differentiable(inner) if self.differentiable else _Doubled(inner)
 
-    def describe(self) -> dict[str, Any]:
-        return {"name": "doubled"}
-
     def weights(self, experts: tuple[str, ...], c: Tensor) -> Weights:
         return TaskArithmetic().weights(experts, 2 * c)
 
