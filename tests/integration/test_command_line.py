@@ -234,16 +234,16 @@ def test_resume_goes_on_where_the_record_ends(
         (["run", "a b c="], "a b c"),
         (
             ["run", *SMALL, "operator=ties", "operator.density=2"],
-            "density must be a share in [0, 1], got 2",
+            "a share in [0, 1], got 2",
         ),
         (
             ["run", *SMALL, "operator=ties", "operator.trim=layer"],
-            "trim must be one of global, tensor, got 'layer'",
+            "one of global, tensor, got",
         ),
         (["run", *SMALL, "operator=ties", "operator.search=[trim]"], "cannot search 'trim'"),
         (
             ["run", *SMALL, "operator=dare", "operator.seed=x"],
-            "seed must be a whole number, got 'x'",
+            "a whole number, got 'x'",
         ),
         (["run", *SMALL, "operator=consensus", "operator.agreement=7"], "7 tasks must agree"),
         (["run", *SMALL, "operator=slerp", "problem.lower=-1"], "hint: use a lower bound of 0"),

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from map_bo.app.main import main
 from map_bo.loop.reading import created_of, load_state
-from map_bo.plain import name_of
 from map_bo.tracking.jsonl import JsonlStore
 
 JOB = [
@@ -63,7 +62,8 @@ def test_a_surrogate_of_the_samplers_own_is_kept_and_shown(tmp_path: Path) -> No
     assert fits(jobs["gp"]) == {"Quadratic"}
     created = created_of(jobs["gp"])
     assert created["config"]["tree"]["sampler"]["surrogate"]["_target_"].endswith("Quadratic")
-    assert name_of(created["settings"]["sampler"]["fields"]["surrogate"]) == "Quadratic"
+    recorded = created["settings"]["sampler"]["fields"]["surrogate"]["class"]
+    assert recorded == "map_bo.surrogates.quadratic:Quadratic"
     told = "through a surrogate of its own: Quadratic"
     assert told in (jobs["gp"] / "report.html").read_text()
     assert told not in (jobs["quadratic"] / "report.html").read_text()  # it is that of the run
