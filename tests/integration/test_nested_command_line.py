@@ -114,7 +114,7 @@ def test_a_sweep_over_stages_is_compared_at_equal_cost(shell: Shell, tmp_path: P
     [
         (["nested.stages=3"], "4 experts cannot be merged in 3 stages"),
         (["nested.stages=null", "nested.tree=[[rot90,invert],flip]"], "the tree lacks permute"),
-        (["nested.order=similar"], "did you mean similarity?"),
+        (["nested.order=similar"], "did you mean 'similarity'?"),
         (["loop.budget=8"], "a budget of"),
         (["+nested.stage=2"], "nested has no option 'stage'"),
         (["nested=preferences", "nested.preferences=[{rot90:1}]"], "does not name invert"),

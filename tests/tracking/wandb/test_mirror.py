@@ -67,7 +67,7 @@ def test_a_whole_run_is_mirrored(
         "tags": ["x", "y"],
     }
     assert told.config["loop"] == {"budget": 7}
-    assert told.config["run"]["settings"]["surrogate"].startswith("Quadratic")
+    assert told.config["run"]["settings"]["surrogate"]["class"].endswith(":Quadratic")
     assert told.config["run"]["space"]["names"] == ["a", "b"]
     # Every evaluation
     assert told.column("evaluation")[:5] == [1, 2, 3, 4, 5]
