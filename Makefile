@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-oldest test-mergekit lint types bench study clean
+.PHONY: demo test test-slow test-portable test-oldest test-mergekit lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -14,6 +14,18 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
+
+# The numerical tests on other paths through the same libraries: no result may hang on the processor.
+# (MKL heeds MKL_ENABLE_INSTRUCTIONS on Intel's processors only.) Two threads in each of two processes
+# should not spin while they wait for each other.
+NUMERICAL := $(BIN)/python -m pytest -q -n 2 --dist worksteal tests/surrogates tests/pareto \
+	tests/samplers tests/operators
+test-portable: export OMP_WAIT_POLICY = PASSIVE
+test-portable: $(STAMP)
+	MAP_BO_TEST_THREADS=1 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default $(NUMERICAL)
+	MAP_BO_TEST_THREADS=2 MKL_CBWR=COMPATIBLE ATEN_CPU_CAPABILITY=default $(NUMERICAL)
+	MAP_BO_TEST_THREADS=1 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(NUMERICAL)
+	MAP_BO_TEST_THREADS=2 MKL_ENABLE_INSTRUCTIONS=SSE4_2 $(NUMERICAL)
 
 # The same tests with every dependency at its declared lower bound, in an environment of its own.
 test-oldest:

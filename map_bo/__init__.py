@@ -25,9 +25,8 @@ if TYPE_CHECKING:
     from map_bo.loop.run import Run, optimize
     from map_bo.loop.settings import Settings
     from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-    from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+    from map_bo.merging.export.model import ExportSettings, merge_checkpoints
     from map_bo.merging.vectors.linear_merge import TaskArithmetic
-    from map_bo.merging.vectors.memory import ExportSettings
     from map_bo.nested.optimize import optimize_nested
     from map_bo.nested.reading import load_nested
     from map_bo.nested.result import NestedResult
@@ -91,7 +90,7 @@ _HOME = {
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
     "Della": "map_bo.operators.sparse",
-    "ExportSettings": "map_bo.merging.vectors.memory",
+    "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.fisher",
     "Front": "map_bo.data",
     "LinearConstraint": "map_bo.space",
@@ -116,7 +115,7 @@ _HOME = {
     "digits_problem": "map_bo.problems.zoo.digits",
     "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
-    "merge_checkpoints": "map_bo.merging.export.merge_checkpoints",
+    "merge_checkpoints": "map_bo.merging.export.model",
     "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
     "optimize": "map_bo.loop.run",
     "optimize_nested": "map_bo.nested.optimize",

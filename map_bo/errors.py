@@ -8,21 +8,8 @@ traceback for them. ``assert`` is kept for the package's own invariants.
 from __future__ import annotations
 
 from collections.abc import Iterable
-
-__all__ = ["first_line", "listed"]
-
-
-def listed(names: Iterable[str], most: int = 5) -> str:
-    """Return the first few names, and how many more there are, for an error."""
-    names = list(names)
-    more = len(names) - most
-    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error says, or its kind when it says nothing."""
-    text = str(error).strip().splitlines()
-    return text[0][:300] if text else type(error).__name__
+from difflib import get_close_matches
+from importlib.util import find_spec
 
 
 class MapBoError(Exception):
@@ -105,9 +92,58 @@ class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
 
 
+class SettingsError(MapBoError):
+    """Settings that plain data cannot say, or plain data from which no settings are built."""
+
+
 class PublishError(MapBoError):
     """A service that would not take a report; what was written locally stands."""
 
 
 class MissingDependencyError(MapBoError):
     """An optional package is needed here and is not installed; the hint is the install line."""
+
+
+def did_you_mean(word: object, known: Iterable[str], *, before: str = "") -> str:
+    """Return a hint that names the word that was probably meant, or else all there are.
+
+    Args:
+        word: What was given.
+        known: The words that are known.
+        before: What the user writes before the word, such as ``"nested."``.
+    """
+    words = [str(one) for one in known]
+    near = get_close_matches(str(word), words, n=1)
+    if near:
+        return f"did you mean {before + near[0]!r}?"
+    return f"choose from {', '.join(before + one for one in words)}" if words else "there are none"
+
+
+def require(package: str, *, by: str, extra: str) -> None:
+    """Refuse to go on where an optional package is not installed.
+
+    Args:
+        package: The package, as it is imported.
+        by: What needs it, to begin the message with.
+        extra: The extra of map-bo that installs it.
+
+    Raises:
+        MissingDependencyError: With the install line as its hint.
+    """
+    if find_spec(package) is None:
+        raise MissingDependencyError(
+            f"{by} needs {package}, which is not installed", hint=f'pip install "map-bo[{extra}]"'
+        )
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """Return the first few names, and how many more there are, for an error."""
+    names = list(names)
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error says, or its kind when it says nothing."""
+    text = str(error).strip().splitlines()
+    return text[0][:300] if text else type(error).__name__

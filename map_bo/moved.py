@@ -12,10 +12,22 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-__all__ = ["MODULES", "OldNames", "current", "old_attribute"]
+__all__ = [
+    "CLASSES",
+    "FIELDS",
+    "MODULES",
+    "NAMES",
+    "OldNames",
+    "current",
+    "current_class",
+    "old_attribute",
+    "renamed",
+    "with_current_targets",
+]
 
 _ROOT = "map_bo."
 
@@ -23,12 +35,13 @@ MODULES: Mapping[str, str] = MappingProxyType(
     {
         "app.comparing": "app.comparison",
         "app.exchange": "app.ax_commands",
+        "ax.plain": "plain",
         "loop.identity": "loop.state",
         "loop.observed": "loop.run",
         "loop.publish": "loop.mirrors",
         "loop.sweeps": "loop.reading",
         "merging.adapted": "merging.adapters.low_rank",
-        "merging.adapter_checkpoint": "merging.adapters.checkpoint",
+        "merging.adapter_checkpoint": "merging.adapters.adapter",
         "merging.adapter_export": "merging.export.adapter",
         "merging.adapter_files": "merging.export.adapter",
         "merging.adapter_names": "merging.adapters.lora",
@@ -41,7 +54,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.blocks": "merging.vectors.blocks",
         "merging.checkpoint": "merging.checkpoints.checkpoint",
         "merging.chunked": "merging.vectors.kernel",
-        "merging.comparing": "merging.align.same_base",
+        "merging.comparing": "merging.align.experts",
         "merging.deltas": "merging.vectors.operator",
         "merging.digests": "merging.export.model",
         "merging.draft": "merging.export.draft",
@@ -52,12 +65,12 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.hub": "merging.checkpoints.hub",
         "merging.importance": "merging.vectors.blocks",
         "merging.layout": "merging.align.layout",
-        "merging.likeness": "merging.align.same_base",
+        "merging.likeness": "merging.align.experts",
         "merging.linear_merge": "merging.vectors.linear_merge",
         "merging.live": "merging.vectors.live",
         "merging.lora_config": "merging.adapters.lora",
         "merging.low_rank": "merging.adapters.low_rank",
-        "merging.merge_checkpoints": "merging.export.merge_checkpoints",
+        "merging.merge_checkpoints": "merging.export.model",
         "merging.mergekit_config": "merging.export.mergekit_config",
         "merging.messages": "errors",
         "merging.model_card": "merging.export.model_card",
@@ -65,7 +78,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.operator": "merging.vectors.operator",
         "merging.pickles": "merging.checkpoints.pickles",
         "merging.piecewise": "merging.export.bounded",
-        "merging.progress": "merging.export.shards",
+        "merging.progress": "merging.export.write_shards",
         "merging.quantised": "merging.checkpoints.checkpoint",
         "merging.recalibration": "merging.vectors.recalibration",
         "merging.recipe": "merging.export.recipe",
@@ -74,12 +87,12 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.safetensors_file": "merging.checkpoints.safetensors_files",
         "merging.safetensors_header": "merging.checkpoints.safetensors_files",
         "merging.saved_names": "merging.align.saved_names",
-        "merging.sharded": "merging.checkpoints.weight_files",
-        "merging.shards": "merging.export.shards",
+        "merging.sharded": "merging.checkpoints.read_sharded",
+        "merging.shards": "merging.export.write_shards",
         "merging.similarity": "merging.vectors.task_vectors",
-        "merging.sizes": "merging.vectors.memory",
+        "merging.sizes": "merging.vectors.storage",
         "merging.storage": "merging.vectors.storage",
-        "merging.streamed": "merging.export.bounded",
+        "merging.streamed": "merging.vectors.on_disk",
         "merging.streaming": "merging.export.bounded",
         "merging.strict_json": "merging.checkpoints.safetensors_files",
         "merging.task_arithmetic": "merging.vectors.linear_merge",
@@ -88,7 +101,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.tokenizer": "merging.align.vocabulary",
         "merging.vocabulary": "merging.align.vocabulary",
         "merging.weight_file": "merging.checkpoints.positioned_reads",
-        "merging.weight_formats": "merging.checkpoints.weight_files",
+        "merging.weight_formats": "merging.checkpoints.read_sharded",
         "merging.workers": "merging.vectors.parallel",
         "merging.writer": "merging.checkpoints.safetensors_files",
         "nested.handing": "nested.promotion",
@@ -104,7 +117,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "operators.mergekit_settings": "operators.mergekit.form",
         "operators.quantiles": "operators.thresholds",
         "operators.sparsifiers": "operators.sparsify",
-        "problems.adapter_exporting": "problems.merged.export",
+        "problems.adapter_exporting": "problems.merged.problem",
         "problems.differentiable": "evaluators.differentiable",
         "problems.evaluators": "evaluators.evaluator",
         "problems.image_sets": "problems.zoo.image_sets",
@@ -115,7 +128,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "problems.merged": "problems.merged.problem",
         "problems.merged_checks": "problems.merged.parts",
         "problems.merged_description": "problems.merged.parts",
-        "problems.merged_export": "problems.merged.export",
+        "problems.merged_export": "problems.merged.problem",
         "problems.merged_space": "problems.merged.parts",
         "problems.merged_storage": "problems.merged.parts",
         "problems.zoo": "problems.zoo.digits",
@@ -189,23 +202,86 @@ MODULES: Mapping[str, str] = MappingProxyType(
 )
 """Old module -> today's module, both without the leading ``map_bo.``."""
 
+CLASSES: Mapping[str, str] = MappingProxyType(
+    {
+        "botorch": "map_bo.problems.botorch_functions:BotorchProblem",
+        "breadcrumbs": "map_bo.operators.sparse:Breadcrumbs",
+        "concave_quadratics": "map_bo.problems.synthetic:ConcaveQuadratics",
+        "consensus": "map_bo.operators.consensus:Consensus",
+        "dare": "map_bo.operators.sparse:Dare",
+        "della": "map_bo.operators.sparse:Della",
+        "fisher": "map_bo.operators.fisher:Fisher",
+        "magnitude": "map_bo.operators.sparse:Magnitude",
+        "multi_bump": "map_bo.problems.synthetic:MultiBump",
+        "regmean": "map_bo.operators.regmean:RegMean",
+        "sigmoid_quadratics": "map_bo.problems.synthetic:SigmoidQuadratics",
+        "slerp": "map_bo.operators.averages:Slerp",
+        "task_arithmetic": "map_bo.merging.vectors.linear_merge:TaskArithmetic",
+        "ties": "map_bo.operators.sparse:Ties",
+        "weighted_average": "map_bo.operators.averages:WeightedAverage",
+    }
+)
+"""Name or kind by which records and recipes told an operator or a problem -> today's class."""
+
+
+FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
+"""Fields of settings that have another name today: the old one -> today's."""
+
+NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "merging.export.bounded.merge_streamed": "merge_linearly",
+        "samplers.published.public_code.BinsReference": "PublishedBins",
+        "samplers.published.public_code.ReferenceDesign": "PublishedDesign",
+        "surrogates.published.ReferenceModel": "PublishedModel",
+        "surrogates.published.ReferenceQuadratic": "PublishedQuadratic",
+    }
+)
+"""Old name of a class or function in a module of today -> its name today."""
+
 
 def current(name: str) -> str:
     """Return today's name for a dotted name such as ``map_bo.problems.zoo.digits_problem``.
 
-    The longest old module that the name begins with is replaced. A name that leads to a module of
-    today, and any name of another package, is returned as it is.
+    The longest old module that the name begins with is replaced, and so is the old name of a class.
+    A name that leads to a module of today, and any name of another package, is returned as it is.
+    Packages of today whose name was a module's lead to what that module became, but for their own
+    modules.
     """
     if not name.startswith(_ROOT):
         return name
+    name = _moved(name)
+    home, _, last = name.rpartition(".")
+    return f"{home}.{NAMES.get(name.removeprefix(_ROOT), last)}"
+
+
+def current_class(module: str, name: str) -> tuple[str, str]:
+    """Return today's module and name of a class."""
+    home = current(module)
+    return home, NAMES.get(f"{home.removeprefix(_ROOT)}.{name}", name)
+
+
+def _moved(name: str) -> str:
     parts = name.removeprefix(_ROOT).split(".")
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
-        if old in _TODAY:
+        file = Path(__file__).parent.joinpath(*parts[:end]).with_suffix(".py")
+        if old in _TODAY or file.is_file():
             return name
         if old in MODULES:
             return _ROOT + ".".join([MODULES[old], *parts[end:]])
     return name
+
+
+def with_current_targets(tree: Any) -> Any:
+    """Return a recorded configuration with today's names of classes and of their options."""
+    if isinstance(tree, Mapping):
+        return {
+            FIELDS[key] if key in FIELDS and FIELDS[key] not in tree else key: current(value)
+            if key == "_target_" and isinstance(value, str)
+            else with_current_targets(value)
+            for key, value in tree.items()
+        }
+    return [with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
 
 
 def old_attribute(package: str, name: str) -> Any:
@@ -228,6 +304,24 @@ def old_attribute(package: str, name: str) -> Any:
             _warn(f"{package}.{name}", f"{home}.{name}")
             return found
     raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+
+def renamed(module: str, name: str) -> Any:
+    """Return what has another name today: for the ``__getattr__`` of its module.
+
+    Args:
+        module: The module.
+        name: The attribute that was asked of it.
+
+    Raises:
+        AttributeError: When the module never had such an attribute.
+    """
+    old = f"{module}.{name}"
+    if old.removeprefix(_ROOT) not in NAMES:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    new = NAMES[old.removeprefix(_ROOT)]
+    _warn(old, f"{module}.{new}")
+    return vars(import_module(module))[new]
 
 
 class OldNames(MetaPathFinder):

@@ -1,7 +1,8 @@
-"""What every test shares: one torch thread, derandomised Hypothesis, a cache of its own."""
+"""What every test shares: torch's threads, derandomised Hypothesis, a cache of its own."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,8 @@ ROOT = str(Path(__file__).parent.parent)
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-torch.set_num_threads(1)
+# One thread, so that tests can run beside each other; `make test-portable` tries two as well.
+torch.set_num_threads(int(os.environ.get("MAP_BO_TEST_THREADS", "1")))
 
 # A shell ignores interrupts for what it starts in the background, and so would the tests that send
 # some, and the processes that these start.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.app.main import main
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.rng import make_generator
 from tests.merging.peft_models import language_model, outputs, trained
 
@@ -44,7 +44,7 @@ def test_adapters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     targets = []  # merges of both are best for either score
     for c in ({"math": 0.8, "code": 0.4}, {"math": 0.4, "code": 0.8}):
         merged = copy.deepcopy(model)
-        merged.load_state_dict(dict(merge_streamed(base, experts, lambda _, c=c: c)))  # type: ignore[misc]
+        merged.load_state_dict(dict(merge_linearly(base, experts, lambda _, c=c: c)))  # type: ignore[misc]
         targets.append(outputs(merged))
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
-from map_bo.moved import MODULES, current
+from map_bo.moved import MODULES, NAMES, current, with_current_targets
 
 
 def test_every_old_module_has_a_home() -> None:
@@ -23,13 +25,43 @@ def test_every_old_module_has_a_home() -> None:
         ("map_bo.problems.zoo.digits.digits_problem", "map_bo.problems.zoo.digits.digits_problem"),
         ("map_bo.samplers.bins.Bins", "map_bo.samplers.published.bins.Bins"),
         ("map_bo.tracking.wandb.Wandb", "map_bo.tracking.wandb.mirror.Wandb"),
+        (
+            "map_bo.samplers.bins_reference.BinsReference",
+            "map_bo.samplers.published.public_code.PublishedBins",
+        ),
+        (
+            "map_bo.surrogates.reference.ReferenceQuadratic",
+            "map_bo.surrogates.published.PublishedQuadratic",
+        ),
         ("map_bo.loop.settings.Settings", "map_bo.loop.settings.Settings"),
+        (
+            "map_bo.samplers.posterior.PosteriorDriven",
+            "map_bo.samplers.posterior.driven.PosteriorDriven",
+        ),
+        ("map_bo.problems.zoo.data.digits", "map_bo.problems.zoo.data.digits"),
+        ("map_bo.ax.plain", "map_bo.plain"),
         ("somebody.samplers.bins.Bins", "somebody.samplers.bins.Bins"),
     ],
 )
 def test_a_recorded_name_leads_to_todays(old: str, new: str) -> None:
     assert current(old) == new
     assert current(new) == new
+
+
+def test_a_module_of_today_in_a_package_with_an_old_name_is_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As any new module of map_bo.samplers.posterior, which was a module once."""
+    monkeypatch.setattr("map_bo.moved.__file__", str(tmp_path / "moved.py"))
+    (tmp_path / "samplers" / "posterior").mkdir(parents=True)
+    (tmp_path / "samplers" / "posterior" / "fresh.py").touch()
+    assert current("map_bo.samplers.posterior.fresh.X") == "map_bo.samplers.posterior.fresh.X"
+
+
+def test_targets_of_a_recorded_configuration() -> None:
+    old, new = "map_bo.samplers.bins.Bins", "map_bo.samplers.published.bins.Bins"
+    tree = {"a": [{"_target_": old, "x": old}], "b": 1}
+    assert with_current_targets(tree) == {"a": [{"_target_": new, "x": old}], "b": 1}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +84,16 @@ def test_an_old_import_works_and_warns(statement: str) -> None:
         "assert len(set(said)) == 1 and 'map_bo.' in said[0], said\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("old", NAMES)
+def test_an_old_name_in_a_module_of_today_works_and_warns(old: str) -> None:
+    module, _, name = f"map_bo.{old}".rpartition(".")
+    with pytest.warns(DeprecationWarning, match=f"{name} is now map_bo.*{NAMES[old]}"):
+        found = getattr(import_module(module), name)
+    assert found.__name__ == NAMES[old]
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        import_module(module).nothing  # noqa: B018
 
 
 def test_a_name_that_never_was_is_no_attribute() -> None:

@@ -18,9 +18,9 @@ from torch import Tensor
 from map_bo.data import to_maximisation
 from map_bo.errors import DataError
 from map_bo.pareto.evolution import direct_search
-from map_bo.pareto.indicators import default_reference_point, scaled
 from map_bo.problems.problem import Problem
 from map_bo.rng import child, make_generator
+from map_bo.scale import widths
 
 __all__ = ["CACHE", "Case", "Scale", "anchored", "identity"]
 
@@ -52,7 +52,7 @@ def anchored(problem: Problem, measure: Measure) -> Scale:
     values = to_maximisation(measure(anchors.X), problem.metrics)
     models = torch.tensor([kind != "blend" for kind in anchors.kinds])
     experts = torch.tensor([kind == "expert" for kind in anchors.kinds])
-    return Scale(default_reference_point(values[models]), values[experts].amax(0))
+    return Scale(values[models].amin(0), values[experts].amax(0))
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ class Case:
     def known_front(self) -> Tensor | None:
         """Gains ``k x m`` of points of the true front where it is known, else None."""
         front = self.scale.front
-        return None if front is None else scaled(front, self.low, self.high)
+        return None if front is None else self._scaled(front)
 
     @property
     def m(self) -> int:
@@ -140,7 +140,7 @@ class Case:
 
     def gains(self, Y: Tensor) -> Tensor:
         """Return metrics ``... x m`` in own units as gains: 0 at the reference, 1 at the best."""
-        return scaled(to_maximisation(Y, self.problem.metrics), self.low, self.high)
+        return self._scaled(to_maximisation(Y, self.problem.metrics))
 
     def wide(self) -> Problem | None:
         """Return the same problem in the box [-3, 3], for the method as published; or None."""
@@ -172,7 +172,10 @@ class Case:
                 generator=child(make_generator(seed), "direct"),
             )
             record.save()
-        return scaled(Y, self.low, self.high)
+        return self._scaled(Y)
+
+    def _scaled(self, Y: Tensor) -> Tensor:
+        return (Y - self.low) / widths(self.low, self.high)
 
     def _maximised(self, X: Tensor) -> Tensor:
         return to_maximisation(self.truth(X), self.problem.metrics)

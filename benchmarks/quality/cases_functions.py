@@ -6,13 +6,13 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from benchmarks.quality.cases_core import Case, Scale
 from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.plain import to_plain
 from map_bo.problems.botorch_functions import BotorchProblem
 from map_bo.problems.synthetic import ConcaveQuadratics, MultiBump, SigmoidQuadratics
 from map_bo.rng import child, make_generator
@@ -78,7 +78,7 @@ def _synthetic(
         least = [-torch.inf if x.lower is None else x.lower for x in problem.metrics]
         low = torch.maximum(worst - _MARGIN * (best - worst), torch.tensor(least).double())
         scale = Scale(low, best, front)
-    return Case(name, "synthetic", problem, problem.true_values, scale, False, problem.describe())
+    return Case(name, "synthetic", problem, problem.true_values, scale, False, to_plain(problem))
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,10 +116,6 @@ class UnitBox:
         seen = self.inner.evaluate(inner.project(inner.unnormalise(X)), generator=generator)
         return Observations(X, seen.Y, seen.metrics, seen.Yvar, seen.counts)
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "unit box", "inner": self.inner.describe()}
-
 
 def _botorch(name: str, function: str, m: int | None = None, *, noise_std: float = 0.0) -> Case:
     problem = UnitBox(BotorchProblem(function, num_objectives=m, noise_std=noise_std))
@@ -133,7 +129,7 @@ def _botorch(name: str, function: str, m: int | None = None, *, noise_std: float
         scale = Scale(low, front.amax(0), front)
     else:
         scale = _searched(problem.space, problem.true_values, problem.metrics, low)
-    return Case(name, "botorch", problem, problem.true_values, scale, False, problem.describe())
+    return Case(name, "botorch", problem, problem.true_values, scale, False, to_plain(problem))
 
 
 def _searched(

@@ -17,13 +17,23 @@ from typing import Any, Literal
 
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, looking_through
 from map_bo.surrogates.surrogate import Surrogate
 
-__all__ = ["CORE", "METHODS", "TIERS", "Method", "Parts", "matching", "method", "unavailable"]
+__all__ = [
+    "CORE",
+    "METHODS",
+    "PROPOSALS",
+    "TIERS",
+    "Method",
+    "Parts",
+    "matching",
+    "method",
+    "unavailable",
+]
 
-Tier = Literal["core", "ablation", "sampler", "surrogate", "truth"]
-TIERS: tuple[Tier, ...] = ("truth", "core", "ablation", "sampler", "surrogate")
+Tier = Literal["core", "ablation", "sampler", "surrogate", "proposals", "truth"]
+TIERS: tuple[Tier, ...] = ("truth", "core", "ablation", "sampler", "surrogate", "proposals")
 VERSION = 1
 """Raise it when a part of the package behaves otherwise under the same settings; answers that were
 worked out with a surrogate then no longer count. Older ones must not be mixed with newer."""
@@ -38,6 +48,13 @@ class Parts:
     surrogate: Surrogate | None = None
     solver: FrontSolver | None = None
     guard: bool = True
+
+    @property
+    def run_sampler(self) -> Sampler | None:
+        """The sampler as a run uses it: through the surrogate, unless it has its own."""
+        if self.sampler is None or self.surrogate is None:
+            return self.sampler
+        return looking_through(self.sampler, self.surrogate)
 
 
 @dataclass(frozen=True)
@@ -83,7 +100,8 @@ class Method:
         It is described for a fixed number of evaluations: all its budgets belong to one cell.
         """
         parts = self.make(12)
-        told = {name: _told(getattr(parts, name)) for name in ("sampler", "surrogate", "solver")}
+        told = {name: _told(getattr(parts, name)) for name in ("surrogate", "solver")}
+        told["sampler"] = _told(parts.run_sampler)
         plain = {"answer", "anytime", "box", "noise", "refine"}
         if VERSION > 1 and self.answer == "front":
             told["version"] = str(VERSION)
@@ -120,12 +138,14 @@ def observing(path: str, budget: int, **arguments: Any) -> Parts:
     return Parts(sampler=part(path, budget, **arguments))
 
 
-def reference(budget: int, sampler: str = "samplers.reference_design:ReferenceDesign") -> Parts:
+def reference(
+    budget: int, sampler: str = "samplers.published.public_code:PublishedDesign"
+) -> Parts:
     """Return the published design, fit and solver."""
-    points = {"points": BUDGET} if sampler.endswith("ReferenceDesign") else {}
+    points = {"points": BUDGET} if sampler.endswith("PublishedDesign") else {}
     return Parts(
         part(sampler, budget, **points),
-        part("surrogates.reference:ReferenceQuadratic", budget),
+        part("surrogates.published:PublishedQuadratic", budget),
         part("pareto.evolution:NSGA3", budget, population=100, generations=25),
         guard=False,
     )
@@ -140,8 +160,6 @@ def everywhere(thing: Any, **values: Any) -> Any:
         old = getattr(thing, field.name)
         if field.name in values:
             new[field.name] = values[field.name]
-        elif field.name == "surrogate" and old is None:
-            new[field.name] = everywhere(part("surrogates.quadratic:Quadratic", 0), **values)
         elif isinstance(old, tuple):
             new[field.name] = tuple(
                 tuple(everywhere(inner, **values) for inner in item)
@@ -172,14 +190,18 @@ def ablated(budget: int, **values: Any) -> Parts:
 
 def _candidates() -> Surrogate:
     """Return the choosing surrogate with its candidates written out, so that they can change."""
-    names = {"quadratic": "Quadratic", "hybrid": "Hybrid", "gp": "GP"}
-    made = tuple((name, part(f"surrogates.{name}:{kind}", 0)) for name, kind in names.items())
+    homes = {
+        "quadratic": "surrogates.quadratic:Quadratic",
+        "hybrid": "surrogates.processes.hybrid:Hybrid",
+        "gp": "surrogates.processes.gp:GP",
+    }
+    made = tuple((name, part(home, 0)) for name, home in homes.items())
     surrogate: Surrogate = part("surrogates.auto:Auto", 0, candidates=made)
     return surrogate
 
 
 def swapped(budget: int, **paths: str) -> Parts:
-    """Return the default with whole parts exchanged, e.g. ``surrogate="surrogates.gp:GP"``."""
+    """Return the default with whole parts exchanged, each named as ``module:class``."""
     return dataclasses.replace(
         default(budget), **{name: part(path, budget) for name, path in paths.items()}
     )
@@ -191,8 +213,10 @@ def unguarded(budget: int) -> Parts:
 
 
 def unprior(budget: int) -> Parts:
-    """Return the default with the published, unregularised fit for the front."""
-    return swapped(budget, surrogate="surrogates.reference:ReferenceQuadratic")
+    """Return the default with the published, unregularised fit for the front alone."""
+    before = default(budget)
+    published = part("surrogates.published:PublishedQuadratic", budget)
+    return dataclasses.replace(before, sampler=before.run_sampler, surrogate=published)
 
 
 def matched(sampler: str, surrogate: str, budget: int) -> Parts:
@@ -205,40 +229,61 @@ def matched(sampler: str, surrogate: str, budget: int) -> Parts:
     return dataclasses.replace(default(budget), sampler=chosen, surrogate=model)
 
 
+def proposing(surrogate: str, budget: int) -> Parts:
+    """Return the default whose sampler is given a surrogate of its own, and the front ``auto``.
+
+    Both are named, so that nothing here depends on what a sampler takes when it is given none.
+    """
+    acquisition = part(
+        "samplers.front_uncertainty:FrontUncertainty", budget, surrogate=part(surrogate, budget)
+    )
+    sampler = part("samplers.adaptive:Adaptive", budget, acquisition=acquisition)
+    return dataclasses.replace(
+        default(budget), sampler=sampler, surrogate=part(PROPOSALS["proposals-auto"], budget)
+    )
+
+
 _SAMPLERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     # name: class, arguments, limits
-    "sobol": ("samplers.space_filling:Sobol", {}, {}),
-    "uniform": ("samplers.space_filling:Uniform", {}, {}),
-    "dirichlet": ("samplers.space_filling:Dirichlet", {}, {}),
-    "latin-hypercube": ("samplers.latin_hypercube:LatinHypercube", {}, {}),
-    "d-optimal": ("samplers.optimal_design:OptimalDesign", {"criterion": "d"}, {}),
-    "i-optimal": ("samplers.optimal_design:OptimalDesign", {"criterion": "i"}, {}),
-    "bins": ("samplers.bins:Bins", {}, {}),
-    "bins-reference": ("samplers.bins_reference:BinsReference", {}, {"most_dimensions": 12}),
-    "tied-sobol": ("samplers.block_design:TiedSobol", {}, {}),
-    "qlognehvi": ("samplers.hypervolume:QLogNEHVI", {}, {"most_metrics": 4}),
-    "qlogehvi": ("samplers.hypervolume:QLogEHVI", {}, {"most_metrics": 4}),
-    "qlognparego": ("samplers.scalarised:QLogNParEGO", {}, {}),
-    "hypervolume-scalarised": ("samplers.scalarised:HypervolumeScalarised", {}, {}),
-    "ucb": ("samplers.scalarised:ScalarisedUCB", {}, {}),
-    "thompson-fronts": ("samplers.thompson:ThompsonFronts", {}, {}),
-    "integrated-variance": ("samplers.variance:IntegratedVariance", {}, {}),
-    "front-uncertainty": ("samplers.front_uncertainty:FrontUncertainty", {}, {}),
+    "sobol": ("samplers.designs.space_filling:Sobol", {}, {}),
+    "uniform": ("samplers.designs.space_filling:Uniform", {}, {}),
+    "dirichlet": ("samplers.designs.space_filling:Dirichlet", {}, {}),
+    "latin-hypercube": ("samplers.designs.latin_hypercube:LatinHypercube", {}, {}),
+    "d-optimal": ("samplers.designs.optimal:OptimalDesign", {"criterion": "d"}, {}),
+    "i-optimal": ("samplers.designs.optimal:OptimalDesign", {"criterion": "i"}, {}),
+    "bins": ("samplers.published.bins:Bins", {}, {}),
+    "bins-reference": ("samplers.published.public_code:PublishedBins", {}, {"most_dimensions": 12}),
+    "tied-sobol": ("samplers.designs.blocks:TiedSobol", {}, {}),
+    "qlognehvi": ("samplers.posterior.hypervolume:QLogNEHVI", {}, {"most_metrics": 4}),
+    "qlogehvi": ("samplers.posterior.hypervolume:QLogEHVI", {}, {"most_metrics": 4}),
+    "qlognparego": ("samplers.posterior.scalarised:QLogNParEGO", {}, {}),
+    "hypervolume-scalarised": ("samplers.posterior.scalarised:HypervolumeScalarised", {}, {}),
+    "ucb": ("samplers.posterior.scalarised:ScalarisedUCB", {}, {}),
+    "thompson-fronts": ("samplers.posterior.thompson:ThompsonFronts", {}, {}),
+    "integrated-variance": ("samplers.posterior.variance:IntegratedVariance", {}, {}),
+    "front-uncertainty": ("samplers.posterior.front_uncertainty:FrontUncertainty", {}, {}),
 }
 _POSTERIOR = ("qlognehvi", "hypervolume-scalarised", "front-uncertainty", "bins")
 _SURROGATES = {
     "quadratic": "surrogates.quadratic:Quadratic",
-    "gp": "surrogates.gp:GP",
-    "hybrid": "surrogates.hybrid:Hybrid",
-    "sparse": "surrogates.sparse:Sparse",
+    "gp": "surrogates.processes.gp:GP",
+    "hybrid": "surrogates.processes.hybrid:Hybrid",
+    "sparse": "surrogates.processes.sparse:Sparse",
 }
+PROPOSALS = {
+    "proposals-auto": "surrogates.auto:Auto",
+    "proposals-quadratic": "surrogates.quadratic:Quadratic",
+    "proposals-hybrid": "surrogates.hybrid:Hybrid",
+    "proposals-gp": "surrogates.gp:GP",
+}
+"""Name of a method -> the surrogate that its proposals rest on; all solve their front on auto."""
 _EXTERNAL: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "ax": ("samplers.ax:AxSampler", {}, {"needs": ("ax",), "most_budget": 48}),
+    "ax": ("samplers.baselines.ax:AxSampler", {}, {"needs": ("ax",), "most_budget": 48}),
     "optuna-tpe": ("benchmarks.quality.optuna_baselines:TPE", {}, {"needs": ("optuna",)}),
     "optuna-nsga3": ("benchmarks.quality.optuna_baselines:NSGA3", {}, {"needs": ("optuna",)}),
-    "nsga2": ("samplers.evolutionary:NSGA2Sampler", {}, {}),
-    "nsga3": ("samplers.evolutionary:NSGA3Sampler", {}, {}),
-    "random": ("samplers.space_filling:Uniform", {"anchors": False}, {}),
+    "nsga2": ("samplers.baselines.evolutionary:NSGA2Sampler", {}, {}),
+    "nsga3": ("samplers.baselines.evolutionary:NSGA3Sampler", {}, {}),
+    "random": ("samplers.designs.space_filling:Uniform", {"anchors": False}, {}),
 }
 
 
@@ -252,7 +297,7 @@ def _core() -> list[Method]:
     for name, (path, given, limits) in _EXTERNAL.items():
         make = partial(_late, observing, path, given)
         found.append(Method(name, make, "core", answer="observed", **limits))
-    plain = partial(_late, sampled, "samplers.space_filling:Uniform", {"anchors": False})
+    plain = partial(_late, sampled, "samplers.designs.space_filling:Uniform", {"anchors": False})
     return [
         *found,
         Method("random+surrogate", plain, "core"),
@@ -284,14 +329,14 @@ def _ablations() -> list[Method]:
         "hybrid": {"surrogate": _SURROGATES["hybrid"]},
         "solver nsga2": {"solver": "pareto.evolution:NSGA2"},
         "solver nsga3": {"solver": "pareto.evolution:NSGA3"},
-        "sampler sobol": {"sampler": "samplers.space_filling:Sobol"},
-        "sampler uniform": {"sampler": "samplers.space_filling:Uniform"},
+        "sampler sobol": {"sampler": "samplers.designs.space_filling:Sobol"},
+        "sampler uniform": {"sampler": "samplers.designs.space_filling:Uniform"},
     }
     for name, paths in swaps.items():
         swap: Callable[[int], Parts] = partial(swapped, **paths)  # type: ignore[arg-type]
         found.append(Method(prefix + name, swap, "ablation"))
-    acquisition = partial(swapped, sampler="samplers.hypervolume:QLogNEHVI")
-    front = partial(swapped, sampler="samplers.front_uncertainty:FrontUncertainty")
+    acquisition = partial(swapped, sampler="samplers.posterior.hypervolume:QLogNEHVI")
+    front = partial(swapped, sampler="samplers.posterior.front_uncertainty:FrontUncertainty")
     return [
         *found,
         Method(prefix + "sampler qlognehvi", acquisition, "ablation", most_metrics=4),
@@ -308,13 +353,13 @@ def _others() -> list[Method]:
         Method(name, partial(_late, sampled, path, given), "sampler", **limits)
         for name, (path, given, limits) in _SAMPLERS.items()
     ]
-    published = partial(reference, sampler="samplers.bins_reference:BinsReference")
+    published = partial(reference, sampler="samplers.published.public_code:PublishedBins")
     found.append(
         Method("bins-reference as published", published, "sampler", refine=False, box="wide")
     )
     path, given, limits = _EXTERNAL["ax"]
     found.append(Method("ax+surrogate", partial(_late, sampled, path, given), "sampler", **limits))
-    cma = partial(_late, observing, "samplers.cma:CMAES", {})
+    cma = partial(_late, observing, "samplers.baselines.cma:CMAES", {})
     found.append(Method("cmaes", cma, "sampler", answer="observed"))
     for kind, surrogate in _SURROGATES.items():
         for name in ("sobol", *_POSTERIOR):
@@ -324,6 +369,13 @@ def _others() -> list[Method]:
     return found
 
 
+def _proposals() -> list[Method]:
+    return [
+        Method(name, partial(proposing, surrogate), "proposals")
+        for name, surrogate in PROPOSALS.items()
+    ]
+
+
 METHODS: dict[str, Method] = {
     entry.name: entry
     for entry in [
@@ -331,6 +383,7 @@ METHODS: dict[str, Method] = {
         *_core(),
         *_ablations(),
         *_others(),
+        *_proposals(),
     ]
 }
 CORE: tuple[str, ...] = tuple(name for name, entry in METHODS.items() if entry.tier == "core")

@@ -48,8 +48,8 @@ from map_bo.pareto.indicators import (
 )
 from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.published.public_code import ReferenceDesign
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.samplers.published.public_code import PublishedDesign
+from map_bo.surrogates.published import PublishedQuadratic
 
 __all__ = ["METHODS", "Cell", "best_known", "main"]
 
@@ -218,8 +218,8 @@ def _given(cell: Cell, problem: Any, how: Nested, common: Mapping[str, Any]) -> 
             problem,
             cell.budget,
             nested=replace(how, preferences=(one,)),
-            sampler=ReferenceDesign(points=PER_NODE),
-            surrogate=ReferenceQuadratic(),
+            sampler=PublishedDesign(points=PER_NODE),
+            surrogate=PublishedQuadratic(),
             solver=NSGA3(),
             guard=False,
             verify=0,

@@ -23,12 +23,12 @@ from benchmarks.quality.scoring import choices, coverage, measures, representati
 from map_bo.data import Observations, to_maximisation
 from map_bo.errors import ConfigError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
-from map_bo.loop.recommend import reference_of
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -193,12 +193,13 @@ def _search(
 ) -> tuple[Observations, float]:
     """Return all observations up to ``stop`` and the seconds spent on proposals."""
     root = make_generator(seed)
-    assert parts.sampler is not None
+    sampler = parts.run_sampler
+    assert sampler is not None
     while len(seen) < stop:
         count = min(batch_at(len(seen)), stop - len(seen))
         known = shown(seen, entry)
         start = time.perf_counter()
-        X = parts.sampler.propose(known, problem.space, count, generator=child(root, "propose"))
+        X = sampler.propose(known, problem.space, count, generator=child(root, "propose"))
         X = problem.space.check(X)
         seconds += time.perf_counter() - start
         seen = _measure(problem, X, seed, seen)
@@ -289,8 +290,8 @@ def _front(
     trusted = Coverage.of(seen.succeeded().X, space) if parts.guard else None
     searched = predicted_mean(model)
     if trusted is not None:
-        ends = reference_of(seen, space)  # what the run itself measured, not the truth
-        searched = guard(searched, trusted, scale=(ends.best - ends.point).abs())
+        width = Scale.of(seen, space).width  # what the run itself measured, not the truth
+        searched = guard(searched, trusted, scale=width)
     root = make_generator(seed)
     X = parts.solver.solve(searched, space, generator=child(root, "solve"))
     if trusted is not None:

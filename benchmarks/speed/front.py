@@ -29,14 +29,10 @@ from benchmarks.record import finish
 from map_bo.data import Metric, Observations
 from map_bo.pareto.evolution import NSGA3
 from map_bo.pareto.gradient import GradientSolver
-from map_bo.pareto.indicators import (
-    default_reference_point,
-    hypervolume,
-    hypervolume_kind,
-    scaled,
-)
+from map_bo.pareto.indicators import hypervolume, hypervolume_kind
 from map_bo.pareto.solver import FrontSolver
 from map_bo.rng import child_seed, make_generator
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.processes.gp import GP
@@ -94,14 +90,14 @@ def measure(surrogate: Surrogate, m: int, points: int, repeats: int) -> list[dic
         mean = predicted_mean(surrogate.fit(seen, space))
         with torch.no_grad():
             anchors = mean(space.anchors().X[: m + 1])  # the base, then the experts
-        reference, best = default_reference_point(anchors), anchors[1:].amax(0)
+        reference, best = anchors.amin(0), anchors[1:].amax(0)
         ours = timed(GradientSolver(points=points), mean, space, repeat)
         generations = -(-ours["asked"] // points)
         rival = NSGA3(population=points, generations=generations)
         theirs = timed(rival, mean, space, repeat)
         outcome: dict[str, Any] = {}
         for name, run in (("gradient", ours), ("nsga3", theirs)):
-            values = scaled(run.pop("values"), reference, best)
+            values = (run.pop("values") - reference) / widths(reference, best)
             zero = torch.zeros(m, dtype=torch.float64)
             outcome[name] = {
                 **run,

@@ -25,7 +25,7 @@ from benchmarks.speed.merge_part import (
     timed,
 )
 from benchmarks.speed.merge_shapes import LlamaShape
-from map_bo.merging.adapters.low_rank import Adapted, LowRank
+from map_bo.merging.adapters.low_rank import AdaptedTensor, LowRank
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
@@ -121,7 +121,7 @@ def adapters(shape: LlamaShape, experts: int, rank: int, dtype: torch.dtype) -> 
             )
             for expert in range(experts)
         }
-        adapted[index] = Adapted.of(changes, {}, slot.shape, dtype=dtype, device="cpu")
+        adapted[index] = AdaptedTensor.of(changes, {}, slot.shape, dtype=dtype, device="cpu")
     names = tuple(f"e{i}" for i in range(experts))
     return TaskVectors(names, base.layout, base.rows, dense=(), adapted=adapted)
 

@@ -18,7 +18,7 @@ from benchmarks.speed.merge_part import dtype_name
 from benchmarks.speed.merge_shapes import LlamaShape
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.rng import make_generator
 
@@ -54,7 +54,7 @@ def resident(shape: LlamaShape, experts: int, dtype: torch.dtype) -> TaskVectors
             scale = _CHANGE * 2.0 ** (number % 5 / 2 - 1) if index else _BASE
             _fill(rows[index, slot.offset : slot.stop], scale, generator)
 
-    spread(fill, range(1 + experts), lambda: None)
+    parallel_for(fill, range(1 + experts), lambda: None)
     return TaskVectors(tuple(f"e{i}" for i in range(experts)), layout, rows)
 
 
@@ -129,7 +129,7 @@ def write_folders(
                 tuned[name] = change.add_(tensor).to(dtype)
             save_file(tuned, folder / names[model] / file, metadata={"format": "pt"})
 
-        spread(write, range(1, len(names)), lambda: None)
+        parallel_for(write, range(1, len(names)), lambda: None)
     nbytes = shape.parameters * dtype.itemsize
     text = json.dumps({"metadata": {"total_size": nbytes}, "weight_map": index})
     for name in names:

@@ -28,14 +28,15 @@ from benchmarks.speed.merge_part import (
 from benchmarks.speed.merge_peers import MERGEKIT, installed
 from benchmarks.speed.merge_shapes import Size
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import bytes_of
+from map_bo.merging.vectors.storage import parse_bytes
 from map_bo.operators.sparse import Ties
+from map_bo.plain import to_plain
 
 __all__ = ["measure", "scratch_bytes"]
 
 EXPERTS, SHARDS, DTYPE = 3, 5, torch.bfloat16
 CAP = "2GB"
-OPERATORS = {"task arithmetic": TaskArithmetic().describe(), "Ties": Ties().describe()}
+OPERATORS = {"task arithmetic": to_plain(TaskArithmetic()), "Ties": to_plain(Ties())}
 
 
 def scratch_bytes(size: Size) -> int:
@@ -68,7 +69,7 @@ def measure(options: Options) -> Outcome:
         "repeats": options.size.disk_repeats,
         "bytes": merges.moved,
         "cached": merges.cached,
-        "cap": bytes_of(CAP, "the cap"),
+        "cap": parse_bytes(CAP, "the cap"),
         "mergekit": installed(MERGEKIT),
         "seconds": medians(seconds),
         "over copy": over(seconds),

@@ -20,7 +20,7 @@ __all__ = ["Job", "peak_resident"]
 
 Job = dict[str, Any]
 """``way``; ``base`` and ``out``, folders; ``experts``, name -> folder; ``coefficients``, name ->
-value; and for a merge by map_bo ``operator``, as its `describe` returns it, and ``max_memory``."""
+value; and for a merge by map_bo ``operator`` as plain data, and ``max_memory``."""
 
 _BUFFER = 1 << 24
 

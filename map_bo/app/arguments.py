@@ -9,7 +9,7 @@ from typing import Any
 from map_bo.app.merge import merge_options
 from map_bo.errors import ConfigError
 
-__all__ = ["Command", "pairs", "parser"]
+__all__ = ["Command", "pairs", "parser", "surrogate_of_sampler"]
 
 Command = Callable[[argparse.Namespace], None]
 """Carries out a command with its options."""
@@ -131,8 +131,28 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         help="how the weighted metrics become one number (default: %(default)s)",
     )
     parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="package whose classes the files may name, and so whose code may be run (repeatable)",
+    )
+    parser.add_argument(
         "--point", type=int, metavar="K", help="choose point K of front.csv instead of a preference"
     )
+
+
+def surrogate_of_sampler(override: str) -> str:
+    """Return an override as Hydra takes it: ``sampler.surrogate=gp`` chooses from a group.
+
+    The group is ``sampler/surrogate``, which is how it is written in files. ``null``, a mapping and
+    whatever else is no name stay values.
+    """
+    key, _, value = override.partition("=")
+    names = value.split(",")
+    if key != "sampler.surrogate" or names == ["null"] or not all(map(str.isidentifier, names)):
+        return override
+    return f"sampler/surrogate={value}"
 
 
 def pairs(given: list[str], option: str) -> dict[str, float]:

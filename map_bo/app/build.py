@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from map_bo.app.schema import Config
-from map_bo.errors import ConfigError, MapBoError
+from map_bo.errors import ConfigError, MapBoError, did_you_mean
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
 from map_bo.nested.settings import Nested
@@ -44,11 +43,7 @@ def refuse_unknown(config: DictConfig) -> None:
     known = [field.name for field in fields(Config)]
     for key in map(str, config):
         if key not in known:
-            near = get_close_matches(key, known, n=1)
-            raise ConfigError(
-                f"there is no option {key!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"options are {', '.join(known)}",
-            )
+            raise ConfigError(f"there is no option {key!r}", hint=did_you_mean(key, known))
 
 
 def build_problem(config: DictConfig) -> Problem:
@@ -176,12 +171,9 @@ def _check_keys(node: Mapping[str, Any], path: str) -> None:
         if key.startswith("_"):
             continue
         if key not in parameters:
-            near = get_close_matches(key, list(parameters), n=1)
             raise ConfigError(
                 f"{path} has no option {key!r}",
-                hint=f"did you mean {path}.{near[0]}?"
-                if near
-                else f"options of {path}: {', '.join(parameters)}",
+                hint=did_you_mean(key, parameters, before=f"{path}."),
             )
         if isinstance(value, Mapping) and "_target_" in value:
             _check_keys(value, f"{path}.{key}")

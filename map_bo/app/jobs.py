@@ -14,13 +14,21 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.errors import MapBoError
-from map_bo.moved import current
+from map_bo.moved import current, with_current_targets
 from map_bo.tracking.wandb.run import is_mirrored
 
 if TYPE_CHECKING:
     from map_bo.loop.result import Result
 
-__all__ = ["job_name", "record_of", "register_job_name", "run_job", "run_task"]
+__all__ = [
+    "RENAMED",
+    "job_name",
+    "record_of",
+    "register_job_name",
+    "run_job",
+    "run_task",
+    "warn_of_old_names",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -78,6 +86,29 @@ def record_of(hydra: Any) -> dict[str, Any]:
     return {"overrides": [str(text) for text in hydra.overrides.task], "choices": choices}
 
 
+RENAMED: Mapping[tuple[str, str], str] = {
+    ("experiment", "reference"): "published",
+    ("experiment", "reference_kind_box"): "published_kind_box",
+    ("sampler", "bins_reference"): "bins_published",
+    ("sampler", "reference"): "published",
+    ("surrogate", "reference"): "published",
+}
+"""Group and the name of an option in version 0.1 -> its name today."""
+
+
+def warn_of_old_names(choices: Mapping[str, str | None]) -> None:
+    """Warn of options that were chosen by the names that they had in version 0.1.
+
+    Args:
+        choices: Group -> the option that was chosen.
+    """
+    for (group, old), new in RENAMED.items():
+        if choices.get(group) == old:
+            logger.warning(
+                "%s=%s is now %s=%s; the old name goes in version 0.3", group, old, group, new
+            )
+
+
 def run_task(config: DictConfig) -> float:
     """Make the run that ``config`` describes in Hydra's output directory.
 
@@ -88,6 +119,7 @@ def run_task(config: DictConfig) -> float:
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
+    warn_of_old_names(hydra.runtime.choices)
     directory, choices = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:
         _group(config, Path(hydra.sweep.dir).name)
@@ -146,7 +178,7 @@ def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}
         now: Any = OmegaConf.to_container(config, resolve=True)
-        refuse_another(_comparable(recorded), _comparable(now))
+        refuse_another(_comparable(with_current_targets(recorded)), _comparable(now))
         state, space = load_state(directory)
         if state.summary is not None and _is_shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")

@@ -6,10 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from map_bo.app.arguments import Command, pairs, parser
-from map_bo.errors import ConfigError, MapBoError
+from map_bo.app.arguments import Command, pairs, parser, surrogate_of_sampler
+from map_bo.errors import ConfigError, MapBoError, SettingsError
+from map_bo.moved import with_current_targets
 
 __all__ = ["main"]
 
@@ -69,23 +71,34 @@ def _choice_of(options: argparse.Namespace) -> Any:
     def choice(of: Any) -> Any:
         return of.choose(prefer, at_least=at_least, at_most=at_most, rule=options.rule)
 
-    first = choice(result)  # refuses a wrong name before the surrogate is fitted
-    config = _recorded_config(options.run, required=False)
-    if config is None:
+    first = choice(result)  # a wrong name should not wait for the surrogate
+    try:
+        return choice(_load(options.run, refit=True, trust=options.trust))
+    except SettingsError as error:
+        if options.trust:
+            raise
+        # Whoever cannot trust or import the surrogate has the points of the front all the same.
+        sys.stderr.write(
+            "note: the choice is a point of the front and was not solved for this preference: "
+            f"{error.message}\nhint: {error.hint}\n"
+        )
         return first
-    from map_bo.app.build import build_settings, working_directory
-
-    with working_directory(config[1]):
-        surrogate = build_settings(config[0]).surrogate
-    return choice(_load(options.run, surrogate))
 
 
-def _load(run: str, surrogate: Any = None) -> Any:
+def _load(run: str, *, refit: bool = False, trust: Sequence[str] = ()) -> Any:
     from map_bo.loop.reading import created_of, load_result
     from map_bo.nested.reading import is_nested, load_nested
 
-    load = load_nested if is_nested(created_of(run)) else load_result
-    return load(run, surrogate=surrogate)
+    created = created_of(run)
+    if trust:
+        _look_in(Path.cwd(), (created.get("config") or {}).get("cwd"))
+    load = load_nested if is_nested(created) else load_result
+    return load(run, refit=refit, trust=trust)
+
+
+def _look_in(*folders: str | Path | None) -> None:
+    """Let the modules of packages that the user trusts be found in these folders too."""
+    sys.path.extend(str(folder) for folder in folders if folder and str(folder) not in sys.path)
 
 
 def _choose(options: argparse.Namespace) -> None:
@@ -113,6 +126,8 @@ def _choose(options: argparse.Namespace) -> None:
         real=choice.real,
         corrected=choice.corrected,
     )
+    for note in choice.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -122,6 +137,7 @@ def _merge(options: argparse.Namespace) -> None:
     refuse_existing(options.out)  # first: before anything is read or fitted
     recipe = recipe_at(options.run)
     if recipe is not None:
+        _look_in(*([Path.cwd()] if options.trust else []))
         written = merge_recipe(recipe, options)
     else:
         choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
@@ -130,8 +146,6 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from pathlib import Path
-
     from map_bo.app.build import working_directory
     from map_bo.app.task import drive, show
 
@@ -148,8 +162,6 @@ def _report(options: argparse.Namespace) -> None:
     if options.more or not is_run(options.run):
         _report_comparison(options)
         return
-    from pathlib import Path
-
     from map_bo.loop.mirrors import view_of
     from map_bo.loop.reading import load_result
     from map_bo.report.run.artifacts import write_report
@@ -201,17 +213,15 @@ def _import(options: argparse.Namespace) -> None:
     import_into(options)
 
 
-def _recorded_config(run: str, *, required: bool = True) -> Any:
-    """Return the recorded configuration and working directory, or None when not ``required``."""
+def _recorded_config(run: str) -> Any:
+    """Return the recorded configuration and working directory."""
     from omegaconf import OmegaConf
 
     from map_bo.loop.reading import created_of
 
     recorded = created_of(run).get("config")
     if recorded and "tree" in recorded:
-        return OmegaConf.create(recorded["tree"]), recorded.get("cwd")
-    if not required:
-        return None
+        return OmegaConf.create(with_current_targets(recorded["tree"])), recorded.get("cwd")
     raise ConfigError(
         f"the run in {run} was not started by `map-bo run`, so its record does not say how to "
         "build its problem",
@@ -226,14 +236,17 @@ def _run(arguments: list[str]) -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    from map_bo.app.installed import hidden
     from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
 
     register()
-    # Hydra prints its own traces and exits with 1 unless it is set to raise.
+    if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
+        sys.stderr.writelines(f"note: {told}\n" for told in hidden())
+    # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["map-bo", *arguments]
+    sys.argv = ["map-bo", *map(surrogate_of_sampler, arguments)]
     try:
         hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
             run_task

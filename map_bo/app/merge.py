@@ -47,8 +47,8 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     """
     from map_bo.app.build import build_problem, working_directory
     from map_bo.loop.reading import created_of
-    from map_bo.loop.state import refuse_another
-    from map_bo.merging.vectors.memory import ExportSettings
+    from map_bo.loop.state import problem_identity, refuse_another
+    from map_bo.merging.export.model import ExportSettings
     from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested
 
@@ -57,11 +57,9 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     created = created_of(options.run)
     with working_directory(cwd):
         problem = build_problem(config)
-        describe = getattr(problem, "describe", None)
-        if describe is not None:
-            # The coefficients mean nothing for other checkpoints than those of the run.
-            now = json.loads(json.dumps(describe()))
-            refuse_another({"problem": created["problem"]}, {"problem": now})
+        # The coefficients are worth nothing for other checkpoints than those of the run.
+        now = json.loads(json.dumps(problem_identity(problem)))
+        refuse_another({"problem": created["problem"]}, {"problem": now})
         exports = nested_exporter(problem, options.run) if is_nested(created) else None
         whole = replace(choice, problem=problem, exports=exports)
         if options.lora_rank is not None:
@@ -104,5 +102,6 @@ def merge_recipe(recipe: Path, options: argparse.Namespace) -> str:
         os.path.abspath(options.out),
         max_memory=options.max_memory,
         shard_size=options.shard_size,
+        trust=options.trust,
     )
     return f"merged model written to {written}"

@@ -5,43 +5,83 @@ Importing this is cheap: no tensor library is loaded for ``--help``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    TypeAlias,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from map_bo.loop.settings import Settings
+from map_bo.loop.stopping import Stop
 
 __all__ = ["Config", "LoopConfig", "StopConfig", "register"]
 
-
-@dataclass
-class StopConfig:
-    """Mirror of :class:`map_bo.loop.stopping.Stop`; without a criterion there is no rule."""
-
-    criterion: str | None = None
-    tolerance: float = 0.005
-    patience: int = 2
-    least: int | None = None
+_MANDATORY = "???"
+_ELSEWHERE = ("seed", "sampler", "surrogate", "solver")  # of the settings: not below ``loop``
 
 
-@dataclass
-class LoopConfig:
-    """Mirror of :class:`map_bo.loop.settings.Settings`, the parts that are plain values."""
+def _mirror(name: str, of: type, *, without: tuple[str, ...] = (), **changes: Any) -> Any:
+    """Return a dataclass with the fields and defaults of settings, in types that Hydra knows.
 
-    budget: int = 24
-    batch: int = 1
-    verify: int | None = None
-    verify_extra: bool = False
-    guard: bool = True
-    reference: dict[str, float] | None = None
-    retries: int = 1
-    timeout: float | None = None
-    max_failure_share: float = 0.5
-    stop: StopConfig | None = field(default_factory=StopConfig)
+    Args:
+        name: Its name.
+        of: The settings.
+        without: Fields to leave out.
+        **changes: Type and default of fields that a configuration says in another way.
+    """
+    content = []
+    for one in fields(of):
+        if one.name in without:
+            continue
+        if one.name in changes:
+            content.append((one.name, *changes[one.name]))
+            continue
+        # Of this field alone: the types of others are not there before the parts are loaded.
+        told = {"__annotations__": {one.name: one.type}, "__module__": of.__module__}
+        hint = _known(get_type_hints(type(name, (), told))[one.name])
+        default = _MANDATORY if one.default is MISSING else one.default
+        content.append((one.name, hint, field(default=default)))
+    return make_dataclass(name, content, namespace={"__module__": __name__})
+
+
+def _known(hint: Any) -> Any:
+    """Return a type as Hydra knows it."""
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(_known(part) for part in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) is Literal:
+        return str
+    if get_origin(hint) is Mapping:
+        return Any  # a mapping in place of a typed one that is null ends in an error of OmegaConf
+    return hint
+
+
+if TYPE_CHECKING:
+    StopConfig: TypeAlias = Any
+    LoopConfig: TypeAlias = Any
+else:
+    # No criterion is no rule, so that the other settings of a rule can be given before it.
+    StopConfig = _mirror("StopConfig", Stop, criterion=(str | None, field(default=None)))
+    LoopConfig = _mirror(
+        "LoopConfig",
+        Settings,
+        without=_ELSEWHERE,
+        stop=(StopConfig | None, field(default_factory=StopConfig)),
+    )
 
 
 @dataclass
 class Config:
     """The whole configuration; groups with a ``_target_`` stay free-form."""
 
-    seed: int = 0
+    seed: int = Settings.seed
     progress: bool = True
     start_from: str | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
@@ -55,7 +95,10 @@ class Config:
 
 
 def register() -> None:
-    """Make the schema known to Hydra under the name ``base_config``."""
+    """Make the schema known to Hydra as ``base_config``, and what installed packages bring."""
     from hydra.core.config_store import ConfigStore
 
+    from map_bo.app.installed import register_installed
+
+    register_installed()
     ConfigStore.instance().store(name="base_config", node=Config)

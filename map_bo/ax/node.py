@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,15 +13,18 @@ from torch import Tensor
 from map_bo.ax.experiment import KEY
 from map_bo.ax.names import Names
 from map_bo.ax.observations import LeftOut, names_in, observations_of, weights_in
-from map_bo.ax.plain import from_plain, to_plain
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
+from map_bo.plain import from_plain, to_plain
 from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
-from map_bo.samplers.posterior.driven import TakesReference
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.posterior.driven import with_reference
+from map_bo.samplers.sampler import Sampler, looking_through
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace, LinearConstraint
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, encode_metric
 
 import_ax("map_bo.ax.node")
@@ -46,12 +49,14 @@ class MapBoNode(ExternalGenerationNode):
     """A node that asks one of our samplers for the next point.
 
     In an experiment that was exported from a run it knows the run's space, metrics and seed, and
-    proposes what the run itself would. In any other it takes the space from the search space and
-    the metrics, as unbounded ones, from the objective; objective thresholds become the sampler's
-    reference point.
+    with the run's sampler and surrogate it proposes what the run itself would. In any other it
+    takes the space from the search space and the metrics, as unbounded ones, from the objective;
+    objective thresholds become the sampler's reference point.
 
     Args:
         sampler: The sampler; the default one if left out.
+        surrogate: The surrogate of the run, that the sampler looks through unless it has its own;
+            the default one if left out.
         seed: Seed of its generator; by default the run's, or 0.
         space: The space, where it says more than the search space (experts, importance).
         metrics: The metrics, where they say more than the objective (kinds and bounds).
@@ -59,10 +64,14 @@ class MapBoNode(ExternalGenerationNode):
         transition_criteria: When the strategy goes on to another node; see Ax.
     """
 
+    trusted: ClassVar[Collection[str]] = ()
+    """Packages whose samplers a database may name; Ax has no other place for it."""
+
     def __init__(
         self,
         sampler: Sampler | None = None,
         *,
+        surrogate: Surrogate | None = None,
         seed: int | None = None,
         space: CoefficientSpace | None = None,
         metrics: Sequence[Metric] | None = None,
@@ -74,6 +83,7 @@ class MapBoNode(ExternalGenerationNode):
             name=name, should_deduplicate=False, transition_criteria=transition_criteria
         )
         self.sampler: Sampler = Adaptive() if sampler is None else sampler
+        self.surrogate = surrogate
         self.seed = seed
         self.space = space
         self.metrics = None if metrics is None else tuple(metrics)
@@ -90,7 +100,8 @@ class MapBoNode(ExternalGenerationNode):
             self._space = self.space or _space_of(experiment, kept)
             self._metrics = self.metrics or _metrics_of(experiment, kept)
             self._names = names_in(experiment, self._space, self._metrics)
-            self._sampler = _with_reference(self.sampler, experiment, self._metrics, self._names)
+            through = looking_through(self.sampler, self.surrogate or Auto())
+            self._sampler = _with_reference(through, experiment, self._metrics, self._names)
         found = observations_of(experiment, self._space, self._metrics, data=data)
         self._seen: Observations = found.observations
         seed = kept.get("seed") if self.seed is None else self.seed
@@ -110,7 +121,7 @@ class MapBoNode(ExternalGenerationNode):
         waiting = torch.tensor(rows, dtype=torch.float64).reshape(-1, d)
         if len(self._seen):
             # Ax counts abandoned trials among those that wait; here they are failures.
-            waiting = waiting[torch.cdist(waiting, self._seen.X).amin(-1) > 1e-12]
+            waiting = waiting[~same_points(waiting, self._seen.X, self._space).any(-1)]
         x: Tensor = self._sampler.propose(
             self._seen,
             self._space,
@@ -131,10 +142,11 @@ class MapBoNode(ExternalGenerationNode):
         """Return the settings of a node as plain data.
 
         Raises:
-            SamplerError: When its sampler is not of this package.
+            SettingsError: When plain data cannot say its sampler.
         """
         return {
             "sampler": to_plain(obj.sampler),
+            "surrogate": to_plain(obj.surrogate),
             "seed": obj.seed,
             "space": None if obj.space is None else obj.space.describe(),
             "metrics": None if obj.metrics is None else [encode_metric(m) for m in obj.metrics],
@@ -149,7 +161,12 @@ class MapBoNode(ExternalGenerationNode):
         decoder_registry: Any = None,
         class_decoder_registry: Any = None,
     ) -> dict[str, Any]:
-        """Return the arguments of the constructor from :meth:`serialize_init_args`."""
+        """Return the arguments of the constructor from :meth:`serialize_init_args`.
+
+        Raises:
+            SettingsError: When the sampler is not known and its package not trusted, see
+                :func:`register`.
+        """
         from ax.storage.json_store.decoder import object_from_json
 
         registries = {}
@@ -160,7 +177,9 @@ class MapBoNode(ExternalGenerationNode):
             }
         space, metrics = args["space"], args["metrics"]
         return {
-            "sampler": from_plain(args["sampler"]),
+            "sampler": from_plain(args["sampler"], trust=cls.trusted),
+            # version 0.1 stored none
+            "surrogate": from_plain(args.get("surrogate"), trust=cls.trusted),
             "seed": args["seed"],
             "space": None if space is None else CoefficientSpace.from_description(space),
             "metrics": None if metrics is None else [decode_metric(metric) for metric in metrics],
@@ -169,11 +188,15 @@ class MapBoNode(ExternalGenerationNode):
         }
 
 
-def register() -> None:
+def register(*, trust: Collection[str] = ()) -> None:
     """Tell Ax's JSON and SQL storage how to write and read :class:`MapBoNode`.
 
     Call it before a strategy that holds such a node is saved or loaded.
+
+    Args:
+        trust: Packages whose samplers a database may name; see :func:`map_bo.plain.from_plain`.
     """
+    MapBoNode.trusted = frozenset(trust)
     from ax.storage.json_store.registry import CORE_DECODER_REGISTRY, CORE_ENCODER_REGISTRY
 
     CORE_ENCODER_REGISTRY[MapBoNode] = lambda node: {
@@ -263,8 +286,7 @@ def _with_reference(
         for threshold in getattr(config, "objective_thresholds", ())
         if not threshold.relative
     }
-    if set(bounds) != set(names.metrics) or not isinstance(sampler, TakesReference):
+    if set(bounds) != set(names.metrics):
         return sampler
-    return sampler.above(
-        {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
-    )
+    own = {metric.name: bounds[name] for metric, name in zip(metrics, names.metrics, strict=True)}
+    return with_reference(sampler, own)

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.loop.state import RunState
+from map_bo.plain import name_of
+from map_bo.scale import anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_event
 from map_bo.tracking.store import Event
@@ -49,15 +50,16 @@ def run_id(events: Sequence[Event]) -> str:
 
 def rows_of(state: RunState, space: CoefficientSpace, events: Sequence[Event]) -> list[Row]:
     """Return all rows of a run: those proposed, in order, then those to verify."""
-    times, anchors = _times(events), space.anchors()
-    sampler = _name(str(state.created.get("settings", {}).get("sampler", "")))
+    times, names = _times(events), space.anchors().names
+    is_anchor = anchor_rows(state.X, space)
+    sampler = name_of(state.created.get("settings", {}).get("sampler", "")) or "sampler"
     rows = []
     for i, x in enumerate(state.X):
         origin: dict[str, Any] = {"row": i}
         method = "imported" if i in state.imported else sampler
         if method == sampler:
-            for name, anchor in zip(anchors.names, anchors.X, strict=True):
-                if torch.allclose(x, anchor, rtol=0.0, atol=1e-9):
+            for name, here in zip(names, is_anchor[:, i].tolist(), strict=True):
+                if here:
                     method, origin["anchor"] = "anchor", name
         created, finished = times.proposed.get(i, 0.0), times.observed.get(i)
         rows.append(Row(x, state.outcomes.get(i), method, origin, created, finished))
@@ -103,8 +105,3 @@ def _times(events: Sequence[Event]) -> _Times:
             case "verified":
                 times.verified[event.data["row"]] = event.time
     return times
-
-
-def _name(told: str) -> str:
-    """Return the class of a sampler from how the settings were recorded."""
-    return told.partition("(")[0].rpartition(".")[2] or "sampler"

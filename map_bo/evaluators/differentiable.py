@@ -1,4 +1,4 @@
-"""Measuring a metric and its derivatives by the coefficients, with one backward pass a batch.
+"""Measuring a metric and its derivatives by the coefficients, with one backward pass per batch.
 
 For a merge that is linear in its coefficients, ``theta(c) = theta_base + sum_i c_i v_i`` (``v_i``
 the part of a task vector that coefficient ``i`` scales), the derivative of a metric is
@@ -26,6 +26,7 @@ from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Evaluator, Measurement, measure
 from map_bo.merging.align.layout import Slot
 from map_bo.merging.vectors.live import LiveModel
+from map_bo.merging.vectors.operator import HasDerivatives
 
 __all__ = ["Differentiable", "check_differentiable", "measure_with_gradient"]
 
@@ -58,8 +59,8 @@ class Differentiable(Protocol):
         ...
 
 
-def check_differentiable(name: str, evaluator: Evaluator) -> None:
-    """Raise unless gradients can be had from an evaluator.
+def check_differentiable(name: str, evaluator: Evaluator) -> Differentiable:
+    """Return an evaluator that gradients can be had from.
 
     Raises:
         EvaluationError: When it is not :class:`Differentiable`.
@@ -71,13 +72,11 @@ def check_differentiable(name: str, evaluator: Evaluator) -> None:
             hint="mean_loss and mean_probability have gradients, and so has any evaluator with "
             "`examples` and `summary`; for others pass gradients=False",
         )
+    return evaluator
 
 
 def measure_with_gradient(
-    name: str,
-    evaluator: Differentiable,
-    live: LiveModel,
-    directional: Callable[[Tensor], Tensor],
+    name: str, evaluator: Evaluator, live: LiveModel, merge: HasDerivatives
 ) -> tuple[Measurement, Tensor, Tensor]:
     """Measure a metric on the candidate that is live, and its derivatives by the coefficients.
 
@@ -86,26 +85,28 @@ def measure_with_gradient(
 
     Args:
         name: The evaluator's name, for errors.
-        evaluator: The evaluator.
+        evaluator: The evaluator; it must be `Differentiable`.
         live: The live model with the candidate's weights.
-        directional: From a gradient by the flat weights (``P``, float32) to ``d`` derivatives.
+        merge: What the weights were merged by: it turns gradients by the weights into derivatives
+            by the ``d`` coefficients.
 
     Returns:
         The measurement; ``d`` derivatives, NaN when one of them is not finite; ``d`` variances of
         their noise, NaN with fewer than 4 batches.
 
     Raises:
-        EvaluationError: As :func:`~map_bo.evaluators.evaluator.measure`; and when the values do not
-            depend on the weights.
+        EvaluationError: As :func:`~map_bo.evaluators.evaluator.measure`; and when the evaluator has
+            no gradients, or its values do not depend on the weights.
     """
+    source = check_differentiable(name, evaluator)
     sizes: list[int] = []
-    slopes: list[Tensor] = []
+    gradients: list[Tensor] = []
 
     def run(model: nn.Module) -> Measurement:
         values: list[Tensor] = []
         with _leaves(live) as leaves, torch.inference_mode(False), torch.enable_grad():
             flat = torch.zeros(len(live.flat), dtype=torch.float32, device=live.device)
-            for batch in evaluator.examples(model):
+            for batch in source.examples(model):
                 if not batch.requires_grad:
                     raise EvaluationError(
                         "its values do not depend on the model's weights",
@@ -114,26 +115,26 @@ def measure_with_gradient(
                 total = batch.double().sum()
                 found = torch.autograd.grad(total, [leaf for leaf, _ in leaves], allow_unused=True)
                 flat.zero_()
-                for gradient, (_, slot) in zip(found, leaves, strict=True):
-                    if gradient is not None:
-                        slot.of(flat).add_(gradient)
-                slopes.append(directional(flat))
+                for part, (_, slot) in zip(found, leaves, strict=True):
+                    if part is not None:
+                        slot.of(flat).add_(part)
+                gradients.append(merge.directional(flat))
                 sizes.append(batch.numel())
                 values.append(batch.detach().double().cpu().flatten())
-        return evaluator.summary(torch.cat(values))
+        return source.summary(torch.cat(values))
 
     seen = measure(name, run, live.model)
     size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1)
-    sums = torch.stack(slopes)
-    slope = sums.sum(0) / size.sum()
-    variance = torch.full_like(slope, torch.nan)
+    sums = torch.stack(gradients)
+    gradient = sums.sum(0) / size.sum()
+    variance = torch.full_like(gradient, torch.nan)
     batches = len(sizes)
     if batches >= _FEWEST_BATCHES:
-        away = (size / size.sum()) * (sums / size - slope)
+        away = (size / size.sum()) * (sums / size - gradient)
         variance = away.square().sum(0) * (batches / (batches - 1))
-    if not bool(torch.isfinite(slope).all()):
-        slope, variance = torch.full_like(slope, torch.nan), torch.full_like(slope, torch.nan)
-    return seen, slope, variance
+    if not bool(torch.isfinite(gradient).all()):
+        gradient, variance = (torch.full_like(gradient, torch.nan) for _ in range(2))
+    return seen, gradient, variance
 
 
 @contextmanager

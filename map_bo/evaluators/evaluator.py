@@ -1,7 +1,4 @@
-"""Evaluators: what is measured on a merged model, and how sure the measurement is.
-
-Named evaluators: their metrics, and what a measurement of one is kept as.
-"""
+"""Evaluators: what is measured on a merged model, how sure that is, and what is kept of it."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.data import Metric, check_metrics
-from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError
+from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError, did_you_mean
 
 __all__ = [
     "Accuracy",
@@ -33,7 +30,7 @@ __all__ = [
     "mean_probability",
     "measure",
     "metrics_of",
-    "named_metrics",
+    "select_metrics",
 ]
 
 _HINT = "return a float, or map_bo.Measurement(value, variance=..., count=...)"
@@ -62,19 +59,21 @@ class Measurement:
         put = object.__setattr__
         put(self, "value", _number(self.value, "a measurement's value"))
         if not math.isfinite(self.value):
-            raise EvaluationError(f"a measurement's value is {self.value}", hint=_HINT)
+            raise EvaluationError(
+                f"a measurement's value must be finite, got {self.value}", hint=_HINT
+            )
         if self.variance is not None:
             put(self, "variance", _number(self.variance, "a measurement's variance"))
             if not (math.isfinite(self.variance) and self.variance >= 0):
                 raise EvaluationError(
-                    f"a measurement's variance is {self.variance}",
-                    hint="give a number that is not negative, or None where it is unknown",
+                    f"a measurement's variance must not be negative, got {self.variance}",
+                    hint="give a finite number, or None where it is unknown",
                 )
         if self.count is not None:
             count = _number(self.count, "a measurement's count")
             if not (count >= 1 and count.is_integer()):
                 raise EvaluationError(
-                    f"a measurement's count is {self.count}",
+                    f"a measurement's count must be a whole number from 1, got {self.count}",
                     hint="give the number of examples, or None where nothing was counted",
                 )
             put(self, "count", int(count))
@@ -159,17 +158,20 @@ class _Classification:
     def __post_init__(self) -> None:
         if len(self.inputs) != len(self.labels) or not len(self.labels):
             raise EvaluationError(
-                f"there are {len(self.inputs)} inputs and {len(self.labels)} labels",
+                f"there must be one label per input, got {len(self.inputs)} inputs and "
+                f"{len(self.labels)} labels",
                 hint="give as many labels as inputs, and at least one",
             )
         if self.labels.dim() != 1 or self.labels.is_floating_point():
             raise EvaluationError(
-                f"labels are {self.labels.dtype} of shape {tuple(self.labels.shape)}",
-                hint="labels are class indices: one integer an example",
+                f"labels must be one integer per example, got {self.labels.dtype} of shape "
+                f"{tuple(self.labels.shape)}",
+                hint="give class indices",
             )
         if self.batch_size < 1:
             raise EvaluationError(
-                f"batch_size is {self.batch_size}", hint="give at least one example a batch"
+                f"batch_size must be at least 1, got {self.batch_size}",
+                hint="give the number of examples per forward pass",
             )
 
     def _batches(self, model: nn.Module, *, graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
@@ -252,7 +254,7 @@ class MeanProbability(_MeanOverExamples):
         return logits.softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
 
     def summary(self, values: Tensor) -> Measurement:
-        """Return mean and variance; no count, as the values are no successes and failures."""
+        """Return mean and variance; no count, as the values are not successes and failures."""
         seen = super().summary(values)
         return Measurement(seen.value, variance=seen.variance)
 
@@ -266,7 +268,7 @@ def accuracy(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> Accuracy:
     Args:
         inputs: ``n x ...`` model inputs; they are moved to the model's device batch by batch.
         labels: ``n`` class indices.
-        batch_size: Examples a forward pass.
+        batch_size: Examples per forward pass.
 
     Raises:
         EvaluationError: When inputs and labels do not fit; when called, for outputs that are
@@ -313,7 +315,7 @@ def metrics_of(
     )
 
 
-def named_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
+def select_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
     """Return the metrics of these names, in their order.
 
     Raises:
@@ -322,7 +324,7 @@ def named_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metr
     known = {metric.name: metric for metric in metrics}
     for name in names:
         if name not in known:
-            raise DataError(f"there is no metric {name!r}", hint=f"metrics are {', '.join(known)}")
+            raise DataError(f"there is no metric {name!r}", hint=did_you_mean(name, known))
     return tuple(known[name] for name in names)
 
 
@@ -348,18 +350,21 @@ def entry_of(seen: Measurement, metric: Metric) -> tuple[float, float, float]:
 
 
 def check_names(given: object, kind: str) -> None:
-    """Refuse what is no mapping from names to experts or to evaluators."""
+    """Refuse what is not a mapping from names to experts or to evaluators."""
     error = MergeError if kind == "expert" else EvaluationError
     if not isinstance(given, Mapping):
         raise error(
-            f"{kind}s are a {type(given).__name__}",
+            f"{kind}s must be a mapping, got a {type(given).__name__}",
             hint=f"give a mapping from {kind} names to {kind}s",
         )
     if not given:
         raise error(f"there are no {kind}s", hint=f"give at least one {kind}")
     for name, value in given.items():
         if not isinstance(name, str) or not name.strip():
-            raise error(f"an {kind} has the name {name!r}", hint="names are text")
+            raise error(
+                f"the name of an {kind} must be text, got {name!r}",
+                hint="give it a name that is not empty",
+            )
         if kind == "evaluator" and not callable(value):
             raise error(
                 f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",

@@ -20,9 +20,9 @@ from typing import Any, cast
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations, to_maximisation
-from map_bo.loop.joint_posterior import JointPosterior, plausible_points, spread, volumes
-from map_bo.loop.recommend import Reference, reference_of, scaled_gains
+from map_bo.data import Observations
+from map_bo.loop.joint_posterior import JointPosterior, plausible_points, volumes
+from map_bo.loop.recommend import of_columns
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Criterion
 from map_bo.pareto.dominance import non_dominated
@@ -30,6 +30,7 @@ from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import preference_weights
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
+from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -61,7 +62,7 @@ def expected_gain(
     model: SurrogateModel,
     seen: Observations,
     space: CoefficientSpace,
-    reference: Reference,
+    scale: Scale,
     criterion: Criterion,
     *,
     guarded: bool,
@@ -71,7 +72,7 @@ def expected_gain(
     """Return the expected gain in ``criterion`` that is left after ``seen``.
 
     For draws ``f`` of the metrics over a pool (the front of the mean and points around it) and
-    preferences ``w``, with gains scaled as :func:`map_bo.loop.recommend.scaled_gains`:
+    preferences ``w``, with gains scaled as :meth:`map_bo.scale.Scale.gains`:
 
     * regret: ``E[max_x w' f(x) - w' f(x_w)]``, ``x_w`` the best of the pool under the mean;
     * hypervolume: ``E[HV(f(pool)) - HV(f(front of the mean))] / E HV(f(front of the mean))``, by
@@ -83,7 +84,7 @@ def expected_gain(
         model: The surrogate, fitted to ``seen``.
         seen: Every evaluation of the search.
         space: The coefficients.
-        reference: The scale of the metrics.
+        scale: The scale of the metrics.
         criterion: ``"regret"`` or ``"hypervolume"``.
         guarded: Whether the front is kept where the data support the surrogate.
         generator: Source of all randomness.
@@ -94,19 +95,21 @@ def expected_gain(
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
     coverage = Coverage.of(evaluated, space) if guarded else None
-    width = (reference.best - reference.point).abs()
-    searched = mean if coverage is None else guard(mean, coverage, scale=width)
+    guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
+    ranged = scale.ranged & varied_metrics(seen)
+    searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
     X = _SOLVER.solve(searched, space, generator=child(generator, "solve"))
     X = X if coverage is None else coverage.shrink(X)
     around = plausible_points(X, space, coverage, count=_POOL, generator=child(generator, "pool"))
     pool = torch.cat([X, around, evaluated])
     joint = JointPosterior.of(model, pool)
-    gains = _scaled(joint, joint.mean, reference)
+    gains = scale.gains(joint.gains(joint.mean), maximised=True)
     weights = preference_weights(_WEIGHTS, gains.shape[-1], generator=child(generator, "weights"))
+    weights = scale.weights(weights)
 
     def left(of: JointPosterior) -> float:
         F = of.draw(_DRAWS, generator=child(generator, "draws"))
-        values = _scaled(of, F, reference)
+        values = scale.gains(of.gains(F), maximised=True)
         if criterion == "regret":
             return _regret(gains, values, weights)
         return _missing_volume(gains, values, generator=child(generator, "directions"))
@@ -114,7 +117,7 @@ def expected_gain(
     floor = None
     if further > 0 and isinstance(model, LeavesOneOut):
         _, total = model.training_targets()
-        rows = spread(gains, min(further, len(pool)))
+        rows = torch.tensor(sorted(farthest_rows(gains, further)))
         copies = -(-further // len(rows))
         floor = left(_conditioned(joint, rows, total.median(0).values / copies))
     return ExpectedGain(left(joint), floor)
@@ -150,7 +153,7 @@ def check_stopping(
         settings.surrogate.fit(seen, space),
         seen,
         space,
-        reference_of(seen, space, settings.reference),
+        Scale.of(seen, space, settings.reference),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),
@@ -163,11 +166,6 @@ def check_stopping(
         "seconds": time.perf_counter() - start,
         "stop": settings.stop.reason([*(one["gain"] for one in before), found.gain]),
     }
-
-
-def _scaled(joint: JointPosterior, F: Tensor, reference: Reference) -> Tensor:
-    metrics = joint.metrics
-    return scaled_gains(to_maximisation(joint.gains(F), metrics), metrics, reference)
 
 
 def _regret(mean: Tensor, values: Tensor, weights: Tensor) -> float:

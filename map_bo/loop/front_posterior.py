@@ -20,18 +20,17 @@ from map_bo.loop.joint_posterior import (
     JointPosterior,
     plausible_points,
     real_draws,
-    spread,
     volumes,
 )
-from map_bo.loop.recommend import Recommendation, Reference, scaled_gains
+from map_bo.loop.recommend import Recommendation
 from map_bo.loop.settings import Settings
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.indicators import hypervolume, hypervolume_kind
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
+from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
@@ -91,7 +90,7 @@ def hypervolume_interval(
     zero = torch.zeros(m, dtype=torch.float64)
     most = _EXACT_POINTS.get(m, _FEWER_POINTS)
     if m <= _EXACT_METRICS:
-        rows = spread(predicted, most)
+        rows = sorted(farthest_rows(predicted, most))
         found = torch.tensor([hypervolume(draw, zero) for draw in values[:, rows]])
         own, points, kind = hypervolume(predicted[rows], zero), len(rows), "exact"
     else:
@@ -153,7 +152,7 @@ def expected_optimism(
     if not isinstance(model, LeavesOneOut):
         return None
     targets, total = model.training_targets()
-    misfit = model.misfit_variance() if isinstance(model, HasMisfit) else torch.zeros_like(total[0])
+    misfit = model.misfit_variance()
     at = torch.cat([front, pool])
     q = len(at)
     joint = JointPosterior.of(model, torch.cat([at, evaluated]))
@@ -223,7 +222,7 @@ def assess(
     model: SurrogateModel,
     seen: Observations,
     space: CoefficientSpace,
-    reference: Reference,
+    scale: Scale,
     *,
     guarded: bool,
     generator: Generator,
@@ -238,7 +237,7 @@ def assess(
         model: The surrogate that predicted it.
         seen: What the surrogate was fitted to.
         space: The coefficients.
-        reference: The scale of the metrics.
+        scale: The scale of the metrics.
         guarded: Whether the front was kept where the data support the surrogate.
         generator: Source of all randomness.
         draws: How many posterior draws.
@@ -254,15 +253,16 @@ def assess(
         model, X, evaluated, space, count=draws, generator=child(generator, "draws")
     )
     probability = torch.full((len(front),), torch.nan, dtype=torch.float64)
-    probability[rows] = front_probabilities(values, known)
-    predicted = scaled_gains(front.mean[rows], metrics, reference)
+    varied = varied_metrics(seen)
+    probability[rows] = front_probabilities(values[..., varied], known[..., varied])
+    predicted = scale.gains(front.mean[rows])
     volume = hypervolume_interval(
-        scaled_gains(to_maximisation(values, metrics), metrics, reference),
+        scale.gains(values, maximised=True),
         predicted,
         generator=child(generator, "directions"),
     )
     coverage = Coverage.of(evaluated, space) if guarded else None
-    some = spread(predicted, _POOL // 2)
+    some = sorted(farthest_rows(predicted, _POOL // 2))
     pool = plausible_points(
         X[some], space, coverage, count=_POOL, generator=child(generator, "pool")
     )
@@ -304,7 +304,7 @@ def with_uncertainty(
         found.model,
         seen,
         space,
-        found.reference,
+        found.scale,
         guarded=settings.guard,
         generator=generator,
     )

@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from typing import cast
 
 import torch
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, to_maximisation
 from map_bo.pareto.indicators import directional_hypervolume, inverse_directions
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import Link, from_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
-__all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "spread", "volumes"]
+__all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "volumes"]
 
 DIRECTIONS = 512
 """Directions of :func:`volumes`."""
@@ -51,15 +50,9 @@ class JointPosterior:
     @classmethod
     def of(cls, model: SurrogateModel, X: Tensor) -> JointPosterior:
         """Return the posterior of ``model`` at ``X`` (``q x d``), metric by metric."""
-        m, q = len(model.metrics), len(X)
-        mean, covariance = X.new_zeros(q, m), X.new_zeros(m, q, q)
         with torch.no_grad():
-            for j in range(m):
-                # A joint posterior of all metrics would have a covariance of (q m)^2 entries.
-                alone = cast(SurrogateModel, model.subset_output([j])) if m > 1 else model
-                posterior = cast(GPyTorchPosterior, alone.posterior(X))
-                mean[:, j] = posterior.mean.squeeze(-1)
-                covariance[j] = posterior.distribution.covariance_matrix
+            # A joint posterior of all metrics would have a covariance of (q m)^2 entries.
+            mean, covariance = model.joint(X)
         return cls(mean, covariance, model.metrics, model.links)
 
     def draw(self, count: int, *, generator: Generator) -> Tensor:
@@ -102,7 +95,7 @@ def real_draws(
     """Return draws of the real metrics at ``X`` and where evaluations succeeded.
 
     The real metric on the link scale is ``f(x) + e(x)``: the surrogate's function, and its misfit
-    with the variance ``s`` that the surrogate gives it (:class:`HasMisfit`), as in the intervals of
+    with the variance ``s`` that the surrogate gives it, as in the intervals of
     a prediction. A surrogate treats the misfit as independent from point to point. Among hundreds
     of points of one front that is untenable, because the luckiest of many neighbours would dominate
     the rest and their hypervolume would grow with their number; so over ``X`` it is drawn with the
@@ -125,8 +118,8 @@ def real_draws(
     joint = JointPosterior.of(model, torch.cat([X, evaluated]))
     F = joint.draw(count, generator=child(generator, "function"))
     k = len(X)
-    if isinstance(model, HasMisfit):
-        misfit = model.misfit_variance()
+    misfit = model.misfit_variance()
+    if bool((misfit > 0).any()):
         noise = child(generator, "misfit")
         normal = torch.randn(F.shape, generator=noise, dtype=torch.float64)
         U = space.normalise(X)
@@ -140,9 +133,9 @@ def real_draws(
             error[:, k:] = share * (targets - F[:, k:]) + width * normal[:, k:]
         F = F + error
     if k and len(evaluated):
-        distance, nearest = torch.cdist(X, evaluated, p=torch.inf).min(-1)
-        same = (distance <= 1e-9).nonzero().flatten()
-        F[:, same] = F[:, k + nearest[same]]
+        same = same_points(X, evaluated, space)
+        rows = same.any(-1).nonzero().flatten()
+        F[:, rows] = F[:, k + same[rows].int().argmax(-1)]
     values = joint.gains(F)
     return values[:, :k], values[:, k:]
 
@@ -154,20 +147,6 @@ def volumes(gains: Tensor, *, generator: Generator) -> Tensor:
     """
     inverse = inverse_directions(gains.shape[-1], DIRECTIONS, generator=generator)
     return gains.new_tensor([directional_hypervolume(Y, inverse) for Y in gains])
-
-
-def spread(gains: Tensor, count: int) -> Tensor:
-    """Return ``count`` rows of ``gains`` (``k x m``), far apart, in ascending order."""
-    k = len(gains)
-    if k <= count:
-        return torch.arange(k)
-    taken = torch.zeros(count, dtype=torch.long)
-    taken[0] = gains.amin(-1).argmax()
-    distance = (gains - gains[taken[0]]).square().sum(-1)
-    for i in range(1, count):
-        taken[i] = distance.argmax()
-        distance = torch.minimum(distance, (gains - gains[taken[i]]).square().sum(-1))
-    return taken.sort().values
 
 
 def plausible_points(

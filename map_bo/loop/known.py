@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, StoreError
 from map_bo.loop.state import RunState, advance
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.store import Event, RunStore
 
 __all__ = ["begin_with", "check_known", "include", "notes_on_imported"]
-
-_SAME = 1e-9  # of a coefficient: rows nearer than this are one point
 
 
 def check_known(found: Observations, metrics: Sequence[Metric], space: CoefficientSpace) -> None:
@@ -73,9 +70,10 @@ def include(
             "map_bo.optimize(..., known=observations)",
         )
     _check(found, state.metrics, state.X.shape[-1])
+    space = CoefficientSpace.from_description(state.created["space"])
     waiting, number, indices = list(state.pending), len(state.X), []
-    for x in found.X:
-        same = [i for i in waiting if torch.allclose(state.X[i], x, rtol=0.0, atol=_SAME)]
+    for rows in same_points(found.X, state.X, space).tolist():
+        same = [i for i in waiting if rows[i]]
         if same:
             waiting.remove(same[0])
         indices.append(same[0] if same else number)

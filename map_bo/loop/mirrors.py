@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, did_you_mean
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.report.run.artifacts import write_report
@@ -33,8 +32,7 @@ def view_of(result: Result) -> RunView:
         space=result.space,
         front=result.front,
         seen=result.seen.append(result.verification),
-        reference_point=result.reference.point,
-        reference_rule=result.reference.rule,
+        scale=result.scale,
         summary=result.summary,
     )
 
@@ -100,10 +98,7 @@ def _settings(given: object) -> list[Tracking]:
         return known[given]
     if isinstance(given, Tracking):
         return [given]
-    near = get_close_matches(given, known, n=1) if isinstance(given, str) else []
     raise ConfigError(
         f"there is no tracker {given!r}",
-        hint=f"did you mean {near[0]!r}?"
-        if near
-        else f"trackers are {', '.join(known)}, and any settings with `open(directory)`",
+        hint=f"{did_you_mean(given, known)} (or give settings that have `open(directory)`)",
     )

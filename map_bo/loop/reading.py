@@ -10,22 +10,23 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from map_bo.errors import AnotherRunError, MapBoError, StoreError
-from map_bo.loop.recommend import refit
+from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, replay
+from map_bo.plain import flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.tracking.codec import decode_metric, decode_tensor
+from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb.run import wandb_run_of
 
@@ -37,6 +38,7 @@ __all__ = [
     "load_state",
     "read_runs",
     "record_failure",
+    "recorded_surrogate",
 ]
 
 _EVENTS = "events.jsonl"
@@ -83,6 +85,8 @@ def load_result(
     *,
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
+    refit: bool = False,
+    trust: Collection[str] = (),
 ) -> Result:
     """Return the result of a recorded run; no checkpoint is loaded and nothing is evaluated.
 
@@ -92,19 +96,55 @@ def load_result(
         surrogate: The run's surrogate settings. When given, it is fitted again to the recorded
             evaluations, and once more with the verified points among them, so that choices are not
             limited to the points of the front.
+        refit: Whether to fit the recorded surrogate again where none is given; see
+            :func:`recorded_surrogate`.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
 
     Raises:
         StoreError: When there is no run, or it has no front yet.
+        SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
     state, space = load_state(run_dir)
+    if refit and surrogate is None:
+        surrogate = recorded_surrogate(state.created, trust=trust)
     result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
     if surrogate is None:
         return result
     return replace(
         result,
         model=surrogate.fit(state.seen, space),
-        refitted=refit(state, space, surrogate) if result.is_corrected else None,
+        refitted=fit_again(state, space, surrogate) if result.is_corrected else None,
     )
+
+
+def recorded_surrogate(
+    created: Mapping[str, Any], *, trust: Collection[str] = ()
+) -> Surrogate | None:
+    """Return the surrogate settings of a run, built again from its record.
+
+    Args:
+        created: What was recorded when the run was started.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
+
+    Returns:
+        The settings; None for runs of version 0.1 that were started in Python, whose records name
+        them in words alone.
+
+    Raises:
+        SettingsError: When they cannot be built, or their package is not trusted.
+    """
+    recorded = created.get("settings", {}).get("surrogate")
+    if isinstance(recorded, str):  # version 0.1
+        recorded = ((created.get("config") or {}).get("tree") or {}).get("surrogate")
+    if recorded is None:
+        return None
+    surrogate = from_plain(recorded, trust=trust)
+    if not isinstance(surrogate, Surrogate):
+        raise SettingsError(
+            f"the recorded surrogate is a {type(surrogate).__name__}, which is not one",
+            hint="the record was changed by hand",
+        )
+    return surrogate
 
 
 def is_run(directory: str | Path) -> bool:
@@ -220,13 +260,10 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
         return replace(known, status="failed" if failure else "unfinished", reason=reason)
     if refused:  # another run has finished in this directory
         return replace(known, status="failed", reason=failure)
-    scale = state.front_data["reference"]
     outcome = Outcome(
         seen=state.data,
         front=state.front,
-        reference_point=decode_tensor(scale["point"]),
-        best=decode_tensor(scale["best"]),
-        rule=str(scale["rule"]),
+        scale=decode_scale(state.front_data["reference"], state.metrics),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
         data_sets=(state.summary.get("nested") or {}).get("data_sets"),
     )
@@ -249,7 +286,7 @@ def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ..
     """Return the flat settings of a run, and the names of those given on its command line."""
     config = created.get("config") or {}
     if "tree" not in config:  # a run made in Python
-        return _flat(created.get("settings", {})), ()
+        return _flat_settings(created.get("settings", {})), ()
     settings = _flat(config["tree"])
     choices = config.get("choices") or {}
     settings |= {key: str(value) for key, value in choices.items() if value and key not in _IGNORED}
@@ -258,6 +295,14 @@ def _settings(created: Mapping[str, Any]) -> tuple[dict[str, str], tuple[str, ..
     # A setting that is a mapping has no value of its own among the flat settings.
     settings |= {name: value for name, value in named.items() if name not in settings}
     return {k: v for k, v in settings.items() if k not in _IGNORED}, tuple(named)
+
+
+def _flat_settings(settings: Mapping[str, Any]) -> dict[str, str]:
+    found: dict[str, Any] = {}
+    for name, value in settings.items():
+        said = read_repr(value) if isinstance(value, str) and "(" in value else value
+        found |= flat(said, name, modules=False)
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in found.items()}
 
 
 def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -2,51 +2,35 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
-from map_bo.loop.recommend import Reference
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
-from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard
-from map_bo.problems.merged.export import AdapterExporting
-from map_bo.problems.problem import Problem
+from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import decode_tensor
+from map_bo.tracking.codec import decode_scale
 
 __all__ = ["Choice", "Exportable", "Result"]
 
 # Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
-
-
-@runtime_checkable
-class Exportable(Protocol):
-    """A problem whose points are models that can be written to disk."""
-
-    def export(
-        self,
-        x: Tensor,
-        out: str | Path,
-        *,
-        record: Mapping[str, Any],
-        settings: ExportSettings | None = None,
-    ) -> Path:
-        """Write the model with coefficients ``x`` (``d``) into the directory ``out``."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +51,7 @@ class Choice:
         preference: The preference that it was chosen by, or None when chosen by number.
         refined: Whether the surrogate was optimised for exactly this preference, starting from
             ``point``, because that gave a noticeably better prediction than the point itself.
+        notes: What a reader of the choice must know, such as metrics without a range.
         problem: The problem, needed to export.
         exports: What writes the model, where it is not the problem itself.
     """
@@ -82,6 +67,7 @@ class Choice:
     space: CoefficientSpace
     preference: Preference | None = None
     refined: bool = False
+    notes: tuple[str, ...] = ()
     problem: Problem | None = None
     exports: Exportable | None = None
 
@@ -105,9 +91,11 @@ class Choice:
                 for metric, value in zip(self.metrics, values.tolist(), strict=True)
             }
 
+        notes = {"notes": list(self.notes)} if self.notes else {}
         return {
             "point": self.point,
             "refined": self.refined,
+            **notes,
             "coefficients": self.coefficients,
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
@@ -149,7 +137,7 @@ class Choice:
         Raises:
             MergeError: When the problem has no models, or the adapter cannot be written.
         """
-        if not isinstance(self.problem, AdapterExporting) or self.exports is not None:
+        if not isinstance(self.problem, ExportsAdapters) or self.exports is not None:
             raise MergeError(
                 f"a merge of {type(self.problem).__name__} cannot be written as an adapter",
                 hint="export an adapter from a run that merges checkpoints, all at once",
@@ -167,7 +155,7 @@ class Result:
         front: Predicted trade-offs, with real values where they were verified.
         seen: Every evaluation of the search, failures included.
         verification: The measurements of front points at the end.
-        reference: The reference point, the other end of the scale, and the rule.
+        scale: The reference point, the other end of the scale, and the rule.
         summary: Plain data, as written to ``summary.json``.
         space: The coefficients.
         problem: The problem, when it is available.
@@ -182,7 +170,7 @@ class Result:
     front: Front
     seen: Observations
     verification: Observations
-    reference: Reference
+    scale: Scale
     summary: Mapping[str, Any]
     space: CoefficientSpace
     problem: Problem | None = None
@@ -213,15 +201,11 @@ class Result:
                 f"the run has no front yet: {len(state.outcomes)} evaluations are recorded",
                 hint="finish it with `map-bo resume`",
             )
-        scale = state.front_data["reference"]
-        reference = Reference(
-            decode_tensor(scale["point"]), decode_tensor(scale["best"]), scale["rule"]
-        )
         return cls(
             front=state.front,
             seen=state.seen,
             verification=state.verification,
-            reference=reference,
+            scale=decode_scale(state.front_data["reference"], state.metrics),
             summary=state.summary or {},
             space=space,
             problem=problem,
@@ -231,6 +215,16 @@ class Result:
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
         )
+
+    @property
+    def reference(self) -> Scale:
+        """The name of :attr:`scale` in version 0.1."""
+        warnings.warn(
+            "Result.reference is now Result.scale; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.scale
 
     @property
     def is_corrected(self) -> bool:
@@ -276,10 +270,9 @@ class Result:
             at_most=dict(at_most or {}),
             rule=rule,
         )
-        scale = {"reference": self.reference.point, "best": self.reference.best}
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        row = choose(values, self.metrics, preference, **scale)
+        row = choose(values, preference, self.scale)
         x = self._refined(row, preference, self.refitted if corrected else self.model)
         return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
 
@@ -295,21 +288,15 @@ class Result:
         if model is None:
             return None
         mean = predicted_mean(model)
-        width = (self.reference.best - self.reference.point).abs()
-        # The search alone: the front was kept inside the region it covers, and so is verification.
+        width = self.scale.width
+        # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            wanted = utility(
-                values,
-                self.metrics,
-                preference,
-                reference=self.reference.point,
-                best=self.reference.best,
-            )
-            return wanted - 10 * shortfall(values, self.metrics, preference, scale=width)
+            wanted = utility(values, preference, self.scale)
+            return wanted - 10 * shortfall(values, self.metrics, preference, width=width)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
@@ -358,6 +345,7 @@ class Result:
             metrics=self.metrics,
             space=self.space,
             preference=preference,
+            notes=() if preference is None else tuple(self.scale.notes()),
             problem=self.problem,
         )
 

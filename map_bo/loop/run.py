@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -22,32 +21,27 @@ from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import (
-    Recommendation,
-    Reference,
-    recommend,
-    reference_of,
-    refit,
-    scaled_gains,
-)
+from map_bo.loop.recommend import Recommendation, recommend, refit
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, refuse_another, replay
+from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
 from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import summarise, versions
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import proposed
+from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
+from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.tracking.codec import encode_metric, encode_observations, encode_tensor
+from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
-__all__ = ["ObservedVolume", "Run", "optimize"]
+__all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
 
 logger = logging.getLogger(__name__)
 
@@ -66,27 +60,27 @@ class ObservedVolume:
 
     def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
         self._space, self._given = space, given
-        self._reference: Reference | None = None
+        self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
         """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
-        if self._reference is None:
-            self._reference = self._settled(seen)
-        if self._reference is None:
+        if self._scale is None:
+            self._scale = self._settled(seen)
+        if self._scale is None:
             return {}
-        gains = scaled_gains(seen.succeeded().Y, seen.metrics, self._reference)
+        gains = self._scale.gains(seen.succeeded().Y)
         zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
         return {"hypervolume": hypervolume(gains, zero)}
 
-    def _settled(self, seen: Observations) -> Reference | None:
-        anchors = self._space.anchors()
-        ends = anchors.X[[kind in ("base", "expert") for kind in anchors.kinds]]
+    def _settled(self, seen: Observations) -> Scale | None:
         if not bool(seen.ok.any()):
             return None
-        if bool((torch.cdist(ends, seen.X, p=torch.inf).amin(-1) > 1e-9).any()):
+        tried = anchor_rows(seen.X, self._space).any(-1).tolist()
+        kinds = self._space.anchors().kinds
+        if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = reference_of(seen, self._space, self._given)
-        return None if found.rule.startswith("worst observed") else found
+        found = Scale.of(seen, self._space, self._given)
+        return None if found.is_observed else found
 
 
 class Run:
@@ -131,28 +125,20 @@ class Run:
         self._volume = ObservedVolume(problem.space, settings.reference)
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
-        self.state: RunState = replay(events, problem.metrics, problem.space.d)
         identity = self._identity()
-        if not self.state.created:
+        recorded = next((event.data for event in events if event.kind == "created"), None)
+        if recorded is not None:  # first: what is of another run cannot be replayed as this one
+            refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+            refuse_another(recorded, identity)
+        self.state: RunState = replay(events, problem.metrics, problem.space.d)
+        if recorded is None:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
-            refuse_another({"nested": self.state.created.get("nested")}, {"nested": None})
-            refuse_another(self.state.created, identity)
             for event in events:
                 self._trackers.observe(event)
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", lambda: {"type": type(self.problem).__name__})
-        identity = {
-            "settings": self.settings.describe(),
-            "problem": describe()
-            if describe is not None
-            else {"type": type(self.problem).__name__},
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        return run_identity(self.problem, self.settings)
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)
@@ -166,7 +152,7 @@ class Run:
         start = time.perf_counter()
         waiting = self.state.pending
         X, scores = proposed(
-            self.settings.sampler,
+            self.settings.run_sampler,
             self.state.seen,
             self.problem.space,
             n,
@@ -176,8 +162,8 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        fit = {"surrogate": dict(scores)} if scores else {}
-        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **fit})
+        about = {"surrogate": dict(scores)} if scores else {}
+        self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:
@@ -224,6 +210,8 @@ class Run:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        if not self.state.outcomes:
+            check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
             self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
@@ -364,7 +352,7 @@ class Run:
             seen=result.seen,
             verification=result.verification,
             space=result.space,
-            reference=result.reference,
+            scale=result.scale,
             settings=self.settings,
             optimism=result.optimism(),
             uncertainty=result.uncertainty(),
@@ -376,10 +364,29 @@ class Run:
                 **state.front_data["seconds"],
                 **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
             },
-            notes=[*self.notes, *notes_on_imported(state), *notes_on(stop)],
+            notes=[
+                *self.notes,
+                *result.scale.notes(),
+                *notes_on_imported(state),
+                *notes_on(stop),
+            ],
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def check_surrogates(settings: Settings, problem: Problem) -> None:
+    """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
+
+    Raises:
+        SurrogateError: When one of them would fail once the evaluations were paid for.
+    """
+    used = [settings.surrogate]
+    if isinstance(settings.sampler, SeesThroughSurrogate) and settings.sampler.surrogate:
+        used.append(settings.sampler.surrogate)
+    for surrogate in used:
+        if is_foreign(surrogate):
+            rehearse(surrogate, problem.space, problem.metrics)
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

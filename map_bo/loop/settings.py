@@ -1,23 +1,42 @@
-"""Settings of a run: budget, batch, verification, failures; and the parts that do the work."""
+"""Settings of a run: budget, batch, verification, failures; and the parts that do the work.
+
+Importing this costs nothing, because the configuration's schema is made from it on the way to
+``--help``: the parts, and with them the tensor libraries, are loaded when settings are made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from map_bo.errors import BudgetError, ConfigError
+from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
-from map_bo.pareto.gradient import GradientSolver
-from map_bo.pareto.solver import FrontSolver
-from map_bo.samplers.adaptive import Adaptive
-from map_bo.samplers.posterior.driven import TakesReference
-from map_bo.samplers.sampler import Sampler
-from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.surrogate import Surrogate
+
+if TYPE_CHECKING:
+    from map_bo.pareto.solver import FrontSolver
+    from map_bo.samplers.sampler import Sampler
+    from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
+
+
+def _sampler() -> Sampler:
+    from map_bo.samplers.adaptive import Adaptive
+
+    return Adaptive()
+
+
+def _surrogate() -> Surrogate:
+    from map_bo.surrogates.auto import Auto
+
+    return Auto()
+
+
+def _solver() -> FrontSolver:
+    from map_bo.pareto.gradient import GradientSolver
+
+    return GradientSolver()
 
 
 @dataclass(frozen=True)
@@ -30,15 +49,17 @@ class Settings:
             is.
         seed: Seed of the run's generator.
         sampler: Chooses what to evaluate next.
-        surrogate: Fitted to all evaluations, for the front.
+        surrogate: The surrogate of the run: the sampler looks through it unless it was given its
+            own, the stopping rule asks it, and the front is solved on it.
         solver: Solves the surrogate for the front.
         batch: How many points are proposed at a time.
         verify: How many front points are measured at the end; ``None`` is 10 % of the budget, at
             most 8.
         verify_extra: Whether verification comes on top of the budget instead of inside it.
         guard: Whether the front is kept where the data support the surrogate.
-        reference: Reference point of the hypervolume by metric name, own units; ``None`` takes
-            the worst value among the base and the experts. A sampler that uses one takes it too,
+        reference: Reference point of the hypervolume by metric name, own units: a threshold that
+            moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
+            value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
         retries: How often a failed evaluation is tried again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
@@ -50,9 +71,9 @@ class Settings:
 
     budget: int
     seed: int = 0
-    sampler: Sampler = field(default_factory=Adaptive)
-    surrogate: Surrogate = field(default_factory=Auto)
-    solver: FrontSolver = field(default_factory=GradientSolver)
+    sampler: Sampler = field(default_factory=_sampler)
+    surrogate: Surrogate = field(default_factory=_surrogate)
+    solver: FrontSolver = field(default_factory=_solver)
     batch: int = 1
     verify: int | None = None
     verify_extra: bool = False
@@ -99,8 +120,11 @@ class Settings:
                 "lower `verify`, or set `verify_extra`",
             )
         object.__setattr__(self, "stop", Stop.of(self.stop))
-        if self.reference is not None and isinstance(self.sampler, TakesReference):
-            object.__setattr__(self, "sampler", self.sampler.above(self.reference))
+        if self.reference is not None:
+            from map_bo.samplers.posterior.driven import with_reference
+
+            object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
+        assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the first check of the stopping rule comes after {self.stop.least} evaluations, "
@@ -114,12 +138,17 @@ class Settings:
         known = [f.name for f in fields(cls)]
         unknown = sorted(set(values) - set(known))
         if unknown:
-            near = get_close_matches(unknown[0], known, n=1)
             raise ConfigError(
-                f"there is no setting {unknown[0]!r}",
-                hint=f"did you mean {near[0]!r}?" if near else f"settings: {', '.join(known)}",
+                f"there is no setting {unknown[0]!r}", hint=did_you_mean(unknown[0], known)
             )
         return cls(**values)
+
+    @property
+    def run_sampler(self) -> Sampler:
+        """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
+        from map_bo.samplers.sampler import looking_through
+
+        return looking_through(self.sampler, self.surrogate)
 
     @property
     def verifications(self) -> int:
@@ -130,18 +159,3 @@ class Settings:
     def search(self) -> int:
         """How many evaluations the search has."""
         return self.budget if self.verify_extra else self.budget - self.verifications
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data: what makes two runs the same run."""
-        parts = {"sampler", "surrogate", "solver"}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in parts}
-        plain["reference"] = dict(self.reference) if self.reference is not None else None
-        plain["stop"] = None if self.stop is None else self.stop.describe()
-        return {**plain, **{name: _told(getattr(self, name)) for name in sorted(parts)}}
-
-
-def _told(part: object) -> str:
-    """Return a part in words that are the same in every process."""
-    if type(part).__repr__ is object.__repr__:
-        return f"{type(part).__module__}.{type(part).__qualname__}"
-    return repr(part)

@@ -3,8 +3,9 @@
 Events and their data:
 
 ``created``    settings, problem (its description), space, metrics, versions
-``proposed``   ``X``: rows to evaluate, whose numbers continue those of earlier rows; ``seconds``;
-               ``surrogate``: leave-one-out scores of the fit that chose them, if there was one
+``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
+               ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
+               ``model`` and leave-one-out scores
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
@@ -25,6 +26,7 @@ Events and their data:
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,11 +35,113 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations
-from map_bo.errors import AnotherRunError, MapBoError, StoreError
-from map_bo.tracking.codec import decode_front, decode_observations, decode_tensor
+from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.settings import Settings
+from map_bo.plain import Described, flat, identity_of, modernise, to_plain
+from map_bo.problems.problem import Problem
+from map_bo.tracking.codec import (
+    decode_front,
+    decode_observations,
+    decode_tensor,
+    encode_metric,
+)
 from map_bo.tracking.store import Event
 
-__all__ = ["RunState", "advance", "difference", "refuse_another", "replay"]
+__all__ = [
+    "RunState",
+    "advance",
+    "difference",
+    "problem_identity",
+    "refuse_another",
+    "replay",
+    "run_identity",
+]
+
+
+def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """Describe the first way in which a record differs from ``identity``; None if in no way.
+
+    Files may have moved, but their digests must be the same.
+    """
+    before: dict[str, Any] = {}
+    now: dict[str, Any] = {}
+    for part, value in identity.items():
+        before |= flat(modernise(_with_resampling(recorded.get(part), value), value), part)
+        now |= flat(value, part)
+    for values in (before, now):
+        for key in list(values):
+            # Files may move; their digests tell whether they are the same.
+            if key.rpartition(".")[2] == "source" or values[key] == {}:
+                del values[key]
+    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
+    if not different:
+        return None
+    key = different[0]
+    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
+    return f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}"
+
+
+def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Refuse a record of another run: one whose identity differs from ``identity``.
+
+    Raises:
+        AnotherRunError: When they differ; the message names the first difference.
+    """
+    found = difference(recorded, identity)
+    if found is not None:
+        raise AnotherRunError(
+            f"the run directory belongs to another run: {found}",
+            hint="use another run directory, or the settings with which the run was started",
+        )
+
+
+def run_identity(problem: Problem, settings: Settings, **parts: Any) -> dict[str, Any]:
+    """Return what makes two runs the same run, as it is read back from a record.
+
+    Args:
+        problem: What is optimised.
+        settings: How.
+        **parts: Further parts of the identity.
+    """
+    identity = {
+        "settings": identity_of(settings)["fields"],
+        **parts,
+        "problem": problem_identity(problem),
+        "space": problem.space.describe(),
+        "metrics": [encode_metric(metric) for metric in problem.metrics],
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(identity))
+    return plain
+
+
+def problem_identity(problem: Problem) -> Any:
+    """Return plain data by which a problem is recognised.
+
+    One that does not describe itself is recognised by its fields where they are settings (those
+    of a frozen dataclass), and by its type alone where they are not.
+    """
+    if isinstance(problem, Described):
+        return problem.describe()
+    if dataclasses.is_dataclass(problem) and type(problem).__dataclass_params__.frozen:
+        try:
+            return to_plain(problem)
+        except SettingsError:
+            pass
+    return {"type": type(problem).__name__}
+
+
+def _with_resampling(recorded: Any, now: Any) -> Any:
+    """Return the description of a problem with what version 0.1 left out of its metrics.
+
+    That a metric draws new examples was recorded with the run's own metrics, and is compared there.
+    """
+    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
+        return recorded
+    ours, theirs = now.get("metrics"), recorded.get("metrics")
+    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
+        return recorded
+    known = ({"examples": metric.get("examples")} for metric in ours)
+    return {**recorded, "metrics": [a | b for a, b in zip(known, theirs, strict=True)]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,42 +296,3 @@ def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunS
                 "version of map-bo that wrote it",
             ) from error
     return state
-
-
-def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
-    """Describe the first way in which a record differs from ``identity``; None if in no way.
-
-    Files may have moved, but their digests must be the same.
-    """
-    before = _flat({part: recorded.get(part) for part in identity})
-    now = _flat(identity)
-    different = sorted(key for key in {*before, *now} if before.get(key) != now.get(key))
-    if not different:
-        return None
-    key = different[0]
-    more = f" and {len(different) - 1} more" if len(different) > 1 else ""
-    return f"{key} was {before.get(key)!r} and is {now.get(key)!r}{more}"
-
-
-def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Refuse a record of another run: one whose identity differs from ``identity``.
-
-    Raises:
-        AnotherRunError: When they differ; the message names the first difference.
-    """
-    found = difference(recorded, identity)
-    if found is not None:
-        raise AnotherRunError(
-            f"the run directory belongs to another run: {found}",
-            hint="use another run directory, or the settings with which the run was started",
-        )
-
-
-def _flat(data: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in data.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key != "source":  # files may move; their digests identify them
-            flat[f"{prefix}{key}"] = value
-    return flat

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from map_bo.errors import ConfigError
-from map_bo.space import CoefficientSpace
+from map_bo.errors import ConfigError, did_you_mean
+
+if TYPE_CHECKING:
+    from map_bo.space import CoefficientSpace
 
 __all__ = ["Criterion", "Stop", "notes_on", "stop_record"]
 
@@ -43,11 +44,10 @@ class Stop:
 
     def __post_init__(self) -> None:
         if self.criterion not in _CRITERIA:
-            near = get_close_matches(str(self.criterion), _CRITERIA, n=1)
             raise ConfigError(
                 f"there is no stopping criterion {self.criterion!r}",
-                hint=(f"did you mean {near[0]!r}? " if near else "")
-                + "criteria are 'regret' and 'hypervolume'; without one, the whole budget is spent",
+                hint=f"{did_you_mean(self.criterion, _CRITERIA)} "
+                "(no criterion spends the whole budget)",
             )
         value = self.tolerance
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
@@ -83,11 +83,7 @@ class Stop:
         known = {field.name: field.default for field in fields(cls)}
         for key in given:
             if key not in known:
-                near = get_close_matches(str(key), list(known), n=1)
-                raise ConfigError(
-                    f"stop has no option {key!r}",
-                    hint=f"did you mean {near[0]!r}?" if near else f"options: {', '.join(known)}",
-                )
+                raise ConfigError(f"stop has no option {key!r}", hint=did_you_mean(key, known))
         if given.get("criterion") is None:
             changed = [key for key, value in given.items() if key != "criterion"]
             changed = [key for key in changed if given[key] != known[key]]
@@ -104,10 +100,6 @@ class Stop:
         if self.least is not None:
             return self.least
         return max(2 * (len(space.experts) or space.d) + 2, 10)
-
-    def describe(self) -> dict[str, Any]:
-        """Return the rule as plain data."""
-        return asdict(self)
 
     def reason(self, gains: Sequence[float]) -> str | None:
         """Return why the search stops after expected ``gains``, one per round; None to go on."""
@@ -139,7 +131,7 @@ def stop_record(
     series = [[int(check["evaluations"]), float(check["gain"])] for check in checks]
     floors = [check["floor"] for check in checks if check.get("floor") is not None]
     return {
-        **stop.describe(),
+        **asdict(stop),
         "reason": checks[-1].get("stop") if checks else None,
         "series": series,
         "least_gain": min((gain for _, gain in series), default=None),

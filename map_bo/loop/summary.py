@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Observations
-from map_bo.loop.recommend import Reference, scaled_gains
 from map_bo.loop.settings import Settings
 from map_bo.pareto.indicators import hypervolume
+from map_bo.samplers.sampler import SeesThroughSurrogate
+from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 
 __all__ = ["commit", "comparison", "summarise", "versions"]
@@ -53,7 +54,7 @@ def commit() -> str | None:
 
 
 def comparison(
-    front: Front, seen: Observations, space: CoefficientSpace, reference: Reference
+    front: Front, seen: Observations, space: CoefficientSpace, scale: Scale
 ) -> dict[str, float | None]:
     """Return the hypervolume of the front and those of its baselines.
 
@@ -64,19 +65,18 @@ def comparison(
     def volume(values: Tensor) -> float | None:
         if not len(values):
             return None
-        gains = scaled_gains(values, front.metrics, reference)
+        gains = scale.gains(values)
         return hypervolume(gains, torch.zeros(gains.shape[-1], dtype=torch.float64))
 
     seen = seen.succeeded()
-    anchors = space.anchors()
+    rows = anchor_rows(seen.X, space)
 
     def measured(kind: str) -> list[Tensor]:
         return [
             y.unsqueeze(0)
-            for anchor_kind, anchor in zip(anchors.kinds, anchors.X, strict=True)
+            for anchor_kind, here in zip(space.anchors().kinds, rows, strict=True)
             if anchor_kind == kind
-            for x, y in zip(seen.X, seen.Y, strict=True)
-            if torch.allclose(x, anchor, rtol=0.0, atol=1e-9)
+            for y in seen.Y[here]
         ]
 
     def best(points: list[Tensor]) -> float | None:
@@ -92,13 +92,22 @@ def comparison(
     }
 
 
+def _of_its_own(settings: Settings) -> str | None:
+    """Return the surrogate that the sampler looks through in place of the run's, if it does."""
+    sampler = settings.sampler
+    if not isinstance(sampler, SeesThroughSurrogate) or sampler.surrogate is None:
+        return None
+    own = repr(sampler.surrogate)
+    return None if own == repr(settings.surrogate) else own
+
+
 def summarise(
     *,
     front: Front,
     seen: Observations,
     verification: Observations,
     space: CoefficientSpace,
-    reference: Reference,
+    scale: Scale,
     settings: Settings,
     optimism: Mapping[str, float | None],
     uncertainty: Mapping[str, Any],
@@ -119,15 +128,16 @@ def summarise(
         "failures": sum(r is not None for r in seen.failures + verification.failures),
         "seed": settings.seed,
         "front_points": len(front),
-        "hypervolume": comparison(front, seen, space, reference),
-        "reference_point": dict(zip(names, reference.point.tolist(), strict=True)),
-        "reference_best": dict(zip(names, reference.best.tolist(), strict=True)),
-        "reference_rule": reference.rule,
+        "hypervolume": comparison(front, seen, space, scale),
+        "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
+        "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
+        "reference_rule": scale.rule,
         "optimism": dict(optimism),
         "uncertainty": dict(uncertainty),
         "stop": None if stop is None else dict(stop),
         "surrogate": dict(surrogate),
-        "sampler": repr(settings.sampler),
+        "sampler": repr(settings.run_sampler),
+        "sampler_surrogate": _of_its_own(settings),
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},

@@ -13,7 +13,6 @@ from torch import Tensor
 from map_bo.data import Front, Observations
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.front_posterior import assess
-from map_bo.loop.recommend import Reference, reference_of
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
@@ -24,11 +23,13 @@ from map_bo.nested.record import NODE
 from map_bo.nested.result import NestedResult, NodeRecord, describe_tree
 from map_bo.nested.tree import Group
 from map_bo.rng import child, make_generator
+from map_bo.scale import Scale
 from map_bo.surrogates.prediction import Prediction, predict
 from map_bo.tracking.codec import (
     decode_observations,
     encode_front,
     encode_observations,
+    encode_scale,
     encode_tensor,
 )
 from map_bo.tracking.store import Event
@@ -121,9 +122,8 @@ def conclude(
     different = {one.node.key: one for one in finals}.values()
     parts = [_outcomes(one.result.seen, one.node) for one in different]
     written = Observations.joined(parts, space.d, problem.metrics)
-    own = result.reference
-    reference = own if node.means is None else reference_of(written, space)
-    front, data = _front(final, selections, reference, settings)
+    scale = result.scale if node.means is None else Scale.of(written, space)
+    front, data = _front(final, selections, scale, settings)
     step(Event("proposed", {"X": encode_tensor(written.X), "seconds": 0.0}), 0)
     count = 1
     for i in range(len(written)):
@@ -151,7 +151,8 @@ def conclude(
     )
     if state.summary is None:
         spent += ledger.spent - before
-        notes = list(result.summary.get("notes") or ())
+        own = list(result.summary.get("notes") or ())
+        notes = list(dict.fromkeys([*own, *outcome.scale.notes()]))
         summary = _summary(outcome, state, settings, spent, nodes, _seconds(events), notes)
         append(Event("finished", {"summary": summary}))
         outcome = dataclasses.replace(outcome, summary=summary)
@@ -178,7 +179,7 @@ def _outcomes(seen: Observations, node: Node) -> Observations:
 def _front(
     final: Final,
     selections: Sequence[Selection] | None,
-    reference: Reference,
+    scale: Scale,
     settings: Settings,
 ) -> tuple[Front, dict[str, Any]]:
     """Return the front in the full space, not verified yet, and the data recorded with it."""
@@ -191,13 +192,13 @@ def _front(
             corrected=torch.full_like(result.front.corrected, torch.nan),
         )
         uncertainty = result.posterior
-        if not _same_scale(reference, result.reference) and result.model is not None:
+        if not _same_scale(scale, result.scale) and result.model is not None:
             sure = assess(
                 own,
                 result.model,
                 result.seen,
                 result.space,
-                reference,
+                scale,
                 guarded=settings.guard,
                 generator=child(make_generator(settings.seed), "conclusion"),
             )
@@ -215,11 +216,7 @@ def _front(
         )
     return front, {
         "verify": [],
-        "reference": {
-            "point": encode_tensor(reference.point),
-            "best": encode_tensor(reference.best),
-            "rule": reference.rule,
-        },
+        "reference": encode_scale(scale),
         "surrogate": dict(result.summary.get("surrogate") or {}),
         "seconds": {
             key: value
@@ -230,11 +227,12 @@ def _front(
     }
 
 
-def _same_scale(one: Reference, other: Reference) -> bool:
+def _same_scale(one: Scale, other: Scale) -> bool:
     return (
-        one.point.shape == other.point.shape
-        and torch.allclose(one.point, other.point)
-        and torch.allclose(one.best, other.best)
+        one.metrics == other.metrics
+        and torch.allclose(one.point, other.point, atol=0.0)
+        and torch.allclose(one.width, other.width, atol=0.0)
+        and torch.equal(one.ranged, other.ranged)
     )
 
 
@@ -289,7 +287,7 @@ def _summary(
         seen=outcome.seen,
         verification=outcome.verification,
         space=outcome.space,
-        reference=outcome.reference,
+        scale=outcome.scale,
         settings=settings,
         optimism=outcome.optimism(),
         uncertainty=outcome.uncertainty(),

@@ -7,14 +7,15 @@ in the record, from which the ledger of a resumed run is rebuilt.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
-from map_bo.loop.recommend import Reference
+from map_bo.data import Metric, Observations
+from map_bo.scale import SAME_POINT, Scale
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import decode_observations, encode_observations
 from map_bo.tracking.store import Event
@@ -24,7 +25,7 @@ __all__ = ["MEASURED", "Ledger"]
 MEASURED = "measured"
 """Kind of the events that hold one point and the metrics measured there (``names``)."""
 
-_DIGITS = 9
+_DIGITS = round(-math.log10(SAME_POINT))  # coefficients that agree in these are one point
 _RULE = "worst of base and experts, where they were measured"
 
 
@@ -150,13 +151,13 @@ class Ledger:
                 )
         return found
 
-    def reference(
+    def scale(
         self, space: CoefficientSpace, names: Sequence[str], *, before: int | None = None
-    ) -> Reference | None:
+    ) -> Scale | None:
         """Return the scale of metrics that the base and the experts give, as far as measured.
 
-        For each metric, the reference is the worst value of the base and of the experts that it
-        was measured on, and the other end is the best of those experts.
+        For each metric it is :meth:`map_bo.scale.Scale.of` what was measured of that metric on
+        the base and the experts.
 
         Args:
             space: The full space.
@@ -164,25 +165,25 @@ class Ledger:
             before: See :meth:`missing`.
 
         Returns:
-            The two ends; None when a metric was measured on no expert.
+            The scale; None when a metric was measured on no expert.
         """
         anchors = space.anchors()
-        point, best = [], []
+        parts = []
         for name in names:
-            ends = [
-                (kind, self._entries[_key(x)][name].value)
-                for kind, x in zip(anchors.kinds, anchors.X, strict=True)
-                if kind != "blend" and not self.missing(x, [name], before=before)
+            rows = [
+                i
+                for i, kind in enumerate(anchors.kinds)
+                if kind != "blend" and not self.missing(anchors.X[i], [name], before=before)
             ]
-            sign = float(to_maximisation(torch.ones(1), (self._by_name[name],)))
-            experts = [sign * value for kind, value in ends if kind == "expert"]
-            if not experts:
+            if all(anchors.kinds[i] != "expert" for i in rows):
                 return None
-            low = min(sign * value for _, value in ends)
-            point.append(sign * low)
-            best.append(sign * max(*experts, low + 1e-9))
-        return Reference(
-            torch.tensor(point, dtype=torch.float64), torch.tensor(best, dtype=torch.float64), _RULE
+            parts.append(Scale.of(self.rows(anchors.X[rows], [name]), space))
+        return Scale(
+            tuple(self._by_name[name] for name in names),
+            torch.cat([part.point for part in parts]),
+            torch.cat([part.best for part in parts]),
+            _RULE,
+            ranged=torch.cat([part.ranged for part in parts]),
         )
 
 

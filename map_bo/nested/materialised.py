@@ -35,19 +35,32 @@ from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker
 
-__all__ = ["MaterialisedRun", "Mergeable", "Models", "composes", "nested_exporter", "rebuild_root"]
+__all__ = [
+    "Composing",
+    "MaterialisedRun",
+    "Mergeable",
+    "Models",
+    "composes",
+    "nested_exporter",
+    "rebuild_root",
+]
 
 _FOLDER = "merged"
 
 
 @runtime_checkable
-class Mergeable(Protocol):
-    """A problem of real models, whose merges can be experts of another merge."""
+class Composing(Protocol):
+    """A problem that says whether coefficients multiply along the path of a tree."""
 
     @property
     def composes(self) -> bool:
         """Whether merges of merges are merges of the experts."""
         ...
+
+
+@runtime_checkable
+class Mergeable(Composing, Protocol):
+    """A problem of real models, whose merges can be experts of another merge."""
 
     def with_experts(self, experts: Mapping[str, Any], names: Sequence[str]) -> Any:
         """Return the problem of merging other experts, with some of the metrics."""
@@ -64,7 +77,7 @@ def composes(problem: Problem) -> bool:
     They do unless the problem says otherwise: a table or a formula has no merges besides its
     coefficients.
     """
-    return bool(getattr(problem, "composes", True))
+    return not isinstance(problem, Composing) or problem.composes
 
 
 class Models:

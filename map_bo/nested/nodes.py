@@ -7,7 +7,7 @@ one number per child (:class:`ChildMean`). :class:`Seeded` starts a run from kno
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,10 +25,11 @@ from map_bo.nested.composition import Part, node_space, subspace
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
+from map_bo.plain import identity_of
 from map_bo.problems.problem import Divisible, Preparable, Problem
 from map_bo.rng import child_seed, make_generator
-from map_bo.samplers.posterior.driven import FitsSurrogate
-from map_bo.samplers.sampler import Sampler, proposed
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
+from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
 from map_bo.surrogates.surrogate import Surrogate
@@ -236,6 +237,22 @@ class Seeded:
     def __repr__(self) -> str:
         return f"Seeded({len(self.points)} points, {self.sampler!r})"
 
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """What the sampler looks through; see `SeesThroughSurrogate`."""
+        return self.sampler.surrogate if isinstance(self.sampler, SeesThroughSurrogate) else None
+
+    def with_surrogate(self, surrogate: Surrogate) -> Seeded:
+        """Return the same; a sampler that looks through a surrogate has this one."""
+        if not isinstance(self.sampler, SeesThroughSurrogate):
+            return self
+        return replace(self, sampler=self.sampler.with_surrogate(surrogate))
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which it is recognised; the points follow from the run itself."""
+        content = {"points": len(self.points), "sampler": identity_of(self.sampler)}
+        return {"class": f"{Seeded.__module__}:{Seeded.__qualname__}", "fields": content}
+
     def propose(
         self,
         seen: Observations,
@@ -335,7 +352,7 @@ class Node:
         parts = [part.names for part in self.parts], [part.names for part in other.parts]
         if parts[0] != parts[1] or self.names != other.names:
             return False
-        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=1e-9)
+        alike = torch.allclose(self.directions, other.directions, rtol=0.0, atol=SAME_POINT)
         if self.means is None or other.means is None:
             return alike and self.means is other.means
         return alike and torch.allclose(self.means.weights, other.means.weights)
@@ -402,7 +419,7 @@ def run_node(
     store: NodeStore,
     progress: Progress,
     *,
-    surrogate: Surrogate | None = None,
+    inform: Callable[[Surrogate], Surrogate] | None = None,
     sampler: Sampler | None = None,
 ) -> Result:
     """Run a node to its end, or resume it.
@@ -412,24 +429,35 @@ def run_node(
         settings: Those of :func:`node_settings`.
         store: Its record.
         progress: Shows the progress of the run.
-        surrogate: Replaces that of the settings, in the sampler too.
+        inform: Turns a surrogate into one that knows more; applied to that of the settings, and
+            to that of the sampler where it has its own.
         sampler: Replaces that of the settings.
 
     Raises:
         EvaluationError: When too many evaluations failed.
         StoreError: When the record belongs to other settings, or cannot be written.
     """
-    if sampler is None:
-        sampler = settings.sampler
-        if surrogate is not None and isinstance(sampler, FitsSurrogate):
-            sampler = sampler.fitting(surrogate)
-    chosen = replace(settings, sampler=sampler, surrogate=surrogate or settings.surrogate)
+    if sampler is not None:
+        settings = replace(settings, sampler=sampler)
+    if inform is not None:
+        settings = replace(
+            settings,
+            surrogate=inform(settings.surrogate),
+            sampler=_informed_sampler(settings.sampler, inform),
+        )
     try:
-        return Run(node.problem(), chosen, store).drive(progress)
+        return Run(node.problem(), settings, store).drive(progress)
     except MapBoError as error:
         if node.key == "root" or not isinstance(error, EvaluationError):
             raise
         raise EvaluationError(f"node {node.key}: {error.message}", hint=error.hint) from error
+
+
+def _informed_sampler(sampler: Sampler, inform: Callable[[Surrogate], Surrogate]) -> Sampler:
+    """Return a sampler whose surrogate knows more; one without its own takes the node's."""
+    if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is not None:
+        return sampler.with_surrogate(inform(sampler.surrogate))
+    return sampler
 
 
 def promoted_part(label: str, rows: Tensor) -> Part:

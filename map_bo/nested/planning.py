@@ -27,10 +27,10 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.nodes import NodeProblem
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, Tasks
-from map_bo.pareto.indicators import scaled
 from map_bo.problems.problem import Problem
 from map_bo.rng import child
 from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predicted_mean
 
@@ -329,9 +329,10 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
     pairs = list(itertools.combinations(range(n), 2))
     both = torch.stack([half[i] + half[j] for i, j in pairs]) if pairs else half[:0]
     gains = to_maximisation(seen.succeeded().Y, seen.metrics)
+    low, width = gains.amin(0), widths(gains.amin(0), gains.amax(0))
     with torch.no_grad():
         at = [
-            scaled(mean(space.project(base + X)), gains.amin(0), gains.amax(0))
+            (mean(space.project(base + X)) - low) / width
             for X in (both, half, torch.zeros_like(base))
         ]
     found = torch.zeros(n, n, dtype=torch.float64)

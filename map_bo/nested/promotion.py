@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from map_bo.loop.recommend import Reference, scaled_gains, spread_rows
 from map_bo.loop.result import Choice, Result
+from map_bo.scale import Scale, farthest_rows
 from map_bo.space import CoefficientSpace
 
 __all__ = ["choose_merge", "representatives", "weights_of"]
@@ -51,24 +51,23 @@ def choose_merge(result: Result, weights: Mapping[str, float]) -> Choice:
     rows = (sizes > _NOTHING).nonzero().flatten()
     if not len(rows):
         return choice
-    values = scaled_gains(result.front.mean[rows], result.metrics, result.reference)
+    values = result.scale.gains(result.front.mean[rows])
     weight = torch.tensor([weights[m.name] for m in result.metrics], dtype=torch.float64)
     return result.point(int(rows[int((values @ weight).argmax())]))
 
 
-def representatives(result: Result, count: int, reference: Reference) -> Tensor:
+def representatives(result: Result, count: int, scale: Scale) -> Tensor:
     """Return up to ``count`` merges that represent a node's front, ``r x k``.
 
     The most balanced point comes first; then, again and again, the point whose metrics are farthest
-    from those taken, on the scale of ``reference``. Points that hardly differ from the base, or
+    from those taken, on ``scale``. Points that hardly differ from the base, or
     from one taken, are passed over. At least one is returned, and at most one more than the node
     has coefficients: a balanced point and the ends of the front.
     """
     count = min(count, result.space.d + 1)
     front = result.front
     moving = torch.tensor(result.space.owner) >= 0
-    gains = scaled_gains(front.mean, front.metrics, reference)
-    order = spread_rows(gains, min(len(front), 4 * count))
+    order = farthest_rows(scale.gains(front.mean), 4 * count)
     taken: list[Tensor] = []
     for row in order:
         x = front.X[row]

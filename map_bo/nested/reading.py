@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from map_bo.errors import StoreError
-from map_bo.loop.reading import load_state
-from map_bo.loop.recommend import refit
+from map_bo.loop.reading import load_state, recorded_surrogate
+from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import replay
 from map_bo.nested.composition import subspace
@@ -19,6 +19,7 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.tree import Group
+from map_bo.plain import modernise, name_of
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
@@ -40,6 +41,8 @@ def load_nested(
     *,
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
+    refit: bool = False,
+    trust: Collection[str] = (),
 ) -> NestedResult:
     """Return the result of a recorded nested run; no model is loaded and nothing is evaluated.
 
@@ -48,9 +51,12 @@ def load_nested(
         problem: The run's problem, needed only to export a choice.
         surrogate: The run's surrogate settings. When given, the surrogate of the root is fitted
             again, so that choices are not limited to the points of the front.
+        refit: Whether to fit the recorded surrogate again where none is given.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
 
     Raises:
         StoreError: When there is no such run, or it has not finished.
+        SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
     state, space = load_state(run_dir)
     events = list(JsonlStore.open(Path(run_dir)).read())
@@ -64,9 +70,12 @@ def load_nested(
         tree = Group.of(next(e.data["tree"] for e in events if e.kind == "planned"))
         records = tuple(_record(node) for node in flat.summary["nested"]["nodes"])
         result = NestedResult(**vars(flat), tree=tree, nodes=records)
-        if created["nested"]["hand_up"] == "point" and not created["nested"]["refine"]:
+        promote = modernise(created["nested"], {"promote": None})["promote"]
+        if promote == "point" and not created["nested"]["refine"]:
             choices = tuple(result.point(i) for i in range(len(result.front)))
             return dataclasses.replace(result, choices=choices)
+        if refit and surrogate is None:
+            surrogate = recorded_surrogate(created, trust=trust)
         if surrogate is None:
             return result
         key = "refine" if created["nested"]["refine"] else "root"
@@ -81,7 +90,7 @@ def load_nested(
             f"the record in {run_dir} cannot be read as that of a nested run: {error!r}",
             hint="finish the run with `map-bo resume`, unless its record was edited by hand",
         ) from error
-    if "Informed(" in str(about["settings"]["surrogate"]):
+    if name_of(about["settings"]["surrogate"]) == "Informed":
         ledger = Ledger(state.metrics, before=events)
         columns = directions.abs().sum(0) > 0
         names = [metric.name for metric in metrics]
@@ -90,7 +99,7 @@ def load_nested(
     root = dataclasses.replace(
         Result.of(node_state, node_space, problem=None),
         model=surrogate.fit(node_state.seen, node_space),
-        refitted=refit(node_state, node_space, surrogate) if flat.is_corrected else None,
+        refitted=fit_again(node_state, node_space, surrogate) if flat.is_corrected else None,
     )
     return dataclasses.replace(result, root=root, directions=directions)
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from map_bo.loop.result import Choice, Exportable, Result
-from map_bo.merging.vectors.memory import ExportSettings
+from map_bo.merging.export.model import ExportSettings
 from map_bo.nested.tree import Group, draw_tree, path_name
 from map_bo.pareto.preferences import Preference
 
@@ -162,7 +162,7 @@ class NestedResult(Result):
             return super().choose(
                 prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
             )
-        inner = replace(self.root, reference=self.reference).choose(
+        inner = replace(self.root, scale=self.scale).choose(
             prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
         )
         if not inner.refined:

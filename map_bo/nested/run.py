@@ -6,11 +6,11 @@ All nodes share one record, one budget and one progress bar.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,9 @@ from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
+from map_bo.loop.run import check_surrogates
 from map_bo.loop.settings import Settings
+from map_bo.loop.state import run_identity
 from map_bo.nested.budget import BudgetAllocator, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
 from map_bo.nested.conclusion import Final, conclude, select
@@ -40,10 +42,11 @@ from map_bo.nested.record import NodeStore, Record
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.settings import Nested
 from map_bo.nested.tree import Group, NodePath, Tasks, path_name
+from map_bo.plain import identity_of
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.posterior.driven import FitsSurrogate
-from map_bo.tracking.codec import decode_tensor, encode_metric, encode_tensor
+from map_bo.samplers.sampler import StartsWithDesign
+from map_bo.tracking.codec import decode_tensor, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker
@@ -159,16 +162,8 @@ class NestedRun(Record):
         self.ledger = Ledger(problem.metrics, self._append, tuple(self._events))
 
     def _identity(self) -> dict[str, Any]:
-        describe = getattr(self.problem, "describe", None)
-        identity = {
-            "settings": self.settings.describe(),
-            "nested": self.nested.describe(),
-            "problem": {"type": type(self.problem).__name__} if describe is None else describe(),
-            "space": self.problem.space.describe(),
-            "metrics": [encode_metric(metric) for metric in self.problem.metrics],
-        }
-        plain: dict[str, Any] = json.loads(json.dumps(identity))
-        return plain
+        nested = identity_of(self.nested)["fields"]
+        return run_identity(self.problem, self.settings, nested=nested)
 
     composes = True
     """Whether coefficients multiply along the path, so that nodes measure points of one space."""
@@ -194,6 +189,8 @@ class NestedRun(Record):
             TreeError: When the tree does not fit the experts.
             StoreError: When the record cannot be written.
         """
+        if self._recorded("planned") is None:
+            check_surrogates(self.settings, self.problem)
         if isinstance(self.problem, Preparable) and self._recorded("finished") is None:
             self.problem.prepare()
         tree = self._tree()
@@ -353,13 +350,10 @@ class NestedRun(Record):
         settings = node_settings(
             self.settings, self.nested, node, evaluations + free, verify=verify
         )
-        surrogate = (
-            inform(self.settings.surrogate, node, known)
-            if self.shares and node.means is None
-            else None
-        )
+        informing = partial(inform, node=node, before=known)
         store = NodeStore(node.key, self._append, self._events)
-        return run_node(node, settings, store, progress, surrogate=surrogate)
+        shares = self.shares and node.means is None
+        return run_node(node, settings, store, progress, inform=informing if shares else None)
 
     def _start(self, node: Node) -> tuple[int, int]:
         """Return the state in which a run of a node began, and record it the first time.
@@ -382,11 +376,11 @@ class NestedRun(Record):
         scaled = []
         for final in finals:
             node, result = final.node, final.result
-            reference = None
+            scale = None
             if node.means is None:
-                reference = node.ledger.reference(node.whole.space, node.names, before=before)
-            if reference is not None:
-                result = dataclasses.replace(result, reference=reference)
+                scale = node.ledger.scale(node.whole.space, node.names, before=before)
+            if scale is not None:
+                result = dataclasses.replace(result, scale=scale)
             scaled.append(Final(node, result))
         return scaled
 
@@ -413,7 +407,7 @@ class NestedRun(Record):
                 for final, preference in zip(finals, self.preferences, strict=True)
             ]
         result = finals[0].result
-        return [representatives(result, self.nested.points, result.reference)]
+        return [representatives(result, self.nested.points, result.scale)]
 
     def _parts(self, path: NodePath, group: Group, nodes: Sequence[Node]) -> list[Part]:
         """Return for each preference what a node promoted, as recorded."""
@@ -450,7 +444,7 @@ class NestedRun(Record):
         space = self.problem.space
         parts = [expert_part(space, name) for name in space.experts]
         node = Node.of(REFINE, parts, self.tasks.metrics, self.problem, self.ledger, is_root=False)
-        surrogate = inform(self.settings.surrogate, node, self._start(node)[1])
+        informing = partial(inform, node=node, before=self._start(node)[1])
         recorded = self._recorded("seeds")
         if recorded is None:
             known = self.ledger.whole(node.names, torch.ones(space.d, dtype=torch.bool))
@@ -459,8 +453,8 @@ class NestedRun(Record):
         assert recorded is not None
         points = decode_tensor(recorded["points"]).reshape(-1, space.d)
         sampler = self.settings.sampler
-        if isinstance(sampler, FitsSurrogate):
-            sampler = sampler.fitting(surrogate, initial=0)
+        if isinstance(sampler, StartsWithDesign):
+            sampler = sampler.without_design()
         settings = node_settings(
             self.settings,
             self.nested,
@@ -473,7 +467,7 @@ class NestedRun(Record):
             dataclasses.replace(settings, stop=None),
             NodeStore(REFINE, self._append, self._events),
             progress,
-            surrogate=surrogate,
+            inform=informing,
             sampler=Seeded(points, sampler),
         )
         return node, result

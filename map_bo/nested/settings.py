@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import InitVar, dataclass, field, fields
-from difflib import get_close_matches
+from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, did_you_mean
 
 __all__ = ["Nested"]
 
@@ -108,10 +107,8 @@ class Nested:
         for name, known in _CHOICES.items():
             value = getattr(self, name)
             if value not in known:
-                near = get_close_matches(str(value), known, n=1)
                 raise ConfigError(
-                    f"{value!r} is not a value of nested.{name}",
-                    hint=f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}",
+                    f"{value!r} is not a value of nested.{name}", hint=did_you_mean(value, known)
                 )
         least_of = {"stages": 1, "group_size": 2, "points": 1, "refine": 0, "probe": 1}
         for name, least in least_of.items():
@@ -166,14 +163,3 @@ class Nested:
         if self.inform is not None:
             return self.inform
         return self.promote == "surrogate" or len(self.preferences) > 1
-
-    def describe(self) -> dict[str, Any]:
-        """Return the settings as plain data: what makes two nested runs the same."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self)}
-        plain["hand_up"] = plain.pop("promote")  # as in records of version 0.1, which go on
-        return {
-            **plain,
-            "preferences": [dict(one) for one in self.preferences],
-            "stage_budgets": list(self.stage_budgets),
-            "tasks": {name: list(of) for name, of in self.tasks.items()},
-        }

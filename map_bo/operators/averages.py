@@ -18,7 +18,7 @@ from torch import Tensor
 
 from map_bo.merging.vectors.kernel import Kernel, SpanKernel
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.operators.searchable import SearchableOperator, one_of
 
 __all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]
@@ -190,5 +190,5 @@ def products(deltas: Deltas) -> Tensor:
             result[slot] += (part @ part.t()).cpu()
 
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    spread(measure, order, lambda: None, threads=deltas.threads)
+    parallel_for(measure, order, lambda: None, threads=deltas.threads)
     return result

@@ -11,7 +11,7 @@ from torch import Tensor, device, nn
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
 
-__all__ = ["Batch", "call", "digest_of", "each_batch", "evaluating", "mapped", "targets_of"]
+__all__ = ["Batch", "call", "digest_of", "each_batch", "evaluating", "map_batch", "targets_of"]
 
 Batch = tuple[Tensor, ...] | dict[str, Tensor]
 """``(inputs..., targets)``, or the keyword arguments of a Hugging Face model."""
@@ -33,16 +33,17 @@ def each_batch(
         MergeError: On a batch that is something else, or whose tensors differ in length.
     """
     if limit is not None and limit < 1:
-        raise MergeError(f"limit is {limit}", hint="give at least one example, or None for all")
+        raise MergeError(
+            f"limit must be at least 1, got {limit}",
+            hint="give a number of examples, or None for all",
+        )
     left = limit
     for given in batches:
-        if left == 0:
-            return
         batch = _batch(given)
         lengths = {len(tensor) for tensor in _tensors(batch)}
         if len(lengths) != 1:
             raise MergeError(
-                f"the tensors of a batch have {sorted(lengths)} rows",
+                f"the tensors of a batch must have the same number of rows, got {sorted(lengths)}",
                 hint="the first dimension of each is the example",
             )
         n = lengths.pop()
@@ -50,7 +51,9 @@ def each_batch(
             n = min(n, left)
             left -= n
         if n:
-            yield mapped(lambda tensor, n=n: tensor[:n].to(where), batch), n  # type: ignore[misc]
+            yield map_batch(lambda tensor, n=n: tensor[:n].to(where), batch), n  # type: ignore[misc]
+        if left == 0:
+            return
 
 
 def _batch(given: Any) -> Batch:
@@ -63,7 +66,7 @@ def _batch(given: Any) -> Batch:
         batch = tuple(given)
     else:
         raise MergeError(
-            f"a batch is a {type(given).__name__}",
+            f"a batch must be a tensor, tuple, list or mapping, got a {type(given).__name__}",
             hint="give (inputs, targets), or a mapping for a Hugging Face model",
         )
     parts = batch.items() if isinstance(batch, dict) else enumerate(batch)
@@ -71,7 +74,7 @@ def _batch(given: Any) -> Batch:
         if not isinstance(value, Tensor) or not value.dim():
             kind = type(value).__name__
             raise MergeError(
-                f"entry {name!r} of a batch is a {kind}, not a tensor with a row an example",
+                f"entry {name!r} of a batch is a {kind}, not a tensor with one row per example",
                 hint="leave out of the loader what the model does not take",
             )
     if not batch:
@@ -79,7 +82,7 @@ def _batch(given: Any) -> Batch:
     return batch
 
 
-def mapped(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
+def map_batch(change: Callable[[Tensor], Tensor], batch: Batch) -> Batch:
     """Return the batch with every tensor changed."""
     if isinstance(batch, dict):
         return {name: change(tensor) for name, tensor in batch.items()}

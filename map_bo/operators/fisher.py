@@ -16,8 +16,8 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
-    loaded,
-    matched,
+    load_statistic,
+    match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
@@ -67,10 +67,13 @@ class Fisher(SearchableOperator):
         super().__post_init__()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse a floor that is no share; see `SearchableOperator.check`."""
+        """Refuse a floor that is not a share; see `SearchableOperator.check`."""
         floor = settings["floor"]
         if not (math.isfinite(floor) and floor >= 0):
-            raise MergeError(f"floor is {floor}", hint="give a small share, such as 1e-6")
+            raise MergeError(
+                f"floor must be finite and not negative, got {floor}",
+                hint="give a small share, such as 1e-6",
+            )
 
     @property
     def statistics_kind(self) -> str:
@@ -103,14 +106,15 @@ class Fisher(SearchableOperator):
         return _FisherKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what tells the statistics, as plain data."""
-        told = known_statistics.describe(self.statistics, "fisher")
-        return {**super().describe(), "statistics": told}
+        """Return plain data in which statistics are told by their content, not by their files."""
+        return known_statistics.with_told(
+            self, known_statistics.describe(self.statistics, "fisher")
+        )
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
         told = known_statistics.recipe(self.statistics, "fisher")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
 
 def fisher_average(base: Tensor, deltas: Tensor, fishers: Tensor, c: Tensor) -> Tensor:
@@ -142,7 +146,7 @@ class _FisherKernel(Kernel):
     def __init__(self, operator: Fisher, deltas: Deltas) -> None:
         known = statistics_by_expert(operator.statistics, deltas.experts, "fisher")
         slots = deltas.layout.slots
-        self._names = matched(deltas.layout, known)
+        self._names = match_statistics(deltas.layout, known)
         self._tensors = [statistics.tensors for statistics in known.values()]
         self._held: dict[tuple[int, int], Tensor] = {}
         squares = [0.0] * len(known)
@@ -151,7 +155,7 @@ class _FisherKernel(Kernel):
         for index, names in self._names.items():
             count += slots[index].numel
             for n, (expert, name) in enumerate(zip(known, names, strict=True)):
-                tensor = loaded(known[expert], expert, name)
+                tensor = load_statistic(known[expert], expert, name)
                 if tensor.shape != slots[index].shape:
                     raise MergeError(
                         f"the Fisher of {expert!r} for {name!r} is {list(tensor.shape)}, and the "

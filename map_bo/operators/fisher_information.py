@@ -24,15 +24,15 @@ from map_bo.operators.batches import (
     digest_of,
     each_batch,
     evaluating,
-    mapped,
+    map_batch,
     targets_of,
 )
-from map_bo.operators.statistics import Statistics, finished
+from map_bo.operators.statistics import Statistics, finish_statistics
 
 __all__ = ["LogLikelihood", "fisher", "next_tokens"]
 
 LogLikelihood = Callable[[nn.Module, Any], Tensor]
-"""``(model, batch) -> n`` log-likelihoods, one an example, differentiable in the weights."""
+"""``(model, batch) -> n`` log-likelihoods, one per example, differentiable in the weights."""
 
 _LABELS = ("exact", "sampled", "given")
 _HELD = 1 << 26  # numbers of per-example gradients held at once: 256 MiB in float32
@@ -61,7 +61,7 @@ def fisher(
     - ``"exact"`` (default): the expectation over the model's own predictions, as Matena and Raffel
       define it, with one gradient for each of the ``K`` classes. Labels in the batches are not
       used, and may be missing.
-    - ``"sampled"``: ``samples`` labels an example, drawn from those predictions: for many classes.
+    - ``"sampled"``: ``samples`` labels per example, drawn from those predictions: for many classes.
     - ``"given"``: the labels in the batches. This is the empirical Fisher, which is cheaper and no
       estimate of the same thing: where the model fits its labels perfectly it is zero.
 
@@ -98,7 +98,9 @@ def fisher(
         if parameter.is_floating_point()
     }
     if not parameters:
-        raise MergeError("the model has no floating parameters")
+        raise MergeError(
+            "the model has no floating parameters", hint="give the expert with its weights"
+        )
     where = next(iter(parameters.values())).device
     size = sum(parameter.numel() for parameter in parameters.values())
     scorer = _Scorer(model, log_likelihood or _log_probabilities)
@@ -107,7 +109,7 @@ def fisher(
     with evaluating(model):
         for batch, n in each_batch(batches, where, limit):
             for start in range(0, n, gradients.chunk):
-                part = mapped(lambda t, s=start: t[s : s + gradients.chunk], batch)  # type: ignore[misc]
+                part = map_batch(lambda t, s=start: t[s : s + gradients.chunk], batch)  # type: ignore[misc]
                 with torch.no_grad():
                     scores = scorer(part)
                 count = min(gradients.chunk, n - start)
@@ -124,7 +126,7 @@ def fisher(
             hint="compute it without torch.no_grad() and .detach(); given labels that the model "
             "is certain of have no gradient either, and labels='exact' is better",
         )
-    return finished(
+    return finish_statistics(
         "fisher",
         {
             name.removeprefix("model."): total / max(1, examples)
@@ -179,8 +181,8 @@ def _log_probabilities(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 2:
         shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
         raise MergeError(
-            f"the model returns {shape}; a classifier returns one row of logits an example",
-            hint="pass log_likelihood, a function (model, batch) -> one number an example; "
+            f"the model returns {shape}; a classifier returns one row of logits per example",
+            hint="pass log_likelihood, a function (model, batch) -> one number per example; "
             "`next_tokens` is that of a causal language model",
         )
     return logits.float().log_softmax(-1)
@@ -218,11 +220,11 @@ class _Gradients:
                     total += found[name].sum(0)
                 return
         for i in range(len(directions)):
-            self._alone(mapped(lambda tensor, i=i: tensor[i : i + 1], batch), directions[i])  # type: ignore[misc]
+            self._alone(map_batch(lambda tensor, i=i: tensor[i : i + 1], batch), directions[i])  # type: ignore[misc]
 
     def _together(self, batch: Batch, directions: Tensor) -> dict[str, Tensor]:
         def one(example: Batch, along: Tensor) -> dict[str, Tensor]:
-            alone = mapped(lambda tensor: tensor.unsqueeze(0), example)
+            alone = map_batch(lambda tensor: tensor.unsqueeze(0), example)
 
             def score(parameters: dict[str, Tensor]) -> Tensor:
                 result: Tensor = functional_call(self.scorer, parameters, (alone,))[0]
@@ -278,7 +280,7 @@ def _directions(
         if drawn.dim() != 2 or int(drawn.min()) < 0 or int(drawn.max()) >= classes:
             raise MergeError(
                 f"labels of shape {list(drawn.shape[:1] + drawn.shape[2:])} do not name one of "
-                f"{classes} classes an example",
+                f"{classes} classes per example",
                 hint=f"labels are whole numbers from 0 to {classes - 1}",
             )
     scale = drawn.shape[1] ** -0.5
@@ -295,7 +297,9 @@ def _check_settings(
     chunk: int | None,
 ) -> None:
     if mode not in _LABELS:
-        raise MergeError(f"labels is {mode!r}", hint=f"one of {', '.join(_LABELS)}")
+        raise MergeError(
+            f"labels must be one of {', '.join(_LABELS)}, got {mode!r}", hint="see `fisher`"
+        )
     if log_likelihood is not None and mode != "given":
         raise MergeError(
             f"labels={mode!r} needs the logits of a classifier, and a log_likelihood was given",
@@ -307,7 +311,10 @@ def _check_settings(
             hint="pass generator=map_bo.rng.make_generator(seed)",
         )
     if samples < 1 or (chunk is not None and chunk < 1):
-        raise MergeError(f"samples is {samples} and chunk {chunk}", hint="give at least 1")
+        raise MergeError(
+            f"samples and chunk must be at least 1, got {samples} and {chunk}",
+            hint="leave chunk out for what fits into 256 MiB",
+        )
 
 
 def _check_scores(scores: Any, n: int, classifier: bool) -> None:
@@ -316,7 +323,7 @@ def _check_scores(scores: Any, n: int, classifier: bool) -> None:
         shape = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         raise MergeError(
             f"the log-likelihood of {n} examples is {shape}",
-            hint="return one number an example (not their mean)",
+            hint="return one number per example (not their mean)",
         )
     if not bool(torch.isfinite(scores).all()):
         raise MergeError(

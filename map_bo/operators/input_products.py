@@ -19,7 +19,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.batches import call, digest_of, each_batch, evaluating
-from map_bo.operators.statistics import Statistics, finished
+from map_bo.operators.statistics import Statistics, finish_statistics
 
 __all__ = ["grams", "is_transposed", "linear_layers"]
 
@@ -84,7 +84,7 @@ def grams(
             "no batch went through a linear layer",
             hint="pass forward, a function (model, batch) that runs the model",
         )
-    return finished(
+    return finish_statistics(
         "grams",
         {name: total / products.rows[name] for name, total in products.sums.items()},
         model=digest_of(model, of),
@@ -151,7 +151,7 @@ class _Products:
         if isinstance(module, nn.Conv2d):
             values = values[None] if values.dim() == 3 else values
             patches = nn.functional.unfold(
-                _padded(module, values.float()),
+                _pad(module, values.float()),
                 module.kernel_size,
                 dilation=module.dilation,
                 stride=module.stride,
@@ -162,6 +162,6 @@ class _Products:
         return values.reshape(-1, values.shape[-1]).float()
 
 
-def _padded(module: nn.Conv2d, values: Tensor) -> Tensor:
+def _pad(module: nn.Conv2d, values: Tensor) -> Tensor:
     # `padding` may be "same", which is not symmetric for even kernels; this is what torch keeps.
     return nn.functional.pad(values, module._reversed_padding_repeated_twice)

@@ -13,17 +13,19 @@ from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
 from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
+from map_bo.plain import to_plain
 
 __all__ = [
     "NeedsStatistics",
     "check_experts",
     "describe",
-    "loaded",
-    "matched",
+    "load_statistic",
+    "match_statistics",
     "recipe",
     "refuse_negative",
     "require_statistics",
     "statistics_by_expert",
+    "with_told",
 ]
 
 
@@ -122,7 +124,15 @@ def recipe(statistics: Mapping[str, StatisticsSource], kind: str) -> dict[str, A
     return told
 
 
-def matched(layout: FlatLayout, statistics: Mapping[str, Statistics]) -> dict[int, list[str]]:
+def with_told(operator: NeedsStatistics, told: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an operator as plain data, with what is told of its statistics in their place."""
+    data: dict[str, Any] = to_plain(operator.with_statistics({}))
+    return {**data, "fields": {**data["fields"], "statistics": to_plain(told)}}
+
+
+def match_statistics(
+    layout: FlatLayout, statistics: Mapping[str, Statistics]
+) -> dict[int, list[str]]:
     """Return, for each tensor that has statistics, their name for each expert.
 
     Args:
@@ -169,7 +179,7 @@ def matched(layout: FlatLayout, statistics: Mapping[str, Statistics]) -> dict[in
     return result
 
 
-def loaded(known: Statistics, expert: str, name: str) -> Tensor:
+def load_statistic(known: Statistics, expert: str, name: str) -> Tensor:
     """Return a statistic in float32, checked.
 
     Raises:
@@ -192,5 +202,6 @@ def refuse_negative(c: Tensor) -> None:
     """
     if bool((c < 0).any()):
         raise MergeError(
-            f"a coefficient is negative: {c.tolist()}", hint="give coefficients from 0 on"
+            f"coefficients must not be negative, got {c.tolist()}",
+            hint="give coefficients from 0 on",
         )

@@ -57,7 +57,7 @@ def uniform_levels(
     last = -(-stop // _LANES)
     words = empty(len(keys), last - first, dtype=torch.int64, device=device)
     # splitmix64: the state at index i is key + (i + 1) gamma, in arithmetic modulo 2^64.
-    begin = [[_signed((key + (first + 1) * _GAMMA) % (1 << 64))] for key in keys]
+    begin = [[_to_signed((key + (first + 1) * _GAMMA) % (1 << 64))] for key in keys]
     torch.add(
         _multiples(last - first, device),
         torch.tensor(begin, dtype=torch.int64, device=device),
@@ -65,8 +65,8 @@ def uniform_levels(
     )
     spare = empty(len(keys), last - first, dtype=torch.int64, device=device)
     _fold(words, spare, 30)
-    _fold(words.mul_(_signed(_FIRST)), spare, 27)
-    _fold(words.mul_(_signed(_SECOND)), spare, 31)
+    _fold(words.mul_(_to_signed(_FIRST)), spare, 27)
+    _fold(words.mul_(_to_signed(_SECOND)), spare, 31)
     return words.view(torch.int16)[:, start - first * _LANES : stop - first * _LANES]
 
 
@@ -80,7 +80,7 @@ def _multiples(count: int, device: torch.device | str) -> Tensor:
     if known is None or len(known) < count:
         with torch.inference_mode(False):
             known = torch.arange(max(count, 1 << 15), dtype=torch.int64, device=device)
-            known.mul_(_signed(_GAMMA))
+            known.mul_(_to_signed(_GAMMA))
         _known[device] = known
     return known[:count]
 
@@ -92,5 +92,5 @@ def _fold(words: Tensor, spare: Tensor, shift: int) -> None:
     words.bitwise_xor_(spare.bitwise_and_((1 << (64 - shift)) - 1))
 
 
-def _signed(word: int) -> int:
+def _to_signed(word: int) -> int:
     return word - (1 << 64) if word >= 1 << 63 else word

@@ -2,75 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import fields
-from importlib import import_module
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from map_bo.errors import CheckpointError, MergeError, first_line
-from map_bo.merging.adapters.checkpoint import open_expert
-from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.hub import hub_model
 from map_bo.merging.export.draft import refuse_existing
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.model import digest_all
+from map_bo.merging.export.model import ExportSettings, digest_all, merge_checkpoints
 from map_bo.merging.export.recipe import plain, read_recipe
-from map_bo.merging.vectors.memory import ExportSettings
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.operators.statistics import load_statistics
+from map_bo.plain import from_name, from_plain, is_settings, name_of
 
 __all__ = ["merge_again", "operator_of"]
 
-_HOME = {
-    "task_arithmetic": ("map_bo.merging.vectors.linear_merge", "TaskArithmetic"),
-    "weighted_average": ("map_bo.operators.averages", "WeightedAverage"),
-    "slerp": ("map_bo.operators.averages", "Slerp"),
-    "magnitude": ("map_bo.operators.sparse", "Magnitude"),
-    "ties": ("map_bo.operators.sparse", "Ties"),
-    "dare": ("map_bo.operators.sparse", "Dare"),
-    "della": ("map_bo.operators.sparse", "Della"),
-    "breadcrumbs": ("map_bo.operators.sparse", "Breadcrumbs"),
-    "consensus": ("map_bo.operators.consensus", "Consensus"),
-    "fisher": ("map_bo.operators.fisher", "Fisher"),
-    "regmean": ("map_bo.operators.regmean", "RegMean"),
-}
 _WRITTEN = "recipes are written by map_bo beside each merged model"
 
 
-def operator_of(description: Mapping[str, Any]) -> MergeOperator:
+def operator_of(description: Mapping[str, Any], *, trust: Collection[str] = ()) -> MergeOperator:
     """Return the operator of a recipe; see `recipe_of`.
 
     Statistics are read from the files that the recipe names, and must be the same.
 
+    Args:
+        description: Plain data, also those of version 0.1.
+        trust: Packages whose operators the recipe may name; see `map_bo.plain.from_plain`.
+
     Raises:
-        MergeError: When it is unknown, or a setting is; when statistics were not in a file, or
-            that file holds others now.
+        SettingsError: When it is not known or not trusted, or a setting is unknown.
+        MergeError: When a setting is not possible; when statistics were not in a file, or that
+            file holds others now.
         CheckpointError: When a file of statistics cannot be read.
     """
-    name = str(description.get("name"))
-    if name not in _HOME:
-        raise MergeError(
-            f"the operator {name!r} is not known by its settings alone",
-            hint=f"known are {', '.join(_HOME)}; make another one in Python and call "
-            "map_bo.merge_checkpoints",
-        )
-    module, kind = _HOME[name]
-    settings = {key: value for key, value in description.items() if key != "name"}
-    target = getattr(import_module(module), kind)
-    unknown = sorted(set(settings) - {field.name for field in fields(target)})
-    if unknown:
-        raise MergeError(
-            f"the operator {name} has no settings {', '.join(map(str, unknown))}",
-            hint="the recipe is of a newer version of map_bo",
-        )
+    told = _of_today(description)
+    settings = dict(told["fields"])
     if "statistics" in settings:
-        told = settings.pop("statistics")
-        settings["statistics"] = {e: _statistics_file(name, e, part) for e, part in told.items()}
-    made: MergeOperator = target(**settings)
+        name, parts = name_of(told), from_plain(settings["statistics"])
+        settings["statistics"] = {e: _statistics_file(name, e, part) for e, part in parts.items()}
+    made = from_plain({"class": told["class"], "fields": settings}, trust=trust)
+    if not isinstance(made, MergeOperator):
+        raise MergeError(f"{told['class']} is not a merge operator", hint=_WRITTEN)
     return made
+
+
+def _of_today(description: Mapping[str, Any]) -> Mapping[str, Any]:
+    told: Mapping[str, Any] = from_name(description)
+    if is_settings(told):
+        return told
+    if "words" in told:
+        from_plain(told)  # which says why it cannot be built
+    raise MergeError(
+        f"the operator {description.get('name')!r} is not known by its settings alone",
+        hint="make it in Python and call map_bo.merge_checkpoints; recipes of today name the "
+        "class, which --trust and the name of its package let them build",
+    )
 
 
 def _statistics_file(operator: str, expert: str, told: Mapping[str, Any]) -> str:
@@ -95,6 +85,7 @@ def merge_again(
     max_memory: int | str | None = None,
     shard_size: int | str = "5GB",
     progress: bool = True,
+    trust: Collection[str] = (),
 ) -> Path:
     """Merge what a recipe says, from the same inputs; see `merge_checkpoints`.
 
@@ -104,6 +95,7 @@ def merge_again(
         max_memory: See `merge_checkpoints`.
         shard_size: See `merge_checkpoints`.
         progress: Show a progress bar.
+        trust: Packages whose operators the recipe may name; see `map_bo.plain.from_plain`.
 
     Returns:
         The absolute path of the folder.
@@ -111,6 +103,7 @@ def merge_again(
     Raises:
         MergeError: When an input has other weights than the recipe says, or the recipe cannot be
             followed.
+        SettingsError: When its operator is not known or not trusted.
         CheckpointError: When an input cannot be read.
     """
     # What would be refused in the end is refused before all inputs are read for their digests.
@@ -120,7 +113,7 @@ def merge_again(
     try:
         merged = dict(content["merged"])
         _refuse_unrepeatable(merged)
-        operator = operator_of(content["operator"])
+        operator = operator_of(content["operator"], trust=trust)
         coefficients = {str(k): float(v) for k, v in content["coefficients"].items()}
         ties = {str(alias): str(kept) for alias, kept in merged.get("ties", {}).items()}
         base = open_checkpoint(_source(content["base"]))
@@ -195,8 +188,8 @@ def _expert(name: str, part: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
     if "fitting" not in part:
         return expert
     told = part["fitting"]
-    expert = fitted(expert, base, told["vocabulary"], label=name)
-    if plain(expert.fitting) != told:
+    expert = fit_vocabulary(expert, base, told["vocabulary"], label=name)
+    if plain(expert.vocabulary_changes) != told:
         raise MergeError(
             f"expert {name!r} is fitted to the base's vocabulary in another way than when the "
             "recipe was written",

@@ -20,8 +20,8 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators import known_statistics
 from map_bo.operators.known_statistics import (
-    loaded,
-    matched,
+    load_statistic,
+    match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
@@ -30,7 +30,7 @@ from map_bo.operators.searchable import SearchableOperator, share
 from map_bo.operators.statistics import Statistics, StatisticsSource
 from map_bo.space import CoefficientSpace
 
-__all__ = ["RegMean", "regression_mean", "scaled_products"]
+__all__ = ["RegMean", "scaled_products"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,8 +45,8 @@ class RegMean(SearchableOperator):
     coefficients give the base, and one coefficient of 1 gives that expert.
 
     The work is in float64, as the inverse loses digits. ``G_n v_n`` is kept where the task vectors
-    are resident (8 bytes a number of every linear layer and expert), so that a candidate is a
-    weighted sum and one Cholesky solve a layer; where they are streamed it is computed anew.
+    are resident (8 bytes per number of every linear layer and expert), so that a candidate is a
+    weighted sum and one Cholesky solve per layer; where they stay on disk it is computed anew.
 
     Attributes:
         statistics: Expert -> what `grams` returned for it, or the file that it was saved in. May
@@ -78,11 +78,14 @@ class RegMean(SearchableOperator):
         super().__post_init__()
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        """Refuse an alpha or a ridge that is no share; see `SearchableOperator.check`."""
+        """Refuse an alpha or a ridge that is not a share; see `SearchableOperator.check`."""
         share("alpha", settings["alpha"])
         ridge = settings["ridge"]
         if not (math.isfinite(ridge) and ridge >= 0):
-            raise MergeError(f"ridge is {ridge}", hint="give a small share, such as 1e-6")
+            raise MergeError(
+                f"ridge must be finite and not negative, got {ridge}",
+                hint="give a small share, such as 1e-6",
+            )
 
     @property
     def statistics_kind(self) -> str:
@@ -115,14 +118,14 @@ class RegMean(SearchableOperator):
         return _RegressionKernel(self, deltas)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, settings and what tells the statistics, as plain data."""
+        """Return plain data in which statistics are told by their content, not by their files."""
         told = known_statistics.describe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
         told = known_statistics.recipe(self.statistics, "grams")
-        return {**super().describe(), "statistics": told}
+        return known_statistics.with_told(self, told)
 
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
@@ -138,27 +141,6 @@ def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
     extra = ridge * diagonal.double().mean()
     result.diagonal(dim1=-2, dim2=-1).copy_(diagonal + extra.to(diagonal))
     return result
-
-
-def regression_mean(base: Tensor, deltas: Tensor, products: Tensor, c: Tensor) -> Tensor:
-    """Return the RegMean of a linear layer, ``outputs x inputs``; see `RegMean`.
-
-    Args:
-        base: ``outputs x inputs`` weights of the base.
-        deltas: ``N x outputs x inputs`` task vectors.
-        products: ``N x inputs x inputs`` from `scaled_products`.
-        c: ``N`` coefficients in float64, not negative.
-    """
-    total = float(c.sum())
-    if not total:
-        return base.clone()
-    factor = _cholesky(torch.einsum("n,nij->ij", c, products.double()))
-    if factor is None:
-        change = torch.einsum("n,noi->oi", c / total, deltas.double())
-    else:
-        right = torch.einsum("n,noi,nij->oj", c, deltas.double(), products.double())
-        change = _solve(factor, right)
-    return (base.double() + total * change).to(base.dtype)
 
 
 def _cholesky(left: Tensor) -> Tensor | None:
@@ -246,14 +228,16 @@ class _RegressionKernel(Kernel):
         self._layers: dict[int, _Layer] = {}
         self._factors: OrderedDict[tuple[object, ...], Tensor | None] = OrderedDict()
         self._lock = threading.Lock()
-        for index, names in matched(deltas.layout, known).items():
+        for index, names in match_statistics(deltas.layout, known).items():
             slot = deltas.layout.slots[index]
             _check_shapes(known, names, slot)
-            found = [loaded(known[e], e, name) for e, name in zip(known, names, strict=True)]
+            found = [
+                load_statistic(known[e], e, name) for e, name in zip(known, names, strict=True)
+            ]
             grams = torch.stack(found).to(deltas.device)
             diagonals = grams.diagonal(dim1=1, dim2=2)
             extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
-            layer = _Layer(grams, extra, _transposed(known, names, slot))
+            layer = _Layer(grams, extra, _is_transposed(known, names, slot))
             if deltas.resident:
                 v = layer.matrix(deltas.read(index, 0, slot.numel)[1:])
                 layer = replace(layer, right=layer.flat(v.double() @ grams.double()))
@@ -274,7 +258,7 @@ class _RegressionKernel(Kernel):
         layer = self._layers.get(slot)
         return 1 if layer is None else layer.inputs
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         # The factors that are kept, and for each thread products that it sums, scales or widens.
         widest = max((layer.inputs for layer in self._layers.values()), default=0)
         return 8 * widest**2 * (self._KEPT + 4 * threads)
@@ -327,7 +311,7 @@ def _inputs(slot: Slot) -> tuple[int, ...]:
     return (inputs, slot.shape[0]) if len(slot.shape) == 2 else (inputs,)
 
 
-def _transposed(known: Mapping[str, Statistics], names: list[str], slot: Slot) -> bool:
+def _is_transposed(known: Mapping[str, Statistics], names: list[str], slot: Slot) -> bool:
     (first, *_), name = known.values(), names[0]
     size = first.tensors.shape(name)[0]
     inputs, *_ = _inputs(slot)

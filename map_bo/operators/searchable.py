@@ -7,11 +7,11 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.space import CoefficientSpace
 
@@ -25,14 +25,13 @@ class SearchableOperator:
     Attributes:
         blocks: Block name -> regular expression on tensor names; see `Blocks`. In words
             ``"layers:K"``, ``"kinds"`` or ``"balanced:K"``, see `blocks_of`. None gives one
-            coefficient an expert.
+            coefficient per expert.
         search: Settings that join the search space beside the coefficients: names, which are then
             searched within the bounds of ``searchable``, or name -> (lower, upper). The value of
             the setting itself, or the bound next to it, is what anchors (base, experts, blend)
             are measured with.
     """
 
-    streams: ClassVar[bool] = True
     name: ClassVar[str]
     searchable: ClassVar[Mapping[str, tuple[float, float]]] = {}
     """Settings that can be searched, with their default bounds."""
@@ -71,8 +70,8 @@ class SearchableOperator:
                 low = high = math.nan
             if not -math.inf < low < high < math.inf:
                 raise MergeError(
-                    f"the bounds of {name} are {given!r}",
-                    hint="give two numbers, [lower, upper], the smaller one first",
+                    f"the bounds of {name} must be two ascending numbers, got {given!r}",
+                    hint="give [lower, upper]",
                 )
             bounds[name] = (low, high)
         return bounds
@@ -93,7 +92,8 @@ class SearchableOperator:
         negative = [n for n, v in values.items() if n not in searched and v < 0]
         if negative and not self.signed:
             raise MergeError(
-                f"the coefficients {listed(negative)} are negative",
+                f"the coefficients {listed(negative)} must not be negative, got "
+                f"{listed(str(values[name]) for name in negative)}",
                 hint=f"{self.name} takes coefficients from 0 on",
             )
 
@@ -126,8 +126,20 @@ class SearchableOperator:
             resting=tuple(resting),
         )
 
-    def prepare(self, deltas: Deltas) -> ChunkedMerge:
+    def with_blocks(self, patterns: Mapping[str, str]) -> Self:
+        """Return the same operator with these blocks; see `HasBlocks`."""
+        return dataclasses.replace(self, blocks=patterns)
+
+    def prepare(self, deltas: Deltas) -> KernelMerge:
         """Do, once, all the work that does not depend on the coefficients.
+
+        Raises:
+            MergeError: When the blocks do not fit the tensors.
+        """
+        return self.prepare_pieces(deltas)
+
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Prepare a merge that reads pieces alone; see `ReadsPieces`.
 
         Raises:
             MergeError: When the blocks do not fit the tensors.
@@ -135,7 +147,7 @@ class SearchableOperator:
         blocks = Blocks(self.blocks)
         table = blocks.table(deltas.layout)  # first: a wrong pattern should not wait for the rest
         kernel = self.kernel(deltas)
-        return ChunkedMerge(
+        return KernelMerge(
             deltas, kernel, table, len(blocks), settings=tuple(self.search), signed=self.signed
         )
 
@@ -147,21 +159,9 @@ class SearchableOperator:
         """Return the index of the block of a tensor; 0 where there are no blocks."""
         return Blocks(self.blocks).of(name)
 
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain data."""
-        return {"name": self.name, **self._settings()}
-
-    def _settings(self) -> dict[str, Any]:
-        def plain(value: Any) -> Any:
-            if isinstance(value, Mapping):
-                return {key: plain(item) for key, item in value.items()}
-            return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
-
-        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
-
 
 def share(name: str, value: object, *, open_above: bool = False) -> None:
-    """Refuse a setting that is no share of 1.
+    """Refuse a setting that is not a share of 1.
 
     Raises:
         MergeError: When it is not in ``[0, 1]``, or ``[0, 1)`` where ``open_above``.
@@ -169,11 +169,14 @@ def share(name: str, value: object, *, open_above: bool = False) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not 0 <= float(value) <= 1 or (open_above and float(value) == 1):  # type: ignore[arg-type]
         end = ")" if open_above else "]"
-        raise MergeError(f"{name} is {value!r}", hint=f"give a share in [0, 1{end}")
+        raise MergeError(
+            f"{name} must be a share in [0, 1{end}, got {value!r}",
+            hint="give a number, such as 0.2",
+        )
 
 
 def number(name: str, value: object, *, least: float = -math.inf) -> None:
-    """Refuse a setting that is no finite number, or below ``least``.
+    """Refuse a setting that is not a finite number, or below ``least``.
 
     Raises:
         MergeError: Naming the setting.
@@ -181,11 +184,13 @@ def number(name: str, value: object, *, least: float = -math.inf) -> None:
     real = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not real or not least <= float(value) < math.inf:  # type: ignore[arg-type]
         from_ = "" if least == -math.inf else f" from {least:g} on"
-        raise MergeError(f"{name} is {value!r}", hint=f"give a finite number{from_}")
+        raise MergeError(
+            f"{name} must be a finite number{from_}, got {value!r}", hint="give such a number"
+        )
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> None:
-    """Refuse a setting that is no whole number, or below ``least``.
+    """Refuse a setting that is not a whole number, or below ``least``.
 
     Raises:
         MergeError: Naming the setting.
@@ -193,7 +198,9 @@ def whole(name: str, value: object, *, least: int | None = None) -> None:
     real = isinstance(value, int) and not isinstance(value, bool)
     if not real or (least is not None and value < least):  # type: ignore[operator]
         from_ = "" if least is None else f" from {least} on"
-        raise MergeError(f"{name} is {value!r}", hint=f"give a whole number{from_}")
+        raise MergeError(
+            f"{name} must be a whole number{from_}, got {value!r}", hint="give such a number"
+        )
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:
@@ -203,4 +210,7 @@ def one_of(name: str, value: object, known: Sequence[str]) -> None:
         MergeError: Naming them.
     """
     if value not in known:
-        raise MergeError(f"{name} is {value!r}", hint=f"one of {', '.join(known)}")
+        raise MergeError(
+            f"{name} must be one of {', '.join(known)}, got {value!r}",
+            hint=f"set {name} to one of them",
+        )

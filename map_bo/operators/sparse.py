@@ -1,11 +1,8 @@
 """Operators that leave out parts of the task vectors and join what stays.
 
 They differ in what is left out (by magnitude, by chance, both) and in how the rest is joined (a
-sum, or the mean of those that agree on a sign). What is left out depends on no coefficient.
-
-Joining sparse task vectors: their sum, or the mean of those that agree on a sign.
-
-Pure functions on pieces ``N x n`` in float32, made of few operations on whole pieces.
+sum, or the mean of those that agree on a sign). What is left out depends on no coefficient. Joining
+is a pure function on pieces ``N x n`` in float32, made of few operations on whole pieces.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from map_bo.operators.sparsify import (
     Sparsifier,
     Trim,
     element_keys,
-    ranked,
+    rank_all,
     row_width,
 )
 from map_bo.operators.thresholds import TRIMS, Thresholds, ceilings, sketches, thresholds
@@ -51,6 +48,8 @@ __all__ = [
 ELECTIONS = ("mass", "weighted_mass", "count")
 NORMALISATIONS = ("agreeing", "weights", "none")
 _LEAST = 1e-6
+
+JOININGS = ("sum", "elect")
 
 
 def weighted_sum(rows: Tensor, c: Tensor, *, empty: Empty = torch.empty) -> Tensor:
@@ -114,9 +113,6 @@ def elected_sum(
     some = empty(rows.shape[1], dtype=rows.dtype, device=rows.device)
     torch.gt(torch.abs(share, out=some), _LEAST, out=some)
     return total.div_(share.mul_(some).sub_(some.sub_(1.0)))
-
-
-JOININGS = ("sum", "elect")
 
 
 @dataclass(frozen=True)
@@ -369,7 +365,7 @@ class Della(SparseOperator):
         widths = tuple(row_width(slot.shape) for slot in deltas.layout.slots)
         ranks = None
         if deltas.resident:
-            ranks = ranked(deltas, widths)
+            ranks = rank_all(deltas, widths)
         return RankDrop(
             element_keys(deltas, self.seed), widths, ranks, self.drop_rate, self.epsilon
         )

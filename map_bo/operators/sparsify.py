@@ -1,8 +1,7 @@
-"""What leaves parts of task vectors out, with all that no coefficient changes ready.
+"""Leaving out parts of task vectors: by magnitude, by chance, or both.
 
-Leaving out a part of a task vector: by magnitude, by chance, or both.
-
-Pure functions on pieces ``N x n`` of task vectors in float32.
+A `Sparsifier` has all that no coefficient changes ready, and applies pure functions to pieces
+``N x n`` of task vectors in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import Empty, arena, spread
+from map_bo.merging.vectors.parallel import Empty, arena, parallel_for
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
 from map_bo.operators.thresholds import Thresholds
 
@@ -31,10 +30,15 @@ __all__ = [
     "keep_band",
     "keep_largest",
     "magnitude_ranks",
+    "rank_all",
     "rank_drop",
-    "ranked",
     "row_width",
 ]
+
+_RANKED = 1 << 18  # numbers that are ranked at once
+
+Limits = Callable[[float], Thresholds]
+"""Share of the largest numbers -> the magnitudes from which they are kept."""
 
 
 def keep_largest(
@@ -176,12 +180,6 @@ def rank_drop(
     return kept.div_(torch.add(half, rates, alpha=-1 / LEVELS, out=rates))
 
 
-_RANKED = 1 << 18  # numbers that are ranked at once
-
-Limits = Callable[[float], Thresholds]
-"""Share of the largest numbers -> the magnitudes from which they are kept."""
-
-
 class Sparsifier(Protocol):
     """Leaves out parts of pieces of task vectors."""
 
@@ -201,14 +199,14 @@ class Sparsifier(Protocol):
 def row_width(shape: Sequence[int]) -> int:
     """Return how many numbers make a row within which `RankDrop` ranks; see `Della`.
 
-    Of a convolution the last dimension alone is a few numbers, or one, which are no ranking.
+    Of a convolution the last dimension alone is a few numbers, or one, which is not a ranking.
     """
     if len(shape) < 2:
         return math.prod(shape)
     return math.prod(shape[1:]) if len(shape) > 3 else shape[-1]
 
 
-def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
+def rank_all(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
     """Return the ranks of all numbers within their matrix rows, by tensor; see `magnitude_ranks`.
 
     Args:
@@ -232,7 +230,7 @@ def ranked(deltas: Deltas, widths: Sequence[int]) -> dict[int, Tensor]:
         rows = deltas.read(slot, start, stop)[1:]
         ranks[slot][:, start:stop] = magnitude_ranks(rows, widths[slot])
 
-    spread(rank, items, lambda: None, threads=deltas.threads)
+    parallel_for(rank, items, lambda: None, threads=deltas.threads)
     return ranks
 
 

@@ -147,7 +147,7 @@ def statistics_of(source: StatisticsSource, kind: str) -> Statistics:
     )
 
 
-def finished(
+def finish_statistics(
     kind: str,
     tensors: Mapping[str, Tensor],
     *,

@@ -1,11 +1,9 @@
-"""Magnitude thresholds of all task vectors, over a whole vector or tensor by tensor.
+"""Magnitudes at which a share of the task vectors' numbers is kept: exact, or from sketches.
 
-Magnitudes at which a share of the numbers is kept: exact, or from sketches of bounded size.
-
-The bits of a non-negative float, read as a whole number, are in the order of the floats. So a
-histogram over the leading bits finds, in one pass and bounded memory, the bin that holds a
-quantile; a histogram over the other bits of that bin's numbers, in a second pass, finds it
-exactly.
+Over a whole task vector or tensor by tensor, in bounded memory. The bits of a non-negative float,
+read as a whole number, are in the order of the floats. So a histogram over the leading bits finds,
+in one pass, the bin that holds a quantile; a histogram over the other bits of its numbers, in
+a second pass, finds it exactly.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ import torch
 from torch import Tensor
 
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 
 __all__ = [
     "BINS",
@@ -30,7 +28,7 @@ __all__ = [
     "bins_within",
     "ceilings",
     "kept_count",
-    "located",
+    "locate",
     "magnitude_bins",
     "magnitude_of",
     "sketches",
@@ -42,6 +40,12 @@ BINS = 1 << (31 - _SHIFT)
 """How many bins the magnitudes of float32 numbers fall into."""
 
 _KNOTS = 1024
+
+TRIMS = ("global", "tensor")
+_PIECE = 1 << 18
+
+Thresholds = tuple[tuple[float, ...], ...]
+"""By tensor of the layout and by expert: the smallest magnitude that is kept."""
 
 
 def kept_count(density: float, total: int, *, least: int = 1) -> int:
@@ -123,7 +127,7 @@ class MagnitudeSketch:
         return float(below.bitwise_or((1 << _SHIFT) - 1).view(torch.float32))
 
 
-def located(counts: Tensor, k: int) -> tuple[int, int]:
+def locate(counts: Tensor, k: int) -> tuple[int, int]:
     """Return the bin of the ``k``-th largest magnitude, and its rank within that bin.
 
     Args:
@@ -158,13 +162,6 @@ def _edge(bins: Tensor) -> Tensor:
     return bits.view(torch.float32).double()
 
 
-TRIMS = ("global", "tensor")
-_PIECE = 1 << 18
-
-Thresholds = tuple[tuple[float, ...], ...]
-"""By tensor of the layout and by expert: the smallest magnitude that is kept."""
-
-
 def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
     """Return the magnitudes that keep the largest ``density`` of the numbers, exactly.
 
@@ -181,7 +178,7 @@ def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
         return _everywhere(deltas, 0.0)
     if density <= 0:
         return _everywhere(deltas, math.inf)
-    return _ranked(deltas, lambda total: kept_count(density, total), trim)
+    return _rank(deltas, lambda total: kept_count(density, total), trim)
 
 
 def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
@@ -192,14 +189,14 @@ def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
     """
     if share <= 0:
         return _everywhere(deltas, math.inf)
-    return _ranked(deltas, lambda total: kept_count(share, total, least=0) + 1, trim)
+    return _rank(deltas, lambda total: kept_count(share, total, least=0) + 1, trim)
 
 
 def _everywhere(deltas: Deltas, value: float) -> Thresholds:
     return ((value,) * len(deltas.experts),) * len(deltas.layout.slots)
 
 
-def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
+def _rank(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
     """Return the magnitudes that have a rank (from 1) among so many numbers; 0 below all."""
     experts, slots = len(deltas.experts), deltas.layout.slots
 
@@ -207,13 +204,11 @@ def _ranked(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds
         total = sum(slots[slot].numel for slot in part)
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
-        counts = _counted(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
-        bins = [located(row, rank(total)) for row in counts]
-        counts = _counted(
-            deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads
-        )
+        counts = _count(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)
+        bins = [locate(row, rank(total)) for row in counts]
+        counts = _count(deltas, part, lambda n, row: bins_within(row, bins[n][0]), threads=threads)
         return tuple(
-            magnitude_of(bin_, located(row, left)[0])
+            magnitude_of(bin_, locate(row, left)[0])
             for row, (bin_, left) in zip(counts, bins, strict=True)
         )
 
@@ -235,14 +230,14 @@ def sketches(deltas: Deltas, trim: str) -> tuple[tuple[MagnitudeSketch, ...], ..
     """
     slots = deltas.layout.slots
     if trim == "global":
-        counts = _counted(
+        counts = _count(
             deltas, range(len(slots)), lambda n, row: magnitude_bins(row), threads=deltas.threads
         )
         return (tuple(MagnitudeSketch.of(row) for row in counts),) * len(slots)
     result: list[tuple[MagnitudeSketch, ...]] = [()] * len(slots)
 
     def of(slot: int) -> None:
-        counts = _counted(deltas, [slot], lambda n, row: magnitude_bins(row), threads=1)
+        counts = _count(deltas, [slot], lambda n, row: magnitude_bins(row), threads=1)
         result[slot] = tuple(MagnitudeSketch.of(row) for row in counts)
 
     _by_size(deltas, of)
@@ -253,10 +248,10 @@ def _by_size(deltas: Deltas, of: Callable[[int], None]) -> None:
     """Do all tensors, the largest first so that threads end together."""
     slots = deltas.layout.slots
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
-    spread(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
+    parallel_for(lambda slot, _: of(slot), order, lambda: None, threads=deltas.threads)
 
 
-def _counted(
+def _count(
     deltas: Deltas,
     slots: Sequence[int],
     count: Callable[[int, Tensor], Tensor],
@@ -274,7 +269,7 @@ def _counted(
             with lock:
                 total[n].add_(found)
 
-    spread(add, _pieces(deltas, slots), lambda: None, threads=threads)
+    parallel_for(add, _pieces(deltas, slots), lambda: None, threads=threads)
     return total.cpu()
 
 

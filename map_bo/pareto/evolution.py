@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from map_bo.errors import ConfigError, SurrogateError
+from map_bo.errors import ConfigError, SurrogateError, require
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, child_seed
 from map_bo.space import CoefficientSpace
@@ -152,6 +152,7 @@ def reference_directions(m: int, population: int) -> Tensor:
 
 
 def _check(population: int, rounds: int, eta: float) -> None:
+    require("pymoo", by="the evolutionary search", extra="baselines")
     if population < 1 or rounds < 1 or not eta > 0:
         raise ConfigError(
             "population, generations (or evaluations) and eta must be positive, got "

@@ -18,6 +18,7 @@ from torch.quasirandom import SobolEngine
 from map_bo.errors import ConfigError, SurrogateError
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, child_seed
+from map_bo.scale import farthest_rows, widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["GradientSolver", "ascend", "simplex_directions", "thin"]
@@ -123,7 +124,7 @@ class GradientSolver:
         tops = Y.topk(min(self.starts, len(Y)), dim=0).indices  # starts x m
         X = pool[tops.T.flatten()]
         which = torch.arange(m).repeat_interleave(len(tops)).unsqueeze(-1)
-        spread = _spread(Y.amax(0), Y.amin(0))
+        spread = widths(Y.amin(0), Y.amax(0))
 
         def loss(Z: Tensor, _: float) -> Tensor:
             total: Tensor = (mean(Z) / spread).gather(1, which).sum()
@@ -153,7 +154,7 @@ class GradientSolver:
     ) -> Tensor:
         m = Y.shape[-1]
         ideal = Y.amax(0)
-        spread = _spread(ideal, best.amin(0))
+        spread = widths(best.amin(0), ideal)
         summed = round(self.sums * count) if m > 3 else 0
         directions = simplex_directions(count - summed, m, seed=child_seed(generator, "directions"))
         W = 1 / directions.clamp_min(_FLOOR)
@@ -290,19 +291,13 @@ def simplex_directions(n: int, m: int, *, seed: int) -> Tensor:
 def thin(X: Tensor, Y: Tensor, points: int) -> Tensor:
     """Return at most ``points`` rows of ``X`` (``n x d``), spread evenly over ``Y`` (``n x m``).
 
-    The best row of each metric comes first; then always the row farthest from those already
-    taken, metrics scaled to their ranges (Gonzalez' farthest-point rule, which is within a
-    factor of two of the smallest possible covering radius).
+    The best row of each metric comes first, then :func:`map_bo.scale.farthest_rows`, metrics
+    scaled to their ranges.
     """
     if len(X) <= points:
         return X
-    Z = (Y - Y.amin(0)) / _spread(Y.amax(0), Y.amin(0))
-    taken = list(dict.fromkeys(Y.argmax(0).tolist()))[:points]
-    distance = torch.cdist(Z, Z[taken]).amin(-1)
-    while len(taken) < points:
-        taken.append(int(distance.argmax()))
-        distance = torch.minimum(distance, (Z - Z[taken[-1]]).norm(dim=-1))
-    return X[sorted(taken)]
+    Z = (Y - Y.amin(0)) / widths(Y.amin(0), Y.amax(0))
+    return X[sorted(farthest_rows(Z, points, first=Y.argmax(0).tolist()))]
 
 
 def _front(
@@ -320,12 +315,6 @@ def _front(
 def _values(mean: Callable[[Tensor], Tensor], X: Tensor) -> Tensor:
     with torch.no_grad():
         return mean(X).detach()
-
-
-def _spread(high: Tensor, low: Tensor) -> Tensor:
-    """Return ``high - low``, and 1 for a metric that does not vary beyond rounding."""
-    spread = high - low
-    return torch.where(spread > 1e-9 * (high.abs() + low.abs()), spread, torch.ones_like(spread))
 
 
 def _best_rows(W: Tensor, losses: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""How good a front is: hypervolume, distances to the truth, win rates, preference regret.
+"""How good a front is: hypervolume, distances to the truth, win rates, preferences.
 
 Every function takes values that are larger-is-better in every column
 (:func:`map_bo.data.to_maximisation` makes them so).
@@ -18,18 +18,14 @@ from map_bo.pareto.dominance import dominates, non_dominated
 from map_bo.rng import make_generator
 
 __all__ = [
-    "default_reference_point",
     "directional_hypervolume",
     "epsilon_additive",
-    "gd",
     "hypervolume",
     "hypervolume_kind",
     "igd",
     "igd_plus",
     "inverse_directions",
-    "preference_regret",
     "preference_weights",
-    "scaled",
     "win_rate_dominance",
     "win_rate_per_objective",
 ]
@@ -40,42 +36,6 @@ _EXACT = {6: 300, 7: 150, 8: 100, 9: 60, 10: 40, 11: 30, 12: 24}
 _EXACT_BEYOND = 16
 _MOST_COLUMNS = 31  # that moocore takes
 _DIRECTIONS = 2**11
-
-
-def default_reference_point(anchor_values: Tensor) -> Tensor:
-    """Return the worst value of each metric among the base model and the experts.
-
-    Args:
-        anchor_values: ``a x m`` values of the base and the experts, larger is better.
-
-    Returns:
-        ``m`` values.
-
-    Raises:
-        DataError: When there is no row, or a value is NaN or infinite.
-    """
-    _check(anchor_values, "anchor values")
-    if len(anchor_values) == 0:
-        raise DataError(
-            "no anchor has been measured, so there is no reference point",
-            hint="evaluate the base model and the experts, or give a reference point",
-        )
-    return anchor_values.amin(0)
-
-
-def scaled(Y: Tensor, reference: Tensor, best: Tensor) -> Tensor:
-    """Return ``Y`` with the reference point at 0 and the best single-expert value at 1.
-
-    Nothing is cut off: a merged model that beats the best expert scores above 1. A metric whose
-    ``best`` equals its ``reference`` is shifted but keeps its unit.
-
-    Args:
-        Y: ``... x m`` values, larger is better.
-        reference: ``m`` values of the reference point.
-        best: ``m`` best values of any single expert.
-    """
-    width = best - reference
-    return (Y - reference) / torch.where(width > 0, width, torch.ones_like(width))
 
 
 def hypervolume(Y: Tensor, reference: Tensor) -> float:
@@ -176,12 +136,6 @@ def igd_plus(Y: Tensor, truth: Tensor) -> float:
     return float(moocore.igd_plus(_numpy(Y), ref=_numpy(truth), maximise=True))
 
 
-def gd(Y: Tensor, truth: Tensor) -> float:
-    """Return the generational distance: mean distance from ``Y`` to the nearest of ``truth``."""
-    _check_pair(Y, truth)
-    return float(torch.cdist(Y.double(), truth.double()).amin(-1).mean())
-
-
 def epsilon_additive(Y: Tensor, truth: Tensor) -> float:
     """Return the smallest number that, added to all of ``Y``, makes it cover ``truth``.
 
@@ -216,53 +170,6 @@ def preference_weights(n: int, m: int, *, generator: Generator) -> Tensor:
     U = torch.rand(n, m, generator=generator, dtype=torch.float64)
     E = -torch.log1p(-U) + 1e-300  # a row of exact zeros must not divide by zero
     return E / E.sum(-1, keepdim=True)
-
-
-def preference_regret(predicted: Tensor, real: Tensor, best: Tensor, weights: Tensor) -> Tensor:
-    """Return what choosing from a front costs, for each preference.
-
-    For each row of weights the front's choice is the point with the best weighted sum of
-    *predicted* values. Its regret is the best weighted sum that is truly attainable, over
-    ``best`` and the front itself, minus the one that the choice attains when truly evaluated.
-
-    Args:
-        predicted: ``k x m`` predicted values of the front, scaled, larger is better.
-        real: ``k x m`` true values of the same points.
-        best: ``K x m`` true values of the best points known; may have no rows.
-        weights: ``w x m`` non-negative weights.
-
-    Returns:
-        ``w`` regrets, never negative.
-
-    Raises:
-        DataError: When shapes disagree, the front is empty or a value is NaN or infinite.
-    """
-    _check_pair(predicted, real)
-    _check(best, "best")
-    if predicted.shape != real.shape or len(real) == 0 or best.shape[-1] != real.shape[-1]:
-        raise DataError(
-            f"predicted has shape {tuple(predicted.shape)}, real {tuple(real.shape)} and best "
-            f"{tuple(best.shape)}, which do not fit",
-            hint="give predicted and real as k x m with k >= 1, and best as K x m",
-        )
-    attained = _weighted(real, weights)
-    choice = _weighted(predicted, weights).argmax(0, keepdim=True)
-    attainable = attained.amax(0)
-    if len(best):
-        attainable = torch.maximum(attainable, _weighted(best, weights).amax(0))
-    return attainable - attained.gather(0, choice).squeeze(0)
-
-
-def _weighted(Y: Tensor, weights: Tensor) -> Tensor:
-    """Return ``k x w`` weighted sums, each rounded alike however many rows there are.
-
-    A matrix product rounds by the size of its operands, and a perfect choice must have a regret
-    of exactly 0.
-    """
-    total = Y[:, :1] * weights[:, 0]
-    for i in range(1, Y.shape[-1]):
-        total = total + Y[:, i : i + 1] * weights[:, i]
-    return total
 
 
 def _in_front(Y: Tensor, reference: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from map_bo.data import Metric, check_metrics, to_maximisation
-from map_bo.errors import PreferenceError
-from map_bo.pareto.indicators import scaled
+from map_bo.data import Metric
+from map_bo.errors import PreferenceError, did_you_mean
+from map_bo.scale import Scale, widths
 
 __all__ = ["Preference", "choose", "shortfall", "utility"]
 
@@ -77,32 +77,22 @@ class Preference:
             )
 
 
-def choose(
-    values: Tensor,
-    metrics: Sequence[Metric],
-    preference: Preference,
-    *,
-    reference: Tensor,
-    best: Tensor,
-) -> int:
+def choose(values: Tensor, preference: Preference, scale: Scale) -> int:
     """Return the index of the point that suits a preference best.
 
-    Points that break a constraint are out; the rest are compared on metrics scaled so that the
-    reference point is 0 and the best single expert is 1. Of equal points the first wins.
+    Points that break a constraint are out; the rest are compared by their :func:`utility`. Of
+    equal points the first wins.
 
     Args:
         values: ``k x m`` metric values of the points, in own units and directions.
-        metrics: The ``m`` metrics.
         preference: Weights, constraints and rule.
-        reference: ``m`` values of the reference point, in own units.
-        best: ``m`` best values of any single expert, in own units.
+        scale: The ``m`` metrics and their scale.
 
     Raises:
         PreferenceError: When the preference names an unknown metric, no point satisfies the
-            constraints, there is no point, or ``best`` is worse than ``reference``.
+            constraints, or there is no point.
     """
-    metrics = check_metrics(metrics)
-    names = [metric.name for metric in metrics]
+    names = [metric.name for metric in scale.metrics]
     _check_names(preference, names)
     if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
         raise PreferenceError(
@@ -111,47 +101,28 @@ def choose(
             hint="give one row per point and one column per metric",
         )
     allowed = _allowed(values, names, preference)
-    score = utility(values, metrics, preference, reference=reference, best=best)
+    score = utility(values, preference, scale)
     return int(score.masked_fill(~allowed, -math.inf).argmax())
 
 
-def utility(
-    values: Tensor,
-    metrics: Sequence[Metric],
-    preference: Preference,
-    *,
-    reference: Tensor,
-    best: Tensor,
-) -> Tensor:
+def utility(values: Tensor, preference: Preference, scale: Scale) -> Tensor:
     """Return what a preference thinks of each point (``k``, larger is better), bounds aside.
 
-    Metrics are scaled so that the reference point is 0 and the best single expert is 1, so the
-    number is in units of that scale. Differentiable in ``values``.
+    The number is in units of the scale, on which the reference point is 0 and the best single
+    expert is 1; a metric without a range decides nothing. Differentiable in ``values``.
 
     Args:
         values: ``k x m`` metric values of the points, in own units and directions.
-        metrics: The ``m`` metrics.
         preference: Weights and rule.
-        reference: ``m`` values of the reference point, in own units.
-        best: ``m`` best values of any single expert, in own units.
-
-    Raises:
-        PreferenceError: When ``best`` is worse than ``reference``.
+        scale: The ``m`` metrics and their scale.
     """
-    names = [metric.name for metric in metrics]
-    low, high = to_maximisation(reference, metrics), to_maximisation(best, metrics)
-    if bool((high < low).any()):
-        worse = [name for name, wrong in zip(names, (high < low).tolist(), strict=True) if wrong]
-        raise PreferenceError(
-            f"the best expert is worse than the reference point in {', '.join(worse)}",
-            hint="give both in the metrics' own units and directions",
-        )
+    names = [metric.name for metric in scale.metrics]
     weights = torch.tensor(
         [preference.weights.get(name, 0.0) if preference.weights else 1.0 for name in names],
         dtype=torch.float64,
     )
-    weights = weights / weights.sum()
-    S = scaled(to_maximisation(values.double(), metrics), low, high)
+    weights = scale.weights(weights / weights.sum())
+    S = scale.gains(values.double())
     score: Tensor = S @ weights
     if preference.rule == "chebyshev":
         # The small weighted sum tells apart points whose worst shortfall is the same.
@@ -164,7 +135,7 @@ def shortfall(
     metrics: Sequence[Metric],
     preference: Preference,
     *,
-    scale: Tensor | None = None,
+    width: Tensor | None = None,
 ) -> Tensor:
     """Return by how much each point misses the bounds, summed over them (``k``, 0 when none).
 
@@ -172,15 +143,15 @@ def shortfall(
         values: ``k x m`` metric values of the points, in own units and directions.
         metrics: The ``m`` metrics.
         preference: The bounds.
-        scale: ``m`` widths to measure the misses in; own units when None.
+        width: ``m`` widths to measure the misses in; own units when None.
     """
     names = [metric.name for metric in metrics]
-    width = torch.ones(len(names), dtype=torch.float64) if scale is None else scale
+    unit = torch.ones(len(names), dtype=torch.float64) if width is None else width
     total = torch.zeros(len(values), dtype=torch.float64)
     for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
         for name, bound in bounds.items():
             column = names.index(name)
-            total = total + (side * (bound - values[:, column])).clamp_min(0.0) / width[column]
+            total = total + (side * (bound - values[:, column])).clamp_min(0.0) / unit[column]
     return total
 
 
@@ -190,7 +161,7 @@ def _check_names(preference: Preference, names: Sequence[str]) -> None:
     if unknown:
         raise PreferenceError(
             f"there is no metric {', '.join(repr(name) for name in unknown)}",
-            hint=f"metrics are {', '.join(names)}",
+            hint=did_you_mean(unknown[0], names),
         )
 
 
@@ -208,8 +179,7 @@ def _allowed(values: Tensor, names: Sequence[str], preference: Preference) -> Te
     if bool(allowed.any()):
         return allowed
     # Misses in different units are compared as shares of each metric's range over the points.
-    width = values[:, column].amax(0) - values[:, column].amin(0)
-    share = miss / torch.where(width > 0, width, torch.ones_like(width))
+    share = miss / widths(values[:, column].amin(0), values[:, column].amax(0))
     nearest = int(share.amax(-1).argmin())
     missed, attainable = [], []
     for i, (name, bound, side) in enumerate(bounds):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import botorch.test_functions.multi_objective as functions
 import torch
@@ -66,7 +65,8 @@ class BotorchProblem:
             )
         if not 0 <= self.noise_std < float("inf"):
             raise DataError(
-                f"noise_std is {self.noise_std}", hint="give a standard deviation, or 0 for none"
+                f"noise_std must be finite and not negative, got {self.noise_std}",
+                hint="give a standard deviation, or 0 for none",
             )
         found = {"dim": self.function.dim, "num_objectives": self.function.num_objectives}
         for setting, actual in found.items():
@@ -144,7 +144,3 @@ class BotorchProblem:
         """
         X = self.space.check(X)
         return noisy(X, self.true_values(X), self.metrics, self.noise_std, generator)
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "botorch", **asdict(self)}

@@ -1,4 +1,4 @@
-"""Where trained zoos are kept: one safetensors file a network, complete or not there at all."""
+"""Where trained zoos are kept: one safetensors file per network, complete or not there at all."""
 
 from __future__ import annotations
 

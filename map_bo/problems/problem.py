@@ -1,16 +1,30 @@
-"""What a problem is: a coefficient space, metrics, and a way to measure them."""
+"""What a problem is: a coefficient space, metrics, and a way to measure them.
+
+Whatever else a problem may be able to do is a protocol of its own.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.merging.export.adapter import AdapterExport
+from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Divisible", "Preparable", "Problem"]
+__all__ = [
+    "Describable",
+    "Divisible",
+    "Exportable",
+    "ExportsAdapters",
+    "Preparable",
+    "Problem",
+    "description_of",
+]
 
 
 @runtime_checkable
@@ -61,6 +75,22 @@ class Preparable(Protocol):
 
 
 @runtime_checkable
+class Describable(Protocol):
+    """A problem that says what it is, so that a run is not resumed with another."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data by which the same problem is recognised."""
+        ...
+
+
+def description_of(problem: Problem) -> Mapping[str, Any]:
+    """Return what a problem says of itself; its type alone where it says nothing."""
+    if isinstance(problem, Describable):
+        return problem.describe()
+    return {"type": type(problem).__name__}
+
+
+@runtime_checkable
 class Divisible(Protocol):
     """A problem that can measure some of its metrics and spare itself the others."""
 
@@ -70,4 +100,36 @@ class Divisible(Protocol):
         Raises:
             DataError: When there is no such metric.
         """
+        ...
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A problem whose points are models that can be written to disk."""
+
+    def export(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        record: Mapping[str, Any],
+        settings: ExportSettings | None = None,
+    ) -> Path:
+        """Write the model with coefficients ``x`` (``d``) into the directory ``out``."""
+        ...
+
+
+@runtime_checkable
+class ExportsAdapters(Protocol):
+    """A problem whose points can be written as LoRA adapters over their base."""
+
+    def export_adapter(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        rank: int | None = None,
+        record: Mapping[str, Any] | None = None,
+    ) -> AdapterExport:
+        """Write the merge with ``x`` (``d``) to ``out`` as an adapter of at most ``rank``."""
         ...

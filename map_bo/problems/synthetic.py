@@ -8,9 +8,8 @@ settings are the same functions everywhere.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -19,6 +18,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["ConcaveQuadratics", "MultiBump", "SigmoidQuadratics", "noisy"]
@@ -50,9 +50,14 @@ def noisy(
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
         if value < 1:
-            raise DataError(f"{name} is {value}", hint=f"{name} is at least 1")
+            raise DataError(
+                f"{name} must be at least 1, got {value}", hint="give a whole number from 1"
+            )
     if not 0 <= noise < float("inf"):
-        raise DataError(f"noise is {noise}", hint="give a standard deviation, or 0 for none")
+        raise DataError(
+            f"noise must be finite and not negative, got {noise}",
+            hint="give a standard deviation, or 0 for none",
+        )
 
 
 def _cube(d: int) -> CoefficientSpace:
@@ -97,8 +102,8 @@ class ConcaveQuadratics:
         _check({"d": self.d, "m": self.m}, noise=self.noise)
         if not 1 <= self.conditioning < float("inf"):
             raise DataError(
-                f"conditioning is {self.conditioning}",
-                hint="it is the ratio of the largest to the smallest eigenvalue: 1 or more",
+                f"conditioning must be finite and at least 1, got {self.conditioning}",
+                hint="it is the ratio of the largest to the smallest eigenvalue",
             )
 
     @property
@@ -165,10 +170,6 @@ class ConcaveQuadratics:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "concave_quadratics", **asdict(self)}
 
 
 @dataclass(frozen=True)
@@ -252,10 +253,6 @@ class SigmoidQuadratics:
         """Return ``n x m`` values of the true front: those of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
 
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "sigmoid_quadratics", **asdict(self)}
-
 
 @dataclass(frozen=True)
 class MultiBump:
@@ -288,7 +285,10 @@ class MultiBump:
     def __post_init__(self) -> None:
         _check({"d": self.d, "m": self.m, "bumps": self.bumps}, noise=self.noise)
         if not 0 < self.width < float("inf"):
-            raise DataError(f"width is {self.width}", hint="give a positive number")
+            raise DataError(
+                f"width must be finite and positive, got {self.width}",
+                hint="give a positive number",
+            )
 
     @property
     def space(self) -> CoefficientSpace:
@@ -351,7 +351,7 @@ class MultiBump:
         X, Y = X[rows], Y[rows]
         if len(Y) <= _DENSE:
             return X, Y
-        unit = (Y - Y.amin(0)) / (Y.amax(0) - Y.amin(0)).clamp_min(1e-12)
+        unit = (Y - Y.amin(0)) / widths(Y.amin(0), Y.amax(0))
         first = torch.empty(0, dtype=torch.long)
         # One point a cell of a grid, of the finest grid that leaves few enough.
         for power in range(14, -1, -1):
@@ -377,7 +377,3 @@ class MultiBump:
     def pareto_front(self, n: int, *, generator: Generator) -> Tensor:
         """Return the values (``n x m``) of :meth:`pareto_set`."""
         return self.true_values(self.pareto_set(n, generator=generator))
-
-    def describe(self) -> dict[str, Any]:
-        """Return plain data by which the same problem is recognised."""
-        return {"kind": "multi_bump", **asdict(self)}

@@ -56,7 +56,8 @@ class TableProblem:
             )
         if not 0 <= self.tolerance < math.inf:
             raise DataError(
-                f"tolerance is {self.tolerance}", hint="give a distance that is not negative"
+                f"tolerance must be finite and not negative, got {self.tolerance}",
+                hint="give a distance that is not negative",
             )
         self.space.check(self.observations.X)
 
@@ -128,7 +129,7 @@ class TableProblem:
         for part in (table.X, table.Y, table.Yvar, table.counts):
             content.update(part.contiguous().numpy().tobytes())
         if table.gradients is not None:
-            for part in table.slopes():
+            for part in table.filled_gradients():
                 content.update(part.contiguous().numpy().tobytes())
         return {
             "kind": "table",
@@ -206,7 +207,7 @@ class TableProblem:
             Observations(
                 X,
                 Y,
-                tuple(metrics) if metrics is not None else _guessed(wanted, Y),
+                tuple(metrics) if metrics is not None else _guess(wanted, Y),
                 Yvar=table.numbers([_VARIANCE + name for name in wanted], blank=always),
                 counts=table.numbers([_COUNT + name for name in wanted], blank=always),
                 cost=table.numbers(["cost"], blank=always)[:, 0].nan_to_num(0.0),
@@ -218,7 +219,7 @@ class TableProblem:
         )
 
 
-def _guessed(names: Iterable[str], Y: Tensor) -> tuple[Metric, ...]:
+def _guess(names: Iterable[str], Y: Tensor) -> tuple[Metric, ...]:
     known = Y.nan_to_num(0.0)
     share = ((known >= 0) & (known <= 1)).all(0).tolist()
     return tuple(

@@ -120,7 +120,7 @@ def points_by_kind(view: RunView) -> dict[str, Tensor]:
     for kind in ("expert", "base", "blend"):
         values = [anchor.y for anchor in anchor_values(view) if anchor.kind == kind]
         points[kind] = torch.stack(values) if values else front.mean[:0]
-    points["reference"] = view.reference_point[None]
+    points["reference"] = view.scale.point[None]
     return {kind: values for kind, values in points.items() if len(values)}
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations, to_maximisation
+from map_bo.data import Front, Metric, Observations
 from map_bo.errors import DataError
+from map_bo.scale import Scale, anchor_rows, farthest_rows
 from map_bo.space import CoefficientSpace
 
 __all__ = [
@@ -18,13 +19,9 @@ __all__ = [
     "RunView",
     "anchor_values",
     "representative_rows",
-    "scale",
-    "scaled_gains",
     "search_rows",
     "verification_rows",
 ]
-
-_SAME = 1e-9
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,8 +33,7 @@ class RunView:
         space: The ``d`` coefficients.
         front: ``k`` predicted points, with real values where they were verified.
         seen: Every evaluation in order, failures included: the search, then the verification.
-        reference_point: ``m`` values in the metrics' own units.
-        reference_rule: Where the reference point comes from, such as "worst of base and experts".
+        scale: The reference point of the metrics, and the other end of their scale.
         summary: Plain data, as written to ``summary.json``.
 
     Raises:
@@ -48,20 +44,16 @@ class RunView:
     space: CoefficientSpace
     front: Front
     seen: Observations
-    reference_point: Tensor
-    reference_rule: str
+    scale: Scale
     summary: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        put = object.__setattr__
-        point = torch.as_tensor(self.reference_point, dtype=torch.float64).detach().cpu()
-        put(self, "reference_point", point)
-        if self.front.metrics != self.seen.metrics or point.shape != (len(self.front.metrics),):
+        if not self.front.metrics == self.seen.metrics == self.scale.metrics:
             raise DataError(
                 f"the front has metrics {[x.name for x in self.front.metrics]}, the evaluations "
-                f"{[x.name for x in self.seen.metrics]} and the reference point "
-                f"{len(point.flatten())} values",
-                hint="take all three from one run, so that their metrics agree",
+                f"{[x.name for x in self.seen.metrics]} and the scale "
+                f"{[x.name for x in self.scale.metrics]}",
+                hint="all three belong to one run and have the same metrics",
             )
         widths = (self.space.d, self.front.X.shape[-1], self.seen.X.shape[-1])
         if len(set(widths)) != 1:
@@ -97,13 +89,14 @@ class AnchorValue:
 def anchor_values(view: RunView) -> tuple[AnchorValue, ...]:
     """Return the base, experts and uniform blend that were measured, in the space's order.
 
-    A row of ``view.seen`` is an anchor when its coefficients agree within 1e-9; of several such
-    rows the first that succeeded counts. Anchors that were never measured are left out.
+    Of several rows at one anchor (:func:`map_bo.scale.anchor_rows`) the first that succeeded
+    counts. Anchors that were never measured are left out.
     """
     anchors = view.space.anchors()
     found = []
-    for name, kind, x in zip(anchors.names, anchors.kinds, anchors.X, strict=True):
-        rows = (_matches(view.seen.X, x) & view.seen.ok).nonzero().flatten().tolist()
+    measured = anchor_rows(view.seen.X, view.space) & view.seen.ok
+    for name, kind, here in zip(anchors.names, anchors.kinds, measured, strict=True):
+        rows = here.nonzero().flatten().tolist()
         if rows:
             found.append(AnchorValue(name, kind, rows[0], view.seen.Y[rows[0]]))
     return tuple(found)
@@ -122,61 +115,18 @@ def verification_rows(view: RunView) -> Tensor:
 
 def search_rows(view: RunView) -> Tensor:
     """Return ``n`` booleans: successful evaluations of the search that are not anchors."""
-    rows = view.seen.ok & ~verification_rows(view)
-    for anchor in anchor_values(view):
-        rows = rows & ~_matches(view.seen.X, view.seen.X[anchor.row])
-    return rows
-
-
-def _matches(X: Tensor, x: Tensor) -> Tensor:
-    return (X - x).abs().amax(-1) <= _SAME
-
-
-def scale(view: RunView) -> tuple[Tensor, Tensor]:
-    """Return the two ends that metrics are scaled between, own units: 0 and 1.
-
-    The first is the reference point. The second is the recorded ``reference_best``, else the best
-    expert that was measured, else the best value seen. An end that is no better than the
-    reference point is moved away from it, so that scaling is always defined.
-    """
-    metrics = view.metrics
-    low = to_maximisation(view.reference_point, metrics)
-    recorded = view.summary.get("reference_best") or {}
-    experts = [anchor.y for anchor in anchor_values(view) if anchor.kind == "expert"]
-    seen = view.seen.succeeded().Y
-    known = torch.cat([to_maximisation(torch.cat([seen, view.front.mean]), metrics), low[None]])
-    if all(isinstance(recorded.get(metric.name), int | float) for metric in metrics):
-        best = torch.tensor([float(recorded[x.name]) for x in metrics], dtype=torch.float64)
-        high = to_maximisation(best, metrics)
-    elif experts:
-        high = to_maximisation(torch.stack(experts), metrics).amax(0)
-    else:
-        high = known.amax(0)
-    high = torch.where(high > low, high, torch.maximum(known.amax(0), low + 1e-9))
-    return to_maximisation(low, metrics), to_maximisation(high, metrics)
-
-
-def scaled_gains(values: Tensor, view: RunView) -> Tensor:
-    """Scale ``... x m`` values (own units): 0 is the reference point, 1 the best expert."""
-    low, high = (to_maximisation(end, view.metrics) for end in scale(view))
-    return (to_maximisation(values, view.metrics) - low) / (high - low)
+    anchors = anchor_rows(view.seen.X, view.space).any(0)
+    return view.seen.ok & ~verification_rows(view) & ~anchors
 
 
 def representative_rows(view: RunView, count: int = 7) -> list[int]:
     """Return up to ``count`` rows of the front that represent all of it.
 
-    Verified points come first, because they show how good the predictions are; then the most
-    balanced point (largest worst scaled gain); then, again and again, the point farthest from those
-    taken. The rows are returned from the best to the worst in the first metric.
+    Verified points come first, because they show how good the predictions are; then
+    :func:`map_bo.scale.farthest_rows`. The rows are returned from the best to the worst in the
+    first metric.
     """
     front = view.front
-    gains = scaled_gains(front.mean, view)
-    taken = front.verified.nonzero().flatten().tolist()[:count]
-    while len(taken) < min(count, len(front)):
-        if not taken:
-            taken.append(int(gains.amin(-1).argmax()))
-            continue
-        distance = torch.cdist(gains, gains[taken]).amin(-1)
-        distance[taken] = -1.0
-        taken.append(int(distance.argmax()))
+    gains = view.scale.gains(front.mean)
+    taken = farthest_rows(gains, count, first=front.verified.nonzero().flatten().tolist())
     return sorted(taken, key=lambda row: (-float(gains[row, 0]), row))

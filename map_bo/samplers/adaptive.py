@@ -23,24 +23,46 @@ __all__ = ["Adaptive"]
 class Adaptive:
     """The default: anchors, then what the posterior says, for any number of metrics.
 
-    In spaces with several coefficients an expert the design is one for blocks.
+    In spaces with several coefficients per expert the design is one for blocks.
 
     Attributes:
         acquisition: Chooses by the posterior; its design is used as it is in spaces with one
-            coefficient an expert.
+            coefficient per expert.
         blocks: The design in spaces with more.
+        surrogate: What the acquisition looks through, in place of any that it has; ``None`` is
+            that of the acquisition, if it has one, and else that of the run.
     """
 
     acquisition: PosteriorDriven = field(default_factory=FrontUncertainty)
     blocks: Sampler = field(default_factory=TiedSobol)
+    surrogate: Surrogate | None = None
 
-    def above(self, reference: Mapping[str, float]) -> Adaptive:
+    def __post_init__(self) -> None:
+        if self.surrogate is None:
+            object.__setattr__(self, "surrogate", self.acquisition.surrogate)
+        elif self.acquisition.surrogate is not self.surrogate:
+            chosen = self.acquisition.with_surrogate(self.surrogate)
+            object.__setattr__(self, "acquisition", chosen)
+
+    def with_reference(self, reference: Mapping[str, float]) -> Adaptive:
         """Return the sampler with this reference point, unless it has one of its own."""
-        return replace(self, acquisition=self.acquisition.above(reference))
+        return replace(self, acquisition=self.acquisition.with_reference(reference))
+
+    def with_surrogate(self, surrogate: Surrogate) -> Adaptive:
+        """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
+        return replace(self, surrogate=surrogate)
 
     def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Adaptive:
-        """Return the sampler with this surrogate; see :class:`FitsSurrogate`."""
-        return replace(self, acquisition=self.acquisition.fitting(surrogate, initial=initial))
+        """Return the sampler with this surrogate; the name of `with_surrogate` in version 0.1."""
+        return replace(
+            self,
+            acquisition=self.acquisition.fitting(surrogate, initial=initial),
+            surrogate=surrogate,
+        )
+
+    def without_design(self) -> Adaptive:
+        """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""
+        return replace(self, acquisition=self.acquisition.without_design())
 
     def propose(
         self,
@@ -63,7 +85,7 @@ class Adaptive:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return the points and the scores of the fit; see :class:`TellsFit`."""
+        """Return the points and what was fitted; see :class:`TellsFit`."""
         chosen = self._chosen(space)
         return chosen.propose_and_tell(seen, space, n, pending=pending, generator=generator)
 

@@ -9,8 +9,16 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.surrogate import Surrogate
 
-__all__ = ["Sampler", "TellsFit", "proposed"]
+__all__ = [
+    "Sampler",
+    "SeesThroughSurrogate",
+    "StartsWithDesign",
+    "TellsFit",
+    "looking_through",
+    "proposed",
+]
 
 
 @runtime_checkable
@@ -46,6 +54,50 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class SeesThroughSurrogate(Protocol):
+    """A sampler that looks through the posterior of a surrogate.
+
+    A run hands it its own surrogate, so that what proposes and what predicts the front are the
+    same, unless the sampler was given one (:func:`looking_through`).
+    """
+
+    @property
+    def surrogate(self) -> Surrogate | None:
+        """What the sampler looks through; None for the surrogate of the run."""
+        ...
+
+    def with_surrogate(self, surrogate: Surrogate) -> Sampler:
+        """Return the sampler that looks through this surrogate.
+
+        Raises:
+            SamplerError: When it cannot look through it; the hint names the alternatives.
+        """
+        ...
+
+
+def looking_through(sampler: Sampler, surrogate: Surrogate) -> Sampler:
+    """Return a sampler as a run with this surrogate uses it.
+
+    Samplers that were given a surrogate of their own, and those that fit none, stay as they are.
+
+    Raises:
+        SamplerError: When the sampler cannot look through the surrogate.
+    """
+    if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is None:
+        return sampler.with_surrogate(surrogate)
+    return sampler
+
+
+@runtime_checkable
+class StartsWithDesign(Protocol):
+    """A sampler that begins with a design of its own, and can do without."""
+
+    def without_design(self) -> Sampler:
+        """Return the sampler that chooses by what was seen from its first proposal on."""
+        ...
+
+
+@runtime_checkable
 class TellsFit(Protocol):
     """A sampler that fits a surrogate, and says how good the fit was that it chose by."""
 
@@ -58,9 +110,10 @@ class TellsFit(Protocol):
         pending: Tensor | None = None,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return what ``propose`` returns, and the scores of the fit as plain data.
+        """Return what ``propose`` returns, and what the fit was as plain data.
 
-        The scores are empty where nothing was fitted.
+        That is the surrogate's ``settings``, the ``model`` and, where it leaves evaluations out,
+        its scores; nothing where nothing was fitted.
         """
         ...
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
@@ -14,21 +14,33 @@ from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.posteriors.posterior import Posterior
 from gpytorch.distributions import MultitaskMultivariateNormal
 from linear_operator.utils.errors import NotPSDError
-from torch import Tensor
+from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import MapBoError, SurrogateError
+from map_bo.rng import child
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import LogitLink, as_fitted, links_for, observed_on_link
-from map_bo.surrogates.prediction import HasMisfit
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.processes.sparse import Sparse
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
-from map_bo.surrogates.validation import LeavesOneOut, count_log_densities, log_densities
+from map_bo.surrogates.quadratic_model import transformed
+from map_bo.surrogates.surrogate import (
+    PointCovariances,
+    SampledFunctions,
+    Surrogate,
+    SurrogateModel,
+    gaussian,
+)
+from map_bo.surrogates.validation import (
+    LeavesOneOut,
+    count_log_densities,
+    log_densities,
+    promises_leave_one_out,
+)
 
-__all__ = ["Auto", "AutoModel", "Selection"]
+__all__ = ["Auto", "AutoModel", "Selection", "SideBySide", "leaving_out"]
 
 _FEWEST = 8  # evaluations from which on scores decide, however few coefficients there are
 _MANY = 8  # coefficients up to which few evaluations are enough for a hybrid
@@ -68,61 +80,43 @@ class Selection:
         }
 
 
-class AutoModel(SurrogateModel, FantasizeMixin):
-    """Independent metrics, each modelled by the candidate that was chosen for it.
+class SideBySide(SurrogateModel, FantasizeMixin):
+    """Independent metrics, each of them an output of one of several models.
 
     Args:
-        parts: One model for each candidate that was chosen at all.
-        columns: For each part the metrics that its outputs are, as positions; together a
-            permutation of ``0 .. m-1``, ascending within a part.
-        selection: One selection a metric.
+        parts: The models.
+        columns: For each model the metrics that its outputs are, as positions; together a
+            permutation of ``0 .. m-1``.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[SurrogateModel],
-        columns: Sequence[Sequence[int]],
-        selection: Sequence[Selection],
-    ) -> None:
+    def __init__(self, parts: Sequence[SurrogateModel], columns: Sequence[Sequence[int]]) -> None:
         super().__init__()
-        self.parts = torch.nn.ModuleList(parts)
+        self.models = tuple(parts)
+        self.parts = torch.nn.ModuleList(parts)  # so that torch knows them
         self.columns = tuple(tuple(held) for held in columns)
-        self.selection = tuple(selection)
         place = {j: (p, i) for p, held in enumerate(self.columns) for i, j in enumerate(held)}
         self._places = [place[j] for j in range(len(place))]
         self.metrics = tuple(parts[p].metrics[i] for p, i in self._places)
         self.links = tuple(parts[p].links[i] for p, i in self._places)
         self._order = torch.tensor([j for held in self.columns for j in held]).argsort()
-        self._singles: list[SurrogateModel] | None = None
-
-    def _models(self) -> list[SurrogateModel]:
-        return [cast(SurrogateModel, part) for part in self.parts]
-
-    @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
 
     @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions of the posterior; empty unless conditioned on batches."""
-        return self._models()[0].batch_shape
+        return self.models[0].batch_shape
 
     @property
     def likelihood(self) -> None:
         """There is no common gpytorch likelihood; botorch only asks whether there is one."""
         return None
 
-    def describe_selection(self) -> list[dict[str, Any]]:
-        """Return the selection of every metric as plain data."""
-        return [selection.describe() for selection in self.selection]
-
-    def _joined(self, values: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(values), -1)[..., self._order]
+    def arranged(self, values: Sequence[Tensor], axis: int = -1) -> Tensor:
+        """Return one tensor per part as one of all metrics, in their order along ``axis``."""
+        return torch.cat(list(values), axis).index_select(axis, self._order)
 
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the posterior mean on the link scale, ``n x m`` for ``n x d``."""
-        return self._joined([model.link_mean(X) for model in self._models()])
+        return self.arranged([model.link_mean(X) for model in self.models])
 
     def posterior(  # type: ignore[override]
         self,
@@ -141,90 +135,191 @@ class AutoModel(SurrogateModel, FantasizeMixin):
             posterior_transform: Applied to the result.
         """
         if output_indices is not None:
-            part = self.subset_output(output_indices)
+            part = self.for_metrics(output_indices)
             return part.posterior(X, None, observation_noise, posterior_transform)
-        if len(self.parts) == 1:
-            return self._models()[0].posterior(
+        if len(self.models) == 1:
+            return self.models[0].posterior(
                 X,
                 observation_noise=observation_noise,
                 posterior_transform=posterior_transform,
             )
-        if self._singles is None:
-            models = self._models()
-            self._singles = [
-                cast(SurrogateModel, models[p].subset_output([i])) for p, i in self._places
-            ]
         mvns = []
-        for j, single in enumerate(self._singles):
+        for j, (p, i) in enumerate(self._places):
             noise = observation_noise
             if isinstance(noise, Tensor):
                 noise = noise[..., j : j + 1]
-            # All surrogates here are Gaussian; botorch types `posterior` by its base class.
-            alone = cast(GPyTorchPosterior, single.posterior(X, observation_noise=noise))
-            mvns.append(alone.distribution)
+            alone = self.models[p].one_metric(i).posterior(X, observation_noise=noise)
+            mvns.append(gaussian(alone).distribution)
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             *[mvn.batch_shape for mvn in mvns]
         )
         result = GPyTorchPosterior(
             MultitaskMultivariateNormal.from_independent_mvns([mvn.expand(shape) for mvn in mvns])
         )
-        if posterior_transform is None:
-            return result
-        return cast(Posterior, posterior_transform(posterior=result, X=X))
+        return transformed(result, X, posterior_transform)
 
-    def subset_output(self, idcs: list[int]) -> AutoModel:
-        """Return the model of the given metrics alone."""
-        parts, columns = [], []
-        wanted = [self._places[j] for j in idcs]
-        for p, model in enumerate(self._models()):
+    def for_metrics(self, columns: Sequence[int]) -> SideBySide:
+        """Return the model of some metrics alone."""
+        return SideBySide(*self._held_for(columns))
+
+    def _held_for(self, columns: Sequence[int]) -> tuple[list[SurrogateModel], list[list[int]]]:
+        """Return the parts that are left for some metrics, and what their outputs are."""
+        parts: list[SurrogateModel] = []
+        places: list[list[int]] = []
+        wanted = [self._places[j] for j in columns]
+        for p, model in enumerate(self.models):
             held = [(j, i) for j, (part, i) in enumerate(wanted) if part == p]
             if held:
-                parts.append(cast(SurrogateModel, model.subset_output([i for _, i in held])))
-                columns.append([j for j, _ in held])
-        return AutoModel(parts, columns, [self.selection[j] for j in idcs])
+                parts.append(model.for_metrics([i for _, i in held]))
+                places.append([j for j, _ in held])
+        return parts, places
+
+    def condition_on_observations(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
+    ) -> SideBySide:
+        """Return the model that has also seen ``Y`` at ``X``, hyperparameters held.
+
+        Args:
+            X: ``... x n' x d`` coefficients.
+            Y: ``... x n' x m`` values on the link scale.
+            noise: ``... x n' x m`` variances of ``Y``; by default the typical one of the fit.
+            **kwargs: Passed on to the parts.
+
+        Raises:
+            SurrogateError: When a part has to be fitted again to see more.
+        """
+        return SideBySide(self._conditioned(X, Y, noise, **kwargs), self.columns)
+
+    def _conditioned(
+        self, X: Tensor, Y: Tensor, noise: Tensor | None, **kwargs: Any
+    ) -> list[SurrogateModel]:
+        parts: list[SurrogateModel] = []
+        for model, held in zip(self.models, self.columns, strict=True):
+            own = None if noise is None else noise[..., list(held)]
+            if not isinstance(model, FantasizeMixin):
+                raise SurrogateError(
+                    f"{type(model).__name__} cannot take further observations as it is",
+                    hint="fit it again, or use quadratic, gp, hybrid, sparse or auto",
+                )
+            more = model.condition_on_observations(X, Y[..., list(held)], noise=own, **kwargs)
+            assert isinstance(more, SurrogateModel)
+            parts.append(more)
+        return parts
+
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        pairs = [model.joint(X) for model in self.models]
+        mean = self.arranged([mean for mean, _ in pairs])
+        return mean, self.arranged([covariance for _, covariance in pairs], 0)
+
+    def covariances_with(self, points: Tensor) -> PointCovariances:
+        """Return the posterior covariances of other points with ``points``, part by part."""
+        return _ArrangedCovariances(self, points)
+
+    def sample_functions(self, k: int, *, generator: Generator) -> SampledFunctions:
+        """Draw ``k`` functions; those of metrics with explicit ones stay explicit."""
+        if len(self.models) == 1:
+            sources = [generator]
+        else:
+            sources = [child(generator, "functions", p) for p in range(len(self.models))]
+        drawn = [
+            model.sample_functions(k, generator=source)
+            for model, source in zip(self.models, sources, strict=True)
+        ]
+        return _ArrangedFunctions(self, drawn)
+
+    def misfit_variance(self) -> Tensor:
+        """Return that of the parts (``m``, link scale)."""
+        return self.arranged([model.misfit_variance() for model in self.models])
+
+
+class _ArrangedCovariances(PointCovariances):
+    def __init__(self, model: SideBySide, points: Tensor) -> None:
+        self._model = model
+        self._parts = [part.covariances_with(points) for part in model.models]
+
+    def among(self) -> Tensor:
+        return self._model.arranged([part.among() for part in self._parts], 0)
+
+    def to(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        pairs = [part.to(X) for part in self._parts]
+        cross, variance = (self._model.arranged([pair[i] for pair in pairs], 0) for i in (0, 1))
+        return cross, variance
+
+
+class _ArrangedFunctions(SampledFunctions):
+    def __init__(self, model: SideBySide, parts: Sequence[SampledFunctions]) -> None:
+        self._model, self._parts = model, parts
+        self.explicit = all(part.explicit for part in parts)
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return self._model.arranged([part(X) for part in self._parts])
+
+    def each(self, X: Tensor, which: Tensor) -> Tensor:
+        return self._model.arranged([part.each(X, which) for part in self._parts])
+
+
+class AutoModel(SideBySide):
+    """Independent metrics, each modelled by the candidate that was chosen for it.
+
+    Args:
+        parts: One model for each candidate that was chosen at all; they leave evaluations out.
+        columns: For each part the metrics that its outputs are, as positions; together a
+            permutation of ``0 .. m-1``, ascending within a part.
+        selection: One selection per metric.
+    """
+
+    def __init__(
+        self,
+        parts: Sequence[SurrogateModel],
+        columns: Sequence[Sequence[int]],
+        selection: Sequence[Selection],
+    ) -> None:
+        super().__init__(parts, columns)
+        self.selection = tuple(selection)
+
+    def describe_selection(self) -> list[dict[str, Any]]:
+        """Return the selection of every metric as plain data."""
+        return [selection.describe() for selection in self.selection]
+
+    def for_metrics(self, columns: Sequence[int]) -> AutoModel:
+        """Return the model of some metrics alone."""
+        return AutoModel(*self._held_for(columns), [self.selection[j] for j in columns])
 
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> AutoModel:
         """Return the model that has also seen ``Y`` at ``X``, hyperparameters and choice held.
 
-        Args:
-            X: ``... x n' x d`` coefficients.
-            Y: ``... x n' x m`` values on the link scale.
-            noise: ``... x n' x m`` variances of ``Y``; by default the typical one of the fit.
-            **kwargs: Passed on to the chosen models.
+        See :meth:`SideBySide.condition_on_observations`.
         """
-        parts = []
-        for model, held in zip(self._models(), self.columns, strict=True):
-            own = None if noise is None else noise[..., list(held)]
-            assert hasattr(model, "condition_on_observations")
-            more = model.condition_on_observations(X, Y[..., list(held)], noise=own, **kwargs)
-            parts.append(cast(SurrogateModel, more))
-        return AutoModel(parts, self.columns, self.selection)
-
-    def _validated(self) -> list[LeavesOneOut]:
-        return [cast(LeavesOneOut, model) for model in self._models()]
+        return AutoModel(self._conditioned(X, Y, noise, **kwargs), self.columns, self.selection)
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return those of the chosen models, ``n x m`` each, link scale."""
-        pairs = [model.leave_one_out() for model in self._validated()]
-        return self._joined([mean for mean, _ in pairs]), self._joined([v for _, v in pairs])
+        pairs = [model.leave_one_out() for model in leaving_out(self.models)]
+        return self.arranged([mean for mean, _ in pairs]), self.arranged([v for _, v in pairs])
 
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return those of the chosen models, ``n x m`` each, link scale."""
-        pairs = [model.training_targets() for model in self._validated()]
-        return self._joined([z for z, _ in pairs]), self._joined([v for _, v in pairs])
+        pairs = [model.training_targets() for model in leaving_out(self.models)]
+        return self.arranged([z for z, _ in pairs]), self.arranged([v for _, v in pairs])
 
-    def misfit_variance(self) -> Tensor:
-        """Return that of the chosen models (``m``, link scale); 0 where a model has none."""
-        return self._joined(
-            [
-                model.misfit_variance()
-                if isinstance(model, HasMisfit)
-                else torch.zeros(model.num_outputs, dtype=torch.float64)
-                for model in self._models()
-            ]
+
+def leaving_out(models: Sequence[SurrogateModel]) -> list[LeavesOneOut]:
+    """Return models that leave evaluations out as such.
+
+    Raises:
+        SurrogateError: When one of them does not.
+    """
+    found = [model for model in models if isinstance(model, LeavesOneOut)]
+    if len(found) < len(models):
+        names = sorted({type(m).__name__ for m in models if not isinstance(m, LeavesOneOut)})
+        raise SurrogateError(
+            f"{', '.join(names)} cannot leave evaluations out",
+            hint="give it leave_one_out() and training_targets()",
         )
+    return list(found)
 
 
 def _scores(model: SurrogateModel, seen: Observations, targets: Tensor) -> Tensor:
@@ -243,11 +338,7 @@ def _scores(model: SurrogateModel, seen: Observations, targets: Tensor) -> Tenso
         n = seen.counts[:, counted]
         successes = (n * (seen.Y[:, counted] - low) / (high - low)).clamp_min(0.0)
         assert isinstance(model, LeavesOneOut)
-        misfit = (
-            model.misfit_variance()
-            if isinstance(model, HasMisfit)
-            else torch.zeros_like(targets[0])
-        )
+        misfit = model.misfit_variance()
         densities = densities.clone()
         densities[:, counted] = count_log_densities(model, successes, n, misfit[counted], counted)
     return densities
@@ -276,8 +367,8 @@ class Auto:
     Attributes:
         candidates: Name and settings, simplest first; by default quadratic (up to 32
             coefficients), hybrid and gp, and in spaces of more than eight coefficients with
-            several an expert also sparse, with ``link``. All must use the links that ``link``
-            stands for.
+            several per expert also sparse, with ``link``. All must use the links that ``link``
+            stands for, and leave evaluations out.
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
         per_coefficient: Evaluations for each coefficient from which on scores decide; ``None``
             for 4 up to eight coefficients and 3 beyond.
@@ -286,6 +377,7 @@ class Auto:
     candidates: tuple[tuple[str, Surrogate], ...] = ()
     link: Literal["auto", "identity"] = "auto"
     per_coefficient: float | None = None
+    leaves_one_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -294,6 +386,13 @@ class Auto:
         if twice:
             raise SurrogateError(
                 f"candidates share a name: {', '.join(twice)}", hint="name each differently"
+            )
+        mute = [name for name, one in self.candidates if not promises_leave_one_out(one)]
+        if mute:
+            raise SurrogateError(
+                f"candidates cannot be compared by leaving evaluations out: {', '.join(mute)}",
+                hint="use quadratic, gp, hybrid or sparse as candidates, or a surrogate with "
+                "leaves_one_out = True whose models have leave_one_out() and training_targets()",
             )
 
     def _candidates(self, space: CoefficientSpace) -> tuple[tuple[str, Surrogate], ...]:
@@ -359,7 +458,7 @@ class Auto:
         for name, (model, _) in fitted.items():
             held = [j for j, choice in enumerate(selection) if choice.chosen == name]
             if held:
-                parts.append(cast(SurrogateModel, model.subset_output(held)))
+                parts.append(model.for_metrics(held))
                 columns.append(held)
         return AutoModel(parts, columns, selection)
 

@@ -8,27 +8,32 @@ measurements in the larger space, and the node sees the fit along its own direct
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import FantasizeMixin
 from botorch.posteriors.posterior import Posterior
-from torch import Tensor
+from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
+from map_bo.plain import identity_of
+from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.auto import AutoModel, Selection
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
-from map_bo.surrogates.validation import LeavesOneOut
+from map_bo.surrogates.auto import AutoModel, Selection, SideBySide, leaving_out
+from map_bo.surrogates.surrogate import (
+    PointCovariances,
+    SampledFunctions,
+    Surrogate,
+    SurrogateModel,
+    has_uncertainty,
+)
+from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
-__all__ = ["Informed", "InformedModel"]
-
-
-_SAME = 1e-9
+__all__ = ["Informed", "InformedLeavingOut", "InformedModel"]
 
 
 class InformedModel(SurrogateModel, FantasizeMixin):
@@ -37,19 +42,15 @@ class InformedModel(SurrogateModel, FantasizeMixin):
     Args:
         whole: The model of the larger space, of the same metrics.
         directions: ``k x d``: what a unit of each of the ``k`` coefficients is in it.
-        own: How many of the last rows that each part was fitted to are the run's own, and so are
-            left out one by one in validation.
+        selection: Which model each metric has, and why.
     """
 
-    def __init__(self, whole: AutoModel, directions: Tensor, own: int) -> None:
+    def __init__(
+        self, whole: SideBySide, directions: Tensor, selection: Sequence[Selection]
+    ) -> None:
         super().__init__()
-        self.whole, self.directions, self.own = whole, directions, own
+        self.whole, self.directions, self.selection = whole, directions, tuple(selection)
         self.metrics, self.links = whole.metrics, whole.links
-
-    @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -63,7 +64,7 @@ class InformedModel(SurrogateModel, FantasizeMixin):
 
     def describe_selection(self) -> list[dict[str, Any]]:
         """Return which candidate models each metric, as plain data."""
-        return self.whole.describe_selection()
+        return [selection.describe() for selection in self.selection]
 
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the posterior mean on the link scale, ``n x m`` for ``n x k``."""
@@ -81,34 +82,97 @@ class InformedModel(SurrogateModel, FantasizeMixin):
             X @ self.directions, output_indices, observation_noise, posterior_transform
         )
 
-    def subset_output(self, idcs: list[int]) -> InformedModel:
-        """Return the model of the given metrics alone."""
-        return InformedModel(self.whole.subset_output(idcs), self.directions, self.own)
+    def for_metrics(self, columns: Sequence[int]) -> InformedModel:
+        """Return the model of some metrics alone."""
+        selection = [self.selection[j] for j in columns]
+        return self._with(self.whole.for_metrics(columns), selection, 0)
 
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> InformedModel:
         """Return the model that has also seen ``Y`` at ``X``, hyperparameters held."""
         more = self.whole.condition_on_observations(X @ self.directions, Y, noise, **kwargs)
-        return InformedModel(more, self.directions, self.own + X.shape[-2])
+        return self._with(more, self.selection, X.shape[-2])
 
-    def leave_one_out(self) -> tuple[Tensor, Tensor]:
-        """Return mean and latent variance of the run's own rows, each without itself."""
-        return self._own([cast(LeavesOneOut, p).leave_one_out() for p in self.whole.parts])
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return self.whole.joint(X @ self.directions)
 
-    def training_targets(self) -> tuple[Tensor, Tensor]:
-        """Return the run's own rows as fitted and their total noise variance, ``n x m`` each."""
-        return self._own([cast(LeavesOneOut, p).training_targets() for p in self.whole.parts])
+    def covariances_with(self, points: Tensor) -> PointCovariances:
+        """Return the posterior covariances of other points with ``points`` (``p x k``)."""
+        return _Covariances(self, points)
+
+    def sample_functions(self, k: int, *, generator: Generator) -> SampledFunctions:
+        """Draw ``k`` functions of the larger space, seen along the directions."""
+        return _Functions(self.whole.sample_functions(k, generator=generator), self.directions)
 
     def misfit_variance(self) -> Tensor:
         """Return the variance of the lack of fit (``m``, link scale)."""
         return self.whole.misfit_variance()
 
+    def _with(self, whole: SideBySide, selection: Sequence[Selection], more: int) -> InformedModel:
+        del more
+        return InformedModel(whole, self.directions, selection)
+
+
+class InformedLeavingOut(InformedModel):
+    """An informed model whose parts all leave evaluations out.
+
+    Args:
+        whole: The model of the larger space, of the same metrics.
+        directions: ``k x d``: what a unit of each of the ``k`` coefficients is in it.
+        selection: Which model each metric has, and why.
+        own: How many of the last rows that each part was fitted to are the run's own, and so are
+            left out one by one in validation.
+    """
+
+    def __init__(
+        self, whole: SideBySide, directions: Tensor, selection: Sequence[Selection], own: int
+    ) -> None:
+        super().__init__(whole, directions, selection)
+        self.own = own
+
+    def leave_one_out(self) -> tuple[Tensor, Tensor]:
+        """Return mean and latent variance of the run's own rows, each without itself."""
+        return self._own([part.leave_one_out() for part in leaving_out(self.whole.models)])
+
+    def training_targets(self) -> tuple[Tensor, Tensor]:
+        """Return the run's own rows as fitted and their total noise variance, ``n x m`` each."""
+        return self._own([part.training_targets() for part in leaving_out(self.whole.models)])
+
     def _own(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        order = torch.tensor([j for held in self.whole.columns for j in held]).argsort()
         last = [[part[len(part) - self.own :] for part in pair] for pair in pairs]
-        first, second = (torch.cat([pair[i] for pair in last], -1)[..., order] for i in (0, 1))
+        first, second = (self.whole.arranged([pair[i] for pair in last]) for i in (0, 1))
         return first, second
+
+    def _with(
+        self, whole: SideBySide, selection: Sequence[Selection], more: int
+    ) -> InformedLeavingOut:
+        return InformedLeavingOut(whole, self.directions, selection, self.own + more)
+
+
+class _Covariances(PointCovariances):
+    def __init__(self, model: InformedModel, points: Tensor) -> None:
+        self._directions = model.directions
+        self._whole = model.whole.covariances_with(points @ model.directions)
+
+    def among(self) -> Tensor:
+        return self._whole.among()
+
+    def to(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        return self._whole.to(X @ self._directions)
+
+
+class _Functions(SampledFunctions):
+    def __init__(self, whole: SampledFunctions, directions: Tensor) -> None:
+        self._whole, self._directions = whole, directions
+        self.explicit = whole.explicit
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return self._whole(X @ self._directions)
+
+    def each(self, X: Tensor, which: Tensor) -> Tensor:
+        return self._whole.each(X @ self._directions, which)
 
 
 @dataclass(frozen=True, eq=False)
@@ -130,7 +194,22 @@ class Informed:
     known: Mapping[str, Observations] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        return f"Informed({self.surrogate!r})"  # what is known may grow, and the run stays the same
+        return f"Informed({self.surrogate!r})"
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data by which it is recognised: what is known may grow in the same run."""
+        name = f"{Informed.__module__}:{Informed.__qualname__}"
+        return {"class": name, "fields": {"surrogate": identity_of(self.surrogate)}}
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether the models leave evaluations out: when those of the surrogate do."""
+        return promises_leave_one_out(self.surrogate)
+
+    @property
+    def certain(self) -> bool:
+        """Whether the models have no uncertainty: when those of the surrogate have none."""
+        return not has_uncertainty(self.surrogate)
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> InformedModel:
         """Fit each metric to all of its measurements.
@@ -146,14 +225,14 @@ class Informed:
         own = seen.succeeded()
         at = own.X @ self.directions
         further = {
-            metric.name: _elsewhere(self.known[metric.name].succeeded(), at)
+            metric.name: _elsewhere(self.known[metric.name].succeeded(), at, self.space)
             for metric in seen.metrics
             if metric.name in self.known
         }
         groups: dict[tuple[tuple[float, ...], ...], list[int]] = {}
         for j, metric in enumerate(seen.metrics):
-            told = further.get(metric.name)
-            X = () if told is None else tuple(map(tuple, told.X.tolist()))
+            elsewhere = further.get(metric.name)
+            X = () if elsewhere is None else tuple(map(tuple, elsewhere.X.tolist()))
             groups.setdefault(X, []).append(j)
         parts: list[SurrogateModel] = []
         for X, columns in groups.items():
@@ -163,16 +242,15 @@ class Informed:
                 rows = before.append(rows)
             parts.append(self.surrogate.fit(rows, self.space))
         selection = _selections(parts, list(groups.values()), seen)
-        return InformedModel(
-            AutoModel(parts, list(groups.values()), selection), self.directions, len(own)
-        )
+        whole = SideBySide(parts, list(groups.values()))
+        if all(isinstance(part, LeavesOneOut) for part in parts):
+            return InformedLeavingOut(whole, self.directions, selection, len(own))
+        return InformedModel(whole, self.directions, selection)
 
 
-def _elsewhere(known: Observations, at: Tensor) -> Observations:
+def _elsewhere(known: Observations, at: Tensor, space: CoefficientSpace) -> Observations:
     """Return the rows of ``known`` that are at none of the points ``at``."""
-    if not len(at) or not len(known):
-        return known
-    return known.select((known.X[:, None] - at[None]).abs().amax(-1).amin(-1) > _SAME)
+    return known.select(~same_points(known.X, at, space).any(-1))
 
 
 def _columns(seen: Observations, columns: list[int], X: Tensor) -> Observations:

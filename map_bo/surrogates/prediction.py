@@ -5,12 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
 
 import numpy as np
 import torch
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Tensor
 
 from map_bo.data import to_maximisation
@@ -19,7 +17,6 @@ from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
 __all__ = [
-    "HasMisfit",
     "Prediction",
     "objective",
     "observation_variance",
@@ -32,20 +29,11 @@ _NODES = 20  # Gauss-Hermite nodes; exact to 1e-6 for a sigmoid of a Gaussian wi
 _NORMAL_975 = 1.959963984540054
 
 
-@runtime_checkable
-class HasMisfit(Protocol):
-    """A model that keeps its lack of fit apart from its posterior."""
-
-    def misfit_variance(self) -> Tensor:
-        """Return the variance of the lack of fit, ``m``, link scale."""
-        ...
-
-
 @dataclass(frozen=True, eq=False)
 class Prediction:
     """Predicted metrics at ``n`` points, ``n x m``, own units and directions.
 
-    What the model knows that it cannot say (:class:`HasMisfit`) is included.
+    What the model knows that it cannot say (:meth:`SurrogateModel.misfit_variance`) is included.
 
     Attributes:
         mean: Inverse link of the posterior mean, which is the posterior median.
@@ -70,11 +58,10 @@ def predict(model: SurrogateModel, X: Tensor) -> Prediction:
     with torch.no_grad():
         for start in range(0, len(X), _ROWS):
             rows = slice(start, start + _ROWS)
-            # botorch types `posterior` by its base class, which promises no moments.
-            posterior = cast(GPyTorchPosterior, model.posterior(X[rows]))
+            posterior = model.gaussian(X[rows])
             mean[rows] = posterior.mean
             variance[rows] = posterior.variance.clamp_min(0.0)
-    misfit = model.misfit_variance() if isinstance(model, HasMisfit) else torch.zeros(m)
+    misfit = model.misfit_variance()
     total = variance + torch.maximum(misfit, observation_variance(model))
     variance = variance + misfit
     deviation = variance.sqrt()

@@ -14,8 +14,9 @@ are filled in, because a baseline has to return something:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -24,24 +25,25 @@ from botorch.acquisition.objective import PosteriorTransform
 from botorch.posteriors.posterior import Posterior
 from scipy.optimize import least_squares, leastsq
 from scipy.special import expit
-from torch import Tensor
+from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
+from map_bo.moved import renamed
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import quadratic_features
 from map_bo.surrogates.links import IdentityLink, Link, LogitLink, SoftplusLink
 from map_bo.surrogates.quadratic_model import gaussian_posterior, transformed
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SampledFunctions, SurrogateModel, joint_by_metric
 
-__all__ = ["ReferenceModel", "ReferenceQuadratic"]
+__all__ = ["PublishedModel", "PublishedQuadratic"]
 
 _Array = npt.NDArray[np.float64]
 _VARIANCE = 1e-12  # link scale: "none", but botorch can still factorise it
 _EVALUATIONS = 2000  # of the trust-region method, each with a numerical Jacobian
 
 
-class ReferenceModel(SurrogateModel):
+class PublishedModel(SurrogateModel):
     """Fixed quadratics: a posterior with (nearly) no variance, since the fit has none to offer.
 
     Its intervals mean nothing; it is here to be compared on its predictions.
@@ -61,16 +63,6 @@ class ReferenceModel(SurrogateModel):
         self.metrics, self.links = metrics, links
         self.register_buffer("weights", weights)
 
-    @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
-
-    @property
-    def batch_shape(self) -> torch.Size:
-        """Empty: there is one model."""
-        return torch.Size()
-
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the quadratics at ``X``, ``n x m`` for ``n x d``."""
         return quadratic_features(X) @ self.weights.mT
@@ -87,27 +79,47 @@ class ReferenceModel(SurrogateModel):
         ``observation_noise`` is ignored: the fit has no idea of it.
         """
         if output_indices is not None:
-            return self.subset_output(output_indices).posterior(
+            return self.for_metrics(output_indices).posterior(
                 X, posterior_transform=posterior_transform
             )
         mean = self.link_mean(X).mT
         covariance = torch.diag_embed(torch.full_like(mean, _VARIANCE))
         return transformed(gaussian_posterior(mean, covariance), X, posterior_transform)
 
-    def subset_output(self, idcs: list[int]) -> ReferenceModel:
-        """Return the model of the given metrics alone."""
-        return ReferenceModel(
-            tuple(self.metrics[i] for i in idcs),
-            tuple(self.links[i] for i in idcs),
-            self.weights[list(idcs)],
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return joint_by_metric([self.one_metric(j) for j in range(self.num_outputs)], X)
+
+    def sample_functions(self, k: int, *, generator: Generator) -> SampledFunctions:
+        """Return the quadratics themselves, ``k`` times: the fit knows of no other."""
+        return _Known(self, k)
+
+    def for_metrics(self, columns: Sequence[int]) -> PublishedModel:
+        """Return the model of some metrics alone."""
+        return PublishedModel(
+            tuple(self.metrics[i] for i in columns),
+            tuple(self.links[i] for i in columns),
+            self.weights[list(columns)],
         )
 
 
+class _Known(SampledFunctions):
+    explicit = True
+
+    def __init__(self, model: SurrogateModel, k: int) -> None:
+        self._model, self._k = model, k
+
+    def __call__(self, X: Tensor) -> Tensor:
+        return self._model.link_mean(X).expand(self._k, -1, -1)
+
+
 @dataclass(frozen=True)
-class ReferenceQuadratic:
+class PublishedQuadratic:
     """Settings of the published fit: there are none."""
 
-    def fit(self, seen: Observations, space: CoefficientSpace) -> ReferenceModel:
+    certain: ClassVar[bool] = True
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> PublishedModel:
         """Fit to the evaluations that succeeded; their noise plays no part.
 
         Raises:
@@ -125,7 +137,7 @@ class ReferenceQuadratic:
         weights = np.stack(
             [_least_squares(Phi, seen.Y[:, j].numpy(), link) for j, link in enumerate(links)]
         )
-        return ReferenceModel(seen.metrics, links, torch.from_numpy(weights))
+        return PublishedModel(seen.metrics, links, torch.from_numpy(weights))
 
 
 def _published_link(metric: Metric) -> Link:
@@ -163,3 +175,7 @@ def _least_squares(Phi: _Array, y: _Array, link: Link) -> _Array:
             return np.asarray(answer[0], dtype=np.float64)
         found = least_squares(residual, start, method="trf", max_nfev=_EVALUATIONS)
     return np.asarray(found.x, dtype=np.float64)
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,9 +19,21 @@ from map_bo.data import Metric
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import centred, quadratic_features
 from map_bo.surrogates.links import Link
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import (
+    PointCovariances,
+    SampledFunctions,
+    SurrogateModel,
+    joint_by_metric,
+    same_state,
+)
 
-__all__ = ["LinkPosterior", "QuadraticModel", "gaussian_posterior", "transformed"]
+__all__ = [
+    "LinkPosterior",
+    "QuadraticFunctions",
+    "QuadraticModel",
+    "gaussian_posterior",
+    "transformed",
+]
 
 
 class LinkPosterior(GPyTorchPosterior):
@@ -84,7 +97,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
 
     Attributes:
         metrics: The ``m`` metrics.
-        links: One link a metric.
+        links: One link per metric.
         space: The space whose box the features are scaled by.
         weights: ``... x m x D`` posterior mean of the coefficients.
         root: ``... x m x D x D``; ``root root'`` is their posterior covariance.
@@ -122,11 +135,6 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
     _loo_variance: Tensor
 
     @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
-
-    @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions of the posterior; empty unless conditioned on batches."""
         return self.weights.shape[:-2]
@@ -161,7 +169,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
             posterior_transform: Applied to the result.
         """
         if output_indices is not None:
-            part = self.subset_output(output_indices)
+            part = self.for_metrics(output_indices)
             return part.posterior(X, None, observation_noise, posterior_transform)
         phi = self.features(self.transform_inputs(X)).unsqueeze(-3)
         mean = (phi @ self.weights.unsqueeze(-1)).squeeze(-1)
@@ -176,9 +184,9 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
             covariance = covariance + torch.diag_embed(noise.expand(mean.shape))
         return transformed(gaussian_posterior(mean, covariance), X, posterior_transform)
 
-    def subset_output(self, idcs: list[int]) -> QuadraticModel:
-        """Return the model of the given metrics alone."""
-        index = torch.as_tensor(idcs, dtype=torch.long)
+    def for_metrics(self, columns: Sequence[int]) -> QuadraticModel:
+        """Return the model of some metrics alone."""
+        index = torch.as_tensor(list(columns), dtype=torch.long)
         axis = {"weights": -2, "_information": -2, "root": -3, "_precision": -3}
         tensors = {
             name: getattr(self, name).index_select(axis.get(name, 0), index)
@@ -254,8 +262,57 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         """
         return self._loo_mean.mT, self._loo_variance.mT
 
-    def sample_functions(self, k: int, *, generator: Generator) -> Tensor:
-        """Return ``k`` exact draws of all quadratics as weights on ``features``, ``k x m x D``."""
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return joint_by_metric([self.one_metric(j) for j in range(self.num_outputs)], X)
+
+    def covariances_with(self, points: Tensor) -> PointCovariances:
+        """Return the posterior covariances of other points with ``points`` (``p x d``), exactly."""
+        return _WeightCovariances(self, points)
+
+    def sample_functions(self, k: int, *, generator: Generator) -> QuadraticFunctions:
+        """Draw ``k`` functions of all metrics, as quadratics."""
         shape = (k, *self.weights.shape, 1)
-        normal = torch.randn(shape, generator=generator, dtype=self.weights.dtype)
-        return self.weights + (self.root @ normal).squeeze(-1)
+        source = same_state(generator)
+        normal = torch.randn(shape, generator=source, dtype=self.weights.dtype)
+        return QuadraticFunctions(self, self.weights + (self.root @ normal).squeeze(-1))
+
+
+class QuadraticFunctions(SampledFunctions):
+    """Drawn quadratics.
+
+    Args:
+        model: The model that they were drawn from.
+        weights: ``k x m x D`` weights on its features.
+    """
+
+    explicit = True
+
+    def __init__(self, model: QuadraticModel, weights: Tensor) -> None:
+        self._model, self.weights = model, weights
+
+    def __call__(self, X: Tensor) -> Tensor:
+        """Return the values of all functions, ``k x n x m`` for ``n x d``."""
+        phi = self._model.features(X)
+        if len(self.weights) == 1:
+            return (phi @ self.weights[0].T).unsqueeze(0)
+        return phi @ self.weights.mT
+
+    def each(self, X: Tensor, which: Tensor) -> Tensor:
+        """Return the value of one function per row of ``X`` (``n x d``), ``n x m``."""
+        return (self.weights[which] @ self._model.features(X).unsqueeze(-1)).squeeze(-1)
+
+
+class _WeightCovariances(PointCovariances):
+    """Covariances of quadratics, through the root of the covariance of their weights."""
+
+    def __init__(self, model: QuadraticModel, points: Tensor) -> None:
+        self._model = model
+        self._half = model.features(points) @ model.root  # m x p x D
+
+    def among(self) -> Tensor:
+        return self._half @ self._half.mT
+
+    def to(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        half = self._model.features(X) @ self._model.root  # m x b x D
+        return half @ self._half.mT, half.square().sum(-1)

@@ -12,14 +12,16 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import SurrogateError
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
 __all__ = [
     "PIT_BINS",
     "LeavesOneOut",
+    "PromisesLeaveOneOut",
     "Validation",
     "count_log_densities",
     "log_densities",
+    "promises_leave_one_out",
     "validate",
 ]
 
@@ -42,6 +44,21 @@ class LeavesOneOut(Protocol):
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return what was fitted and its total noise variance, ``n x m`` each, link scale."""
         ...
+
+
+@runtime_checkable
+class PromisesLeaveOneOut(Protocol):
+    """Settings of a surrogate that say before any fit whether its models are `LeavesOneOut`."""
+
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether every model that ``fit`` returns can leave evaluations out."""
+        ...
+
+
+def promises_leave_one_out(surrogate: Surrogate) -> bool:
+    """Return whether the models of a surrogate are known to leave evaluations out."""
+    return isinstance(surrogate, PromisesLeaveOneOut) and surrogate.leaves_one_out
 
 
 @dataclass(frozen=True)
@@ -102,7 +119,8 @@ def _predictive(model: SurrogateModel, targets: Tensor | None) -> tuple[Tensor, 
     if not isinstance(model, LeavesOneOut):
         raise SurrogateError(
             f"{type(model).__name__} cannot leave evaluations out",
-            hint="give it leave_one_out() and training_targets(), or use quadratic, gp or hybrid",
+            hint="give it leave_one_out() and training_targets(), or use another surrogate: "
+            "quadratic, gp, hybrid, sparse or auto",
         )
     mean, latent = model.leave_one_out()
     own, noise = model.training_targets()

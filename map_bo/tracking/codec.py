@@ -16,13 +16,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations
+from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
+from map_bo.scale import Scale
 from map_bo.tracking.store import Event
 
 __all__ = [
@@ -31,11 +33,13 @@ __all__ = [
     "decode_front",
     "decode_metric",
     "decode_observations",
+    "decode_scale",
     "decode_tensor",
     "encode_event",
     "encode_front",
     "encode_metric",
     "encode_observations",
+    "encode_scale",
     "encode_tensor",
 ]
 
@@ -96,6 +100,40 @@ def decode_tensor(data: Any) -> Tensor:
             f"recorded numbers do not form a tensor: {error}",
             hint="restore the record from a copy: it was edited by hand",
         ) from error
+
+
+def encode_scale(scale: Scale) -> dict[str, Any]:
+    """Return ``scale`` as plain data, without its metrics."""
+    data: dict[str, Any] = {
+        "point": encode_tensor(scale.point),
+        "best": encode_tensor(scale.best),
+        "rule": scale.rule,
+    }
+    # Only where there are some, so that all other records stay as they were.
+    if scale.unit is not None:
+        data["unit"] = encode_tensor(scale.unit)
+    if scale.rangeless:
+        data["rangeless"] = list(scale.rangeless)
+    return data
+
+
+def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
+    """Return the scale that :func:`encode_scale` wrote.
+
+    Raises:
+        KeyError: When a part is missing.
+        DataError: When the parts do not make a scale of these metrics.
+    """
+    point, best = decode_tensor(data["point"]), decode_tensor(data["best"])
+    # Version 0.1 ended the scale of a metric without a range a billionth beyond the point.
+    low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
+    without = high == low + 1e-9
+    best = torch.where(without, point, best)
+    unit = decode_tensor(data["unit"]) if "unit" in data else None
+    scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
+    names = data.get("rangeless", ())
+    told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
+    return replace(scale, ranged=scale.ranged & ~told)
 
 
 def encode_metric(metric: Metric) -> dict[str, Any]:

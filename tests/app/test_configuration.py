@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,21 +23,28 @@ from map_bo.app.build import (
     build_tracking,
     working_directory,
 )
-from map_bo.app.schema import Config, register
-from map_bo.errors import ConfigError, DataError
+from map_bo.app.jobs import RENAMED
+from map_bo.app.schema import register
+from map_bo.errors import ConfigError, DataError, SamplerError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.nested.optimize import nested_run
 from map_bo.nested.settings import Nested
+from map_bo.plain import to_plain
+from map_bo.samplers.adaptive import Adaptive
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.tracker import Tracking
 from map_bo.tracking.wandb.mirror import Wandb
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {
-    group.name: sorted(path.stem for path in group.glob("*.yaml"))
+    group.name: sorted(
+        path.stem for path in group.glob("*.yaml") if (group.name, path.stem) not in RENAMED
+    )
     for group in CONF.iterdir()
     if group.is_dir() and list(group.glob("*.yaml"))
 }
@@ -82,7 +91,9 @@ def test_digits_build_with_every_operator(name: str, zoo_cache: Path) -> None:
 @pytest.mark.parametrize("group", ["surrogate", "sampler", "solver"])
 def test_every_part_builds(group: str) -> None:
     for name in GROUPS[group]:
-        assert isinstance(build_settings(composed(f"{group}={name}")), Settings)
+        # The published fit has no uncertainty that the default sampler could look through.
+        other = ["sampler=sobol"] if (group, name) == ("surrogate", "published") else []
+        assert isinstance(build_settings(composed(f"{group}={name}", *other)), Settings)
 
 
 @pytest.mark.parametrize("name", GROUPS["experiment"])
@@ -107,6 +118,37 @@ def test_every_experiment_has_its_command_in_its_header(name: str) -> None:
     assert f"map-bo run experiment={name}" in header
 
 
+@pytest.mark.parametrize(("group", "old"), RENAMED)
+def test_an_old_name_is_the_new_one(group: str, old: str) -> None:
+    assert composed(f"{group}={old}") == composed(f"{group}={RENAMED[group, old]}")
+
+
+def test_the_sampler_can_have_every_surrogate_that_a_run_can() -> None:
+    folder = CONF / "sampler" / "surrogate"
+    assert sorted(path.stem for path in folder.glob("*.yaml")) == GROUPS["surrogate"]
+    for name in GROUPS["surrogate"]:
+        config = composed("sampler=ucb", f"sampler/surrogate={name}")
+        assert config.sampler.surrogate == composed(f"surrogate={name}").surrogate
+        head, other = (
+            (CONF / place / f"{name}.yaml").read_text().split("\n")[0]
+            for place in ("surrogate", "sampler/surrogate")
+        )
+        assert head == other  # what it is, in one line
+
+
+def test_a_surrogate_of_the_samplers_own_comes_before_that_of_the_run() -> None:
+    settings = build_settings(composed("surrogate=gp"))
+    assert settings.sampler == Adaptive()
+    assert settings.run_sampler == Adaptive(surrogate=GP())
+    own = ["surrogate=gp", "sampler/surrogate=quadratic", "+sampler.surrogate.link=identity"]
+    settings = build_settings(composed(*own))
+    assert settings.run_sampler == Adaptive(surrogate=Quadratic(link="identity"))
+    with pytest.raises(ConfigError, match="sampler has no option 'surrogate'"):
+        build_settings(composed("sampler=sobol", "sampler/surrogate=gp"))
+    with pytest.raises(SamplerError, match="PublishedQuadratic does not leave evaluations out"):
+        build_settings(composed("sampler=bins", "surrogate=published"))
+
+
 SWEPT = [name for name in GROUPS["experiment"] if name.startswith("ablation_")]
 
 
@@ -126,7 +168,7 @@ def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> 
         assert build_nested(config) is None or isinstance(build_nested(config), Nested)
         for override in overrides:
             key, _, value = override.partition("=")
-            if key not in GROUPS:
+            if key not in GROUPS:  # a plain value
                 assert OmegaConf.select(config, key) == yaml.safe_load(value.replace(":", ": "))
 
 
@@ -150,18 +192,40 @@ def test_a_tree_by_hand_has_to_be_given() -> None:
     assert built.tree == [["rot90", "invert"], ["flip", "permute"]]
 
 
-def test_the_schema_and_the_settings_agree() -> None:
-    schema: Any = OmegaConf.to_container(OmegaConf.structured(Config).loop)
-    parts = {"seed", "sampler", "surrogate", "solver"}
-    assert set(schema) == set(Settings(budget=24).__dataclass_fields__) - parts
-    defaults: Any = composed().loop
+def test_the_composed_defaults_are_those_of_the_settings() -> None:
+    loop: Any = OmegaConf.to_container(composed().loop)
     fresh = Settings(budget=24)
-    plain = {key: getattr(fresh, key) for key in schema}
+    parts = {"seed", "sampler", "surrogate", "solver"}
+    assert set(loop) == {one.name for one in fields(Settings)} - parts
     # A rule is a node of its own; without a criterion it is no rule.
-    assert set(schema["stop"]) == set(Stop.__dataclass_fields__)
-    assert plain["stop"] is None
-    plain["stop"] = {**Stop().describe(), "criterion": None}
-    assert {key: defaults[key] for key in schema} == plain
+    assert loop.pop("stop") == {**asdict(Stop()), "criterion": None}
+    assert fresh.stop is None
+    assert loop == {key: getattr(fresh, key) for key in loop}
+    assert composed().seed == fresh.seed
+    built = build_settings(composed())
+    assert [getattr(built, key) for key in loop] == [getattr(fresh, key) for key in loop]
+    assert to_plain(built.surrogate) == to_plain(fresh.surrogate)
+    assert to_plain(built.sampler) == to_plain(fresh.sampler)
+    assert to_plain(built.solver) == to_plain(fresh.solver)
+
+
+def test_the_configuration_repeats_no_default_and_describes_every_option() -> None:
+    text = (CONF / "config.yaml").read_text()
+    assert yaml.safe_load(text)["loop"] == {"budget": 24}
+    described = set(re.findall(r"^#   (loop[.\w]*) {2,}\S", text, re.MULTILINE)) | {"loop.budget"}
+    options = {f"loop.{one.name}" for one in fields(Settings)}
+    options -= {"loop.seed", "loop.sampler", "loop.surrogate", "loop.solver"}
+    assert described == options | {f"loop.stop.{one.name}" for one in fields(Stop)}
+
+
+def test_the_types_of_the_schema_are_those_of_the_settings() -> None:
+    for wrong in ("loop.batch=many", "loop.guard=3.5", "loop.stop.patience=x", "loop.timeout=soon"):
+        with pytest.raises(ConfigCompositionException):
+            composed(wrong)
+    assert composed("loop.timeout=3").loop.timeout == 3.0
+    assert composed("loop.reference={a: 1}").loop.reference == {"a": 1}
+    with pytest.raises(ConfigCompositionException):
+        composed("loop.bacth=2")
 
 
 @pytest.mark.parametrize(
@@ -269,7 +333,7 @@ def test_a_typo_gets_a_suggestion() -> None:
     assert "sampler" in caught.value.message
     with pytest.raises(ConfigError) as caught:
         build_settings(composed("sampler=sobol", "+sampler.anchor=true"))
-    assert caught.value.hint == "did you mean sampler.anchors?"
+    assert caught.value.hint == "did you mean 'sampler.anchors'?"
 
 
 def test_the_working_directory_is_restored(tmp_path: Path) -> None:

@@ -16,13 +16,16 @@ from map_bo.ax.database import read_experiment
 from map_bo.ax.experiment import experiment_of
 from map_bo.ax.observations import observations_of
 from map_bo.data import Metric, Observations
-from map_bo.errors import SamplerError
+from map_bo.errors import SamplerError, SettingsError
 from map_bo.loop.reading import load_state
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.quadratic import Quadratic
 from tests.ax.exported import Bounded, exported, load, own_client, same, storage, unfinished
 from tests.loop.bowls import Bowls
 
@@ -90,7 +93,7 @@ def test_a_run_goes_round_and_on(tmp_path: Path, box: dict[str, Any]) -> None:
     with storage(file) as url:
         client = load(url, "run")
         assert len(client._experiment.trials) == 8
-        client.set_generation_strategy(strategy())
+        client.set_generation_strategy(strategy(surrogate=Quadratic()))
         ((index, first),) = client.get_next_trials(1).items()
         (row,) = run.ask(1)
         assert list(first.values()) == run.state.X[row].tolist()  # as the run itself would
@@ -282,11 +285,44 @@ def test_a_strategy_survives_json(tmp_path: Path) -> None:
     assert list(before.values()) == list(after.values())
 
 
-def test_a_sampler_of_ones_own_is_not_stored(tmp_path: Path) -> None:
+@dataclass(frozen=True)
+class Mine(Sobol):
+    """A sampler that is not of map_bo."""
+
+
+class Nameless:
+    """A sampler that plain data cannot say."""
+
+    propose = Sobol.propose
+
+
+def test_a_sampler_of_ones_own_is_read_by_those_who_trust_its_package(tmp_path: Path) -> None:
+    from ax.api.client import Client
+
+    from map_bo.ax.node import MapBoNode, register
+
+    file = str(tmp_path / "ax.json")
     with quiet():
         client = own_client()
-        client.set_generation_strategy(strategy(Spy([])))
-        with pytest.raises(SamplerError, match="cannot be stored"):
+        client.set_generation_strategy(strategy(Mine(anchors=False)))
+        client.save_to_json_file(file)
+        try:
+            with pytest.raises(SettingsError, match="tests is not a package"):
+                Client.load_from_json_file(file)
+            register(trust=["tests"])
+            again = Client.load_from_json_file(file)
+        finally:
+            register()
+    [node] = again._generation_strategy._nodes
+    assert isinstance(node, MapBoNode)
+    assert node.sampler == Mine(anchors=False)
+
+
+def test_a_sampler_that_plain_data_cannot_say_is_not_stored() -> None:
+    with quiet():
+        client = own_client()
+        client.set_generation_strategy(strategy(Nameless()))
+        with pytest.raises(SettingsError, match="cannot be written as plain data"):
             client._to_json_snapshot()
 
 
@@ -381,3 +417,22 @@ def test_logging_and_warnings_of_the_user_stay(tmp_path: Path) -> None:
     read_experiment(exported(tmp_path / "run", tmp_path / "ax.db"))
     assert (logger.handlers, logger.propagate, logger.level) == before
     assert list(warnings.filters) == filters
+
+
+def test_the_sampler_looks_through_the_surrogate_that_it_is_given() -> None:
+    from map_bo.ax.node import MapBoNode
+
+    def through(*arguments: Any, **settings: Any) -> Any:
+        node = MapBoNode(*arguments, **settings)
+        stored = MapBoNode.deserialize_init_args(MapBoNode.serialize_init_args(node))
+        assert stored["surrogate"] == node.surrogate
+        experiment = own_client()._experiment
+        node.update_generator_state(experiment, experiment.lookup_data())
+        return node._sampler
+
+    with quiet():
+        assert through() == Adaptive(surrogate=Auto())
+        assert through(surrogate=GP()) == Adaptive(surrogate=GP())
+        own = Adaptive(surrogate=Quadratic())
+        assert through(own, surrogate=GP()) == own
+        assert through(Sobol(), surrogate=GP()) == Sobol()

@@ -37,8 +37,7 @@ def test_solved_choices_are_those_of_a_result() -> None:
     case = fake_cases.case("plain")
     *_, record = run(case, METHODS["default"], seed=0, budget=8)
     result = optimize(case.problem, 8, seed=0, verify=0, progress=False)
-    scale = replace(result.reference, point=case.low, best=case.high)
-    result = replace(result, reference=scale)
+    result = replace(result, scale=replace(result.scale, point=case.low, best=case.high))
     solved = record.checkpoints[8].solved
     assert solved is not None
     weights = weights_of(0, 2)

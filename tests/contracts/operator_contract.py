@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from map_bo.errors import MergeError
 from map_bo.merging.align.layout import FlatLayout, is_variance
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge
+from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge, recipe_of
 from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.plain import from_plain, to_plain
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 
@@ -156,10 +157,11 @@ class OperatorContract:
     def test_description_is_plain_and_settings_can_be_pickled(
         self, operator: MergeOperator
     ) -> None:
-        described = operator.describe()
-        assert json.loads(json.dumps(described)) == described
-        assert isinstance(described["name"], str)
-        assert pickle.loads(pickle.dumps(operator)).describe() == described
+        told = to_plain(operator)
+        assert json.loads(json.dumps(told)) == told
+        assert from_plain(told, trust=[type(operator).__module__]) == operator
+        assert to_plain(pickle.loads(pickle.dumps(operator))) == told
+        assert json.loads(json.dumps(recipe_of(operator))) == recipe_of(operator)
 
     def test_the_base_is_at_zero(self, operator: MergeOperator, space: CoefficientSpace) -> None:
         vectors = example_vectors()
@@ -261,9 +263,9 @@ class OperatorContract:
         vectors = example_vectors()
         prepared = operator.prepare(vectors)
         out = torch.empty_like(vectors.base)
-        with pytest.raises(MergeError, match=f"this merge takes {space.d}"):
+        with pytest.raises(MergeError, match=rf"must have shape \({space.d},\)"):
             prepared.write(torch.zeros(space.d + 1), out)
-        with pytest.raises(MergeError, match="not finite"):
+        with pytest.raises(MergeError, match="must be finite"):
             prepared.write(torch.full((space.d,), torch.nan), out)
         with pytest.raises(MergeError, match="would be written to"):
             prepared.write(torch.zeros(space.d), out[:-1])

@@ -9,6 +9,7 @@ import multiprocessing
 import pickle
 import random
 from concurrent.futures import ProcessPoolExecutor
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,8 +19,10 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, looking_through
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.quadratic import Quadratic
+from map_bo.surrogates.surrogate import SurrogateModel
 
 EXPERTS = ("a", "b", "c")
 METRICS = (Metric("first"), Metric("second", direction="min", kind="loss"))
@@ -71,9 +74,14 @@ def fresh_process() -> ProcessPoolExecutor:
     return pool
 
 
-def propose_elsewhere(sampler: Sampler, space: CoefficientSpace, seed: int) -> list[list[float]]:
-    """Propose two points after eight; runs in the other process."""
-    torch.set_num_threads(1)
+def propose_elsewhere(
+    sampler: Sampler, space: CoefficientSpace, seed: int, threads: int
+) -> list[list[float]]:
+    """Propose two points after eight; runs in the other process.
+
+    A product over more threads, or fewer, may end in other digits.
+    """
+    torch.set_num_threads(threads)
     seen = some_seen(space, 8)
     points: list[list[float]] = sampler.propose(
         seen, space, 2, generator=make_generator(seed)
@@ -81,8 +89,23 @@ def propose_elsewhere(sampler: Sampler, space: CoefficientSpace, seed: int) -> l
     return points
 
 
+@dataclasses.dataclass(frozen=True)
+class Mistaken:
+    """A legal surrogate that disagrees: it takes each row's values for another row's."""
+
+    leaves_one_out: ClassVar[bool] = True
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> SurrogateModel:
+        good = seen.succeeded()
+        wrong = dataclasses.replace(good, Y=good.Y.roll(len(good) // 3, 0))
+        return Quadratic().fit(wrong, space)
+
+
 class SamplerContract:
     """The laws of :class:`map_bo.samplers.sampler.Sampler`."""
+
+    telling = 2
+    """How many proposals tell two surrogates apart, by far."""
 
     @pytest.fixture
     def sampler(self) -> Sampler:
@@ -137,8 +160,9 @@ class SamplerContract:
     def test_a_fresh_process_proposes_the_same_points(
         self, sampler: Sampler, space: CoefficientSpace
     ) -> None:
-        elsewhere = fresh_process().submit(propose_elsewhere, sampler, space, 5).result()
-        assert elsewhere == propose_elsewhere(sampler, space, 5)
+        arguments = sampler, space, 5, torch.get_num_threads()
+        elsewhere = fresh_process().submit(propose_elsewhere, *arguments).result()
+        assert elsewhere == propose_elsewhere(*arguments)
 
     def test_other_seeds_propose_other_points(
         self, sampler: Sampler, box: CoefficientSpace
@@ -197,3 +221,24 @@ class SamplerContract:
         other = measured(torch.zeros(1, box.d + 1, dtype=torch.float64))
         with pytest.raises(SamplerError, match="in a space of 3 coefficients"):
             sampler.propose(other, box, 1, generator=generator)
+
+    def test_surrogates_that_disagree_lead_to_different_proposals(
+        self, sampler: Sampler, box: CoefficientSpace, generator: Generator
+    ) -> None:
+        if not isinstance(sampler, SeesThroughSurrogate):
+            return
+        seen = some_seen(box, 14)
+        right, wrong = (
+            sampler.with_surrogate(surrogate).propose(seen, box, self.telling, generator=generator)
+            for surrogate in (Quadratic(), Mistaken())
+        )
+        assert not torch.allclose(right, wrong, atol=1e-3)
+
+    def test_a_surrogate_of_its_own_comes_before_that_of_the_run(self, sampler: Sampler) -> None:
+        if not isinstance(sampler, SeesThroughSurrogate):
+            assert looking_through(sampler, Quadratic()) is sampler
+            return
+        own = sampler.with_surrogate(Quadratic())
+        assert isinstance(own, SeesThroughSurrogate)
+        assert own.surrogate == Quadratic()
+        assert looking_through(own, Mistaken()) is own

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from typing import cast
 
 import pytest
@@ -21,6 +22,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import LogitLink, from_link
 from map_bo.surrogates.prediction import objective, predict, predicted_mean
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
 METRICS = (
     Metric("accuracy"),
@@ -146,6 +148,118 @@ class SurrogateContract:
         part = cast(GPyTorchPosterior, model.subset_output([2, 0]).posterior(X))
         torch.testing.assert_close(part.mean, mean[:, [2, 0]], rtol=1e-6, atol=1e-8)
         torch.testing.assert_close(part.variance, variance[:, [2, 0]], rtol=1e-5, atol=1e-8)
+
+    def test_the_rest_of_botorch_knows_which_metrics_are_left(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        part = model.for_metrics([2, 0])
+        assert part.metrics == (METRICS[2], METRICS[0])
+        assert part.links == (model.links[2], model.links[0])
+        assert part.num_outputs == 2
+        assert part.one_metric(0).metrics == (METRICS[2],)
+        mean, _ = moments(model, X)
+        torch.testing.assert_close(part.link_mean(X), mean[:, [2, 0]], rtol=1e-6, atol=1e-6)
+        alone = model.one_metric(1)
+        assert alone.metrics == (METRICS[1],)
+        torch.testing.assert_close(alone.link_mean(X), mean[:, 1:2], rtol=1e-6, atol=1e-6)
+
+    def test_joint_is_the_posterior_metric_by_metric(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        points = X.clone().requires_grad_(True)
+        mean, covariance = model.joint(points)
+        assert mean.shape == (6, 3)
+        assert covariance.shape == (3, 6, 6)
+        with torch.no_grad():
+            expected, variance = moments(model, X)
+        torch.testing.assert_close(mean, expected, rtol=1e-6, atol=1e-6)
+        size = float(variance.max())
+        diagonal = covariance.diagonal(dim1=-1, dim2=-2).T
+        torch.testing.assert_close(diagonal, variance, rtol=1e-4, atol=1e-6 * size)
+        torch.testing.assert_close(covariance, covariance.mT, rtol=1e-6, atol=1e-8 * size)
+        (gradient,) = torch.autograd.grad(mean.sum() + covariance.sum(), points)
+        assert bool(torch.isfinite(gradient).all())
+
+    def test_covariances_with_points_are_those_of_the_joint_posterior(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        joint = model.joint(X)[1].detach()
+        close = partial(torch.testing.assert_close, rtol=1e-4, atol=1e-6 * float(joint.abs().max()))
+        covariances = model.covariances_with(X[:4])
+        close(covariances.among().detach(), joint[:, :4, :4])
+        points = X[4:].clone().requires_grad_(True)
+        cross, variance = covariances.to(points)
+        close(cross.detach(), joint[:, 4:, :4])
+        diagonal = joint.diagonal(dim1=-1, dim2=-2)[:, 4:]
+        close(variance.detach(), diagonal)
+        total = cross.sum() + variance.sum() + 0.0 * points.sum()  # constants are differentiable
+        (gradient,) = torch.autograd.grad(total, points)
+        assert bool(torch.isfinite(gradient).all())
+
+    def test_sampled_functions_have_the_posterior_moments(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        generator = make_generator(3)
+        state = generator.get_state()
+        functions = model.sample_functions(3000, generator=generator)
+        assert torch.equal(generator.get_state(), state)
+        with torch.no_grad():
+            values = functions(X[:2])
+            mean, variance = moments(model, X[:2])
+            again = model.sample_functions(3000, generator=make_generator(3))(X[:2])
+        assert values.shape == (3000, 2, 3)
+        assert torch.equal(values, again)
+        error = values.mean(0) - mean
+        assert bool((error.abs() < 5 * (variance / 3000).sqrt() + 1e-9).all())
+        torch.testing.assert_close(values.var(0), variance, rtol=0.15, atol=1e-9)
+
+    def test_sampled_functions_are_the_same_at_every_call(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        functions = model.sample_functions(200, generator=make_generator(3))
+        with torch.no_grad():
+            first, later = functions(X[:3]), functions(X)
+            deviation = moments(model, X)[1].sqrt()
+            covariance = model.joint(X)[1]
+        assert later.shape == (200, 6, 3)
+        gap = (later[:, :3] - first).abs()
+        assert bool((gap < 0.01 * deviation[:3] + 1e-3).all())
+        # What is asked for later belongs to the same functions: neighbours go together.
+        size = covariance.diagonal(dim1=-1, dim2=-2).sqrt()
+        wanted = covariance / (size.unsqueeze(-1) * size.unsqueeze(-2))
+        for j in (deviation.amin(0) > 1e-3).nonzero().flatten().tolist():
+            found = torch.corrcoef(torch.cat([first[:, :, j], later[:, 3:, j]], -1).T)
+            assert float((found - wanted[j]).abs().max()) < 0.25
+
+    def test_each_row_can_have_a_function_of_its_own(
+        self, model: SurrogateModel, X: Tensor
+    ) -> None:
+        functions = model.sample_functions(4, generator=make_generator(3))
+        which = torch.tensor([3, 0, 2, 2, 1, 0])
+        with torch.no_grad():
+            values, rows = functions(X), functions.each(X, which)
+            deviation = moments(model, X)[1].sqrt()
+        expected = values[which, torch.arange(6)]
+        assert bool(((rows - expected).abs() < 0.01 * deviation + 1e-3).all())
+
+    def test_explicit_functions_can_be_climbed(self, model: SurrogateModel, X: Tensor) -> None:
+        functions = model.sample_functions(2, generator=make_generator(3))
+        if functions.explicit:
+            points = X.clone().requires_grad_(True)
+            (gradient,) = torch.autograd.grad(functions(points).sum(), points)
+            assert float(gradient.abs().max()) > 0
+
+    def test_misfit_is_a_variance_per_metric(self, model: SurrogateModel) -> None:
+        assert model.misfit_variance().shape == (3,)
+        assert bool((model.misfit_variance() >= 0).all())
+        torch.testing.assert_close(
+            model.for_metrics([2]).misfit_variance(), model.misfit_variance()[2:]
+        )
+
+    def test_settings_keep_what_they_promise(
+        self, surrogate: Surrogate, model: SurrogateModel
+    ) -> None:
+        assert promises_leave_one_out(surrogate) == isinstance(model, LeavesOneOut)
 
     def test_refit_gives_the_same_model(
         self,

@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result, load_state
+from map_bo.loop.run import Run
+from map_bo.tracking.jsonl import JsonlStore
 from tests.integration.conftest import SMALL, Shell
 from tests.integration.mistakes import failing
+from tests.loop.bowls import SafeBowls, quick
 from tests.tracking.wandb_reader import sessions
 
 
@@ -74,6 +77,18 @@ def test_the_summary_says_what_matters(finished: Path) -> None:
     for word in ("reference", "uniform blend", "best expert", "predicted", "real", "map-bo choose"):
         assert word in said.lower(), word
     assert max(len(line) for line in said.splitlines() if "/" not in line) <= 80
+
+
+def test_choose_says_which_metrics_have_no_range(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    Run(SafeBowls(), quick(8), JsonlStore.create(run)).drive()
+    main(["choose", str(run), "--prefer", "safe=1000", "--prefer", "near a=1"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note: metric 'safe' does not differ between base and experts (1)" in said
+    main(["choose", str(run), "--point", "0"])
+    assert "note:" not in capsys.readouterr().out
 
 
 def test_choose_prints_predicted_and_real_apart(

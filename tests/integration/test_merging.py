@@ -22,7 +22,7 @@ import map_bo
 from map_bo.app.main import main
 from map_bo.loop.reading import load_result
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.operators.sparse import Della, Ties
 from tests.integration.mistakes import failing
 from tests.merging.adapter_files import write_adapter
@@ -152,11 +152,11 @@ class TestRuns:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--max-memory", "abc"], "max_memory is 'abc'"),
-            (["--max-memory", "-1"], "max_memory is '-1'"),
+            (["--max-memory", "abc"], "max_memory must be a size of at least one byte, got 'abc'"),
+            (["--max-memory", "-1"], "max_memory must be a size of at least one byte, got '-1'"),
             (["--max-memory", "1MB"], "max_memory is 1 MB, and this merge needs"),
-            (["--shard-size", "0"], "shard_size is '0'"),
-            (["--lora-rank", "-2"], "rank is -2"),
+            (["--shard-size", "0"], "shard_size must be a size of at least one byte, got '0'"),
+            (["--lora-rank", "-2"], "rank must be at least 1, got -2"),
         ],
     )
     def test_settings_that_cannot_be(
@@ -232,7 +232,10 @@ class TestRecipes:
             (["--prefer", "a=1"], "is a recipe, and a preference, bound or point was given"),
             (["--lora-rank", "4"], "a recipe cannot be written as an adapter"),
             (["--max-memory", "10MB"], "max_memory is 10 MB, and this merge needs"),
-            (["--max-memory", "much"], "max_memory is 'much'"),
+            (
+                ["--max-memory", "much"],
+                "max_memory must be a size of at least one byte, got 'much'",
+            ),
         ],
     )
     def test_what_does_not_go_with_a_recipe(

@@ -48,11 +48,33 @@ class Bowls:
             self.calls.append(x.tolist())
             flaky = "flaky" if generator.initial_seed() in self.flaky else None
             reasons.append(self.fails(len(self.calls), x) or flaky)
-        a, b = torch.eye(2, dtype=torch.float64)
-        Y = torch.stack([1 - (X - a).square().sum(-1), 0.1 + (X - b).square().sum(-1)], -1)
+        Y = self.true_values(X)
         Y = Y + self.noise * torch.rand(Y.shape, generator=generator, dtype=torch.float64)
         Y[[reason is not None for reason in reasons]] = torch.nan
         return Observations(X, Y, self.metrics, failures=tuple(reasons))
+
+    def true_values(self, X: Tensor) -> Tensor:
+        a, b = torch.eye(2, dtype=torch.float64)
+        return torch.stack([1 - (X - a).square().sum(-1), 0.1 + (X - b).square().sum(-1)], -1)
+
+
+@dataclass
+class SafeBowls(Bowls):
+    """The same with a third metric on which base and experts tie.
+
+    ``drop`` is how much the uniform blend loses of it.
+    """
+
+    safe: float = 1.0
+    drop: float = 0.0
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return (*super().metrics, Metric("safe", kind="unbounded"))
+
+    def true_values(self, X: Tensor) -> Tensor:
+        safe = self.safe - 4 * self.drop * X.prod(-1, keepdim=True)
+        return torch.cat([super().true_values(X), safe], -1)
 
 
 def quick(budget: int = 8, **changes: Any) -> Settings:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from map_bo.data import Observations
+from map_bo.data import Metric, Observations
 from map_bo.loop.expected_gain import (
     _conditioned,
     _missing_volume,
@@ -13,13 +13,13 @@ from map_bo.loop.expected_gain import (
     expected_gain,
 )
 from map_bo.loop.joint_posterior import JointPosterior
-from map_bo.loop.recommend import reference_of
 from map_bo.loop.run import Run
 from map_bo.loop.stopping import Criterion, Stop
-from map_bo.pareto.indicators import preference_regret, preference_weights
+from map_bo.pareto.indicators import preference_weights
 from map_bo.problems.synthetic import SigmoidQuadratics
 from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
@@ -51,7 +51,7 @@ def gain(
         (surrogate or Quadratic()).fit(seen, space),
         seen,
         space,
-        reference_of(seen, space),
+        Scale.of(seen, space),
         criterion,
         guarded=True,
         generator=make_generator(seed),
@@ -64,11 +64,19 @@ def values(s: int, q: int, m: int) -> Tensor:
     return torch.rand(s, q, m, generator=make_generator(3), dtype=torch.float64)
 
 
+def regrets_of(predicted: Tensor, real: Tensor, weights: Tensor) -> Tensor:
+    """What the points with the best predicted utility fall short of the really best."""
+    rows = [int((predicted @ w).argmax()) for w in weights]
+    return torch.stack(
+        [(real @ w).max() - real[row] @ w for w, row in zip(weights, rows, strict=True)]
+    )
+
+
 def test_the_regret_is_that_of_the_choice_by_the_mean() -> None:
     draws, mean = values(5, 9, 3), values(1, 9, 3)[0]
     weights = preference_weights(20, 3, generator=make_generator(0))
-    expected = [float(preference_regret(mean, draw, draw[:0], weights).mean()) for draw in draws]
-    assert _regret(mean, draws, weights) == pytest.approx(sum(expected) / 5)
+    expected = [regrets_of(mean, draw, weights).mean() for draw in draws]
+    assert _regret(mean, draws, weights) == pytest.approx(float(sum(expected)) / 5)
 
 
 def test_there_is_nothing_to_gain_where_nothing_is_uncertain() -> None:
@@ -96,25 +104,38 @@ def test_evaluations_leave_less_to_gain_and_noise_more(criterion: Criterion) -> 
     assert noisy > 2 * clean > 0
 
 
+def test_a_metric_without_a_range_hides_no_gain() -> None:
+    seen, space = measured(8)
+    flat = Metric("safe", kind="unbounded")
+    Y = torch.cat([seen.Y, torch.ones(len(seen), 1)], -1)
+    more = Observations(seen.X, Y, (*seen.metrics, flat))
+    fewer = Observations(seen.X, seen.Y, seen.metrics)
+    found = [
+        expected_gain(
+            Quadratic().fit(data, space), data, space, Scale.of(data, space), "regret",
+            guarded=True, generator=make_generator(0),
+        ).gain
+        for data in (fewer, more)
+    ]  # fmt: skip
+    assert found[1] == pytest.approx(found[0], rel=0.5)
+    assert found[1] > 0.7 * found[0], "a third of all weights would be on the metric"
+
+
 def test_the_expected_regret_is_near_the_real_one_where_the_surrogate_is_right() -> None:
     expected, real = 0.0, 0.0
     for seed in range(8):
         problem = SigmoidQuadratics(d=2, m=2, seed=seed, count=100)
         seen, space = measured(12, count=100, seed=seed)
-        reference = reference_of(seen, space)
+        scale = Scale.of(seen, space)
         expected += gain(12, count=100, seed=seed)[0] / 8
-        low, high = reference.point, reference.best
         anywhere = space.sample(3000, generator=make_generator(4))
         best = problem.pareto_set(300, generator=make_generator(1))
         grid = torch.cat([anywhere, best, seen.X])
         model = Quadratic().fit(seen, space)
         predicted = torch.sigmoid(model.link_mean(grid))
         weights = preference_weights(64, 2, generator=make_generator(2))
-        regrets = preference_regret(
-            (predicted - low) / (high - low),
-            (problem.true_values(grid) - low) / (high - low),
-            predicted[:0],
-            weights,
+        regrets = regrets_of(
+            scale.gains(predicted), scale.gains(problem.true_values(grid)), weights
         )
         real += float(regrets.mean()) / 8
     assert real / 4 < expected < 4 * real

@@ -27,7 +27,7 @@ from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 from tests.loop.bowls import quick
@@ -55,7 +55,7 @@ def assessed(
         found.model,
         seen,
         space,
-        found.reference,
+        found.scale,
         guarded=True,
         generator=make_generator(seed),
     )
@@ -123,7 +123,7 @@ def test_a_front_gets_probabilities_and_keeps_its_predictions(surrogate: Surroga
     settings = quick(50, surrogate=surrogate, solver=GradientSolver(points=60))
     found = recommend(seen, space, settings, generator=make_generator(0))
     sure = assess(
-        found.front, found.model, seen, space, found.reference, guarded=True,
+        found.front, found.model, seen, space, found.scale, guarded=True,
         generator=make_generator(0),
     )  # fmt: skip
     assert torch.equal(sure.front.mean, found.front.mean)
@@ -145,7 +145,7 @@ def test_it_is_the_same_for_the_same_seed() -> None:
 
 
 def test_a_surrogate_that_cannot_leave_out_estimates_no_optimism() -> None:
-    sure = assessed(2, 12, 20, ReferenceQuadratic())
+    sure = assessed(2, 12, 20, PublishedQuadratic())
     assert all(found["mean"] is None for found in (*sure.left_out.values(),))
     assert all(found["mean"] is None for found in (*sure.simulated.values(),))
     assert bool(sure.front.probability.isfinite().all())
@@ -168,11 +168,11 @@ def test_the_interval_covers_the_real_hypervolume_where_the_surrogate_is_right()
         settings = quick(50, solver=GradientSolver(points=60))
         found = recommend(seen, space, settings, generator=make_generator(seed))
         sure = assess(
-            found.front, found.model, seen, space, found.reference, guarded=True,
+            found.front, found.model, seen, space, found.scale, guarded=True,
             generator=make_generator(seed),
         )  # fmt: skip
-        low = found.reference.point
-        gains = (problem.true_values(found.front.X) - low) / (found.reference.best - low)
+        low = found.scale.point
+        gains = (problem.true_values(found.front.X) - low) / (found.scale.best - low)
         real = hypervolume(gains, torch.zeros(2, dtype=torch.float64))
         inside += sure.hypervolume["lower"] <= real <= sure.hypervolume["upper"]
     # Of 12 with coverage .95 fewer than 9 has probability .002.
@@ -229,7 +229,7 @@ def test_five_hundred_points_take_no_more_than_they_may(m: int, n: int, limit: f
     found = recommend(seen, space, settings, generator=make_generator(0))
     start = time.process_time()
     assess(
-        found.front, found.model, seen, space, found.reference, guarded=True,
+        found.front, found.model, seen, space, found.scale, guarded=True,
         generator=make_generator(0),
     )  # fmt: skip
     assert time.process_time() - start < limit

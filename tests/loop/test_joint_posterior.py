@@ -17,7 +17,6 @@ from map_bo.loop.joint_posterior import (
     plausible_points,
     real_draws,
     root,
-    spread,
     volumes,
 )
 from map_bo.pareto.indicators import hypervolume
@@ -29,7 +28,7 @@ from map_bo.surrogates.links import from_link
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 
@@ -75,7 +74,7 @@ def test_more_points_than_features_are_drawn_in_silence() -> None:
 
 
 def test_a_fit_without_uncertainty_draws_its_mean() -> None:
-    model = ReferenceQuadratic().fit(data(), SPACE)
+    model = PublishedQuadratic().fit(data(), SPACE)
     values, known = real_draws(
         model, grid(10), data().X, SPACE, count=8, generator=make_generator(0)
     )
@@ -148,14 +147,6 @@ def test_scalarised_volumes_are_those_of_the_exact_algorithm(m: int) -> None:
     assert float((found / exact - 1).abs().max()) < 0.12
     behind = volumes(-Y.abs(), generator=make_generator(0))
     assert bool((behind == 0).all())
-
-
-@given(k=st.integers(1, 15), count=st.integers(1, 15), seed=st.integers(0, 100))
-def test_spread_rows_are_distinct_and_hold_the_most_balanced(k: int, count: int, seed: int) -> None:
-    gains = torch.rand(k, 3, generator=make_generator(seed), dtype=torch.float64)
-    rows = spread(gains, count)
-    assert len(rows) == len(set(rows.tolist())) == min(k, count)
-    assert int(gains.amin(-1).argmax()) in rows.tolist()
 
 
 def test_plausible_points_lie_in_the_space_where_it_is_covered() -> None:

@@ -3,10 +3,12 @@ from __future__ import annotations
 import pytest
 import torch
 
+from map_bo.data import Observations
 from map_bo.loop.run import ObservedVolume, Run
+from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import MemoryStore
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 def volumes(problem: Bowls, budget: int = 12, **changes: object) -> tuple[Run, list[float | None]]:
@@ -38,6 +40,11 @@ def test_a_given_reference_point_is_taken() -> None:
     assert told[-1] == pytest.approx(run.state.summary["hypervolume"]["observed points"])
 
 
+def test_a_metric_without_a_range_changes_nothing() -> None:
+    _, told = volumes(SafeBowls())
+    assert told[2:] == pytest.approx(volumes(Bowls())[1][2:])
+
+
 def test_going_on_says_the_same() -> None:
     whole, told = volumes(Bowls(noise=0.01))
     store = MemoryStore()
@@ -46,6 +53,19 @@ def test_going_on_says_the_same() -> None:
     again = Run(Bowls(noise=0.01), quick(12), store)
     again.drive()
     assert [e.data.get("hypervolume") for e in store.read() if e.kind == "observed"] == told
+
+
+def test_an_expert_that_failed_and_is_measured_after_all_sets_the_scale() -> None:
+    run = Run(Bowls(), quick(10), MemoryStore())
+    rows = run.ask(5)
+    lost = Observations.failed(run.state.X[1:2], run.problem.metrics, "broken")  # expert a
+    for index in rows:
+        x = run.state.X[index : index + 1]
+        run.tell(index, lost if index == 1 else Bowls().evaluate(x, generator=make_generator(0)))
+    assert run.reopen_failures() == 1
+    summary = run.drive().summary
+    told = [e.data.get("hypervolume") for e in run.store.read() if e.kind == "observed"]
+    assert told[-1] == pytest.approx(summary["hypervolume"]["observed points"])
 
 
 def test_without_experts_there_is_no_scale() -> None:

@@ -1,22 +1,29 @@
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
+from torch import Generator, Tensor
 
+from map_bo.data import Observations
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.loop.reading import created_of, load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.preferences import Preference, utility
+from map_bo.pareto.trust import Coverage
+from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +56,9 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     assert solved.refined
     assert not by_point.refined
     assert bool(torch.isnan(solved.real).all()), "what was not measured is not real"
-    scale = {"reference": coarse.reference.point, "best": coarse.reference.best}
     preference = Preference(weights=wanted)
     before, after = (
-        float(utility(c.expected.unsqueeze(0), coarse.metrics, preference, **scale))
+        float(utility(c.expected.unsqueeze(0), preference, coarse.scale))
         for c in (by_point, solved)
     )
     assert after > before
@@ -66,6 +72,95 @@ def test_a_solved_choice_keeps_its_bounds() -> None:
     ).drive()
     choice = coarse.choose({"near a": 1}, at_most={"far from b": 1.0})
     assert float(choice.expected[1]) <= 1.0 + 1e-6
+
+
+class NearTheBase:
+    """A sampler that never leaves a corner of the space."""
+
+    def propose(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        *,
+        pending: Tensor | None = None,
+        generator: Generator,
+    ) -> Tensor:
+        return 0.3 * space.sample(len(seen) + n, generator=generator)[len(seen) :]
+
+
+@pytest.mark.parametrize("verify", [0, 2])
+def test_a_solved_choice_stays_where_the_data_are_and_is_the_best_there(verify: int) -> None:
+    def run(guard: bool) -> Result:
+        coarse = GradientSolver(points=3, steps=20)
+        parts = {"sampler": NearTheBase(), "solver": coarse, "guard": guard}
+        return Run(Bowls(), quick(12, seed=2, verify=verify, **parts), MemoryStore()).drive()
+
+    guarded, free = run(guard=True), run(guard=False)
+    model = guarded.refitted if verify else guarded.model
+    assert model is not None
+    coverage = Coverage.of(guarded.seen.X, guarded.space)
+    covered = coverage.shrink(guarded.space.sample(2000, generator=make_generator(0)))
+    for weight in (1.0, 2.0):
+        wanted = {"near a": weight, "far from b": 1.0}
+        chosen = guarded.choose(wanted)
+        assert chosen.refined
+        assert float(coverage.excess(chosen.x.unsqueeze(0))) < 1e-9
+        values = torch.cat([chosen.expected.unsqueeze(0), predict(model, covered).mean])
+        scores = utility(values, Preference(weights=wanted), guarded.scale)
+        assert float(scores[0]) > float(scores[1:].max()) - 1e-3
+        # Without the guard the surrogate is believed anywhere.
+        assert float(coverage.excess(free.choose(wanted).x.unsqueeze(0))) > 0.1
+
+
+@pytest.mark.parametrize("drop", [0.0, 0.3])
+@pytest.mark.parametrize("rule", ["weighted_sum", "chebyshev"])
+def test_a_metric_without_a_range_decides_no_choice(
+    drop: float, rule: Literal["weighted_sum", "chebyshev"]
+) -> None:
+    found = Run(SafeBowls(drop=drop), quick(12, verify=0), MemoryStore()).drive()
+    weights = {"near a": 1000.0, "far from b": 300.0}
+    choice = found.choose({**weights, "safe": 1e6}, rule=rule)
+    assert choice.point == found.choose(weights, rule=rule).point
+    assert torch.allclose(choice.x, found.choose(weights, rule=rule).x, atol=0.02)
+    [note] = choice.notes
+    assert note.startswith("metric 'safe' does not differ between base and experts (1)")
+    assert choice.describe()["notes"] == [note]
+    assert found.point(0).notes == ()
+
+
+def test_a_metric_without_a_range_still_works_as_a_constraint() -> None:
+    found = Run(SafeBowls(drop=0.3), quick(12, verify=0), MemoryStore()).drive()
+    wanted = {"near a": 1.0, "far from b": 1.0}
+    assert found.scale.rangeless == ("safe",)
+    worst = float(found.front.mean[:, 2].min())
+    assert worst < 0.9, "points that lose some of it are on the front"
+    assert float(found.choose(wanted, at_least={"safe": 0.99}).expected[2]) >= 0.99
+    with pytest.raises(PreferenceError, match="safe"):
+        found.choose(wanted, at_least={"safe": 1.5})
+
+
+def test_the_old_name_of_the_scale_still_works(result: Result) -> None:
+    with pytest.warns(DeprecationWarning, match="now Result.scale"):
+        assert result.reference is result.scale
+
+
+def test_a_run_recorded_by_version_0_1_opens_with_its_scale(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = Run(SafeBowls(), quick(10, verify=0), JsonlStore.create(run)).drive()
+    lines = []
+    for line in (run / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["kind"] == "front":
+            reference = event["data"]["reference"]
+            assert reference.pop("rangeless") == ["safe"]
+            reference["best"][2] = 1.0 + 1e-9  # as it was written then
+        lines.append(json.dumps(event))
+    (run / "events.jsonl").write_text("\n".join(lines) + "\n")
+    read = load_result(run)
+    assert read.scale.rangeless == ("safe",)
+    assert torch.equal(read.scale.best, done.scale.best)
+    assert torch.equal(read.scale.gains(read.front.mean), done.scale.gains(done.front.mean))
 
 
 def test_points_are_chosen_by_number(result: Result) -> None:
@@ -128,10 +223,9 @@ def test_verified_points_correct_the_predictions_and_overwrite_none(tmp_path: Pa
         assert torch.equal(read.choose(wanted, corrected=corrected).x, chosen.x)
     values = result.front.corrected
     bare = replace(result, model=None, refitted=None)
-    scale = {"reference": result.reference.point, "best": result.reference.best}
-    scores = utility(values, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(values, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted).point == int(scores.argmax())
-    scores = utility(result.front.mean, result.metrics, Preference(weights=wanted), **scale)
+    scores = utility(result.front.mean, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted, corrected=False).point == int(scores.argmax())
     assert result.choose(wanted).describe()["corrected"]["near a"] is not None
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,12 @@ from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
 from map_bo.loop.stopping import Stop
+from map_bo.problems.zoo.digits import digits_problem
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
-from tests.loop.bowls import Bowls, quick
+from tests.loop.bowls import Bowls, SafeBowls, quick
 
 
 class CrashError(BaseException):
@@ -211,6 +213,33 @@ def test_too_many_failures_stop_the_run_and_keep_what_was_measured(tmp_path: Pat
     assert len(result.seen) == 8
 
 
+def test_a_run_stops_only_above_the_allowed_share_of_failures() -> None:
+    def failing(*numbers: int) -> Bowls:
+        return Bowls(fails=lambda number, x: "no GPU" if number in numbers else None)
+
+    half = Run(failing(2, 4, 6), quick(10), MemoryStore()).drive()  # at 6 it is exactly half
+    assert (len(half.seen), half.summary["failures"]) == (8, 3)
+    with pytest.raises(EvaluationError, match="4 of 7 evaluations failed"):
+        Run(failing(2, 4, 6, 7), quick(10), MemoryStore()).drive()
+
+
+def test_reopened_failures_end_the_checks_that_were_made_without_them() -> None:
+    store = MemoryStore()
+    rule = Stop(tolerance=1e-6, patience=2, least=5)  # never reached in so few evaluations
+    settings = quick(12, stop=rule, max_failure_share=0.3)
+    broken = Bowls(noise=0.1, fails=lambda number, x: "no GPU" if number in (6, 7, 8) else None)
+    with pytest.raises(EvaluationError):
+        Run(broken, settings, store).drive()
+    run = Run(Bowls(noise=0.1), settings, store)
+    before = run.state.checks
+    assert [check["evaluations"] for check in before] == [5, 6, 7]
+    assert run.reopen_failures() == 3
+    assert len(run.state.checks) == 0
+    stop = run.drive().summary["stop"]
+    assert [count for count, _ in stop["series"]] == [8, 9]
+    assert stop["floor"] != before[0]["floor"], "the floor is that of the first check that counts"
+
+
 @pytest.mark.parametrize(
     ("returned", "reason"),
     [
@@ -354,6 +383,13 @@ def test_a_budget_below_the_anchors_is_explained(bowls: Bowls) -> None:
     assert "fewer than the 4 of base" in result.summary["notes"][0]
 
 
+@pytest.mark.parametrize("batch", [4, 100])
+def test_the_last_batch_keeps_to_the_budget(bowls: Bowls, batch: int) -> None:
+    result = Run(bowls, quick(9, verify=2, batch=batch), MemoryStore()).drive()
+    assert (len(result.seen), len(result.verification)) == (7, 2)
+    assert len(bowls.calls) == 9
+
+
 def test_ask_and_tell_by_hand_equals_driving(bowls: Bowls) -> None:
     settings = quick(6, verify=0)
     driven = Run(bowls, settings, MemoryStore()).drive()
@@ -371,4 +407,31 @@ def test_the_reference_point_can_be_given(bowls: Bowls) -> None:
     given = {"near a": -1.0, "far from b": 2.0}
     result = Run(bowls, quick(8, reference=given), MemoryStore()).drive()
     assert result.summary["reference_point"] == given
-    assert result.reference.rule == "given by the user"
+    assert result.scale.rule.startswith("given by the user")
+
+
+@pytest.mark.parametrize("safe", [1.0, 2e7, -1e-9])
+def test_a_metric_without_a_range_is_told_and_counts_in_no_hypervolume(safe: float) -> None:
+    whole = Run(SafeBowls(safe=safe), quick(8), MemoryStore()).drive().summary
+    without = Run(Bowls(), quick(8), MemoryStore()).drive().summary
+    assert whole["hypervolume"] == pytest.approx(without["hypervolume"], rel=1e-6)
+    assert whole["hypervolume"]["observed points"] > 0
+    [note] = [note for note in whole["notes"] if "safe" in note]
+    assert f"does not differ between base and experts ({safe:.4g})" in note
+    assert not [note for note in without["notes"] if "differ" in note]
+
+
+def test_a_threshold_above_the_best_expert_leaves_the_other_metrics_their_say() -> None:
+    given = {"near a": 5.0, "far from b": 3.0}
+    found = Run(Bowls(), quick(10, reference=given, verify=0), MemoryStore()).drive()
+    assert found.summary["reference_point"] == given
+    assert "is the range that was measured" in found.summary["reference_rule"]
+    towards_b = found.choose({"near a": 1.0, "far from b": 20.0})
+    assert towards_b.coefficients["b"] > 0.8
+
+
+def test_the_default_way_needs_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("cma", "pymoo", "peft", "transformers", "huggingface_hub", "wandb_workspaces"):
+        monkeypatch.setitem(sys.modules, package, None)
+    result = optimize(digits_problem(2, epochs=1), 6, progress=False)
+    assert len(result.front) > 0

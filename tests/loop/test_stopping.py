@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from map_bo.errors import ConfigError
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop, notes_on, stop_record
+from map_bo.plain import to_plain
 from map_bo.space import CoefficientSpace
 
 
@@ -17,7 +19,7 @@ from map_bo.space import CoefficientSpace
     ("changes", "message", "hint"),
     [
         ({"criterion": "regrets"}, "no stopping criterion 'regrets'", "did you mean 'regret'"),
-        ({"criterion": "time"}, "no stopping criterion 'time'", "'regret' and 'hypervolume'"),
+        ({"criterion": "time"}, "no stopping criterion 'time'", "regret, hypervolume"),
         ({"tolerance": 0.0}, "between 0 and 1, got", "0.005"),
         ({"tolerance": -1}, "between 0 and 1, got", "0.005"),
         ({"tolerance": 1.0}, "between 0 and 1, got 1.0", "0.005"),
@@ -42,7 +44,7 @@ def test_a_rule_is_read_from_plain_data() -> None:
     assert Stop.of({"criterion": "hypervolume"}) == Stop("hypervolume")
     rule = Stop(tolerance=0.1)
     assert Stop.of(rule) is rule
-    assert Stop.of(rule.describe()) == rule
+    assert Stop.of(asdict(rule)) == rule
 
 
 @pytest.mark.parametrize(
@@ -62,7 +64,7 @@ def test_settings_take_a_rule_or_its_fields() -> None:
     assert Settings(budget=24).stop is None
     settings = Settings.checked(budget=24, stop={"criterion": "regret", "patience": 1})
     assert settings.stop == Stop(patience=1)
-    assert settings.describe()["stop"] == {
+    assert to_plain(settings)["fields"]["stop"]["fields"] == {
         "criterion": "regret",
         "tolerance": 0.005,
         "patience": 1,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from map_bo.merging.adapters.checkpoint import AdapterCheckpoint, adapter_checkpoint
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.rng import make_generator
 

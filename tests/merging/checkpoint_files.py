@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import export_merged, merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.export.model import write_model
 
 
 def tensors_of(seed: int) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ COEFFICIENTS = {NAMES[0]: 0.25, NAMES[1]: -0.5}
 
 
 def merged(weights: Mapping[str, float] = COEFFICIENTS) -> Iterator[tuple[str, Tensor]]:
-    return merge_streamed(BASE, EXPERTS, lambda name: weights)
+    return merge_linearly(BASE, EXPERTS, lambda name: weights)
 
 
 def export(out: Path, **changes: Any) -> Path:
@@ -49,7 +50,7 @@ def export(out: Path, **changes: Any) -> Path:
         "operator": {"name": "task_arithmetic", "blocks": None},
         "coefficients": COEFFICIENTS,
     }
-    return export_merged(out, **{**settings, **changes})
+    return write_model(out, **{**settings, **changes})
 
 
 class Tied(nn.Module):

@@ -24,7 +24,7 @@ _PIECE = 1 << 22
 MERGE = """
 import json, sys
 from pathlib import Path
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.operators.recipes import operator_of
 
 def kilobytes(name):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from tests.merging.hard_checkpoints import everything
 
 Family = tuple[Path, dict[str, Path]]

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.memory import resident_bytes
 from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.storage import resident_bytes
 from map_bo.operators.sparse import Della, Ties
 from tests.merging.hard_checkpoints import threads
 from tests.merging.large_checkpoints import memory_of, write_family

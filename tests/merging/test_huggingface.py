@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.sparse import Ties
@@ -71,7 +71,7 @@ class TestHuggingFace:
         assert ("lm_head.weight" in base.names) == in_memory
         out = export(
             folders / "merged",
-            tensors=merge_streamed(base, experts, lambda name: coefficients),
+            tensors=merge_linearly(base, experts, lambda name: coefficients),
             base=base,
             experts=experts,
             coefficients=coefficients,

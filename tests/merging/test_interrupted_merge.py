@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
+from map_bo.merging.export.model import merge_checkpoints
 from tests.merging.large_checkpoints import merging, write_family
 
 pytestmark = pytest.mark.slow

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
-from map_bo.merging.export import bounded as streamed
 from map_bo.merging.vectors import kernel as chunked
-from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.kernel import KernelMerge
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.operators.sparse import Ties
 from tests.merging.hard_checkpoints import everything, threads
 from tests.merging.refusing import Family, Refused, merge
@@ -39,7 +39,7 @@ class TestTarget:
         def run(*arguments: Any) -> None:
             raise AssertionError("merged")
 
-        monkeypatch.setattr(ChunkedMerge, "run", run)
+        monkeypatch.setattr(KernelMerge, "run", run)
         monkeypatch.setattr(Ties, "prepare", run)
 
     def test_a_folder_in_use(self, refused: Refused, tmp_path: Path) -> None:
@@ -150,14 +150,14 @@ class TestThreads:
         error: BaseException,
         count: int,
     ) -> None:
-        real, calls = streamed.StreamedVectors.read, iter(range(1000))
+        real, calls = OnDiskVectors.read, iter(range(1000))
 
         def read(self: Any, *arguments: Any) -> Tensor:
             if next(calls) == 5:
                 raise error
             return real(self, *arguments)
 
-        monkeypatch.setattr(streamed.StreamedVectors, "read", read)
+        monkeypatch.setattr(OnDiskVectors, "read", read)
         before = everything(tmp_path)
         with threads(count), pytest.raises(type(error)):
             merge(family, tmp_path / "new" / "m")

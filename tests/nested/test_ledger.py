@@ -148,7 +148,7 @@ def test_the_events_make_the_same_ledger() -> None:
 
 def test_the_reference_is_the_worst_of_base_and_experts_each_in_its_direction() -> None:
     ledger, _ = filled()
-    found = ledger.reference(SPACE, ["accuracy", "loss", "score"])
+    found = ledger.scale(SPACE, ["accuracy", "loss", "score"])
     assert found is not None
     # Of the base, a and b: accuracies .2 .9 .1, losses 3 .5 4, and scores 5 - 7.
     assert found.point.tolist() == [0.1, 4.0, 5.0]
@@ -156,25 +156,32 @@ def test_the_reference_is_the_worst_of_base_and_experts_each_in_its_direction() 
     assert "where they were measured" in found.rule
 
 
-def test_the_best_is_that_of_the_experts_and_better_than_the_reference() -> None:
+def test_where_the_only_expert_is_worse_than_the_base_the_base_ends_the_scale() -> None:
     ledger = Ledger(METRICS)
     ledger.add(measured(at(0, 0, 0), {"accuracy": 0.8, "loss": 1.0}))
     ledger.add(measured(at(0, 0, 1), {"accuracy": 0.3, "loss": 2.0}))
-    found = ledger.reference(SPACE, ["loss", "accuracy"])
+    found = ledger.scale(SPACE, ["loss", "accuracy"])
     assert found is not None
     assert found.point.tolist() == [2.0, 0.3]
-    # The base is better than the only expert, and is no end of the scale all the same.
-    assert float(found.best[0]) < 2.0
-    assert float(found.best[1]) > 0.3
-    assert torch.allclose(found.best, found.point, atol=1e-6)
+    assert found.best.tolist() == [1.0, 0.8]
+
+
+def test_a_metric_on_which_the_anchors_tie_has_no_range() -> None:
+    ledger = Ledger(METRICS)
+    ledger.add(measured(at(0, 0, 0), {"accuracy": 0.8, "loss": 1.0}))
+    ledger.add(measured(at(0, 0, 1), {"accuracy": 0.8, "loss": 0.5}))
+    found = ledger.scale(SPACE, ["loss", "accuracy"])
+    assert found is not None
+    assert found.rangeless == ("accuracy",)
+    assert found.point.tolist() == [1.0, 0.8]
 
 
 def test_there_is_no_reference_without_an_expert_or_before_it_was_measured() -> None:
     ledger, _ = filled()
-    assert ledger.reference(SPACE, ["accuracy"], before=4) is None
-    earlier = ledger.reference(SPACE, ["accuracy"], before=5)
+    assert ledger.scale(SPACE, ["accuracy"], before=4) is None
+    earlier = ledger.scale(SPACE, ["accuracy"], before=5)
     assert earlier is not None
     assert earlier.point.tolist() == [0.2]
     blend = Ledger(METRICS)
     blend.add(measured(at(1 / 3, 1 / 3, 1 / 3), {"score": 9.0}))
-    assert blend.reference(SPACE, ["score"]) is None
+    assert blend.scale(SPACE, ["score"]) is None

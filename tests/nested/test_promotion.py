@@ -5,15 +5,13 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations
-from map_bo.loop.recommend import Reference
 from map_bo.loop.result import Result
 from map_bo.nested.promotion import choose_merge, representatives, weights_of
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 
 METRICS = (Metric("first"), Metric("second", direction="min", kind="loss"))
-SCALE = Reference(
-    torch.tensor([0.0, 2.0]).double(), torch.tensor([1.0, 1.0]).double(), "given by the user"
-)
+SCALE = Scale(METRICS, torch.tensor([0.0, 2.0]), torch.tensor([1.0, 1.0]), "given by the user")
 
 
 def result(
@@ -87,7 +85,7 @@ def test_the_most_balanced_point_comes_first_then_the_farthest() -> None:
 
 
 def test_what_is_balanced_depends_on_the_scale() -> None:
-    narrow = Reference(SCALE.point, torch.tensor([0.55, 1.0]).double(), "other")
+    narrow = Scale(METRICS, SCALE.point, torch.tensor([0.55, 1.0]), "other")
     assert rows(representatives(FRONT, 1, narrow)) == [[0.5, 0.5]]
 
 

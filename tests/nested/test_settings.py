@@ -8,6 +8,7 @@ import pytest
 
 from map_bo.errors import ConfigError
 from map_bo.nested.settings import Nested
+from map_bo.plain import from_plain, to_plain
 
 
 def test_two_stages_unless_a_size_or_a_tree_is_given() -> None:
@@ -54,7 +55,7 @@ def test_values_that_cannot_be_are_refused_with_a_hint(
 def test_a_slip_of_the_pen_is_recognised() -> None:
     with pytest.raises(ConfigError) as caught:
         Nested(order="similarty")  # type: ignore[arg-type]
-    assert caught.value.hint == "did you mean similarity?"
+    assert caught.value.hint == "did you mean 'similarity'?"
     with pytest.raises(ConfigError) as caught:
         Nested(order="xyz")  # type: ignore[arg-type]
     assert caught.value.hint == "choose from given, score, similarity, conflict"
@@ -93,19 +94,16 @@ def test_nodes_are_informed_where_it_was_asked_for_or_pays() -> None:
 def test_description_is_plain_and_gives_the_settings_back() -> None:
     nested = Nested(
         promote="point",
-        tree=[["a", "b"], "c"],
+        tree=(("a", "b"), "c"),
         preferences=({"a": 1.0, "b": 0.0, "c": 2.0},),
         budgets={"root": 9},
         stage_budgets=(7, 8),
         tasks={"a": ("x", "y")},
         probe=5,
     )
-    described = nested.describe()
-    assert json.loads(json.dumps(described)) == described
-    described["promote"] = described.pop("hand_up")  # its name in every record
-    assert set(described) == {field.name for field in dataclasses.fields(Nested)}
-    assert Nested(**described) == nested
-    assert Nested().describe() != Nested(points=4).describe()
+    written = json.loads(json.dumps(to_plain(nested)))
+    assert from_plain(written) == nested
+    assert to_plain(Nested()) != to_plain(Nested(points=4))
 
 
 def test_the_old_name_of_promote_works_and_warns() -> None:

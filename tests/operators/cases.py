@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.vectors.kernel import ChunkedMerge
+from map_bo.merging.vectors.kernel import KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.plain import to_plain
 from map_bo.rng import make_generator
 
 SHAPES: Mapping[str, tuple[int, ...]] = {
@@ -54,9 +56,14 @@ UNSIGNED: tuple[SearchableOperator, ...] = (
 OPERATORS = SIGNED + UNSIGNED
 
 
+def fields_of(operator: SearchableOperator) -> dict[str, Any]:
+    """Return the settings of an operator as plain data."""
+    return dict(to_plain(operator)["fields"])
+
+
 def label(operator: SearchableOperator) -> str:
     """Return a readable name of an operator for a test."""
-    plain = {k: v for k, v in operator.describe().items() if v != type(operator)().describe()[k]}
+    plain = {k: v for k, v in fields_of(operator).items() if v != fields_of(type(operator)())[k]}
     return "-".join([operator.name, *(f"{k}={v}" for k, v in plain.items() if k != "search")]) + (
         "-search" if operator.search else ""
     )
@@ -114,14 +121,14 @@ def merge(
     return write(prepared if chunk is None else chunked(prepared, chunk), vectors, c, dtype)
 
 
-def chunked(prepared: ChunkedMerge, chunk: int) -> ChunkedMerge:
+def chunked(prepared: KernelMerge, chunk: int) -> KernelMerge:
     """Return the same merge in pieces of another length."""
     prepared._chunk = chunk
     return prepared
 
 
 def write(
-    prepared: ChunkedMerge,
+    prepared: KernelMerge,
     vectors: Deltas,
     c: Tensor | list[float],
     dtype: torch.dtype = torch.float32,

@@ -10,6 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.plain import to_plain
 
 FOLDER = Path(__file__).parents[2] / "conf" / "operator"
 SEARCHABLE = {
@@ -42,4 +43,4 @@ def test_settings_are_searched_by_name_or_within_bounds(name: str) -> None:
 
 
 def plain_settings(operator: SearchableOperator) -> dict[str, Any]:
-    return {key: value for key, value in operator.describe().items() if key != "name"}
+    return dict(to_plain(operator)["fields"])

@@ -1,69 +1,69 @@
-"""What docs/operators-statistics.md shows is what happens."""
+"""What docs/operators.md shows is what happens."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
-import torch
 
-from map_bo.operators.fisher import Fisher
-from map_bo.operators.regmean import RegMean
-from map_bo.operators.statistics import load_statistics
-from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.rng import make_generator
+from map_bo.operators.averages import Slerp, WeightedAverage
+from map_bo.operators.consensus import Consensus
+from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 
-TEXT = (Path(__file__).parents[2] / "docs" / "operators-statistics.md").read_text()
+TEXT = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
+CLASSES: tuple[type[SearchableOperator], ...] = (
+    WeightedAverage,
+    Slerp,
+    Magnitude,
+    Ties,
+    Breadcrumbs,
+    Dare,
+    Della,
+    Consensus,
+)
 
 
-def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    transformers = pytest.importorskip("transformers")
-    transformers.logging.disable_progress_bar()
-    config = transformers.LlamaConfig(
-        vocab_size=20,
-        hidden_size=8,
-        intermediate_size=12,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=8,
-    )
+def test_the_snippets_run_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snippets = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(snippets) == TEXT.count("```python")
     monkeypatch.chdir(tmp_path)
-    with torch.random.fork_rng():
-        torch.random.manual_seed(0)
-        model = transformers.LlamaForCausalLM(config)
-        model.to(torch.bfloat16).save_pretrained("base")
-        for name in ("math", "code"):
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.add_(0.1 * torch.randn_like(p))
-            model.save_pretrained(name)
-
-    def batches(seed: int) -> list[dict[str, torch.Tensor]]:
-        ids = torch.randint(1, 20, (4, 6), generator=make_generator(seed))
-        return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
-
-    (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    exec(code, {"math_batches": batches(1), "code_batches": batches(2)})
-    for kind, operator in (("fisher", Fisher), ("grams", RegMean)):
-        files = {name: f"{name}-{kind}.safetensors" for name in ("math", "code")}
-        assert load_statistics(files["math"], kind=kind, model="math").data == "math train"
-        problem = MergedModelProblem(
-            transformers.LlamaForCausalLM(config),
-            base="base",
-            experts={"math": "math", "code": "code"},
-            evaluators={"zero": lambda model: 0.0},
-            operator=operator(files),
-        )
-        expert = problem.merged(torch.tensor([0.0, 1.0]))
-        tuned = transformers.LlamaForCausalLM.from_pretrained("code", dtype=torch.float32)
-        for key, value in tuned.state_dict().items():
-            assert torch.allclose(expert[key].float(), value, rtol=1e-2, atol=1e-3)
-        average = problem.merged(torch.tensor([0.5, 0.5]))
-        assert not torch.equal(average["lm_head.weight"], expert["lm_head.weight"])
+    exec("\n".join(snippets), {"__name__": "docs"})
+    printed = capsys.readouterr().out
+    for said in re.findall(r"print\(.*\)  # (.*)", TEXT):
+        assert said.split("...")[0] in printed, said
 
 
-def test_the_settings_that_are_named_exist() -> None:
-    for name in re.findall(r"operator=(\w+)", TEXT):
-        if name.islower():
-            assert (Path(__file__).parents[2] / "conf" / "operator" / f"{name}.yaml").exists()
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_table_says_what_can_be_searched(kind: type[SearchableOperator]) -> None:
+    (row,) = re.findall(rf"^\| \[.*?\| `{kind.__name__}` \|.*$", TEXT, flags=re.MULTILINE)
+    searched = row.split("|")[4]
+    assert set(re.findall(r"`(\w+)`", searched)) == set(kind.searchable)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_the_defaults_are_those_of_the_class(kind: type[SearchableOperator]) -> None:
+    title = {"Slerp": "SLERP", "Ties": "TIES", "Dare": "DARE", "Della": "DELLA"}
+    heading = title.get(kind.__name__, kind.__name__)
+    if kind is WeightedAverage:
+        heading = "Weighted average"
+    (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", TEXT, flags=re.MULTILINE | re.DOTALL)
+    defaults = {f.name: f.default for f in dataclasses.fields(kind)}
+    for name, value in re.findall(r"^\| `(\w+)` \| (.*?) \|", section, flags=re.MULTILINE):
+        shown = value.strip("`")
+        default = defaults[name]
+        assert shown == (f"{default:g}" if isinstance(default, float) else str(default)), name
+
+
+def test_links_lead_to_headings_and_files() -> None:
+    headings = {
+        re.sub(r"[^\w -]", "", line[3:]).lower().replace(" ", "-")
+        for line in TEXT.splitlines()
+        if line.startswith("## ")
+    }
+    for link in re.findall(r"\]\(#([^)]+)\)", TEXT):
+        assert link in headings, link

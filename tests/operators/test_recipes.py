@@ -13,11 +13,12 @@ import torch
 import yaml
 from torch import nn
 
-from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.align.vocabulary import fitted
+from map_bo.errors import CheckpointError, MergeError, SettingsError
+from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.merge_checkpoints import merge_checkpoints
-from map_bo.merging.export.model import export_merged, merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.export.model import merge_checkpoints, write_model
+from map_bo.merging.vectors.operator import recipe_of
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
 from map_bo.operators.fisher import Fisher
@@ -28,7 +29,7 @@ from map_bo.operators.statistics import save_statistics, statistics_of
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import everything, hard_family, loaded, opened, saved
 from tests.operators.expert_statistics import fishers, inputs
-from tests.operators.test_streamed_operators import OPERATORS, coefficients
+from tests.operators.test_operators_on_disk import OPERATORS, coefficients
 
 
 @pytest.fixture(autouse=True)
@@ -183,7 +184,7 @@ class TestStatistics:
             operator=Fisher(fishers(vectors)),
             progress=False,
         )
-        with pytest.raises(MergeError, match="'math', which fisher merges by, were in no file"):
+        with pytest.raises(MergeError, match="'math', which Fisher merges by, were in no file"):
             again(first)
 
 
@@ -199,7 +200,9 @@ class TestVocabulary:
                 json.dumps({"vocab_size": len(tensors["embed.weight"])})
             )
         opened_base = open_checkpoint(tmp_path / "in" / "base")
-        expert = fitted(open_checkpoint(tmp_path / "in" / "a"), opened_base, "base", label="a")
+        expert = fit_vocabulary(
+            open_checkpoint(tmp_path / "in" / "a"), opened_base, "base", label="a"
+        )
         return merge_checkpoints(
             opened_base,
             {"a": expert},
@@ -221,7 +224,7 @@ class TestVocabulary:
             again(first)
         content["experts"]["a"]["fitting"]["vocabulary"] = "letters"
         (first / "recipe.yaml").write_text(yaml.safe_dump(content))
-        with pytest.raises(MergeError, match="the vocabulary rule is 'letters'"):
+        with pytest.raises(MergeError, match=r"the vocabulary rule must .* got 'letters'"):
             again(first)
 
 
@@ -240,7 +243,7 @@ class TestRefusals:
             change(content)
             file.write_text(yaml.safe_dump(content))
         before = everything(first.parent)
-        with pytest.raises((MergeError, CheckpointError), match=message) as caught:
+        with pytest.raises((MergeError, CheckpointError, SettingsError), match=message) as caught:
             again(first)
         assert caught.value.hint
         assert everything(first.parent) == before
@@ -275,23 +278,30 @@ class TestRefusals:
             (lambda c: c["experts"]["code"].pop("source"), "it lacks 'source'"),
             (lambda c: c.pop("operator"), "it lacks 'operator'"),
             (lambda c: c.update(operator="ties"), "incomplete or damaged"),
-            (lambda c: c["operator"].update(name="magic"), "the operator 'magic' is not known"),
-            (lambda c: c["operator"].pop("name"), "the operator 'None' is not known"),
-            (lambda c: c["operator"].update(depth=3), "the operator ties has no settings depth"),
-            (lambda c: c["operator"].update(density="much"), "density is 'much'"),
-            (lambda c: c["operator"].update(scale="much"), "scale is 'much'"),
-            (lambda c: c["operator"].update(trim="all"), "trim is 'all'"),
-            (lambda c: c["operator"].update(blocks=7), "incomplete or damaged|blocks are given as"),
-            (lambda c: c["operator"].update(blocks={"a": "("}), "no regular expression"),
-            (lambda c: c["operator"].update(search=["seed"]), "cannot search 'seed'"),
+            (lambda c: c.update(operator={"name": "magic"}), "the operator 'magic' is not known"),
+            (lambda c: c["operator"].pop("class"), "the operator None is not known"),
+            (lambda c: c["operator"].update({"class": "os:system"}), "os is not a package whose"),
+            (lambda c: c["operator"].update({"class": "map_bo.space:Anchors"}), "has no field"),
+            (lambda c: c["operator"].update({"class": 3}), "not the name of a class"),
+            (lambda c: c.update(operator={"words": "mine"}), "recorded in words alone"),
+            (lambda c: c["operator"]["fields"].update(depth=3), "Ties has no field 'depth'"),
+            (lambda c: c["operator"]["fields"].update(density="much"), "must .* got 'much'"),
+            (lambda c: c["operator"]["fields"].update(scale="much"), "scale must .* got 'much'"),
+            (lambda c: c["operator"]["fields"].update(trim="all"), "trim must .* got 'all'"),
+            (
+                lambda c: c["operator"]["fields"].update(blocks=7),
+                "incomplete or damaged|blocks must be",
+            ),
+            (lambda c: c["operator"]["fields"].update(blocks={"a": "("}), "not a regular"),
+            (lambda c: c["operator"]["fields"].update(search=["seed"]), "cannot search 'seed'"),
             (lambda c: c.pop("coefficients"), "it lacks 'coefficients'"),
             (lambda c: c.update(coefficients=[1]), "incomplete or damaged"),
             (lambda c: c["coefficients"].update(code="half"), "could not convert string to float"),
-            (lambda c: c["coefficients"].update(code=float("nan")), "code are not finite"),
-            (lambda c: c["coefficients"].update(density=7.0), "density is 7.0"),
+            (lambda c: c["coefficients"].update(code=float("nan")), "code must be finite"),
+            (lambda c: c["coefficients"].update(density=7.0), "density must .* got 7.0"),
             (lambda c: c["coefficients"].pop("density"), "no value is given for density"),
             (lambda c: c["coefficients"].update(more=1.0), "no coefficients 'more'"),
-            (lambda c: c.update(recipe=9), "is not a recipe of format 1"),
+            (lambda c: c.update(recipe=9), "is not a recipe of format 1 or 2"),
         ],
     )
     def test_damaged_recipes(self, first: Path, change: Change, message: str) -> None:
@@ -328,8 +338,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"max_memory": "abc"}, "max_memory is 'abc'"),
-            ({"shard_size": "-1"}, "shard_size is '-1'"),
+            ({"max_memory": "abc"}, "max_memory must .* got 'abc'"),
+            ({"shard_size": "-1"}, "shard_size must .* got '-1'"),
         ],
     )
     def test_nothing_is_read_for_settings_and_targets_that_cannot_be(
@@ -352,12 +362,12 @@ class TestRefusals:
 
 
 def test_another_way_of_writing_leads_to_the_same(tmp_path: Path) -> None:
-    """A recipe of `export_merged` itself, with tensors merged one by one."""
+    """A recipe of `write_model` itself, with tensors merged one by one."""
     base, experts = opened(*hard_family(tmp_path / "in"))
     c = {"math": 0.5, "code": 0.25, "chat": 0.5}
-    first = export_merged(
+    first = write_model(
         tmp_path / "first",
-        tensors=merge_streamed(base, experts, lambda name: c),
+        tensors=merge_linearly(base, experts, lambda name: c),
         base=base,
         experts=experts,
         operator={"name": "task_arithmetic", "blocks": None},
@@ -370,4 +380,4 @@ def test_another_way_of_writing_leads_to_the_same(tmp_path: Path) -> None:
 
 def test_operators_come_back_from_their_descriptions() -> None:
     for operator in OPERATORS.values():
-        assert operator_of(json.loads(json.dumps(operator.describe()))) == operator
+        assert operator_of(json.loads(json.dumps(recipe_of(operator)))) == operator

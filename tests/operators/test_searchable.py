@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.bounded import StreamedVectors
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.plain import from_plain, to_plain
 from tests.operators.cases import (
     OPERATORS,
     SHAPES,
@@ -130,6 +131,7 @@ def test_blocks_are_merged_each_with_its_own_coefficients(operator: SearchableOp
 
 @every
 def test_number_of_threads_does_not_change_a_bit(operator: SearchableOperator) -> None:
+    # Threads share out whole pieces, and torch uses one thread within each.
     vectors = hard_vectors(shapes={"a": (300, 70), "b": (50,), "c": ()})
     c = coefficients(operator, 3)
     alone = merge(operator, vectors, c, chunk=1000)
@@ -224,49 +226,48 @@ def test_space_has_the_settings_behind_the_coefficients() -> None:
 
 @every
 def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
-    described = operator.describe()
-    kind: Any = type(operator)
-    again = kind(**{k: v for k, v in described.items() if k != "name"})
+    told = to_plain(operator)
+    again = from_plain(told)
     assert again == operator
-    assert again.describe() == described
+    assert to_plain(again) == told
 
 
 @pytest.mark.parametrize(
     ("make", "said", "hint"),
     [
-        (lambda: Ties(density=2), "density is 2", r"share in \[0, 1\]"),
-        (lambda: Ties(density=-0.1), "density is -0.1", "share"),
-        (lambda: Ties(density="much"), "density is 'much'", "share"),  # type: ignore[arg-type]
-        (lambda: Ties(density=True), "density is True", "share"),
-        (lambda: Ties(density=float("nan")), "density is nan", "share"),
-        (lambda: Ties(trim="layer"), "trim is 'layer'", "global, tensor"),
-        (lambda: Ties(election="sum"), "election is 'sum'", "mass, weighted_mass, count"),
-        (lambda: Ties(normalisation="mean"), "normalisation is 'mean'", "agreeing, weights, none"),
-        (lambda: Ties(joining="mean"), "joining is 'mean'", "sum, elect"),
-        (lambda: Ties(scale=float("inf")), "scale is inf", "finite"),
-        (lambda: Ties(scale="big"), "scale is 'big'", "finite"),  # type: ignore[arg-type]
-        (lambda: Breadcrumbs(gamma=1.5), "gamma is 1.5", "share"),
-        (lambda: Dare(drop_rate=1), "drop_rate is 1", r"\[0, 1\)"),
-        (lambda: Dare(seed=0.5), "seed is 0.5", "whole number"),  # type: ignore[arg-type]
-        (lambda: Dare(seed=True), "seed is True", "whole number"),
+        (lambda: Ties(density=2), "density must .* got 2", r"share in \[0, 1\]"),
+        (lambda: Ties(density=-0.1), "density must .* got -0.1", "share"),
+        (lambda: Ties(density="much"), "density must .* got 'much'", "share"),  # type: ignore[arg-type]
+        (lambda: Ties(density=True), "density must .* got True", "share"),
+        (lambda: Ties(density=float("nan")), "density must .* got nan", "share"),
+        (lambda: Ties(trim="layer"), "trim must .* got 'layer'", "global, tensor"),
+        (lambda: Ties(election="sum"), "election must .* got 'sum'", "mass, weighted_mass, count"),
+        (lambda: Ties(normalisation="mean"), "normalisation must", "agreeing, weights, none"),
+        (lambda: Ties(joining="mean"), "joining must .* got 'mean'", "sum, elect"),
+        (lambda: Ties(scale=float("inf")), "scale must .* got inf", "finite"),
+        (lambda: Ties(scale="big"), "scale must .* got 'big'", "finite"),  # type: ignore[arg-type]
+        (lambda: Breadcrumbs(gamma=1.5), "gamma must .* got 1.5", "share"),
+        (lambda: Dare(drop_rate=1), "drop_rate must .* got 1", r"\[0, 1\)"),
+        (lambda: Dare(seed=0.5), "seed must .* got 0.5", "whole number"),  # type: ignore[arg-type]
+        (lambda: Dare(seed=True), "seed must .* got True", "whole number"),
         (lambda: Della(drop_rate=0.01), "from -0.04 to 0.06", "epsilon <= 2 drop_rate"),
-        (lambda: Della(epsilon=2), "epsilon is 2", "share"),
-        (lambda: Consensus(strictness=-1), "strictness is -1", "from 0 on"),
-        (lambda: Consensus(strictness=float("inf")), "strictness is inf", "finite"),
-        (lambda: Consensus(strictness="x"), "strictness is 'x'", "finite"),  # type: ignore[arg-type]
-        (lambda: Consensus(agreement=0), "agreement is 0", "from 1 on"),
-        (lambda: Consensus(agreement=True), "agreement is True", "from 1 on"),
-        (lambda: Slerp(of="angles"), "of is 'angles'", "deltas, weights"),
-        (lambda: Slerp(norms="max"), "norms is 'max'", "mean, own"),
+        (lambda: Della(epsilon=2), "epsilon must .* got 2", "share"),
+        (lambda: Consensus(strictness=-1), "strictness must .* got -1", "from 0 on"),
+        (lambda: Consensus(strictness=float("inf")), "strictness must .* got inf", "finite"),
+        (lambda: Consensus(strictness="x"), "strictness must .* got 'x'", "finite"),  # type: ignore[arg-type]
+        (lambda: Consensus(agreement=0), "agreement must .* got 0", "from 1 on"),
+        (lambda: Consensus(agreement=True), "agreement must .* got True", "from 1 on"),
+        (lambda: Slerp(of="angles"), "of must .* got 'angles'", "deltas, weights"),
+        (lambda: Slerp(norms="max"), "norms must .* got 'max'", "mean, own"),
         (lambda: Ties(search=["trim"]), "ties cannot search 'trim'", "density, scale"),
         (lambda: Slerp(search=["of"]), "slerp cannot search 'of'", "none"),
         (lambda: Ties(search=7), "ties cannot search '7'", "density"),  # type: ignore[arg-type]
-        (lambda: Ties(search={"density": [0.1]}), r"bounds of density are \[0.1\]", "two numbers"),
-        (lambda: Ties(search={"density": 0.1}), "bounds of density are 0.1", "two numbers"),  # type: ignore[dict-item]
-        (lambda: Ties(search={"density": "ab"}), "bounds of density are 'ab'", "two numbers"),  # type: ignore[dict-item]
-        (lambda: Ties(search={"density": (0.9, 0.1)}), "bounds of density", "smaller one first"),
-        (lambda: Ties(search={"density": (0.5, 1.1)}), "density is 1.1", "share"),
-        (lambda: Dare(search={"drop_rate": (0, 1)}), "drop_rate is 1.0", r"\[0, 1\)"),
+        (lambda: Ties(search={"density": [0.1]}), r"got \[0.1\]", "lower, upper"),
+        (lambda: Ties(search={"density": 0.1}), "ascending numbers, got 0.1", "lower, upper"),  # type: ignore[dict-item]
+        (lambda: Ties(search={"density": "ab"}), "ascending numbers, got 'ab'", "lower, upper"),  # type: ignore[dict-item]
+        (lambda: Ties(search={"density": (0.9, 0.1)}), "bounds of density", "ascending numbers"),
+        (lambda: Ties(search={"density": (0.5, 1.1)}), "density must .* got 1.1", "share"),
+        (lambda: Dare(search={"drop_rate": (0, 1)}), "drop_rate must .* got 1.0", r"\[0, 1\)"),
         # Possible one by one, and not together.
         (
             lambda: Della(search={"drop_rate": (0.1, 0.9), "epsilon": (0.0, 0.3)}),
@@ -274,15 +275,14 @@ def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
             "epsilon",
         ),
         (lambda: Ties(blocks={}), "there are no blocks", "leave out"),
-        (lambda: Ties(blocks={"a": "("}), "no regular expression", r"'\*'"),
+        (lambda: Ties(blocks={"a": "("}), "not a regular expression", r"'\*'"),
     ],
 )
 def test_wrong_settings_are_refused(make: Any, said: str, hint: str) -> None:
     with pytest.raises(MergeError, match=said) as caught:
         make()
     assert caught.value.hint is not None
-
-    assert re.search(hint, caught.value.hint), caught.value.hint
+    assert re.search(hint, str(caught.value)), str(caught.value)
 
 
 def test_no_search_is_said_in_several_ways() -> None:
@@ -307,7 +307,7 @@ def test_averages_take_no_negative_coefficients(operator: SearchableOperator) ->
     vectors = hard_vectors()
     prepared = operator.prepare(vectors)
     out = torch.full((vectors.layout.size,), 7.0)
-    with pytest.raises(MergeError, match="coefficients are negative"):
+    with pytest.raises(MergeError, match="coefficients must not be negative"):
         prepared.write(torch.tensor([1.0, -1.0, 0.5]), out)
     assert bool((out == 7.0).all())
     # What a space lets pass as rounding is 0.
@@ -324,7 +324,7 @@ def zero_padded(vectors: TaskVectors) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, StreamedVectors]:
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, OnDiskVectors]:
     """The same models resident and on disk, with a variance, in float32 and bfloat16."""
     folder = tmp_path_factory.mktemp("models")
     vectors = hard_vectors(shapes={**SHAPES, "bn.running_var": (6,)})
@@ -341,13 +341,13 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[TaskVectors, Stream
     named = dict(zip(vectors.experts, experts, strict=True))
     return (
         TaskVectors.load(base, named, check_base=False),
-        StreamedVectors(base, named, check_base=False),
+        OnDiskVectors(base, named, check_base=False),
     )
 
 
 @pytest.mark.parametrize("operator", [Dare(drop_rate=0.6), Della()], ids=label)
 def test_masks_of_models_on_disk_are_the_same(
-    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+    operator: SearchableOperator, files: tuple[TaskVectors, OnDiskVectors]
 ) -> None:
     resident, _ = files
     for chunk in (3, 1 << 17):
@@ -358,7 +358,7 @@ def test_masks_of_models_on_disk_are_the_same(
 
 @every
 def test_models_on_disk_are_merged_alike(
-    operator: SearchableOperator, files: tuple[TaskVectors, StreamedVectors]
+    operator: SearchableOperator, files: tuple[TaskVectors, OnDiskVectors]
 ) -> None:
     resident, streamed = files
     for c in (coefficients(operator, 3), 3 * coefficients(operator, 3, seed=1)):

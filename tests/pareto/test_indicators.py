@@ -11,16 +11,12 @@ from torch import Tensor
 from map_bo.errors import DataError
 from map_bo.pareto.indicators import (
     _along_directions,
-    default_reference_point,
     epsilon_additive,
-    gd,
     hypervolume,
     hypervolume_kind,
     igd,
     igd_plus,
-    preference_regret,
     preference_weights,
-    scaled,
     win_rate_dominance,
     win_rate_per_objective,
 )
@@ -124,45 +120,17 @@ class TestHypervolume:
             hypervolume(torch.ones(3), zeros(3))
 
 
-class TestScaling:
-    @given(Y=fronts())
-    @settings(max_examples=50, deadline=None)
-    def test_reference_is_0_and_best_is_1(self, Y: Tensor) -> None:
-        reference = default_reference_point(Y)
-        best = Y.amax(0)
-        S = scaled(Y, reference, best)
-        varies = best > reference
-        assert (S.amin(0) == 0).all()
-        assert torch.allclose(S.amax(0)[varies], torch.ones(int(varies.sum())).double())
-        assert torch.isfinite(S).all()
-
-    def test_a_better_model_than_any_expert_scores_above_1(self) -> None:
-        S = scaled(torch.tensor([[0.9, 0.1]]), torch.tensor([0.5, 0.2]), torch.tensor([0.7, 0.7]))
-        assert S[0].tolist() == pytest.approx([2.0, -0.2])
-
-    def test_a_metric_without_range_keeps_its_unit(self) -> None:
-        S = scaled(torch.tensor([[0.7, 0.4]]), torch.tensor([0.5, 0.4]), torch.tensor([0.5, 0.8]))
-        assert S[0].tolist() == pytest.approx([0.2, 0.0])
-
-    def test_the_reference_point_needs_anchors(self) -> None:
-        with pytest.raises(DataError, match="no anchor"):
-            default_reference_point(torch.zeros(0, 2))
-        with pytest.raises(DataError, match="NaN"):
-            default_reference_point(torch.tensor([[torch.nan, 1.0]]))
-
-
 class TestDistances:
     truth = torch.tensor([[0.0, 1.0], [0.5, 0.5], [1.0, 0.0]], dtype=torch.float64)
 
     def test_the_truth_is_at_no_distance(self) -> None:
-        for indicator in (igd, igd_plus, gd, epsilon_additive):
+        for indicator in (igd, igd_plus, epsilon_additive):
             assert indicator(self.truth, self.truth) == pytest.approx(0.0, abs=1e-12)
 
     def test_a_shift_is_measured(self) -> None:
         worse = self.truth - 0.1
         assert epsilon_additive(worse, self.truth) == pytest.approx(0.1)
         assert epsilon_additive(self.truth + 0.1, self.truth) == pytest.approx(-0.1)
-        assert gd(worse, self.truth) == pytest.approx(0.02**0.5)
         assert igd(worse, self.truth) == pytest.approx(0.02**0.5)
         assert igd_plus(worse, self.truth) == pytest.approx(0.02**0.5)
 
@@ -171,13 +139,8 @@ class TestDistances:
         assert igd_plus(better, self.truth) == pytest.approx(0.0, abs=1e-12)
         assert igd(better, self.truth) > 0.1
 
-    def test_gd_looks_from_the_front_and_igd_from_the_truth(self) -> None:
-        part = self.truth[:1]
-        assert gd(part, self.truth) == 0.0
-        assert igd(part, self.truth) == pytest.approx((0.5**0.5 + 2**0.5) / 3)
-
     def test_fronts_that_do_not_match_are_refused(self) -> None:
-        for indicator in (igd, igd_plus, gd, epsilon_additive, win_rate_per_objective):
+        for indicator in (igd, igd_plus, epsilon_additive, win_rate_per_objective):
             with pytest.raises(DataError, match="cannot be compared"):
                 indicator(torch.ones(2, 3), self.truth)
             with pytest.raises(DataError, match="cannot be compared"):
@@ -213,37 +176,6 @@ class TestPreferences:
         assert torch.allclose(W.mean(0), torch.full((3,), 1 / 3).double(), atol=0.02)
         assert torch.allclose(W.var(0), torch.full((3,), 1 / 18).double(), atol=0.005)
         assert torch.equal(W, preference_weights(4000, 3, generator=make_generator(0)))
-
-    def test_a_right_prediction_of_the_best_points_has_no_regret(self) -> None:
-        real = sphere(20, 3)
-        W = preference_weights(50, 3, generator=make_generator(1))
-        assert (preference_regret(real, real, real, W) == 0).all()
-        assert (preference_regret(real, real, real[:0], W) == 0).all()
-
-    def test_regret_is_what_the_choice_misses(self) -> None:
-        predicted = torch.tensor([[1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-        real = torch.tensor([[0.2, 0.0], [0.0, 0.6]], dtype=torch.float64)
-        best = torch.tensor([[0.8, 0.1]], dtype=torch.float64)
-        W = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.4, 0.6]], dtype=torch.float64)
-        regret = preference_regret(predicted, real, best, W)
-        assert regret.tolist() == pytest.approx([0.6, 0.0, 0.02], abs=1e-12)
-
-    @given(seed=st.integers(0, 99))
-    @settings(max_examples=30, deadline=None)
-    def test_regret_is_never_negative_and_grows_with_what_is_known(self, seed: int) -> None:
-        generator = make_generator(seed)
-        predicted, real, best = (
-            torch.rand(6, 3, generator=generator, dtype=torch.float64) for _ in range(3)
-        )
-        W = preference_weights(20, 3, generator=generator)
-        less = preference_regret(predicted, real, best[:2], W)
-        assert (less >= 0).all()
-        assert (preference_regret(predicted, real, best, W) >= less).all()
-
-    def test_shapes_must_match(self) -> None:
-        W = preference_weights(2, 2, generator=make_generator(0))
-        with pytest.raises(DataError, match="which do not fit"):
-            preference_regret(torch.ones(3, 2), torch.ones(4, 2), torch.ones(1, 2), W)
 
 
 def test_beyond_thirty_one_metrics_a_volume_is_approximate_and_grows() -> None:

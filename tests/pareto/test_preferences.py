@@ -11,17 +11,17 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import PreferenceError
 from map_bo.pareto.preferences import Preference, choose
+from map_bo.scale import Scale
 
 METRICS = (Metric("math"), Metric("code"), Metric("loss", direction="min", kind="loss"))
 VALUES = torch.tensor(
     [[0.9, 0.2, 1.0], [0.2, 0.9, 1.0], [0.6, 0.6, 1.2], [0.4, 0.4, 0.2]], dtype=torch.float64
 )
-REFERENCE = torch.tensor([0.0, 0.0, 2.0], dtype=torch.float64)
-BEST = torch.tensor([1.0, 1.0, 0.0], dtype=torch.float64)
+SCALE = Scale(METRICS, torch.tensor([0.0, 0.0, 2.0]), torch.tensor([1.0, 1.0, 0.0]), "given")
 
 
 def pick(values: Tensor = VALUES, **preference: Any) -> int:
-    return choose(values, METRICS, Preference(**preference), reference=REFERENCE, best=BEST)
+    return choose(values, Preference(**preference), SCALE)
 
 
 def test_weights_decide() -> None:
@@ -38,10 +38,8 @@ def test_no_weights_are_equal_weights() -> None:
 def test_metrics_are_compared_on_the_scale_of_reference_and_best() -> None:
     metrics = (Metric("points", kind="unbounded"), Metric("accuracy"))
     values = torch.tensor([[100.0, 0.1], [50.0, 0.9]], dtype=torch.float64)
-    reference = torch.tensor([0.0, 0.0], dtype=torch.float64)
-    best = torch.tensor([1000.0, 1.0], dtype=torch.float64)
-    row = choose(values, metrics, Preference(), reference=reference, best=best)
-    assert row == 1  # .05 + .9 against .1 + .1, whatever the unit
+    scale = Scale(metrics, torch.zeros(2), torch.tensor([1000.0, 1.0]), "given")
+    assert choose(values, Preference(), scale) == 1  # .05 + .9 against .1 + .1, whatever the unit
 
 
 def test_chebyshev_prefers_balance() -> None:
@@ -88,11 +86,13 @@ def test_a_bound_beyond_every_point() -> None:
 
 
 @pytest.mark.parametrize("where", ["weights", "at_least", "at_most"])
-def test_unknown_metrics_list_the_known(where: str) -> None:
-    with pytest.raises(PreferenceError) as caught:
+def test_unknown_metrics_are_told_the_nearest_or_the_known(where: str) -> None:
+    with pytest.raises(PreferenceError, match="there is no metric 'maths'") as caught:
         pick(VALUES, **{where: {"maths": 1.0}})
-    assert "there is no metric 'maths'" in str(caught.value)
-    assert "math, code, loss" in str(caught.value)
+    assert caught.value.hint == "did you mean 'math'?"
+    with pytest.raises(PreferenceError, match="there is no metric 'x'") as caught:
+        pick(VALUES, **{where: {"x": 1.0}})
+    assert caught.value.hint == "choose from math, code, loss"
 
 
 @pytest.mark.parametrize("weight", [-1.0, float("nan"), float("inf")])
@@ -127,9 +127,18 @@ def test_an_empty_front_is_refused() -> None:
         pick(VALUES[:0])
 
 
-def test_reference_and_best_must_be_in_own_units() -> None:
-    with pytest.raises(PreferenceError, match="worse than the reference point in loss"):
-        choose(VALUES, METRICS, Preference(), reference=-REFERENCE, best=-BEST + 1.0)
+@pytest.mark.parametrize("rule", ["weighted_sum", "chebyshev"])
+def test_a_metric_without_a_range_decides_nothing_but_its_bounds_hold(rule: str) -> None:
+    ranged = torch.tensor([True, True, False])
+    scale = Scale(METRICS, SCALE.point, SCALE.best, "given", ranged=ranged)
+    weights = {"math": 1.0, "code": 0.5, "loss": 1000.0}
+    without = {"math": 1.0, "code": 0.5}
+
+    def row(weights: dict[str, float], **bounds: dict[str, float]) -> int:
+        return choose(VALUES, Preference(weights=weights, rule=rule, **bounds), scale)  # type: ignore[arg-type]
+
+    assert row(weights) == row(without)
+    assert row(weights, at_most={"loss": 0.5}) == 3
 
 
 @given(seed=st.integers(0, 999), factor=st.floats(0.01, 100))

@@ -127,5 +127,5 @@ def test_impossible_sizes_are_refused() -> None:
 
 @pytest.mark.parametrize("noise", [-0.1, float("nan"), float("inf")])
 def test_impossible_noise_is_refused(noise: float) -> None:
-    with pytest.raises(DataError, match="noise_std is"):
+    with pytest.raises(DataError, match="noise_std must"):
         BotorchProblem("ZDT1", noise_std=noise)

@@ -147,7 +147,7 @@ def test_refuses_recorded_points_outside_the_space() -> None:
 
 @pytest.mark.parametrize("tolerance", [-1.0, float("inf"), float("nan")])
 def test_refuses_an_impossible_tolerance(tolerance: float) -> None:
-    with pytest.raises(DataError, match="tolerance is"):
+    with pytest.raises(DataError, match="tolerance must"):
         TableProblem(recorded(), SPACE, tolerance=tolerance)
 
 

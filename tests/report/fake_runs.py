@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from map_bo.data import Metric
 from map_bo.report.comparison.comparison import Comparison, compare
 from map_bo.report.comparison.runs import Outcome, RunRecord
-from map_bo.report.view import scale
 from tests.report.fake_views import make_view
 
 SURROGATES = {"gp": 20, "quadratic": 14}
@@ -35,7 +34,6 @@ def record(
         metrics=metrics,
         loss=loss,
     )
-    low, high = scale(view)
     name = name or ",".join(f"{key}={value}" for key, value in sorted(settings.items()))
     return RunRecord(
         name,
@@ -44,9 +42,7 @@ def record(
         "finished",
         settings=settings,
         named=tuple(settings),
-        outcome=Outcome(
-            view.seen, view.front, low, high, view.reference_rule, view.summary["seconds"]
-        ),
+        outcome=Outcome(view.seen, view.front, view.scale, view.summary["seconds"]),
     )
 
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
-from map_bo.report.view import RunView, anchor_values, scaled_gains
+from map_bo.report.view import RunView, anchor_values
 from map_bo.rng import child, make_generator
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 
 TASKS = ("rot90", "invert", "flip", "permute", "blur", "shear", "crop", "noise")
@@ -109,13 +110,20 @@ def make_view(
         Observations(X=front.X[spread], Y=real, metrics=metrics, cost=torch.full((verify,), 0.7))
     )
     ends = to_maximisation(true_values(anchors.X[:-1], metrics), metrics).amin(0)
+    experts = to_maximisation(seen.Y[1 : d + 1][seen.ok[1 : d + 1]], metrics)
+    highest = torch.cat([experts, ends[None]]).amax(0)
+    scale = Scale(
+        metrics,
+        to_maximisation(ends, metrics),
+        to_maximisation(highest, metrics),
+        "worst of base and experts",
+    )
     view = RunView(
         title=title,
         space=space,
         front=front,
         seen=seen,
-        reference_point=to_maximisation(ends, metrics),
-        reference_rule="worst of base and experts",
+        scale=scale,
         summary={},
     )
     summary = summary_of(view, verify, notes, seed)
@@ -131,7 +139,7 @@ def summary_of(view: RunView, verify: int, notes: Sequence[str], seed: int) -> d
         if not len(values):
             return None
         zero = torch.zeros(len(view.metrics), dtype=torch.float64)
-        return hypervolume(scaled_gains(values, view), zero)
+        return hypervolume(view.scale.gains(values), zero)
 
     names = [metric.name for metric in view.metrics]
     values = anchor_values(view)
@@ -153,8 +161,8 @@ def summary_of(view: RunView, verify: int, notes: Sequence[str], seed: int) -> d
             "uniform blend": blend[0] if blend else None,
             "best expert": max(experts) if experts else None,
         },
-        "reference_point": dict(zip(names, view.reference_point.tolist(), strict=True)),
-        "reference_rule": view.reference_rule,
+        "reference_point": dict(zip(names, view.scale.point.tolist(), strict=True)),
+        "reference_rule": view.scale.rule,
         "optimism": dict(zip(names, optimism, strict=True)),
         "surrogate": {
             "settings": "Auto(candidates=('quadratic', 'gp', 'hybrid'))",

@@ -37,7 +37,7 @@ def test_the_points_of_each_kind_are_the_run_s() -> None:
     assert torch.equal(points["predicted"], view.front.mean)
     assert torch.equal(points["real"], view.front.real[view.front.verified])
     assert torch.equal(points["expert"], view.seen.Y[1:4])
-    assert torch.equal(points["reference"][0], view.reference_point)
+    assert torch.equal(points["reference"][0], view.scale.point)
     for values in points.values():
         assert bool(torch.isfinite(values).all())
 

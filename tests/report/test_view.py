@@ -10,8 +10,6 @@ from map_bo.errors import DataError
 from map_bo.report.view import (
     anchor_values,
     representative_rows,
-    scale,
-    scaled_gains,
     search_rows,
     verification_rows,
 )
@@ -58,40 +56,6 @@ def test_rows_are_search_anchors_verification_or_failures() -> None:
     assert not bool(verification_rows(bare).any())
 
 
-def test_the_scale_has_the_reference_at_zero_and_the_best_expert_at_one() -> None:
-    view = make_view(3, loss=(1,))
-    experts = torch.stack([a.y for a in anchor_values(view) if a.kind == "expert"])
-    best = torch.stack([experts[:, 0].max(), experts[:, 1].min(), experts[:, 2].max()])
-    low, high = scale(view)
-    assert torch.equal(low, view.reference_point)
-    assert torch.equal(high, best)
-    assert scaled_gains(view.reference_point, view).tolist() == [0.0, 0.0, 0.0]
-    assert scaled_gains(best, view).tolist() == [1.0, 1.0, 1.0]
-
-
-def test_the_recorded_best_goes_before_the_measured_one() -> None:
-    view = make_view(2)
-    view = dataclasses.replace(view, summary={"reference_best": {"rot90": 2.0, "invert": 3.0}})
-    assert scale(view)[1].tolist() == [2.0, 3.0]
-
-
-def test_without_experts_the_best_that_is_known_is_the_end() -> None:
-    view = make_view(2, failures=(0, 1, 2, 3))
-    known = torch.cat([view.seen.succeeded().Y, view.front.mean])
-    assert torch.equal(scale(view)[1], known.amax(0))
-
-
-def test_scaling_is_defined_when_every_expert_ties_with_the_reference() -> None:
-    view = make_view(2)
-    best = {"rot90": 0.0, "invert": 0.0}
-    view = dataclasses.replace(
-        view, reference_point=torch.ones(2), summary={"reference_best": best}
-    )
-    low, high = scale(view)
-    assert bool((high > low).all())
-    assert bool(torch.isfinite(scaled_gains(view.front.mean, view)).all())
-
-
 def test_representatives_hold_the_verified_points_and_spread() -> None:
     view = make_view(2, points=100, verify=3)
     rows = representative_rows(view, 7)
@@ -114,8 +78,8 @@ def test_a_view_of_different_metrics_is_refused() -> None:
     other = Observations(view.seen.X, view.seen.X, (Metric("a"), Metric("b")))
     with pytest.raises(DataError, match="the evaluations"):
         dataclasses.replace(view, seen=dataclasses.replace(other))
-    with pytest.raises(DataError, match="reference point 3 values"):
-        dataclasses.replace(view, reference_point=torch.zeros(3))
+    with pytest.raises(DataError, match=r"the scale \['rot90'\]"):
+        dataclasses.replace(view, scale=view.scale.select([0]))
 
 
 def test_a_view_of_different_spaces_is_refused() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.auto import Auto, AutoModel, Selection
+from map_bo.surrogates.auto import Auto, AutoModel, Selection, SideBySide
 from map_bo.surrogates.features import quadratic_features
 from map_bo.surrogates.links import links_for, observed_on_link
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
-from map_bo.surrogates.validation import count_log_densities, log_densities
+from map_bo.surrogates.validation import LeavesOneOut, count_log_densities, log_densities
+from tests.contracts.smallest_surrogate import Plain
 from tests.contracts.surrogate_contract import LeaveOneOutContract, mixed_observations, moments
 
 
@@ -35,6 +38,7 @@ class Failing:
     """A surrogate that never fits."""
 
     error: type[Exception] = RuntimeError
+    leaves_one_out: ClassVar[bool] = True
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> SurrogateModel:
         raise self.error("no convergence")
@@ -45,6 +49,7 @@ class Split:
     """Fits the given metrics well (a GP) and the others with hopeless certainty."""
 
     good: tuple[int, ...]
+    leaves_one_out: ClassVar[bool] = True
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> SurrogateModel:
         model = GP().fit(seen, space)
@@ -113,8 +118,10 @@ def test_scores_are_on_the_same_targets(
         fitted = settings.fit(seen, space)
         expected = log_densities(fitted, targets).mean(0)
         # The accuracy is counted: the counts are scored, not their logits.
-        part, n = fitted.subset_output([0]), seen.counts[:, :1]
-        by_count = count_log_densities(part, seen.Y[:, :1] * n, n, part.misfit_variance())
+        part, n = fitted.for_metrics([0]), seen.counts[:, :1]
+        assert isinstance(part, LeavesOneOut)
+        misfit = fitted.misfit_variance()[:1]
+        by_count = count_log_densities(part, seen.Y[:, :1] * n, n, misfit)
         expected[0] = by_count.mean()
         scores = [dict(selection.scores)[name] for selection in model.selection]
         torch.testing.assert_close(torch.tensor(scores).double(), expected)
@@ -139,7 +146,7 @@ def test_each_metric_has_the_candidate_that_is_best_for_it(
 def test_parts_of_a_mixed_model(mixed: tuple[AutoModel, Observations, CoefficientSpace]) -> None:
     model, _, space = mixed
     X = space.sample(4, generator=make_generator(1))
-    part = model.subset_output([1, 0])
+    part = model.for_metrics([1, 0])
     assert [selection.chosen for selection in part.selection] == ["even", "odd"]
     assert [metric.name for metric in part.metrics] == ["loss", "accuracy"]
     mean = moments(model, X)[0]
@@ -166,6 +173,27 @@ def test_mixed_models_condition_and_fantasise(
         fantasies = model.fantasize(X, SobolQMCNormalSampler(torch.Size([4]), seed=0))
         assert moments(fantasies, X)[0].shape == (4, 2, 3)
     assert [choice.chosen for choice in more.selection] == ["odd", "even", "odd"]
+
+
+def test_drawn_functions_are_in_closed_form_where_all_parts_have_one() -> None:
+    seen, space = mixed_observations(12)
+    X = space.sample(4, generator=make_generator(1))
+    quadratic, gp = Quadratic().fit(seen, space), GP().fit(seen, space)
+    exact = SideBySide([quadratic], [[0, 1, 2]]).sample_functions(2, generator=make_generator(0))
+    assert exact.explicit
+    assert torch.equal(exact(X), quadratic.sample_functions(2, generator=make_generator(0))(X))
+    parts = [quadratic.for_metrics([1]), gp.for_metrics([0, 2])]
+    both = SideBySide(parts, [[1], [0, 2]]).sample_functions(2, generator=make_generator(0))
+    assert not both.explicit
+    assert both(X).shape == (2, 4, 3)
+
+
+def test_a_part_that_has_to_be_fitted_again_says_so() -> None:
+    seen, space = mixed_observations(12)
+    model = SideBySide([PublishedQuadratic().fit(seen, space)], [[0, 1, 2]])
+    X = space.sample(1, generator=make_generator(1))
+    with pytest.raises(SurrogateError, match="PublishedModel cannot take further observations"):
+        model.condition_on_observations(X, model.link_mean(X))
 
 
 def test_few_evaluations_take_the_first_candidate() -> None:
@@ -246,6 +274,9 @@ def test_settings_are_checked() -> None:
         Auto(candidates=(("gp", GP()), ("gp", GP())))
     with pytest.raises(SurrogateError, match="no link kind 'probit'"):
         Auto(link="probit")  # type: ignore[arg-type]
+    with pytest.raises(SurrogateError, match="by leaving evaluations out: mine") as caught:
+        Auto(candidates=(("gp", GP()), ("mine", Plain())))
+    assert "leaves_one_out = True" in str(caught.value.hint)
 
 
 def test_link_reaches_the_default_candidates() -> None:

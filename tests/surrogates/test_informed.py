@@ -12,12 +12,13 @@ from map_bo.errors import SurrogateError
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
-from map_bo.surrogates.informed import Informed, InformedModel
+from map_bo.surrogates.informed import Informed, InformedLeavingOut, InformedModel
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.surrogates.validation import LeavesOneOut, validate
+from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out, validate
+from tests.contracts.smallest_surrogate import Plain
 from tests.contracts.surrogate_contract import (
     METRICS,
     LeaveOneOutContract,
@@ -108,7 +109,7 @@ def test_the_posterior_is_that_of_the_larger_space_along_the_directions(
     expected: Any = whole.posterior(U @ DIRECTIONS, observation_noise=True)
     torch.testing.assert_close(noisy.variance, expected.variance)
     assert model.metrics == SCORES
-    assert isinstance(model.leave_one_out()[0], Tensor)
+    assert isinstance(model, LeavesOneOut)
 
 
 def error(model: InformedModel) -> float:
@@ -189,7 +190,9 @@ def test_leaving_a_row_out_is_fitting_without_it() -> None:
     seen, X = own(8), elsewhere(9)
     known = {metric.name: measured(X, (metric,)) for metric in SCORES}
     surrogate = Informed(Quadratic(), WHOLE, DIRECTIONS, known)
-    mean, _ = surrogate.fit(seen, SMALL).leave_one_out()
+    model = surrogate.fit(seen, SMALL)
+    assert isinstance(model, LeavesOneOut)
+    mean, _ = model.leave_one_out()
     whole = Quadratic().fit(measured(torch.cat([X, seen.X @ DIRECTIONS])), WHOLE)
     torch.testing.assert_close(mean, whole.leave_one_out()[0][9:])
 
@@ -205,12 +208,22 @@ def test_it_learns_on_from_points_of_the_small_space() -> None:
     expected = whole.condition_on_observations(U[:2] @ DIRECTIONS, Z, noise=noise)
     torch.testing.assert_close(more.link_mean(U), expected.link_mean(U @ DIRECTIONS))
     assert not torch.allclose(more.link_mean(U), model.link_mean(U), atol=0.05)
+    assert isinstance(more, InformedLeavingOut)
     assert more.own == 10
-    part = model.subset_output([1])
+    part = model.for_metrics([1])
     assert part.metrics == SCORES[1:]
     torch.testing.assert_close(moments(part, U)[0], moments(model, U)[0][:, 1:])
     chosen: Any = model.describe_selection()
     assert [one["metric"] for one in chosen] == ["one", "two"]
+
+
+def test_it_leaves_evaluations_out_only_where_its_surrogate_does() -> None:
+    informed = Informed(Plain(), WHOLE, DIRECTIONS)
+    model = informed.fit(own(8), SMALL)
+    assert not isinstance(model, LeavesOneOut)
+    assert not promises_leave_one_out(informed)
+    assert promises_leave_one_out(Informed(Auto(), WHOLE, DIRECTIONS))
+    assert [one["chosen"] for one in model.describe_selection()] == ["PlainModel"] * 2
 
 
 def test_failed_measurements_elsewhere_teach_nothing() -> None:

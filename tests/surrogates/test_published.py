@@ -9,7 +9,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import n_features, quadratic_features
 from map_bo.surrogates.links import IdentityLink, LogitLink, SoftplusLink, from_link
 from map_bo.surrogates.prediction import predict
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
 from tests.contracts.surrogate_contract import SurrogateContract, mixed_observations
@@ -25,7 +25,7 @@ LINKS = (LogitLink(0.0, 2.0), SoftplusLink(-1.0), IdentityLink())
 class TestReferenceContract(SurrogateContract):
     @pytest.fixture
     def surrogate(self) -> Surrogate:
-        return ReferenceQuadratic()
+        return PublishedQuadratic()
 
 
 def exact(n: int, d: int) -> tuple[Observations, CoefficientSpace]:
@@ -38,7 +38,7 @@ def exact(n: int, d: int) -> tuple[Observations, CoefficientSpace]:
 
 def test_recovers_links_of_quadratics_from_enough_exact_rows() -> None:
     seen, space = exact(30, 3)
-    model = ReferenceQuadratic().fit(seen, space)
+    model = PublishedQuadratic().fit(seen, space)
     assert model.links == LINKS
     new, _ = exact(30, 3)
     torch.testing.assert_close(
@@ -49,7 +49,7 @@ def test_recovers_links_of_quadratics_from_enough_exact_rows() -> None:
 def test_box_plays_no_part() -> None:
     seen, space = exact(20, 2)
     wide = CoefficientSpace.box(("a", "b"), lower=-3.0, upper=3.0)
-    ours, theirs = ReferenceQuadratic().fit(seen, space), ReferenceQuadratic().fit(seen, wide)
+    ours, theirs = PublishedQuadratic().fit(seen, space), PublishedQuadratic().fit(seen, wide)
     assert torch.equal(ours.weights, theirs.weights)
 
 
@@ -58,7 +58,7 @@ def test_too_few_rows_are_met_exactly_and_say_little() -> None:
     # elsewhere, which is what the Bayesian quadratic repairs.
     seen, space = exact(8, 3)
     assert len(seen) < n_features(3)
-    reference = ReferenceQuadratic().fit(seen, space)
+    reference = PublishedQuadratic().fit(seen, space)
     torch.testing.assert_close(
         from_link(reference.link_mean(seen.X), LINKS), seen.Y, rtol=1e-2, atol=1e-2
     )
@@ -70,13 +70,13 @@ def test_an_optimiser_that_gives_up_leaves_its_last_iterate() -> None:
     space = CoefficientSpace.box(("a", "b"))
     X = space.sample(12, generator=make_generator(0))
     Y = (X[:, :1] > 0.5).double()
-    model = ReferenceQuadratic().fit(Observations(X, Y, (Metric("step"),)), space)
+    model = PublishedQuadratic().fit(Observations(X, Y, (Metric("step"),)), space)
     assert bool(torch.isfinite(model.weights).all())
     assert not torch.equal(model.weights, torch.ones_like(model.weights))
 
 
 def test_has_no_uncertainty() -> None:
     seen, space = mixed_observations()
-    ours, theirs = Quadratic().fit(seen, space), ReferenceQuadratic().fit(seen, space)
+    ours, theirs = Quadratic().fit(seen, space), PublishedQuadratic().fit(seen, space)
     assert float(predict(theirs, seen.X).std.max()) < 1e-5
     assert float(predict(ours, seen.X).std.min()) > 1e-4

@@ -30,7 +30,7 @@ def literal(model: QuadraticModel, X: Tensor, rows: list[int], shift: Tensor) ->
     precision = torch.diag_embed(1 / prior)
     weights = torch.zeros_like(model.weights)
     weights[:, 0] = shift
-    empty = model.subset_output(list(range(model.num_outputs)))
+    empty = model.for_metrics(list(range(model.num_outputs)))
     empty._precision = precision
     empty._information = (precision @ weights.unsqueeze(-1)).squeeze(-1)
     return empty.condition_on_observations(X[rows], Z[rows], noise=noise[rows])
@@ -66,7 +66,7 @@ def test_conditioning_in_batches_equals_conditioning_alone() -> None:
     torch.testing.assert_close(mean[1, 2], mean_1)
     torch.testing.assert_close(variance[1, 2], variance_1)
     assert bool((variance <= moments(model, new)[1] * (1 + 1e-9)).all())
-    part = batch.subset_output([1])
+    part = batch.for_metrics([1])
     torch.testing.assert_close(moments(part, new)[0][..., 0], mean[..., 1])
 
 
@@ -108,13 +108,15 @@ def test_sampled_functions_have_the_posterior_moments() -> None:
     seen, space = mixed_observations()
     model = Quadratic().fit(seen, space)
     draws = model.sample_functions(4000, generator=make_generator(0))
-    assert draws.shape == (4000, 3, 6)
-    values = model.features(seen.X) @ draws.mT  # k x n x m
+    assert draws.explicit
+    assert draws.weights.shape == (4000, 3, 6)
+    values = draws(seen.X)
+    torch.testing.assert_close(values, model.features(seen.X) @ draws.weights.mT)
     mean, variance = moments(model, seen.X)
     torch.testing.assert_close(values.var(0), variance, rtol=0.12, atol=1e-9)
     assert bool(((values.mean(0) - mean).abs() < 5 * (variance / 4000).sqrt()).all())
     again = model.sample_functions(4000, generator=make_generator(0))
-    assert torch.equal(draws, again)
+    assert torch.equal(draws.weights, again.weights)
 
 
 def test_other_acquisitions_run() -> None:

@@ -132,7 +132,7 @@ def test_what_is_not_finite_is_none_in_the_record() -> None:
 
 def test_probabilities_of_all_counts_add_up_to_one() -> None:
     seen, space = mixed_observations()
-    part = Quadratic().fit(seen, space).subset_output([0])
+    part = Quadratic().fit(seen, space).for_metrics([0])
     n = torch.full((len(seen), 1), 12.0, dtype=torch.float64)
     misfit = torch.tensor([0.3], dtype=torch.float64)
     total = sum(
@@ -143,7 +143,7 @@ def test_probabilities_of_all_counts_add_up_to_one() -> None:
 
 def test_certain_logits_give_the_binomial() -> None:
     seen, space = mixed_observations()
-    part = Quadratic().fit(seen, space).subset_output([0])
+    part = Quadratic().fit(seen, space).for_metrics([0])
     part._loo_variance.zero_()
     mean, _ = part.leave_one_out()
     n = torch.full_like(mean, 20.0)

@@ -9,19 +9,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations
+from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
+from map_bo.scale import Scale
 from map_bo.tracking.codec import (
     SCHEMA,
     decode_event,
     decode_front,
     decode_metric,
     decode_observations,
+    decode_scale,
     decode_tensor,
     encode_event,
     encode_front,
     encode_metric,
     encode_observations,
+    encode_scale,
     encode_tensor,
 )
 from map_bo.tracking.store import Event
@@ -122,6 +125,36 @@ def test_observations_come_back(rows: list[int]) -> None:
     assert after.metrics == before.metrics
 
 
+def test_a_scale_comes_back_with_its_metrics_without_a_range() -> None:
+    point, best = torch.tensor([0.1, 2.0, -3.0]), torch.tensor([0.9, 1.0, -3.0])
+    few, unit = torch.tensor([True, False, False]), torch.tensor([0.5, 1.0, 3.0])
+    for kwargs in ({}, {"ranged": few}, {"unit": unit}, {"ranged": few, "unit": unit}):
+        scale = Scale(METRICS, point, best, "given by the user", **kwargs)
+        again = decode_scale(through_json(encode_scale(scale)), METRICS)
+        assert identical(again.point, scale.point)
+        assert identical(again.best, scale.best)
+        assert torch.equal(again.ranged, scale.ranged)
+        assert torch.equal(again.width, scale.width)
+        assert (again.unit is None) == (scale.unit is None)
+        assert again.rule == scale.rule
+    plain = Scale(METRICS[:1], point[:1], best[:1], "given by the user")
+    assert encode_scale(plain).keys() == {"point", "best", "rule"}
+
+
+@pytest.mark.parametrize("value", [0.1, 1.0, 2e7])
+def test_the_billionth_that_version_0_1_wrote_for_no_range_is_understood(value: float) -> None:
+    metrics = (Metric("up"), Metric("down", "min", "loss"))
+    low = torch.tensor([value, -value], dtype=torch.float64)  # larger is better
+    written = {
+        "point": encode_tensor(to_maximisation(low, metrics)),
+        "best": encode_tensor(to_maximisation(low + 1e-9, metrics)),
+        "rule": "worst of base and experts",
+    }
+    scale = decode_scale(through_json(written), metrics)
+    assert scale.rangeless == ("up", "down")
+    assert torch.equal(scale.best, scale.point)
+
+
 @pytest.mark.parametrize("k", [0, 1, 3])
 def test_a_front_comes_back(k: int) -> None:
     values = torch.rand(6, k, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -184,7 +217,7 @@ def test_gradients_are_written_only_when_there_are_any() -> None:
         gradient_variance=slopes.square(),
     )
     after = decode_observations(through_json(encode_observations(before)), METRICS)
-    for ours, theirs in zip(after.slopes(), before.slopes(), strict=True):
+    for ours, theirs in zip(after.filled_gradients(), before.filled_gradients(), strict=True):
         assert identical(ours, theirs)
 
 

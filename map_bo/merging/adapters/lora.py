@@ -1,6 +1,7 @@
-"""Which tensor of the base each tensor of an adapter belongs to, and which way round it lies.
+"""PEFT's LoRA format: settings, names of tensors, and the tensors of the base that they belong to.
 
-Settings of a PEFT LoRA adapter: its ``adapter_config.json``, and which kinds are refused.
+Adapters that are not sums of a base and low-rank products are refused here, by their settings or by
+their tensors.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ __all__ = [
 CONFIG = "adapter_config.json"
 
 _WHOLE = "merge it into its base first (peft: merge_and_unload, then save_pretrained) and give that"
-# Settings under which an adapter is no sum of its base and low-rank products.
+# Settings under which an adapter is not a sum of its base and low-rank products.
 _REFUSED = {
     "use_dora": "is DoRA, whose change depends on the norms of the base's weights",
     "use_qalora": "is QALoRA, whose factors act on groups of inputs",
     "use_bdlora": "is BD-LoRA, whose factors are block-diagonal",
     "alora_invocation_tokens": "is an activated LoRA, which acts on some tokens only",
-    "arrow_config": "routes between adapters (Arrow) and is no change of weights",
+    "arrow_config": "routes between adapters (Arrow) and is not a change of weights",
     "kasa_config": "is KaSA, which changes the base's weights too",
     "monteclora_config": "is MonteCLoRA, whose factors are random",
     "layer_replication": "replicates layers, so its model is not of the base's architecture",
@@ -44,6 +45,13 @@ _REFUSED = {
 }
 # Initialisations that leave the base's weights as they are; the others change the base.
 _INITIALISED = (True, False, None, "gaussian", "eva", "orthogonal")
+
+Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
+
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
+_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
 @dataclass(frozen=True)
@@ -74,16 +82,16 @@ class LoraSettings:
 
     def rank(self, module: str) -> int:
         """Return the rank of the factors of a module."""
-        return int(_found(self.rank_pattern, module, self.r))
+        return int(_match_pattern(self.rank_pattern, module, self.r))
 
     def scale(self, module: str) -> float:
         """Return what the product of a module's factors is multiplied by."""
         rank = self.rank(module)
-        alpha = float(_found(self.alpha_pattern, module, self.alpha))
+        alpha = float(_match_pattern(self.alpha_pattern, module, self.alpha))
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
-def _found(pattern: Mapping[str, float], module: str, default: float) -> float:
+def _match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """Return the first entry whose expression matches the end of a module's name."""
     for key, value in pattern.items():
         if re.match(rf"(.*\.)?({key})$", module):
@@ -95,8 +103,8 @@ def read_settings(folder: Path) -> LoraSettings:
     """Read ``adapter_config.json`` of a LoRA adapter.
 
     Raises:
-        CheckpointError: When it is missing or damaged, or the adapter is of a kind that is no sum
-            of the base and low-rank products.
+        CheckpointError: When it is missing or damaged, or the adapter is of a kind that is not a
+            sum of the base and low-rank products.
     """
     path = folder / CONFIG
     content = _read(path)
@@ -119,8 +127,8 @@ def read_settings(folder: Path) -> LoraSettings:
     r, alpha = content.get("r"), content.get("lora_alpha")
     if not _is_rank(r) or not _is_number(alpha):
         raise CheckpointError(
-            f"{path} has r = {r!r} and lora_alpha = {alpha!r}",
-            hint="both are positive numbers in the configuration of a LoRA adapter",
+            f"r and lora_alpha in {path} must be positive numbers, got {r!r} and {alpha!r}",
+            hint="take the adapter_config.json that was saved with the weights",
         )
     assert isinstance(r, int)
     assert isinstance(alpha, (int, float))
@@ -175,14 +183,6 @@ def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]
     return dict(pattern)
 
 
-Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
-
-_PREFIX = "base_model.model."
-_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
-_EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
-_SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
-
-
 @dataclass(frozen=True)
 class OwnTensor:
     """One tensor of an adapter file.
@@ -222,7 +222,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
         if factor:
             module, side, label, part = factor.groups()
             if part == "bias" and side == "A":
-                raise _strange(name, origin)
+                raise _not_plain_error(name, origin)
             role: Role = "bias" if part == "bias" else "A" if side == "A" else "B"
             found[name] = OwnTensor(module, part, role)
             labels |= {label} if label else set()
@@ -232,7 +232,7 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
             found[name] = OwnTensor(module, "weight", role)
             labels |= {label} if label else set()
         elif ".lora_" in short or "token_adapter" in short:
-            raise _strange(name, origin)
+            raise _not_plain_error(name, origin)
         elif ".original_module." not in short:  # the untrained twin of a module to save
             plain = _SAVED.sub("", short.replace(".base_layer.", "."))
             module, _, part = plain.rpartition(".")
@@ -245,9 +245,9 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
     return found
 
 
-def _strange(name: str, origin: str) -> CheckpointError:
+def _not_plain_error(name: str, origin: str) -> CheckpointError:
     return CheckpointError(
-        f"{origin} holds {name!r}, which is no tensor of a plain LoRA adapter",
+        f"{origin} holds {name!r}, which is not a tensor of a plain LoRA adapter",
         hint="merge it into its base first (peft: merge_and_unload) and give that",
     )
 
@@ -274,7 +274,7 @@ def place(
     shifts: dict[tuple[str, str], str] = {}
     known = set(base.names)
     for target in targets:
-        name, shift = _placed(target, known, base, origin)
+        name, shift = _place_one(target, known, base, origin)
         shifts.setdefault(shift, target)
         placed[target] = base.ties.get(name, name)
     if len(shifts) > 1:
@@ -286,7 +286,7 @@ def place(
     return placed, next(iter(shifts), ("", ""))
 
 
-def _placed(
+def _place_one(
     target: str, known: set[str], base: Checkpoint, origin: str
 ) -> tuple[str, tuple[str, str]]:
     """Return the base's name, and the prefixes that were taken off and put on."""
@@ -334,7 +334,7 @@ class Orientation:
         """Return whether the square weight ``name`` is stored ``in x out``."""
         near: dict[int, set[bool]] = {}
         for other, flipped in {**self._by_bias(), **self.seen}.items():
-            near.setdefault(_shared(name, other), set()).add(flipped)
+            near.setdefault(_count_shared(name, other), set()).add(flipped)
         most = max(near, default=0)
         if most == 0 or len(near[most]) > 1:
             return self.default
@@ -353,7 +353,7 @@ class Orientation:
         return found
 
 
-def _shared(first: str, second: str) -> int:
+def _count_shared(first: str, second: str) -> int:
     """Return how many leading parts two dotted names have in common."""
     count = 0
     for a, b in zip(first.split("."), second.split("."), strict=False):

@@ -1,8 +1,8 @@
 """Changes of low rank: ``scale * B @ A``, never multiplied out unless asked for.
 
 Hu et al., *LoRA: Low-Rank Adaptation of Large Language Models*, arXiv 2106.09685, section 4.1.
-
-What adapters change in one tensor of a resident model, kept as factors.
+`LowRank` is one change of one tensor; `AdaptedTensor` is the changes of one tensor by several
+adapters, which a resident model keeps as factors.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["Adapted", "LowRank", "approximated", "exact_products", "stacked", "truncated"]
+__all__ = ["AdaptedTensor", "LowRank", "approximate", "exact_products", "stack", "truncate"]
 
 # Up to this length of its shorter side a matrix is decomposed whole, in float64.
 _WHOLE = 512
 _OVERSAMPLED, _POWER = 16, 4
+
+# Numbers of a product that is made in a wider dtype, or merged apart, at once.
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,13 +73,13 @@ def exact_products(device: torch.device) -> bool:
     return precision in ("none", "ieee")
 
 
-def stacked(parts: Sequence[LowRank]) -> LowRank:
+def stack(parts: Sequence[LowRank]) -> LowRank:
     """Return the sum of changes of one tensor as one change; its rank is the sum of theirs."""
     B = torch.cat([part.scale * part.B for part in parts], dim=1)
     return LowRank(B, torch.cat([part.A for part in parts]))
 
 
-def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
+def truncate(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]:
     """Return the best approximation of a change by one of at most ``rank``, with its error.
 
     By Eckart and Young that is the truncated singular value decomposition. It is found without
@@ -95,7 +98,7 @@ def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]
     Q, R = torch.linalg.qr(change.scale * change.B.double())
     P, S = torch.linalg.qr(change.A.double().T)
     U, values, Vh = torch.linalg.svd(R @ S.T, full_matrices=False)
-    # What float32 factors cannot tell from zero is no rank.
+    # What float32 factors cannot tell from zero is not rank.
     least = float(values[0]) * torch.finfo(torch.float32).eps if len(values) else 0.0
     keep = max(1, int((values > least).sum()))
     keep = keep if rank is None else min(keep, rank)
@@ -105,9 +108,7 @@ def truncated(change: LowRank, rank: int | None) -> tuple[LowRank, float, float]
     return LowRank(B, A), float(values[keep:].norm()), float(values.norm())
 
 
-def approximated(
-    matrix: Tensor, rank: int, *, generator: Generator
-) -> tuple[LowRank, float, float]:
+def approximate(matrix: Tensor, rank: int, *, generator: Generator) -> tuple[LowRank, float, float]:
     """Return an approximation of a matrix by one of at most ``rank``, with its error.
 
     Small matrices go through their singular value decomposition. Large ones, of which few
@@ -140,12 +141,8 @@ def approximated(
     return change, float((wide - change.dense()).norm()), float(wide.norm())
 
 
-# Numbers of a product that is made in a wider dtype, or merged apart, at once.
-_CHUNK = 1 << 20
-
-
 @dataclass(frozen=True, eq=False)
-class Adapted:
+class AdaptedTensor:
     """The changes of one tensor by adapters, side by side.
 
     The tensor is seen as a matrix ``rows x columns``. The factors of all adapters are one pair,
@@ -173,7 +170,7 @@ class Adapted:
         *,
         dtype: torch.dtype,
         device: torch.device | str,
-    ) -> Adapted:
+    ) -> AdaptedTensor:
         """Lay the factors of several adapters side by side.
 
         Args:

@@ -12,7 +12,7 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["FlatLayout", "Slot", "is_variance", "joined_ties"]
+__all__ = ["FlatLayout", "Slot", "is_variance", "join_ties"]
 
 _ALIGNMENT = 32  # numbers: every tensor starts on 64 bytes in bfloat16 and 128 in float32
 
@@ -109,7 +109,7 @@ class FlatLayout:
         return result | {alias: result[name] for alias, name in self.ties.items()}
 
 
-def joined_ties(base: Checkpoint, further: Mapping[str, str]) -> dict[str, str]:
+def join_ties(base: Checkpoint, further: Mapping[str, str]) -> dict[str, str]:
     """Return the ties of ``base`` and those of ``further`` that it knows: alias -> canonical."""
     groups: dict[str, set[str]] = {}
     for alias, canonical in (*base.ties.items(), *further.items()):

@@ -1,7 +1,7 @@
 """How a model's tensors are called, and cut, in the files that its library writes.
 
 transformers renames and regroups weights between files and modules: the experts of a mixture are
-one tensor in the module and one a piece in the files. Checkpoints and merges go by the files, so
+one tensor in the module and one per piece in the files. Checkpoints and merges go by the files, so
 that a merged model can be read by whatever reads the base; the live model goes by its modules.
 """
 

@@ -2,9 +2,8 @@
 
 Tokens that fine-tuning added, and padding of the embedding to a multiple of 64, change the
 number of rows of the input embedding and of the output head. Such an expert is refused unless a
-rule is asked for; then it is presented in the base's shapes, and all else stays as it is.
-
-The vocabulary of a tokenizer, read from its files as plain JSON.
+rule is asked for; then it is presented in the base's shapes, and all else stays as it is. Tokens
+are matched by the vocabularies of the tokenizers, which are read as plain JSON.
 """
 
 from __future__ import annotations
@@ -23,104 +22,7 @@ from map_bo.errors import CheckpointError, MergeError, first_line, listed
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
-__all__ = ["VocabularyRule", "fitted", "fitted_experts", "require_shapes", "token_ids"]
-
-
-def token_ids(folder: Path | None) -> dict[str, int] | None:
-    """Return token -> id of the tokenizer in a folder, added tokens included.
-
-    Read are, in this order, the first that there is: ``tokenizer.json`` (its ``model.vocab``,
-    whether a mapping or the list of a unigram model), ``vocab.json``, ``vocab.txt`` (one token a
-    line). Added tokens come from ``added_tokens`` of ``tokenizer.json``, from
-    ``added_tokens.json`` and from ``added_tokens_decoder`` of ``tokenizer_config.json``. A
-    sentencepiece ``tokenizer.model`` alone is not read.
-
-    Args:
-        folder: The folder, or None for a checkpoint without one.
-
-    Returns:
-        The ids, or None where there is none of these files.
-
-    Raises:
-        CheckpointError: When a file is damaged.
-    """
-    if folder is None:
-        return None
-    ids = _fast(folder)
-    if ids is None:
-        ids = _mapping(folder / "vocab.json")
-    if ids is None:
-        ids = _lines(folder / "vocab.txt")
-    if ids is None:
-        return None
-    ids |= _mapping(folder / "added_tokens.json") or {}
-    further = (_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
-    if isinstance(further, Mapping):
-        for number, token in further.items():
-            if isinstance(token, Mapping) and str(number).isdecimal():
-                ids[str(token.get("content"))] = int(number)
-    return ids
-
-
-def _fast(folder: Path) -> dict[str, int] | None:
-    file = folder / "tokenizer.json"
-    content = _json(file)
-    if content is None:
-        return None
-    model = content.get("model")
-    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
-    try:
-        if isinstance(vocabulary, Mapping):
-            ids = {str(token): int(number) for token, number in vocabulary.items()}
-        elif isinstance(vocabulary, list):  # unigram: pairs of token and score, by id
-            ids = {str(pair[0]): number for number, pair in enumerate(vocabulary)}
-        else:
-            raise TypeError("it has no model.vocab")
-        added = content.get("added_tokens") or []
-        return ids | {str(token["content"]): int(token["id"]) for token in added}
-    except (TypeError, ValueError, KeyError, IndexError) as error:
-        raise _damaged(file, error) from error
-
-
-def _mapping(file: Path) -> dict[str, int] | None:
-    content = _json(file)
-    if content is None:
-        return None
-    try:
-        return {str(token): int(number) for token, number in content.items()}
-    except (TypeError, ValueError) as error:
-        raise _damaged(file, error) from error
-
-
-def _lines(file: Path) -> dict[str, int] | None:
-    if not file.is_file():
-        return None
-    try:
-        # Not read_text and splitlines: a token may be any other separator of lines.
-        lines = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise _damaged(file, error) from error
-    return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
-
-
-def _json(file: Path) -> dict[str, Any] | None:
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise _damaged(file, error) from error
-    if not isinstance(content, dict):
-        raise _damaged(file, TypeError("it is no JSON object"))
-    return content
-
-
-def _damaged(file: Path, error: BaseException) -> CheckpointError:
-    return CheckpointError(
-        f"{file} cannot be read as a vocabulary: {first_line(error)}",
-        hint="fetch the tokenizer's files again, or merge without a vocabulary rule",
-    )
-
+__all__ = ["VocabularyRule", "fit_vocabularies", "fit_vocabulary", "require_shapes", "token_ids"]
 
 VocabularyRule = Literal["base", "tokens"]
 """How rows of an expert's embeddings are matched to the base's: by position, or by token."""
@@ -137,21 +39,23 @@ _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
 
 
-def fitted_experts(
+def fit_vocabularies(
     experts: Mapping[str, Checkpoint], base: Checkpoint, rule: VocabularyRule | None
 ) -> dict[str, Checkpoint]:
-    """Return every expert `fitted` to the base's vocabulary, or as it is without a rule.
+    """Return every expert fitted to the base's vocabulary, or as it is without a rule.
 
     Raises:
-        MergeError: For an unknown rule, and whatever `fitted` refuses.
+        MergeError: For an unknown rule, and whatever `fit_vocabulary` refuses.
         CheckpointError: When a tokenizer's file is damaged.
     """
     if rule is None:
         return dict(experts)
-    return {name: fitted(expert, base, rule, label=name) for name, expert in experts.items()}
+    return {
+        name: fit_vocabulary(expert, base, rule, label=name) for name, expert in experts.items()
+    }
 
 
-def fitted(
+def fit_vocabulary(
     expert: Checkpoint, base: Checkpoint, rule: VocabularyRule, *, label: str = "expert"
 ) -> Checkpoint:
     """Present an expert in the shapes of a base with another vocabulary.
@@ -177,8 +81,9 @@ def fitted(
         label: The expert's name, for errors.
 
     Returns:
-        The expert itself where nothing needs fitting. Else a checkpoint whose ``fitting`` says
-        what was done, and which reads the expert and the base as its tensors are loaded.
+        The expert itself where nothing has to change. Else a checkpoint whose
+        ``vocabulary_changes`` say what was done, and which reads the expert and the base as its
+        tensors are loaded.
 
     Raises:
         MergeError: For an unknown rule; when tokens have moved under ``"base"``; when a
@@ -187,8 +92,8 @@ def fitted(
     """
     if rule not in get_args(VocabularyRule):
         raise MergeError(
-            f"the vocabulary rule is {rule!r}",
-            hint="choose 'base' (rows by position) or 'tokens' (rows by token)",
+            f"the vocabulary rule must be 'base' or 'tokens', got {rule!r}",
+            hint="'base' matches rows by position, 'tokens' by token",
         )
     if isinstance(expert, _Fitted):
         return expert
@@ -225,7 +130,7 @@ def require_shapes(
         return
     words = {name for name, _ in _vocabulary(expert, base)}
     others = [name for name, mine in different.items() if mine not in words]
-    # What no rule can mend comes first.
+    # What no rule can fix comes first.
     texts = [
         f"{name} {list(expert.shape(different[name]))} against {list(base.shape(name))}"
         for name in (*others, *(name for name in different if name not in others))
@@ -352,7 +257,7 @@ def _vocabulary(expert: Checkpoint, base: Checkpoint) -> Iterator[tuple[str, tup
 
 def _sizes(checkpoint: Checkpoint) -> set[int]:
     """Return the sizes of the vocabulary that tell its tensors from others."""
-    sizes = set(_configured(checkpoint.directory))
+    sizes = set(_configured_sizes(checkpoint.directory))
     widths: set[int] = set()
     for name in checkpoint.names:
         shape = checkpoint.shape(name)
@@ -363,7 +268,7 @@ def _sizes(checkpoint: Checkpoint) -> set[int]:
     return sizes - widths
 
 
-def _configured(directory: Path | None) -> Iterator[int]:
+def _configured_sizes(directory: Path | None) -> Iterator[int]:
     """Yield each ``vocab_size`` of a configuration, those of its parts included."""
     try:
         text = "{}" if directory is None else (directory / "config.json").read_text("utf-8")
@@ -433,10 +338,10 @@ class _FittedReader:
         """
         if name not in self._rows:
             return self._expert.read(name, start, stop, out=out)
-        piece = self._gathered(name, start, stop)
+        piece = self._gather(name, start, stop)
         return piece if out is None else buffer_for(len(piece), piece.dtype, out).copy_(piece)
 
-    def _gathered(self, name: str, start: int, stop: int) -> Tensor:
+    def _gather(self, name: str, start: int, stop: int) -> Tensor:
         part, layout = self._rows[name], self.layouts[name]
         width = max(1, layout.shape.numel() // max(1, part.there))
         first, last = start // width, -(-stop // width)
@@ -465,14 +370,110 @@ class _Fitted(Checkpoint):
             _FittedReader(expert, base, rows), source=expert.source, directory=expert.directory
         )
         self._given = expert
-        self._fitting = {
+        self._changes = {
             "vocabulary": rule,
             "rows": {name: part.plain() for name, part in rows.items()},
         }
 
     @property
-    def fitting(self) -> Mapping[str, Any]:
-        return self._fitting
+    def vocabulary_changes(self) -> Mapping[str, Any]:
+        return self._changes
 
     def digest(self) -> str:
         return self._given.digest()
+
+
+def token_ids(folder: Path | None) -> dict[str, int] | None:
+    """Return token -> id of the tokenizer in a folder, added tokens included.
+
+    Read are, in this order, the first that there is: ``tokenizer.json`` (its ``model.vocab``,
+    whether a mapping or the list of a unigram model), ``vocab.json``, ``vocab.txt`` (one token a
+    line). Added tokens come from ``added_tokens`` of ``tokenizer.json``, from
+    ``added_tokens.json`` and from ``added_tokens_decoder`` of ``tokenizer_config.json``. A
+    sentencepiece ``tokenizer.model`` alone is not read.
+
+    Args:
+        folder: The folder, or None for a checkpoint without one.
+
+    Returns:
+        The ids, or None where there is none of these files.
+
+    Raises:
+        CheckpointError: When a file is damaged.
+    """
+    if folder is None:
+        return None
+    ids = _fast_tokenizer_ids(folder)
+    if ids is None:
+        ids = _mapping_ids(folder / "vocab.json")
+    if ids is None:
+        ids = _line_ids(folder / "vocab.txt")
+    if ids is None:
+        return None
+    ids |= _mapping_ids(folder / "added_tokens.json") or {}
+    further = (_read_json(folder / "tokenizer_config.json") or {}).get("added_tokens_decoder")
+    if isinstance(further, Mapping):
+        for number, token in further.items():
+            if isinstance(token, Mapping) and str(number).isdecimal():
+                ids[str(token.get("content"))] = int(number)
+    return ids
+
+
+def _fast_tokenizer_ids(folder: Path) -> dict[str, int] | None:
+    file = folder / "tokenizer.json"
+    content = _read_json(file)
+    if content is None:
+        return None
+    model = content.get("model")
+    vocabulary = model.get("vocab") if isinstance(model, Mapping) else None
+    try:
+        if isinstance(vocabulary, Mapping):
+            ids = {str(token): int(number) for token, number in vocabulary.items()}
+        elif isinstance(vocabulary, list):  # unigram: pairs of token and score, by id
+            ids = {str(pair[0]): number for number, pair in enumerate(vocabulary)}
+        else:
+            raise TypeError("it has no model.vocab")
+        added = content.get("added_tokens") or []
+        return ids | {str(token["content"]): int(token["id"]) for token in added}
+    except (TypeError, ValueError, KeyError, IndexError) as error:
+        raise _damage_error(file, error) from error
+
+
+def _mapping_ids(file: Path) -> dict[str, int] | None:
+    content = _read_json(file)
+    if content is None:
+        return None
+    try:
+        return {str(token): int(number) for token, number in content.items()}
+    except (TypeError, ValueError) as error:
+        raise _damage_error(file, error) from error
+
+
+def _line_ids(file: Path) -> dict[str, int] | None:
+    if not file.is_file():
+        return None
+    try:
+        # Not read_text and splitlines: a token may be any other separator of lines.
+        lines = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _damage_error(file, error) from error
+    return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
+
+
+def _read_json(file: Path) -> dict[str, Any] | None:
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damage_error(file, error) from error
+    if not isinstance(content, dict):
+        raise _damage_error(file, TypeError("it is no JSON object"))
+    return content
+
+
+def _damage_error(file: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"{file} cannot be read as a vocabulary: {first_line(error)}",
+        hint="fetch the tokenizer's files again, or merge without a vocabulary rule",
+    )

@@ -1,10 +1,9 @@
 """Checkpoints: the named tensors of a model, read lazily, whatever they are stored in.
 
-Weights that are quantised: numbers that mean something only together with their scales.
-
-Merging such numbers as they are would give a wrong model without a word, so they are refused.
-Tensors of 8-bit floats (``float8_e4m3fn``, ``float8_e5m2``) without scales are plain values and
-are merged like any others, in float32.
+Weights that are quantised are refused: their numbers mean something only together with their
+scales, and merging them as they are would give a wrong model without a word. Tensors of 8-bit
+floats (``float8_e4m3fn``, ``float8_e5m2``) without scales are plain values and are merged like any
+others, in float32.
 """
 
 from __future__ import annotations
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from map_bo.errors import CheckpointError, first_line
 from map_bo.merging.checkpoints.hub import HubModel, fetch, hub_model
 from map_bo.merging.checkpoints.pickles import state_dict
+from map_bo.merging.checkpoints.read_sharded import ShardedReader, open_file
 from map_bo.merging.checkpoints.tensors import (
     Layout,
     MemoryReader,
@@ -31,7 +31,6 @@ from map_bo.merging.checkpoints.tensors import (
     raw_bytes,
     refuse_odd_names,
 )
-from map_bo.merging.checkpoints.weight_files import ShardedReader, open_file
 
 __all__ = [
     "Checkpoint",
@@ -52,66 +51,6 @@ _PACKED = {torch.int8, torch.uint8, torch.int16, torch.int32}
 # The last part of a scale's name, as in weight_scale, weight_scale_inv, input_scale,
 # scale_weight, weight_scales, scale. The temperature of CLIP is none.
 _SCALE = re.compile(r"(?!logit_scale$)(?:.*_)?scales?(?:_(?:inv|weight|input|output|2))*")
-
-
-def _packed(layout: Layout) -> bool:
-    return layout.dtype in _PACKED
-
-
-def _any(layout: Layout) -> bool:
-    return True
-
-
-# Names that only a scheme of quantisation gives, and what their tensors must be.
-_MARKS: tuple[tuple[str, re.Pattern[str], Callable[[Layout], bool]], ...] = (
-    ("bitsandbytes", re.compile(r".*\.(?:nested_)?absmax|.*\.quant_state\..*"), _any),
-    ("bitsandbytes", re.compile(r"(?:.*\.)?(?:SCB|quant_map)"), _any),
-    ("GPTQ or AWQ", re.compile(r"(?:.*\.)?(?:qweight|qzeros)"), _packed),
-    ("compressed-tensors", re.compile(r"(?:.*\.)?weight_packed"), _packed),
-    ("HQQ", re.compile(r"(?:.*\.)?W_q"), _packed),
-    ("MXFP4", re.compile(r".*_blocks"), lambda layout: layout.dtype == torch.uint8),
-    ("fp8 with scales", re.compile(r"scaled_fp8"), _any),
-)
-
-
-def refuse_quantised(layouts: Mapping[str, Layout], source: str) -> None:
-    """Refuse a checkpoint whose weights are quantised.
-
-    Known by their names are the packed weights of bitsandbytes, GPTQ, AWQ, compressed-tensors,
-    HQQ and MXFP4; in general, 8-bit floats or packed integers with a tensor of scales beside
-    them, in the same module or under the weight's own name.
-
-    Raises:
-        CheckpointError: With the scheme and the tensor that tells it.
-    """
-    for name, layout in layouts.items():
-        for scheme, pattern, fits in _MARKS:
-            if pattern.fullmatch(name) and fits(layout):
-                raise _refusal(source, scheme, name)
-    coded = [n for n, layout in layouts.items() if layout.dtype in _FP8 or _packed(layout)]
-    if not coded:
-        return
-    modules = {name.rpartition(".")[0]: name for name in coded}
-    own = set(coded)
-    for name in layouts:
-        module, _, last = name.rpartition(".")
-        if not _SCALE.fullmatch(last) or name in own:
-            continue
-        # A scale beside its weight, or named after it (experts.down_proj_scale, weight._scale).
-        stem = re.sub(r"[._]+scales?(?:_inv)?$", "", name)
-        weight = stem if stem in own else modules.get(module)
-        if weight is not None:
-            kind = "fp8" if layouts[weight].dtype in _FP8 else "integer"
-            raise _refusal(source, f"{kind} values with scales for {weight!r}", name)
-
-
-def _refusal(source: str, scheme: str, name: str) -> CheckpointError:
-    return CheckpointError(
-        f"{source} holds quantised weights ({scheme}; see {name!r})",
-        hint="expand quantised weights first: take the checkpoint from before quantisation, or "
-        "dequantise it (transformers: model.dequantize(), then save_pretrained)",
-    )
-
 
 # In the order in which they are looked for: safetensors first, and a whole file before shards,
 # as transformers does.
@@ -186,10 +125,10 @@ class Checkpoint:
         return MappingProxyType(dict(self._reader.ties))
 
     @property
-    def fitting(self) -> Mapping[str, Any]:
+    def vocabulary_changes(self) -> Mapping[str, Any]:
         """Plain data on how the tensors differ from those of the source; empty where they do not.
 
-        The digest is that of the source. See `map_bo.merging.align.vocabulary.fitted`.
+        The digest is that of the source. See `map_bo.merging.align.vocabulary.fit_vocabulary`.
         """
         return MappingProxyType({})
 
@@ -339,7 +278,7 @@ def absolute_path(source: str | Path) -> Path:
     """Return a path, absolute, with ``~`` expanded; it need not exist.
 
     Raises:
-        CheckpointError: When it is no path, or its folder may not be entered.
+        CheckpointError: When it is not a path, or its folder may not be entered.
     """
     try:
         path = Path(source).expanduser().absolute()
@@ -349,7 +288,7 @@ def absolute_path(source: str | Path) -> Path:
     # No such user behind ~, a NUL in the name, a name too long, a folder that may not be entered.
     except (RuntimeError, ValueError, OSError) as error:
         raise CheckpointError(
-            f"{str(source)!r} is no path that can be read: {first_line(error)}", hint=_PLACES
+            f"{str(source)!r} cannot be read as a path: {first_line(error)}", hint=_PLACES
         ) from error
     return path
 
@@ -419,4 +358,63 @@ def _weights_in(folder: Path) -> Path:
         f"{folder} holds no weights",
         hint=f"expected {', '.join(_KNOWN_FILES)} or one other safetensors file; "
         "name a .pt file directly",
+    )
+
+
+def _packed(layout: Layout) -> bool:
+    return layout.dtype in _PACKED
+
+
+def _any(layout: Layout) -> bool:
+    return True
+
+
+# Names that only a scheme of quantisation gives, and what their tensors must be.
+_MARKS: tuple[tuple[str, re.Pattern[str], Callable[[Layout], bool]], ...] = (
+    ("bitsandbytes", re.compile(r".*\.(?:nested_)?absmax|.*\.quant_state\..*"), _any),
+    ("bitsandbytes", re.compile(r"(?:.*\.)?(?:SCB|quant_map)"), _any),
+    ("GPTQ or AWQ", re.compile(r"(?:.*\.)?(?:qweight|qzeros)"), _packed),
+    ("compressed-tensors", re.compile(r"(?:.*\.)?weight_packed"), _packed),
+    ("HQQ", re.compile(r"(?:.*\.)?W_q"), _packed),
+    ("MXFP4", re.compile(r".*_blocks"), lambda layout: layout.dtype == torch.uint8),
+    ("fp8 with scales", re.compile(r"scaled_fp8"), _any),
+)
+
+
+def refuse_quantised(layouts: Mapping[str, Layout], source: str) -> None:
+    """Refuse a checkpoint whose weights are quantised.
+
+    Known by their names are the packed weights of bitsandbytes, GPTQ, AWQ, compressed-tensors,
+    HQQ and MXFP4; in general, 8-bit floats or packed integers with a tensor of scales beside
+    them, in the same module or under the weight's own name.
+
+    Raises:
+        CheckpointError: With the scheme and the tensor that tells it.
+    """
+    for name, layout in layouts.items():
+        for scheme, pattern, fits in _MARKS:
+            if pattern.fullmatch(name) and fits(layout):
+                raise _refusal(source, scheme, name)
+    coded = [n for n, layout in layouts.items() if layout.dtype in _FP8 or _packed(layout)]
+    if not coded:
+        return
+    modules = {name.rpartition(".")[0]: name for name in coded}
+    own = set(coded)
+    for name in layouts:
+        module, _, last = name.rpartition(".")
+        if not _SCALE.fullmatch(last) or name in own:
+            continue
+        # A scale beside its weight, or named after it (experts.down_proj_scale, weight._scale).
+        stem = re.sub(r"[._]+scales?(?:_inv)?$", "", name)
+        weight = stem if stem in own else modules.get(module)
+        if weight is not None:
+            kind = "fp8" if layouts[weight].dtype in _FP8 else "integer"
+            raise _refusal(source, f"{kind} values with scales for {weight!r}", name)
+
+
+def _refusal(source: str, scheme: str, name: str) -> CheckpointError:
+    return CheckpointError(
+        f"{source} holds quantised weights ({scheme}; see {name!r})",
+        hint="expand quantised weights first: take the checkpoint from before quantisation, or "
+        "dequantise it (transformers: model.dequantize(), then save_pretrained)",
     )

@@ -119,8 +119,8 @@ def fetch(model: HubModel) -> Snapshot:
         raise _refusal(model, error, errors) from error
     # Whatever a network can do; a copy in the cache serves as well.
     except Exception as error:
-        return _cached(model, huggingface_hub, errors, error)
-    wanted = _wanted(model, [file.rfilename for file in info.siblings or ()])
+        return _find_cached(model, huggingface_hub, errors, error)
+    wanted = _choose_files(model, [file.rfilename for file in info.siblings or ()])
     try:
         folder = huggingface_hub.snapshot_download(
             model.name, revision=model.revision, allow_patterns=[_literal(name) for name in wanted]
@@ -130,7 +130,9 @@ def fetch(model: HubModel) -> Snapshot:
     return Snapshot(Path(folder), f"{model.name}@{Path(folder).name}", complete=True)
 
 
-def _cached(model: HubModel, huggingface_hub: Any, errors: Any, problem: Exception) -> Snapshot:
+def _find_cached(
+    model: HubModel, huggingface_hub: Any, errors: Any, problem: Exception
+) -> Snapshot:
     try:
         # The weights are not asked for by name here: the readers tell what is missing.
         folder = huggingface_hub.snapshot_download(
@@ -150,7 +152,7 @@ def _literal(name: str) -> str:
     return re.sub(r"([*?\[])", r"[\1]", name)
 
 
-def _wanted(model: HubModel, files: Iterable[str]) -> list[str]:
+def _choose_files(model: HubModel, files: Iterable[str]) -> list[str]:
     """Return which files of a repository to fetch: the weights of one model, no second copy."""
     here = sorted(file for file in files if "/" not in file)
     beside = [
@@ -228,13 +230,13 @@ def _refusal(model: HubModel, error: Exception, errors: Any) -> CheckpointError:
         )
     return CheckpointError(
         f"{prefix}{and_}{model} is not in the cache of the Hugging Face hub, which cannot be "
-        f"reached ({_told(error)})",
+        f"reached ({_cause(error)})",
         hint=f"{path}connect, or fetch it where there is a connection with "
         f"`hf download {model.name}` and copy the cache",
     )
 
 
-def _told(error: Exception) -> str:
+def _cause(error: Exception) -> str:
     if type(error).__name__ == "OfflineModeIsEnabled":
         return "HF_HUB_OFFLINE is set"
     return f"{type(error).__name__}: {first_line(error)}"

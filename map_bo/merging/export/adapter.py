@@ -1,6 +1,7 @@
-"""Writing a merge as a LoRA adapter of bounded rank: some megabytes in place of a model.
+"""One merge on disk as a LoRA adapter of bounded rank: some megabytes in place of a model.
 
-What a PEFT LoRA adapter consists of: its tensors under peft's names, and its configuration.
+The merged changes are brought to low rank, and written as peft expects them: tensors under its
+names, and a configuration.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Mapping, Set
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,20 +19,20 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.adapter import Adapter, Kind, open_adapter, wide
-from map_bo.merging.adapters.checkpoint import adapter_over
+from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter, wide
 from map_bo.merging.adapters.lora import CONFIG
-from map_bo.merging.adapters.low_rank import LowRank, approximated, stacked, truncated
-from map_bo.merging.align.experts import aligned_names
+from map_bo.merging.adapters.low_rank import LowRank, approximate, stack, truncate
+from map_bo.merging.align.experts import align_names
 from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.checkpoints.tensors import Layout
-from map_bo.merging.export.bounded import checked_weights
+from map_bo.merging.export.bounded import check_weights
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.model import require_space
-from map_bo.merging.export.recipe import RECIPE, Weights, plain, recipe_text
-from map_bo.merging.export.shards import writing
+from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.write_shards import writing
+from map_bo.merging.vectors.operator import Weights
 from map_bo.rng import make_generator
 
 __all__ = ["AdapterContent", "AdapterExport", "adapter_content", "export_adapter", "module_kinds"]
@@ -39,6 +40,137 @@ __all__ = ["AdapterContent", "AdapterExport", "adapter_content", "export_adapter
 _PREFIX = "base_model.model."
 # Tasks for which peft adds nothing of its own to the modules that it saves.
 _PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+_WEIGHTS = "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterExport:
+    """A written adapter and what was lost in it.
+
+    Attributes:
+        path: Its folder.
+        rank: Rank of its factors.
+        error: Frobenius norm of what was cut off, over that of the whole change, of all tensors
+            with factors together; rounding to float32 is not in it.
+        errors: Tensor -> the same of that tensor.
+    """
+
+    path: Path
+    rank: int
+    error: float
+    errors: Mapping[str, float]
+
+
+def export_adapter(
+    out: str | Path,
+    *,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    weights: Weights | None,
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    rank: int | None = None,
+    others: Literal["save", "refuse"] = "save",
+    kinds: Mapping[str, Kind] | None = None,
+    merged: Checkpoint | None = None,
+    ties: Mapping[str, str] | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> AdapterExport:
+    """Write a merge as a folder that peft loads over the base.
+
+    Of adapters over this base the merged change of a tensor has at most the sum of their ranks,
+    and goes through the small core of its factors, never multiplied out. Of whole models it is
+    approximated by its singular value decomposition. Both are the nearest of their rank in the
+    Frobenius norm (the latter up to the randomised algorithm for large tensors).
+
+    What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
+    values. The folder appears whole or not at all, as with `write_model`; it holds
+    ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
+    errors.
+
+    Args:
+        out: Folder to create; it may exist only when it is empty.
+        base: The base that the adapter will be loaded over.
+        experts: Name -> checkpoint, adapters or whole models.
+        weights: Tensor name -> weight of each expert's change; None where the merge is not linear
+            and ``merged`` is given.
+        operator: The merge operator as plain data.
+        coefficients: Coefficient name -> value.
+        rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
+        others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
+        kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
+        merged: The merged model, where the merge is not linear.
+        ties: Further ties of the model, alias -> canonical name; the base need not have both.
+        record: Further plain data for the recipe.
+
+    Raises:
+        MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
+            not given, or cannot be written; nothing is left behind.
+    """
+    target = refuse_existing(out)
+    if rank is not None and rank < 1:
+        raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
+    further = plain(record or {})
+    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
+    if merged is not None:
+        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
+    elif weights is not None:
+        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
+    else:
+        raise MergeError(
+            "an adapter is written without weights and without a merged model",
+            hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
+        )
+    changes = merging.find()
+    adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
+    content = adapter_content(
+        changes.factors,
+        changes.values,
+        changes.kinds,
+        base,
+        prefix=_prefix(adapters),
+        base_name=_common([adapter.settings.base for adapter in adapters])
+        or (str(base.directory) if base.directory else None),
+        task=_common([adapter.settings.task for adapter in adapters]),
+    )
+    cut, whole = (math.hypot(*changes.norms[i].values()) for i in (0, 1))
+    errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
+    result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
+
+    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
+    with writing(target):
+        remove_stale_drafts(target)
+        require_space(target, layouts)
+    with ExitStack() as stack:
+        with writing(target):
+            draft = stack.enter_context(writing_draft(target))
+            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
+            for name, tensor in content.tensors.items():
+                writer.write(name, tensor)
+            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
+            (draft / CONFIG).write_text(settings, encoding="utf-8")
+        recipe = recipe_text(
+            base=base,
+            experts=experts,
+            operator=operator,
+            coefficients=coefficients,
+            merged={
+                # Read back from the file, as for a whole model.
+                "sha256": open_adapter(draft, base).digest(),
+                "adapter": {
+                    "rank": result.rank,
+                    "relative_error": result.error,
+                    "relative_errors": dict(errors),
+                    "full_values": sorted(changes.values),
+                },
+            },
+            record=further,
+        )
+        with writing(target):
+            (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            publish(draft, target)
+    return result
 
 
 @dataclass(frozen=True)
@@ -98,23 +230,23 @@ def adapter_content(
             "no tensor changes by a product of low rank, and a LoRA adapter needs one",
             hint="export the merged model instead",
         )
-    modules = _sorted_out(changes, values, base)
+    modules = _sort_out(changes, values, base)
     rank = max(change.rank for change in changes.values())
     tensors: dict[str, Tensor] = {}
     for module, name in modules.factors.items():
         factors = _factors(changes[name], kinds[name], base.shape(name), rank)
         for part, tensor in factors.items():
-            tensors[f"{_own(module, prefix)}.{part}"] = tensor
+            tensors[f"{_name_in_model(module, prefix)}.{part}"] = tensor
     for module in sorted(modules.saved):
         for name in base.names:
             if name.startswith(f"{module}."):
                 value = values[name].to(base.dtype(name)) if name in values else base.load(name)
-                tensors[_own(name, prefix)] = value
+                tensors[_name_in_model(name, prefix)] = value
     for name in sorted(modules.biases):
         module = name.removesuffix(".bias")
         part = "base_layer.bias" if module in modules.factors else "bias"
-        tensors[f"{_own(module, prefix)}.{part}"] = values[name].to(base.dtype(name))
-    targets = sorted(_own(module, prefix) for module in modules.factors)
+        tensors[f"{_name_in_model(module, prefix)}.{part}"] = values[name].to(base.dtype(name))
+    targets = sorted(_name_in_model(module, prefix) for module in modules.factors)
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task if task in _PLAIN_TASKS else None,
@@ -131,14 +263,14 @@ def adapter_content(
         "alpha_pattern": {},
         "bias": "all" if modules.biases else "none",
         "fan_in_fan_out": any(kinds[name] == "transposed" for name in changes),
-        "target_modules": _targets(targets, {_own(m, prefix) for m in _modules(base)}),
-        "modules_to_save": sorted(_own(m, prefix) for m in modules.saved) or None,
+        "target_modules": _targets(targets, {_name_in_model(m, prefix) for m in _modules(base)}),
+        "modules_to_save": sorted(_name_in_model(m, prefix) for m in modules.saved) or None,
     }
     stored = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     return AdapterContent(stored, settings)
 
 
-def _own(name: str, prefix: tuple[str, str]) -> str:
+def _name_in_model(name: str, prefix: tuple[str, str]) -> str:
     lacking, further = prefix
     return lacking + name.removeprefix(further)
 
@@ -148,7 +280,7 @@ def _modules(base: Checkpoint) -> set[str]:
     return {name.rpartition(".")[0] for name in base.names}
 
 
-def _sorted_out(
+def _sort_out(
     changes: Mapping[str, LowRank], values: Mapping[str, Tensor], base: Checkpoint
 ) -> _Modules:
     modules = _Modules({name.removesuffix(".weight"): name for name in changes})
@@ -161,7 +293,7 @@ def _sorted_out(
             modules.saved.add(module)
     if wrong:
         raise MergeError(
-            f"{listed(wrong)} are no weights of a module, and an adapter changes modules",
+            f"{listed(wrong)} are not weights of a module, and an adapter changes modules",
             hint="export the merged model instead",
         )
     # peft saves every module whose name ends like that of one to save.
@@ -204,27 +336,6 @@ def _targets(targets: list[str], modules: set[str]) -> list[str] | str:
     return targets
 
 
-_WEIGHTS = "adapter_model.safetensors"
-
-
-@dataclass(frozen=True)
-class AdapterExport:
-    """A written adapter and what was lost in it.
-
-    Attributes:
-        path: Its folder.
-        rank: Rank of its factors.
-        error: Frobenius norm of what was cut off, over that of the whole change, of all tensors
-            with factors together; rounding to float32 is not in it.
-        errors: Tensor -> the same of that tensor.
-    """
-
-    path: Path
-    rank: int
-    error: float
-    errors: Mapping[str, float]
-
-
 def module_kinds(model: nn.Module) -> dict[str, Kind]:
     """Return tensor name -> kind of its module, for the modules that can have LoRA factors.
 
@@ -251,114 +362,9 @@ def module_kinds(model: nn.Module) -> dict[str, Kind]:
     return kinds
 
 
-def export_adapter(
-    out: str | Path,
-    *,
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    weights: Weights,
-    operator: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    rank: int | None = None,
-    others: Literal["save", "refuse"] = "save",
-    kinds: Mapping[str, Kind] | None = None,
-    merged: Checkpoint | None = None,
-    ties: Mapping[str, str] | None = None,
-    record: Mapping[str, Any] | None = None,
-) -> AdapterExport:
-    """Write a merge as a folder that peft loads over the base.
-
-    Of adapters over this base the merged change of a tensor has at most the sum of their ranks,
-    and goes through the small core of its factors, never multiplied out. Of whole models it is
-    approximated by its singular value decomposition. Both are the nearest of their rank in the
-    Frobenius norm (the latter up to the randomised algorithm for large tensors).
-
-    What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
-    values. The folder appears whole or not at all, as with `export_merged`; it holds
-    ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
-    errors.
-
-    Args:
-        out: Folder to create; it may exist only when it is empty.
-        base: The base that the adapter will be loaded over.
-        experts: Name -> checkpoint, adapters or whole models.
-        weights: Tensor name -> weight of each expert's change.
-        operator: The merge operator as plain data.
-        coefficients: Coefficient name -> value.
-        rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
-        others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
-        kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
-        merged: The merged model, where the merge is not linear; ``weights`` are then not asked.
-        ties: Further ties of the model, alias -> canonical name; the base need not have both.
-        record: Further plain data for the recipe.
-
-    Raises:
-        MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
-            not given, or cannot be written; nothing is left behind.
-    """
-    target = refuse_existing(out)
-    if rank is not None and rank < 1:
-        raise MergeError(f"rank is {rank}", hint="give at least 1")
-    further = plain(record or {})
-    summed = experts if merged is None else {"merged": merged}
-    of = weights if merged is None else lambda name: {"merged": 1.0}
-    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
-    changes = _Changes(base, summed, of, rank, others, kinds, tied).found()
-    adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
-    content = adapter_content(
-        changes.factors,
-        changes.values,
-        changes.kinds,
-        base,
-        prefix=_prefix(adapters),
-        base_name=_common([adapter.settings.base for adapter in adapters])
-        or (str(base.directory) if base.directory else None),
-        task=_common([adapter.settings.task for adapter in adapters]),
-    )
-    cut, whole = (math.hypot(*changes.norms[i].values()) for i in (0, 1))
-    errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
-    result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
-
-    def recipe(draft: Path) -> str:
-        return recipe_text(
-            base=base,
-            experts=experts,
-            operator=operator,
-            coefficients=coefficients,
-            merged={
-                # Read back from the file, as for a whole model.
-                "sha256": open_adapter(draft, base).digest(),
-                "adapter": {
-                    "rank": result.rank,
-                    "relative_error": result.error,
-                    "relative_errors": dict(errors),
-                    "full_values": sorted(changes.values),
-                },
-            },
-            record=further,
-        )
-
-    _write(target, content, recipe)
-    return result
-
-
-def _write(target: Path, content: AdapterContent, recipe: Callable[[Path], str]) -> None:
-    layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
-    with writing(target):
-        remove_stale_drafts(target)
-        require_space(target, layouts)
-    with ExitStack() as stack:
-        with writing(target):
-            draft = stack.enter_context(writing_draft(target))
-            writer = SafetensorsWriter(draft / _WEIGHTS, layouts, {"format": "pt"})
-            for name, tensor in content.tensors.items():
-                writer.write(name, tensor)
-            settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
-            (draft / CONFIG).write_text(settings, encoding="utf-8")
-        text = recipe(draft)
-        with writing(target):
-            (draft / RECIPE).write_text(text, encoding="utf-8")
-            publish(draft, target)
+def _whole(name: str) -> Mapping[str, float]:
+    """Return the weight of the merged model: its change is the whole change."""
+    return {"merged": 1.0}
 
 
 def _common(values: list[str | None]) -> str | None:
@@ -404,7 +410,7 @@ class _Changes:
         self._rank, self._others, self._given = rank, others, kinds
         self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
         self._names = {
-            name: aligned_names(base, expert, name)
+            name: align_names(base, expert, name)
             for name, expert in experts.items()
             if self._adapters[name] is None
         }
@@ -412,14 +418,14 @@ class _Changes:
         for adapter in self._adapters.values():
             self._kinds.update(adapter.kinds if adapter is not None else {})
 
-    def found(self) -> _Found:
+    def find(self) -> _Found:
         result = _Found()
         for name in self._base.names:
             if name in self._base.ties or not self._base.dtype(name).is_floating_point:
                 continue
-            given = checked_weights(self._weights(name), name, self._experts)
+            given = check_weights(self._weights(name), name, self._experts)
             used = {expert: weight for expert, weight in given.items() if weight}
-            parts, rest, fixed = self._summed(name, used)
+            parts, rest, fixed = self._sum(name, used)
             if not parts and rest is None:
                 continue
             if name in self._tied:
@@ -444,7 +450,7 @@ class _Changes:
             )
         return result
 
-    def _summed(
+    def _sum(
         self, name: str, used: Mapping[str, float]
     ) -> tuple[list[LowRank], Tensor | None, bool]:
         """Return the parts of low rank, the sum of the others, and whether one saved it whole."""
@@ -479,7 +485,7 @@ class _Changes:
 
     def _factor(self, name: str, parts: list[LowRank], rest: Tensor | None, result: _Found) -> None:
         if rest is None:
-            change, cut, whole = truncated(stacked(parts), self._rank)
+            change, cut, whole = truncate(stack(parts), self._rank)
         elif self._rank is None:
             raise MergeError(
                 f"whole models change {name!r}, and their exact change is not of low rank",
@@ -487,9 +493,9 @@ class _Changes:
             )
         else:
             matrix = rest.flatten(1)
-            matrix = matrix + stacked(parts).dense() if parts else matrix
+            matrix = matrix + stack(parts).dense() if parts else matrix
             # The draws of the sketch are fixed: the same merge is written the same again.
-            change, cut, whole = approximated(matrix, self._rank, generator=make_generator(0))
+            change, cut, whole = approximate(matrix, self._rank, generator=make_generator(0))
         if whole:
             result.factors[name], result.kinds[name] = change, self._kinds[name]
             result.norms[0][name], result.norms[1][name] = cut, whole
@@ -498,8 +504,8 @@ class _Changes:
         pre = self._base.load(name)
         total = rest + pre.to(rest.dtype)
         if parts:
-            total = total + stacked(parts).dense().view(pre.shape)
-        if is_variance(name):  # as `merge_streamed` does it, experts of weight zero included
+            total = total + stack(parts).dense().view(pre.shape)
+        if is_variance(name):  # as `merge_linearly` does it, experts of weight zero included
             least = pre.to(total.dtype)
             for expert, checkpoint in self._experts.items():
                 own = self._names[expert][name] if expert in self._names else name

@@ -83,7 +83,7 @@ def _draft_of(target: Path) -> Iterator[Path]:
     lock: BaseFileLock | None = None
     try:
         # Locked before it has the name that others look for, so none takes it for stale.
-        lock = _locked(young)
+        lock = _lock(young)
         if lock is None:
             # Where files cannot be locked, this draft must not look like one with a dead writer.
             (young / _LOCK).unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def _remove_if_stale(path: Path) -> None:
     else:
         # A folder without a lock is not known to be one of ours.
         stale = (path / _LOCK).is_file()
-        lock = _locked(path) if stale else None
+        lock = _lock(path) if stale else None
         stale = stale and lock is not None
     if stale:
         shutil.rmtree(path, ignore_errors=True)
@@ -144,7 +144,7 @@ def _remove_if_stale(path: Path) -> None:
         lock.release()
 
 
-def _locked(folder: Path) -> BaseFileLock | None:
+def _lock(folder: Path) -> BaseFileLock | None:
     """Return the folder's lock, taken; None when another has it or files cannot be locked."""
     lock = FileLock(folder / _LOCK, timeout=0)
     try:

@@ -1,20 +1,28 @@
-"""A merge in the terms of mergekit: the method, and the settings that give the same weights."""
+"""A merge in the terms of mergekit, as ``mergekit.yaml`` beside a merged model says it.
+
+The method and the settings that give the same weights; or why there are none.
+"""
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import torch
+import yaml
+
 from map_bo.errors import MergeError
+from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks
+from map_bo.merging.vectors.operator import Weights
+from map_bo.moved import CLASSES
+from map_bo.plain import from_name, name_of
 
-__all__ = ["MergekitConfig", "NotExpressible", "expressed", "filters_for"]
-
-Weights = Callable[[str], Mapping[str, float]]
-"""Tensor name -> weight of each expert's task vector for that tensor."""
+__all__ = ["MergekitConfig", "NotExpressible", "express", "filters_for", "mergekit_text"]
 
 _Value = TypeVar("_Value")
 _ONE = 1e-6  # how far coefficients may be from the sum 1 to count as such
@@ -53,6 +61,86 @@ class MergekitConfig:
     notes: tuple[str, ...] = ()
 
 
+def mergekit_text(
+    *,
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    weights: Weights | None,
+    recalibrated: bool = False,
+) -> str:
+    """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
+
+    mergekit works in ``dtype``, so that is float32 (float64 for float64 weights) and the base's
+    dtype goes to ``out_dtype``. Where its definition can give another number the text has a
+    comment.
+
+    Weights that differ between tensors are written with mergekit's filters. A filter there is a
+    substring of a tensor's name and the first match counts, so a filter per tensor, longest name
+    first, expresses any assignment; shorter filters are used where they give the same. What
+    mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
+
+    Where mergekit cannot express the merge, the text is a comment that says why.
+    """
+    try:
+        content, notes = _mergekit(base, experts, operator, coefficients, weights)
+    except NotExpressible as reason:
+        return f"# No mergekit configuration gives this merge: {reason}.\n"
+    head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
+    if recalibrated:
+        head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
+    elif any(is_variance(name) for name in base.names):
+        head += "# mergekit does not keep running variances above the least of the models.\n"
+    head += "".join(f"# {note}\n" for note in notes)
+    text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+    return head + text
+
+
+def _mergekit(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: Mapping[str, Any],
+    coefficients: Mapping[str, float],
+    weights: Weights | None,
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    config = express(base, experts, operator, coefficients, weights)
+    checkpoints = {"the base": base, **{f"expert {name!r}": e for name, e in experts.items()}}
+    for label, checkpoint in checkpoints.items():
+        if checkpoint.directory is None:
+            raise NotExpressible(f"{label} is not a Hugging Face directory")
+        if checkpoint.vocabulary_changes:
+            raise NotExpressible(f"{label} was fitted to the base's vocabulary")
+    folders = [checkpoint.directory for checkpoint in checkpoints.values()]
+    if len(set(folders)) < len(folders):
+        raise NotExpressible(
+            "two of the models are the same directory, and mergekit takes one once"
+        )
+    floats = Counter(base.dtype(name) for name in base.names if base.dtype(name).is_floating_point)
+    if len(floats) > 1:
+        kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in floats))
+        raise NotExpressible(f"the base mixes dtypes ({kinds}), and mergekit writes one")
+    dtype = next(iter(floats), torch.float32)
+    content = {
+        "merge_method": config.method,
+        **({} if config.base is None else {"base_model": _reference(config.base)}),
+        "models": [
+            {"model": _reference(model), **({"parameters": dict(own)} if own else {})}
+            for model, own in config.models
+        ],
+        "parameters": dict(config.parameters),
+        "dtype": "float64" if dtype == torch.float64 else "float32",
+        "out_dtype": str(dtype).removeprefix("torch."),
+    }
+    return content, config.notes
+
+
+def _reference(checkpoint: Checkpoint) -> Any:
+    path = str(checkpoint.directory)
+    # mergekit reads "a+b" as model and adapter, and "a@b" as model and revision.
+    return {"model": {"path": path}} if re.search(r"[+@]", path) else path
+
+
 @dataclass(frozen=True)
 class _Merge:
     """A merge to be expressed; ``table`` is tensor name -> coefficients of the experts."""
@@ -87,7 +175,7 @@ class _Merge:
         return {n: self.base.shape(n).numel() for n in self.table if n not in self.base.ties}
 
 
-def expressed(
+def express(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     operator: Mapping[str, Any],
@@ -99,26 +187,29 @@ def expressed(
     Args:
         base: The base.
         experts: Name -> checkpoint of the ``N`` experts.
-        operator: The operator's ``describe()``.
+        operator: The operator as plain data, see `recipe_of`.
         coefficients: Coefficient name -> value, settings that were searched included.
         weights: Tensor name -> weight of each expert, where the merge is linear.
 
     Raises:
         NotExpressible: When no method and settings of mergekit give this merge.
     """
-    name = re.sub(r"[ _-]+", "_", str(operator.get("name", operator.get("kind", ""))).lower())
+    operator = from_name(operator)
+    name = next((n for n, kind in CLASSES.items() if kind == operator.get("class")), "")
+    told = operator.get("fields", {})
     if weights is not None and name != "weighted_average":
         name = "task_arithmetic"
     if name in ("dare", "della"):
         raise NotExpressible(f"mergekit draws random masks of its own, so its {name} is another")
     if name not in _METHODS:
-        raise NotExpressible(f"mergekit has no method for the operator {name or 'without a name'}")
-    searched = frozenset(operator.get("search") or ())
+        said = name or name_of(operator) or operator.get("name") or "without a name"
+        raise NotExpressible(f"mergekit has no method for the operator {said}")
+    searched = frozenset(told.get("search") or ())
     if missing := searched - set(coefficients):
         raise NotExpressible(f"the coefficients lack the settings {', '.join(sorted(missing))}")
-    settings = {**operator, **{key: float(coefficients[key]) for key in searched}}
+    settings = {**told, "name": name, **{key: float(coefficients[key]) for key in searched}}
     own = {key: float(value) for key, value in coefficients.items() if key not in searched}
-    table = _table(base, tuple(experts), operator.get("blocks"), own, weights)
+    table = _table(base, tuple(experts), told.get("blocks"), own, weights)
     return _METHODS[name](_Merge(base, experts, settings, searched, table))
 
 
@@ -206,7 +297,7 @@ def _sparse(merge: _Merge) -> MergekitConfig:
     if merge.searched & {"density", "gamma"}:
         notes = (*notes, _SKETCHED)
     elect = settings["joining"] == "elect"
-    columns, parameters = _elected(merge) if elect else _summed(merge)
+    columns, parameters = _elect(merge) if elect else _sum(merge)
     parameters = {"density": _share(density, sizes), "rescale": False, **parameters}
     if elect and settings["name"] != "breadcrumbs":
         return merge.config("ties", columns, parameters, *notes)
@@ -218,19 +309,20 @@ def _sparse(merge: _Merge) -> MergekitConfig:
         )
     gone = min(gamma, 1 - density)
     whole = all(
-        _kept(density + gone, n) - _kept(gone, n) == _kept(density, n) for n in sizes.values()
+        _count_kept(density + gone, n) - _count_kept(gone, n) == _count_kept(density, n)
+        for n in sizes.values()
     )
     notes = notes if whole else (*notes, _ROUNDED)
     method = "breadcrumbs_ties" if elect else "breadcrumbs"
     return merge.config(method, columns, {**parameters, "gamma": _share(gamma, sizes)}, *notes)
 
 
-def _summed(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _sum(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     scale = float(merge.settings["scale"])
     return merge.columns(), {"normalize": False, "lambda": scale}
 
 
-def _elected(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
+def _elect(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:
     """Return weights and parameters for an election.
 
     mergekit elects by the mass of the weighted task vectors and divides by the weights that agree,
@@ -264,7 +356,7 @@ def _rows(merge: _Merge) -> list[tuple[float, ...]]:
     return [c for c in merge.table.values() if c]
 
 
-def _kept(share: float, total: int) -> int:
+def _count_kept(share: float, total: int) -> int:
     return min(int(share * total * _ROUNDING), total)
 
 
@@ -273,7 +365,7 @@ def _share(share: float, sizes: Mapping[str, int]) -> float:
 
     In floating point .29 * 100 is a little less than 29, and mergekit rounds it down to 28.
     """
-    exact = all(int(share * n) == _kept(share, n) for n in sizes.values())
+    exact = all(int(share * n) == _count_kept(share, n) for n in sizes.values())
     return share if exact else share * _ROUNDING
 
 

@@ -1,50 +1,54 @@
-"""Writing a merged model: weights tensor by tensor, the base's other files, and the recipe.
+"""One merged model on disk: merged from checkpoints, and written with its recipe.
 
-Digests of several checkpoints at once.
+What is written is a folder that appears whole or not at all: the weights, the base's other files,
+the recipe, the same merge for mergekit, and a model card.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.layout import join_ties
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
-from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.bounded import Merge, merge_bounded
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
+from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
-from map_bo.merging.export.recipe import (
-    RECIPE,
-    Weights,
-    mergekit_text,
-    plain,
-    read_recipe,
-    recipe_text,
+from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.write_shards import (
+    Advance,
+    Pieces,
+    merging_bar,
+    write_weights,
+    writing,
 )
-from map_bo.merging.export.shards import Advance, Pieces, write_weights, writing
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.blocks import with_known_blocks
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.operator import ChecksValues, MergeOperator, Weights, recipe_of
+from map_bo.merging.vectors.parallel import parallel_for
+from map_bo.merging.vectors.storage import parse_bytes
+from map_bo.space import CoefficientSpace
 
-__all__ = ["digest_all", "export_merged", "merge_streamed", "read_recipe", "require_space"]
-
-
-def digest_all(checkpoints: Sequence[Checkpoint]) -> None:
-    """Compute the digests of checkpoints on all cores; each is then kept by its checkpoint.
-
-    Raises:
-        CheckpointError: When a file cannot be read.
-    """
-
-    def digest(checkpoint: Checkpoint, _: None) -> None:
-        checkpoint.digest()
-
-    spread(digest, checkpoints, lambda: None)
-
+__all__ = [
+    "ExportSettings",
+    "digest_all",
+    "export_model",
+    "merge_checkpoints",
+    "require_space",
+    "write_model",
+]
 
 # What makes a folder of weights a usable model, and is not weights or code.
 _CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
@@ -53,7 +57,179 @@ _CARRIED_LIMIT = 1 << 28
 _HEADROOM = 1 << 20
 
 
-def export_merged(
+@dataclass(frozen=True)
+class ExportSettings:
+    """How a merged model is written.
+
+    Attributes:
+        max_memory: Bytes of resident memory that the process may have in all while it merges from
+            files, or text such as ``"2GB"``; None leaves the size of pieces to the operator (some
+            hundred MB in all). Files of ``torch.save`` are mapped by torch: what was read of them
+            is resident too, until the system takes it back. Statistics that an operator merges by
+            and adapters' factors are held.
+        shard_size: Largest size of one weight file, in bytes or such text.
+        progress: Show a progress bar.
+
+    Raises:
+        MergeError: When a size is none.
+    """
+
+    max_memory: int | str | None = None
+    shard_size: int | str = "5GB"
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_bytes(self.max_memory, "max_memory"))
+        object.__setattr__(self, "shard_size", parse_bytes(self.shard_size, "shard_size"))
+
+    @property
+    def memory(self) -> int | None:
+        """The bound of the memory in bytes, if there is one."""
+        return None if self.max_memory is None else int(self.max_memory)
+
+    @property
+    def shard_bytes(self) -> int:
+        """The largest size of one weight file in bytes."""
+        return int(self.shard_size)
+
+
+def merge_checkpoints(
+    base: CheckpointSource,
+    experts: Mapping[str, CheckpointSource],
+    coefficients: Mapping[str, float],
+    out: str | Path,
+    *,
+    operator: MergeOperator | None = None,
+    max_memory: int | str | None = None,
+    shard_size: int | str = "5GB",
+    ties: Mapping[str, str] | None = None,
+    check_base: bool = True,
+    record: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Path:
+    """Merge checkpoints that need not fit into memory, and write the merged one.
+
+    Tensors are read, merged and written piece by piece on all cores, summed in float32 whatever
+    the storage, and rounded once to the base's dtype. (Linear merges of float64 and complex
+    tensors keep their precision and go tensor by tensor, on one core.) What is written, and how,
+    is said at `write_model`.
+
+    Args:
+        base: The model that the experts were fine-tuned from; see `open_checkpoint`.
+        experts: Expert name -> checkpoint, or LoRA adapter over the base.
+        coefficients: Coefficient name -> value: the experts' names, or ``expert/block`` with
+            blocks, and the settings that the operator searches. One that is left out is 0.
+        out: Folder to create.
+        operator: How to merge; task arithmetic by default.
+        max_memory: See `ExportSettings`.
+        shard_size: See `ExportSettings`.
+        ties: Further ties of the base, alias -> canonical name, that its files do not record.
+        check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        record: Further plain data for the recipe.
+        progress: Show a progress bar.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        MergeError: When the inputs do not fit each other, or memory or disk do not suffice.
+        CheckpointError: When a file cannot be read.
+    """
+    settings = ExportSettings(max_memory, shard_size, progress)
+    refuse_existing(out)
+    if not experts:
+        raise MergeError("there are no experts", hint="give at least one fine-tuned model")
+    operator = TaskArithmetic() if operator is None else operator
+    opened = open_checkpoint(base)
+    checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
+    operator = with_known_blocks(operator, opened, checkpoints)
+    space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
+    merge = Merge(
+        base=opened,
+        experts=checkpoints,
+        operator=operator,
+        names=space.names,
+        c=_check_values(operator, space, coefficients),
+        ties=join_ties(opened, ties or {}),
+        check_base=check_base,
+    )
+    return export_model(merge, out, settings=settings, record=record)
+
+
+def _check_values(
+    operator: MergeOperator, space: CoefficientSpace, given: Mapping[str, float]
+) -> Tensor:
+    """Return the coefficients of a merge, ``d``, checked.
+
+    Raises:
+        MergeError: When one is unknown, missing, or no value that the operator takes.
+    """
+    unknown = [name for name in given if name not in space.names]
+    if unknown:
+        raise MergeError(
+            f"there are no coefficients {listed(map(repr, unknown))}",
+            hint=f"this merge takes {listed(space.names, 20)}",
+        )
+    lacking = [name for name in space.settings if name not in given]
+    if lacking:
+        raise MergeError(
+            f"no value is given for {listed(lacking)}",
+            hint="give every setting that the operator searches",
+        )
+    wrong = [name for name, value in given.items() if not math.isfinite(value)]
+    if wrong:
+        raise MergeError(
+            f"the coefficients {listed(wrong)} must be finite, got "
+            f"{listed(str(given[name]) for name in wrong)}",
+            hint="give finite numbers",
+        )
+    values = {name: float(given.get(name, 0.0)) for name in space.names}
+    if isinstance(operator, ChecksValues):
+        operator.check_values(values)
+    return torch.tensor(list(values.values()), dtype=torch.float64)
+
+
+def export_model(
+    merge: Merge,
+    out: str | Path,
+    *,
+    settings: ExportSettings | None = None,
+    record: Mapping[str, Any] | None = None,
+) -> Path:
+    """Make the tensors of a merge and write them as a model; see `write_model`.
+
+    Args:
+        merge: The merge.
+        out: Folder to create.
+        settings: Bounds of memory and file sizes.
+        record: Further plain data for the recipe.
+
+    Returns:
+        The absolute path of the folder.
+
+    Raises:
+        MergeError: When it cannot be made or written; nothing is left behind.
+    """
+    settings = settings or ExportSettings()
+    with merging_bar(merge.base, shown=settings.progress) as advance:
+        return write_model(
+            out,
+            tensors=merge_bounded(merge, settings.memory),
+            base=merge.base,
+            experts=merge.experts,
+            operator=recipe_of(merge.operator),
+            coefficients=merge.coefficients,
+            record=record,
+            shard_bytes=settings.shard_bytes,
+            weights=merge.weights,
+            recalibrated=merge.recalibrated,
+            ties=merge.ties,
+            advance=advance,
+        )
+
+
+def write_model(
     out: str | Path,
     *,
     tensors: Iterable[tuple[str, Tensor]] | Pieces,
@@ -89,7 +265,7 @@ def export_merged(
     Args:
         out: Folder to create; it may exist only when it is empty.
         tensors: All tensors of the merged model, in any order, for example from
-            `merge_streamed`, where at most the tied ones are held in memory; or a function that
+            `merge_bounded`, where at most the tied ones are held in memory; or a function that
             puts them piece by piece, see `Pieces`.
         base: The base checkpoint: it says which tensors there must be.
         experts: Name -> checkpoint.
@@ -115,7 +291,9 @@ def export_merged(
     """
     target = refuse_existing(out)
     if shard_bytes < 1:
-        raise MergeError(f"shard_bytes is {shard_bytes}", hint="give at least one byte")
+        raise MergeError(
+            f"shard_bytes must be at least 1, got {shard_bytes}", hint="give a number of bytes"
+        )
     further = plain(record or {})  # fails before anything is written
     layouts = {name: base.layout(name) for name in base.names if name not in base.ties}
     unwritable = [name for name, layout in layouts.items() if layout.dtype not in DTYPES.values()]
@@ -124,7 +302,7 @@ def export_merged(
             f"safetensors has no dtype for {listed(unwritable)}",
             hint="convert the base and the experts to float32",
         )
-    carried = _carried(base.directory)
+    carried = _carry(base.directory)
     with writing(target):
         remove_stale_drafts(target)
         require_space(target, layouts, carried)
@@ -198,7 +376,7 @@ def require_space(
         )
 
 
-def _carried(directory: Path | None) -> list[Path]:
+def _carry(directory: Path | None) -> list[Path]:
     if directory is None:
         return []
     found = {
@@ -208,3 +386,16 @@ def _carried(directory: Path | None) -> list[Path]:
         if file.is_file() and file.stat().st_size <= _CARRIED_LIMIT
     }
     return sorted(f for f in found if not any(f.match(pattern) for pattern in _NOT_CARRIED))
+
+
+def digest_all(checkpoints: Sequence[Checkpoint]) -> None:
+    """Compute the digests of checkpoints on all cores; each is then kept by its checkpoint.
+
+    Raises:
+        CheckpointError: When a file cannot be read.
+    """
+
+    def digest(checkpoint: Checkpoint, _: None) -> None:
+        checkpoint.digest()
+
+    parallel_for(digest, checkpoints, lambda: None)

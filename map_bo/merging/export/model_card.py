@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.plain import is_settings, name_of
 
 __all__ = ["MODEL_CARD", "model_card_text"]
 
@@ -66,7 +67,7 @@ def model_card_text(
             ],
         ),
     ]
-    fitted = [name for name, expert in experts.items() if expert.fitting]
+    fitted = [name for name, expert in experts.items() if expert.vocabulary_changes]
     if fitted:
         names = ", ".join(map(_cell, fitted))
         parts.append(f"Fitted to the base's vocabulary: {names}; `recipe.yaml` has the rows.")
@@ -165,7 +166,14 @@ def _cell(value: object) -> str:
 
 
 def _inline(data: Mapping[str, Any]) -> str:
+    """Return settings as they are written in Python, other data as JSON."""
     text = json.dumps(data, ensure_ascii=False, default=str)
+    if is_settings(data):
+        given = (
+            f"{name}={json.dumps(value, ensure_ascii=False, default=str)}"
+            for name, value in data["fields"].items()
+        )
+        text = f"{name_of(data)}({', '.join(given)})"
     fence = "``" if "`" in text else "`"
     return f"{fence}{text}{fence}"
 

@@ -1,10 +1,8 @@
-"""What is written beside merged weights: how they came about, for people and for mergekit."""
+"""The recipe beside merged weights: every input with its digest, and what was done."""
 
 from __future__ import annotations
 
 import platform
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -16,22 +14,12 @@ import yaml
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
-from map_bo.merging.export.mergekit_config import NotExpressible as _NotExpressible
-from map_bo.merging.export.mergekit_config import Weights, expressed
 
-__all__ = [
-    "RECIPE",
-    "Weights",
-    "mergekit_text",
-    "plain",
-    "read_recipe",
-    "recipe_text",
-]
+__all__ = ["RECIPE", "plain", "read_recipe", "recipe_text"]
 
 RECIPE = "recipe.yaml"
-_FORMAT = 1
+_FORMAT = 2  # in format 1 operators had names in place of classes
 
 
 def plain(value: object, where: str = "record") -> Any:
@@ -40,7 +28,7 @@ def plain(value: object, where: str = "record") -> Any:
     Paths become strings, tensors and arrays lists, and numbers of numpy and torch Python numbers.
 
     Raises:
-        MergeError: For anything that is no data, naming where it stands.
+        MergeError: For anything that is not data, naming where it stands.
     """
     if value is None or isinstance(value, bool):
         return value
@@ -90,8 +78,9 @@ def recipe_text(
     """Return the text of ``recipe.yaml``: every input with its digest, and what was done."""
 
     def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-        fitting = {"fitting": plain(checkpoint.fitting)} if checkpoint.fitting else {}
-        return {"source": checkpoint.source, "sha256": checkpoint.digest(), **fitting}
+        changes = checkpoint.vocabulary_changes
+        told = {"fitting": plain(changes)} if changes else {}
+        return {"source": checkpoint.source, "sha256": checkpoint.digest(), **told}
 
     content = {
         "recipe": _FORMAT,
@@ -135,88 +124,9 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
             f"{file} is not YAML: {str(error).splitlines()[0]}",
             hint="recipes are written by map_bo beside each merged model",
         ) from error
-    if not isinstance(content, dict) or content.get("recipe") != _FORMAT:
+    if not isinstance(content, dict) or content.get("recipe") not in (1, _FORMAT):
         raise MergeError(
-            f"{file} is not a recipe of format {_FORMAT}",
+            f"{file} is not a recipe of format 1 or {_FORMAT}",
             hint="recipes are written by map_bo beside each merged model",
         )
     return content
-
-
-def mergekit_text(
-    *,
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    operator: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    weights: Weights | None,
-    recalibrated: bool = False,
-) -> str:
-    """Return the text of ``mergekit.yaml``: the same merge as a mergekit configuration.
-
-    mergekit works in ``dtype``, so that is float32 (float64 for float64 weights) and the base's
-    dtype goes to ``out_dtype``. Where its definition can give another number the text has a
-    comment.
-
-    Weights that differ between tensors are written with mergekit's filters. A filter there is a
-    substring of a tensor's name and the first match counts, so a filter per tensor, longest name
-    first, expresses any assignment; shorter filters are used where they give the same. What
-    mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
-
-    Where mergekit cannot express the merge, the text is a comment that says why.
-    """
-    try:
-        content, notes = _mergekit(base, experts, operator, coefficients, weights)
-    except _NotExpressible as reason:
-        return f"# No mergekit configuration gives this merge: {reason}.\n"
-    head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
-    if recalibrated:
-        head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
-    elif any(is_variance(name) for name in base.names):
-        head += "# mergekit does not keep running variances above the least of the models.\n"
-    head += "".join(f"# {note}\n" for note in notes)
-    return head + _dump(content)
-
-
-def _mergekit(
-    base: Checkpoint,
-    experts: Mapping[str, Checkpoint],
-    operator: Mapping[str, Any],
-    coefficients: Mapping[str, float],
-    weights: Weights | None,
-) -> tuple[dict[str, Any], tuple[str, ...]]:
-    config = expressed(base, experts, operator, coefficients, weights)
-    checkpoints = {"the base": base, **{f"expert {name!r}": e for name, e in experts.items()}}
-    for label, checkpoint in checkpoints.items():
-        if checkpoint.directory is None:
-            raise _NotExpressible(f"{label} is not a Hugging Face directory")
-        if checkpoint.fitting:
-            raise _NotExpressible(f"{label} was fitted to the base's vocabulary")
-    folders = [checkpoint.directory for checkpoint in checkpoints.values()]
-    if len(set(folders)) < len(folders):
-        raise _NotExpressible(
-            "two of the models are the same directory, and mergekit takes one once"
-        )
-    floats = Counter(base.dtype(name) for name in base.names if base.dtype(name).is_floating_point)
-    if len(floats) > 1:
-        kinds = ", ".join(sorted(str(kind).removeprefix("torch.") for kind in floats))
-        raise _NotExpressible(f"the base mixes dtypes ({kinds}), and mergekit writes one")
-    dtype = next(iter(floats), torch.float32)
-    content = {
-        "merge_method": config.method,
-        **({} if config.base is None else {"base_model": _reference(config.base)}),
-        "models": [
-            {"model": _reference(model), **({"parameters": dict(own)} if own else {})}
-            for model, own in config.models
-        ],
-        "parameters": dict(config.parameters),
-        "dtype": "float64" if dtype == torch.float64 else "float32",
-        "out_dtype": str(dtype).removeprefix("torch."),
-    }
-    return content, config.notes
-
-
-def _reference(checkpoint: Checkpoint) -> Any:
-    path = str(checkpoint.directory)
-    # mergekit reads "a+b" as model and adapter, and "a@b" as model and revision.
-    return {"model": {"path": path}} if re.search(r"[+@]", path) else path

@@ -1,33 +1,32 @@
 """Blocks of tensors that share a coefficient: given by patterns, or found from names and norms.
 
-How far each coefficient moves the model: norms of the task vectors' blocks.
+A word such as ``layers:4`` becomes patterns once the tensors of a model are known.
 
-A linear merge ``theta(c) = theta_base + sum_{n,b} c_nb v_nb`` moves the model by ``|v_nb|`` for a
-unit of ``c_nb``. Blocks differ in that by orders of magnitude (a matrix against a bias), which a
-surrogate can know before the first evaluation.
-
-Blocks said in a word, such as ``layers:4``, made of the tensors of a model.
+How far a coefficient moves the model is the norm of the block that it scales: a linear merge
+``theta(c) = theta_base + sum_{n,b} c_nb v_nb`` moves it by ``|v_nb|`` per unit of ``c_nb``. Blocks
+differ in that by orders of magnitude (a matrix against a bias), which a surrogate can know before
+the first evaluation.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.align.experts import aligned_names
-from map_bo.merging.align.layout import FlatLayout, joined_ties
+from map_bo.merging.align.experts import align_names
+from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
 __all__ = [
     "Blocks",
+    "HasBlocks",
     "balanced_blocks",
     "block_norms",
     "blocks_of",
@@ -48,6 +47,14 @@ _KINDS = (
     ("embedding", r"embed|\bwte\b|\bwpe\b|position|patch|\bcls_token\b|^shared\b"),
     ("mlp", r"mlp|ffn|feed_?forward|\bfc\w*\b|dense|experts|intermediate|\bw[123]\b|proj"),
 )
+# A block that an expert left as it was still has a coefficient, and a logarithm is taken of its
+# importance.
+_LEAST = 1e-2
+_DIGITS = 4  # of a norm: sums in another order must not make another problem of the same one
+
+Operator = TypeVar("Operator")
+
+_HINT = "K is a number of blocks; a mapping is {block: regular expression on tensor names}"
 _ORDER = ("embedding", "norm", "attention", "mlp", "head", "other")
 
 
@@ -72,13 +79,13 @@ class Blocks:
             return
         if not isinstance(self.patterns, Mapping):
             raise MergeError(
-                f"blocks are given as a {type(self.patterns).__name__}",
+                f"blocks must be a mapping or a word, got a {type(self.patterns).__name__}",
                 hint="give {block name: regular expression on tensor names}",
             )
         object.__setattr__(self, "patterns", dict(self.patterns))
         if not self.patterns:
             raise MergeError(
-                "there are no blocks", hint="leave out blocks for one coefficient an expert"
+                "there are no blocks", hint="leave out blocks for one coefficient per expert"
             )
         for block, pattern in self.patterns.items():
             if pattern == _REST:
@@ -87,7 +94,8 @@ class Blocks:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
                 raise MergeError(
-                    f"the pattern {pattern!r} of block {block!r} is no regular expression: {error}",
+                    f"the pattern {pattern!r} of block {block!r} is not a regular expression: "
+                    f"{error}",
                     hint="write a Python regular expression, or '*' for all other tensors",
                 ) from None
 
@@ -152,6 +160,20 @@ class Blocks:
         return blocks
 
 
+@runtime_checkable
+class HasBlocks(Protocol):
+    """An operator that has a coefficient for each expert and block of tensors."""
+
+    @property
+    def blocks(self) -> Mapping[str, str] | str | None:
+        """Patterns, a word that waits for the tensors, or None; see `Blocks`."""
+        ...
+
+    def with_blocks(self, patterns: Mapping[str, str]) -> Self:
+        """Return the same operator with these blocks."""
+        ...
+
+
 def named_blocks(groups: Mapping[str, Iterable[str]]) -> dict[str, str]:
     """Return patterns for blocks that are given by the names of their tensors."""
     return {
@@ -167,7 +189,7 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
     is of layer 7); where a name holds several numbers the first counts. Models whose parts count
     their layers apart (an encoder and a decoder) are told apart by what stands before the number,
     in the order of the names; a part with one number (``classifier.1.weight``) beside
-    others is no layer.
+    others is not a layer.
 
     Args:
         names: Names of the tensors to merge.
@@ -264,12 +286,6 @@ def balanced_blocks(squares: Mapping[str, float], blocks: int) -> dict[str, str]
     return named_blocks({f"part{k + 1}": names[edges[k] : edges[k + 1]] for k in range(blocks)})
 
 
-# A block that an expert left as it was still has a coefficient, and a logarithm is taken of its
-# importance.
-_LEAST = 1e-2
-_DIGITS = 4  # of a norm: sums in another order must not make another problem of the same one
-
-
 def block_norms(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
@@ -295,7 +311,7 @@ def block_norms(
     """
     ties = base.ties if ties is None else ties
     names = {
-        expert: aligned_names(base, checkpoint, expert, ties)
+        expert: align_names(base, checkpoint, expert, ties)
         for expert, checkpoint in experts.items()
     }
     squares = torch.zeros(len(experts), blocks, dtype=torch.float64)
@@ -321,11 +337,6 @@ def relative_importance(norms: Tensor) -> tuple[float, ...]:
     return tuple(float(f"{max(s, _LEAST):.{_DIGITS}g}") for s in (flat / size).tolist())
 
 
-Operator = TypeVar("Operator")
-
-_HINT = "write layers:K, kinds or balanced:K, or {block: regular expression on tensor names}"
-
-
 def blocks_of(
     spec: str,
     base: Checkpoint,
@@ -349,8 +360,10 @@ def blocks_of(
     """
     found = re.fullmatch(r"(layers|balanced):(\d+)|kinds", spec.strip())
     if found is None:
-        raise MergeError(f"blocks are {spec!r}", hint=_HINT)
-    layout = FlatLayout.of(base, joined_ties(base, ties or {}))
+        raise MergeError(
+            f"blocks must be layers:K, kinds, balanced:K or a mapping, got {spec!r}", hint=_HINT
+        )
+    layout = FlatLayout.of(base, join_ties(base, ties or {}))
     names = sorted((slot.name for slot in layout.slots), key=_natural)
     if found.group(1) is None:
         return kind_blocks(names)
@@ -367,11 +380,9 @@ def with_known_blocks(
     operator: Operator, base: Checkpoint, experts: Mapping[str, Checkpoint]
 ) -> Operator:
     """Return the operator with patterns in place of a word, where its blocks are said in one."""
-    spec = getattr(operator, "blocks", None)
-    if not isinstance(spec, str):
-        return operator
-    settings: Any = operator
-    return dataclasses.replace(settings, blocks=blocks_of(spec, base, experts))  # type: ignore[no-any-return]
+    if isinstance(operator, HasBlocks) and isinstance(operator.blocks, str):
+        return operator.with_blocks(blocks_of(operator.blocks, base, experts))
+    return operator
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:

@@ -1,25 +1,23 @@
-"""Merging piece by piece: one operator for resident models and for models on disk.
+"""Kernels: merging piece by piece, the same for resident models and for models on disk.
 
-A kernel merges a piece of a tensor; the driver here cuts tensors into pieces, spreads them over
-threads, and puts the results where they belong.
+A kernel merges a piece of a tensor. The driver here, `KernelMerge`, cuts tensors into pieces, gives
+them to threads, and puts the results where they belong.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.vectors.parallel import arena, spread
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.parallel import arena, parallel_for
 
-if TYPE_CHECKING:
-    from map_bo.merging.vectors.operator import Deltas
-
-__all__ = ["ChunkedMerge", "Kernel", "SpanKernel", "checked_coefficients"]
+__all__ = ["Kernel", "KernelMerge", "ReadsPieces", "SpanKernel", "check_coefficients"]
 
 # Numbers of a piece in all rows. Threads wait for each other between any two operations, so on 2
 # cores with 1 MiB of second-level cache each, shorter pieces cost more in calls than they gain in
@@ -33,7 +31,7 @@ Sink = Callable[[int, int, Tensor], None]
 """Takes the index of a tensor, the first element of a merged piece, and the piece (float32)."""
 
 
-def checked_coefficients(c: Tensor, d: int) -> Tensor:
+def check_coefficients(c: Tensor, d: int) -> Tensor:
     """Return ``c`` (``d``) in float64 on the CPU.
 
     Raises:
@@ -42,11 +40,13 @@ def checked_coefficients(c: Tensor, d: int) -> Tensor:
     c = torch.as_tensor(c).detach().to(device="cpu", dtype=torch.float64)
     if c.shape != (d,):
         raise MergeError(
-            f"coefficients have shape {tuple(c.shape)}; this merge takes {d}",
+            f"coefficients must have shape ({d},), got {tuple(c.shape)}",
             hint="give one vector, not a batch",
         )
     if not bool(torch.isfinite(c).all()):
-        raise MergeError(f"coefficients are not finite: {c.tolist()}")
+        raise MergeError(
+            f"coefficients must be finite, got {c.tolist()}", hint="give finite numbers"
+        )
     return c
 
 
@@ -62,10 +62,10 @@ class Kernel(ABC):
         return False
 
     def room(self, experts: int) -> int:
-        """Return how many bytes of temporary memory a number of a piece takes, at most."""
+        """Return how many bytes of temporary memory each number of a piece takes, at most."""
         return 64 + 40 * experts
 
-    def beside(self, threads: int) -> int:
+    def overhead(self, threads: int) -> int:
         """Return how many bytes are taken beside the pieces, whatever their length."""
         return 0
 
@@ -103,7 +103,7 @@ class SpanKernel(Kernel):
         return torch.mv(rows.t(), self.weights(slot, c).to(rows), out=out)
 
 
-class ChunkedMerge:
+class KernelMerge:
     """A kernel bound to task vectors: a :class:`~map_bo.merging.vectors.operator.PreparedMerge`.
 
     Args:
@@ -145,7 +145,7 @@ class ChunkedMerge:
                 where it must not be, or ``out`` lives on another device.
         """
         layout, device = self.deltas.layout, self.deltas.device
-        c = self._checked(c)
+        c = self._check(c)
         if out.shape != (layout.size,) or out.device != device or not out.is_contiguous():
             raise MergeError(
                 f"the merged model would be written to {tuple(out.shape)} on {out.device}; the "
@@ -172,7 +172,7 @@ class ChunkedMerge:
             c: ``d`` coefficients.
             sink: Takes every piece, in any order.
         """
-        c = self._checked(c)
+        c = self._check(c)
         d = c.numel() - len(self._settings)
         settings = dict(zip(self._settings, c[d:].tolist(), strict=True))
         table = c[:d].view(-1, self._count).T.contiguous()
@@ -194,11 +194,11 @@ class ChunkedMerge:
             sink(slot, start, piece)
 
         with torch.no_grad():
-            spread(work, self._items(kernel), lambda: None, threads=self._threads)
+            parallel_for(work, self._items(kernel), lambda: None, threads=self._threads)
 
     def least_memory(self) -> int:
         """Return how many bytes a single thread needs, with pieces as short as they may be."""
-        return self._each() * self._shortest() + self.kernel.beside(1)
+        return self._each() * self._shortest() + self.kernel.overhead(1)
 
     def limit(self, room: int, threads: int) -> None:
         """Choose threads and lengths of pieces that need no more than ``room`` bytes in all.
@@ -213,18 +213,18 @@ class ChunkedMerge:
         """
         each, shortest = self._each(), self._shortest()
         for count in range(threads, 0, -1):
-            chunk = (room - self.kernel.beside(count)) // count // each
+            chunk = (room - self.kernel.overhead(count)) // count // each
             if chunk >= shortest:
                 self._threads, self._chunk = count, min(self._chunk, chunk)
                 return
         raise MergeError(
-            f"merging needs {self.least_memory() / 1e6:.0f} MB beside what the program itself "
+            f"merging needs {self.least_memory() / 1e6:.0f} MB besides what the program itself "
             f"takes, and {max(room, 0) / 1e6:.0f} MB are allowed",
             hint="allow more memory, or choose an operator that merges number by number",
         )
 
     def _each(self) -> int:
-        """Return how many bytes a number of a piece takes: rows, what is read, and the kernel's."""
+        """Return how many bytes each number of a piece takes: in rows, read, and for the kernel."""
         count = len(self.deltas.experts)
         return 4 * (1 + count) + 8 + self.kernel.room(count)
 
@@ -235,14 +235,14 @@ class ChunkedMerge:
         )
         return max(_SHORTEST, *units)
 
-    def _checked(self, c: Tensor) -> Tensor:
+    def _check(self, c: Tensor) -> Tensor:
         d = len(self.deltas.experts) * self._count
-        c = checked_coefficients(c, d + len(self._settings))
+        c = check_coefficients(c, d + len(self._settings))
         if self._signed:
             return c
         if bool((c[:d] < -_NOTHING).any()):
             raise MergeError(
-                f"coefficients are negative: {c[:d].tolist()}",
+                f"coefficients must not be negative, got {c[:d].tolist()}",
                 hint="this operator takes coefficients from 0 on",
             )
         return torch.cat([c[:d].clamp_min(0.0), c[d:]])
@@ -257,3 +257,12 @@ class ChunkedMerge:
                 for start in range(0, slot.numel, max(step, 1))
             ]
         return items
+
+
+@runtime_checkable
+class ReadsPieces(Protocol):
+    """An operator that reads task vectors by pieces alone, so that models may stay on disk."""
+
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Do, once, all the work that does not depend on the coefficients."""
+        ...

@@ -1,29 +1,26 @@
-"""Weighted sums of resident task vectors at the speed of memory.
-
-Task arithmetic: the base plus a weighted sum of task vectors, at memory bandwidth.
-"""
+"""Task arithmetic: the base plus a weighted sum of resident task vectors, at memory bandwidth."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, overload, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.low_rank import Adapted
+from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.vectors.blocks import Blocks
-from map_bo.merging.vectors.kernel import ChunkedMerge, SpanKernel, checked_coefficients
-from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.kernel import KernelMerge, SpanKernel, check_coefficients
+from map_bo.merging.vectors.operator import Deltas, Weights
+from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.space import CoefficientSpace
 
-__all__ = ["LinearMerge", "LinearOperator", "TaskArithmetic", "coefficient_table", "segments"]
+__all__ = ["LinearMerge", "TaskArithmetic", "coefficient_table", "segments"]
 
 # Measured on 2 cores for N = 2, 4, 8: tiles of 2^13 to 2^18 are within a tenth of each other, and
 # the longer ones lose less where the machine is busy.
@@ -51,7 +48,7 @@ def segments(blocks: Blocks, layout: FlatLayout) -> tuple[tuple[int, int, int], 
 
 def coefficient_table(c: Tensor, experts: int, blocks: int) -> Tensor:
     """Return the coefficients as ``blocks x N`` in float64 on the CPU."""
-    c = checked_coefficients(c, experts * blocks)
+    c = check_coefficients(c, experts * blocks)
     return c.view(experts, blocks).T
 
 
@@ -70,14 +67,14 @@ def _without(
             yield start, stop, block
 
 
-def _rows_of(part: Adapted) -> int:
+def _rows_of(part: AdaptedTensor) -> int:
     """Return how many rows of an adapted tensor are merged at once."""
     numbers = _PIECE.get(part.A.device.type, _PIECE["cuda"])
     return max(1, numbers // max(part.A.shape[1], 1))
 
 
 class LinearMerge:
-    """Weighted sums of resident rows, in one streaming pass. Made by an operator's ``prepare``.
+    """Weighted sums of resident rows, in one pass. Made by an operator's ``prepare``.
 
     Sums are in float32 whatever the storage. Float32 rows on a CPU go through a batched matrix
     product over tiles, which reads every row once and writes ``out`` once; a matrix-vector
@@ -93,8 +90,8 @@ class LinearMerge:
         vectors: The resident task vectors.
         segments: ``(start, stop, block)`` of the flat layout, without gaps.
         blocks: Number of blocks ``B``; coefficients are ordered expert by expert, ``d = N B``.
-        tile: Numbers a tile of the batched product.
-        chunk: Numbers a chunk of what is not one product; by default what suits the device.
+        tile: Numbers per tile of the batched product.
+        chunk: Numbers per chunk of what is not one product; by default what suits the device.
     """
 
     def __init__(
@@ -202,7 +199,7 @@ class LinearMerge:
     def _add_adapters(self, table: Tensor, out: Tensor, together: bool) -> None:
         rows, dense = self._vectors.rows, list(self._vectors.dense_experts)
 
-        def merge(item: tuple[Slot, Adapted, int, int], _: None) -> None:
+        def merge(item: tuple[Slot, AdaptedTensor, int, int], _: None) -> None:
             slot, part, block, first = item
             columns, weights = part.A.shape[1], table[block]
             start = slot.offset + first * columns
@@ -219,7 +216,7 @@ class LinearMerge:
                 target.copy_(total)
 
         threads = None if rows.device.type == "cpu" else 1
-        spread(merge, self._pieces, lambda: None, threads=threads)
+        parallel_for(merge, self._pieces, lambda: None, threads=threads)
 
     def _multiply(self, rows: Tensor, weights: Tensor, out: Tensor) -> None:
         n, tile = len(rows), self._tile
@@ -247,7 +244,7 @@ class LinearMerge:
             torch.mv(wide.t(), left, out=sums)
             out[start : start + width].copy_(sums)
 
-        spread(
+        parallel_for(
             merge,
             range(0, rows.shape[1], size),
             lambda: (torch.empty(len(rows), size), torch.empty(size)),
@@ -268,18 +265,9 @@ class LinearMerge:
                 target.copy_(total)
 
 
-@runtime_checkable
-class LinearOperator(Protocol):
-    """An operator whose merged tensor is a weighted sum, so that it can also be streamed."""
-
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return, for coefficients ``c`` (``d``), tensor name -> weight of each expert."""
-        ...
-
-
 @dataclass(frozen=True)
 class TaskArithmetic:
-    r"""``theta(c) = theta_base + sum_n c_n v_n``, with one coefficient an expert or a block.
+    r"""``theta(c) = theta_base + sum_n c_n v_n``, with one coefficient per expert or block.
 
     Ilharco et al., *Editing Models with Task Arithmetic*, arXiv 2212.04089, section 2.
 
@@ -294,8 +282,6 @@ class TaskArithmetic:
     Raises:
         MergeError: When a pattern is no regular expression, or there are no blocks in ``blocks``.
     """
-
-    streams: ClassVar[bool] = True
 
     blocks: Mapping[str, str] | str | None = None
 
@@ -312,25 +298,31 @@ class TaskArithmetic:
     def prepare(self, deltas: TaskVectors) -> LinearMerge: ...
 
     @overload
-    def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge: ...
+    def prepare(self, deltas: Deltas) -> LinearMerge | KernelMerge: ...
 
-    def prepare(self, deltas: Deltas) -> LinearMerge | ChunkedMerge:
+    def prepare(self, deltas: Deltas) -> LinearMerge | KernelMerge:
         """Find the runs of neighbouring tensors that share a block.
 
         Raises:
             MergeError: When a tensor belongs to no block or to several, or a block has none.
         """
+        if not isinstance(deltas, TaskVectors):
+            return self.prepare_pieces(deltas)
         blocks = Blocks(self.blocks)
-        if isinstance(deltas, TaskVectors):
-            return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
-        return ChunkedMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
+        return LinearMerge(deltas, segments(blocks, deltas.layout), len(blocks))
 
-    def describe(self) -> dict[str, Any]:
-        """Return name and settings as plain data."""
-        return {
-            "name": "task_arithmetic",
-            "blocks": dict(self.blocks) if isinstance(self.blocks, Mapping) else self.blocks,
-        }
+    def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
+        """Prepare a merge that reads pieces alone; see `ReadsPieces`.
+
+        Raises:
+            MergeError: When a tensor belongs to no block or to several, or a block has none.
+        """
+        blocks = Blocks(self.blocks)
+        return KernelMerge(deltas, _Sum(), blocks.table(deltas.layout), len(blocks))
+
+    def with_blocks(self, patterns: Mapping[str, str]) -> TaskArithmetic:
+        """Return task arithmetic with these blocks; see `HasBlocks`."""
+        return replace(self, blocks=patterns)
 
     def block(self, name: str) -> int:
         """Return the index of the block of a tensor; 0 where there are no blocks.
@@ -340,13 +332,8 @@ class TaskArithmetic:
         """
         return Blocks(self.blocks).of(name)
 
-    def weights(self, experts: tuple[str, ...], c: Tensor) -> Callable[[str], Mapping[str, float]]:
-        """Return tensor name -> weight of each expert, as `merge_streamed` wants it.
-
-        Args:
-            experts: ``N`` names, in the order of the space.
-            c: ``d`` coefficients.
-        """
+    def weights(self, experts: tuple[str, ...], c: Tensor) -> Weights:
+        """Return tensor name -> weight of each expert; see `Linear`."""
         blocks = Blocks(self.blocks)
         table = coefficient_table(c, len(experts), len(blocks))
 

@@ -116,7 +116,7 @@ class LiveModel:
         shapes = {name: value.shape for name, value in self._fixed.items()}
         named = state_tensors(model)
         saved = saved_as(model, [*(slot.name for slot in layout.slots), *layout.fixed])
-        found = _matched(model, layout, shapes, saved, named)
+        found = _match(model, layout, shapes, saved, named)
         self._slots, self._in_files, self._pieces = _by_module(found, saved, named)
         owners = self._slots.keys() | {part.name for part, _ in self._pieces}
         floating = [tensor for name, tensor in named.items() if name in owners]
@@ -296,7 +296,7 @@ def _by_module(
     return slots, in_files, pieces
 
 
-def _matched(
+def _match(
     model: nn.Module,
     layout: FlatLayout,
     fixed: Mapping[str, torch.Size],
@@ -330,7 +330,7 @@ def _matched(
         name = found.pop()
         if id(state[saved[canonical].name]) not in own:
             raise MergeError(
-                f"tensor {name!r} of the state dict is no parameter or buffer of the model",
+                f"tensor {name!r} of the state dict is not a parameter or buffer of the model",
                 hint="the model changes its state dict when saving; give it without such hooks",
             )
         if (name in slots) != tensor.is_floating_point():

@@ -1,27 +1,45 @@
-"""What a merge operator is: it prepares once, then writes a candidate per coefficient vector.
+"""What a merge operator is, what it reads, and what it may be able to do besides.
 
-What operators read: base and task vectors, piece by piece, wherever they are kept.
+An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
+task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
+here `Linear`, `HasDerivatives`, `ChecksValues` and `Followable`;
+`~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
+with what they need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from map_bo.merging.align.layout import FlatLayout
+from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
 
-__all__ = ["ChecksValues", "Deltas", "Followable", "MergeOperator", "PreparedMerge", "recipe_of"]
+__all__ = [
+    "ChecksValues",
+    "Deltas",
+    "Followable",
+    "HasDerivatives",
+    "Linear",
+    "MergeOperator",
+    "PreparedMerge",
+    "Weights",
+    "recipe_of",
+]
+
+Weights = Callable[[str], Mapping[str, float]]
+"""Tensor name -> weight of each expert's task vector for that tensor."""
 
 
 @runtime_checkable
 class Deltas(Protocol):
     """A base and the task vectors of ``N`` experts in the coordinates of a flat layout.
 
-    `TaskVectors` keeps them resident; `StreamedVectors` reads them from checkpoints each time.
+    `TaskVectors` keeps them resident; `OnDiskVectors` reads them from checkpoints each time.
     Pieces may be read from several threads at once.
     """
 
@@ -79,7 +97,7 @@ class Deltas(Protocol):
 class PreparedMerge(Protocol):
     """An operator bound to task vectors, with everything precomputed that no coefficient changes.
 
-    ``write`` is called for every candidate: it makes one streaming pass over the resident
+    ``write`` is called for every candidate: it makes one pass over the resident
     deltas and allocates nothing of the model's size.
     """
 
@@ -90,11 +108,7 @@ class PreparedMerge(Protocol):
 
 @runtime_checkable
 class MergeOperator(Protocol):
-    """Settings of a merge operator.
-
-    One that has ``streams = True`` reads the deltas by pieces alone and prepares a `ChunkedMerge`,
-    so that it also merges checkpoints that do not fit into memory.
-    """
+    """Settings of a merge operator: a frozen dataclass, so that recipes and records hold them."""
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return the coefficients that this operator takes for these experts."""
@@ -104,8 +118,37 @@ class MergeOperator(Protocol):
         """Do, once, all the work that does not depend on the coefficients."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """Return the operator as plain data, for recipes and the run's record."""
+
+@runtime_checkable
+class Linear(Protocol):
+    """An operator that is linear in its coefficients.
+
+    A merged tensor is the base and a weighted sum of task vectors, with weights that are linear in
+    the coefficients. So merges of merges are merges of the experts, and a merge can be made tensor
+    by tensor in any dtype.
+    """
+
+    def weights(self, experts: tuple[str, ...], c: Tensor) -> Weights:
+        """Return the weights of the task vectors for coefficients ``c`` (``d``).
+
+        Args:
+            experts: ``N`` names, in the order of the space.
+            c: ``d`` coefficients.
+        """
+        ...
+
+
+@runtime_checkable
+class HasDerivatives(Protocol):
+    """A prepared merge that knows its derivatives by the coefficients."""
+
+    def directional(self, gradient: Tensor) -> Tensor:
+        """Return derivatives by the coefficients, ``d`` (float64 on the CPU).
+
+        Args:
+            gradient: ``P`` in float32 on the task vectors' device: the gradient of a metric by the
+                merged numbers.
+        """
         ...
 
 
@@ -124,13 +167,19 @@ class ChecksValues(Protocol):
 
 @runtime_checkable
 class Followable(Protocol):
-    """An operator that needs more than its description to be made once more, such as files."""
+    """An operator that needs more than its fields to be made once more, such as files."""
 
     def recipe(self) -> dict[str, Any]:
-        """Return the description with all that is needed, as plain data."""
+        """Return its plain data (see :mod:`map_bo.plain`) with all that is needed."""
         ...
 
 
 def recipe_of(operator: MergeOperator) -> dict[str, Any]:
-    """Return what a recipe says of an operator."""
-    return operator.recipe() if isinstance(operator, Followable) else operator.describe()
+    """Return what a recipe says of an operator: plain data that it is built from again.
+
+    One that plain data cannot say is put in words; its recipe then cannot be followed.
+    """
+    if isinstance(operator, Followable):
+        return operator.recipe()
+    told: dict[str, Any] = identity_of(operator)
+    return told

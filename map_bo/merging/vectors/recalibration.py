@@ -58,15 +58,15 @@ def recalibrate(model: nn.Module, batches: Iterable[Any], *, momentum: float | N
     """
     if momentum is not None and not 0 < momentum <= 1:
         raise MergeError(
-            f"momentum is {momentum}",
-            hint="give the weight of a new batch, above 0 and up to 1, or None for the average",
+            f"momentum must be above 0 and at most 1, got {momentum}",
+            hint="give the weight of a new batch, or None for the average",
         )
     layers = require_batch_norm(model)
     before = {name: _copies(layer) for name, layer in layers.items()}
     try:
         with _training(model, layers.values(), momentum):
             count = _run(model, batches)
-        missed = [name for name, layer in layers.items() if not _reached(layer)]
+        missed = [name for name, layer in layers.items() if not _is_reached(layer)]
         if not count or len(missed) == len(layers):
             raise MergeError(
                 "there are no batches to recalibrate with"
@@ -120,18 +120,18 @@ class Recalibration:
         batches: The batches of every recalibration; see `recalibrate`.
 
     Raises:
-        MergeError: When they are no batches, or can be gone through only once.
+        MergeError: When they are not batches, or can be gone through only once.
     """
 
     def __init__(self, batches: Batches) -> None:
         if not callable(batches) and not isinstance(batches, Iterable):
             raise MergeError(
-                f"recalibration is a {type(batches).__name__}",
+                f"recalibration must be batches or a function, got a {type(batches).__name__}",
                 hint="give a list of batches, a data loader, or a function that returns one",
             )
         if isinstance(batches, Iterator):
             raise MergeError(
-                "recalibration is an iterator, which the first merge would use up",
+                "recalibration must be batches that can be gone through again, got an iterator",
                 hint="give a list of batches, a data loader, or a function that returns them anew",
             )
         self.batches = batches
@@ -174,7 +174,7 @@ def _restore(layer: _BatchNorm, values: Mapping[str, Tensor]) -> None:
             getattr(layer, kind).copy_(value)
 
 
-def _reached(layer: _BatchNorm) -> bool:
+def _is_reached(layer: _BatchNorm) -> bool:
     return layer.num_batches_tracked is not None and bool(layer.num_batches_tracked)
 
 
@@ -210,9 +210,9 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> int:
             inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
             try:
                 if isinstance(inputs, Mapping):
-                    model(**{name: _moved(value, device) for name, value in inputs.items()})
+                    model(**{name: _move(value, device) for name, value in inputs.items()})
                 else:
-                    model(_moved(inputs, device))
+                    model(_move(inputs, device))
             except Exception as error:
                 raise EvaluationError(
                     f"recalibration: on batch {count} the model raised {type(error).__name__}: "
@@ -224,7 +224,7 @@ def _run(model: nn.Module, batches: Iterable[Any]) -> int:
     return count
 
 
-def _moved(value: Any, device: torch.device) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.adapter import Adapter
-from map_bo.merging.adapters.checkpoint import adapter_over
-from map_bo.merging.adapters.low_rank import Adapted, LowRank
-from map_bo.merging.align.experts import ExpertReader, finite, fixed_tensors
+from map_bo.merging.adapters.adapter import Adapter, adapter_over
+from map_bo.merging.adapters.low_rank import AdaptedTensor, LowRank
+from map_bo.merging.align.experts import (
+    BaseSimilarity,
+    ExpertReader,
+    fixed_tensors,
+    require_finite,
+    require_tied,
+)
 from map_bo.merging.align.layout import FlatLayout, Slot, is_variance
-from map_bo.merging.align.same_base import Likeness, require_tied
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
-from map_bo.merging.vectors.parallel import spread
+from map_bo.merging.vectors.parallel import parallel_for
 
-__all__ = ["STORAGE", "Beside", "Put", "adapters_among", "dense_among", "fill"]
+__all__ = ["STORAGE", "Extras", "Put", "adapters_among", "dense_among", "fill"]
 
 STORAGE = (torch.float32, torch.bfloat16, torch.float16)
 """The dtypes that rows are stored in."""
@@ -37,7 +41,7 @@ It is called by several threads at once, each with numbers of its own."""
 
 
 @dataclass(frozen=True, eq=False)
-class Beside:
+class Extras:
     """What is known of base and experts besides the rows.
 
     Attributes:
@@ -45,16 +49,16 @@ class Beside:
         floors: Index of the slot of a variance -> the smallest value that the base or an expert
             has, by element, in float32.
         adapted: Index of a slot -> what the experts that are adapters change there.
-        likeness: By expert that is no adapter, what `Likeness` gathered; see `Likeness.sums`.
+        similarity: By expert that is not an adapter, the sums that `BaseSimilarity` gathered.
     """
 
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     floors: Mapping[int, Tensor] = field(default_factory=dict)
-    adapted: Mapping[int, Adapted] = field(default_factory=dict)
-    likeness: Mapping[int, Sequence[float]] = field(default_factory=dict)
+    adapted: Mapping[int, AdaptedTensor] = field(default_factory=dict)
+    similarity: Mapping[int, Sequence[float]] = field(default_factory=dict)
 
     def judge(self, experts: Sequence[str]) -> None:
-        """Refuse an expert that does not look fine-tuned from the base; see `Likeness.judge`.
+        """Refuse an expert that does not look fine-tuned from the base; see `BaseSimilarity.judge`.
 
         Args:
             experts: ``N`` names.
@@ -62,8 +66,8 @@ class Beside:
         Raises:
             MergeError: When there is one.
         """
-        for index, sums in self.likeness.items():
-            Likeness(experts[index], sums).judge()
+        for index, sums in self.similarity.items():
+            BaseSimilarity(experts[index], sums).judge()
 
 
 def adapters_among(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> dict[int, Adapter]:
@@ -87,7 +91,7 @@ def fill(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     check_base: bool = True,
-) -> Beside:
+) -> Extras:
     """Read base and experts piece by piece on all cores, and put the rows where they belong.
 
     No more is in memory than a piece of each row for each core, and what adapters change by full
@@ -98,7 +102,7 @@ def fill(
         experts: Name -> checkpoint of the ``N`` experts.
         layout: Where each tensor lies.
         put: Takes the pieces: row 0 is the base, the others are the deltas of the ``D`` experts
-            that are no adapters. What lies between tensors is not put.
+            that are not adapters. What lies between tensors is not put.
         dtype: Storage of rows and of the full values of adapters.
         device: Where floors and adapters are kept.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
@@ -125,8 +129,8 @@ def fill(
         index, start, stop = item
         slot, floor = layout.slots[index], floors.get(index)
         least = None if floor is None else floor[start:stop]
-        pre = finite(base.read(slot.name, start, stop), slot.name, "the base")
-        put(0, slot.offset + start, _narrowed(pre, dtype, slot.name, "the base"))
+        pre = require_finite(base.read(slot.name, start, stop), slot.name, "the base")
+        put(0, slot.offset + start, _narrow(pre, dtype, slot.name, "the base"))
         if least is not None:
             least.copy_(pre)
         stored: list[Tensor] | None = [] if distinct.unsure else None
@@ -135,8 +139,8 @@ def fill(
             delta = readers[i].compare(pre, tuned)
             if len(slot.shape) >= 2:
                 with locks[row]:
-                    readers[i].likeness.add(pre.to(delta), delta)
-            kept = _narrowed(delta, dtype, slot.name, f"expert {names[i]!r}")
+                    readers[i].similarity.add(pre.to(delta), delta)
+            kept = _narrow(delta, dtype, slot.name, f"expert {names[i]!r}")
             put(1 + row, slot.offset + start, kept)
             if dtype == torch.float16:
                 lost[row].add(delta, kept)
@@ -152,10 +156,12 @@ def fill(
         for index, slot in enumerate(layout.slots)
         for start in range(0, slot.numel, _PIECE)
     ]
-    spread(read, pieces, lambda: None, threads=None if torch.device(device).type == "cpu" else 1)
-    adapted: dict[int, Adapted] = {}
+    parallel_for(
+        read, pieces, lambda: None, threads=None if torch.device(device).type == "cpu" else 1
+    )
+    adapted: dict[int, AdaptedTensor] = {}
     for index, slot in enumerate(layout.slots) if adapters else ():
-        part = _adapted(slot, adapters, readers, dtype, device)
+        part = _adapt(slot, adapters, readers, dtype, device)
         if part is not None:
             adapted[index] = part
         for value in () if part is None or index not in floors else part.values.values():
@@ -168,7 +174,7 @@ def fill(
         each.judge()
     distinct.judge()
     floors = {index: floor.to(device) for index, floor in floors.items()}
-    return Beside(fixed, floors, adapted, {i: readers[i].likeness.sums for i in dense})
+    return Extras(fixed, floors, adapted, {i: readers[i].similarity.sums for i in dense})
 
 
 class _Distinct:
@@ -188,7 +194,7 @@ class _Distinct:
     def add(self, pieces: Sequence[Tensor]) -> None:
         """Take in the same piece of all task vectors."""
         with self._lock:
-            self._groups = [part for group in self._groups for part in _parted(group, pieces)]
+            self._groups = [part for group in self._groups for part in _part(group, pieces)]
 
     def judge(self) -> None:
         """Refuse two that are the same."""
@@ -196,7 +202,7 @@ class _Distinct:
             raise _same(self._names[first], self._names[second])
 
 
-def _parted(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
+def _part(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
     parts: list[list[int]] = []
     for i in group:
         alike = (part for part in parts if torch.equal(pieces[part[0]], pieces[i]))
@@ -234,7 +240,7 @@ class _Lost:
             )
 
 
-def _narrowed(piece: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
+def _narrow(piece: Tensor, dtype: torch.dtype, name: str, label: str) -> Tensor:
     """Return a piece in the storage dtype.
 
     Raises:
@@ -274,13 +280,13 @@ def _require_distinct_adapters(names: tuple[str, ...], adapters: Mapping[int, Ad
             raise _same(other, names[i])
 
 
-def _adapted(
+def _adapt(
     slot: Slot,
     adapters: Mapping[int, Adapter],
     readers: Sequence[ExpertReader],
     dtype: torch.dtype,
     device: torch.device | str,
-) -> Adapted | None:
+) -> AdaptedTensor | None:
     """Return what adapters change in a tensor, or None where they leave it as it is."""
     changes: dict[int, LowRank] = {}
     values: dict[int, Tensor] = {}
@@ -291,8 +297,8 @@ def _adapted(
         if change is not None and bool(change.B.any()) and bool(change.A.any()) and change.scale:
             changes[i] = change
         if value is not None and bool(value.any()):
-            values[i] = _narrowed(value, dtype, slot.name, f"expert {readers[i].label!r}")
+            values[i] = _narrow(value, dtype, slot.name, f"expert {readers[i].label!r}")
         readers[i].moved |= i in changes or i in values
     if not changes and not values:
         return None
-    return Adapted.of(changes, values, slot.shape, dtype=dtype, device=device)
+    return AdaptedTensor.of(changes, values, slot.shape, dtype=dtype, device=device)

@@ -1,6 +1,6 @@
 """A folder of rows on disk, written once and then mapped: task vectors larger than memory.
 
-What is known of base and experts besides their rows, as a file beside the rows' file.
+An entry is the rows' file and, beside it, a file with what else is known of base and experts.
 """
 
 from __future__ import annotations
@@ -27,105 +27,24 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.adapters.checkpoint import adapter_over
-from map_bo.merging.adapters.low_rank import Adapted
+from map_bo.merging.adapters.adapter import adapter_over
+from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, content_digest
 from map_bo.merging.checkpoints.positioned_reads import WeightFile
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsReader, read_header
 from map_bo.merging.checkpoints.tensors import raw_bytes
-from map_bo.merging.vectors.memory import in_words
-from map_bo.merging.vectors.parallel import spread
-from map_bo.merging.vectors.row_filling import Beside, Put
+from map_bo.merging.vectors.parallel import parallel_for
+from map_bo.merging.vectors.row_filling import Extras, Put
+from map_bo.merging.vectors.storage import format_bytes
 
-__all__ = ["MappedRows", "RowsCache", "read_beside", "rows_key", "write_beside"]
+__all__ = ["MappedRows", "RowsCache", "read_extras", "rows_key", "write_extras"]
 
 _ABOUT = "map_bo_rows"
 
-
-def write_beside(path: Path, about: Mapping[str, Any], beside: Beside) -> None:
-    """Write a safetensors file, to the disk itself.
-
-    Args:
-        path: The file to create.
-        about: Plain data on the rows.
-        beside: What there is.
-
-    Raises:
-        OSError: When it cannot be written.
-    """
-    tensors = {f"fixed.{name}": value for name, value in beside.fixed.items()}
-    tensors |= {f"floor.{index}": floor for index, floor in beside.floors.items()}
-    for index, part in beside.adapted.items():
-        here = f"adapted.{index}"
-        tensors |= {f"{here}.A": part.A, f"{here}.B": part.B, f"{here}.owner": part.owner}
-        tensors |= {f"{here}.value.{i}": value for i, value in part.values.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    told = {
-        **about,
-        "likeness": {str(i): list(sums) for i, sums in beside.likeness.items()},
-        "beside": _tensors_digest(tensors),
-    }
-    try:
-        save_file(tensors, path, metadata={_ABOUT: json.dumps(told)})
-    except SafetensorError as error:  # so it calls what the system says
-        raise OSError(errno.EIO, str(error)) from error
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-
-
-def read_beside(path: Path) -> tuple[dict[str, Any], Beside]:
-    """Read what `write_beside` wrote.
-
-    Raises:
-        CheckpointError: When the file is missing, damaged, or no safetensors file.
-        ValueError: When it holds something else than was written.
-    """
-    header = read_header(WeightFile(path))
-    reader = SafetensorsReader(path)
-    try:
-        about: dict[str, Any] = json.loads(header.metadata[_ABOUT])
-        tensors = {name: reader.load(name) for name in reader.layouts}
-        if _tensors_digest(tensors) != about["beside"]:
-            raise ValueError("what is beside its rows has changed")
-        fixed: dict[str, Tensor] = {}
-        floors: dict[int, Tensor] = {}
-        parts: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in tensors.items():
-            kind, _, rest = name.partition(".")
-            if kind == "fixed":
-                fixed[rest] = tensor
-            elif kind == "floor":
-                floors[int(rest)] = tensor
-            else:
-                index, _, label = rest.partition(".")
-                parts.setdefault(int(index), {})[label] = tensor
-        adapted = {index: _adapted(part) for index, part in sorted(parts.items())}
-        likeness = {int(i): sums for i, sums in about["likeness"].items()}
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.name} is of something else") from error
-    return about, Beside(fixed, floors, adapted, likeness)
-
-
-def _adapted(part: Mapping[str, Tensor]) -> Adapted:
-    values = {
-        int(label.removeprefix("value.")): tensor
-        for label, tensor in part.items()
-        if label.startswith("value.")
-    }
-    return Adapted(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
-
-
-def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        total.update(raw_bytes(tensor))
-    return total.hexdigest()
-
-
 _FORMAT = 1  # to be raised whenever the same inputs give other files
-_ROWS, _BESIDE = "rows", "beside.safetensors"
+# Names of 0.1 within an entry and its metadata, so that its entries stay good.
+_ROWS, _EXTRAS = "rows", "beside.safetensors"
 _BLOCK = 1 << 24  # bytes that are hashed together
 
 logger = logging.getLogger(__name__)
@@ -160,7 +79,7 @@ def rows_key(
         else:  # its digest is that of what it was made of, perhaps over another base
             found[index] = ["model", content_digest(checkpoint)]
 
-    spread(identify, list(enumerate((base, *experts.values()))), lambda: None)
+    parallel_for(identify, list(enumerate((base, *experts.values()))), lambda: None)
     about = {
         "format": _FORMAT,
         "dtype": str(dtype),
@@ -199,7 +118,7 @@ class MappedRows:
     @classmethod
     def open(
         cls, entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype
-    ) -> tuple[MappedRows, Beside]:
+    ) -> tuple[MappedRows, Extras]:
         """Map the rows of an entry, and read what is beside them.
 
         A file that is as it was left (size, time of change, inode) is taken as it is; one that was
@@ -212,7 +131,7 @@ class MappedRows:
         if not os.path.lexists(entry):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(entry))
         try:
-            about, beside = read_beside(entry / _BESIDE)
+            about, extras = read_extras(entry / _EXTRAS)
         except CheckpointError as error:
             raise ValueError(error.message) from error
         expected = {"key": key, "shape": list(shape), "dtype": str(dtype)}
@@ -232,7 +151,7 @@ class MappedRows:
             # torch has no tensors that cannot be written to, and says so.
             warnings.simplefilter("ignore", UserWarning)
             rows = torch.frombuffer(memory, dtype=dtype).view(shape)
-        return cls(entry, key, shape, dtype, rows, memory), beside
+        return cls(entry, key, shape, dtype, rows, memory), extras
 
     def release(self) -> None:
         """Give the pages back now; they are read again when they are used."""
@@ -240,10 +159,10 @@ class MappedRows:
             self._memory.madvise(mmap.MADV_DONTNEED)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.entry, self.key, self.shape, self.dtype)
+        return _reopen, (self.entry, self.key, self.shape, self.dtype)
 
 
-def _reopened(entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype) -> MappedRows:
+def _reopen(entry: Path, key: str, shape: tuple[int, int], dtype: torch.dtype) -> MappedRows:
     try:
         return MappedRows.open(entry, key, shape, dtype)[0]
     except (OSError, ValueError) as error:
@@ -273,8 +192,8 @@ class RowsCache:
         key: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fill: Callable[[Put], Beside],
-    ) -> tuple[MappedRows, Beside]:
+        fill: Callable[[Put], Extras],
+    ) -> tuple[MappedRows, Extras]:
         """Return the rows of a key, mapped; they are written first where they are not there.
 
         Args:
@@ -289,12 +208,12 @@ class RowsCache:
         """
         entry = self.folder / key
         # An entry that is there needs no right to write.
-        if (found := self._opened(entry, shape, dtype, warn=False)) is not None:
+        if (found := self._open(entry, shape, dtype, warn=False)) is not None:
             return found
         with self._writing():
             self.folder.mkdir(parents=True, exist_ok=True)
             with FileLock(self.folder / f".{key}.lock"):
-                if (found := self._opened(entry, shape, dtype, warn=True)) is not None:
+                if (found := self._open(entry, shape, dtype, warn=True)) is not None:
                     return found
                 for left in self.folder.glob(f".{key}.*.tmp"):  # by a process that was killed
                     shutil.rmtree(left, ignore_errors=True)
@@ -309,7 +228,7 @@ class RowsCache:
                     _sync_folder(self.folder)
                 finally:
                     shutil.rmtree(draft, ignore_errors=True)
-        found = self._opened(entry, shape, dtype, warn=True)
+        found = self._open(entry, shape, dtype, warn=True)
         if found is None:
             raise MergeError(
                 f"the task vectors were written to {entry} and cannot be read back",
@@ -317,9 +236,9 @@ class RowsCache:
             )
         return found
 
-    def _opened(
+    def _open(
         self, entry: Path, shape: tuple[int, int], dtype: torch.dtype, *, warn: bool
-    ) -> tuple[MappedRows, Beside] | None:
+    ) -> tuple[MappedRows, Extras] | None:
         try:
             return MappedRows.open(entry, entry.name, shape, dtype)
         except FileNotFoundError:
@@ -335,15 +254,15 @@ class RowsCache:
         key: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        fill: Callable[[Put], Beside],
+        fill: Callable[[Put], Extras],
     ) -> None:
         count, columns = shape
         size = count * columns * dtype.itemsize
         free = shutil.disk_usage(self.folder).free
         if size > free:
             raise MergeError(
-                f"task vectors are to be mapped from {self.folder}, which has {in_words(free)} "
-                f"free, and they take {in_words(size)}",
+                f"task vectors are to be mapped from {self.folder}, which has {format_bytes(free)} "
+                f"free, and they take {format_bytes(size)}",
                 hint="free some space, choose another cache folder, or allow more memory",
             )
         draft.mkdir()
@@ -358,7 +277,7 @@ class RowsCache:
                     written = os.pwrite(file.fileno(), content, at)
                     content, at = content[written:], at + written
 
-            beside = fill(put)
+            extras = fill(put)
             file.flush()
             os.fsync(file.fileno())
         about = {
@@ -368,7 +287,7 @@ class RowsCache:
             "digest": _file_digest(path),
             "state": _state(path),
         }
-        write_beside(draft / _BESIDE, about, beside)
+        write_extras(draft / _EXTRAS, about, extras)
         _sync_folder(draft)
 
     @contextmanager
@@ -383,6 +302,87 @@ class RowsCache:
                 if full
                 else "choose a cache folder that can be written",
             ) from error
+
+
+def write_extras(path: Path, about: Mapping[str, Any], extras: Extras) -> None:
+    """Write a safetensors file, to the disk itself.
+
+    Args:
+        path: The file to create.
+        about: Plain data on the rows.
+        extras: What there is.
+
+    Raises:
+        OSError: When it cannot be written.
+    """
+    tensors = {f"fixed.{name}": value for name, value in extras.fixed.items()}
+    tensors |= {f"floor.{index}": floor for index, floor in extras.floors.items()}
+    for index, part in extras.adapted.items():
+        here = f"adapted.{index}"
+        tensors |= {f"{here}.A": part.A, f"{here}.B": part.B, f"{here}.owner": part.owner}
+        tensors |= {f"{here}.value.{i}": value for i, value in part.values.items()}
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    told = {
+        **about,
+        "likeness": {str(i): list(sums) for i, sums in extras.similarity.items()},
+        "beside": _tensors_digest(tensors),
+    }
+    try:
+        save_file(tensors, path, metadata={_ABOUT: json.dumps(told)})
+    except SafetensorError as error:  # so it calls what the system says
+        raise OSError(errno.EIO, str(error)) from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
+    """Read what `write_extras` wrote.
+
+    Raises:
+        CheckpointError: When the file is missing, damaged, or no safetensors file.
+        ValueError: When it holds something else than was written.
+    """
+    header = read_header(WeightFile(path))
+    reader = SafetensorsReader(path)
+    try:
+        about: dict[str, Any] = json.loads(header.metadata[_ABOUT])
+        tensors = {name: reader.load(name) for name in reader.layouts}
+        if _tensors_digest(tensors) != about["beside"]:
+            raise ValueError("what is beside its rows has changed")
+        fixed: dict[str, Tensor] = {}
+        floors: dict[int, Tensor] = {}
+        parts: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            kind, _, rest = name.partition(".")
+            if kind == "fixed":
+                fixed[rest] = tensor
+            elif kind == "floor":
+                floors[int(rest)] = tensor
+            else:
+                index, _, label = rest.partition(".")
+                parts.setdefault(int(index), {})[label] = tensor
+        adapted = {index: _adapt(part) for index, part in sorted(parts.items())}
+        similarity = {int(i): sums for i, sums in about["likeness"].items()}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.name} is of something else") from error
+    return about, Extras(fixed, floors, adapted, similarity)
+
+
+def _adapt(part: Mapping[str, Tensor]) -> AdaptedTensor:
+    values = {
+        int(label.removeprefix("value.")): tensor
+        for label, tensor in part.items()
+        if label.startswith("value.")
+    }
+    return AdaptedTensor(part["B"], part["A"], part["owner"], dict(sorted(values.items())))
+
+
+def _tensors_digest(tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        total.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        total.update(raw_bytes(tensor))
+    return total.hexdigest()
 
 
 def _file_digest(path: Path) -> str:
@@ -400,7 +400,7 @@ def _file_digest(path: Path) -> str:
                 left -= len(content)
         found[start] = block.digest()
 
-    spread(digest, range(0, size, _BLOCK), lambda: None)
+    parallel_for(digest, range(0, size, _BLOCK), lambda: None)
     return hashlib.sha256(b"".join(found[start] for start in sorted(found))).hexdigest()
 
 

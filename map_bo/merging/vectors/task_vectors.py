@@ -2,9 +2,8 @@
 
 Task vectors ``v_n = theta_n - theta_base`` are those of Ilharco et al., *Editing Models with
 Task Arithmetic*, arXiv 2212.04089, section 2. Shapes: ``N`` experts, ``P`` numbers in the flat
-layout (the floating values of the model and a little padding).
-
-How alike task vectors are: their cosines, from the flat matrix in one pass.
+layout (the floating values of the model and a little padding). Their cosines come from the matrix
+in one pass.
 """
 
 from __future__ import annotations
@@ -18,14 +17,16 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.low_rank import Adapted
-from map_bo.merging.align.layout import FlatLayout, joined_ties
+from map_bo.merging.adapters.low_rank import AdaptedTensor
+from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
-from map_bo.merging.vectors.row_filling import Beside, Put, adapters_among, dense_among, fill
+from map_bo.merging.vectors.row_filling import Extras, Put, adapters_among, dense_among, fill
 from map_bo.merging.vectors.rows_cache import MappedRows, RowsCache, rows_key
-from map_bo.merging.vectors.storage import needed, require_available, storage_dtype
+from map_bo.merging.vectors.storage import estimate_memory, require_available, storage_dtype
 
 __all__ = ["TaskVectors", "cosines"]
+
+_CHUNK = 1 << 20  # numbers of all task vectors together that are held in float64 at once
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +48,7 @@ class TaskVectors:
             row: they stay factors of low rank.
         mapped: Where the rows are mapped from; None where they are in memory. Mapped rows are not
             to be written to, and are not copied when they are pickled.
-        roomy: Whether what is prepared from the rows may take memory of their size too.
+        spare_memory: Whether what is prepared from the rows may take memory of their size too.
     """
 
     experts: tuple[str, ...]
@@ -56,9 +57,9 @@ class TaskVectors:
     fixed: Mapping[str, Tensor] = field(default_factory=dict)
     floors: tuple[tuple[slice, Tensor], ...] = ()
     dense: tuple[int, ...] | None = None
-    adapted: Mapping[int, Adapted] = field(default_factory=dict)
+    adapted: Mapping[int, AdaptedTensor] = field(default_factory=dict)
     mapped: MappedRows | None = None
-    roomy: bool = True
+    spare_memory: bool = True
 
     @property
     def device(self) -> torch.device:
@@ -73,7 +74,7 @@ class TaskVectors:
     @property
     def resident(self) -> bool:
         """Whether rows are in memory and there is more to take; see `Deltas`."""
-        return self.roomy and self.mapped is None
+        return self.spare_memory and self.mapped is None
 
     @property
     def in_place(self) -> bool:
@@ -176,7 +177,7 @@ class TaskVectors:
         check_base: bool = True,
         ties: Mapping[str, str] | None = None,
         cache: str | Path | None = None,
-        roomy: bool = True,
+        spare_memory: bool = True,
     ) -> TaskVectors:
         """Read base and experts, piece by piece, and check that they fit each other.
 
@@ -215,7 +216,7 @@ class TaskVectors:
             ties: Further ties, alias -> canonical name, that the model has and the base does
                 not record; names that the base lacks are passed over.
             cache: Folder that rows are mapped from; None reads them into memory.
-            roomy: See the attribute.
+            spare_memory: See the attribute.
 
         Raises:
             MergeError: When a rule is broken; the message names the expert and the tensors. Also
@@ -224,10 +225,10 @@ class TaskVectors:
         dtype = storage_dtype(dtype)
         if not experts:
             raise MergeError("there are no experts", hint="give at least one fine-tuned model")
-        layout = FlatLayout.of(base, joined_ties(base, ties or {}))
+        layout = FlatLayout.of(base, join_ties(base, ties or {}))
         dense = dense_among(base, experts)
         shape = (1 + len(dense), layout.size)
-        need = needed(base, experts, layout, dtype)
+        need = estimate_memory(base, experts, layout, dtype)
         mapped: MappedRows | None = None
         if cache is None:
             if torch.device(device).type == "cpu":
@@ -237,7 +238,7 @@ class TaskVectors:
             def put(row: int, start: int, piece: Tensor) -> None:
                 rows[row, start : start + len(piece)].copy_(piece)
 
-            beside = fill(
+            extras = fill(
                 base, experts, layout, put, dtype=dtype, device=device, check_base=check_base
             )
         else:
@@ -246,15 +247,15 @@ class TaskVectors:
                     f"rows for {device} cannot be mapped from a file",
                     hint="use the CPU, or leave the cache out",
                 )
-            require_available(need.beside)
+            require_available(need.extras)
             written = False
 
-            def write(put: Put) -> Beside:
+            def write(put: Put) -> Extras:
                 nonlocal written
                 written = True
                 return fill(base, experts, layout, put, dtype=dtype, check_base=check_base)
 
-            mapped, beside = RowsCache(Path(cache).expanduser()).rows(
+            mapped, extras = RowsCache(Path(cache).expanduser()).rows(
                 rows_key(base, experts, layout, dtype),
                 shape,
                 dtype,
@@ -262,22 +263,19 @@ class TaskVectors:
             )
             rows = mapped.rows
             if check_base and not written:  # perhaps it was not asked for then
-                beside.judge(tuple(experts))
+                extras.judge(tuple(experts))
         slots = layout.slots
         return cls(
             tuple(experts),
             layout,
             rows,
-            beside.fixed,
-            tuple((slice(slots[i].offset, slots[i].stop), v) for i, v in beside.floors.items()),
+            extras.fixed,
+            tuple((slice(slots[i].offset, slots[i].stop), v) for i, v in extras.floors.items()),
             dense if adapters_among(base, experts) else None,
-            beside.adapted,
+            extras.adapted,
             mapped,
-            roomy,
+            spare_memory,
         )
-
-
-_CHUNK = 1 << 20  # numbers of all task vectors together that are held in float64 at once
 
 
 def cosines(vectors: TaskVectors) -> Tensor:

@@ -1,6 +1,6 @@
 """The form of a mergekit recipe: its models, its base and the parameters of each.
 
-Parameters of mergekit recipes: numbers, and lists of filters on tensor names.
+Parameters are numbers, or lists of filters on tensor names.
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ __all__ = ["Entries", "Recipe", "as_bool", "as_number", "blocks_of", "content_of
 
 Entries = tuple[tuple[str | None, float], ...]
 """Filter (a part of tensor names; None takes all) and value; the first match counts."""
+
+_NEEDED = {"merge_method", "models"}
+_READ = _NEEDED | {"base_model", "parameters"}
+_PASSED_OVER = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
 
 
 def as_number(name: str, value: Any) -> float:
@@ -39,7 +43,7 @@ def as_number(name: str, value: Any) -> float:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise ConfigError(f"{name} is {value!r}", hint="give a number")
+        raise ConfigError(f"{name} must be a number, got {value!r}", hint="give a finite number")
     return number
 
 
@@ -53,7 +57,9 @@ def as_bool(name: str, value: Any) -> bool:
         return value
     if value in (0, 1):
         return bool(value)
-    raise ConfigError(f"{name} is {value!r}", hint="give true or false for the whole merge")
+    raise ConfigError(
+        f"{name} must be true or false, got {value!r}", hint="give one for the whole merge"
+    )
 
 
 def entries(name: str, settings: Sequence[Any]) -> Entries:
@@ -131,16 +137,11 @@ def _pattern(text: str, earlier: Sequence[str]) -> str:
     return f"^(?!.*(?:{others})).*{re.escape(text)}"
 
 
-_NEEDED = {"merge_method", "models"}
-_READ = _NEEDED | {"base_model", "parameters"}
-_PASSED_OVER = {"dtype", "out_dtype", "tokenizer_source", "tokenizer", "chat_template"}
-
-
 def content_of(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the content of a recipe: read from a file, or as given.
 
     Raises:
-        ConfigError: When the file cannot be read or is no recipe.
+        ConfigError: When the file cannot be read or is not a recipe.
     """
     if isinstance(config, Mapping):
         return config
@@ -154,7 +155,7 @@ def content_of(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
     if not isinstance(content, Mapping):
-        raise ConfigError(f"{file} is no mergekit recipe", hint="it must say merge_method: ...")
+        raise ConfigError(f"{file} is not a mergekit recipe", hint="it must say merge_method: ...")
     return content
 
 
@@ -167,7 +168,7 @@ class Recipe:
 
     Raises:
         ConfigError: For parts that map_bo has nothing for: slices, modules, LoRA models, another
-            tokenizer; and for what is no recipe.
+            tokenizer; and for what is not a recipe.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -191,11 +192,13 @@ class Recipe:
         self.base = None if content.get("base_model") is None else _source(content["base_model"])
         models = content["models"]
         if not isinstance(models, Sequence) or not models or isinstance(models, str):
-            raise ConfigError("the recipe's models are no list", hint="write - model: PATH")
+            raise ConfigError("the recipe's models are not a list", hint="write - model: PATH")
         self._own: dict[str, Mapping[str, Any]] = {}
         for model in models:
             if not isinstance(model, Mapping) or "model" not in model:
-                raise ConfigError(f"{model!r} is no model of a recipe", hint="write - model: PATH")
+                raise ConfigError(
+                    f"{model!r} is not a model of a recipe", hint="write - model: PATH"
+                )
             source = _source(model["model"])
             if source in self._own:
                 raise ConfigError(f"the recipe lists {source} twice", hint="list it once")
@@ -271,7 +274,7 @@ def _parameters(given: Any, where: str) -> Mapping[str, Any]:
     if given is None:
         return {}
     if not isinstance(given, Mapping):
-        raise ConfigError(f"the parameters of {where} are no mapping", hint="write name: value")
+        raise ConfigError(f"the parameters of {where} are not a mapping", hint="write name: value")
     return given
 
 
@@ -283,7 +286,7 @@ def _source(reference: Any) -> str:
     else:
         inner = reference.get("model") if isinstance(reference, Mapping) else None
         if not isinstance(inner, Mapping) or "path" not in inner:
-            raise ConfigError(f"{reference!r} is no model", hint="give a path or a hub id")
+            raise ConfigError(f"{reference!r} is not a model", hint="give a path or a hub id")
         lora = reference.get("lora")
         revision = inner.get("revision")
         path = str(inner["path"]) + (f"@{revision}" if revision else "")

@@ -70,7 +70,7 @@ def from_mergekit(config: str | Path | Mapping[str, Any]) -> MergekitRecipe:
     return read(recipe)
 
 
-def _named(sources: Sequence[str]) -> dict[str, str]:
+def _name_models(sources: Sequence[str]) -> dict[str, str]:
     """Return names for models: the last part of each path or id, told apart by numbers."""
     names: dict[str, str] = {}
     for source in sources:
@@ -85,7 +85,7 @@ def _named(sources: Sequence[str]) -> dict[str, str]:
 Rule = Callable[[list[float]], list[float]]
 
 
-def _finished(
+def _finish(
     make: Callable[[Mapping[str, str] | None], MergeOperator],
     base: str | None,
     sources: Sequence[str],
@@ -101,16 +101,16 @@ def _finished(
         columns: The parameters that count.
         rule: Their values in a block -> the ``N`` coefficients there.
     """
-    patterns, rows = _filled(*blocks_of(columns), [*([base] if base else []), *sources])
+    patterns, rows = _fill(*blocks_of(columns), [*([base] if base else []), *sources])
     operator = make(patterns)
-    experts = _named(sources)
+    experts = _name_models(sources)
     table = [rule(row) for row in rows]
     values = [c for expert in zip(*table, strict=True) for c in expert]
     names = operator.space(tuple(experts), lower=0.0, upper=1.0).names
     return MergekitRecipe(operator, base, experts, dict(zip(names, values, strict=True)))
 
 
-def _filled(
+def _fill(
     patterns: dict[str, str] | None, rows: list[list[float]], sources: Sequence[str]
 ) -> tuple[dict[str, str] | None, list[list[float]]]:
     """Leave out blocks without tensors, where one of the models is here to look at."""
@@ -125,7 +125,7 @@ def _filled(
     return {blocks.names[i]: patterns[blocks.names[i]] for i in used}, [rows[i] for i in used]
 
 
-def _normalised(row: list[float]) -> list[float]:
+def _normalise(row: list[float]) -> list[float]:
     total = sum(row)
     return [w / (total if abs(total) >= 1e-8 else 1.0) for w in row]
 
@@ -151,7 +151,7 @@ def _linear(recipe: Recipe) -> MergekitRecipe:
 
     negative = any(value < 0 for column in columns for _, value in column)
     if without_base and not negative:
-        return _finished(
+        return _finish(
             lambda blocks: WeightedAverage(blocks=blocks), base, sources, columns, shares
         )
     if base is None:
@@ -159,7 +159,7 @@ def _linear(recipe: Recipe) -> MergekitRecipe:
             "linear has negative weights and no base model", hint="list the base among the models"
         )
     # The base's share is what the others leave.
-    return _finished(
+    return _finish(
         lambda blocks: TaskArithmetic(blocks=blocks), base, sources, [*columns, *pre], shares
     )
 
@@ -170,12 +170,12 @@ def _task_arithmetic(recipe: Recipe) -> MergekitRecipe:
     normalise = recipe.flag("normalize", False)
 
     def scaled(row: list[float]) -> list[float]:
-        own = _normalised(row[:-1]) if normalise else row[:-1]
+        own = _normalise(row[:-1]) if normalise else row[:-1]
         return [w * row[-1] for w in own]
 
     columns = [*weights, recipe.shared("lambda", 1.0)]
     base = recipe.required_base()
-    return _finished(lambda blocks: TaskArithmetic(blocks=blocks), base, sources, columns, scaled)
+    return _finish(lambda blocks: TaskArithmetic(blocks=blocks), base, sources, columns, scaled)
 
 
 def _spherical(recipe: Recipe) -> MergekitRecipe:
@@ -184,19 +184,19 @@ def _spherical(recipe: Recipe) -> MergekitRecipe:
         base = recipe.required_base()
         sources = [base, *recipe.others()]
         _require_two(recipe, sources)
-        return _finished(
+        return _finish(
             lambda blocks: Slerp(of="weights", norms="own", blocks=blocks),
             None,
             sources,
             [recipe.shared("t")],
-            lambda row: _checked([1 - row[0], row[0]]),
+            lambda row: _check([1 - row[0], row[0]]),
         )
     if recipe.method == "karcher":
         extra = [recipe.base] if recipe.base and recipe.base not in recipe.models else []
         sources = [*recipe.models, *extra]
         even = [1 / len(sources)] * len(sources)
         operator = Slerp(of="weights", norms="mean")
-        experts = _named(sources)
+        experts = _name_models(sources)
         return MergekitRecipe(operator, None, experts, dict(zip(experts, even, strict=True)))
     sources = recipe.others()
     _require_two(recipe, sources)
@@ -215,11 +215,11 @@ def _spherical(recipe: Recipe) -> MergekitRecipe:
                 hint="use nuslerp, or equal weights",
             )
         total = sum(row)
-        return _checked([w / total for w in row] if abs(total) >= _LEAST else [0.5, 0.5])
+        return _check([w / total for w in row] if abs(total) >= _LEAST else [0.5, 0.5])
 
     of = "weights" if recipe.base is None else "deltas"
     norms = "mean" if multi else "own"
-    return _finished(
+    return _finish(
         lambda blocks: Slerp(of=of, norms=norms, blocks=blocks),
         recipe.base,
         sources,
@@ -236,7 +236,7 @@ def _require_two(recipe: Recipe, sources: Sequence[str]) -> None:
         )
 
 
-def _checked(row: list[float]) -> list[float]:
+def _check(row: list[float]) -> list[float]:
     if min(row) < 0:
         raise ConfigError(
             "a spherical merge goes beyond one of its models", hint="give weights from 0 on"
@@ -271,14 +271,14 @@ def _sparse(recipe: Recipe) -> MergekitRecipe:
     rule: Rule
     if uniform:
         joining["scale"] = factor * steps[0][1]
-        rule = _normalised if normalise and not elect else _same
+        rule = _normalise if normalise and not elect else _same
     else:
         columns = [*columns, steps]
         if elect and normalise:
             joining |= {"election": "mass", "normalisation": "agreeing"}
             rule = _equal
         else:
-            rule = _positive if elect else (_scaled_shares if normalise else _scaled)
+            rule = _positive if elect else (_scale_shares if normalise else _scale)
 
     def make(blocks: Mapping[str, str] | None) -> MergeOperator:
         if kind == "ties":
@@ -293,25 +293,25 @@ def _sparse(recipe: Recipe) -> MergekitRecipe:
         epsilon = 2 * recipe.number("epsilon", 0.15, sources) if rate else 0.0
         return Della(drop_rate=rate, epsilon=epsilon, blocks=blocks, **joining)
 
-    return _finished(make, recipe.required_base(), sources, columns, rule)
+    return _finish(make, recipe.required_base(), sources, columns, rule)
 
 
 def _same(row: list[float]) -> list[float]:
     return row
 
 
-def _scaled(row: list[float]) -> list[float]:
+def _scale(row: list[float]) -> list[float]:
     return [w * row[-1] for w in row[:-1]]
 
 
-def _scaled_shares(row: list[float]) -> list[float]:
-    return [w * row[-1] for w in _normalised(row[:-1])]
+def _scale_shares(row: list[float]) -> list[float]:
+    return [w * row[-1] for w in _normalise(row[:-1])]
 
 
 def _positive(row: list[float]) -> list[float]:
     if row[-1] < 0:
         raise ConfigError("lambda is negative for some tensors", hint="give a lambda from 0 on")
-    return _scaled(row)
+    return _scale(row)
 
 
 def _equal(row: list[float]) -> list[float]:

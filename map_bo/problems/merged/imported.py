@@ -18,14 +18,17 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.extensions import installed, origin
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.merged.problem import MergedModelProblem
 
-__all__ = ["imported_problem", "named"]
+__all__ = ["import_callable", "imported_problem"]
 
 _DTYPES: dict[str, StorageDtype] = {
     "float32": torch.float32,
@@ -40,7 +43,7 @@ def imported_problem(
     *,
     base: str,
     experts: Mapping[str, str],
-    evaluators: Mapping[str, str],
+    evaluators: Mapping[str, str | Evaluator],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
     lower: float = 0.0,
@@ -62,8 +65,9 @@ def imported_problem(
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
             `map_bo.open_checkpoint`).
         experts: The experts by name, likewise.
-        evaluators: ``module:callable`` by metric name; each takes the model and returns a float
-            or a :class:`~map_bo.evaluators.evaluator.Measurement`.
+        evaluators: ``module:callable`` by metric name, or the name of an evaluator that an
+            installed package registers (see :mod:`map_bo.extensions`); each takes the model and
+            returns a float or a :class:`~map_bo.evaluators.evaluator.Measurement`.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where the default (a
             proportion to maximise) does not fit.
         operator: How to merge; task arithmetic when None.
@@ -101,16 +105,20 @@ def imported_problem(
             hint=f"evaluators are {', '.join(evaluators)}",
         )
     if dtype not in _DTYPES:
-        raise ConfigError(f"dtype is {dtype!r}", hint=f"one of {', '.join(_DTYPES)}")
+        raise ConfigError(
+            f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}",
+            hint="set problem.dtype to one of them",
+        )
     if vocabulary not in (None, *get_args(VocabularyRule)):
         raise ConfigError(
-            f"vocabulary is {vocabulary!r}", hint=f"one of {', '.join(get_args(VocabularyRule))}"
+            f"vocabulary must be one of {', '.join(get_args(VocabularyRule))}, got {vocabulary!r}",
+            hint="set problem.vocabulary to one of them, or leave it out",
         )
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
-        if isinstance(getattr(merging, "blocks", None), str):
+        if isinstance(merging, HasBlocks) and isinstance(merging.blocks, str):
             raise ConfigError(
                 "sum_at_most and blocks in a word were both given",
                 hint="give the blocks as {block: regular expression on tensor names}, or bound "
@@ -121,11 +129,12 @@ def imported_problem(
     if model is None and not Path(base).expanduser().exists():
         opened = open_checkpoint(base)
     return MergedModelProblem(
-        named(model, "problem.model") if model is not None else _architecture(opened),
+        import_callable(model, "problem.model") if model is not None else _architecture(opened),
         base=opened,
         experts=dict(experts),
         evaluators={
-            name: named(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+            name: _evaluator(where, f"problem.evaluators.{name}")
+            for name, where in evaluators.items()
         },
         metrics=described,
         operator=operator,
@@ -138,13 +147,28 @@ def imported_problem(
         vocabulary=vocabulary,
         recalibration=None
         if recalibration is None
-        else named(recalibration, "problem.recalibration"),
+        else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
     )
 
 
-def named(where: str, key: str) -> Callable[..., Any]:
+def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
+    if callable(where):  # built from a configuration of its own
+        return where
+    points = installed()["evaluator"].get(str(where), ())
+    if not points:
+        return import_callable(where, key)
+    if len(points) > 1:
+        raise ConfigError(
+            f"{key} {where!r} is registered by {' and '.join(map(origin, points))}",
+            hint="write it as module:function",
+        )
+    found = import_callable(points[0].value, key)
+    return found() if isinstance(found, type) else found
+
+
+def import_callable(where: str, key: str) -> Callable[..., Any]:
     """Import ``module:attribute``, looking in the working directory first.
 
     Raises:
@@ -152,7 +176,9 @@ def named(where: str, key: str) -> Callable[..., Any]:
     """
     module, separator, attribute = str(where).partition(":")
     if not separator or not module or not attribute:
-        raise ConfigError(f"{key} is {where!r}", hint="write it as module:function")
+        raise ConfigError(
+            f"{key} must name a function, got {where!r}", hint="write it as module:function"
+        )
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -166,7 +192,10 @@ def named(where: str, key: str) -> Callable[..., Any]:
             hint="modules are looked for in the working directory and the installed packages",
         ) from error
     if not callable(found):
-        raise ConfigError(f"{key} {where!r} is a {type(found).__name__}, not a function")
+        raise ConfigError(
+            f"{key} must name a function, got a {type(found).__name__} ({where})",
+            hint="name a function or a class",
+        )
     return found  # type: ignore[no-any-return]
 
 

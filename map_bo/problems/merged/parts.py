@@ -1,10 +1,8 @@
-"""What a merged-model problem demands of its parts before anything is read.
+"""The parts of a merged-model problem: what is demanded of them, and what is decided from them.
 
-The coefficients of a merged-model problem, with what the task vectors say of their size.
-
-Where a merged-model problem keeps its task vectors.
-
-A merged-model problem as plain data, by which a run recognises it.
+Model, space, operator and evaluators are checked before anything is read. Decided are how important
+each coefficient is, where task vectors are kept, whether ties of the model matter to an export, and
+the plain data by which a run recognises the problem.
 """
 
 from __future__ import annotations
@@ -22,21 +20,25 @@ from map_bo.errors import MergeError
 from map_bo.evaluators.differentiable import check_differentiable
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
-from map_bo.merging.vectors.blocks import Blocks, block_norms, relative_importance
-from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
+from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
 from map_bo.merging.vectors.storage import Storage
+from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import encode_metric
 
 __all__ = [
-    "built_model",
+    "blocks_to_weigh",
+    "build_model",
     "check_gradients",
     "check_model",
     "check_space",
-    "described",
-    "storage_of",
-    "weighed_space",
+    "choose_storage",
+    "describe_problem",
+    "require_derivatives",
+    "ties_matter",
+    "weigh_space",
 ]
 
 
@@ -48,12 +50,12 @@ def check_model(model: object) -> None:
     """
     if not callable(model):
         raise MergeError(
-            f"the model is a {type(model).__name__}",
+            f"the model must be a module or a function, got a {type(model).__name__}",
             hint="give a torch.nn.Module, or a function that returns one",
         )
 
 
-def built_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
+def build_model(source: nn.Module | Callable[[], nn.Module], device: torch.device) -> nn.Module:
     """Return the model: the one that was given, or what the function returns, on a device.
 
     Raises:
@@ -62,8 +64,8 @@ def built_model(source: nn.Module | Callable[[], nn.Module], device: torch.devic
     model = source if isinstance(source, nn.Module) else source()
     if not isinstance(model, nn.Module):
         raise MergeError(
-            f"the model function returned a {type(model).__name__}",
-            hint="it must return a torch.nn.Module",
+            f"the model function must return a module, got a {type(model).__name__}",
+            hint="return a torch.nn.Module",
         )
     return model if model is source else model.to(device)
 
@@ -85,13 +87,13 @@ def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
 def check_gradients(
     evaluators: Mapping[str, Evaluator], operator: MergeOperator, *, recalibrated: bool
 ) -> None:
-    """Refuse gradients where metrics are no differentiable function of the coefficients.
+    """Refuse gradients where metrics are not a differentiable function of the coefficients.
 
     Raises:
         MergeError: For an operator that is not linear in its coefficients, and with recalibration.
         EvaluationError: For an evaluator without gradients.
     """
-    if not isinstance(operator, TaskArithmetic):
+    if not isinstance(operator, Linear):
         raise MergeError(
             f"gradients were asked for, and {type(operator).__name__} is not linear in its "
             "coefficients",
@@ -107,38 +109,63 @@ def check_gradients(
         check_differentiable(name, evaluator)
 
 
-def weighed_space(
+def require_derivatives(prepared: PreparedMerge, operator: MergeOperator) -> HasDerivatives:
+    """Return a prepared merge that knows its derivatives by the coefficients.
+
+    Raises:
+        MergeError: When it does not.
+    """
+    if not isinstance(prepared, HasDerivatives):
+        raise MergeError(
+            f"gradients were asked for, and what {type(operator).__name__} prepares has no "
+            "derivatives by its coefficients",
+            hint="use TaskArithmetic, or pass gradients=False",
+        )
+    return prepared
+
+
+def blocks_to_weigh(space: CoefficientSpace, operator: MergeOperator) -> Blocks | None:
+    """Return the operator's blocks, where there are some and nobody said how important they are.
+
+    Args:
+        space: The coefficients.
+        operator: The operator; its ``blocks`` are patterns.
+    """
+    blocks = Blocks(operator.blocks if isinstance(operator, HasBlocks) else None)
+    if len(blocks) == 1 or space.importance or space.blocks != len(blocks):
+        return None
+    return blocks
+
+
+def weigh_space(
     space: CoefficientSpace,
-    operator: MergeOperator,
+    blocks: Blocks,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
-    ties: Callable[[], Mapping[str, str]],
+    ties: Mapping[str, str],
 ) -> CoefficientSpace:
-    """Return the space with importances, where the operator has blocks and nobody gave any.
+    """Return the space with importances: the norms of what each coefficient scales.
 
     A setting of the operator is taken to be as important as a coefficient is on the mean.
 
     Args:
         space: The coefficients.
-        operator: The operator; its ``blocks`` are patterns.
+        blocks: The blocks that they belong to.
         base: The base.
         experts: Name -> checkpoint.
-        ties: Returns alias -> canonical name of all tensors that are one.
+        ties: Alias -> canonical name of all tensors that are one.
 
     Raises:
         MergeError: When experts do not fit the base.
     """
-    blocks = Blocks(getattr(operator, "blocks", None))
-    if len(blocks) == 1 or space.importance or space.blocks != len(blocks):
-        return space
-    norms = block_norms(base, experts, blocks.of, len(blocks), ties=ties())
+    norms = block_norms(base, experts, blocks.of, len(blocks), ties=ties)
     sizes = relative_importance(norms)
     if not sizes:
         return space
     return replace(space, importance=(*sizes, *(1.0 for _ in space.settings)))
 
 
-def storage_of(
+def choose_storage(
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
     *,
@@ -166,7 +193,21 @@ def storage_of(
     return Storage.of(base, experts, dtype=dtype, device=device, max_memory=max_memory, cache=cache)
 
 
-def described(
+def ties_matter(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    operator: MergeOperator,
+    space: CoefficientSpace,
+) -> bool:
+    """Return whether a merge may differ by what the model ties and the base does not record."""
+    if not isinstance(operator, Linear) or space.blocks > 1:
+        return True
+    # With one weight per expert tied tensors come out the same, where all are there.
+    wanted = set(base.names) - set(base.ties)
+    return any(not wanted <= set(expert.names) for expert in experts.values())
+
+
+def describe_problem(
     *,
     base: Checkpoint,
     experts: Mapping[str, Checkpoint],
@@ -178,30 +219,23 @@ def described(
 ) -> dict[str, Any]:
     """Return the description; it holds the digests of all checkpoints, so they are read once.
 
-    What is off or was not needed (``switches``, the fitting of an expert) is left out, so that
+    What is off or was not needed (``switches``, changes of a vocabulary) is left out, so that
     records made before it existed stay equal.
     """
 
     def origin(checkpoint: Checkpoint) -> dict[str, Any]:
-        fitting = {"fitting": dict(checkpoint.fitting)} if checkpoint.fitting else {}
-        return {"source": checkpoint.source, "digest": checkpoint.digest(), **fitting}
+        changes = checkpoint.vocabulary_changes
+        # "fitting" is the word of version 0.1, by which records are compared.
+        told = {"fitting": dict(changes)} if changes else {}
+        return {"source": checkpoint.source, "digest": checkpoint.digest(), **told}
 
     return {
         "kind": "merged_model",
         "base": origin(base),
         "experts": {name: origin(expert) for name, expert in experts.items()},
-        "operator": operator.describe(),
+        "operator": identity_of(operator),
         "space": space.describe(),
-        "metrics": [
-            {
-                "name": metric.name,
-                "direction": metric.direction,
-                "kind": metric.kind,
-                "lower": metric.lower,
-                "upper": metric.upper,
-            }
-            for metric in metrics
-        ],
+        "metrics": [encode_metric(metric) for metric in metrics],
         "dtype": str(dtype).removeprefix("torch."),
         **{name: True for name, on in switches.items() if on},
     }

@@ -6,32 +6,43 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import EvaluationError, MergeError
-from map_bo.evaluators.differentiable import Differentiable, measure_with_gradient
+from map_bo.evaluators.differentiable import measure_with_gradient
 from map_bo.evaluators.evaluator import (
     Evaluator,
     check_names,
     entry_of,
     measure,
     metrics_of,
-    named_metrics,
+    select_metrics,
 )
-from map_bo.merging.adapters.checkpoint import open_expert
-from map_bo.merging.align.layout import joined_ties
-from map_bo.merging.align.vocabulary import VocabularyRule, fitted_experts
-from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.layout import join_ties
+from map_bo.merging.align.vocabulary import VocabularyRule, fit_vocabularies
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
+from map_bo.merging.export.bounded import Merge, merges_files, tie_weights
+from map_bo.merging.export.draft import refuse_existing
+from map_bo.merging.export.model import ExportSettings, export_model
 from map_bo.merging.vectors.blocks import with_known_blocks
-from map_bo.merging.vectors.linear_merge import LinearMerge, LinearOperator, TaskArithmetic
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.live import LiveModel, model_ties
-from map_bo.merging.vectors.memory import ExportSettings
-from map_bo.merging.vectors.operator import MergeOperator, PreparedMerge
+from map_bo.merging.vectors.operator import (
+    HasDerivatives,
+    Linear,
+    MergeOperator,
+    PreparedMerge,
+    Weights,
+    recipe_of,
+)
 from map_bo.merging.vectors.recalibration import (
     Batches,
     Recalibration,
@@ -41,22 +52,34 @@ from map_bo.merging.vectors.recalibration import (
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.operators.known_statistics import NeedsStatistics
-from map_bo.problems.merged.export import AdapterExporting, write_merged
 from map_bo.problems.merged.parts import (
-    built_model,
+    blocks_to_weigh,
+    build_model,
     check_gradients,
     check_model,
     check_space,
-    described,
-    storage_of,
-    weighed_space,
+    choose_storage,
+    describe_problem,
+    require_derivatives,
+    ties_matter,
+    weigh_space,
 )
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem(AdapterExporting):
+@dataclass(frozen=True, eq=False)
+class _Loaded:
+    """What evaluating needs: the task vectors, the operator bound to them, and the live model."""
+
+    vectors: TaskVectors
+    prepared: PreparedMerge
+    live: LiveModel
+    derivatives: HasDerivatives | None  # where gradients were asked for
+
+
+class MergedModelProblem:
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -87,11 +110,11 @@ class MergedModelProblem(AdapterExporting):
             moved there; a given one must be there.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
         gradients: Whether to measure the derivatives by the coefficients too, with one backward
-            pass a batch (see :mod:`map_bo.evaluators.differentiable`). Every evaluator must be
-            differentiable and the operator task arithmetic.
+            pass per batch (see :mod:`map_bo.evaluators.differentiable`). Every evaluator must be
+            differentiable and the operator linear, as task arithmetic is.
         vocabulary: What to do with experts whose embeddings have other rows than the base's:
             refuse them (default), or match rows by position (``"base"``) or by token
-            (``"tokens"``); see `map_bo.merging.align.vocabulary.fitted`.
+            (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
         recalibration: Batches, or a function that returns them: after each merge the statistics of
             BatchNorm layers are measured anew on them, in what is evaluated and in what is
             exported; see `map_bo.merging.vectors.recalibration.recalibrate`. Not with gradients.
@@ -138,7 +161,7 @@ class MergedModelProblem(AdapterExporting):
         self._metrics = metrics_of(evaluators, metrics)
         self._base = open_checkpoint(base)
         given = {name: open_expert(source, self._base) for name, source in experts.items()}
-        self._experts = fitted_experts(given, self._base, vocabulary)
+        self._experts = fit_vocabularies(given, self._base, vocabulary)
         given_operator = TaskArithmetic() if operator is None else operator
         self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
@@ -149,7 +172,7 @@ class MergedModelProblem(AdapterExporting):
         self._device = torch.device(device)
         kept = {"dtype": dtype, "max_memory": max_memory, "cache_dir": cache_dir}
         self._kept: dict[str, Any] = kept
-        self._storage = storage_of(self._base, self._experts, device=self._device, **self._kept)
+        self._storage = choose_storage(self._base, self._experts, device=self._device, **self._kept)
         self._check_base = check_base
         self._gradients = gradients
         if gradients:
@@ -159,18 +182,21 @@ class MergedModelProblem(AdapterExporting):
         self._recalibration = None if recalibration is None else Recalibration(recalibration)
         self._model: nn.Module | None = None
         self._measured: CoefficientSpace | None = None
-        self._ready: tuple[TaskVectors, PreparedMerge, LiveModel] | None = None
+        self._loaded: _Loaded | None = None
 
     @property
     def space(self) -> CoefficientSpace:
         """The coefficients; with blocks, their importance is the norm of the part they scale.
 
         Those norms are read, once, when the space is first asked for: one pass over the
-        checkpoints. With one coefficient an expert nothing is read.
+        checkpoints. With one coefficient per expert nothing is read.
         """
         if self._measured is None:
-            self._measured = weighed_space(
-                self._space, self._operator, self._base, self._experts, self._ties
+            blocks = blocks_to_weigh(self._space, self._operator)
+            self._measured = (
+                self._space
+                if blocks is None
+                else weigh_space(self._space, blocks, self._base, self._experts, self._ties())
             )
         return self._measured
 
@@ -186,7 +212,7 @@ class MergedModelProblem(AdapterExporting):
             CheckpointError: On a file that cannot be read.
             MergeError: When checkpoints, model and operator do not fit each other.
         """
-        self._prepare()
+        self._load()
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Merge and measure every row of ``X`` (``n x d``).
@@ -203,32 +229,30 @@ class MergedModelProblem(AdapterExporting):
         X = self._space.check(X)
         n, m = len(X), len(self._metrics)
         Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
-        slopes, spread = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
+        gradients, noise = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
         cost = torch.zeros(n, dtype=torch.float64)
         failures: list[str | None] = [None] * n
-        _, prepared, live = self._prepare()
-        with live:
+        loaded = self._load()
+        with loaded.live as live:
             for i, x in enumerate(X):
                 start = time.perf_counter()
                 try:
                     for j, metric in enumerate(self._metrics):
-                        self._write(x)
+                        model = self._write(x)
                         evaluator = self._evaluators[metric.name]
-                        if self._gradients:
-                            assert isinstance(evaluator, Differentiable)
-                            assert isinstance(prepared, LinearMerge)
-                            seen, slopes[i, j], spread[i, j] = measure_with_gradient(
-                                metric.name, evaluator, live, prepared.directional
-                            )
+                        if loaded.derivatives is None:
+                            seen = measure(metric.name, evaluator, model)
                         else:
-                            seen = measure(metric.name, evaluator, live.model)
+                            seen, gradients[i, j], noise[i, j] = measure_with_gradient(
+                                metric.name, evaluator, live, loaded.derivatives
+                            )
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
                 except EvaluationError as error:
                     failures[i] = error.reason
                     Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
                 cost[i] = time.perf_counter() - start
         return Observations(
-            X, Y, self._metrics, Yvar, counts, cost, tuple(failures), slopes, spread
+            X, Y, self._metrics, Yvar, counts, cost, tuple(failures), gradients, noise
         )
 
     @contextmanager
@@ -238,15 +262,15 @@ class MergedModelProblem(AdapterExporting):
         On leaving, it has its own weights again, and nothing that was done to it remains.
         """
         row = self._row(x)
-        with self._prepare()[-1]:
+        with self._load().live:
             yield self._write(row)
 
     def merged(self, x: Tensor) -> dict[str, Tensor]:
         """Return the state dict merged with ``x`` (``d``): new tensors in the base's dtypes."""
-        row = self._row(x)
-        vectors, prepared, _ = self._prepare()
+        row, loaded = self._row(x), self._load()
+        vectors = loaded.vectors
         flat = torch.empty(vectors.layout.size, dtype=torch.float32, device=vectors.rows.device)
-        prepared.write(row, flat)
+        loaded.prepared.write(row, flat)
         state, measured = vectors.layout.state_dict(flat, vectors.fixed), self._statistics(row)
         return {name: measured.get(name, tensor).to(tensor) for name, tensor in state.items()}
 
@@ -258,7 +282,7 @@ class MergedModelProblem(AdapterExporting):
         *,
         settings: ExportSettings | None = None,
     ) -> Path:
-        """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_merged`.
+        """Write the model merged with ``x`` (``d``) to the folder ``out``; see `export_model`.
 
         It is merged anew from the checkpoints, piece by piece, without loss from the storage
         dtype and without loading the model.
@@ -276,21 +300,61 @@ class MergedModelProblem(AdapterExporting):
             MergeError: When it cannot be written; nothing is left behind.
         """
         row = self._row(x)
-        if self._ready is not None:
-            self._ready[0].release()  # mapped pages would count against the bound of memory
-        return write_merged(
+        refuse_existing(out)  # before a model is loaded
+        merge = self._merge(row)
+        if self._loaded is not None:
+            self._loaded.vectors.release()  # mapped pages would count against the bound of memory
+        return export_model(merge, out, settings=settings, record=record)
+
+    def export_adapter(
+        self,
+        x: Tensor,
+        out: str | Path,
+        *,
+        rank: int | None = None,
+        others: Literal["save", "refuse"] = "save",
+        record: Mapping[str, Any] | None = None,
+    ) -> AdapterExport:
+        """Write the merge with ``x`` (``d``) to ``out`` as an adapter; see `export_adapter`.
+
+        A linear operator is merged from the checkpoints; of another the merged model's change is
+        approximated, which needs a rank.
+
+        Args:
+            x: ``d`` coefficients.
+            out: Folder to create.
+            rank: Largest rank; None keeps a linear merge of adapters exact.
+            others: Whether to save what has no factors as full values, or to refuse it.
+            record: Further plain data for the recipe.
+
+        Returns:
+            The folder, and what was lost by the rank.
+
+        Raises:
+            MergeError: When it cannot be written; nothing is left behind.
+        """
+        row, model = self._row(x), self._architecture()
+        ties = model_ties(model)
+        weights: Weights | None = None
+        merged: Checkpoint | None = None
+        if isinstance(self._operator, Linear):
+            joined = join_ties(self._base, ties)
+            weights = tie_weights(self._operator.weights(tuple(self._experts), row), joined)
+        else:
+            merged = open_checkpoint(self.merged(row))
+        return export_adapter(
             out,
-            row,
-            tensors=lambda: self.merged(row),
             base=self._base,
             experts=self._experts,
-            operator=self._operator,
-            space=self._space,
-            ties=self._ties,
-            recalibrated=lambda: self._statistics(row),
+            weights=weights,
+            operator=recipe_of(self._operator),
+            coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
+            rank=rank,
+            others=others,
+            kinds=module_kinds(model),
+            merged=merged,
+            ties=ties,
             record=record,
-            check_base=self._check_base,
-            settings=settings,
         )
 
     def restricted(self, names: Sequence[str]) -> MergedModelProblem:
@@ -301,8 +365,8 @@ class MergedModelProblem(AdapterExporting):
         Raises:
             DataError: When there is no such metric.
         """
-        metrics = named_metrics(self._metrics, names)
-        self._prepare()
+        metrics = select_metrics(self._metrics, names)
+        self._load()
         part = copy.copy(self)
         part._metrics = metrics
         part._evaluators = {name: self._evaluators[name] for name in names}
@@ -311,7 +375,7 @@ class MergedModelProblem(AdapterExporting):
     @property
     def composes(self) -> bool:
         """Whether merges of merges are merges of the experts: the operator is linear."""
-        return isinstance(self._operator, LinearOperator)
+        return isinstance(self._operator, Linear)
 
     def with_experts(
         self, experts: Mapping[str, str | CheckpointSource], names: Sequence[str]
@@ -332,7 +396,7 @@ class MergedModelProblem(AdapterExporting):
                 "a space of your own says nothing about merging other experts",
                 hint="give lower and upper in place of space",
             )
-        metrics = named_metrics(self._metrics, names)
+        metrics = select_metrics(self._metrics, names)
         low, high = self._bounds
         return MergedModelProblem(
             self._architecture(),
@@ -355,14 +419,14 @@ class MergedModelProblem(AdapterExporting):
 
     def similarity(self) -> Tensor:
         """Return the cosines between the experts' task vectors, ``N x N``; see `cosines`."""
-        return cosines(self._prepare()[0])
+        return cosines(self._load().vectors)
 
     def describe(self) -> dict[str, Any]:
         """Return plain data by which the same problem is recognised, as when a run is resumed.
 
         It holds the digests of all checkpoints, so they are read. Evaluators are told by name.
         """
-        return described(
+        return describe_problem(
             base=self._base,
             experts=self._experts,
             operator=self._operator,
@@ -374,10 +438,26 @@ class MergedModelProblem(AdapterExporting):
             recalibration=self._recalibration is not None,
         )
 
+    def _merge(self, row: Tensor) -> Merge:
+        """Return the merge with ``row`` (``d``): what its files follow from."""
+        from_files = merges_files(self._base, self._operator)
+        matter = ties_matter(self._base, self._experts, self._operator, self._space)
+        return Merge(
+            base=self._base,
+            experts=self._experts,
+            operator=self._operator,
+            names=self._space.names,
+            c=row,
+            ties=self._ties() if matter else {},
+            check_base=self._check_base,
+            tensors=None if from_files else self.merged(row),
+            recalibrated=self._statistics(row),
+        )
+
     def _write(self, x: Tensor) -> nn.Module:
         """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it."""
-        _, prepared, live = self._prepare()
-        model = live.write(prepared, x)
+        loaded = self._load()
+        model = loaded.live.write(loaded.prepared, x)
         if self._recalibration is not None:
             self._recalibration(model, x)
         return model
@@ -393,38 +473,42 @@ class MergedModelProblem(AdapterExporting):
         x = torch.as_tensor(x, dtype=torch.float64)
         return self._space.check(x[None] if x.dim() == 1 else x.reshape(1, -1))[0]
 
-    def _prepare(self) -> tuple[TaskVectors, PreparedMerge, LiveModel]:
-        if self._ready is None:
-            model = self._architecture()
-            vectors = TaskVectors.load(
-                self._base,
-                self._experts,
-                dtype=self._storage.dtype,
-                device=self._device,
-                check_base=self._check_base,
-                ties=model_ties(model),
-                cache=self._storage.cache,
-                roomy=self._storage.roomy,
+    def _load(self) -> _Loaded:
+        """Read the checkpoints and build the model, once."""
+        if self._loaded is not None:
+            return self._loaded
+        model = self._architecture()
+        vectors = TaskVectors.load(
+            self._base,
+            self._experts,
+            dtype=self._storage.dtype,
+            device=self._device,
+            check_base=self._check_base,
+            ties=model_ties(model),
+            cache=self._storage.cache,
+            spare_memory=self._storage.spare_memory,
+        )
+        if isinstance(self._operator, NeedsStatistics):
+            self._operator.check_experts(self._experts)
+        live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
+        if live.device != vectors.rows.device:
+            raise MergeError(
+                f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
+                hint=f"move the model, or pass device={str(live.device)!r}",
             )
-            if isinstance(self._operator, NeedsStatistics):
-                self._operator.check_experts(self._experts)
-            live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
-            if live.device != vectors.rows.device:
-                raise MergeError(
-                    f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
-                    hint=f"move the model, or pass device={str(live.device)!r}",
-                )
-            if self._recalibration is not None:
-                require_batch_norm(model)
-            if self._gradients:
-                live.require_whole()
-            self._ready = vectors, self._operator.prepare(vectors), live
-        return self._ready
+        if self._recalibration is not None:
+            require_batch_norm(model)
+        if self._gradients:
+            live.require_whole()
+        prepared = self._operator.prepare(vectors)
+        derivatives = require_derivatives(prepared, self._operator) if self._gradients else None
+        self._loaded = _Loaded(vectors, prepared, live, derivatives)
+        return self._loaded
 
     def _ties(self) -> dict[str, str]:
-        return joined_ties(self._base, model_ties(self._architecture()))
+        return join_ties(self._base, model_ties(self._architecture()))
 
     def _architecture(self) -> nn.Module:
         if self._model is None:
-            self._model = built_model(self._source, self._device)
+            self._model = build_model(self._source, self._device)
         return self._model

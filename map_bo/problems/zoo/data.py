@@ -75,7 +75,7 @@ def transform_names(experts: int) -> tuple[str, ...]:
     most = len(TRANSFORM_NAMES)
     if isinstance(experts, bool) or not isinstance(experts, int) or not 2 <= experts <= most:
         raise DataError(
-            f"the digits zoo has no {experts!r} experts",
+            f"experts must be a whole number from 2 to {most}, got {experts!r}",
             hint=f"ask for a whole number from 2 to {most}",
         )
     return TRANSFORM_NAMES[:experts]

@@ -1,7 +1,7 @@
 """The digits zoo: small real experts, trained once, and the problem of merging them.
 
 Every expert is the same base network fine-tuned on scikit-learn's digits as one transform shows
-them. Trained weights are kept as safetensors in the user's cache directory, one file a network,
+them. Trained weights are kept as safetensors in the user's cache directory, one file per network,
 in a folder whose name holds a key of everything that the weights depend on; an expert is
 trained once, whatever the size of the zoo that first asked for it.
 """
@@ -21,6 +21,7 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import DataError
 from map_bo.evaluators.evaluator import Evaluator, accuracy, mean_loss, mean_probability
+from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
@@ -165,11 +166,14 @@ class DigitsZoo:
             DataError: When there are not so many, or ``measure`` is something else.
         """
         if measure not in _MEASURES:
-            raise DataError(f"measure is {measure!r}", hint=f"measures are {', '.join(_MEASURES)}")
+            raise DataError(
+                f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}",
+                hint="set problem.measure to one of them",
+            )
         count = TEST_EXAMPLES if examples is None else examples
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= TEST_EXAMPLES:
             raise DataError(
-                f"examples is {examples!r}",
+                f"examples must be from 1 to {TEST_EXAMPLES}, got {examples!r}",
                 hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
             )
         _, _, images, targets = digits_split()
@@ -259,7 +263,7 @@ def digits_problem(
         examples: How many test images each evaluation uses; all when None.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
-        blocks: Block name -> pattern of tensor names, for one coefficient an expert and block;
+        blocks: Block name -> pattern of tensor names, for one coefficient per expert and block;
             short for ``operator=TaskArithmetic(blocks)``.
         sum_at_most: Bound on the sum of the experts' coefficients (within each block).
         operator: How to merge; task arithmetic when None. One that needs statistics of the experts
@@ -294,7 +298,7 @@ def digits_problem(
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
-        if isinstance(getattr(merging, "blocks", None), str):
+        if isinstance(merging, HasBlocks) and isinstance(merging.blocks, str):
             raise DataError(
                 "sum_at_most and blocks in a word were both given",
                 hint="give the blocks as {block: regular expression on tensor names}, or bound "

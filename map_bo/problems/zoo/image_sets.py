@@ -127,7 +127,7 @@ def load_image_set(name: str, root: str | Path | None = None) -> ImageSet:
 def _idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:
     images = _idx(folder / f"{part}-images-idx3-ubyte.gz", 3)
     labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", 1)
-    return _checked(images, labels, folder)
+    return _check(images, labels, folder)
 
 
 def _idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
@@ -149,7 +149,7 @@ def _usps(path: Path) -> tuple[Images, Labels, Images, Labels]:
     def read() -> tuple[Images, Labels, Images, Labels]:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             parts = [
-                _checked(_enlarged(file[f"{part}_x2000"]), file[f"{part}_labels"], path.parent)
+                _check(_enlarge(file[f"{part}_x2000"]), file[f"{part}_labels"], path.parent)
                 for part in ("train", "test")
             ]
         return *parts[0], *parts[1]
@@ -157,14 +157,14 @@ def _usps(path: Path) -> tuple[Images, Labels, Images, Labels]:
     return _reading(path, read)
 
 
-def _enlarged(images: NDArray[np.int16]) -> Images:
+def _enlarge(images: NDArray[np.int16]) -> Images:
     values = torch.from_numpy(images.astype(np.float32) / _USPS_UNIT).unsqueeze(1)
     large = F.interpolate(values, size=(SIDE, SIDE), mode="bilinear", align_corners=False)
     result: Images = (large[:, 0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
     return result
 
 
-def _checked(
+def _check(
     images: NDArray[np.uint8], labels: NDArray[np.integer], folder: Path
 ) -> tuple[Images, Labels]:
     classes = labels.astype(np.int64)

@@ -72,11 +72,11 @@ def select(name: str, root: str | Path | None = None) -> Selection:
     Raises:
         DataError: See :func:`map_bo.problems.zoo.image_sets.load_image_set`.
     """
-    return _selected(name, str(image_folder(root).resolve()))
+    return _select(name, str(image_folder(root).resolve()))
 
 
 @lru_cache(maxsize=8)
-def _selected(name: str, folder: str) -> Selection:
+def _select(name: str, folder: str) -> Selection:
     data = load_image_set(name, folder)
     generator = numpy_generator(make_generator(0), "images", name)
     chosen = generator.permutation(len(data.train))[:TRAIN_EXAMPLES]
@@ -160,11 +160,13 @@ class ImageRecipe:
     def __post_init__(self) -> None:
         if len(self.sets) < 2 or len(set(self.sets)) != len(self.sets):
             raise DataError(
-                f"the image zoo has the sets {', '.join(self.sets) or 'none'}",
-                hint="name two or more different sets",
+                f"sets must be two or more different ones, got {', '.join(self.sets) or 'none'}",
+                hint="name the image sets to train experts on",
             )
         if self.epochs < 1:
-            raise DataError(f"epochs is {self.epochs}", hint="train for at least one epoch")
+            raise DataError(
+                f"epochs must be at least 1, got {self.epochs}", hint="give a number of passes"
+            )
 
     def steps(self, name: str) -> int:
         """Return how many epochs the network ``name`` (``"base"`` or a set) takes."""

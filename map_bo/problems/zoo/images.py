@@ -129,7 +129,8 @@ class ImageZoo:
         most = min(len(part.test) for part in self.data)
         if isinstance(examples, bool) or not isinstance(examples, int) or not 1 <= examples <= most:
             raise DataError(
-                f"examples is {examples!r}", hint=f"use from 1 to {most} held-out images a set"
+                f"examples must be from 1 to {most}, got {examples!r}",
+                hint=f"use from 1 to {most} held-out images per set",
             )
         return {
             part.name: HeadAccuracy(

@@ -46,7 +46,7 @@ def digits_statistics(
         file = folder / f"{name}-{kind}-{EXAMPLES}-{expert.digest()[:12]}.safetensors"
 
         def make(name: str = name, expert: Checkpoint = expert) -> Statistics:
-            return _computed(arch, name, expert, kind)
+            return _compute(arch, name, expert, kind)
 
         try:
             cached_statistics(file, make, kind=kind, model=expert)
@@ -59,7 +59,7 @@ def digits_statistics(
     return files
 
 
-def _computed(arch: str, name: str, expert: Checkpoint, kind: str) -> Statistics:
+def _compute(arch: str, name: str, expert: Checkpoint, kind: str) -> Statistics:
     model = network(arch, generator=make_generator(0))
     model.load_state_dict({key: expert.load(key) for key in expert.names})
     images, targets, _, _ = digits_split()

@@ -63,7 +63,9 @@ class Recipe:
         if self.epochs is None:
             object.__setattr__(self, "epochs", 20 if self.arch == "mlp" else 10)
         if self.passes < 1:
-            raise DataError(f"epochs is {self.epochs}", hint="train for at least one epoch")
+            raise DataError(
+                f"epochs must be at least 1, got {self.epochs}", hint="give a number of passes"
+            )
 
     @property
     def passes(self) -> int:

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from map_bo.data import Metric, to_maximisation
@@ -21,6 +20,7 @@ from map_bo.errors import DataError
 from map_bo.pareto.indicators import win_rate_dominance, win_rate_per_objective
 from map_bo.report.comparison.bootstrap import Estimate, mean_interval, paired_difference
 from map_bo.report.comparison.runs import Outcome, RunRecord, ScaledRun, columns_of, measure
+from map_bo.scale import Scale
 
 __all__ = ["UNSET", "Comparison", "Curve", "Variation", "compare", "variation"]
 
@@ -129,9 +129,7 @@ class Comparison:
         runs: The finished runs.
         missing: The runs that did not finish.
         metrics: The ``m`` metrics that all finished runs have.
-        reference_point: ``m`` values, own units: 0 of the scale.
-        best: ``m`` values, own units: 1 of the scale.
-        rule: Where the two ends come from.
+        scale: The scale that they share.
         notes: What a reader has to know.
     """
 
@@ -142,9 +140,7 @@ class Comparison:
     runs: tuple[ScaledRun, ...]
     missing: tuple[RunRecord, ...]
     metrics: tuple[Metric, ...]
-    reference_point: Tensor
-    best: Tensor
-    rule: str
+    scale: Scale
     notes: tuple[str, ...]
 
     @property
@@ -262,7 +258,8 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
         notes.append(
             "the sweeps share settings and seeds, so their runs are separate variants by sweep"
         )
-    point, best, rule = _scale(done, metrics)
+    scale = _scale(done, metrics)
+    notes += scale.notes()
     runs: dict[tuple[str, int], ScaledRun] = {}
     for record, label in zip(done, found.labels, strict=True):
         if (label, record.seed or 0) in runs:
@@ -270,7 +267,7 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
                 f"{record.name} has the settings and the seed of another run and is left out"
             )
             continue
-        runs[label, record.seed or 0] = measure(record, label, metrics, point, best)
+        runs[label, record.seed or 0] = measure(record, label, scale)
     order = list(found.order)
     if baseline is not None:
         if baseline not in order:
@@ -288,9 +285,7 @@ def compare(records: Sequence[RunRecord], *, title: str, baseline: str | None = 
         runs=tuple(runs.values()),
         missing=missing,
         metrics=metrics,
-        reference_point=point,
-        best=best,
-        rule=rule,
+        scale=scale,
         notes=tuple(notes),
     )
 
@@ -315,20 +310,13 @@ def _common(done: Sequence[RunRecord]) -> tuple[tuple[Metric, ...], list[str]]:
     return kept, sorted({name for one in names for name, _ in one - shared})
 
 
-def _scale(done: Sequence[RunRecord], metrics: tuple[Metric, ...]) -> tuple[Tensor, Tensor, str]:
-    anchored = [record for record in done if _outcome(record).rule.startswith("worst of")]
-    counted = anchored or list(done)
-    low, high = [], []
-    for record in counted:
-        outcome = _outcome(record)
-        columns = columns_of(outcome.seen.metrics, metrics)
-        low.append(to_maximisation(outcome.reference_point[columns], metrics))
-        high.append(to_maximisation(outcome.best[columns], metrics))
-    point, best = torch.stack(low).amin(0), torch.stack(high).amax(0)
-    rules = "; ".join(dict.fromkeys(_outcome(record).rule for record in counted))
+def _scale(done: Sequence[RunRecord], metrics: tuple[Metric, ...]) -> Scale:
+    """Return the scale that the runs share, those that measured their anchors before others."""
+    every = [_outcome(record).scale for record in done]
+    counted = [scale for scale in every if scale.is_anchored] or every
+    rules = "; ".join(dict.fromkeys(scale.rule for scale in counted))
     rule = rules if len(counted) == 1 else f"{rules}, the worst over {len(counted)} runs"
-    best = torch.where(best > point, best, point + 1.0)
-    return to_maximisation(point, metrics), to_maximisation(best, metrics), rule
+    return Scale.common([one.select(columns_of(one.metrics, metrics)) for one in counted], rule)
 
 
 def _value_at(run: ScaledRun, place: int) -> float:

@@ -52,7 +52,7 @@ def results_csv(found: Comparison) -> str:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    references = [repr(value) for value in found.reference_point.tolist()]
+    references = [repr(value) for value in found.scale.point.tolist()]
     keys = [key for key in found.keys if key != "sweep"]  # it has its column
     writer.writerow(
         [

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from map_bo.data import to_maximisation
-from map_bo.pareto.indicators import scaled
 from map_bo.report.comparison.comparison import Comparison
 from map_bo.report.marks import GREY, INK, axis_label, literal, style_axes
 from map_bo.report.numbers import distinct
@@ -184,7 +182,7 @@ def _pair(axes: Axes, found: Comparison, looks: dict[str, _Look], i: int, j: int
                 alpha=0.65,
             )
     for draw, k in ((axes.axvline, i), (axes.axhline, j)):
-        draw(float(found.reference_point[k]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
+        draw(float(found.scale.point[k]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_xlabel(axis_label(found.metrics[i], length=26))
     axes.set_ylabel(axis_label(found.metrics[j], length=26))
     style_axes(axes)
@@ -194,18 +192,17 @@ def _best(axes: Axes, found: Comparison, looks: dict[str, _Look]) -> None:
     for number, (variant, look) in enumerate(looks.items()):
         values = [float(run.points[0, 0]) for run in found.of(variant) if len(run.points)]
         axes.plot([number] * len(values), values, look.shape, color=look.colour, alpha=0.65)
-    axes.axhline(float(found.reference_point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
+    axes.axhline(float(found.scale.point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_xticks([])
     axes.set_ylabel(axis_label(found.metrics[0]))
     style_axes(axes)
 
 
 def _parallel(axes: Axes, found: Comparison, looks: dict[str, _Look]) -> None:
-    low, high = (to_maximisation(x, found.metrics) for x in (found.reference_point, found.best))
     x = np.arange(len(found.metrics))
     for variant, look in looks.items():
         for run in found.of(variant):
-            lines = scaled(to_maximisation(run.points, found.metrics), low, high).numpy()
+            lines = found.scale.gains(run.points).numpy()
             for line in lines:
                 axes.plot(
                     x, line, color=look.colour, linestyle=look.dashes, linewidth=0.8, alpha=0.35

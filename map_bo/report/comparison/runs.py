@@ -10,9 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations, directions, to_maximisation
+from map_bo.data import Front, Metric, Observations, directions
 from map_bo.pareto.dominance import non_dominated
-from map_bo.pareto.indicators import hypervolume, scaled
+from map_bo.pareto.indicators import hypervolume
+from map_bo.scale import Scale
 from map_bo.tracking.wandb.run import WandbRun
 
 __all__ = [
@@ -40,9 +41,7 @@ class Outcome:
     Attributes:
         seen: Every evaluation in order, failures included: the search, then the verification.
         front: The predicted front, with real values where they were verified.
-        reference_point: ``m`` values in the metrics' own units.
-        best: ``m`` values at the other end of the scale.
-        rule: Where both ends come from, such as "worst of base and experts".
+        scale: The scale of its metrics.
         seconds: Seconds spent on each phase.
         data_sets: Measurements of one metric at one point that it made; ``None`` for all metrics at
             every evaluation. A nested run also measures some metrics at points of its nodes.
@@ -50,9 +49,7 @@ class Outcome:
 
     seen: Observations
     front: Front
-    reference_point: Tensor
-    best: Tensor
-    rule: str
+    scale: Scale
     seconds: Mapping[str, float] = field(default_factory=dict)
     data_sets: int | None = None
 
@@ -159,27 +156,23 @@ def columns_of(metrics: Sequence[Metric], kept: Sequence[Metric]) -> list[int]:
     return [names.index(metric.name) for metric in kept]
 
 
-def measure(
-    record: RunRecord, variant: str, metrics: tuple[Metric, ...], point: Tensor, best: Tensor
-) -> ScaledRun:
+def measure(record: RunRecord, variant: str, scale: Scale) -> ScaledRun:
     """Measure a finished run on the common scale.
 
     Args:
         record: The run, with an outcome.
         variant: The settings that tell it from the others.
-        metrics: The ``m`` common metrics.
-        point: ``m`` values, own units: 0 of the scale and the reference point.
-        best: ``m`` values, own units: 1 of the scale.
+        scale: The scale of the ``m`` common metrics.
     """
     outcome = record.outcome
     assert outcome is not None
     seen, front = outcome.seen, outcome.front
+    metrics = scale.metrics
     columns = columns_of(seen.metrics, metrics)
-    low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
     zero = torch.zeros(len(metrics), dtype=torch.float64)
 
     def gains(values: Tensor) -> Tensor:
-        return scaled(to_maximisation(values[:, columns], metrics), low, high)
+        return scale.gains(values[:, columns])
 
     observed = gains(seen.Y)
     places = list(range(1, len(seen) + 1))
@@ -202,7 +195,8 @@ def measure(
     if bool(front.verified.any()):
         values["verified_hypervolume_real"] = hypervolume(gains(front.real[front.verified]), zero)
         gap = (front.mean - front.real)[front.verified][:, columns] * directions(metrics)
-        values["optimism"] = float((gap / (high - low)).mean())
+        ranged = scale.ranged if bool(scale.ranged.any()) else ~scale.ranged
+        values["optimism"] = float((gap / scale.width)[:, ranged].mean())
     return ScaledRun(
         record, variant, tuple(places), tuple(volumes), seen.Y[rows][:, columns], values
     )

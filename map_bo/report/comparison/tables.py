@@ -82,11 +82,11 @@ def scale_words(found: Comparison) -> str:
     """Return the sentence that states the reference point of every hypervolume."""
     point = ", ".join(
         f"{metric.name} {metric_value(value, metric)}"
-        for metric, value in zip(found.metrics, found.reference_point.tolist(), strict=True)
+        for metric, value in zip(found.metrics, found.scale.point.tolist(), strict=True)
     )
     return (
-        f"All hypervolumes have the reference point {point} ({found.rule}). Metrics are scaled to "
-        "0 there and to 1 at the best expert; larger is better."
+        f"All hypervolumes have the reference point {point} ({found.scale.rule}). Metrics are "
+        "scaled to 0 there and to 1 at the best expert; larger is better."
     )
 
 
@@ -189,8 +189,8 @@ def win_rate_tables(found: Comparison) -> list[Table]:
 
 
 def scale_table(found: Comparison) -> Table:
-    """Return the metrics with their directions and both ends of the scale, in their own units."""
-    ends = zip(found.metrics, found.reference_point.tolist(), found.best.tolist(), strict=True)
+    """Return the metrics with their direction and both ends of the scale, in their own units."""
+    ends = zip(found.metrics, found.scale.point.tolist(), found.scale.best.tolist(), strict=True)
     return Table(
         "The metrics and their scale, in their own units.",
         ("metric", "direction", "reference point (0)", "best expert (1)"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from map_bo.report.numbers import better, metric_value, seconds
 from map_bo.report.run.certainty import stop_words
-from map_bo.report.view import RunView, scale
+from map_bo.report.view import RunView
 
 __all__ = ["facts", "failure_rows", "hypervolume_rows", "hypervolume_scale", "metric_rows", "notes"]
 
@@ -55,7 +55,9 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     if isinstance(surrogate, Mapping) and surrogate:
         rows.append(("surrogate", _surrogate(surrogate)))
     if "sampler" in summary:
-        rows.append(("sampler", _name(summary["sampler"])))
+        own = summary.get("sampler_surrogate")
+        through = f", through a surrogate of its own: {_name(own)}" if own else ""
+        rows.append(("sampler", f"{_name(summary['sampler'])}{through}"))
     if "seed" in summary:
         rows.append(("seed", str(summary["seed"])))
     spent = summary.get("seconds")
@@ -89,7 +91,7 @@ def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
     prediction was too good, whatever the direction, and empty where nothing was verified.
     """
     optimism = view.summary.get("optimism") or {}
-    low, high = scale(view)
+    low, high = view.scale.point, view.scale.best
     rows = []
     for metric, a, b in zip(view.metrics, low.tolist(), high.tolist(), strict=True):
         gap = optimism.get(metric.name)
@@ -107,10 +109,12 @@ def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
 
 def hypervolume_scale(view: RunView) -> str:
     """Return the sentence on the reference point and the scale of the hypervolumes."""
-    return (
-        f"Reference point: {view.reference_rule}. Metrics are scaled to 0 there and to 1 at the "
+    said = (
+        f"Reference point: {view.scale.rule}. Metrics are scaled to 0 there and to 1 at the "
         "best expert."
     )
+    names = ", ".join(view.scale.rangeless)
+    return f"{said} Without a range, and not counted: {names}." if names else said
 
 
 def hypervolume_rows(view: RunView) -> list[tuple[str, str, float | None]]:

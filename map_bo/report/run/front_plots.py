@@ -25,7 +25,7 @@ from map_bo.report.marks import (
     title_of,
 )
 from map_bo.report.numbers import better, metric_value, shorten
-from map_bo.report.view import RunView, anchor_values, representative_rows, scale, scaled_gains
+from map_bo.report.view import RunView, anchor_values, representative_rows
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,7 +177,7 @@ def _one_metric(view: RunView) -> Figure:
     done = front.verified.numpy()
     KINDS["real"].scatter(axes, place[done], front.real[:, 0].numpy()[done])
     axes.axvline(after - 1, color=GREY, linewidth=0.8)
-    axes.axhline(float(view.reference_point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
+    axes.axhline(float(view.scale.point[0]), color=INK, linestyle=(0, (4, 4)), linewidth=0.9)
     axes.set_xlabel("evaluation  |  then the predicted front, with 95 % intervals")
     axes.set_ylabel(axis_label(metric))
     style_axes(axes)
@@ -222,7 +222,7 @@ def _pair(axes: Axes, view: RunView, i: int, j: int, *, size: float = 1.0) -> No
             zorder=5,
         )
     for draw, k in ((axes.axvline, i), (axes.axhline, j)):
-        value = float(view.reference_point[k])
+        value = float(view.scale.point[k])
         draw(value, color=GREY, linestyle=(0, (2, 3)), linewidth=0.9, zorder=2)
     style_axes(axes)
     limits = _limits(view)
@@ -355,7 +355,7 @@ def _parallel(view: RunView) -> Figure:
     axes = figure.add_subplot()
     x = np.arange(m)
     gains = {
-        kind: scaled_gains(values, view).numpy() for kind, values in points_by_kind(view).items()
+        kind: view.scale.gains(values).numpy() for kind, values in points_by_kind(view).items()
     }
     mark = KINDS["predicted"]
     for line in gains["predicted"][representative_rows(view, _LINES)]:
@@ -400,9 +400,12 @@ def _parallel(view: RunView) -> Figure:
 
 def _scales(view: RunView) -> list[str]:
     """Return each metric's name, its direction, and the values of 0 and 1 in its own unit."""
-    low, high = scale(view)
-    return [
-        f"{literal(shorten(metric.name, 17))}\n({better(metric)})\n"
-        f"0: {metric_value(a, metric)}   1: {metric_value(b, metric)}"
-        for metric, a, b in zip(view.metrics, low.tolist(), high.tolist(), strict=True)
-    ]
+    said = []
+    for metric, low, high in zip(
+        view.metrics, view.scale.point.tolist(), view.scale.end.tolist(), strict=True
+    ):
+        ends = f"0: {metric_value(low, metric)}   1: {metric_value(high, metric)}"
+        if metric.name in view.scale.rangeless:
+            ends = f"no range: {metric_value(low, metric)}"
+        said.append(f"{literal(shorten(metric.name, 17))}\n({better(metric)})\n{ends}")
+    return said

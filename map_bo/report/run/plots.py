@@ -21,7 +21,7 @@ from map_bo.report.marks import GREY, INK, KINDS, style_axes, title_of
 from map_bo.report.numbers import better
 from map_bo.report.run.front_plots import front_figure
 from map_bo.report.run.tree_plot import nested_of, tree_figure, tree_words
-from map_bo.report.view import RunView, anchor_values, scaled_gains, search_rows, verification_rows
+from map_bo.report.view import RunView, anchor_values, search_rows, verification_rows
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,7 +40,7 @@ def observed_hypervolume(view: RunView) -> tuple[list[int], list[float]]:
     count as evaluations and add nothing.
     """
     n = len(view.seen)
-    gains = scaled_gains(view.seen.Y, view)
+    gains = view.scale.gains(view.seen.Y)
     zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
     places = list(range(1, n + 1))
     if gains.shape[-1] > _EXACT_METRICS and n > _PLACES:

@@ -22,12 +22,13 @@ from botorch.exceptions.errors import BotorchError
 from linear_operator.utils.errors import NanError, NotPSDError
 from torch import Generator, Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child_seed
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
 from map_bo.samplers.designs.space_filling import fresh_points, is_repeat
-from map_bo.samplers.posterior.driven import NEAREST, reference_point
+from map_bo.samplers.posterior.driven import NEAREST
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ class AxSampler:
         )
         thresholds = None
         if self.thresholds and seen is not None and len(metrics) > 1:
-            worst = to_maximisation(reference_point(seen, space), metrics).tolist()
+            worst = Scale.of(seen, space).point.tolist()
             thresholds = [
                 f"m{i} {'>=' if metric.direction == 'max' else '<='} {value!r}"
                 for i, (metric, value) in enumerate(zip(metrics, worst, strict=True))

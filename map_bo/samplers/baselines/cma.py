@@ -17,15 +17,15 @@ import warnings
 from dataclasses import dataclass
 from typing import Any
 
-import cma
 import numpy as np
 import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
-from map_bo.errors import SamplerError
+from map_bo.errors import SamplerError, require
 from map_bo.rng import numpy_generator
 from map_bo.samplers.designs.space_filling import Sobol, is_repeat
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["CMAES", "chebyshev_cost"]
@@ -65,6 +65,7 @@ class CMAES:
     anchors: bool = True
 
     def __post_init__(self) -> None:
+        require("cma", by="CMA-ES", extra="baselines")
         least = {"weights": 1, "population": 4, "initial": 1}
         for name, limit in least.items():
             value = getattr(self, name)
@@ -122,9 +123,8 @@ class CMAES:
         good, failed = seen.succeeded(), seen.X[~seen.ok]
         founding = good.select(range(self.initial_points(space)))
         gains = to_maximisation(founding.Y, founding.metrics)
-        ideal, span = gains.amax(0), gains.amax(0) - gains.amin(0)
-        scale = torch.where(span > 0, span, torch.ones_like(span))
-        regrets = (ideal - to_maximisation(good.Y, good.metrics)) / scale
+        ideal, unit = gains.amax(0), widths(gains.amin(0), gains.amax(0))
+        regrets = (ideal - to_maximisation(good.Y, good.metrics)) / unit
         starts = space.normalise(founding.X).clamp(0.0, 1.0)
         searches = []
         for i, weights in enumerate(self._weightings(len(good.metrics), source)):
@@ -140,12 +140,12 @@ class CMAES:
                     continue
                 U = torch.from_numpy(search.ask())
                 X = space.project(space.unnormalise(U))
-                told = _rows(X, good.X, space)
-                missing = (told < 0) & ~is_repeat(X, failed, space)
+                rows = _rows(X, good.X, space)
+                missing = (rows < 0) & ~is_repeat(X, failed, space)
                 blocked[i] = bool(missing.any())
                 if not blocked[i]:
                     away = (space.normalise(X) - U).square().sum(-1)
-                    search.tell(told >= 0, (costs[told] + away).numpy())
+                    search.tell(rows >= 0, (costs[rows] + away).numpy())
                     continue
                 for row in X[missing]:
                     point, taken = row.unsqueeze(0), torch.cat([waiting, found])
@@ -200,6 +200,8 @@ class _Search:
         # The package would draw from numpy's global generator, and seed it, without these two.
         own = {"randn": lambda *shape: self._random.standard_normal(shape), "seed": np.nan}
         options = {"bounds": [0, 1], **quiet, **own, **self._options}
+        import cma
+
         return cma.CMAEvolutionStrategy(start, self._step, options)
 
 

@@ -20,20 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from pymoo.algorithms.moo.nsga2 import binary_tournament
-from pymoo.algorithms.moo.nsga3 import ReferenceDirectionSurvival, comp_by_cv_then_random
-from pymoo.core.mating import Mating
-from pymoo.core.population import Population
-from pymoo.core.problem import Problem
-from pymoo.operators.crossover.sbx import SBX
-from pymoo.operators.mutation.pm import PM
-from pymoo.operators.selection.tournament import TournamentSelection
-from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
-from pymoo.util.ref_dirs import get_reference_directions
 from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
-from map_bo.errors import SamplerError
+from map_bo.errors import SamplerError, require
 from map_bo.pareto.evolution import reference_directions
 from map_bo.rng import numpy_generator
 from map_bo.samplers.designs.space_filling import Sobol, is_repeat
@@ -51,6 +41,7 @@ class _Evolution:
     eta: float = 20.0
 
     def __post_init__(self) -> None:
+        require("pymoo", by="the evolutionary baseline", extra="baselines")
         if self.population is not None and self.population < 2:
             raise SamplerError(
                 f"a population of {self.population} cannot mate",
@@ -110,6 +101,13 @@ class _Evolution:
         source: np.random.Generator,
     ) -> Tensor:
         """Return up to ``n x d`` children of the survivors, none of them among ``taken``."""
+        from pymoo.core.mating import Mating
+        from pymoo.core.population import Population
+        from pymoo.core.problem import Problem
+        from pymoo.operators.crossover.sbx import SBX
+        from pymoo.operators.mutation.pm import PM
+        from pymoo.operators.selection.tournament import TournamentSelection
+
         problem = Problem(
             n_var=space.d,
             n_obj=len(good.metrics),
@@ -163,9 +161,13 @@ class NSGA2Sampler(_Evolution):
     """
 
     def _survival(self, m: int, size: int) -> Any:
+        from pymoo.operators.survival.rank_and_crowding import RankAndCrowding
+
         return RankAndCrowding()
 
     def _contest(self) -> Any:
+        from pymoo.algorithms.moo.nsga2 import binary_tournament
+
         return binary_tournament
 
 
@@ -187,9 +189,13 @@ class NSGA3Sampler(_Evolution):
     """
 
     def _survival(self, m: int, size: int) -> Any:
+        from pymoo.algorithms.moo.nsga3 import ReferenceDirectionSurvival
+
         return ReferenceDirectionSurvival(_directions(m, size))
 
     def _contest(self) -> Any:
+        from pymoo.algorithms.moo.nsga3 import comp_by_cv_then_random
+
         return comp_by_cv_then_random
 
 
@@ -199,6 +205,8 @@ def _directions(m: int, size: int) -> np.ndarray[Any, np.dtype[np.float64]]:
     lattice: np.ndarray[Any, np.dtype[np.float64]] = reference_directions(m, size).numpy()
     if len(lattice) > m or m < 3:
         return lattice
+    from pymoo.util.ref_dirs import get_reference_directions
+
     # The layout is one for all runs, as the lattice is; its search starts from a fixed seed.
     spread = get_reference_directions("energy", m, size, seed=1)
     return np.asarray(spread, dtype=np.float64)

@@ -30,6 +30,7 @@ from map_bo.data import Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.samplers.designs.space_filling import anchored, fresh_points, sobol_points
+from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import centred, feature_groups, n_features, quadratic_features
 
@@ -236,7 +237,6 @@ _PART = 16  # points that a finished design is extended by at a time
 _LEVELS = 243  # candidates on the three levels of every coefficient
 _SPREAD = 256  # candidates anywhere
 _MOMENTS = 4096  # points for the moments of a space that constraints cut out of the box
-_SAME = 1e-9  # of the range: candidates nearer than that are one
 _WORK = 1e10  # multiplications spent on one design, which bounds starts and sweeps
 _MOST_STARTS, _FIRST_SWEEPS, _MOST_SWEEPS = 8, 5, 25
 
@@ -386,5 +386,5 @@ def _pool(space: CoefficientSpace, spread: int, source: Generator) -> Tensor:
     while len(found) < len(U) + spread:
         found = torch.cat([found, next(points)])
     U = space.normalise(found)
-    repeats = (torch.cdist(U, U, p=torch.inf) <= _SAME).tril(-1).any(-1)
+    repeats = (torch.cdist(U, U, p=torch.inf) <= SAME_POINT).tril(-1).any(-1)
     return found[~repeats]

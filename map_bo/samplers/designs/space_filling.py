@@ -25,6 +25,7 @@ from torch import Generator, Tensor
 from map_bo.data import Observations
 from map_bo.errors import SamplerError
 from map_bo.rng import child, child_seed, numpy_generator
+from map_bo.scale import SAME_POINT, same_points
 from map_bo.space import CoefficientSpace
 
 __all__ = [
@@ -43,7 +44,6 @@ _CHUNK = 64  # rows drawn at a time; fixed, so that the sequence does not depend
 _PROBES = 1024  # points that the accepted share of a map is estimated from
 _ACCEPTED = 1 / 16
 _PATIENCE = 1024  # repeats in a row after which the space is held to have no new point
-_SAME = 1e-9  # of a coefficient's range: closer points are the same point
 
 Cube = Callable[[int], Iterator[Tensor]]
 Image = Callable[[Tensor], Tensor]
@@ -206,7 +206,7 @@ def uniform_points(space: CoefficientSpace, *, generator: Generator) -> Iterator
 
 
 def is_repeat(
-    X: Tensor, others: Tensor, space: CoefficientSpace, *, tolerance: float = _SAME
+    X: Tensor, others: Tensor, space: CoefficientSpace, *, tolerance: float = SAME_POINT
 ) -> Tensor:
     """Return for each row of ``X`` (``n x d``) whether ``others`` (``p x d``) has it already.
 
@@ -217,10 +217,7 @@ def is_repeat(
         tolerance: Points are the same when no coefficient differs by more than this share of its
             range.
     """
-    if not len(others) or not len(X):
-        return torch.zeros(len(X), dtype=torch.bool)
-    gaps = space.normalise(X).unsqueeze(1) - space.normalise(others).unsqueeze(0)
-    return (gaps.abs().amax(-1) <= tolerance).any(-1)
+    return same_points(X, others, space, tolerance=tolerance).any(-1)
 
 
 def fresh_points(

@@ -17,6 +17,7 @@ from map_bo.errors import SamplerError
 from map_bo.rng import child
 from map_bo.samplers.designs.space_filling import is_repeat, sobol_points
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
+from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
 __all__ = ["AcquisitionDriven", "first_points"]
@@ -100,7 +101,7 @@ class AcquisitionDriven(PosteriorDriven):
         # The observations that are best for some weighting are on the front; which, is left to
         # chance, so that starts differ from call to call.
         weights = torch.rand(near, gains.shape[-1], generator=source, dtype=gains.dtype)
-        scaled = (gains - gains.amin(0)) / (gains.amax(0) - gains.amin(0)).clamp_min(1e-12)
+        scaled = (gains - gains.amin(0)) / widths(gains.amin(0), gains.amax(0))
         rows = (scaled.unsqueeze(0) / weights.clamp_min(1e-3).unsqueeze(1)).amin(-1).argmax(-1)
         step = torch.randn(near, space.d, generator=source, dtype=torch.float64) * _NEAR
         best = space.normalise(situation.good.X[rows])

@@ -5,15 +5,11 @@ Posterior draws at a baseline, and at any other point jointly with it.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Generator, Tensor
 
 from map_bo.surrogates.prediction import observation_variance
-from map_bo.surrogates.quadratic_model import QuadraticModel
 from map_bo.surrogates.surrogate import SurrogateModel
 
 __all__ = ["Covariances", "JointDraws", "measurement_noise"]
@@ -37,22 +33,14 @@ class Covariances:
     def __init__(
         self, model: SurrogateModel, targets: Tensor, noise: Tensor, pending: Tensor | None = None
     ) -> None:
-        self._model, self.targets, self.noise = model, targets, noise
-        self._parts = (
-            None
-            if isinstance(model, QuadraticModel)
-            else [cast(SurrogateModel, model.subset_output([i])) for i in range(len(noise))]
-        )
+        self.targets, self.noise = targets, noise
         self._pending = targets[:0] if pending is None else pending
-        self._fixed = torch.cat([targets, self._pending])
-        self._half: Tensor | None = None
-        if isinstance(model, QuadraticModel):
-            self._half = model.features(self._fixed) @ model.root  # m x (p + k) x D
+        self._posterior = model.covariances_with(torch.cat([targets, self._pending]))
         self._gain: Tensor | None = None
         if len(self._pending):
             p = len(targets)
             with torch.no_grad():
-                joint = self._among_fixed()
+                joint = self._posterior.among()
             block = joint[:, p:, p:]
             eye = torch.eye(len(self._pending), dtype=block.dtype)
             size = block.diagonal(dim1=-1, dim2=-2).mean(-1)[:, None, None]
@@ -60,35 +48,16 @@ class Covariances:
             self._inverse = torch.linalg.inv(block)
             self._gain = joint[:, :p, p:] @ self._inverse  # m x p x k
 
-    def _among_fixed(self) -> Tensor:
-        if self._half is not None:
-            return self._half @ self._half.mT
-        return self._joint(self._fixed)
-
-    def _joint(self, X: Tensor) -> Tensor:
-        assert self._parts is not None
-        # All surrogates are Gaussian; botorch types `posterior` by its base class.
-        posteriors = [cast(GPyTorchPosterior, part.posterior(X)) for part in self._parts]
-        return torch.stack([one.distribution.covariance_matrix for one in posteriors])
-
     def to(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Return the covariances of ``X`` (``b x d``) with the targets, and its variances.
 
         Returns:
             ``m x b x p`` covariances and ``m x b`` variances, differentiable in ``X``.
         """
-        p, b = len(self.targets), len(X)
-        if self._half is not None:
-            model = cast(QuadraticModel, self._model)
-            half = model.features(X) @ model.root  # m x b x D
-            cross = half @ self._half.mT
-            variance = half.square().sum(-1)
-        else:
-            joint = self._joint(torch.cat([self._fixed, X]))
-            cross = joint[:, -b:, :-b]
-            variance = joint[:, -b:, -b:].diagonal(dim1=-1, dim2=-2)
+        p = len(self.targets)
+        cross, variance = self._posterior.to(X)
         if self._gain is None:
-            return cross, variance
+            return cross, variance.clamp_min(0.0)  # rounding may leave less than nothing
         toward = cross[..., p:]  # m x b x k
         taken = (toward @ self._inverse * toward).sum(-1)
         return cross[..., :p] - toward @ self._gain.mT, (variance - taken).clamp_min(0.0)

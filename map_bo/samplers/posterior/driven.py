@@ -8,6 +8,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
@@ -17,30 +18,27 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import child, child_seed
-from map_bo.samplers.designs.space_filling import Sobol, is_repeat
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.prediction import objective
-from map_bo.surrogates.processes.gp import GP
-from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
 from map_bo.surrogates.validation import LeavesOneOut, validate
 
 __all__ = [
     "NEAREST",
-    "FitsSurrogate",
     "PosteriorDriven",
     "Situation",
     "TakesReference",
-    "reference_point",
+    "with_reference",
 ]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
-_MOST_DIMENSIONS = 32  # a quadratic has 561 coefficients then
-_LOWER = 0.1  # share of the observed range below the worst value, where no anchor is at hand
 _FAILURES = (
     SurrogateError,
     BotorchError,
@@ -48,6 +46,11 @@ _FAILURES = (
     NotPSDError,
     torch.linalg.LinAlgError,  # type: ignore[attr-defined]
     ArithmeticError,
+)
+
+_FITTING = (
+    "fitting is now with_surrogate, and without_design for initial=0; the old name goes in "
+    "version 0.3"
 )
 
 _log = logging.getLogger(__name__)
@@ -58,7 +61,8 @@ class Situation:
     """What is known when the next points are to be chosen.
 
     Gains are metric values turned so that larger is better, less the reference point and
-    divided by ``scale``: 0 is the reference, and about 1 the best that was observed.
+    divided by ``unit``: 0 is the reference, and about 1 the best that was observed. A metric
+    without a range has gain 1 everywhere; see :class:`map_bo.scale.Scale`.
 
     Attributes:
         model: The fitted surrogate.
@@ -67,8 +71,7 @@ class Situation:
         taken: ``p x d`` points whose value is on its way or will never come: pending points and
             failed evaluations. They count as if their values were known up to the posterior.
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
-        reference: ``m`` reference point, turned so that larger is better.
-        scale: ``m`` units of the gains, positive.
+        scale: The reference point of the metrics.
         generator: A source for this proposal alone.
     """
 
@@ -77,16 +80,20 @@ class Situation:
     space: CoefficientSpace
     taken: Tensor
     known: Tensor
-    reference: Tensor
-    scale: Tensor
+    scale: Scale
     generator: Generator
+
+    @cached_property
+    def unit(self) -> Tensor:
+        """``m`` units of the gains, positive: how far the observations reach."""
+        return self.scale.observed_unit(self.good.Y)
 
     def gains(self) -> Callable[[Tensor, Tensor | None], Tensor]:
         """Return the function from samples on the link scale (``... x m``) to gains."""
         to_metric = objective(self.model)
 
         def scaled(samples: Tensor, X: Tensor | None = None) -> Tensor:
-            return (to_metric(samples, X) - self.reference) / self.scale
+            return self.scale.gains(to_metric(samples, X), maximised=True, unit=self.unit)
 
         return scaled
 
@@ -97,35 +104,43 @@ class Situation:
     @property
     def observed(self) -> Tensor:
         """The gains that were observed, ``n x m``."""
-        return (to_maximisation(self.good.Y, self.good.metrics) - self.reference) / self.scale
+        return self.scale.gains(self.good.Y, unit=self.unit)
 
 
 @runtime_checkable
 class TakesReference(Protocol):
     """A sampler that scales metrics by a reference point, and takes the run's."""
 
-    def above(self, reference: Mapping[str, float]) -> Sampler:
+    def with_reference(self, reference: Mapping[str, float]) -> Sampler:
         """Return the sampler with this reference point, unless it has one of its own."""
         ...
 
 
 @runtime_checkable
-class FitsSurrogate(Protocol):
-    """A sampler that fits a surrogate of its own, and can be given another."""
+class _TakesReferenceAsBefore(Protocol):
+    """What :class:`TakesReference` was in version 0.1."""
 
-    def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Sampler:
-        """Return the sampler with this surrogate and so many points of design before the first fit.
+    def above(self, reference: Mapping[str, float]) -> Sampler: ...
 
-        Args:
-            surrogate: Takes the place of the sampler's own.
-            initial: Points of the design; as before when None.
-        """
-        ...
+
+def with_reference(sampler: Sampler, reference: Mapping[str, float]) -> Sampler:
+    """Return ``sampler`` with the run's reference point, or as it is where it takes none."""
+    if isinstance(sampler, TakesReference):
+        return sampler.with_reference(reference)
+    if isinstance(sampler, _TakesReferenceAsBefore):
+        warnings.warn(
+            f"{type(sampler).__name__}.above is now with_reference; the old name goes in "
+            "version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return sampler.above(reference)
+    return sampler
 
 
 @dataclass(frozen=True)
 class PosteriorDriven:
-    """Base of the samplers that fit a surrogate and choose by its posterior.
+    """Base of the samplers that look through a surrogate's posterior.
 
     The first ``initial`` points come from the design. Then the surrogate is fitted to what
     succeeded and the points are chosen by :meth:`choose`. Pending points and failed evaluations
@@ -137,13 +152,13 @@ class PosteriorDriven:
     cannot be fitted, and when the choice fails numerically or ends in points known already.
 
     Attributes:
-        surrogate: What is fitted; ``None`` is the quadratic surrogate, and beyond 32 coefficients,
-            where it has too many terms of its own, the Gaussian process.
+        surrogate: What the sampler looks through. ``None`` is the surrogate of the run; outside
+            of any run it is the default one of a run, :class:`~map_bo.surrogates.auto.Auto`.
         design: Proposes the initial points.
         initial: Evaluations, seen or pending, before the first fit. ``None``: as many as a box has
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
         reference: Reference point by metric name, in the metrics' own units; metrics left out
-            keep the default of :func:`reference_point`.
+            keep the default of :meth:`map_bo.scale.Scale.of`.
     """
 
     surrogate: Surrogate | None = None
@@ -156,6 +171,8 @@ class PosteriorDriven:
             raise SamplerError(
                 f"initial is {self.initial}", hint="give 0 or more, or None for the default"
             )
+        if self.surrogate is not None:
+            self.check_surrogate(self.surrogate)
 
     def propose(
         self,
@@ -183,7 +200,7 @@ class PosteriorDriven:
         pending: Tensor | None = None,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        """Return the points and the leave-one-out scores of the fit; see :class:`TellsFit`."""
+        """Return the points and what was fitted, with its scores; see :class:`TellsFit`."""
         self.check(seen.metrics)
         waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
         count = len(seen) + len(waiting)
@@ -199,10 +216,10 @@ class PosteriorDriven:
         waiting = torch.cat([waiting, chosen])
         with _seeded(child_seed(generator, "acquisition", count)):
             try:
-                found, told = self._choose(seen, space, n - first, waiting, generator)
+                found, fit = self._choose(seen, space, n - first, waiting, generator)
             except _FAILURES as error:
                 _log.warning("the design goes on: %s: %s", type(error).__name__, error)
-                found, told = seen.X[:0], {}
+                found, fit = seen.X[:0], {}
             else:
                 if len(found) < n - first:
                     _log.warning("the design goes on: it is best at points known already")
@@ -210,17 +227,44 @@ class PosteriorDriven:
         rest = self.design.propose(
             seen, space, n - len(chosen), pending=waiting, generator=generator
         )
-        return torch.cat([chosen, rest]), told
+        return torch.cat([chosen, rest]), fit
 
-    def above(self, reference: Mapping[str, float]) -> Self:
+    def with_reference(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
 
+    def with_surrogate(self, surrogate: Surrogate) -> Self:
+        """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
+        return replace(self, surrogate=surrogate)
+
     def fitting(self, surrogate: Surrogate, *, initial: int | None = None) -> Self:
-        """See :class:`FitsSurrogate`."""
-        return replace(
-            self, surrogate=surrogate, initial=self.initial if initial is None else initial
-        )
+        """Return the sampler with this surrogate; the name of `with_surrogate` in version 0.1."""
+        warnings.warn(_FITTING, DeprecationWarning, stacklevel=2)
+        found = self.with_surrogate(surrogate)
+        return found if initial is None else replace(found, initial=initial)
+
+    def without_design(self) -> Self:
+        """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""
+        return replace(self, initial=0)
+
+    def check_surrogate(self, surrogate: Surrogate) -> None:
+        """Refuse a surrogate that the sampler cannot look through.
+
+        Raises:
+            SamplerError: With the alternative in its hint.
+        """
+        if not isinstance(surrogate, Surrogate):
+            raise SamplerError(
+                f"surrogate must be the settings of a surrogate, got {surrogate!r}",
+                hint="give an object with `fit`, such as map_bo.surrogates.quadratic.Quadratic()",
+            )
+        if not has_uncertainty(surrogate):
+            raise SamplerError(
+                f"{type(self).__name__} looks through a posterior, and the fit of "
+                f"{type(surrogate).__name__} has no uncertainty",
+                hint="give the sampler a surrogate of its own (sampler.surrogate=quadratic), or "
+                "use one that looks through none, such as sampler=sobol or sampler=published",
+            )
 
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""
@@ -254,47 +298,20 @@ class PosteriorDriven:
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         good = seen.succeeded()
-        usual = Quadratic() if space.d <= _MOST_DIMENSIONS else GP()
-        model = (self.surrogate or usual).fit(seen, space)
-        reference = reference_point(seen, space, self.reference)
-        gains = to_maximisation(good.Y, good.metrics)
+        surrogate = Auto() if self.surrogate is None else self.surrogate
+        model = surrogate.fit(seen, space)
         situation = Situation(
             model=model,
             good=good,
             space=space,
             taken=torch.cat([seen.X[~seen.ok], waiting]),
             known=torch.cat([seen.X, waiting]),
-            reference=reference,
-            scale=(gains.amax(0) - torch.minimum(reference, gains.amin(0))).clamp_min(1e-12),
+            scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
         )
         found = self.choose(situation, n)
-        return found, validate(model).describe() if isinstance(model, LeavesOneOut) else {}
-
-
-def reference_point(
-    seen: Observations, space: CoefficientSpace, given: Mapping[str, float] | None = None
-) -> Tensor:
-    """Return the reference point of the acquisition, ``m`` values turned so that larger is better.
-
-    For each metric it is the worst value among the base and the experts as observed. Where fewer
-    than two of them succeeded it is a tenth of the observed range below the worst observation.
-    Values in ``given`` (by metric name, own units) take precedence.
-    """
-    good = seen.succeeded()
-    gains = to_maximisation(good.Y, good.metrics)
-    anchors = space.anchors()
-    ends = anchors.X[[kind != "blend" for kind in anchors.kinds]]
-    measured = is_repeat(good.X, ends, space)
-    if int(measured.sum()) >= 2:
-        point = gains[measured].amin(0)
-    else:
-        point = gains.amin(0) - _LOWER * (gains.amax(0) - gains.amin(0))
-    values = {} if given is None else given
-    own = to_maximisation(point, good.metrics)
-    for i, metric in enumerate(good.metrics):
-        own[i] = values.get(metric.name, float(own[i]))
-    return to_maximisation(own, good.metrics)
+        scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
 
 
 @contextmanager

@@ -58,7 +58,6 @@ from map_bo.samplers.posterior.acquisition import AcquisitionDriven
 from map_bo.samplers.posterior.driven import Situation
 from map_bo.samplers.posterior.variance import VarianceReduction, gain_slopes
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.quadratic_model import QuadraticModel
 
 __all__ = ["FrontUncertainty", "PreferenceGain", "plausible_optima", "utility_weights"]
 
@@ -111,6 +110,7 @@ class FrontUncertainty(AcquisitionDriven):
         """Return the expected gain of one measurement."""
         m = len(situation.good.metrics)
         W = preference_weights(self.preferences, m, generator=child(generator, "preferences"))
+        W = situation.scale.weights(W)
         targets = plausible_optima(situation, W, self.draws, generator=generator)
         if self.criterion == "variance":
             weights = utility_weights(situation, targets, W)
@@ -176,8 +176,8 @@ def plausible_optima(
 ) -> Tensor:
     """Return points that are best for some preference under the mean or under a posterior draw.
 
-    Draws of a quadratic are functions and are optimised by gradient ascent; of any other model
-    they are joint draws over a pool of points, which includes the optima of the mean.
+    Draws in closed form are optimised by gradient ascent; others are drawn over a pool of points,
+    which includes the optima of the mean.
 
     Args:
         situation: What is known.
@@ -210,25 +210,17 @@ def plausible_optima(
     pool = torch.cat([certain, pool])
     gains = situation.gains()
     source = child(generator, "draws")
-    if isinstance(model, QuadraticModel):
-        functions = model.sample_functions(draws, generator=source)  # s x m x D
-        with torch.no_grad():
-            rows = best(gains(model.features(pool) @ functions.mT, None))  # s x k
-        each = functions.repeat_interleave(len(weights), 0)
+    functions = model.sample_functions(draws, generator=source)
+    with torch.no_grad():
+        found = pool[best(gains(functions(pool), None)).flatten()]  # s k x d
+    if functions.explicit:
+        which = torch.arange(draws).repeat_interleave(len(weights))
         wanted = weights.repeat(draws, 1)
 
         def drawn(Z: Tensor) -> Tensor:
-            values = (each @ model.features(Z).unsqueeze(-1)).squeeze(-1)
-            return (gains(values, None) * wanted).sum(-1)
+            return (gains(functions.each(Z, which), None) * wanted).sum(-1)
 
-        found = ascend(drawn, space, pool[rows.flatten()], steps=_ASCENT, learning_rate=0.05)
-    else:
-        with torch.no_grad():
-            noise = torch.randn(
-                draws, len(pool), len(situation.scale), generator=source, dtype=torch.float64
-            )
-            samples = model.posterior(pool).rsample_from_base_samples(torch.Size([draws]), noise)
-            found = pool[best(gains(samples, None)).flatten()]
+        found = ascend(drawn, space, found, steps=_ASCENT, learning_rate=0.05)
     points = torch.cat([certain, found])
     kept = points[:1]
     for point in points[1:]:

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -28,7 +27,6 @@ from botorch.acquisition.multi_objective.utils import prune_inferior_points_mult
 from botorch.acquisition.objective import GenericMCObjective
 from botorch.exceptions.errors import UnsupportedError
 from botorch.models.model import Model
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.sampling.base import MCSampler
 from botorch.sampling.normal import SobolQMCNormalSampler
 from botorch.utils.multi_objective.pareto import is_non_dominated
@@ -40,6 +38,7 @@ from map_bo.errors import SamplerError
 from map_bo.rng import child_seed
 from map_bo.samplers.posterior.acquisition import AcquisitionDriven
 from map_bo.samplers.posterior.driven import Situation
+from map_bo.surrogates.surrogate import gaussian
 
 __all__ = [
     "MOST_METRICS",
@@ -48,9 +47,26 @@ __all__ = [
     "QLogEHVI",
     "QLogNEHVI",
     "non_dominated_cells",
+    "positive_part",
 ]
 
 _SOFT = 1e-5  # width over which the positive part is smoothed
+
+
+def positive_part(x: Tensor, width: float) -> Tensor:
+    """Return ``(x + sqrt(x^2 + 4 w^2)) / 2``, the positive part of ``x`` smoothed over ``w``.
+
+    Written as ``max(x, 0) + 2 w^2 / (sqrt(x^2 + 4 w^2) + |x|)``, which loses no digits on either
+    side.
+
+    Args:
+        x: Any values.
+        width: The width ``w``.
+    """
+    root = (x.square() + 4 * width**2).sqrt()
+    # Maximum and modulus have kinks at 0 that cancel: both take the derivative from below there.
+    size = torch.where(x > 0, x, -x)
+    return x.relu() + 2 * width**2 / (root + size)
 
 
 def non_dominated_cells(Y: Tensor, reference: Tensor) -> Tensor:
@@ -209,7 +225,7 @@ class LogImprovement(MultiObjectiveMCAcquisitionFunction):
         front = self.front
         if X_pending is not None and len(X_pending):
             with torch.no_grad():
-                mean = cast(GPyTorchPosterior, self.model.posterior(X_pending)).mean
+                mean = gaussian(self.model.posterior(X_pending)).mean
                 front = torch.cat([front, self.objective(mean.unsqueeze(0), X=X_pending)[0]])
         cells = non_dominated_cells(front.unsqueeze(0), front.new_zeros(front.shape[-1]))
         self.register_buffer("cell_bounds", cells)
@@ -225,9 +241,7 @@ class LogImprovement(MultiObjectiveMCAcquisitionFunction):
 
 def _volume_in(lower: Tensor, upper: Tensor, values: Tensor) -> Tensor:
     """Return the smoothed volume below each value inside the boxes, summed over these."""
-    gap = values - lower
-    slope = (gap.square() + 4 * _SOFT**2).sqrt() + gap.abs()
-    sides = torch.minimum(gap.clamp_min(0.0) + 2 * _SOFT**2 / slope, upper - lower)
+    sides = torch.minimum(positive_part(values - lower, _SOFT), upper - lower)
     volume = sides[..., 0]
     for j in range(1, sides.shape[-1]):  # a product over a dimension differentiates slowly
         volume = volume * sides[..., j]
@@ -308,7 +322,7 @@ class QLogNEHVI(_Hypervolume):
             return _single(situation, pending, sampler)
         # Metrics are scaled by their observed range: botorch's smoothing has absolute widths.
         gains = GenericMCMultiOutputObjective(situation.gains())
-        zero, X = torch.zeros_like(situation.reference), situation.good.X
+        zero, X = torch.zeros_like(situation.unit), situation.good.X
         # Points that are on the front of no sample change nothing but the time it takes.
         baseline = prune_inferior_points_multi_objective(
             situation.model, X, ref_point=zero, objective=gains, num_samples=2 * self.mc_samples

@@ -37,6 +37,7 @@ from map_bo.rng import child, child_seed
 from map_bo.samplers.posterior.acquisition import AcquisitionDriven
 from map_bo.samplers.posterior.covariance import Covariances, JointDraws, measurement_noise
 from map_bo.samplers.posterior.driven import Situation
+from map_bo.samplers.posterior.hypervolume import positive_part
 
 __all__ = [
     "HypervolumeScalarised",
@@ -77,15 +78,12 @@ def unit_volume(m: int) -> float:
 def log_improvements(lengths: Tensor, best: Tensor, m: int) -> Tensor:
     """Return ``log(t^m - b^m)`` for ray lengths ``t`` over the best so far ``b``, smoothed.
 
-    The positive part of ``t - b`` is ``(x + sqrt(x^2 + 4 s^2)) / 2`` with ``s = 1e-4``, so that
-    there is a gradient where nothing is gained; powers stay in logarithms, since with 16 metrics
-    they span a hundred orders of magnitude.
+    The positive part of ``t - b`` is smoothed over 1e-4, so that there is a gradient where nothing
+    is gained; powers stay in logarithms, since with 16 metrics they span a hundred orders of
+    magnitude.
     """
     b = best.clamp_min(1e-9)  # below it the difference of powers would cancel
-    gap = lengths - b
-    root = (gap.square() + 4 * _SOFT**2).sqrt()
-    positive = gap.clamp_min(0.0) + 2 * _SOFT**2 / (root + gap.abs())
-    ratio = (positive / b).log1p()
+    ratio = (positive_part(lengths - b, _SOFT) / b).log1p()
     return m * b.log() + m * ratio + (-torch.expm1(-m * ratio)).log()
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import cast
 
 import torch
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from torch import Generator, Tensor
 
 from map_bo.errors import SamplerError
@@ -16,7 +14,6 @@ from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import is_repeat
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
 from map_bo.samplers.posterior.scalarised import log_improvements, ray_lengths, sphere_directions
-from map_bo.surrogates.quadratic_model import QuadraticModel
 
 __all__ = ["ThompsonFronts"]
 
@@ -32,8 +29,8 @@ class ThompsonFronts(PosteriorDriven):
     so for any number of metrics. Every point of a proposal has a draw of its own, and the points
     before it and the pending ones count as observed at their drawn values.
 
-    Draws of a quadratic are functions, and their fronts are solved for; of any other model they
-    are joint draws over a pool of points, which includes the front of the mean.
+    Draws in closed form are solved for their fronts; others are drawn over a pool of points,
+    which includes the front of the mean.
 
     Attributes:
         solver: Solves a drawn function for its front.
@@ -81,12 +78,12 @@ class ThompsonFronts(PosteriorDriven):
         """Return a drawn front, its gains, and the draw's gains at the points ``waiting``."""
         model, space = situation.model, situation.space
         gains = situation.gains()
-        if isinstance(model, QuadraticModel):
-            function = model.sample_functions(1, generator=child(source, "function"))[0]
+        function = model.sample_functions(1, generator=child(source, "function"))
 
-            def drawn(X: Tensor) -> Tensor:
-                return gains(model.features(X) @ function.T, None)
+        def drawn(X: Tensor) -> Tensor:
+            return gains(function(X)[0], None)
 
+        if function.explicit:
             X = self.solver.solve(drawn, space, generator=child(source, "front"))
             with torch.no_grad():
                 return X, drawn(X), drawn(waiting)
@@ -96,15 +93,8 @@ class ThompsonFronts(PosteriorDriven):
         pool = torch.cat(
             [waiting, mean_front, space.sample(self.pool, generator=child(source, "pool"))]
         )
-        one = torch.Size([1])
         with torch.no_grad():
-            # All surrogates are Gaussian; botorch types `posterior` by its base class.
-            posterior = cast(GPyTorchPosterior, model.posterior(pool))
-            shape = one + posterior.base_sample_shape
-            source = child(source, "function")
-            noise = torch.randn(shape, generator=source, dtype=torch.float64)
-            sample = posterior.rsample_from_base_samples(one, noise)[0]
-            values = gains(sample, None)
+            values = drawn(pool)
         q = len(waiting)
         X, drawn_gains = pool[q:], values[q:]
         front = non_dominated(drawn_gains)

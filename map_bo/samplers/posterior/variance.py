@@ -100,4 +100,4 @@ def gain_slopes(situation: Situation, X: Tensor) -> Tensor:
         mean = situation.model.link_mean(X)
     links = situation.model.links
     slopes = torch.stack([link.slope(mean[:, i]) for i, link in enumerate(links)], -1)
-    return slopes / situation.scale
+    return (slopes / situation.unit) * situation.scale.ranged

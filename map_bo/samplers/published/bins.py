@@ -2,7 +2,7 @@
 
 MAP's sampler for few tasks (Li et al., *MAP*, arXiv 2406.07529, "Bayesian adaptive sampling"),
 with a posterior, residuals of today, and bins that fit any number of tasks. As its public code
-has it, the sampler is :class:`map_bo.samplers.published.public_code.BinsReference`.
+has it, the sampler is :class:`map_bo.samplers.published.public_code.PublishedBins`.
 """
 
 from __future__ import annotations
@@ -21,13 +21,18 @@ from map_bo.samplers.designs.space_filling import is_repeat
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
 from map_bo.samplers.published.angles import angles_of, directions_of, evenly, from_evenly, reach
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.validation import LeavesOneOut
+from map_bo.surrogates.surrogate import Surrogate
+from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
 __all__ = ["Bin", "Bins", "grow_bins", "pooled_residuals"]
 
 _SMALLEST = 1 / 16  # a side of a bin is not cut below twice this
 _BLUR = 0.15  # standard deviation of a radius around a good one, share of what the ray offers
 _ATTEMPTS = 32  # to find a point that is not known already
+_HINT = (
+    "give the sampler a surrogate that does (sampler.surrogate=quadratic, gp, hybrid, sparse or "
+    "auto), or use sampler=bins_published, which takes any"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +110,29 @@ class Bins(PosteriorDriven):
                 hint="it must be more than 2, or the prior of a bin has no mean",
             )
 
+    def check_surrogate(self, surrogate: Surrogate) -> None:
+        """Refuse a surrogate whose models cannot leave evaluations out.
+
+        Raises:
+            SamplerError: With the alternative in its hint.
+        """
+        if isinstance(surrogate, Surrogate) and not promises_leave_one_out(surrogate):
+            raise SamplerError(
+                f"bins are made of leave-one-out residuals, and {type(surrogate).__name__} does "
+                "not leave evaluations out",
+                hint=_HINT,
+            )
+        super().check_surrogate(surrogate)
+
     def choose(self, situation: Situation, n: int) -> Tensor:
         """Return up to ``n`` new points, one after the other.
 
         Raises:
             SamplerError: When the surrogate cannot leave evaluations out.
         """
-        if not isinstance(situation.model, LeavesOneOut):
+        if not isinstance(situation.model, LeavesOneOut):  # its settings promised otherwise
             raise SamplerError(
-                f"{type(situation.model).__name__} cannot leave evaluations out",
-                hint="use the quadratic, gp or hybrid surrogate, or sampler=bins_reference",
+                f"{type(situation.model).__name__} cannot leave evaluations out", hint=_HINT
             )
         space, good = situation.space, situation.good
         mean, _ = situation.model.leave_one_out()

@@ -16,8 +16,9 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SamplerError, SurrogateError
+from map_bo.moved import renamed
 from map_bo.rng import child, numpy_generator
 from map_bo.samplers.designs.space_filling import fresh_points, is_repeat, uniform_points
 from map_bo.samplers.posterior.driven import NEAREST
@@ -34,17 +36,17 @@ from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import n_features
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.surrogate import Surrogate
 
-__all__ = ["BinsReference", "ReferenceDesign", "bin_scores"]
+__all__ = ["PublishedBins", "PublishedDesign", "bin_scores"]
 
 _ENUMERATED = 2**16  # grids up to this size are shuffled whole, larger ones are drawn from
 _CHUNK = 64
 
 
 @dataclass(frozen=True)
-class ReferenceDesign:
+class PublishedDesign:
     """``N`` one-hots, then a random subset of the regular grid on ``[0, 1]^N``.
 
     The grid has the fewest levels ``g`` with ``g^N >= 2 m`` for the ``m = points - N`` points that
@@ -69,7 +71,7 @@ class ReferenceDesign:
     def __post_init__(self) -> None:
         if self.points is not None and self.points < 1:
             raise SamplerError(
-                f"the reference design has {self.points} points",
+                f"the published design has {self.points} points",
                 hint="give the number of evaluations of the run, or None for (N + 1) (N + 2)",
             )
 
@@ -118,9 +120,9 @@ def _shuffled(g: int, d: int, source: Generator) -> Iterator[Tensor]:
         yield torch.randint(g, (_CHUNK, d), generator=source)
 
 
-_SUBSAMPLES = 30
-_KEPT = 0.8  # share of the evaluations in a subsample
-_SPREAD = 0.5  # weight of the spread over subsamples in a score
+_ROUNDS = 30
+_DROPPED = 5  # each round drops one row in so many, rounded down: 20 %
+_SPREAD = 0.5  # weight of the spread over the rounds in a score
 _TEMPERATURE = 0.07
 _RADII = (0.2, 0.8)
 _LARGEST_RADIUS = 1.5  # no radius that is drawn reaches it; kept as published
@@ -130,37 +132,39 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BinsReference:
+class PublishedBins:
     """The published adaptive sampler, apart for each task.
 
     The first ``initial`` evaluations come from the design. Each of them is turned into a radius
     and ``d - 1`` angles in the positive orthant, around the base (the point 0). Each angle is cut
     into ``B`` equal bins on ``[0, pi/2]``, 4 below four coefficients and else 2, joint bins
     ``B^(d - 1)``. A bin's score for a task is the mean squared residual of the surrogate in it,
-    in the metric's own unit, plus half its standard deviation over 30 subsamples that drop 20 %
-    of the evaluations. A bin is drawn from ``softmax(score / 0.07)``, the angles uniformly in it,
-    and the radius from ``U(0.2, 0.8)``, clipped to ``[0, 1.5]``.
+    in the metric's own unit, plus half its standard deviation over 30 rounds, each of which drops
+    a further 20 % (rounded down) of the bin's own remaining rows. A bin is drawn from
+    ``softmax(score / 0.07)``, the angles uniformly in it, and the radius from ``U(0.2, 0.8)``,
+    clipped to ``[0, 1.5]``.
 
     Its faults are kept: the scores are those of the design, however much has been measured since;
     residuals are those of the rows that were fitted; bins without an evaluation are never
-    visited; metrics in large units have softmax pick one bin; and angles that are uniform crowd
-    the last coefficients near 0 when there are many.
+    visited; the rows that rounds drop never come back, so a bin keeps four rows from early on, and
+    one of up to five rows has no spread at all; metrics in large units have softmax pick one bin;
+    and angles that are uniform crowd the last coefficients near 0 when there are many.
 
     What had to be settled: points are dealt to the tasks in turn, by how many were evaluated or
-    are pending; the spread is that of the mean over what a subsample keeps of a bin, the fit
-    held, where it keeps anything; negative coefficients count as 0 when angles are taken; points
-    outside the space are moved to its nearest point; points known already are drawn again, and
-    when that does not help, or nothing of the design succeeded, the design goes on.
+    are pending; negative coefficients count as 0 when angles are taken; points outside the space
+    are moved to its nearest point; points known already are drawn again, and when that does not
+    help, or nothing of the design succeeded, the design goes on.
 
     Attributes:
         initial: Evaluations before the first bins. ``None``: as many as a quadratic has
             coefficients, ``(d + 1) (d + 2) / 2``, the fewest that the published fit starts from.
-        surrogate: What is fitted.
+        surrogate: What is fitted: the published fit, whatever the surrogate of the run is, unless
+            another is given.
         design: Proposes the initial points; ``None`` is the published design of that size.
     """
 
     initial: int | None = None
-    surrogate: Surrogate = field(default_factory=ReferenceQuadratic)
+    surrogate: Surrogate = field(default_factory=PublishedQuadratic)
     design: Sampler | None = None
 
     def __post_init__(self) -> None:
@@ -168,6 +172,10 @@ class BinsReference:
             raise SamplerError(
                 f"initial is {self.initial}", hint="give 1 or more, or None for the default"
             )
+
+    def with_surrogate(self, surrogate: Surrogate) -> PublishedBins:
+        """Return the sampler with another fit than the published one."""
+        return replace(self, surrogate=surrogate)
 
     def propose(
         self,
@@ -180,7 +188,7 @@ class BinsReference:
     ) -> Tensor:
         """Return ``n x d`` points to evaluate next; see :class:`Sampler`."""
         initial = n_features(space.d) if self.initial is None else self.initial
-        design = ReferenceDesign(initial) if self.design is None else self.design
+        design = PublishedDesign(initial) if self.design is None else self.design
         waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
         count = len(seen) + len(waiting)
         first = min(n, max(0, initial - count))
@@ -218,7 +226,7 @@ class BinsReference:
 
         @cache
         def scores_of(task: int) -> dict[tuple[int, ...], float]:
-            source = numpy_generator(generator, "bins subsamples", task)
+            source = numpy_generator(generator, "bins rounds", task)
             return bin_scores(residuals[:, task].square().numpy(), bins, source)
 
         found = known[:0]
@@ -246,21 +254,16 @@ def bin_scores(
     Args:
         squares: ``n`` squared residuals.
         bins: The ``n`` bins that they lie in.
-        source: Draws the subsamples.
+        source: Draws the rows to drop.
     """
-    n = len(squares)
-    kept = max(1, round(_KEPT * n))
-    subsamples = [set(source.permutation(n)[:kept].tolist()) for _ in range(_SUBSAMPLES)]
     scores = {}
     for place in sorted(set(bins)):
-        rows = [i for i in range(n) if bins[i] == place]
-        means = [
-            squares[inside].mean()
-            for subsample in subsamples
-            if (inside := [i for i in rows if i in subsample])
-        ]
-        spread = float(np.std(means)) if means else 0.0
-        scores[place] = float(squares[rows].mean()) + _SPREAD * spread
+        own = squares[[row == place for row in bins]]
+        left, means = source.permutation(own), []
+        for _ in range(_ROUNDS):
+            left = left[len(left) // _DROPPED :]
+            means.append(left.mean())
+        scores[place] = float(own.mean() + _SPREAD * np.std(means))
     return scores
 
 
@@ -282,3 +285,7 @@ def _draw(
     theta = (place + source.random(len(place))) / cuts * (math.pi / 2)
     radius = float(np.clip(source.uniform(*_RADII), 0.0, _LARGEST_RADIUS))
     return space.project(radius * directions_of(torch.from_numpy(theta).reshape(1, -1)))
+
+
+def __getattr__(name: str) -> Any:
+    return renamed(__name__, name)

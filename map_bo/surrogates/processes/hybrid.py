@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from map_bo.data import Observations
 from map_bo.space import CoefficientSpace
@@ -39,6 +39,7 @@ class Hybrid:
 
     link: Literal["auto", "identity"] = "auto"
     importance: float = 0.5
+    leaves_one_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

@@ -24,6 +24,7 @@ __all__ = [
     "QuadraticKernel",
     "Trend",
     "TrendRBFKernel",
+    "squared_distances",
     "squared_exponential",
     "trend_features",
     "trend_groups",
@@ -47,17 +48,35 @@ def trend_groups(trend: Trend, d: int) -> Tensor:
 
 
 def squared_exponential(U: Tensor, V: Tensor, lengthscale: Tensor) -> Tensor:
-    """Return ``exp(-1/2 |(u - v) / l|^2)``, ``... x n x k``, distances by matrix products.
+    """Return ``exp(-1/2 |(u - v) / l|^2)``, ``... x n x k``; differentiable any number of times.
 
     Args:
         U: ``... x n x d`` in the unit cube.
         V: ``... x k x d`` in the unit cube.
         lengthscale: ``d`` lengthscales.
     """
-    # Centred on the cube, so that the squares that cancel in the distance stay small.
     A, B = (U - 0.5) / lengthscale, (V - 0.5) / lengthscale
+    # Matrix products have the right derivatives, but as a value |a|^2 + |b|^2 - 2 a.b cancels: for
+    # coincident points it is a rounding error whose size and sign depend on the BLAS, and a clamp
+    # at 0 would take the derivatives away with it. So the value is taken from the differences.
     squares = A.square().sum(-1).unsqueeze(-1) + B.square().sum(-1).unsqueeze(-2)
-    return torch.exp(-0.5 * (squares - 2 * A @ B.mT).clamp_min(0.0))
+    products = squares - 2 * A @ B.mT
+    distance = squared_distances(A.detach(), B.detach()) + (products - products.detach())
+    return torch.exp(-0.5 * distance)
+
+
+def squared_distances(A: Tensor, B: Tensor) -> Tensor:
+    """Return ``|a - b|^2``, ``... x n x k``, from differences: 0 exactly for coincident points.
+
+    As values alone: the root within has no derivative at 0.
+
+    Args:
+        A: ``... x n x d``.
+        B: ``... x k x d``.
+    """
+    if A.dim() > B.dim() == 2:  # all rows as one batch, else each batch would have a copy of B
+        return squared_distances(A.flatten(0, -2), B).view(*A.shape[:-1], len(B))
+    return torch.cdist(A, B, compute_mode="donot_use_mm_for_euclid_dist").square()
 
 
 class QuadraticKernel(Kernel):  # type: ignore[misc]

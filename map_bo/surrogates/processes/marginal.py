@@ -33,7 +33,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from map_bo.surrogates.processes.kernels import (
     Trend,
     TrendRBFKernel,
-    squared_exponential,
+    squared_distances,
     trend_features,
     trend_groups,
 )
@@ -139,7 +139,9 @@ def negative_log_posterior(
     Phi, groups = trend_features(trend, U), trend_groups(trend, U.shape[-1])
     count = int(groups[-1]) + 1
     hyper = Hyperparameters.from_logs(theta, count)
-    smooth = hyper.scale * squared_exponential(U, U, hyper.lengthscale)
+    centred = U - 0.5
+    A = centred / hyper.lengthscale
+    smooth = hyper.scale * torch.exp(-0.5 * squared_distances(A, A))
     K = (Phi * hyper.trend[groups]) @ Phi.mT + smooth
     K.diagonal().add_(known + hyper.nugget)
     lower, info = torch.linalg.cholesky_ex(K)
@@ -152,7 +154,6 @@ def negative_log_posterior(
     G = 0.5 * (alpha.unsqueeze(-1) * alpha - inverse)
     W = G * smooth
     rows = W.sum(-1)
-    centred = U - 0.5
     spread = rows @ centred.square() - (centred * (W @ centred)).sum(0)
     by_feature = ((G @ Phi) * Phi).sum(0) * hyper.trend[groups]
     gradient = torch.cat(

@@ -18,12 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import FantasizeMixin
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.posteriors.posterior import Posterior
 from torch import Tensor
 
@@ -34,7 +33,7 @@ from map_bo.surrogates.links import Link, links_for
 from map_bo.surrogates.processes.gp import GPModel, ProcessPrior, fit_processes
 from map_bo.surrogates.processes.marginal import LogPrior
 from map_bo.surrogates.quadratic_model import gaussian_posterior, transformed
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SurrogateModel, gaussian, joint_by_metric
 
 __all__ = ["Sparse", "SparseModel"]
 
@@ -119,11 +118,6 @@ class SparseModel(SurrogateModel, FantasizeMixin):
         self._first = first
 
     @property
-    def num_outputs(self) -> int:
-        """The number ``m`` of metrics."""
-        return len(self.metrics)
-
-    @property
     def batch_shape(self) -> torch.Size:
         """Leading dimensions of the posterior; empty unless conditioned on batches."""
         return self.processes.processes[0].batch_shape
@@ -160,7 +154,7 @@ class SparseModel(SurrogateModel, FantasizeMixin):
             posterior_transform: Applied to the result.
         """
         if output_indices is not None:
-            part = self.subset_output(output_indices)
+            part = self.for_metrics(output_indices)
             return part.posterior(X, None, observation_noise, posterior_transform)
         means, covariances = [], []
         for j in range(self.num_outputs):
@@ -180,11 +174,7 @@ class SparseModel(SurrogateModel, FantasizeMixin):
     def _moments(self, X: Tensor, j: int) -> tuple[Tensor, Tensor]:
         members = self._members(j)
         weights = self.weights[j, members]
-        found = [
-            # botorch types `posterior` by its base class, which promises no distribution.
-            cast(GPyTorchPosterior, self.processes.processes[p].posterior(X)).distribution
-            for p in members
-        ]
+        found = [gaussian(self.processes.processes[p].posterior(X)).distribution for p in members]
         means = torch.stack([each.mean for each in found], -1)
         mean = means @ weights
         covariance = sum(
@@ -198,16 +188,20 @@ class SparseModel(SurrogateModel, FantasizeMixin):
             torch.stack([process.likelihood.noise for process in self.processes.processes], -1)
         )
 
-    def subset_output(self, idcs: list[int]) -> SparseModel:
-        """Return the model of the given metrics alone."""
-        members = [self._members(j) for j in idcs]
+    def for_metrics(self, columns: Sequence[int]) -> SparseModel:
+        """Return the model of some metrics alone."""
+        members = [self._members(j) for j in columns]
         kept = [p for held in members for p in held]
-        weights = torch.zeros(len(idcs), len(kept), dtype=self.weights.dtype)
+        weights = torch.zeros(len(columns), len(kept), dtype=self.weights.dtype)
         place = 0
-        for row, (j, held) in enumerate(zip(idcs, members, strict=True)):
+        for row, (j, held) in enumerate(zip(columns, members, strict=True)):
             weights[row, place : place + len(held)] = self.weights[j, held]
             place += len(held)
-        return SparseModel(self.processes.subset_output(kept), weights)
+        return SparseModel(self.processes.for_metrics(kept), weights)
+
+    def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""
+        return joint_by_metric([self.one_metric(j) for j in range(self.num_outputs)], X)
 
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
@@ -271,6 +265,7 @@ class Sparse:
     link: Literal["auto", "identity"] = "auto"
     importance: float = 0.5
     taus: Sequence[float] = field(default=(1.0, 0.1, 0.01, 0.001))
+    leaves_one_out: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

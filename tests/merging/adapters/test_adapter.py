@@ -11,13 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError, MapBoError, MergeError
-from map_bo.merging.adapters.checkpoint import (
-    AdapterCheckpoint,
-    adapter_checkpoint,
-    open_expert,
-)
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, adapter_checkpoint, open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from tests.merging.peft_models import language_model, trained, with_settings
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -278,9 +274,9 @@ class TestRefused:
             ({"peft_type": "PREFIX_TUNING"}, "of the kind PREFIX_TUNING"),
             ({"peft_type": None}, "only LoRA"),
             ({"init_lora_weights": "pissa_niter_4"}, "initialised by 'pissa_niter_4'"),
-            ({"r": 0}, "has r = 0"),
+            ({"r": 0}, "must be positive numbers, got 0 and"),
             ({"r": 2}, "has rank 1 in 'fc', and 2 by its configuration"),
-            ({"lora_alpha": None}, "lora_alpha = None"),
+            ({"lora_alpha": None}, "must be positive numbers, got 1 and None"),
             ({"rank_pattern": {"(": 1}}, "unusable rank_pattern"),
             ({"rank_pattern": {"fc": 0}}, "unusable rank_pattern"),
             ({"alpha_pattern": ["fc"]}, "unusable alpha_pattern"),
@@ -295,9 +291,9 @@ class TestRefused:
         ("name", "message"),
         [
             ("base_model.model.fc.lora_magnitude_vector", "is DoRA"),
-            ("base_model.model.fc.lora_E", "no tensor of a plain LoRA adapter"),
-            ("base_model.model.fc.lora_A.bias", "no tensor of a plain LoRA adapter"),
-            ("base_model.model.e.token_adapter.trainable_tokens_delta", "no tensor of a plain"),
+            ("base_model.model.fc.lora_E", "not a tensor of a plain LoRA adapter"),
+            ("base_model.model.fc.lora_A.bias", "not a tensor of a plain LoRA adapter"),
+            ("base_model.model.e.token_adapter.trainable_tokens_delta", "not a tensor of a plain"),
             ("base_model.model.bias.lora_A.weight", "which the base lacks"),
             ("base_model.model.gone.weight", "changes 'gone.weight', which the base lacks"),
             ("base_model.model.fc.bias", r"of \[2, 1\], and 'fc.bias' is \[2\]"),
@@ -334,7 +330,7 @@ class TestRefused:
     def test_half_a_pair(self, tmp_path: Path) -> None:
         folder = linear_adapter(tmp_path)
         save_file({"fc.lora_A.weight": torch.ones(1, 3)}, folder / "adapter_model.safetensors")
-        self.refused(folder, "has lora_A of module 'fc', and no pair")
+        self.refused(folder, "lacks a factor of module 'fc': it has only lora_A")
 
     def test_factors_that_are_not_finite(self, tmp_path: Path) -> None:
         bad = torch.tensor([[1.0], [torch.nan]])
@@ -381,10 +377,10 @@ class TestOpenExpert:
             open_checkpoint(linear_adapter(tmp_path))
 
 
-def test_adapters_are_streamed_like_any_expert(tmp_path: Path) -> None:
+def test_adapters_are_merged_on_disk_like_any_expert(tmp_path: Path) -> None:
     base = open_checkpoint({**BASE, "fc.weight": torch.ones(2, 3)})
     adapter = adapter_checkpoint(linear_adapter(tmp_path), base)
     full = open_checkpoint({"fc.weight": torch.full((2, 3), 3.0), "fc.bias": torch.ones(2)})
-    merged = dict(merge_streamed(base, {"a": adapter, "b": full}, lambda _: {"a": 0.5, "b": 2.0}))
+    merged = dict(merge_linearly(base, {"a": adapter, "b": full}, lambda _: {"a": 0.5, "b": 2.0}))
     torch.testing.assert_close(merged["fc.weight"], 1 + 0.5 * DELTA + 2 * 2)
     torch.testing.assert_close(merged["fc.bias"], torch.full((2,), 2.0))

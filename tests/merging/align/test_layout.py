@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.layout import FlatLayout, is_variance, joined_ties
+from map_bo.merging.align.layout import FlatLayout, is_variance, join_ties
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.rng import make_generator
 
@@ -69,14 +69,14 @@ def test_complex_tensors_are_refused() -> None:
 def test_ties_of_both_sides_are_joined() -> None:
     state = {name: torch.ones(2) for name in ("a", "b", "c", "d")}
     base = open_checkpoint(state)
-    assert joined_ties(base, {}) == {}
-    assert joined_ties(base, {"b": "a", "c": "b"}) == {"b": "a", "c": "a"}
-    assert joined_ties(base, {"b": "gone", "c": "gone"}) == {"c": "b"}
-    assert joined_ties(base, {"a": "d"}) == {"d": "a"}
+    assert join_ties(base, {}) == {}
+    assert join_ties(base, {"b": "a", "c": "b"}) == {"b": "a", "c": "a"}
+    assert join_ties(base, {"b": "gone", "c": "gone"}) == {"c": "b"}
+    assert join_ties(base, {"a": "d"}) == {"d": "a"}
     shared = torch.ones(2)
     tied = open_checkpoint({"x": shared, "y": shared, "z": torch.zeros(2)})
-    assert joined_ties(tied, {}) == {"y": "x"}
-    assert joined_ties(tied, {"z": "y"}) == {"y": "x", "z": "x"}
+    assert join_ties(tied, {}) == {"y": "x"}
+    assert join_ties(tied, {"z": "y"}) == {"y": "x", "z": "x"}
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from map_bo.errors import MergeError
-from map_bo.merging.align.vocabulary import fitted, fitted_experts
+from map_bo.errors import CheckpointError, MergeError
+from map_bo.merging.align.vocabulary import fit_vocabularies, fit_vocabulary, token_ids
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.recipe import read_recipe
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.checkpoint_files import export
@@ -64,7 +64,7 @@ class TestByPosition:
     ) -> None:
         pre, tuned = weights(there), weights(here, 1)
         expert = open_checkpoint(tuned)
-        result = fitted(expert, open_checkpoint(pre), "base")
+        result = fit_vocabulary(expert, open_checkpoint(pre), "base")
         kept = min(here, there)
         for name in pre:
             if name in WORDS:
@@ -78,12 +78,15 @@ class TestByPosition:
             assert result is expert
         else:
             counts = {"kept": kept, "dropped": here - kept, "unchanged": there - kept}
-            assert result.fitting == {"vocabulary": "base", "rows": dict.fromkeys(WORDS, counts)}
+            assert result.vocabulary_changes == {
+                "vocabulary": "base",
+                "rows": dict.fromkeys(WORDS, counts),
+            }
 
     @given(data=st.data())
     def test_a_piece_is_a_part_of_the_whole(self, data: st.DataObject) -> None:
         tuned = weights(data.draw(st.integers(1, 9)), 1)
-        result = fitted(open_checkpoint(tuned), open_checkpoint(weights(5)), "base")
+        result = fit_vocabulary(open_checkpoint(tuned), open_checkpoint(weights(5)), "base")
         for name in result.names:
             whole = result.load(name).reshape(-1)
             stop = data.draw(st.integers(0, whole.numel()))
@@ -96,7 +99,7 @@ class TestByPosition:
 
     def test_the_expert_is_not_written_to(self) -> None:
         pre, tuned = weights(6), weights(4, 1)
-        result = fitted(open_checkpoint(tuned), open_checkpoint(pre), "base")
+        result = fit_vocabulary(open_checkpoint(tuned), open_checkpoint(pre), "base")
         result.load("lm_head.bias").fill_(7.0)
         assert torch.equal(pre["lm_head.bias"], weights(6)["lm_head.bias"])
         assert torch.equal(tuned["lm_head.bias"], weights(4, 1)["lm_head.bias"])
@@ -106,7 +109,7 @@ class TestByPosition:
         pre = weights(6)
         tuned = {name: value.to(dtype) for name, value in weights(4, 1).items()}
         base = open_checkpoint(pre)
-        result = fitted(open_checkpoint(tuned), base, "base")
+        result = fit_vocabulary(open_checkpoint(tuned), base, "base")
         vectors = TaskVectors.load(base, {"a": result}, check_base=False)
         for slot in vectors.layout.slots:
             delta = slot.of(vectors.deltas[0])
@@ -114,9 +117,9 @@ class TestByPosition:
                 assert not delta[4:].any()
                 torch.testing.assert_close(delta[:4], tuned[slot.name].float() - pre[slot.name][:4])
 
-    def test_resident_and_streamed_merges_take_it(self, tmp_path: Path) -> None:
+    def test_merges_in_memory_and_on_disk_take_it(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(6))
-        experts = fitted_experts(
+        experts = fit_vocabularies(
             {
                 "more": folder(tmp_path / "more", weights(8, 1)),
                 "fewer": folder(tmp_path / "fewer", weights(4, 2)),
@@ -127,12 +130,12 @@ class TestByPosition:
         coefficients = {"more": 0.5, "fewer": 0.25}
         vectors = TaskVectors.load(base, experts, check_base=False)
         flat = vectors.base + torch.tensor([0.5, 0.25]) @ vectors.deltas
-        for name, tensor in merge_streamed(base, experts, lambda _: coefficients):
+        for name, tensor in merge_linearly(base, experts, lambda _: coefficients):
             (slot,) = (slot for slot in vectors.layout.slots if slot.name == name)
             torch.testing.assert_close(tensor, slot.of(flat))
         out = export(
             tmp_path / "out",
-            tensors=merge_streamed(base, experts, lambda _: coefficients),
+            tensors=merge_linearly(base, experts, lambda _: coefficients),
             base=base,
             experts=experts,
             coefficients=coefficients,
@@ -154,7 +157,7 @@ class TestByPosition:
             return own
 
         base = open_checkpoint(tied(6, 0))
-        result = fitted(open_checkpoint(tied(4, 1)), base, "base")
+        result = fit_vocabulary(open_checkpoint(tied(4, 1)), base, "base")
         assert result.ties == base.ties == {"lm_head.weight": "model.embed_tokens.weight"}
         TaskVectors.load(base, {"a": result}, check_base=False)
 
@@ -162,7 +165,7 @@ class TestByPosition:
         tuned = weights(4, 1)
         tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"]
         pre = weights(6)
-        result = fitted(open_checkpoint(tuned), open_checkpoint(pre), "base")
+        result = fit_vocabulary(open_checkpoint(tuned), open_checkpoint(pre), "base")
         assert not result.ties
         assert torch.equal(result.load("lm_head.weight")[4:], pre["lm_head.weight"][4:])
 
@@ -171,7 +174,7 @@ class TestByPosition:
         tuned["lm_head.weight"] = tuned["model.embed_tokens.weight"]
         pre = {name: value for name, value in weights(6).items() if name != "lm_head.weight"}
         base = open_checkpoint(pre)
-        result = fitted(open_checkpoint(tuned), base, "base")
+        result = fit_vocabulary(open_checkpoint(tuned), base, "base")
         assert result.shape("lm_head.weight") == (6, WIDTH)
         TaskVectors.load(base, {"a": result}, check_base=False)
 
@@ -181,13 +184,13 @@ class TestByPosition:
         with pytest.raises(
             MergeError, match=r"'x' has other ids than the base for 3 tokens: 'b' is 2 against 1"
         ) as caught:
-            fitted(expert, base, "base", label="x")
+            fit_vocabulary(expert, base, "base", label="x")
         assert "vocabulary='tokens'" in str(caught.value.hint)
 
     def test_a_renamed_token_and_a_further_one_are_not(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(4), ["a", "b", "c", "<reserved>"])
         expert = folder(tmp_path / "x", weights(5, 1), ["a", "b", "c", "<tool>", "new"])
-        assert fitted(expert, base, "base").shape("lm_head.weight") == (4, WIDTH)
+        assert fit_vocabulary(expert, base, "base").shape("lm_head.weight") == (4, WIDTH)
 
 
 class TestByToken:
@@ -195,27 +198,30 @@ class TestByToken:
         pre, tuned = weights(6), weights(5, 1)
         base = folder(tmp_path / "base", pre, ["a", "b", "c", "d", "gone"])
         expert = folder(tmp_path / "x", tuned, ["new", "b", "a", "d", "c"])
-        result = fitted(expert, base, "tokens")
+        result = fit_vocabulary(expert, base, "tokens")
         for name in WORDS:
             merged = result.load(name)
             assert torch.equal(merged[:4], tuned[name][[2, 1, 4, 3]])
             assert torch.equal(merged[4:], pre[name][4:])  # a token and padding it lacks
         assert torch.equal(result.load("model.norm.bias"), tuned["model.norm.bias"])
         counts = {"kept": 4, "dropped": 1, "unchanged": 2}
-        assert result.fitting == {"vocabulary": "tokens", "rows": dict.fromkeys(WORDS, counts)}
-        assert fitted(result, base, "tokens") is result
+        assert result.vocabulary_changes == {
+            "vocabulary": "tokens",
+            "rows": dict.fromkeys(WORDS, counts),
+        }
+        assert fit_vocabulary(result, base, "tokens") is result
 
     def test_rows_move_where_shapes_agree_too(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(4), ["a", "b"])
         tuned = weights(4, 1)
         expert = folder(tmp_path / "x", tuned, ["b", "a"])
-        merged = fitted(expert, base, "tokens").load("lm_head.bias")
+        merged = fit_vocabulary(expert, base, "tokens").load("lm_head.bias")
         assert torch.equal(merged, tuned["lm_head.bias"][[1, 0, 2, 3]])
 
     def test_equal_vocabularies_need_nothing(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(4), ["a", "b", "c"])
         expert = folder(tmp_path / "x", weights(4, 1), ["a", "b", "c"])
-        assert fitted(expert, base, "tokens") is expert
+        assert fit_vocabulary(expert, base, "tokens") is expert
 
     @given(order=st.permutations(range(6)), data=st.data())
     def test_a_permuted_expert_is_put_back(self, order: list[int], data: st.DataObject) -> None:
@@ -227,7 +233,7 @@ class TestByToken:
         with tempfile.TemporaryDirectory() as name:
             base = folder(Path(name) / "base", weights(6), tokens)
             expert = folder(Path(name) / "x", moved, [tokens[i] for i in order])
-            result = fitted(expert, base, "tokens")
+            result = fit_vocabulary(expert, base, "tokens")
             for name in WORDS:
                 assert torch.equal(result.load(name), tuned[name])
 
@@ -238,12 +244,12 @@ class TestByToken:
         expert = folder(tmp_path / "x", weights(4, 1), tokens["x"])
         label = "the base" if side == "base" else "expert 'x'"
         with pytest.raises(MergeError, match=f"{label} .* has no tokenizer"):
-            fitted(expert, base, "tokens", label="x")
+            fit_vocabulary(expert, base, "tokens", label="x")
 
     def test_a_model_without_a_vocabulary_is_told(self) -> None:
         linear = {"layer.weight": torch.ones(3, 2)}
         with pytest.raises(MergeError, match="no embedding was found"):
-            fitted(open_checkpoint(linear), open_checkpoint(linear), "tokens")
+            fit_vocabulary(open_checkpoint(linear), open_checkpoint(linear), "tokens")
 
 
 class TestWhichTensors:
@@ -263,7 +269,7 @@ class TestWhichTensors:
         ],
     )
     def test_usual_names(self, name: str) -> None:
-        result = fitted(
+        result = fit_vocabulary(
             open_checkpoint({name: torch.ones(8, 2)}),
             open_checkpoint({name: torch.ones(6, 2)}),
             "base",
@@ -281,7 +287,7 @@ class TestWhichTensors:
                 }
             )
 
-        result = fitted(model(8), model(6), "base")
+        result = fit_vocabulary(model(8), model(6), "base")
         shapes = [list(result.shape(name)) for name in result.names]
         assert shapes == [[1, 6], [6], [6, 2], [6, 2]]
         assert torch.equal(result.load("final_logits_bias"), torch.ones(1, 6))
@@ -291,7 +297,7 @@ class TestWhichTensors:
             tensors = {"in.weight": torch.ones(rows, 2), "classes.weight": torch.ones(4, 2)}
             return folder(tmp_path / path, tensors, config={"text_config": {"vocab_size": rows}})
 
-        result = fitted(model("x", 8), model("base", 6), "base")
+        result = fit_vocabulary(model("x", 8), model("base", 6), "base")
         assert result.shape("in.weight") == (6, 2)
         assert result.shape("classes.weight") == (4, 2)
 
@@ -309,7 +315,10 @@ class TestWhichTensors:
     def test_others_are_not_fitted(self, name: str) -> None:
         words = {"wte.weight": torch.ones(9, 2)}
         expert = open_checkpoint({name: torch.ones(8, 2), **words})
-        assert fitted(expert, open_checkpoint({name: torch.ones(6, 2), **words}), "base") is expert
+        assert (
+            fit_vocabulary(expert, open_checkpoint({name: torch.ones(6, 2), **words}), "base")
+            is expert
+        )
 
     def test_a_vocabulary_as_wide_as_the_model_goes_by_names_alone(self, tmp_path: Path) -> None:
         def model(path: str, tokens: list[str], seed: int) -> Checkpoint:
@@ -317,8 +326,8 @@ class TestWhichTensors:
             return folder(tmp_path / path, own, tokens, {"vocab_size": WIDTH})
 
         base, expert = model("base", ["a", "b", "c"], 0), model("x", ["c", "b", "a"], 1)
-        result = fitted(expert, base, "tokens")
-        assert set(result.fitting["rows"]) == set(WORDS)
+        result = fit_vocabulary(expert, base, "tokens")
+        assert set(result.vocabulary_changes["rows"]) == set(WORDS)
         own = weights(WIDTH, 1)
         assert torch.equal(result.load("model.norm.bias"), own["model.norm.bias"])
 
@@ -328,7 +337,7 @@ class TestRefusals:
         found = []
         for merge in (
             lambda: TaskVectors.load(base, {"x": expert}, check_base=False),
-            lambda: list(merge_streamed(base, {"x": expert}, lambda _: {})),
+            lambda: list(merge_linearly(base, {"x": expert}, lambda _: {})),
         ):
             with pytest.raises(MergeError, match="expert 'x' has other shapes") as caught:
                 merge()
@@ -346,7 +355,7 @@ class TestRefusals:
     def test_other_shapes_stay_an_error_and_come_first(self, rule: Any) -> None:
         base = open_checkpoint(weights(6))
         wide = {"model.layers.0.mlp.weight": torch.ones(7, WIDTH)}
-        experts = fitted_experts({"x": open_checkpoint(weights(8, 1, **wide))}, base, rule)
+        experts = fit_vocabularies({"x": open_checkpoint(weights(8, 1, **wide))}, base, rule)
         for error in self.refused(experts["x"], base):
             assert "than the base: model.layers.0.mlp.weight [7, 3] against" in error.message
             assert "only its vocabulary" not in error.message
@@ -355,11 +364,71 @@ class TestRefusals:
     def test_an_embedding_of_another_width_is_not_fitted(self) -> None:
         base = open_checkpoint(weights(6))
         wide = {"model.embed_tokens.weight": torch.ones(8, WIDTH + 1)}
-        expert = fitted(open_checkpoint(weights(6, 1, **wide)), base, "base")
+        expert = fit_vocabulary(open_checkpoint(weights(6, 1, **wide)), base, "base")
         self.refused(expert, base)
 
     def test_an_unknown_rule(self) -> None:
         base = open_checkpoint(weights(6))
         rule: Any = "nearest"
-        with pytest.raises(MergeError, match="the vocabulary rule is 'nearest'"):
-            fitted(base, base, rule)
+        with pytest.raises(MergeError, match=r"the vocabulary rule must .* got 'nearest'"):
+            fit_vocabulary(base, base, rule)
+
+
+def write(folder: Path, **files: Any) -> Path:
+    for name, content in files.items():
+        text = content if isinstance(content, str) else json.dumps(content)
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+def test_a_mapping_with_added_tokens(tmp_path: Path) -> None:
+    tokenizer = {
+        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}},
+        "added_tokens": [{"id": 2, "content": "<eos>"}, {"id": 0, "content": "a"}],
+    }
+    ids = token_ids(write(tmp_path, tokenizer__json=tokenizer, vocab__json={"z": 9}))
+    assert ids == {"a": 0, "b": 1, "<eos>": 2}
+
+
+def test_a_unigram_list(tmp_path: Path) -> None:
+    tokenizer = {"model": {"type": "Unigram", "vocab": [["<pad>", 0.0], ["▁a", -1.5]]}}
+    assert token_ids(write(tmp_path, tokenizer__json=tokenizer)) == {"<pad>": 0, "▁a": 1}
+
+
+def test_a_slow_tokenizer(tmp_path: Path) -> None:
+    files: dict[str, Any] = {
+        "vocab__json": {"a": 0, "b": 1},
+        "added_tokens__json": {"<tool>": 2},
+        "tokenizer_config__json": {"added_tokens_decoder": {"3": {"content": "<end>"}}},
+    }
+    assert token_ids(write(tmp_path, **files)) == {"a": 0, "b": 1, "<tool>": 2, "<end>": 3}
+
+
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_list_of_lines(tmp_path: Path, end: str) -> None:
+    ids = token_ids(write(tmp_path, vocab__txt="[PAD]\n\u2028\nb" + end))
+    assert ids == {"[PAD]": 0, "\u2028": 1, "b": 2}
+
+
+def test_no_tokenizer(tmp_path: Path) -> None:
+    assert token_ids(None) is None
+    assert token_ids(write(tmp_path, tokenizer_config__json={}, added_tokens__json={})) is None
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"tokenizer__json": "{"},
+        {"tokenizer__json": []},
+        {"tokenizer__json": {"model": {}}},
+        {"tokenizer__json": {"model": {"vocab": {"a": "x"}}}},
+        {"tokenizer__json": {"model": {"vocab": [[]]}}},
+        {"tokenizer__json": {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1}]}},
+        {"vocab__json": {"a": None}},
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path: Path, files: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"json cannot be read as a vocabulary: ") as caught:
+        token_ids(write(tmp_path, **files))
+    assert str(tmp_path) in caught.value.message
+    assert caught.value.hint

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from map_bo.errors import CheckpointError, MissingDependencyError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint, open_expert
+from map_bo.merging.adapters.adapter import adapter_checkpoint, open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.checkpoints.hub import hub_model
 from tests.merging.adapter_files import SHAPES, small_base, write_adapter

@@ -4,6 +4,7 @@ import functools
 import os
 import pickle
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch import nn
 from map_bo.errors import CheckpointError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from tests.merging.checkpoint_files import tensors_of
-from tests.merging.damaged import little_room, refused
+from tests.merging.damaged import little_room, refused, written
 
 
 class Evil:
@@ -136,3 +137,113 @@ def test_pickles_made_to_exhaust_a_reader(tmp_path: Path, content: bytes, suffix
     path.write_bytes(content)
     with little_room():
         refused(path, str(path))
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    torch.save(tensors_of(0), tmp_path / "x.pt")
+    return tmp_path / "x.pt"
+
+
+def rezipped(
+    path: Path, compression: int, change: Callable[[str, bytes], bytes] = lambda name, data: data
+) -> None:
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(name, data))
+
+
+def test_an_archive_packed_again_without_compression_is_read(path: Path) -> None:
+    digest = open_checkpoint(path).digest()
+    rezipped(path, zipfile.ZIP_STORED)
+    assert open_checkpoint(path).digest() == digest
+
+
+def test_an_archive_without_checksums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(tensors_of(0), tmp_path / "x.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert open_checkpoint(tmp_path / "x.pt").digest() == open_checkpoint(tensors_of(0)).digest()
+
+
+def test_a_zip_bomb(path: Path) -> None:
+    rezipped(
+        path,
+        zipfile.ZIP_DEFLATED,
+        lambda name, data: bytes(50_000_000) if name.endswith("data/0") else data,
+    )
+    assert path.stat().st_size < 1_000_000
+    refused(path, "cannot be read: the record", "is compressed, which torch.save never does")
+
+
+def test_a_record_of_another_size_than_its_tensor(path: Path) -> None:
+    rezipped(
+        path,
+        zipfile.ZIP_STORED,
+        lambda name, data: data[:-8] if name.endswith("data/0") else data,
+    )
+    refused(path, "tensors and the records of the archive differ in size")
+
+
+@pytest.mark.parametrize("name", ["data.pkl", "byteorder", "version"])
+def test_a_small_record_that_is_damaged(path: Path, name: str) -> None:
+    with zipfile.ZipFile(path) as archive:
+        record = archive.getinfo(f"x/{name}")
+        data = archive.read(record)
+    content = bytearray(path.read_bytes())
+    content[content.index(data, record.header_offset)] ^= 1
+    refused(written(path, bytes(content)), f"the record 'x/{name}' does not have its checksum")
+
+
+@pytest.mark.parametrize("bit", [1, 2, 4, 8, 16, 32, 64, 128])
+def test_a_record_that_is_moved(path: Path, bit: int) -> None:
+    with zipfile.ZipFile(path) as archive:
+        start = archive.getinfo("x/data/0").header_offset
+    content = bytearray(path.read_bytes())
+    content[start + 28] ^= bit  # how long a field is that stands before the data
+    refused(written(path, bytes(content)), "cannot be read")
+
+
+@pytest.mark.parametrize("keep", [0.2, 0.5, 0.9, 0.99])
+def test_an_archive_that_is_cut_off(path: Path, keep: float) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * keep)])
+    refused(path, "it is a zip archive, as torch.save writes, that is cut off")
+
+
+def test_bytes_before_an_archive_move_its_records_and_bytes_behind_do_not(path: Path) -> None:
+    content, digest = path.read_bytes(), open_checkpoint(path).digest()
+    assert open_checkpoint(written(path, content + b"more")).digest() == digest
+    refused(written(path, b"PK\3\4" + content), "its first record is not where")
+
+
+def test_a_record_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("x/data/0", b"1234")
+    refused(path, "holds the record 'x/data/0' twice")
+
+
+def test_an_archive_of_something_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("model.safetensors", b"1234")
+    refused(tmp_path / "x.pt", "cannot be read")
+    with zipfile.ZipFile(tmp_path / "x.pt", "w"):
+        pass
+    refused(tmp_path / "x.pt", "cannot be read")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path, zipped: bool) -> None:
+    path = tmp_path / "x.pt"
+    small = {"w": torch.ones(1, 3).expand(1000, 3), "v": torch.ones(2)}
+    torch.save(small, path, _use_new_zipfile_serialization=zipped)
+    assert open_checkpoint(path).read("w", 2999, 3000).tolist() == [1]
+    huge = {"w": torch.ones(1).expand(1 << 45), "v": torch.ones(2)}
+    torch.save(huge, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match=r"tensor 'w' has 140737488355328 bytes") as caught:
+        open_checkpoint(path)
+    assert "contiguous" in str(caught.value.hint)

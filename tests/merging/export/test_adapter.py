@@ -14,11 +14,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
+from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
-from map_bo.merging.export.bounded import merge_streamed
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.recipe import read_recipe
 from map_bo.rng import make_generator
 from tests.merging.adapter_files import small_adapters, small_base
@@ -59,7 +59,7 @@ def merged_model(
     model: nn.Module, base: Checkpoint, experts: Mapping[str, Checkpoint], c: Mapping[str, float]
 ) -> nn.Module:
     merged = copy.deepcopy(model)
-    merged.load_state_dict(dict(merge_streamed(base, experts, lambda _: c)))
+    merged.load_state_dict(dict(merge_linearly(base, experts, lambda _: c)))
     return merged
 
 
@@ -115,7 +115,7 @@ class TestWithPeft:
         torch.testing.assert_close(outputs(loaded), wanted, rtol=1e-4, atol=1e-5)
         assert not torch.allclose(outputs(model), wanted, atol=1e-3)
         again = adapter_checkpoint(result.path, base)
-        for name, tensor in merge_streamed(base, experts, lambda _: C):
+        for name, tensor in merge_linearly(base, experts, lambda _: C):
             torch.testing.assert_close(again.load(name), tensor, rtol=1e-5, atol=1e-6)
 
     @pytest.mark.parametrize("kind", ["gpt2", "llama", "bert"])
@@ -177,7 +177,7 @@ class TestRank:
         assert result.rank == rank
         found = adapter_checkpoint(result.path, base)
         cut, whole = 0.0, 0.0
-        for name, tensor in merge_streamed(base, experts, lambda _: C):
+        for name, tensor in merge_linearly(base, experts, lambda _: C):
             delta = (tensor - base.load(name)).flatten(1) if tensor.dim() > 1 else None
             if name not in result.errors or delta is None:
                 continue
@@ -254,7 +254,7 @@ class TestRefused:
         self.refused(out, "linear layer or of an embedding is unknown", base, experts, rank=2)
         self.refused(out, "which have no factors", base, experts, rank=2, kinds=kinds,
                      others="refuse")  # fmt: skip
-        self.refused(out, "rank is 0", base, experts, rank=0)
+        self.refused(out, "rank must be at least 1, got 0", base, experts, rank=0)
         still = dict.fromkeys(C, 0.0)
         self.refused(out, "the merge is the base", base, experts, still, kinds=kinds)
         self.refused(out, "unknown experts other", base, experts, {"other": 1.0}, kinds=kinds)

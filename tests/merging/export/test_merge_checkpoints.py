@@ -15,8 +15,8 @@ import yaml
 from torch import Tensor
 
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.export import bounded as streamed
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas, PreparedMerge
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.sparse import Dare, Ties
@@ -222,14 +222,14 @@ class TestInputs:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         shard = sorted(family[1]["code"].glob("*.safetensors"))[-1]
-        real, count = streamed.StreamedVectors.read, iter(range(1000))
+        real, count = OnDiskVectors.read, iter(range(1000))
 
         def read(self: Any, *arguments: Any) -> Tensor:
             if next(count) == 3:
                 os.utime(shard, ns=(1, 1))
             return real(self, *arguments)
 
-        monkeypatch.setattr(streamed.StreamedVectors, "read", read)
+        monkeypatch.setattr(OnDiskVectors, "read", read)
         refused("has changed since it was opened")
 
     def test_dtypes_that_cannot_be_merged_this_way(self, refused: Refused) -> None:
@@ -262,21 +262,21 @@ class TestSettings:
     def test_coefficients(self, refused: Refused) -> None:
         error = refused("there are no coefficients 'maths'", coefficients={"maths": 1.0})
         assert "math, code, chat" in str(error.hint)
-        refused("coefficients code are not finite", coefficients={"code": float("nan")})
-        refused("coefficients code are not finite", coefficients={"code": float("inf")})
+        refused("coefficients code must be finite", coefficients={"code": float("nan")})
+        refused("coefficients code must be finite", coefficients={"code": float("inf")})
         searched = Ties(search=["density"])
         refused("no value is given for density", operator=searched)
-        refused("density is 1.5", operator=searched, coefficients={**C, "density": 1.5})
-        refused("density is -0.1", operator=searched, coefficients={**C, "density": -0.1})
+        refused("density must .* got 1.5", operator=searched, coefficients={**C, "density": 1.5})
+        refused("density must .* got -0.1", operator=searched, coefficients={**C, "density": -0.1})
         rate = Dare(search=["drop_rate"])
-        refused("drop_rate is 1.0", operator=rate, coefficients={**C, "drop_rate": 1.0})
+        refused("drop_rate must .* got 1.0", operator=rate, coefficients={**C, "drop_rate": 1.0})
 
     @pytest.mark.parametrize("operator", [WeightedAverage(), Slerp()])
     def test_negative_coefficients_where_they_mean_nothing(
         self, refused: Refused, operator: Any
     ) -> None:
         refused(
-            "the coefficients code are negative",
+            "the coefficients code must not be negative",
             operator=operator,
             coefficients={"math": 1.0, "code": -1.0},
         )
@@ -294,13 +294,13 @@ class TestSettings:
 
     @pytest.mark.parametrize("size", ["abc", "-1", 0, "0MB", ""])
     def test_sizes(self, refused: Refused, size: Any) -> None:
-        refused("max_memory is", max_memory=size)
-        refused("shard_size is", shard_size=size)
+        refused("max_memory must", max_memory=size)
+        refused("shard_size must", shard_size=size)
 
     def test_a_record_that_is_no_data(self, refused: Refused) -> None:
         refused("record.a is a object", record={"a": object()})
 
-    def test_an_operator_that_cannot_be_streamed(self, refused: Refused) -> None:
+    def test_an_operator_that_cannot_merge_by_pieces(self, refused: Refused) -> None:
         @dataclass(frozen=True)
         class Own:
             def space(
@@ -311,10 +311,7 @@ class TestSettings:
             def prepare(self, deltas: Deltas) -> PreparedMerge:
                 raise AssertionError
 
-            def describe(self) -> dict[str, Any]:
-                return {"name": "own"}
-
-        refused("the operator own cannot merge by pieces", operator=Own())
+        refused("the operator Own cannot merge by pieces", operator=Own())
 
 
 def test_a_checkpoint_object_may_be_given(family: Family, tmp_path: Path) -> None:

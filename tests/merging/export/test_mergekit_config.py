@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.mergekit_config import MergekitConfig, NotExpressible, expressed
+from map_bo.merging.export.mergekit_config import MergekitConfig, NotExpressible, express
 
 TENSORS = {"h.0.w": torch.ones(4, 5), "h.1.w": torch.ones(8), "head": torch.ones(100)}
 BASE = open_checkpoint({**TENSORS, "count": torch.tensor(1)})
@@ -38,7 +38,7 @@ BLOCKS = {"layers": r"^h\.", "rest": "*"}
 
 
 def said(operator: dict[str, Any], **coefficients: float) -> MergekitConfig:
-    return expressed(BASE, EXPERTS, operator, coefficients or {"a": 0.3, "b": 0.7}, None)
+    return express(BASE, EXPERTS, operator, coefficients or {"a": 0.3, "b": 0.7}, None)
 
 
 def in_blocks(*values: float) -> dict[str, float]:
@@ -86,9 +86,7 @@ class TestExpressed:
         assert said({**TIES, "trim": "global", "density": 1.0}).method == "ties"
         one = {"w": torch.ones(4)}
         experts = {"a": open_checkpoint({"w": torch.zeros(4)})}
-        config = expressed(
-            open_checkpoint(one), experts, {**TIES, "trim": "global"}, {"a": 1}, None
-        )
+        config = express(open_checkpoint(one), experts, {**TIES, "trim": "global"}, {"a": 1}, None)
         assert config.method == "ties"
 
     def test_the_largest_numbers_are_breadcrumbs_without_outliers(self) -> None:

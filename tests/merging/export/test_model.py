@@ -16,9 +16,11 @@ from safetensors.torch import load_file, load_model
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.export.model import ExportSettings, digest_all
 from tests.merging.checkpoint_files import BASE, Tied, export, merged
+from tests.merging.hard_checkpoints import hard_family, opened, threads
 
 
 class TestTies:
@@ -26,7 +28,7 @@ class TestTies:
         base, expert = open_checkpoint(Tied(0)), open_checkpoint(Tied(1))
         stream = list(
             # The alias has weights of its own here; those of the canonical name count.
-            merge_streamed(base, {"a": expert}, lambda n: {"a": 1.0 if n == "embed" else 0.5})
+            merge_linearly(base, {"a": expert}, lambda n: {"a": 1.0 if n == "embed" else 0.5})
         )
         assert [name for name, _ in stream] == ["embed", "head.weight"]
         assert stream[0][1] is stream[1][1]
@@ -44,7 +46,7 @@ class TestTies:
 
     def test_shards_record_ties_too(self, tmp_path: Path) -> None:
         base = open_checkpoint(Tied(0))
-        stream = merge_streamed(base, {}, lambda n: {})
+        stream = merge_linearly(base, {}, lambda n: {})
         extra = open_checkpoint({**Tied(0).state_dict(), "z": torch.ones(100)})
         out = export(
             tmp_path / "m",
@@ -266,7 +268,7 @@ class TestRefusals:
         self.refused(tmp_path, "safetensors has no dtype for w", base=base)
 
     def test_no_shard_size(self, tmp_path: Path) -> None:
-        self.refused(tmp_path, "shard_bytes is 0", shard_bytes=0)
+        self.refused(tmp_path, "shard_bytes must .* got 0", shard_bytes=0)
 
     def test_a_record_that_is_no_data(self, tmp_path: Path) -> None:
         self.refused(tmp_path, r"record\.a\[1\] is a object", record={"a": [1, object()]})
@@ -278,3 +280,32 @@ def test_a_broken_export_is_seen(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cannot be read"):
         open_checkpoint(out)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_each_is_computed_once_and_kept(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = opened(*hard_family(tmp_path))
+    expected = [open_checkpoint(c.source).digest() for c in (base, *experts.values())]
+    with threads(count):
+        digest_all([base, *experts.values()])
+    monkeypatch.setattr(Checkpoint, "read", lambda *arguments: pytest.fail("read again"))
+    assert [c.digest() for c in (base, *experts.values())] == expected
+
+
+def test_a_file_that_has_gone_is_told(tmp_path: Path) -> None:
+    base, experts = opened(*hard_family(tmp_path))
+    (tmp_path / "code" / "model.safetensors").unlink()
+    with threads(3), pytest.raises(CheckpointError, match="cannot be read"):
+        digest_all([base, *experts.values()])
+
+
+def test_settings_are_checked_when_they_are_made() -> None:
+    settings = ExportSettings("1GB", "2 MiB")
+    assert (settings.memory, settings.shard_bytes) == (10**9, 2 << 20)
+    assert ExportSettings().memory is None
+    with pytest.raises(MergeError, match=r"max_memory must .* got 'much'"):
+        ExportSettings("much")
+    with pytest.raises(MergeError, match=r"shard_size must .* got 0"):
+        ExportSettings(shard_size=0)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.mergekit_config import filters_for
-from map_bo.merging.export.model import merge_streamed, read_recipe
-from map_bo.merging.export.recipe import plain
+from map_bo.merging.export.recipe import plain, read_recipe
 from tests.merging.checkpoint_files import BASE, COEFFICIENTS, EXPERTS, export, merged, tensors_of
 
 
@@ -110,7 +110,7 @@ class TestMergekit:
             "coefficients": {"math": 0.3, "code": -0.1},
         } | changes
         if "tensors" not in settings:
-            settings["tensors"] = merge_streamed(settings["base"], {}, lambda name: {})
+            settings["tensors"] = merge_linearly(settings["base"], {}, lambda name: {})
         return (export(tmp_path / "m", **settings) / "mergekit.yaml").read_text()
 
     def test_one_weight_for_each_expert(self, tmp_path: Path) -> None:

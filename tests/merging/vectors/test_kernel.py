@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.vectors.kernel import ChunkedMerge, Kernel, SpanKernel, checked_coefficients
+from map_bo.merging.vectors.kernel import Kernel, KernelMerge, SpanKernel, check_coefficients
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
@@ -48,7 +48,7 @@ def merged(
 ) -> Tensor:
     out = torch.full((vectors.layout.size,), torch.nan)
     blocks = (0,) * len(vectors.layout.slots)
-    ChunkedMerge(vectors, kernel, blocks, chunk=chunk).write(torch.tensor(c), out)
+    KernelMerge(vectors, kernel, blocks, chunk=chunk).write(torch.tensor(c), out)
     return out
 
 
@@ -131,17 +131,18 @@ class FromFiles:
 @pytest.mark.parametrize("operator", [Ties(trim="tensor"), Ties(search=["density"]), Della()])
 def test_deltas_that_are_not_resident_give_the_same(operator: Ties | Della, use_room: bool) -> None:
     vectors = hard_vectors()
-    streamed = FromFiles(vectors, use_room)
-    assert isinstance(streamed, Deltas)
+    on_disk = FromFiles(vectors, use_room)
+    assert isinstance(on_disk, Deltas)
     c = torch.tensor([0.5, 0.2, 0.9, *([0.4] if operator.search else [])])
     outs = [torch.empty(vectors.layout.size) for _ in range(2)]
     operator.prepare(vectors).write(c, outs[0])
-    operator.prepare(streamed).write(c, outs[1])
+    operator.prepare(on_disk).write(c, outs[1])
     assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_two_writes_at_once(threads: int) -> None:
+    # To the bit: threads share out whole pieces, and no two entries of a piece are added up.
     vectors = hard_vectors(shapes={"a": (40, 50), "b": (300,)})
     prepared = Ties(search=["density"]).prepare(vectors)
     prepared._chunk = 100
@@ -254,12 +255,12 @@ def test_outputs_that_do_not_fit_are_refused() -> None:
 
 def test_checked_coefficients() -> None:
     c = torch.tensor([1, 2], dtype=torch.int64)
-    assert checked_coefficients(c, 2).dtype == torch.float64
-    with pytest.raises(MergeError, match=r"shape \(1, 2\)") as caught:
-        checked_coefficients(c[None], 2)
+    assert check_coefficients(c, 2).dtype == torch.float64
+    with pytest.raises(MergeError, match=r"shape \(2,\), got \(1, 2\)") as caught:
+        check_coefficients(c[None], 2)
     assert "not a batch" in str(caught.value.hint)
-    with pytest.raises(MergeError, match="not finite"):
-        checked_coefficients(torch.tensor([float("inf"), 0.0]), 2)
+    with pytest.raises(MergeError, match="must be finite"):
+        check_coefficients(torch.tensor([float("inf"), 0.0]), 2)
 
 
 def test_variances_are_floored_in_every_piece() -> None:

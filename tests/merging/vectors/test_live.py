@@ -266,7 +266,7 @@ def edited(change: Callable[[nn.Module], object]) -> nn.Module:
             lambda m: m.register_state_dict_post_hook(
                 lambda _m, state, *_: state.update({"head.bias": torch.zeros(3)})
             ),
-            "'head.bias' of the state dict is no parameter or buffer",
+            "'head.bias' of the state dict is not a parameter or buffer",
         ),
     ],
 )

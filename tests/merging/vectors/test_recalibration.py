@@ -63,6 +63,16 @@ class TestRecalibrate:
         )
         assert found["num_batches_tracked"] == count
 
+    @pytest.mark.parametrize("momentum", [None, 0.25])
+    def test_nothing_is_left_of_earlier_statistics(self, momentum: float | None) -> None:
+        fresh, trained = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+        for x in batches(1, scale=9.0):
+            trained(x)
+        assert int(statistics(trained)["num_batches_tracked"]) == 4
+        for norm in (fresh, trained):
+            recalibrate(norm, batches(0), momentum=momentum)
+        assert same(statistics(trained), statistics(fresh))
+
     def test_with_momentum_the_average_is_exponential(self) -> None:
         norm, data = nn.BatchNorm1d(3, momentum=None), batches(0)
         recalibrate(norm, data, momentum=0.25)
@@ -183,7 +193,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("momentum", [0.0, -1.0, 1.5, float("nan")])
     def test_a_momentum_that_is_none(self, momentum: float) -> None:
-        with pytest.raises(MergeError, match="momentum is"):
+        with pytest.raises(MergeError, match="momentum must"):
             recalibrate(nn.BatchNorm1d(3), batches(0), momentum=momentum)
 
 
@@ -216,7 +226,10 @@ class TestRecalibration:
 
     @pytest.mark.parametrize(
         ("given", "message"),
-        [(3, "recalibration is a int"), (iter([]), "an iterator, which the first merge would use")],
+        [
+            (3, "must be batches or a function, got a int"),
+            (iter([]), "gone through again, got an iterator"),
+        ],
     )
     def test_what_cannot_be_gone_through_again(self, given: Any, message: str) -> None:
         with pytest.raises(MergeError, match=message):

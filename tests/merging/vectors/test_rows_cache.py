@@ -20,8 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.checkpoint import adapter_checkpoint
-from map_bo.merging.align.vocabulary import fitted
+from map_bo.merging.adapters.adapter import adapter_checkpoint
+from map_bo.merging.align.vocabulary import fit_vocabulary
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
@@ -191,7 +191,7 @@ def test_a_fitted_vocabulary_matters(tmp_path: Path) -> None:
     moved = [model(tokens, 1, tokens) for tokens in ("bacd", "abdc")]
     assert moved[0].digest() == moved[1].digest()
     for expert in moved:
-        experts = {"x": fitted(expert, base, "tokens")}
+        experts = {"x": fit_vocabulary(expert, base, "tokens")}
         mapped = TaskVectors.load(base, experts, cache=tmp_path / "rows")
         assert torch.equal(mapped.rows, TaskVectors.load(base, experts).rows)
     assert len(entries(tmp_path / "rows")) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,12 +10,19 @@ import pytest
 import torch
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.layout import FlatLayout, joined_ties
+from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors import storage
-from map_bo.merging.vectors.memory import available_bytes, in_words
 from map_bo.merging.vectors.row_filling import STORAGE
-from map_bo.merging.vectors.storage import Storage, StorageDtype, needed
+from map_bo.merging.vectors.storage import (
+    Storage,
+    StorageDtype,
+    available_bytes,
+    estimate_memory,
+    format_bytes,
+    parse_bytes,
+    resident_bytes,
+)
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
 from tests.merging.small_models import MODELS, family
@@ -27,8 +35,10 @@ def models(kind: str = "mlp") -> tuple[Checkpoint, dict[str, Checkpoint]]:
     return open_checkpoint(base), {name: open_checkpoint(model) for name, model in experts.items()}
 
 
-def need(base: Checkpoint, experts: Mapping[str, Checkpoint], dtype: torch.dtype) -> storage.Needed:
-    return needed(base, experts, FlatLayout.of(base, joined_ties(base, {})), dtype)
+def need(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], dtype: torch.dtype
+) -> storage.MemoryNeed:
+    return estimate_memory(base, experts, FlatLayout.of(base, join_ties(base, {})), dtype)
 
 
 @pytest.mark.parametrize("dtype", STORAGE)
@@ -39,7 +49,7 @@ def test_what_is_needed_is_what_is_taken(kind: str, dtype: torch.dtype) -> None:
     vectors = TaskVectors.load(base, experts, dtype=dtype)
     others = [*vectors.fixed.values(), *(floor for _, floor in vectors.floors)]
     assert found.rows == vectors.nbytes
-    assert found.beside == sum(tensor.nbytes for tensor in others)
+    assert found.extras == sum(tensor.nbytes for tensor in others)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -54,7 +64,7 @@ def test_adapters_take_their_factors(dtype: torch.dtype, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("dtype", "most", "kept", "mapped", "roomy"),
+    ("dtype", "most", "kept", "mapped", "spare_memory"),
     [
         (None, None, torch.float32, False, True),
         ("auto", None, torch.float32, False, True),
@@ -76,13 +86,13 @@ def test_the_cap_decides(
     most: int | str | None,
     kept: torch.dtype,
     mapped: bool,
-    roomy: bool,
+    spare_memory: bool,
     tmp_path: Path,
 ) -> None:
     base, experts = models()
     cache = None if most is None else tmp_path
     found = Storage.of(base, experts, dtype=dtype, max_memory=most, cache=cache)
-    assert found == Storage(kept, tmp_path if mapped else None, roomy)
+    assert found == Storage(kept, tmp_path if mapped else None, spare_memory)
     assert not list(tmp_path.iterdir())  # nothing is written, and nothing read
 
 
@@ -109,7 +119,8 @@ def test_what_fits_nowhere_is_told_with_what_would_be_needed(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("most", "message"), [("lots", "max_memory is 'lots'"), (0, "max_memory is 0")]
+    ("most", "message"),
+    [("lots", "max_memory must .* got 'lots'"), (0, "max_memory must .* got 0")],
 )
 def test_sizes_that_are_none_are_refused(most: int | str, message: str) -> None:
     base, experts = models()
@@ -183,9 +194,51 @@ def test_this_machine_says_what_it_has() -> None:
 
 
 def test_sizes_are_told_in_their_unit() -> None:
-    assert [in_words(x) for x in (12, 1540, 2.5e6, 40.12e9)] == [
+    assert [format_bytes(x) for x in (12, 1540, 2.5e6, 40.12e9)] == [
         "12 bytes",
         "1.54 kB",
         "2.5 MB",
         "40.1 GB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, 1),
+        (2.5e9, 2_500_000_000),
+        (10**18, 10**18),
+        ("700MB", 700_000_000),
+        ("2 GB", 2_000_000_000),
+        (" 2gb ", 2_000_000_000),
+        ("2G", 2_000_000_000),
+        ("1.5GiB", 3 << 29),
+        ("512 MiB", 512 << 20),
+        ("64k", 64_000),
+        ("1TB", 10**12),
+        ("1_000", 1000),
+        ("12b", 12),
+    ],
+)
+def test_sizes(size: int | float | str, expected: int) -> None:
+    assert parse_bytes(size, "size") == expected
+
+
+@pytest.mark.parametrize(
+    "size",
+    [0, -1, 0.5, float("nan"), float("inf"), True, "abc", "-1", "0", "0GB", "", "GB", "1.2.3MB",
+     "1e9", "5 apples", "1 0", "._", "2GBit"],
+)  # fmt: skip
+def test_what_is_no_size(size: int | float | str) -> None:
+    with pytest.raises(MergeError, match="max_memory must") as caught:
+        parse_bytes(size, "max_memory")
+    assert repr(size) in caught.value.message
+    assert "2GB" in str(caught.value.hint)
+
+
+def test_resident_memory_grows_with_what_is_held() -> None:
+    before = resident_bytes()
+    # Mapped: what an allocator has kept is resident already.
+    with mmap.mmap(-1, 50_000_000) as held:
+        held[::4096] = b"x" * len(range(0, 50_000_000, 4096))
+        assert 30_000_000 < resident_bytes() - before < 200_000_000

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.export.model import merge_streamed
-from map_bo.merging.vectors.linear_merge import LinearMerge, LinearOperator, TaskArithmetic
-from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.merging.export.bounded import merge_linearly
+from map_bo.merging.vectors.linear_merge import LinearMerge, TaskArithmetic
+from map_bo.merging.vectors.operator import Linear, MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.plain import from_plain, to_plain
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.merging.small_models import MODELS, family
 
@@ -109,6 +110,7 @@ def test_tile_and_chunk_do_not_matter(c: list[float], tile: int, chunk: int) -> 
 
 @pytest.mark.parametrize("inference", [False, True])
 def test_threads_write_the_same(inference: bool) -> None:
+    # To the bit: threads share out whole chunks, and torch uses one thread within each.
     vectors = example_vectors(8000, dtype=torch.bfloat16)  # several chunks
     alone = merge(vectors, [0.3, -0.4, 0.9])
     before = torch.get_num_threads()
@@ -158,7 +160,9 @@ def test_lower_precision_of_products_does_not_reach_the_weights(
 
 @pytest.mark.parametrize("kind", sorted(MODELS))
 @pytest.mark.parametrize("blocks", [None, {"weights": r"\.weight$", "others": "*"}])
-def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | None) -> None:
+def test_flat_merge_equals_the_merge_tensor_by_tensor(
+    kind: str, blocks: dict[str, str] | None
+) -> None:
     base, experts = family(kind)
     checkpoints = {name: open_checkpoint(expert) for name, expert in experts.items()}
     vectors = TaskVectors.load(open_checkpoint(base), checkpoints)
@@ -166,11 +170,11 @@ def test_flat_merge_equals_streamed_merge(kind: str, blocks: dict[str, str] | No
     space = operator.space(vectors.experts, lower=-1.0, upper=1.5)
     c = torch.linspace(-0.9, 1.4, space.d, dtype=torch.float64)
     flat = vectors.layout.state_dict(merge(vectors, c, blocks), vectors.fixed)
-    streamed = dict(
-        merge_streamed(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
+    on_disk = dict(
+        merge_linearly(open_checkpoint(base), checkpoints, operator.weights(tuple(experts), c))
     )
-    assert flat.keys() == streamed.keys()
-    for name, tensor in streamed.items():
+    assert flat.keys() == on_disk.keys()
+    for name, tensor in on_disk.items():
         assert torch.allclose(flat[name], tensor, rtol=1e-5, atol=1e-6), name
 
 
@@ -198,7 +202,7 @@ def test_one_block_at_zero_leaves_its_tensors_as_the_base() -> None:
 def test_weights_by_tensor() -> None:
     c = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
     operator = TaskArithmetic(BLOCKS)
-    assert isinstance(operator, LinearOperator)
+    assert isinstance(operator, Linear)
     of = operator.weights(("a", "b"), c)
     assert of("first.weight") == {"a": 0.1, "b": 0.3}
     assert of("last.bias") == {"a": 0.2, "b": 0.4}
@@ -216,7 +220,7 @@ def test_blocks_that_do_not_divide_the_tensors_are_refused() -> None:
         TaskArithmetic({"a": "*", "b": "*"}).prepare(vectors)
     with pytest.raises(MergeError, match="no floating tensor belongs to the blocks typo"):
         TaskArithmetic({"typo": "frist", "b": "*"}).prepare(vectors)
-    with pytest.raises(MergeError, match=r"'\(' of block 'a' is no regular expression"):
+    with pytest.raises(MergeError, match=r"'\(' of block 'a' is not a regular expression"):
         TaskArithmetic({"a": "("})
     with pytest.raises(MergeError, match="there are no blocks"):
         TaskArithmetic({})
@@ -224,8 +228,8 @@ def test_blocks_that_do_not_divide_the_tensors_are_refused() -> None:
 
 def test_settings_are_equal_by_value_and_described() -> None:
     assert TaskArithmetic(BLOCKS) == TaskArithmetic(dict(BLOCKS))
-    assert TaskArithmetic(BLOCKS).describe() == {"name": "task_arithmetic", "blocks": BLOCKS}
-    assert TaskArithmetic().describe()["blocks"] is None
+    assert to_plain(TaskArithmetic(BLOCKS))["fields"] == {"blocks": BLOCKS}
+    assert from_plain(to_plain(TaskArithmetic(BLOCKS))) == TaskArithmetic(BLOCKS)
 
 
 @pytest.mark.parametrize("blocks", [None, BLOCKS])

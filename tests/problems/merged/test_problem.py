@@ -245,7 +245,7 @@ def test_load_merged_and_export_are_the_same_model(kind: str, tmp_path: Path) ->
     assert torch.allclose(other(inputs(kind)), output, atol=1e-5)
     recipe = (folder / "recipe.yaml").read_text()
     assert "why: test" in recipe
-    assert "task_arithmetic" in recipe
+    assert "class: map_bo.merging.vectors.linear_merge:TaskArithmetic" in recipe
 
 
 def test_export_needs_no_task_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -326,6 +326,7 @@ def test_description_recognises_the_problem() -> None:
         problem(operator=TaskArithmetic({"all": "*"})),
         problem(experts={**experts, "e0": experts["e1"]}),
         problem(metrics=[Metric("mean", direction="min"), Metric("spread")]),
+        problem(metrics=[Metric("mean", examples="fresh"), Metric("spread")]),
         problem(dtype=torch.bfloat16),
     ]
     assert all(other.describe() != described for other in others)
@@ -353,13 +354,17 @@ def text(value: float) -> Callable[[nn.Module], float]:
     ("changes", "kind", "message"),
     [
         ({"experts": {}}, MergeError, "there are no experts"),
-        ({"experts": ["a"]}, MergeError, "experts are a list"),
-        ({"experts": {"": "a"}}, MergeError, "an expert has the name ''"),
+        ({"experts": ["a"]}, MergeError, "experts must be a mapping, got a list"),
+        ({"experts": {"": "a"}}, MergeError, "the name of an expert must be text, got ''"),
         ({"evaluators": {}}, EvaluationError, "there are no evaluators"),
-        ({"evaluators": [text(1)]}, EvaluationError, "evaluators are a list"),
-        ({"evaluators": {3: text(1)}}, EvaluationError, "an evaluator has the name 3"),
+        ({"evaluators": [text(1)]}, EvaluationError, "evaluators must be a mapping, got a list"),
+        (
+            {"evaluators": {3: text(1)}},
+            EvaluationError,
+            "the name of an evaluator must be text, got 3",
+        ),
         ({"evaluators": {"a": 0.5}}, EvaluationError, "evaluator 'a' is a float, which cannot"),
-        ({"model": "gpt2"}, MergeError, "the model is a str"),
+        ({"model": "gpt2"}, MergeError, "must be a module or a function, got a str"),
         ({"metrics": [Metric("mean")]}, DataError, "metrics are mean; evaluators are mean, spread"),
         ({"metrics": [Metric("mean")] * 2}, DataError, "metric names appear twice"),
     ],
@@ -372,7 +377,7 @@ def test_problems_that_cannot_be_are_refused(
 
 
 def test_what_only_the_first_evaluation_can_see_is_refused_then() -> None:
-    with pytest.raises(MergeError, match="model function returned a dict"):
+    with pytest.raises(MergeError, match="model function must return a module, got a dict"):
         problem(model=lambda: {}).evaluate(X, generator=G)
     with pytest.raises(MergeError, match="lacks 3 tensors of the model Tied: embed"):
         problem(model=lambda: Tied()).evaluate(X, generator=G)

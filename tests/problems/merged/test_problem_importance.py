@@ -81,7 +81,6 @@ def test_other_operators_have_no_importances() -> None:
 
         space = staticmethod(BLOCKS.space)
         prepare = staticmethod(BLOCKS.prepare)
-        describe = staticmethod(BLOCKS.describe)
 
     assert problem(operator=Halves()).space.importance == ()
 

@@ -17,6 +17,7 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Ties
+from map_bo.plain import to_plain
 from map_bo.rng import make_generator
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import RunStore
@@ -108,7 +109,7 @@ def test_a_killed_run_goes_on_to_the_same_end(operator: SearchableOperator) -> N
 @every
 def test_description_tells_settings_apart(operator: SearchableOperator) -> None:
     described = electing(count=3, operator=operator).describe()
-    assert described["operator"] == operator.describe()
+    assert described["operator"] == to_plain(operator)
     assert described["space"].get("resting", []) == ([0.2, 1.0] if operator is SEARCHED else [])
 
 

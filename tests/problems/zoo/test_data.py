@@ -18,7 +18,7 @@ def test_the_first_four_tasks_are_those_of_the_method() -> None:
 
 @pytest.mark.parametrize("experts", [1, 33, -2, True, 2.0, "4"])
 def test_refuses_numbers_of_experts_that_there_are_not(experts: Any) -> None:
-    with pytest.raises(DataError, match="the digits zoo has no") as caught:
+    with pytest.raises(DataError, match="experts must be a whole number from 2 to") as caught:
         transform_names(experts)
     assert caught.value.hint == "ask for a whole number from 2 to 32"
 

@@ -88,7 +88,7 @@ def test_an_export_has_the_statistics_in_its_recipe(tmp_path: Path) -> None:
     problem = digits_problem(2, epochs=1, examples=50, operator=RegMean())
     out = problem.export(torch.tensor([0.4, 0.6]), tmp_path / "merged")
     text = (out / "recipe.yaml").read_text()
-    assert "name: regmean" in text
+    assert "class: map_bo.operators.regmean:RegMean" in text
     assert "training images" in text
     assert "no method for the operator regmean" in (out / "mergekit.yaml").read_text()
     merged, written = problem.merged(torch.tensor([0.4, 0.6])), open_checkpoint(out)

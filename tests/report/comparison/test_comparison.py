@@ -32,7 +32,7 @@ def test_the_order_of_the_runs_changes_nothing() -> None:
     runs = sweep()
     one, other = (compare(each, title="x") for each in (runs, runs[::-1]))
     assert one.variants == other.variants
-    assert torch.equal(one.reference_point, other.reference_point)
+    assert torch.equal(one.scale.point, other.scale.point)
     for variant in one.variants:
         assert one.mean(variant, "observed_hypervolume_real") == other.mean(
             variant, "observed_hypervolume_real"
@@ -43,10 +43,10 @@ def test_the_order_of_the_runs_changes_nothing() -> None:
 def test_the_scale_is_the_widest_of_the_runs_and_says_so() -> None:
     found = comparison(loss=[1])
     outcomes = [record.outcome for record in sweep(loss=[1])]
-    points = torch.stack([o.reference_point for o in outcomes if o is not None])
-    assert found.reference_point[0] == points[:, 0].min()
-    assert found.reference_point[1] == points[:, 1].max()  # a loss: larger is worse
-    assert found.rule == "worst of base and experts, the worst over 10 runs"
+    points = torch.stack([o.scale.point for o in outcomes if o is not None])
+    assert found.scale.point[0] == points[:, 0].min()
+    assert found.scale.point[1] == points[:, 1].max()  # a loss: larger is worse
+    assert found.scale.rule == "worst of base and experts, the worst over 10 runs"
 
 
 def test_runs_that_measured_no_anchor_do_not_set_the_scale() -> None:
@@ -55,11 +55,31 @@ def test_runs_that_measured_no_anchor_do_not_set_the_scale() -> None:
     assert outcome is not None
     far = dataclasses.replace(
         outcome,
-        reference_point=outcome.reference_point - 5.0,
-        rule="worst observed (no expert was measured)",
+        scale=dataclasses.replace(
+            outcome.scale,
+            point=outcome.scale.point - 5.0,
+            rule="worst observed (neither base nor experts were measured)",
+        ),
     )
     found = compare([dataclasses.replace(runs[0], outcome=far), *runs[1:]], title="x")
-    assert bool((found.reference_point > -1).all())
+    assert bool((found.scale.point > -1).all())
+
+
+def test_a_metric_without_a_range_in_every_run_is_noted_and_counts_nowhere() -> None:
+    flat, runs = torch.tensor([True, False]), []
+    for one in sweep(seeds=2):
+        assert one.outcome is not None
+        scale = dataclasses.replace(one.outcome.scale, ranged=flat)
+        outcome = dataclasses.replace(one.outcome, scale=scale)
+        runs.append(dataclasses.replace(one, outcome=outcome))
+    found = compare(runs, title="x")
+    assert found.scale.rangeless == ("invert",)
+    assert any("'invert'" in note for note in found.notes)
+    run = found.runs[0]
+    assert run.record.outcome is not None
+    seen = run.record.outcome.seen.succeeded()
+    assert run.volumes[-1] == pytest.approx(float(found.scale.gains(seen.Y)[:, 0].max()))
+    assert not [note for note in comparison().notes if "invert" in note]
 
 
 def test_a_run_wins_half_against_itself_and_the_two_win_rates_differ() -> None:

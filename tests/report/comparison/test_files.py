@@ -22,7 +22,7 @@ def test_the_table_has_every_run_and_every_digit() -> None:
         assert float(rows[0][measure.name]) == first.values[measure.name]
         assert rows[-1][measure.name] == ""
     assert rows[-1]["reason"] == "out of memory"
-    assert float(rows[0]["reference:rot90"]) == float(found.reference_point[0])
+    assert float(rows[0]["reference:rot90"]) == float(found.scale.point[0])
 
 
 def test_runs_that_are_told_apart_by_sweep_have_one_column_of_it() -> None:

@@ -14,8 +14,8 @@ def test_measures_are_those_of_the_values_on_the_common_scale() -> None:
     outcome = run.outcome
     assert outcome is not None
     metrics = outcome.seen.metrics
-    found = measure(run, "v", metrics, outcome.reference_point, outcome.best)
-    low, high = (to_maximisation(x, metrics) for x in (outcome.reference_point, outcome.best))
+    found = measure(run, "v", outcome.scale)
+    low, high = (to_maximisation(x, metrics) for x in (outcome.scale.point, outcome.scale.best))
     gains = (to_maximisation(outcome.seen.Y, metrics) - low) / (high - low)
     zero = torch.zeros(2, dtype=torch.float64)
     volume = hypervolume(gains[outcome.seen.ok], zero)
@@ -37,7 +37,7 @@ def test_without_verification_there_is_nothing_real_to_say_of_the_front() -> Non
     run = record({"seed": "0"}, verify=0)
     outcome = run.outcome
     assert outcome is not None
-    found = measure(run, "v", outcome.seen.metrics, outcome.reference_point, outcome.best).values
+    found = measure(run, "v", outcome.scale).values
     assert "verified_hypervolume_real" not in found
     assert "optimism" not in found
 
@@ -53,6 +53,6 @@ def test_many_metrics_are_measured_at_fewer_places() -> None:
     run = record({"seed": "0"}, m=6, evaluations=40)
     outcome = run.outcome
     assert outcome is not None
-    found = measure(run, "v", outcome.seen.metrics, outcome.reference_point, outcome.best)
+    found = measure(run, "v", outcome.scale)
     assert len(found.places) <= 25
     assert found.places[-1] == len(outcome.seen)

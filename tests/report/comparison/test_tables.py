@@ -43,7 +43,7 @@ def test_predicted_and_real_stand_in_columns_of_their_own() -> None:
 def test_the_reference_point_is_stated() -> None:
     found = comparison(seeds=2)
     words = scale_words(found)
-    assert f"rot90 {float(found.reference_point[0]):.3f}" in words
+    assert f"rot90 {float(found.scale.point[0]):.3f}" in words
     assert "worst of base and experts" in words
 
 

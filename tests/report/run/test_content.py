@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from map_bo.report.run.content import (
     facts,
     failure_rows,
@@ -29,6 +31,12 @@ def test_facts_say_what_was_run() -> None:
 def test_a_surrogate_without_a_selection_is_named() -> None:
     view = dataclasses.replace(make_view(2), summary={"surrogate": {"settings": "Quadratic(a=1)"}})
     assert ("surrogate", "Quadratic") in facts(view)
+
+
+def test_a_surrogate_of_the_samplers_own_is_named() -> None:
+    summary = {"sampler": "Adaptive(x=1)", "sampler_surrogate": "Quadratic(a=1)"}
+    view = dataclasses.replace(make_view(2), summary=summary)
+    assert ("sampler", "Adaptive, through a surrogate of its own: Quadratic") in facts(view)
 
 
 def test_a_view_without_a_summary_still_says_what_it_holds() -> None:
@@ -67,6 +75,14 @@ def test_hypervolumes_are_told_to_be_predicted_or_real() -> None:
 
 def test_the_scale_names_the_rule_of_the_reference_point() -> None:
     assert hypervolume_scale(make_view(2)).startswith("Reference point: worst of base and experts")
+
+
+def test_the_scale_names_the_metrics_without_a_range() -> None:
+    view = make_view(2)
+    assert "range" not in hypervolume_scale(view)
+    scale = dataclasses.replace(view.scale, ranged=torch.tensor([True, False]))
+    without = dataclasses.replace(view, scale=scale)
+    assert hypervolume_scale(without).endswith("Without a range, and not counted: invert.")
 
 
 def test_failures_are_numbered_from_one() -> None:

@@ -38,7 +38,7 @@ def test_a_scatter_shows_every_point_where_it_is() -> None:
         view.front.mean,
         view.front.real[view.front.verified],
         view.seen.Y[1:3],
-        view.reference_point[None],
+        view.scale.point[None],
     ):
         assert any(o.shape == expected.shape and np.allclose(o, expected) for o in offsets)
     names = {text.get_text() for text in axes.texts}
@@ -87,4 +87,4 @@ def test_parallel_axes_say_what_their_ends_are() -> None:
     view = make_view(6, loss=(0,), evaluations=12, points=9)
     labels = [text.get_text() for text in front_figure(view).axes[0].get_xticklabels()]
     assert labels[0].startswith("rot90 loss\n(lower is better)\n0: ")
-    assert f"0: {float(view.reference_point[1]):.3f}" in labels[1]
+    assert f"0: {float(view.scale.point[1]):.3f}" in labels[1]

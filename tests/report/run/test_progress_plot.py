@@ -7,7 +7,6 @@ import torch
 
 from map_bo.pareto.indicators import hypervolume
 from map_bo.report.run.plots import observed_hypervolume, progress_figure
-from map_bo.report.view import scaled_gains
 from tests.report.fake_views import make_view
 
 
@@ -18,7 +17,7 @@ def test_hypervolume_never_falls_and_ends_at_that_of_all_points(m: int) -> None:
     assert places == list(range(1, len(view.seen) + 1))
     assert all(a <= b + 1e-12 for a, b in pairwise(volumes))
     assert volumes[3] == volumes[2]  # a failure adds nothing
-    whole = hypervolume(scaled_gains(view.seen.succeeded().Y, view), torch.zeros(m).double())
+    whole = hypervolume(view.scale.gains(view.seen.succeeded().Y), torch.zeros(m).double())
     assert volumes[-1] == pytest.approx(whole)
 
 

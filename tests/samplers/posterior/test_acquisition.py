@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -9,24 +10,34 @@ from botorch.utils.multi_objective.hypervolume import Hypervolume
 from linear_operator.utils.errors import NotPSDError
 from torch import Tensor
 
-from map_bo.data import Metric, Observations, to_maximisation
+from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol, Uniform, is_repeat
 from map_bo.samplers.posterior.acquisition import _constraints
-from map_bo.samplers.posterior.driven import reference_point
-from map_bo.samplers.posterior.hypervolume import QLogNEHVI
+from map_bo.samplers.posterior.driven import PosteriorDriven, Situation, with_reference
+from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
+from map_bo.samplers.posterior.hypervolume import QLogEHVI, QLogNEHVI
+from map_bo.samplers.posterior.scalarised import HypervolumeScalarised, QLogNParEGO, ScalarisedUCB
+from map_bo.samplers.posterior.thompson import ThompsonFronts
+from map_bo.samplers.posterior.variance import IntegratedVariance, gain_slopes
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.surrogates.quadratic import Quadratic
-from tests.contracts.sampler_contract import METRICS, SPACES, SamplerContract, measured, some_seen
+from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 
 BOX = CoefficientSpace.box(("a", "b"))
 
 
 def small(**settings: Any) -> QLogNEHVI:
     """Return the sampler in a size that takes a tenth of a second."""
-    sizes = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 10}
+    sizes: dict[str, Any] = {
+        "surrogate": Quadratic(),
+        "restarts": 2,
+        "raw_samples": 16,
+        "mc_samples": 8,
+        "steps": 10,
+    }
     return QLogNEHVI(**{**sizes, **settings})
 
 
@@ -195,26 +206,69 @@ def test_an_unknown_metric_in_the_reference_is_refused() -> None:
     assert caught.value.hint == "the metrics are first, second"
 
 
-def test_the_reference_is_the_worst_of_base_and_experts() -> None:
-    seen = some_seen(BOX, 12)  # base, a, b, blend, then others; the second metric is a loss
-    expected = torch.stack([seen.Y[:3, 0].amin(), -seen.Y[:3, 1].amax()])
-    assert torch.equal(reference_point(seen, BOX), expected)
-    failed = some_seen(BOX, 12, failed=(1,))
-    expected = torch.stack([seen.Y[[0, 2], 0].amin(), -seen.Y[[0, 2], 1].amax()])
-    assert torch.equal(reference_point(failed, BOX), expected)
+SMALL: dict[str, Any] = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 8}
 
 
-def test_without_anchors_the_reference_is_below_everything_observed() -> None:
-    seen = some_seen(BOX, 12).select(range(4, 12))
-    gains = to_maximisation(seen.Y, METRICS)
-    reach = gains.amax(0) - gains.amin(0)
-    assert torch.allclose(reference_point(seen, BOX), gains.amin(0) - 0.1 * reach)
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        QLogNEHVI(**SMALL),
+        QLogEHVI(**SMALL),
+        HypervolumeScalarised(**SMALL),
+        QLogNParEGO(**SMALL),
+        ScalarisedUCB(**SMALL),
+        IntegratedVariance(**SMALL),
+        FrontUncertainty(**SMALL),
+        FrontUncertainty(criterion="regret", **SMALL),
+        ThompsonFronts(),
+    ],
+    ids=lambda sampler: type(sampler).__name__,
+)
+@pytest.mark.parametrize("value", [1.0, 2e7])
+def test_a_metric_without_a_range_disturbs_no_acquisition(
+    sampler: PosteriorDriven,
+    value: float,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = some_seen(BOX, 9)
+    metrics = (*seen.metrics, Metric("safe", kind="unbounded"))
+    flat = torch.full((len(seen), 1), value)
+    seen = Observations(seen.X, torch.cat([seen.Y, flat], -1), metrics)
+    chosen: list[Situation] = []
+
+    choose = type(sampler).choose
+
+    def watched(self: PosteriorDriven, situation: Situation, n: int) -> Tensor:
+        chosen.append(situation)
+        return choose(self, situation, n)
+
+    monkeypatch.setattr(type(sampler), "choose", watched)
+    with caplog.at_level(logging.WARNING):
+        X = sampler.propose(seen, BOX, 1, generator=make_generator(0))
+    assert not caplog.records, "the design did not have to go on"
+    assert bool(BOX.contains(X).all())
+    [situation] = chosen
+    assert bool((situation.observed[:, 2] == 1).all())
+    assert bool((gain_slopes(situation, seen.X)[:, 2] == 0).all())
+    assert bool((gain_slopes(situation, seen.X)[:, :2] > 0).all())
 
 
-def test_given_values_of_the_reference_take_precedence() -> None:
-    seen = some_seen(BOX, 12)
-    point = reference_point(seen, BOX, {"second": 7.0})
-    assert point.tolist() == [float(reference_point(seen, BOX)[0]), -7.0]
+class _AsBefore(Uniform):
+    """A sampler that was written for version 0.1."""
+
+    def above(self, reference: Mapping[str, float]) -> Sampler:
+        return Uniform(anchors="second" not in reference)
+
+
+def test_samplers_take_the_reference_point_under_the_old_name_too() -> None:
+    given = {"first": 0.1, "second": 0.2}
+    with pytest.warns(DeprecationWarning, match="_AsBefore.above is now with_reference"):
+        assert with_reference(_AsBefore(), given) == Uniform(anchors=False)
+    assert with_reference(Sobol(), given) == Sobol()
+    assert with_reference(small(), given) == small(reference=given)
+    own = small(reference={"first": 0.3})
+    assert with_reference(own, given) == own
 
 
 def test_constraints_turn_into_botorchs_form() -> None:

@@ -4,7 +4,9 @@ from typing import cast
 
 import pytest
 import torch
+from botorch.models.model import FantasizeMixin
 from botorch.posteriors.gpytorch import GPyTorchPosterior
+from torch import Tensor
 
 from map_bo.rng import make_generator
 from map_bo.samplers.posterior.covariance import Covariances, measurement_noise
@@ -24,11 +26,12 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
     targets, pending, points = X[:4], X[4:6], X[6:]
     noise = torch.tensor([0.02, 0.03], dtype=torch.float64)
     cross, variance = Covariances(model, targets, noise, pending).to(points)
-    told = noise.expand(len(pending), 2)
-    after = model.condition_on_observations(pending, model.link_mean(pending), noise=told)
+    variances = noise.expand(len(pending), 2)
+    assert isinstance(model, FantasizeMixin)
+    after = model.condition_on_observations(pending, model.link_mean(pending), noise=variances)
     for i in range(2):
         joint = cast(
-            GPyTorchPosterior, after.subset_output([i]).posterior(torch.cat([targets, points]))
+            GPyTorchPosterior, after.for_metrics([i]).posterior(torch.cat([targets, points]))
         ).distribution.covariance_matrix
         torch.testing.assert_close(cross[i], joint[4:, :4], rtol=1e-3, atol=1e-6)
         torch.testing.assert_close(variance[i], joint.diagonal()[4:], rtol=1e-3, atol=1e-6)
@@ -50,3 +53,25 @@ def test_noise_is_that_of_the_fit() -> None:
         measurement_noise(model), model.training_targets()[1].median(0).values
     )
     assert bool((measurement_noise(model) > 0).all())
+
+
+@pytest.mark.parametrize("waiting", [0, 2])
+def test_variance_that_rounding_takes_below_zero_is_zero(
+    waiting: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = GP().fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(9, generator=make_generator(0))
+    covariances = Covariances(model, X[:3], measurement_noise(model), X[3 : 3 + waiting])
+    exact = covariances._posterior.to
+
+    def rounded(points: Tensor) -> tuple[Tensor, Tensor]:
+        cross, variance = exact(points)
+        return cross, -1e-12 * variance
+
+    monkeypatch.setattr(covariances._posterior, "to", rounded)
+    points = X[5:].clone().requires_grad_(True)
+    _, variance = covariances.to(points)
+    torch.testing.assert_close(variance, torch.zeros_like(variance), rtol=0, atol=0)
+    # An upper confidence bound takes its root, and an optimiser the derivative of that.
+    (slope,) = torch.autograd.grad((variance + 1e-30).sqrt().sum(), points)
+    assert bool(torch.isfinite(slope).all())

@@ -21,6 +21,7 @@ from map_bo.samplers.posterior.front_uncertainty import (
 )
 from map_bo.samplers.posterior.variance import VarianceReduction
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
@@ -34,7 +35,13 @@ PEAKS = torch.tensor([[0.9, 0.2], [0.2, 0.8]], dtype=torch.float64)
 
 
 def small(**settings: Any) -> FrontUncertainty:
-    sizes = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 8}
+    sizes: dict[str, Any] = {
+        "surrogate": Quadratic(),
+        "restarts": 2,
+        "raw_samples": 16,
+        "mc_samples": 8,
+        "steps": 8,
+    }
     return FrontUncertainty(**{**sizes, "preferences": 6, "draws": 2, **settings})
 
 
@@ -53,8 +60,7 @@ def situation(n: int, surrogate: Surrogate | None = None) -> Situation:
         space=BOX,
         taken=seen.X[:0],
         known=seen.X,
-        reference=torch.tensor([0.2, 0.3], dtype=torch.float64),
-        scale=torch.tensor([0.5, 2.0], dtype=torch.float64),
+        scale=Scale(seen.metrics, torch.tensor([0.2, 0.3]), torch.tensor([0.7, 2.3]), "given"),
         generator=make_generator(0),
     )
 
@@ -100,11 +106,11 @@ def test_the_gain_is_that_of_conditioning_on_each_outcome(criterion: Criterion) 
         after = model.condition_on_observations(
             x, (mean[0] + sd * row).unsqueeze(0), noise=noise.unsqueeze(0)
         )
-        utility = ((after.link_mean(targets) - at.reference) / at.scale) @ W.T
+        utility = ((after.link_mean(targets) - at.scale.point) / at.unit) @ W.T
         drops.append(utility.amax(0).mean())
     before = (at.mean_gains(targets) @ W.T).amax(0).mean()
     fallen = moments(model, targets)[1] - moments(after, targets)[1]
-    spread = (fallen / at.scale.square() * W.square().mean(0)).sum() / len(targets)
+    spread = (fallen / at.unit.square() * W.square().mean(0)).sum() / len(targets)
     expected = spread if criterion == "variance" else torch.stack(drops).mean() - before
     share = 0.0 if criterion == "variance" else 1e-3 * spread
     torch.testing.assert_close(value, (expected + share).reshape(1), rtol=1e-4, atol=1e-9)

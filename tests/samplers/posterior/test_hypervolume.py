@@ -13,6 +13,7 @@ from map_bo.rng import child_seed, make_generator
 from map_bo.samplers.posterior.hypervolume import QLogEHVI
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.quadratic import Quadratic
 from tests.contracts.sampler_contract import SPACES, SamplerContract
 from tests.samplers.posterior.test_front_uncertainty import BOX, situation
 
@@ -20,7 +21,7 @@ from tests.samplers.posterior.test_front_uncertainty import BOX, situation
 class TestQLogEHVI(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return QLogEHVI(initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8)
+        return QLogEHVI(Quadratic(), initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8)
 
     @pytest.fixture(params=["box", "sum"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:

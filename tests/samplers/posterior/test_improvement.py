@@ -26,6 +26,7 @@ from map_bo.samplers.posterior.hypervolume import (
     LogNoisyImprovement,
     _no_compiler,
     non_dominated_cells,
+    positive_part,
 )
 
 # Points that are known well are nearly dependent, and the Cholesky factor takes some jitter.
@@ -39,6 +40,21 @@ def uniform(*shape: int, seed: int) -> Tensor:
 def volume_below(cells: Tensor, y: Tensor) -> Tensor:
     sides = (torch.minimum(cells[1], y) - cells[0]).clamp_min(0.0)
     return sides.prod(-1).sum(-1)
+
+
+@pytest.mark.parametrize("width", [1e-5, 1e-2])
+def test_positive_part_is_smooth_also_at_zero(width: float) -> None:
+    x = width * torch.tensor([-1e3, -2.0, -1e-9, 0.0, 1e-9, 2.0, 1e3], dtype=torch.float64)
+    x.requires_grad_(True)
+    value = positive_part(x, width)
+    (slope,) = torch.autograd.grad(value.sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x)
+    t = (x / width).detach()
+    root = (t.square() + 4).sqrt()
+    large = (t.abs() + root) / 2  # of the two solutions of y^2 - |t| y - 1 = 0
+    torch.testing.assert_close(value / width, torch.where(t > 0, large, 1 / large))
+    torch.testing.assert_close(slope, torch.where(t > 0, large, 1 / large) / root)
+    torch.testing.assert_close(bend * width, 2 / root**3, rtol=1e-4, atol=1e-9)
 
 
 @given(

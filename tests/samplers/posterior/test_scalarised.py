@@ -26,6 +26,7 @@ from map_bo.samplers.posterior.scalarised import (
     unit_volume,
 )
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
@@ -37,7 +38,7 @@ SIZES: dict[str, Any] = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "ste
 class TestHypervolumeScalarised(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return HypervolumeScalarised(initial=5, rays=16, **SIZES)
+        return HypervolumeScalarised(Quadratic(), initial=5, rays=16, **SIZES)
 
     @pytest.fixture(params=["box", "sum"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:
@@ -47,7 +48,7 @@ class TestHypervolumeScalarised(SamplerContract):
 class TestQLogNParEGO(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return QLogNParEGO(initial=5, **SIZES)
+        return QLogNParEGO(Quadratic(), initial=5, **SIZES)
 
     @pytest.fixture
     def space(self) -> CoefficientSpace:
@@ -77,8 +78,7 @@ def situation(m: int, n: int = 10) -> Situation:
         space=space,
         taken=X[:0],
         known=X,
-        reference=Y.amin(0),
-        scale=torch.ones(m, dtype=torch.float64),
+        scale=Scale(metrics, Y.amin(0), Y.amax(0), "given"),
         generator=make_generator(0),
     )
 

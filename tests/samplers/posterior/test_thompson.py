@@ -12,6 +12,7 @@ from map_bo.samplers.posterior.thompson import ThompsonFronts
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.quadratic import Quadratic
 from tests.contracts.sampler_contract import SPACES, SamplerContract
 from tests.samplers.posterior.test_front_uncertainty import PEAKS, situation
 from tests.samplers.posterior.test_scalarised import situation as of_metrics
@@ -22,7 +23,7 @@ SOLVER = GradientSolver(points=24, steps=20)
 class TestFunctions(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return ThompsonFronts(initial=5, solver=SOLVER, rays=32)
+        return ThompsonFronts(Quadratic(), initial=5, solver=SOLVER, rays=32)
 
     @pytest.fixture(params=["box", "blocks"])
     def space(self, request: pytest.FixtureRequest) -> CoefficientSpace:

@@ -10,6 +10,7 @@ from map_bo.samplers.posterior.acquisition import first_points
 from map_bo.samplers.posterior.covariance import measurement_noise
 from map_bo.samplers.posterior.variance import IntegratedVariance, VarianceReduction, gain_slopes
 from map_bo.samplers.sampler import Sampler
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP, GPModel
 from map_bo.surrogates.quadratic import Quadratic
@@ -24,7 +25,7 @@ class TestIntegratedVariance(SamplerContract):
     @pytest.fixture
     def sampler(self) -> Sampler:
         return IntegratedVariance(
-            initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8, targets=32
+            Quadratic(), initial=5, restarts=2, raw_samples=16, mc_samples=8, steps=8, targets=32
         )
 
     @pytest.fixture(params=["box", "blocks"])
@@ -44,7 +45,7 @@ def test_it_is_the_drop_of_the_variance_over_the_space(surrogate: Surrogate) -> 
         x, at.model.link_mean(x), noise=measurement_noise(at.model).unsqueeze(0)
     )
     T = acquisition.targets
-    drop = (moments(at.model, T)[1] - moments(after, T)[1]) / at.scale.square()
+    drop = (moments(at.model, T)[1] - moments(after, T)[1]) / at.unit.square()
     value = acquisition(x.unsqueeze(1)).exp()
     torch.testing.assert_close(value, drop.mean(0).sum().reshape(1), rtol=2e-3, atol=1e-9)
 
@@ -62,7 +63,7 @@ def test_for_the_quadratic_it_is_the_closed_form() -> None:
         S = model.root[i] @ model.root[i].mT
         for k, f in enumerate(phi):
             after = S - torch.outer(S @ f, S @ f) / (f @ S @ f + noise)
-            drop[k] += torch.trace((S - after) @ moments_) / at.scale[i] ** 2
+            drop[k] += torch.trace((S - after) @ moments_) / at.unit[i] ** 2
     torch.testing.assert_close(acquisition(X.unsqueeze(1)).exp(), drop, rtol=0.01, atol=0.0)
 
 
@@ -85,8 +86,7 @@ def test_slopes_are_derivatives_of_the_gains() -> None:
         space=space,
         taken=seen.X[:0],
         known=seen.X,
-        reference=torch.zeros(3, dtype=torch.float64),
-        scale=torch.tensor([0.5, 2.0, 1.5], dtype=torch.float64),
+        scale=Scale.of(seen, space),
         generator=make_generator(0),
     )
     X = space.sample(5, generator=make_generator(3))

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,8 @@ from map_bo.samplers.published.angles import angles_of, evenly
 from map_bo.samplers.published.bins import Bins, grow_bins, pooled_residuals
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.published import ReferenceQuadratic
+from map_bo.surrogates.published import PublishedQuadratic
+from map_bo.surrogates.quadratic import Quadratic
 from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 
 PLANE = CoefficientSpace.box(("a", "b"))
@@ -40,9 +42,11 @@ def angle(X: Tensor) -> Tensor:
 
 
 class TestBins(SamplerContract):
+    telling = 8
+
     @pytest.fixture
     def sampler(self) -> Sampler:
-        return Bins(initial=5)
+        return Bins(Quadratic(), initial=5)
 
 
 def rough(X: Tensor) -> Observations:
@@ -56,9 +60,27 @@ def rough(X: Tensor) -> Observations:
 def test_directions_that_are_predicted_ill_get_more_points() -> None:
     X = PLANE.sample(30, generator=make_generator(1))
     X = X[(X[:, 0] - X[:, 1]).abs() > 0.05]
-    found = proposals(Bins(), rough(X), PLANE, 60)
+    found = proposals(Bins(Quadratic()), rough(X), PLANE, 60)
     above = float((found[:, 1] > found[:, 0]).double().mean())
     assert above > 0.62
+
+
+def test_bins_get_points_in_proportion_to_the_standard_deviation_of_their_residuals() -> None:
+    # Two bins that mirror each other, and pairs of opposite errors around a flat fit: twice as
+    # large above the diagonal, which deserves two thirds of all points (by their squares, 4/5).
+    theta = torch.linspace(3, 42, 20, dtype=torch.float64).repeat_interleave(2) * math.pi / 180
+    theta = torch.cat([theta, math.pi / 2 - theta])
+    X = 0.7 * torch.stack([theta.cos(), theta.sin()], -1)
+    errors = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(40)
+    errors[40:] *= 2
+    seen = Observations(X, errors.unsqueeze(-1), (Metric("one", kind="unbounded"),))
+    sampler = Bins(capacity=40, strength=2.1)
+    shares = []
+    for seed in range(2):
+        found = sampler.propose(seen, PLANE, 70, generator=make_generator(seed))
+        above = angle(torch.cat([X, found])) > math.pi / 4
+        shares.append(float(above.double().mean()))
+    assert float(np.mean(shares)) == pytest.approx(2 / 3, abs=0.03)
 
 
 def test_residuals_are_fresh_every_round() -> None:
@@ -67,8 +89,8 @@ def test_residuals_are_fresh_every_round() -> None:
     mirrored = rough(PLANE.sample(20, generator=make_generator(2)))
     # What is learnt later, that the other side is rugged too, moves the proposals.
     later = seen.append(Observations(mirrored.X.flip(-1), 5 * mirrored.Y, seen.metrics))
-    before = proposals(Bins(), seen, PLANE, 40)
-    after = proposals(Bins(), later, PLANE, 40)
+    before = proposals(Bins(Quadratic()), seen, PLANE, 40)
+    after = proposals(Bins(Quadratic()), later, PLANE, 40)
     below = [float((found[:, 0] > found[:, 1]).double().mean()) for found in (before, after)]
     assert below[1] > below[0] + 0.1
 
@@ -79,7 +101,7 @@ def test_empty_bins_are_reached() -> None:
     theta = torch.rand(14, generator=source, dtype=torch.float64) * math.pi / 6
     radius = 0.3 + 0.7 * torch.rand(14, generator=source, dtype=torch.float64)
     X = torch.stack([radius * theta.cos(), radius * theta.sin()], -1)
-    found = proposals(Bins(initial=4), measured(X), PLANE, 40)
+    found = proposals(Bins(Quadratic(), initial=4), measured(X), PLANE, 40)
     beyond = angle(found) > math.pi / 3
     assert float(beyond.double().mean()) > 0.3
 
@@ -88,7 +110,7 @@ def test_the_points_of_one_call_even_out() -> None:
     # Eight bins of one evaluation each, and a prior that holds their residuals to be alike.
     theta = (torch.arange(8, dtype=torch.float64) + 0.5) * math.pi / 16
     seen = measured(torch.stack([theta.cos(), theta.sin()], -1) * 0.7)
-    sampler = Bins(initial=4, capacity=1, strength=1e9)
+    sampler = Bins(Quadratic(), initial=4, capacity=1, strength=1e9)
     found = sampler.propose(seen, PLANE, 24, generator=make_generator(0))
     assert torch.histc(angle(found), 8, 0, math.pi / 2).tolist() == [3.0] * 8
 
@@ -97,7 +119,7 @@ def test_pending_points_count_in_their_bin() -> None:
     seen = some_seen(PLANE, 14)
     steep = torch.rand(30, 1, generator=make_generator(3), dtype=torch.float64) * 0.9 + 0.05
     waiting = torch.cat([0.2 * steep, steep], -1)  # many points near the second axis
-    sampler = Bins(initial=4)
+    sampler = Bins(Quadratic(), initial=4)
     free = proposals(sampler, seen, PLANE, 30)
     held = torch.cat(
         [
@@ -121,8 +143,8 @@ def test_radii_follow_the_good_points() -> None:
         Y = torch.stack([phi.cos(), phi.sin()], -1) - 9 * (radius - at).square().unsqueeze(-1)
         return Observations(X, Y, (Metric("a", kind="unbounded"), Metric("b", kind="unbounded")))
 
-    inner = proposals(Bins(), peaked(0.2), PLANE, 40).norm(dim=-1)
-    outer = proposals(Bins(), peaked(0.9), PLANE, 40).norm(dim=-1)
+    inner = proposals(Bins(Quadratic()), peaked(0.2), PLANE, 40).norm(dim=-1)
+    outer = proposals(Bins(Quadratic()), peaked(0.9), PLANE, 40).norm(dim=-1)
     assert float(outer.mean()) > float(inner.mean()) + 0.15
     assert float(inner.max()) > 0.6  # the prior is wide
     assert float(outer.min()) < 0.4
@@ -132,7 +154,7 @@ def test_radii_follow_the_good_points() -> None:
 def test_any_number_of_coefficients(d: int) -> None:
     space = box(d)
     seen = some_seen(space, 3 * d + 8)
-    X = Bins(initial=3).propose(seen, space, 4, generator=make_generator(0))
+    X = Bins(Quadratic(), initial=3).propose(seen, space, 4, generator=make_generator(0))
     space.check(X)
     design = Sobol().propose(seen, space, 4, generator=make_generator(0))
     assert not torch.equal(X, design)
@@ -144,16 +166,28 @@ def test_directions_are_even_where_residuals_are_even() -> None:
     X = torch.cat([space.sample(30, generator=make_generator(seed)) for seed in range(2)])
     one = (Metric("one", kind="unbounded"),)
     noise = torch.randn(60, 1, generator=make_generator(5), dtype=torch.float64)
-    found = proposals(Bins(), Observations(X, noise, one), space, 60)
+    found = proposals(Bins(Quadratic()), Observations(X, noise, one), space, 60)
     mean = (found / found.norm(dim=-1, keepdim=True)).mean(0)
     assert float(mean.max() / mean.min()) < 2.0
 
 
 def test_a_surrogate_that_cannot_leave_out_is_refused() -> None:
-    sampler = Bins(surrogate=ReferenceQuadratic())
-    with pytest.raises(SamplerError, match="ReferenceModel cannot leave evaluations out") as caught:
-        sampler.propose(some_seen(PLANE, 12), PLANE, 1, generator=make_generator(0))
-    assert "bins_reference" in str(caught.value.hint)
+    with pytest.raises(SamplerError, match="PublishedQuadratic does not leave eval") as caught:
+        Bins(surrogate=PublishedQuadratic())
+    assert "bins_published" in str(caught.value.hint)
+    assert "sampler.surrogate=quadratic" in str(caught.value.hint)
+    with pytest.raises(SamplerError, match="PublishedQuadratic does not leave evaluations out"):
+        Bins().with_surrogate(PublishedQuadratic())
+
+
+def test_a_broken_promise_to_leave_out_is_told() -> None:
+    @dataclass(frozen=True)
+    class Promising(PublishedQuadratic):
+        leaves_one_out: ClassVar[bool] = True
+        certain: ClassVar[bool] = False
+
+    with pytest.raises(SamplerError, match="PublishedModel cannot leave evaluations out"):
+        Bins(Promising()).propose(some_seen(PLANE, 12), PLANE, 1, generator=make_generator(0))
 
 
 @pytest.mark.parametrize(
@@ -174,7 +208,7 @@ def test_where_everything_is_known_the_design_goes_on(
 ) -> None:
     monkeypatch.setattr("map_bo.samplers.published.bins.NEAREST", 1.0)
     seen, generator = some_seen(PLANE, 9), make_generator(0)
-    X = Bins().propose(seen, PLANE, 1, generator=generator)
+    X = Bins(Quadratic()).propose(seen, PLANE, 1, generator=generator)
     assert torch.equal(X, Sobol().propose(seen, PLANE, 1, generator=generator))
     assert "the design goes on" in caplog.text
 
@@ -235,6 +269,8 @@ def test_points_in_the_upper_corner_of_the_cube_have_a_bin() -> None:
 @pytest.mark.parametrize("name", ["sum", "simplex", "wide"])
 def test_points_fill_spaces_of_any_shape(name: str) -> None:
     space = SPACES[name]
-    X = Bins(initial=5).propose(some_seen(space, 12), space, 16, generator=make_generator(0))
+    X = Bins(Quadratic(), initial=5).propose(
+        some_seen(space, 12), space, 16, generator=make_generator(0)
+    )
     space.check(X)
     assert float(space.normalise(X).std(0).min()) > 0.1

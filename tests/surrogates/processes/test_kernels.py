@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from botorch.sampling.pathwise import draw_matheron_paths
 from botorch.sampling.pathwise.features.generators import gen_kernel_features
@@ -81,11 +82,58 @@ def test_hybrid_kernel_is_the_sum_of_its_parts() -> None:
     torch.testing.assert_close(both, trend + scale * torch.exp(-0.5 * away.square().sum(-1)))
 
 
-def test_squared_exponential_of_equal_points_is_one() -> None:
-    U = torch.rand(6, 4, generator=make_generator(0), dtype=torch.float64)
-    values = squared_exponential(U, U, torch.full((4,), 0.01, dtype=torch.float64))
-    torch.testing.assert_close(values.diagonal(), torch.ones(6, dtype=torch.float64))
-    assert float(values.max()) <= 1
+@pytest.mark.parametrize("shift", [0.0, 1e3])
+@pytest.mark.parametrize("d", [7, 48])
+def test_squared_exponential_at_coincident_points(d: int, shift: float) -> None:
+    # On any BLAS |u|^2 + |v|^2 - 2 u.v is negative for some of so many pairs, and positive for
+    # others, by a rounding error that grows with the shift.
+    U = torch.rand(100, d, generator=make_generator(d), dtype=torch.float64) + shift
+    lengthscale = torch.linspace(0.02, 0.3, d, dtype=torch.float64)
+    V = U.clone().requires_grad_(True)
+    values = squared_exponential(U, V, lengthscale)
+    own = values.diagonal()
+    torch.testing.assert_close(own, torch.ones_like(own), rtol=0, atol=0)
+    torch.testing.assert_close(values, values.mT, rtol=0, atol=0)
+    # Derivatives in units of 1 / l: all pairs in one product as in a fit, then pair by pair.
+    (slope,) = torch.autograd.grad(own.sum(), V, create_graph=True)
+    torch.testing.assert_close(slope * lengthscale, torch.zeros_like(U), rtol=0, atol=1e-9)
+    bends = [torch.autograd.grad(slope[:, i].sum(), V, retain_graph=True)[0] for i in range(d)]
+    unit = lengthscale * lengthscale.unsqueeze(-1)
+    identity = torch.eye(d, dtype=torch.float64).expand(100, d, d)
+    torch.testing.assert_close(torch.stack(bends, 1) * unit, -identity, rtol=0, atol=1e-9)
+
+    def between(u: Tensor, v: Tensor) -> Tensor:
+        return squared_exponential(u[None], v[None], lengthscale)[0, 0]
+
+    mixed = torch.func.vmap(torch.func.jacfwd(torch.func.grad(between, 1), 0))(U, U)
+    torch.testing.assert_close(mixed * unit, identity, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2e4])
+def test_squared_exponential_keeps_its_digits_under_a_shift(shift: float) -> None:
+    # Multiples of 2^-20, so that the shifted points are exact.
+    U, V = (torch.randint(2**20, (2, 40, 5), generator=make_generator(0)) / 2**20).double()
+    lengthscale = torch.linspace(0.2, 0.6, 5, dtype=torch.float64)
+    away = (U.unsqueeze(1) - V) / lengthscale
+    expected = torch.exp(-0.5 * away.square().sum(-1))
+    torch.testing.assert_close(
+        squared_exponential(U + shift, V + shift, lengthscale), expected, rtol=1e-9, atol=0
+    )
+
+
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)])
+def test_squared_exponential_takes_batches(batch: tuple[int, ...]) -> None:
+    source = make_generator(0)
+    U = torch.rand(*batch, 4, 2, generator=source, dtype=torch.float64, requires_grad=True)
+    V = torch.rand(5, 2, generator=source, dtype=torch.float64, requires_grad=True)
+    lengthscale = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    away = (U.unsqueeze(-2) - V) / lengthscale
+    expected = torch.exp(-0.5 * away.square().sum(-1))
+    slopes = torch.autograd.grad(expected.sum(), (U, V))
+    for W in (V, V.expand(*batch, 5, 2)):
+        values = squared_exponential(U, W, lengthscale)
+        torch.testing.assert_close(values, expected)
+        torch.testing.assert_close(torch.autograd.grad(values.sum(), (U, V)), slopes)
 
 
 def test_constant_trend_is_the_first_quadratic_feature() -> None:

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from map_bo.data import Observations
+from map_bo.loop.result import Result
+from map_bo.loop.run import Run
+from map_bo.tracking.jsonl import MemoryStore
+from tests.loop.bowls import Bowls, quick
+
+
+class Synergy(Bowls):
+    """Bowls whose merges are better in the first metric than any expert."""
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        found = super().evaluate(X, generator=generator)
+        bonus = torch.stack([6 * X.prod(-1), torch.zeros(len(X))], -1)
+        return Observations(found.X, found.Y + bonus, found.metrics)
+
+
+@pytest.fixture(scope="module")
+def result() -> Result:
+    return Run(Synergy(), quick(10), MemoryStore()).drive()
+
+
+def test_the_best_expert_is_an_expert_however_good_the_merges_are(result: Result) -> None:
+    assert float(result.seen.Y[:, 0].max()) > 1.5
+    assert result.summary["reference_best"] == {"near a": 1.0, "far from b": pytest.approx(0.1)}
+    volumes = result.summary["hypervolume"]
+    # Expert a is best in the one metric and worst in the other, expert b the other way round.
+    assert volumes["best expert"] == pytest.approx(0.0, abs=1e-9)
+    assert volumes["observed points"] > volumes["uniform blend"] > 0
