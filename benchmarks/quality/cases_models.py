@@ -1,4 +1,4 @@
-"""Cases that merge the digits zoo: all its sizes, few examples an evaluation, block by block."""
+"""Cases that merge the digits zoo: all its sizes, few examples per evaluation, block by block."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ NOISY = _named(
         for arch, n in (("mlp", 2), ("mlp", 4), ("mlp", 8), ("cnn", 4))
     ],
 )
-"""The same with 100 examples an evaluation; further option ``few``, their number."""
+"""The same with 100 examples per evaluation; further option ``few``, their number."""
 
 BLOCKS = _named(
     "blocks",
@@ -173,4 +173,4 @@ BLOCKS = _named(
         ("blocks-24", {"experts": 4, "arch": "cnn", "blocks": CNN_PARTS}),
     ],
 )
-"""One coefficient an expert and part of the network: 6 x 2 and 4 x 6."""
+"""One coefficient per expert and part of the network: 6 x 2 and 4 x 6."""

@@ -150,7 +150,7 @@ def _many_metrics(rows: Sequence[Row]) -> Claim:
 
 
 def _known_noise(rows: Sequence[Row]) -> Claim:
-    statement = "with 100 examples an evaluation, knowing the variance beats ignoring it"
+    statement = "with 100 examples per evaluation, knowing the variance beats ignoring it"
     noisy = [row for row in rows if row["family"] == "noisy"]
     points = [n for n in CHECKPOINTS if n >= 12]
     name = "default, no known noise"

@@ -189,7 +189,7 @@ def _costs(rows: Sequence[Row]) -> list[str]:
             "",
             f"What the published method spends on one preference is {fit[0]:.1f} N log2 N data "
             f"sets (least squares on logarithms, R2 {fit[1]:.3f}), whatever the regret: it has a "
-            "fixed number of evaluations a node.",
+            "fixed number of evaluations per node.",
         ]
     return lines
 

@@ -1,4 +1,4 @@
-"""From cells to one tidy table: a row a case, method, seed and number of evaluations.
+"""From cells to one tidy table: one row per case, method, seed and number of evaluations.
 
 ``quality.csv`` holds the rows, ``quality_known.json`` the best that is known on each case. Both are
 enough for every table, plot and claim; the cells, which hold the answers themselves, are not

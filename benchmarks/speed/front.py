@@ -3,7 +3,7 @@
 python -m benchmarks.speed.front [--smoke] [--out FILE.json]
 
 Sigmoids of concave quadratics with shapes of their own, one optimum near each expert, measured
-as accuracies on 500 examples at the anchors and scrambled Sobol points, 12 evaluations a metric.
+as accuracies on 500 examples at the anchors and scrambled Sobol points, 12 evaluations per metric.
 Both solvers see the same predicted mean without the guard. NSGA-III runs with as many
 evaluations of it as the gradient solver used (or a few more, to fill its last generation) and a
 population of the same size. Hypervolumes are of predicted values, as this compares solvers, not

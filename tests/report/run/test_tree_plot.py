@@ -17,7 +17,7 @@ from tests.report.fake_views import make_view
 
 
 def view_of(tree: Group, refined: bool = False) -> RunView:
-    """A run over a tree, whose nodes handed up half of each expert."""
+    """A run over a tree, whose nodes promoted half of each expert."""
     names = tree.leaves
     nodes = [
         NodeRecord(
