@@ -8,6 +8,7 @@ that turns them to maximisation is :func:`to_maximisation`.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -208,8 +209,8 @@ class Observations:
                 "counts must be positive, and some are not",
                 hint="use NaN where nothing was counted",
             )
-        slopes, noise = self._checked_gradients()
-        put(self, "gradients", slopes)
+        gradients, noise = self._checked_gradients()
+        put(self, "gradients", gradients)
         put(self, "gradient_variance", noise)
 
     def _checked_gradients(self) -> tuple[Tensor | None, Tensor | None]:
@@ -220,27 +221,27 @@ class Observations:
                     "gradient_variance was given without gradients", hint="give gradients as well"
                 )
             return None, None
-        slopes = _double(self.gradients)
+        gradients = _double(self.gradients)
         noise = self.gradient_variance
-        noise = torch.full_like(slopes, torch.nan) if noise is None else _double(noise)
+        noise = torch.full_like(gradients, torch.nan) if noise is None else _double(noise)
         shape = (*self.Y.shape, self.X.shape[-1])
-        for name, value in (("gradients", slopes), ("gradient_variance", noise)):
+        for name, value in (("gradients", gradients), ("gradient_variance", noise)):
             if value.shape != shape:
                 raise DataError(
                     f"{name} must have shape {shape}, got {tuple(value.shape)}",
                     hint="give one derivative per evaluation, metric and coefficient",
                 )
-        if bool(torch.isinf(slopes).any()):
+        if bool(torch.isinf(gradients).any()):
             raise DataError("gradients hold infinity", hint="use NaN where there is no gradient")
         if bool(((noise < 0) | torch.isinf(noise)).any()):
             raise DataError(
                 "gradient_variance holds negative or infinite variances",
                 hint="use NaN where the variance is not known",
             )
-        nowhere = slopes.isnan() | ~self.ok.view(-1, 1, 1)
+        nowhere = gradients.isnan() | ~self.ok.view(-1, 1, 1)
         if bool(nowhere.all()):
             return None, None
-        return slopes.masked_fill(nowhere, torch.nan), noise.masked_fill(nowhere, torch.nan)
+        return gradients.masked_fill(nowhere, torch.nan), noise.masked_fill(nowhere, torch.nan)
 
     def __len__(self) -> int:
         return len(self.X)
@@ -290,8 +291,8 @@ class Observations:
         """Return the rows of all ``parts`` (of ``metrics`` in ``d`` coefficients), in order."""
         if not parts:
             return cls.empty(d, metrics)
-        slopes = (
-            [part.slopes() for part in parts]
+        gradients = (
+            [part.filled_gradients() for part in parts]
             if any(part.gradients is not None for part in parts)
             else []
         )
@@ -303,11 +304,20 @@ class Observations:
             counts=torch.cat([part.counts for part in parts]),
             cost=torch.cat([part.cost for part in parts]),
             failures=tuple(reason for part in parts for reason in part.failures),
-            gradients=torch.cat([value for value, _ in slopes]) if slopes else None,
-            gradient_variance=torch.cat([noise for _, noise in slopes]) if slopes else None,
+            gradients=torch.cat([value for value, _ in gradients]) if gradients else None,
+            gradient_variance=torch.cat([noise for _, noise in gradients]) if gradients else None,
         )
 
     def slopes(self) -> tuple[Tensor, Tensor]:
+        """Return :meth:`filled_gradients`; its name in version 0.1."""
+        warnings.warn(
+            "Observations.slopes is now filled_gradients; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.filled_gradients()
+
+    def filled_gradients(self) -> tuple[Tensor, Tensor]:
         """Return gradients and their variances, ``n x m x d`` each, NaN where there are none."""
         if self.gradients is None or self.gradient_variance is None:
             nothing = self.Y.new_full((*self.Y.shape, self.X.shape[-1]), torch.nan)

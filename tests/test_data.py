@@ -135,16 +135,22 @@ def test_gradients_are_kept_with_their_rows() -> None:
     seen = observations(3, gradients=gradients(), gradient_variance=gradients() / 10)
     assert seen.gradients is not None
     part = seen.select([2, 0])
-    assert torch.equal(part.slopes()[0], seen.gradients[[2, 0]])
-    assert torch.equal(part.slopes()[1], seen.gradients[[2, 0]] / 10)
+    assert torch.equal(part.filled_gradients()[0], seen.gradients[[2, 0]])
+    assert torch.equal(part.filled_gradients()[1], seen.gradients[[2, 0]] / 10)
     failed = Observations.failed(torch.zeros(1, 2), METRICS, "lost")
     for both in (seen.append(failed), failed.append(seen)):
-        slopes, noise = both.slopes()
+        slopes, noise = both.filled_gradients()
         assert bool(slopes[~both.ok].isnan().all())
-        assert torch.equal(both.succeeded().slopes()[0], seen.gradients)
+        assert torch.equal(both.succeeded().filled_gradients()[0], seen.gradients)
         assert slopes.shape == noise.shape == (4, 2, 2)
     joined = Observations.joined([observations(2), seen], 2, METRICS)
-    assert joined.slopes()[0].isnan().all((-1, -2)).tolist() == [True, True, False, False, False]
+    assert joined.filled_gradients()[0].isnan().all((-1, -2)).tolist() == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
     assert len(Observations.joined([], 2, METRICS)) == 0
 
 
@@ -158,8 +164,8 @@ def test_without_gradients_there_are_none() -> None:
         assert seen.gradients is None
         assert seen.gradient_variance is None
         assert seen.append(observations(2)).gradients is None
-        assert bool(seen.slopes()[0].isnan().all())
-        assert seen.slopes()[0].shape == (len(seen), 2, 2)
+        assert bool(seen.filled_gradients()[0].isnan().all())
+        assert seen.filled_gradients()[0].shape == (len(seen), 2, 2)
     one = gradients()
     one[0] = torch.nan
     assert observations(3, gradients=one).select([0]).gradients is None
@@ -167,8 +173,10 @@ def test_without_gradients_there_are_none() -> None:
 
 def test_a_failed_row_has_no_gradient() -> None:
     seen = observations(2, failures=("lost", None), gradients=gradients(2))
-    assert bool(seen.slopes()[0][0].isnan().all())
-    unknown = observations(2, gradients=gradients(2)).slopes()[1]
+    assert bool(seen.filled_gradients()[0][0].isnan().all())
+    unknown = observations(2, gradients=gradients(2)).filled_gradients()[1]
+    with pytest.warns(DeprecationWarning, match="slopes is now filled_gradients"):
+        assert torch.equal(observations(2, gradients=gradients(2)).slopes()[0], gradients(2))
     assert bool(unknown.isnan().all())
 
 

@@ -129,7 +129,7 @@ class TableProblem:
         for part in (table.X, table.Y, table.Yvar, table.counts):
             content.update(part.contiguous().numpy().tobytes())
         if table.gradients is not None:
-            for part in table.slopes():
+            for part in table.filled_gradients():
                 content.update(part.contiguous().numpy().tobytes())
         return {
             "kind": "table",

@@ -40,10 +40,10 @@ __all__ = [
     "WithGradients",
     "feature_derivatives",
     "fit_with_gradients",
+    "gradient_prior",
     "gradient_rows",
     "gradient_scale",
     "leave_blocks_out",
-    "slope_prior",
 ]
 
 # The least share of its own variance that a block keeps when it is left out.
@@ -156,17 +156,17 @@ class GradientRows:
     """Observed gradients on the link scale, per half width of the box.
 
     Attributes:
-        slopes: ``n x m x d``; NaN where there is none.
-        variance: ``n x m x d`` noise variances; NaN where unknown or where there is no slope.
+        gradients: ``n x m x d``; NaN where there is none.
+        variance: ``n x m x d`` noise variances; NaN where unknown or where there is none.
     """
 
-    slopes: Tensor
+    gradients: Tensor
     variance: Tensor
 
     @property
     def present(self) -> Tensor:
-        """``n x m x d`` booleans: where there is a slope."""
-        return ~self.slopes.isnan()
+        """``n x m x d`` booleans: where there is a gradient."""
+        return ~self.gradients.isnan()
 
     def patterns(self) -> Iterator[tuple[list[int], Tensor]]:
         """Yield metrics that have their gradients in the same places, and those (``n x d``)."""
@@ -198,23 +198,23 @@ def gradient_rows(
     """
     if seen.gradients is None:
         return None
-    G, V = seen.slopes()
+    G, V = seen.filled_gradients()
     Z, _ = observed_on_link(seen, links)
     half = (space.bounds[1] - space.bounds[0]) / 2
-    slopes, variances = torch.empty_like(G), torch.empty_like(V)
+    gradients, variances = torch.empty_like(G), torch.empty_like(V)
     for j, link in enumerate(links):
         y, noise = seen.Y[:, j], seen.Yvar[:, j].nan_to_num(nan=0.0)
         slope, bend = _slope_and_bend(link, Z[:, j])
         inside = link.inside(y, noise.sqrt() / 2) == y
         g = torch.where(inside.unsqueeze(-1), G[:, j], torch.nan) * half
-        slopes[:, j] = g / slope.unsqueeze(-1)
+        gradients[:, j] = g / slope.unsqueeze(-1)
         through_value = g * (bend / slope**3).unsqueeze(-1)
         variances[:, j] = V[:, j] * (
             half / slope.unsqueeze(-1)
         ).square() + through_value.square() * noise.unsqueeze(-1)
-    if bool(slopes.isnan().all()):
+    if bool(gradients.isnan().all()):
         return None
-    return GradientRows(slopes, variances)
+    return GradientRows(gradients, variances)
 
 
 def _slope_and_bend(link: Link, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -231,12 +231,12 @@ def _slope_and_bend(link: Link, z: Tensor) -> tuple[Tensor, Tensor]:
 def gradient_scale(rows: GradientRows) -> Tensor:
     """Return the spread over the box that the gradients speak of, ``m``; 0 without gradients.
 
-    A linear function of slopes ``b`` per half width has variance ``|b|^2 / 3`` over the box. It
+    A linear function of gradient ``b`` per half width has variance ``|b|^2 / 3`` over the box. It
     bounds the unit of standardised targets from below: few values can be alike by chance.
     """
-    d = rows.slopes.shape[-1]
+    d = rows.gradients.shape[-1]
     there = rows.present
-    total = rows.slopes.nan_to_num(nan=0.0).square().sum((0, 2))
+    total = rows.gradients.nan_to_num(nan=0.0).square().sum((0, 2))
     return (d * total / there.sum((0, 2)).clamp_min(1) / 3).sqrt()
 
 
@@ -246,8 +246,8 @@ class WithGradients:
 
     Attributes:
         columns: The ``k`` metrics.
-        state: The solution; its rows are the ``n`` values, then the slopes.
-        log_variances: ``k x (2 + G)``: nugget of values, of slopes, then groups.
+        state: The solution; its rows are the ``n`` values, then the gradients.
+        log_variances: ``k x (2 + G)``: nugget of values, of gradients, then groups.
         misfit: ``k`` variance of what the quadratic cannot say of a value, see
             :func:`fit_with_gradients`.
         left_out: ``k x n`` residual of each value in the posterior without that evaluation.
@@ -266,7 +266,7 @@ def fit_with_gradients(
     columns: list[int],
     where: Tensor,
     values: tuple[Tensor, Tensor],
-    slopes: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
     features: tuple[Tensor, Tensor],
     derivatives: Tensor,
     hyper: Hyperprior,
@@ -274,28 +274,29 @@ def fit_with_gradients(
 ) -> WithGradients:
     """Fit metrics whose gradients are in the same places.
 
-    Values and slopes have a nugget each, as neither tells the other's noise. Misfit is not
+    Values and gradients have a nugget each, as neither tells the other's noise. Misfit is not
     independent from row to row as the nuggets have it: a function that leaves the quadratic
-    between two evaluations does so in all their slopes. With many slopes to a value the nugget of
-    the values then says too little about a point that was not evaluated. So the misfit is the
-    larger of that nugget and what the slopes' implies (divided by :data:`STEEPNESS`). On merges
-    of 4 digit experts, 16 evaluations, that took the coverage of 95 % intervals from .80 to .95.
+    between two evaluations does so in all their gradients. With many components to a value the
+    nugget of the values then says too little about a point that was not evaluated. So the misfit is
+    the larger of that nugget and what that of the gradients implies (divided by
+    :data:`STEEPNESS`). On merges of 4 digit experts, 16 evaluations, that took the coverage of 95 %
+    intervals from .80 to .95.
 
     Args:
         columns: The ``k`` metrics.
-        where: ``n x d`` booleans: which slopes were observed.
+        where: ``n x d`` booleans: which components were observed.
         values: ``k x n`` standardised targets and known variances (0 where unknown).
-        slopes: ``k x n x d`` standardised slopes and known variances (0 where unknown).
+        gradients: ``k x n x d`` standardised gradients and known variances (0 where unknown).
         features: ``n x D`` features and their ``D`` groups.
         derivatives: ``n x d x D``, see :func:`feature_derivatives`.
         hyper: Priors on the variances, ``k x (2 + G)``.
-        known: ``k`` booleans: where the noise of values and slopes is known, so that both nuggets
-            are misfit.
+        known: ``k`` booleans: where the noise of values and gradients is known, so that both
+            nuggets are misfit.
     """
     Phi, groups = features
     n = len(Phi)
-    y = torch.cat([values[0], slopes[0][:, where]], -1)
-    v = torch.cat([values[1], slopes[1][:, where]], -1)
+    y = torch.cat([values[0], gradients[0][:, where]], -1)
+    v = torch.cat([values[1], gradients[1][:, where]], -1)
     kinds = torch.tensor([0, 1]).repeat_interleave(torch.tensor([n, y.shape[-1] - n]))
     problem = RowKinds(torch.cat([Phi, derivatives[where]]), y, v, groups, kinds)
     theta = maximise_evidence(problem, hyper, nuggets=2)
@@ -318,6 +319,6 @@ def feature_derivatives(X: Tensor, space: CoefficientSpace) -> Tensor:
     return quadratic_feature_gradients(Z) * unit.unsqueeze(-1)
 
 
-def slope_prior(nugget: Tensor) -> Tensor:
-    """Return the mean of the log nugget of slopes for that of values."""
+def gradient_prior(nugget: Tensor) -> Tensor:
+    """Return the mean of the log nugget of gradients for that of values."""
     return nugget + math.log(STEEPNESS)

@@ -45,9 +45,9 @@ from map_bo.surrogates.gradients import (
     WithGradients,
     feature_derivatives,
     fit_with_gradients,
+    gradient_prior,
     gradient_rows,
     gradient_scale,
-    slope_prior,
 )
 from map_bo.surrogates.links import Link, LogitLink, as_fitted, links_for, observed_on_link
 from map_bo.surrogates.quadratic_model import QuadraticModel
@@ -194,9 +194,9 @@ class Quadratic:
         links = links_for(seen.metrics, kind=self.link)
         Z, variance = (value.mT for value in observed_on_link(seen, links))
         shift, scale = Z.mean(-1), Z.std(-1)
-        slopes = gradient_rows(seen, links, space)
-        if slopes is not None:
-            scale = torch.maximum(scale, gradient_scale(slopes))
+        rows_of_gradients = gradient_rows(seen, links, space)
+        if rows_of_gradients is not None:
+            scale = torch.maximum(scale, gradient_scale(rows_of_gradients))
         scale = torch.where(scale > 1e-12 * (1 + shift.abs()), scale, torch.ones_like(scale))
         y = (Z - shift.unsqueeze(-1)) / scale.unsqueeze(-1)
         v = variance / scale.unsqueeze(-1).square()
@@ -207,8 +207,8 @@ class Quadratic:
         binomial = torch.tensor([*map(self._is_binomial, seen.metrics, links, seen.counts.mT)])
         fits: list[WithGradients] = []
         plain = torch.ones_like(binomial)
-        if slopes is not None:
-            fits = self._fit_gradients(slopes, (y, v, unknown), scale, seen.X, space)
+        if rows_of_gradients is not None:
+            fits = self._fit_gradients(rows_of_gradients, (y, v, unknown), scale, seen.X, space)
             plain[[j for fit in fits for j in fit.columns]] = False
         for rows, counted in ((~binomial & plain, False), (binomial & plain, True)):
             if not bool(rows.any()):
@@ -238,7 +238,7 @@ class Quadratic:
 
     def _fit_gradients(
         self,
-        slopes: GradientRows,
+        rows: GradientRows,
         values: tuple[Tensor, Tensor, Tensor],
         scale: Tensor,
         X: Tensor,
@@ -250,16 +250,16 @@ class Quadratic:
         features = quadratic_features(centred(X, space)), groups
         derivatives = feature_derivatives(X, space)
         fits = []
-        for columns, where in slopes.patterns():
+        for columns, where in rows.patterns():
             unit = scale[columns].view(-1, 1, 1)
-            target = slopes.slopes[:, columns].transpose(0, 1) / unit
-            noise = slopes.variance[:, columns].transpose(0, 1) / unit.square()
+            target = rows.gradients[:, columns].transpose(0, 1) / unit
+            noise = rows.variance[:, columns].transpose(0, 1) / unit.square()
             loose = noise[:, where].isnan().any(-1)
             hyper = self._hyperprior(unknown[columns], groups)
             steep = self._hyperprior(loose, groups)
             both = Hyperprior(
                 torch.cat(
-                    [hyper.mean[:, :1], slope_prior(steep.mean[:, :1]), hyper.mean[:, 1:]], -1
+                    [hyper.mean[:, :1], gradient_prior(steep.mean[:, :1]), hyper.mean[:, 1:]], -1
                 ),
                 torch.cat([hyper.spread[:, :1], steep.spread[:, :1], hyper.spread[:, 1:]], -1),
             )

@@ -81,7 +81,7 @@ def test_derivatives_are_those_of_the_merged_model(
     h = 1e-3
     steps = h * torch.eye(d, dtype=torch.float64)
     rows = tested.evaluate(torch.cat([x[None], x + steps, x - steps]), generator=G)
-    slopes, _ = rows.slopes()
+    slopes, _ = rows.filled_gradients()
     by_hand = (rows.Y[1 : 1 + d] - rows.Y[1 + d :]) / (2 * h)
     torch.testing.assert_close(slopes[0], by_hand.T, rtol=2e-3, atol=1e-3)
     assert float(slopes[0].abs().max()) > 1e-2
@@ -115,11 +115,11 @@ def test_the_model_is_left_as_it_was(kind: str) -> None:
 
 def test_grad_mode_of_the_caller_does_not_matter() -> None:
     X = torch.full((1, 3), 0.3)
-    expected = problem().evaluate(X, generator=G).slopes()[0]
+    expected = problem().evaluate(X, generator=G).filled_gradients()[0]
     for mode in (torch.no_grad(), torch.inference_mode()):
         tested = problem()
         with mode:
-            found = tested.evaluate(X, generator=G).slopes()[0]
+            found = tested.evaluate(X, generator=G).filled_gradients()[0]
         torch.testing.assert_close(found, expected)
     assert torch.is_grad_enabled()
     assert not torch.is_inference_mode_enabled()
@@ -130,14 +130,14 @@ def test_noise_is_that_of_the_batches() -> None:
     inputs, labels = images("mlp", 42)
     slopes, noise = problem(
         evaluators={"loss": mean_loss(inputs, labels, 10)}, metrics=[LOSS]
-    ).evaluate(X, generator=G).slopes()  # fmt: skip
+    ).evaluate(X, generator=G).filled_gradients()  # fmt: skip
     parts, sizes = [], []
     for start in range(0, 42, 10):
         piece = slice(start, start + 10)
         one = problem(
             evaluators={"loss": mean_loss(inputs[piece], labels[piece])}, metrics=[LOSS]
         ).evaluate(X, generator=G)
-        part, unknown = one.slopes()
+        part, unknown = one.filled_gradients()
         assert bool(unknown.isnan().all())
         parts.append(part[0, 0])
         sizes.append(len(labels[piece]))
@@ -179,7 +179,7 @@ def test_own_evaluators() -> None:
     assert not isinstance(accuracy(*images("mlp")), Differentiable)
     X = torch.full((1, 3), 0.2)
     seen = problem(evaluators={"loss": Scalar()}, metrics=[LOSS]).evaluate(X, generator=G)
-    slopes, noise = seen.slopes()
+    slopes, noise = seen.filled_gradients()
     assert bool(torch.isfinite(slopes).all())
     assert bool(noise.isnan().all())
     failed = problem(evaluators={"loss": Detached()}, metrics=[LOSS]).evaluate(X, generator=G)
@@ -227,8 +227,8 @@ def test_description_tells_gradients() -> None:
 def test_derivatives_on_a_gpu_are_those_on_the_cpu() -> None:
     X = torch.full((1, 3), 0.3)
     for kind in ("mlp", "cnn", "tied"):
-        expected = problem(kind).evaluate(X, generator=G).slopes()[0]
+        expected = problem(kind).evaluate(X, generator=G).filled_gradients()[0]
         moved = problem(kind, model=build(kind, 5).cuda(), device="cuda:0")
         torch.testing.assert_close(
-            moved.evaluate(X, generator=G).slopes()[0], expected, rtol=1e-3, atol=1e-4
+            moved.evaluate(X, generator=G).filled_gradients()[0], expected, rtol=1e-3, atol=1e-4
         )

@@ -108,7 +108,7 @@ def test_one_evaluation_more_than_coefficients_identifies_a_quadratic(d: int) ->
 
     # With a prior that hardly speaks, to the last digits.
     Phi = quadratic_features(centred(seen.X, space))
-    slopes, _ = seen.slopes()
+    slopes, _ = seen.filled_gradients()
     rows = torch.cat([Phi, feature_derivatives(seen.X, space).flatten(0, 1)])
     y = torch.cat([seen.Y.T, slopes.transpose(0, 1).flatten(1)], -1)
     kinds = torch.tensor([0] * len(Phi) + [1] * (len(rows) - len(Phi)))
@@ -152,7 +152,7 @@ def test_rows_are_derivatives_on_the_link_scale(metric: Metric) -> None:
     rows = gradient_rows(Observations(X, value(X), (metric,), gradients=G), links, space)
     assert rows is not None
     by_half_width = torch.func.vmap(torch.func.jacrev(latent))(X) * 2.5
-    torch.testing.assert_close(rows.slopes, by_half_width)
+    torch.testing.assert_close(rows.gradients, by_half_width)
     assert bool(rows.variance.isnan().all())
 
 
@@ -173,7 +173,7 @@ def test_noise_of_gradients_goes_through_the_link() -> None:
     assert rows is not None
     draws = torch.randn(200_000, 2, generator=make_generator(0), dtype=torch.float64)
     sampled = (g + sd_g * draws[:, 0]) / (y + sd_y * draws[:, 1])
-    assert float(rows.slopes[0]) == pytest.approx(float(sampled.mean()), rel=2e-3)
+    assert float(rows.gradients[0]) == pytest.approx(float(sampled.mean()), rel=2e-3)
     assert float(rows.variance[0]) == pytest.approx(float(sampled.var()), rel=2e-2)
 
 
@@ -190,7 +190,7 @@ def test_gradients_at_a_bound_are_left_out() -> None:
 
 def test_gradients_may_be_partial_and_differ_between_metrics() -> None:
     seen, _ = exact_quadratic(2, 4, seed=3, m=3)
-    G = seen.slopes()[0].clone()
+    G = seen.filled_gradients()[0].clone()
     G[1, 0] = torch.nan
     G[:, 2] = torch.nan
     G[2, 1, 0] = torch.nan
@@ -238,7 +238,7 @@ def test_units_of_metric_and_coefficients_do_not_matter(
 
 def test_known_gradient_noise_weighs_the_rows() -> None:
     seen, weights = exact_quadratic(2, 4, seed=7, m=1)
-    wrong = seen.slopes()[0].clone()
+    wrong = seen.filled_gradients()[0].clone()
     wrong[0] += 20.0
     noise = torch.zeros_like(wrong)
     noise[0] = 400.0
@@ -258,7 +258,7 @@ def test_leaving_an_evaluation_out_leaves_its_gradient_out() -> None:
     Z = centred(seen.X, space)
     features = quadratic_features(Z), feature_groups(2)
     derivatives = feature_derivatives(seen.X, space)
-    slopes = seen.slopes()[0].transpose(0, 1) + 0.1
+    slopes = seen.filled_gradients()[0].transpose(0, 1) + 0.1
     where = torch.ones(4, 2, dtype=torch.bool)
     where[3, 0] = False
     values, nothing = seen.Y.T, torch.zeros(2, 4, dtype=torch.float64)

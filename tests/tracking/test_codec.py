@@ -217,7 +217,7 @@ def test_gradients_are_written_only_when_there_are_any() -> None:
         gradient_variance=slopes.square(),
     )
     after = decode_observations(through_json(encode_observations(before)), METRICS)
-    for ours, theirs in zip(after.slopes(), before.slopes(), strict=True):
+    for ours, theirs in zip(after.filled_gradients(), before.filled_gradients(), strict=True):
         assert identical(ours, theirs)
 
 

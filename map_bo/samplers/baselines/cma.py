@@ -140,12 +140,12 @@ class CMAES:
                     continue
                 U = torch.from_numpy(search.ask())
                 X = space.project(space.unnormalise(U))
-                told = _rows(X, good.X, space)
-                missing = (told < 0) & ~is_repeat(X, failed, space)
+                rows = _rows(X, good.X, space)
+                missing = (rows < 0) & ~is_repeat(X, failed, space)
                 blocked[i] = bool(missing.any())
                 if not blocked[i]:
                     away = (space.normalise(X) - U).square().sum(-1)
-                    search.tell(told >= 0, (costs[told] + away).numpy())
+                    search.tell(rows >= 0, (costs[rows] + away).numpy())
                     continue
                 for row in X[missing]:
                     point, taken = row.unsqueeze(0), torch.cat([waiting, found])

@@ -25,8 +25,8 @@ from map_bo.surrogates.links import Link, as_fitted, links_for, observed_on_link
 from map_bo.surrogates.processes.gp_gradients import (
     ConditionedKernel,
     ConditionedMean,
-    SlopeMean,
-    Slopes,
+    GradientMean,
+    ObservedGradients,
     fit_joint,
 )
 from map_bo.surrogates.processes.kernels import Trend, TrendRBFKernel, trend_groups
@@ -116,7 +116,7 @@ class MetricGP(SingleTaskGP):
         jitter: Variance that is added to the posterior's for numerical reasons.
         note: Why the hyperparameters are not the best ones, ``None`` when they are.
         cost: Negative log posterior of the hyperparameters, up to what their priors share.
-        slopes: Observed slopes on the link scale, with their total noise variances.
+        gradients: Observed gradients on the link scale, with their total noise variances.
     """
 
     def __init__(
@@ -133,14 +133,14 @@ class MetricGP(SingleTaskGP):
         jitter: float,
         note: str | None,
         cost: float = math.inf,
-        slopes: Slopes | None = None,
+        gradients: ObservedGradients | None = None,
     ) -> None:
         constant: Mean = ConstantMean()
         covariance: Kernel = kernel
-        if slopes is None:
+        if gradients is None:
             constant.initialize(constant=mean)
         else:
-            covariance = ConditionedKernel(kernel, X, slopes)
+            covariance = ConditionedKernel(kernel, X, gradients)
             constant = ConditionedMean(covariance, mean)
         # gpytorch rounds known noise up to 1e-6, which is for targets of unit variance.
         with gpytorch.settings.min_fixed_noise(double_value=1e-300):
@@ -215,9 +215,9 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
                 )
                 for process in self.processes
             ]
-            # One batch where it can be one: processes with slopes have as many as they have.
+            # One batch where it can be one: processes with gradients have as many as they have.
             if any(isinstance(part[0], ConditionedKernel) for part in parts):
-                self._mean = SlopeMean.stacked(parts)
+                self._mean = GradientMean.stacked(parts)
             else:
                 self._mean = ClosedFormMean.of(parts)
         return self._mean(X)
@@ -298,7 +298,7 @@ class GP:
     Hyperparameters are set to the mode of marginal likelihood times priors (botorch's for the
     lengthscales). The constant has a prior variance and is integrated out. Known noise
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
-    unknown noise is fitted. Observed gradients are slopes of the process, with noise and a nugget
+    unknown noise is fitted. Observed gradients condition the process too, with noise and a nugget
     of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). A metric should vary by more
     than 1e-3 on its link scale: gpytorch takes variances below 1e-10 for zero, so they are kept
     above 2e-10.
@@ -358,7 +358,7 @@ def fit_processes(
         )
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
-    gradients = gradient_rows(seen, links, space)
+    rows = gradient_rows(seen, links, space)
     U = space.normalise(seen.X)
     processes = []
     for j, (metric, its_link) in enumerate(zip(seen.metrics, links, strict=True)):
@@ -366,23 +366,23 @@ def fit_processes(
         known = not bool(v.isnan().any())
         v = v.nan_to_num(nan=0.0)
         shift, unit = z.mean(), z.std()
-        slopes = None
-        if gradients is not None:
-            slopes = Slopes.of(gradients.slopes[:, j], gradients.variance[:, j])
-            unit = torch.maximum(unit, gradient_scale(gradients)[j])
+        gradients = None
+        if rows is not None:
+            gradients = ObservedGradients.of(rows.gradients[:, j], rows.variance[:, j])
+            unit = torch.maximum(unit, gradient_scale(rows)[j])
         if not float(unit) > 1e-12 * (1 + float(shift.abs())):
             unit = torch.ones_like(unit)
         at = prior.on(space.d, known_noise=known)
         starts, squared = prior.starts(at, space.d), unit.square()
         values = (z - shift) / unit, v / squared
-        if slopes is None:
+        if gradients is None:
             fitted: Fitted = fit(U, *values, prior.trend, at, starts)
             nugget = misfit = fitted.hyperparameters.nugget * squared
         else:
-            fitted, slope_nugget, misfit = fit_joint(
-                U, values, slopes.scaled(unit), prior.trend, at, starts
+            fitted, gradient_nugget, misfit = fit_joint(
+                U, values, gradients.scaled(unit), prior.trend, at, starts
             )
-            slopes = slopes.noisier(slope_nugget * squared)
+            gradients = gradients.noisier(gradient_nugget * squared)
             nugget, misfit = fitted.hyperparameters.nugget * squared, misfit * squared
         hyper: Hyperparameters = fitted.hyperparameters
         processes.append(
@@ -404,7 +404,7 @@ def fit_processes(
                 jitter=max(_JITTER * float(squared), _LEAST_JITTER),
                 note=fitted.note,
                 cost=fitted.cost,
-                slopes=slopes,
+                gradients=gradients,
             )
         )
     return GPModel(*processes)

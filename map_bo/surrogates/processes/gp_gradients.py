@@ -1,21 +1,21 @@
-"""Gaussian processes that have observed gradients: a process conditioned on its slopes.
+"""Gaussian processes that are conditioned on observed gradients.
 
 The derivative of a Gaussian process is one too, jointly with it: ``cov(f(z), df/dz'_k)`` and
 ``cov(df/dz_j, df/dz'_k)`` are derivatives of the covariance (Rasmussen & Williams, *Gaussian
 Processes for Machine Learning*, 2006, equation 9.1), here for a trend plus a squared-exponential.
-Hyperparameters maximise the joint marginal likelihood of values and slopes.
+Hyperparameters maximise the joint marginal likelihood of values and gradients.
 
-Given its slopes a process is again a Gaussian process, with mean ``k_g(x)' (K_gg + N)^-1 g`` and
+Given its gradients a process is again a Gaussian process, with mean ``k_g(x)' (K_gg + N)^-1 g`` and
 covariance ``k(x, x') - k_g(x)' (K_gg + N)^-1 k_g(x')``. With these as its prior, the values are
 ordinary data, and whatever botorch does with a process (posteriors, fantasies) stays as it is.
 
-With about as many evaluations as coefficients the lengthscales are found from slopes at too few
+With about as many evaluations as coefficients the lengthscales are found from gradients at too few
 places, and the process is too sure: on merges of digit experts its 95 % intervals covered .5 to
 .9 of unseen points, and a Bayesian quadratic with the same gradients predicted better. From twice
 as many on the process predicted better; its intervals covered .95 to .99 for an MLP and .83 to
-.89 for a CNN with ReLU. A fit costs the cube of the number of values and slopes.
+.89 for a CNN with ReLU. A fit costs the cube of the number of values and gradients.
 
-Slopes are per half width of the box, as in :mod:`map_bo.surrogates.gradients`.
+Gradients are per half width of the box, as in :mod:`map_bo.surrogates.gradients`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,17 @@ from map_bo.surrogates.processes.kernels import (
 )
 from map_bo.surrogates.processes.marginal import Fitted, Hyperparameters, LogPrior, search
 
-__all__ = ["ConditionedKernel", "ConditionedMean", "SlopeMean", "Slopes", "fit_joint"]
+__all__ = ["ConditionedKernel", "ConditionedMean", "GradientMean", "ObservedGradients", "fit_joint"]
 
 
 @dataclass(frozen=True, eq=False)
-class Slopes:
-    """The ``G`` observed slopes of one process.
+class ObservedGradients:
+    """The ``G`` observed gradient components of one process.
 
     Attributes:
         owner: ``G`` indices of the evaluations that they belong to.
         axis: ``G`` indices of the coefficients.
-        values: ``G`` slopes.
+        values: ``G`` components.
         variance: ``G`` noise variances.
         unknown: Whether the variance of one is unknown; it is 0 then.
     """
@@ -64,33 +64,35 @@ class Slopes:
     unknown: bool = False
 
     @classmethod
-    def of(cls, slopes: Tensor, variance: Tensor) -> Slopes | None:
-        """Collect the slopes that are there.
+    def of(cls, gradients: Tensor, variance: Tensor) -> ObservedGradients | None:
+        """Collect the gradients that are there.
 
         Args:
-            slopes: ``n x d``, NaN where there is none.
+            gradients: ``n x d``, NaN where there is none.
             variance: ``n x d``, NaN where unknown.
         """
-        owner, axis = (~slopes.isnan()).nonzero().unbind(-1)
+        owner, axis = (~gradients.isnan()).nonzero().unbind(-1)
         if not len(owner):
             return None
         noise = variance[owner, axis]
         unknown = bool(noise.isnan().any())
-        return cls(owner, axis, slopes[owner, axis], noise.nan_to_num(nan=0.0), unknown)
+        return cls(owner, axis, gradients[owner, axis], noise.nan_to_num(nan=0.0), unknown)
 
-    def scaled(self, unit: Tensor) -> Slopes:
+    def scaled(self, unit: Tensor) -> ObservedGradients:
         """Return them in another unit of the values."""
         values, variance = self.values / unit, self.variance / unit.square()
-        return Slopes(self.owner, self.axis, values, variance, self.unknown)
+        return ObservedGradients(self.owner, self.axis, values, variance, self.unknown)
 
-    def noisier(self, nugget: Tensor) -> Slopes:
+    def noisier(self, nugget: Tensor) -> ObservedGradients:
         """Return them with ``nugget`` added to their noise variances."""
-        return Slopes(self.owner, self.axis, self.values, self.variance + nugget, self.unknown)
+        return ObservedGradients(
+            self.owner, self.axis, self.values, self.variance + nugget, self.unknown
+        )
 
 
 @dataclass(frozen=True, eq=False)
 class _Covariance:
-    """A trend plus a squared-exponential, with the covariances of its slopes.
+    """A trend plus a squared-exponential, with the covariances of its gradients.
 
     Attributes:
         trend: Which trend features.
@@ -111,7 +113,11 @@ class _Covariance:
         return first @ trend_features(self.trend, V).mT + smooth
 
     def mixed(self, U: Tensor, V: Tensor, axis: Tensor) -> Tensor:
-        """Return that of values at ``U`` (``... x n x d``) and slopes at ``V``, ``... x n x G``."""
+        """Return that of values at ``U`` (``... x n x d``) and gradients at ``V``.
+
+        Returns:
+            ``... x n x G``.
+        """
         here = V.gather(-1, axis.unsqueeze(-1)).squeeze(-1)
         pull = 0.5 * (U[..., axis] - here) / self.lengthscale[axis].square()
         smooth = self.scale * squared_exponential(U, V, self.lengthscale) * pull
@@ -120,8 +126,8 @@ class _Covariance:
         first = trend_features(self.trend, U) * self.variances
         return smooth + first @ self._jacobian(V, axis).mT
 
-    def slopes(self, V: Tensor, axis: Tensor) -> Tensor:
-        """Return that of slopes along ``axis`` (``G``) at ``V`` (``G x d``), ``G x G``."""
+    def gradients(self, V: Tensor, axis: Tensor) -> Tensor:
+        """Return that of gradients along ``axis`` (``G``) at ``V`` (``G x d``), ``G x G``."""
         at = V[:, axis]  # row g, column g': the coordinate of point g along the axis of g'
         own = at.diagonal()
         square = self.lengthscale[axis].square()
@@ -135,12 +141,12 @@ class _Covariance:
         J = self._jacobian(V, axis)
         return smooth + (J * self.variances) @ J.mT
 
-    def joint(self, U: Tensor, slopes: Slopes) -> Tensor:
-        """Return the covariance of values at ``U`` and slopes, ``(n + G) x (n + G)``."""
-        V = U[slopes.owner]
-        cross = self.mixed(U, V, slopes.axis)
+    def joint(self, U: Tensor, gradients: ObservedGradients) -> Tensor:
+        """Return the covariance of values at ``U`` and gradients, ``(n + G) x (n + G)``."""
+        V = U[gradients.owner]
+        cross = self.mixed(U, V, gradients.axis)
         top = torch.cat([self.values(U, U), cross], -1)
-        return torch.cat([top, torch.cat([cross.mT, self.slopes(V, slopes.axis)], -1)])
+        return torch.cat([top, torch.cat([cross.mT, self.gradients(V, gradients.axis)], -1)])
 
     def _jacobian(self, V: Tensor, axis: Tensor) -> Tensor:
         every = quadratic_feature_gradients(2 * V - 1)
@@ -155,22 +161,22 @@ def _of_kernel(kernel: TrendRBFKernel) -> _Covariance:
 def fit_joint(
     U: Tensor,
     values: tuple[Tensor, Tensor],
-    slopes: Slopes,
+    gradients: ObservedGradients,
     trend: Trend,
     prior: LogPrior,
     starts: Tensor,
 ) -> tuple[Fitted, Tensor, Tensor]:
-    """Return the mode of the hyperparameters, the slopes' nugget, and the misfit of values.
+    """Return the mode of the hyperparameters, the gradients' nugget, and the misfit of values.
 
-    Slopes have a nugget of their own: the unknown noise, else what the process cannot follow;
+    Gradients have a nugget of their own: the unknown noise, else what the process cannot follow;
     its prior is that of the values', :data:`~map_bo.surrogates.gradients.STEEPNESS` times larger.
-    The misfit is the larger of the values' nugget and what the slopes' implies where their noise
-    is known, as in :func:`~map_bo.surrogates.gradients.fit_with_gradients`.
+    The misfit is the larger of the values' nugget and what that of the gradients implies where its
+    noise is known, as in :func:`~map_bo.surrogates.gradients.fit_with_gradients`.
 
     Args:
         U: ``n x d`` inputs in the unit cube.
         values: ``n`` standardised targets and their known noise variances, 0 where unknown.
-        slopes: Standardised slopes.
+        gradients: Standardised gradients.
         trend: Which trend features.
         prior: Prior of the logarithms of the other hyperparameters (``p``).
         starts: ``k x p`` where to start.
@@ -178,8 +184,8 @@ def fit_joint(
     y, known = values
     n, groups = len(y), trend_groups(trend, U.shape[-1])
     count = int(groups[-1]) + 1
-    target = torch.cat([y, slopes.values])
-    noise = torch.cat([known, slopes.variance])
+    target = torch.cat([y, gradients.values])
+    noise = torch.cat([known, gradients.variance])
     steeper = prior.mean[0] + math.log(STEEPNESS)
     spread = prior.spread[0]
 
@@ -189,7 +195,7 @@ def fit_joint(
             hyper = Hyperparameters.from_logs(theta[:-1], count)
             covariance = _Covariance(trend, hyper.trend[groups], hyper.scale, hyper.lengthscale)
             nuggets = torch.cat([hyper.nugget.expand(n), theta[-1].exp().expand(len(target) - n)])
-            K = covariance.joint(U, slopes) + torch.diag(noise + nuggets)
+            K = covariance.joint(U, gradients) + torch.diag(noise + nuggets)
         lower, info = torch.linalg.cholesky_ex(K.detach())
         if int(info) != 0:
             return None
@@ -215,29 +221,31 @@ def fit_joint(
         note = "the likelihood was not finite from any start; the priors' values were taken"
     fitted = Fitted(Hyperparameters.from_logs(best[:-1], count), note, cost)
     nugget, steep = fitted.hyperparameters.nugget, best[-1].exp()
-    misfit = nugget if slopes.unknown else torch.maximum(nugget, steep / STEEPNESS)
+    misfit = nugget if gradients.unknown else torch.maximum(nugget, steep / STEEPNESS)
     return fitted, steep, misfit
 
 
 class ConditionedKernel(Kernel):  # type: ignore[misc]
-    """The covariance of a process given its slopes.
+    """The covariance of a process given its gradients.
 
     Args:
         prior: Covariance without them.
         X: ``n x d`` coefficients of the evaluations.
-        slopes: Slopes on the link scale; their variance is the total, nugget included.
+        gradients: Gradients on the link scale; their variance is the total, nugget included.
     """
 
     has_lengthscale = False
     points: Tensor
     lower: Tensor
 
-    def __init__(self, prior: TrendRBFKernel, X: Tensor, slopes: Slopes) -> None:
+    def __init__(self, prior: TrendRBFKernel, X: Tensor, gradients: ObservedGradients) -> None:
         super().__init__()
-        self.prior, self.observed = prior, slopes
+        self.prior, self.observed = prior, gradients
         U = (X - prior.low) / prior.width
-        K = _of_kernel(prior).slopes(U[slopes.owner], slopes.axis) + torch.diag(slopes.variance)
-        self.register_buffer("points", U[slopes.owner])
+        K = _of_kernel(prior).gradients(U[gradients.owner], gradients.axis) + torch.diag(
+            gradients.variance
+        )
+        self.register_buffer("points", U[gradients.owner])
         self.register_buffer("lower", psd_safe_cholesky(K))
 
     @property
@@ -255,8 +263,8 @@ class ConditionedKernel(Kernel):  # type: ignore[misc]
         """``d`` lengthscales as shares of the box's widths."""
         return self.prior.lengthscales
 
-    def with_slopes(self, x: Tensor) -> Tensor:
-        """Return the prior covariance of values at ``x`` with the slopes, ``... x n x G``."""
+    def with_gradients(self, x: Tensor) -> Tensor:
+        """Return the prior covariance of values at ``x`` with the gradients, ``... x n x G``."""
         U = (x - self.prior.low) / self.prior.width
         return _of_kernel(self.prior).mixed(U, self.points, self.observed.axis)
 
@@ -266,7 +274,7 @@ class ConditionedKernel(Kernel):  # type: ignore[misc]
         return solved
 
     def _whitened(self, x: Tensor) -> Tensor:
-        right = self.with_slopes(x).mT
+        right = self.with_gradients(x).mT
         solved: Tensor = torch.linalg.solve_triangular(self.lower, right, upper=False)
         return solved.mT
 
@@ -279,13 +287,13 @@ class ConditionedKernel(Kernel):  # type: ignore[misc]
         return plain - ((first * second).sum(-1) if diag else first @ second.mT)
 
     def joint(self, X: Tensor, noise: Tensor) -> Tensor:
-        """Return the prior covariance of observed values and slopes, noise included."""
+        """Return the prior covariance of observed values and gradients, noise included."""
         U = (X - self.prior.low) / self.prior.width
         K = _of_kernel(self.prior).joint(U, self.observed)
         return K + torch.diag(torch.cat([noise, self.observed.variance]))
 
     def leave_one_out(self, X: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and latent variance of each value without its evaluation's slopes too.
+        """Return mean and latent variance of each value without its evaluation's gradients too.
 
         By the block form of Rasmussen & Williams' equations 5.10-5.12.
 
@@ -308,10 +316,10 @@ class ConditionedKernel(Kernel):  # type: ignore[misc]
 
 
 class ConditionedMean(Mean):  # type: ignore[misc]
-    """The mean of a process given its slopes.
+    """The mean of a process given its gradients.
 
     Args:
-        kernel: The covariance, which has the slopes.
+        kernel: The covariance, which has the gradients.
         constant: Mean of the values without them.
     """
 
@@ -327,17 +335,17 @@ class ConditionedMean(Mean):  # type: ignore[misc]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean at ``x`` (``... x n x d``), ``... x n``."""
-        return self.constant + self.kernel.with_slopes(x) @ self.weights
+        return self.constant + self.kernel.with_gradients(x) @ self.weights
 
 
 @dataclass(frozen=True, eq=False)
-class SlopeMean:
-    """Posterior means of processes some of which have slopes, from weights computed once.
+class GradientMean:
+    """Posterior means of processes some of which have gradients, from weights computed once.
 
     Attributes:
-        parts: For each process its covariance without slopes, its prior mean, the inputs of its
+        parts: For each process its covariance without gradients, its prior mean, the inputs of its
             values (``n x d``, unit cube), the weights of the covariances with them (``n``), and
-            the same of its slopes: kernel given them and weights (``G``), None without slopes.
+            the same of its gradients: kernel given them and weights (``G``), None without any.
         low: ``d`` lower bounds of the box.
         width: ``d`` widths of the box.
     """
@@ -354,7 +362,7 @@ class SlopeMean:
         processes: Sequence[
             tuple[TrendRBFKernel | ConditionedKernel, Tensor, Tensor, Tensor, Tensor]
         ],
-    ) -> SlopeMean:
+    ) -> GradientMean:
         """Solve for the weights.
 
         Args:
@@ -384,6 +392,6 @@ class SlopeMean:
         for covariance, constant, V, weights, given in self.parts:
             mean = constant + covariance.values(U, V) @ weights
             if given is not None:
-                mean = mean + given[0].with_slopes(X) @ given[1]
+                mean = mean + given[0].with_gradients(X) @ given[1]
             columns.append(mean)
         return torch.stack(columns, -1)

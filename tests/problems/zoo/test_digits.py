@@ -268,7 +268,7 @@ def test_losses_and_probabilities_have_gradients() -> None:
     for measure in ("loss", "probability"):
         problem = digits_problem(2, examples=64, measure=measure, gradients=True)
         seen = problem.evaluate(torch.full((1, 2), 0.4), generator=make_generator(0))
-        slopes, noise = seen.slopes()
+        slopes, noise = seen.filled_gradients()
         assert slopes.shape == (1, 2, 2)
         assert bool((slopes != 0).all())
         assert bool((noise > 0).all())

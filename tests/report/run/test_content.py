@@ -33,6 +33,12 @@ def test_a_surrogate_without_a_selection_is_named() -> None:
     assert ("surrogate", "Quadratic") in facts(view)
 
 
+def test_a_surrogate_of_the_samplers_own_is_named() -> None:
+    summary = {"sampler": "Adaptive(x=1)", "sampler_surrogate": "Quadratic(a=1)"}
+    view = dataclasses.replace(make_view(2), summary=summary)
+    assert ("sampler", "Adaptive, through a surrogate of its own: Quadratic") in facts(view)
+
+
 def test_a_view_without_a_summary_still_says_what_it_holds() -> None:
     view = dataclasses.replace(make_view(2, points=1, verify=0, failures=(7,)), summary={})
     assert facts(view) == [

@@ -16,7 +16,7 @@ from map_bo.surrogates.gradients import STEEPNESS
 from map_bo.surrogates.processes.gp import GP, GPModel, MetricGP
 from map_bo.surrogates.processes.gp_gradients import (
     ConditionedKernel,
-    Slopes,
+    ObservedGradients,
     _Covariance,
     fit_joint,
 )
@@ -57,7 +57,7 @@ def covariance(trend: Trend, d: int) -> _Covariance:
 
 
 @pytest.mark.parametrize("trend", ["constant", "quadratic"])
-def test_slopes_have_the_derivatives_of_the_covariance(trend: Trend) -> None:
+def test_gradients_have_the_derivatives_of_the_covariance(trend: Trend) -> None:
     d, k = 3, covariance(trend, 3)
     U, V = torch.rand(2, 4, d, generator=make_generator(0), dtype=torch.float64)
 
@@ -65,7 +65,7 @@ def test_slopes_have_the_derivatives_of_the_covariance(trend: Trend) -> None:
         return k.values(u[None], v[None])[0, 0]
 
     axis = torch.tensor([0, 1, 2, 1])
-    mixed, slopes = k.mixed(U, V, axis), k.slopes(V, axis)
+    mixed, slopes = k.mixed(U, V, axis), k.gradients(V, axis)
     for j in range(4):
         for i in range(4):
             by_v = torch.func.grad(between, 1)(U[i], V[j])[axis[j]] / 2  # per half width
@@ -113,7 +113,7 @@ def test_posterior_is_the_joint_regression() -> None:
     constant = process.mean_module.constant
     target = torch.cat([seen.Y[:, 0] - constant, kernel.observed.values])
     U = (seen.X - kernel.prior.low) / kernel.prior.width
-    cross = torch.cat([kernel.prior(new, seen.X).to_dense(), kernel.with_slopes(new)], -1)
+    cross = torch.cat([kernel.prior(new, seen.X).to_dense(), kernel.with_gradients(new)], -1)
     assert len(K) == 4 + 8
     assert torch.equal(kernel.points, U.repeat_interleave(2, 0))
     expected = constant + cross @ torch.linalg.solve(K, target)
@@ -121,16 +121,18 @@ def test_posterior_is_the_joint_regression() -> None:
     prior = kernel.prior(new).to_dense()
     reduced = (prior - cross @ torch.linalg.solve(K, cross.T)).diagonal()
     torch.testing.assert_close(variance[:, 0], reduced, rtol=1e-3, atol=1e-6)
-    # Its slopes are those that were observed.
+    # Its gradients are those that were observed.
     X = seen.X.clone().requires_grad_(True)
     (slope,) = torch.autograd.grad(model.link_mean(X).sum(), X)
-    torch.testing.assert_close(slope, seen.slopes()[0][:, 0], rtol=0.05, atol=0.05)
+    torch.testing.assert_close(slope, seen.filled_gradients()[0][:, 0], rtol=0.05, atol=0.05)
 
 
 def test_joint_likelihood_is_maximal() -> None:
     seen, space = waves(5)
     U, d = space.normalise(seen.X), space.d
-    slopes = Slopes.of(1.5 * seen.slopes()[0][:, 0], torch.full((5, d), 0.01).double())
+    slopes = ObservedGradients.of(
+        1.5 * seen.filled_gradients()[0][:, 0], torch.full((5, d), 0.01).double()
+    )
     assert slopes is not None
     y, known = seen.Y[:, 0] - seen.Y.mean(), torch.full((5,), 0.02).double()
     p = 1 + 4 + 1 + d
@@ -165,7 +167,7 @@ def test_joint_likelihood_is_maximal() -> None:
             assert cost(moved) > cost(best)
 
 
-def test_leaving_an_evaluation_out_leaves_its_slopes_out() -> None:
+def test_leaving_an_evaluation_out_leaves_its_gradients_out() -> None:
     seen, space = mixed_observations(6)
     model = Hybrid().fit(with_gradients(seen), space)
     mean, variance = model.leave_one_out()
@@ -202,7 +204,7 @@ def test_more_values_are_taken_in() -> None:
 
 def test_unit_of_a_metric_does_not_matter() -> None:
     seen, space = waves(6)
-    big = dataclasses.replace(seen, Y=1e3 * seen.Y, gradients=1e3 * seen.slopes()[0])
+    big = dataclasses.replace(seen, Y=1e3 * seen.Y, gradients=1e3 * seen.filled_gradients()[0])
     new = space.sample(5, generator=make_generator(4))
     mean, variance = moments(GP().fit(seen, space), new)
     mean_2, variance_2 = moments(GP().fit(big, space), new)
