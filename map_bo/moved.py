@@ -224,7 +224,7 @@ CLASSES: Mapping[str, str] = MappingProxyType(
 """Name or kind by which records and recipes told an operator or a problem -> today's class."""
 
 
-FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote"})
+FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote", "resting": "defaults"})
 """Fields of settings that have another name today: the old one -> today's."""
 
 NAMES: Mapping[str, str] = MappingProxyType(

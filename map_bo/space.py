@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -71,7 +72,7 @@ class CoefficientSpace:
         importance: ``d`` positive relative sizes, such as the norms of the parts of the task
             vectors that the coefficients scale: how far a coefficient of 1 moves the model.
             Only their ratios count; empty says that all are alike.
-        resting: The value of each coefficient that belongs to no expert, in their order, at the
+        defaults: The value of each coefficient that belongs to no expert, in their order, at the
             anchors: an operator's setting has no natural zero.
 
     Raises:
@@ -85,7 +86,7 @@ class CoefficientSpace:
     owner: tuple[int, ...] = field(default=())
     experts: tuple[str, ...] = field(default=())
     importance: tuple[float, ...] = field(default=())
-    resting: tuple[float, ...] = field(default=())
+    defaults: tuple[float, ...] = field(default=())
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -125,18 +126,18 @@ class CoefficientSpace:
                 f"{len(self.experts)} experts",
                 hint="give the index of an expert per coefficient, or -1 for a setting",
             )
-        put(self, "resting", tuple(float(value) for value in self.resting))
-        if len(self.resting) != self.owner.count(-1):
+        put(self, "defaults", tuple(float(value) for value in self.defaults))
+        if len(self.defaults) != self.owner.count(-1):
             raise SpaceError(
-                f"{self.owner.count(-1)} coefficients belong to no expert, and {len(self.resting)} "
-                "have a resting value",
-                hint="give one resting value for each setting of the operator",
+                f"{self.owner.count(-1)} coefficients belong to no expert, and "
+                f"{len(self.defaults)} have a default",
+                hint="give one default per setting of the operator",
             )
         settings = [i for i, owner in enumerate(self.owner) if owner < 0]
-        for i, rest in zip(settings, self.resting, strict=True):
-            if not self.lower[i] <= rest <= self.upper[i]:
+        for i, default in zip(settings, self.defaults, strict=True):
+            if not self.lower[i] <= default <= self.upper[i]:
                 raise SpaceError(
-                    f"the resting value {rest} of {self.names[i]} is not in "
+                    f"the default {default} of {self.names[i]} is not in "
                     f"[{self.lower[i]}, {self.upper[i]}]",
                     hint="anchors are measured with it: widen the bounds, or move it inside",
                 )
@@ -161,6 +162,17 @@ class CoefficientSpace:
                     "no point of the box satisfies the constraints",
                     hint="widen the bounds or relax a constraint",
                 )
+
+    @property
+    def resting(self) -> tuple[float, ...]:
+        """The name of :attr:`defaults` in version 0.1."""
+        warnings.warn(
+            "CoefficientSpace.resting is now CoefficientSpace.defaults; the old name goes in "
+            "version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.defaults
 
     @classmethod
     def box(
@@ -373,7 +385,7 @@ class CoefficientSpace:
                 torch.full((1, self.d), 1.0 / len(self.experts), dtype=torch.float64),
             ]
         )
-        X[:, owner < 0] = torch.tensor(self.resting, dtype=torch.float64)
+        X[:, owner < 0] = torch.tensor(self.defaults, dtype=torch.float64)
         names = ("base", *self.experts, "uniform blend")
         kinds = ("base", *("expert" for _ in self.experts), "blend")
         keep = self.contains(X).tolist()
@@ -398,8 +410,8 @@ class CoefficientSpace:
         # Only where there are some, so that the records of all other spaces stay as they were.
         if self.importance:
             data["importance"] = list(self.importance)
-        if self.resting:
-            data["resting"] = list(self.resting)
+        if self.defaults:
+            data["resting"] = list(self.defaults)  # the word of 0.1, by which records are compared
         return data
 
     @classmethod

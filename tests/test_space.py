@@ -22,7 +22,7 @@ SETTINGS = CoefficientSpace(
     (LinearConstraint((1.0, 0.0, 1.0, 0.0, 0.0, 0.0), 1.5),),
     owner=(0, 0, 1, 1, -1, -1),
     experts=("a", "b"),
-    resting=(0.2, 1),
+    defaults=(0.2, 1),
 )
 
 
@@ -230,7 +230,9 @@ def test_settings_belong_to_no_expert() -> None:
     assert SETTINGS.settings == ("density", "scale")
     assert SETTINGS.groups == (0, 0, 1, 1, 2, 3)
     assert (SETTINGS.d, SETTINGS.blocks) == (6, 2)
-    assert SETTINGS.resting == (0.2, 1.0)
+    assert SETTINGS.defaults == (0.2, 1.0)
+    with pytest.warns(DeprecationWarning, match="is now CoefficientSpace.defaults"):
+        assert SETTINGS.resting == (0.2, 1.0)
     plain = CoefficientSpace.box(("a", "b"))
     assert (plain.settings, plain.groups, plain.blocks) == ((), (0, 1), 1)
     # Wherever they stand among the others.
@@ -240,7 +242,7 @@ def test_settings_belong_to_no_expert() -> None:
         (1,) * 4,
         owner=(-1, 0, -1, 1),
         experts=("a", "b"),
-        resting=(0, 1),
+        defaults=(0, 1),
     )
     assert mixed.groups == (2, 0, 3, 1)
     assert mixed.anchors().X.tolist() == [
@@ -269,22 +271,22 @@ def test_settings_survive_the_description_and_stay_out_of_others() -> None:
 
 
 @pytest.mark.parametrize(
-    ("owner", "resting", "message"),
+    ("owner", "defaults", "message"),
     [
-        ((0, -1), (), "1 coefficients belong to no expert, and 0 have a resting value"),
+        ((0, -1), (), "1 coefficients belong to no expert, and 0 have a default"),
         ((0, -1), (0.1, 0.2), "and 2 have"),
         ((0, 0), (0.1,), "0 coefficients belong to no expert, and 1"),
-        ((0, -1), (2.0,), "resting value 2.0 of s is not in"),
-        ((0, -1), (float("nan"),), "resting value nan of s is not in"),
+        ((0, -1), (2.0,), "default 2.0 of s is not in"),
+        ((0, -1), (float("nan"),), "default nan of s is not in"),
         ((-1, -1), (0.1, 0.2), "owner"),
         ((0, -2), (), "owner"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(
-    owner: tuple[int, ...], resting: tuple[float, ...], message: str
+    owner: tuple[int, ...], defaults: tuple[float, ...], message: str
 ) -> None:
     with pytest.raises(SpaceError, match=message):
-        CoefficientSpace(("a", "s"), (0, 0), (1, 1), owner=owner, experts=("a",), resting=resting)
+        CoefficientSpace(("a", "s"), (0, 0), (1, 1), owner=owner, experts=("a",), defaults=defaults)
 
 
 def test_a_bound_on_the_sum_leaves_settings_out() -> None:

@@ -354,7 +354,7 @@ def _part(space: CoefficientSpace, expert: str) -> Tensor:
 def _base(space: CoefficientSpace) -> Tensor:
     """Return the coefficients (``d``) of the base, with the operator's settings at defaults."""
     row = torch.zeros(space.d, dtype=torch.float64)
-    row[torch.tensor(space.owner) < 0] = torch.tensor(space.resting, dtype=torch.float64)
+    row[torch.tensor(space.owner) < 0] = torch.tensor(space.defaults, dtype=torch.float64)
     return row
 
 

@@ -86,6 +86,6 @@ def _something(space: CoefficientSpace) -> Tensor:
     """
     blend = torch.full((1, space.d), 1.0 / len(space.experts), dtype=torch.float64)
     moving = torch.tensor(space.owner) >= 0
-    blend[:, ~moving] = torch.tensor(space.resting, dtype=torch.float64)
+    blend[:, ~moving] = torch.tensor(space.defaults, dtype=torch.float64)
     X = space.project(torch.cat([blend, space.bounds.mean(0, keepdim=True), space.bounds]))
     return X[(X[:, moving].abs().amax(-1) > _NOTHING).int().argmax()].unsqueeze(0)

@@ -114,7 +114,7 @@ class SearchableOperator:
         bounds: Mapping[str, tuple[float, float]] = self.search  # type: ignore[assignment]
         if not bounds:
             return box
-        resting = [
+        defaults = [
             min(max(float(getattr(self, name)), low), high) for name, (low, high) in bounds.items()
         ]
         return CoefficientSpace(
@@ -123,7 +123,7 @@ class SearchableOperator:
             (*box.upper, *(high for _, high in bounds.values())),
             owner=(*box.owner, *(-1 for _ in bounds)),
             experts=box.experts,
-            resting=tuple(resting),
+            defaults=tuple(defaults),
         )
 
     def with_blocks(self, patterns: Mapping[str, str]) -> Self:

@@ -117,8 +117,8 @@ class TestRuns:
         assert said.out == f"merged model written to {out}\n"
         assert said.err == ""
         assert len(list(out.glob("model-*.safetensors"))) > 1
-        told = yaml.safe_load((out / "recipe.yaml").read_text())
-        assert told["operator"]["class"] == "map_bo.operators.sparse:Ties"
+        recipe = yaml.safe_load((out / "recipe.yaml").read_text())
+        assert recipe["operator"]["class"] == "map_bo.operators.sparse:Ties"
 
     @pytest.mark.parametrize("rank", ["4", "1"])
     def test_an_adapter_of_whole_models(

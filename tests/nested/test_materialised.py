@@ -333,7 +333,7 @@ def test_searched_settings_are_each_nodes_own() -> None:
     store = MemoryStore()
     result = run(store, problem=problem())
     assert result.space.settings == ("density",)
-    assert result.space.resting == (0.2,)
+    assert result.space.defaults == (0.2,)
     result.space.check(result.seen.X)
     assert result.seen.X[0, -1] == 0.2
     for node in result.nodes:
@@ -353,7 +353,7 @@ def test_orders_measure_with_the_settings_at_rest(order: str) -> None:
     how = Nested(stages=2, points=1, order=order)  # type: ignore[arg-type]
     result = nested_run(problem, quick(60), how, MemoryStore()).drive()
     result.space.check(result.seen.X)
-    assert result.space.resting == (0.5,)
+    assert result.space.defaults == (0.5,)
 
 
 def test_settings_are_not_searched_where_merges_compose() -> None:
@@ -364,7 +364,7 @@ def test_settings_are_not_searched_where_merges_compose() -> None:
         (*box.upper, 0.9),
         owner=(*box.owner, -1),
         experts=box.experts,
-        resting=(0.2,),
+        defaults=(0.2,),
     )
     with pytest.raises(ConfigError, match="density cannot be searched") as caught:
         nested_run(Hills(box=space), quick(30), Nested(), MemoryStore())

@@ -220,7 +220,7 @@ def test_space_has_the_settings_behind_the_coefficients() -> None:
     assert space.names == ("a/first", "a/rest", "b/first", "b/rest", "epsilon", "scale")
     assert space.owner == (0, 0, 1, 1, -1, -1)
     assert space.lower == (-1.0,) * 4 + (0.0, 0.5)
-    assert space.resting == (0.05, 1.0)  # 0.1 is not within the bounds
+    assert space.defaults == (0.05, 1.0)  # 0.1 is not within the bounds
     assert Ties(search="density").space(("a",), lower=0, upper=1).lower == (0.0, 0.05)
 
 

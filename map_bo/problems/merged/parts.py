@@ -22,7 +22,7 @@ from map_bo.evaluators.evaluator import Evaluator
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
 from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
-from map_bo.merging.vectors.storage import Storage
+from map_bo.merging.vectors.storage import Storage, StorageDtype
 from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.space import CoefficientSpace
@@ -170,9 +170,9 @@ def choose_storage(
     experts: Mapping[str, Checkpoint],
     *,
     device: torch.device,
-    dtype: Any,
-    max_memory: Any,
-    cache_dir: Any,
+    dtype: StorageDtype | None,
+    max_memory: int | str | None,
+    cache_dir: str | Path | None,
 ) -> Storage:
     """Decide how task vectors are kept; see `Storage.of`.
 

@@ -170,9 +170,15 @@ class MergedModelProblem:
         self._space = natural if space is None else space
         self._bounds = None if space is not None else (lower, upper)
         self._device = torch.device(device)
-        kept = {"dtype": dtype, "max_memory": max_memory, "cache_dir": cache_dir}
-        self._kept: dict[str, Any] = kept
-        self._storage = choose_storage(self._base, self._experts, device=self._device, **self._kept)
+        self._dtype, self._max_memory, self._cache_dir = dtype, max_memory, cache_dir
+        self._storage = choose_storage(
+            self._base,
+            self._experts,
+            device=self._device,
+            dtype=dtype,
+            max_memory=max_memory,
+            cache_dir=cache_dir,
+        )
         self._check_base = check_base
         self._gradients = gradients
         if gradients:
@@ -217,7 +223,7 @@ class MergedModelProblem:
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Merge and measure every row of ``X`` (``n x d``).
 
-        A row fails when an evaluator raises, or returns NaN, infinity, anything that is no
+        A row fails when an evaluator raises, or returns NaN, infinity, anything but a
         number, or a value outside its metric's bounds; its remaining evaluators are not called.
         The cost of a row is the seconds that merging and measuring took. ``generator`` is not
         used: evaluators bring their own randomness, if any.
@@ -414,7 +420,9 @@ class MergedModelProblem:
             device=self._device,
             check_base=self._check_base,
             recalibration=self._recalibration.batches if self._recalibration else None,
-            **self._kept,
+            dtype=self._dtype,
+            max_memory=self._max_memory,
+            cache_dir=self._cache_dir,
         )
 
     def similarity(self) -> Tensor:

@@ -339,7 +339,7 @@ def test_space_may_be_narrowed() -> None:
         tested.evaluate(torch.ones(1, 3), generator=G)
     with pytest.raises(SpaceError, match="rows leave the space"):
         tested.merged(torch.ones(3))
-    with pytest.raises(SpaceError, match="has 3 of them: e0, e1, e2"):
+    with pytest.raises(SpaceError, match="the space has 3 of them: e0, e1, e2"):
         tested.export(torch.ones(2), "unused")
     with pytest.raises(MergeError, match="coefficients e1, e0, e2; the operator takes e0, e1, e2"):
         problem(space=CoefficientSpace.box(("e1", "e0", "e2")))
