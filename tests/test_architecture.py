@@ -29,6 +29,21 @@ INSIDE = {  # rooms within a room, the lowest first; "" is what stands in the ro
     "problems": ("", "merged", "zoo"),
     "report": ("", "run", "comparison", "wandb"),
 }
+ELSEWHERE = {  # modules without a test file of their own -> what tests them
+    "app.ax_commands": "integration/test_ax_commands.py",
+    "app.build": "integration/test_command_line.py",
+    "app.callbacks": "integration/test_sweeps.py",
+    "app.comparison": "integration/test_sweeps.py",
+    "app.main": "integration/test_command_line.py",
+    "app.merge": "integration/test_merging.py",
+    "app.schema": "app/test_configuration.py",
+    "app.task": "integration/test_command_line.py",
+    "extensions": "app/test_installed.py",
+    "pareto.solver": "contracts/solver_contract.py",  # a protocol
+    "report.page_style": "report/run/test_page.py",
+    "samplers.posterior.driven": "contracts/sampler_contract.py",
+    "tracking.store": "contracts/store_contract.py",  # a protocol
+}
 MOST_MODULES = 15
 MOST_LINES = 600
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -114,6 +129,18 @@ def test_every_folder_has_a_floor_and_a_noun() -> None:
     assert rooms <= set(LEVEL)
     empty = {"utils", "helpers", "common", "misc", "util"}
     assert not [path for path in MODULES if empty & set(path.with_suffix("").parts)]
+
+
+def test_every_module_has_its_mirror_among_the_tests() -> None:
+    tests = ROOT / "tests"
+    lacking = {
+        name_of(path).removeprefix("map_bo.")
+        for path in MODULES
+        if path.stem != "__init__"
+        and not (tests / path.relative_to(PACKAGE)).with_name(f"test_{path.name}").exists()
+    }
+    assert lacking == set(ELSEWHERE)
+    assert [where for where in ELSEWHERE.values() if not (tests / where).exists()] == []
 
 
 def test_files_stay_readable() -> None:
