@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Breadcrumbs",

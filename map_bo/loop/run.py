@@ -134,8 +134,25 @@ class Run:
         if recorded is None:
             self._record("created", {**identity, "versions": versions(), "config": config})
         else:
+            self._note_former_surrogate()
             for event in events:
                 self._trackers.observe(event)
+
+    def _note_former_surrogate(self) -> None:
+        """Say so where the sampler of a run of version 0.1 looked through another surrogate."""
+        sampler, state = self.settings.sampler, self.state
+        version = str(state.created.get("versions", {}).get("map-bo", ""))
+        if (
+            version.startswith("0.1.")
+            and state.front is None
+            and isinstance(sampler, SeesThroughSurrogate)
+            and sampler.surrogate is None
+        ):
+            self.notes.append(
+                f"the run was begun by map-bo {version}, whose sampler looked through a quadratic "
+                f"of its own; from evaluation {len(state.X) + 1} on, it looks through the surrogate "
+                "of the run"
+            )
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.problem, self.settings)

@@ -17,119 +17,31 @@ from map_bo.app.build import build_problem, build_settings, build_tracking
 from map_bo.app.installed import Installed, hidden
 from map_bo.app.main import main
 from map_bo.app.schema import register
-from map_bo.errors import ConfigError, SettingsError
-from map_bo.extensions import GROUPS, installed, is_registered
+from map_bo.errors import ConfigError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.run import optimize
 from map_bo.pareto.gradient import GradientSolver
-from map_bo.plain import from_plain, to_plain
+from map_bo.plain import from_plain
 from map_bo.problems.merged.imported import imported_problem
 from map_bo.problems.synthetic import ConcaveQuadratics
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.sampler import Sampler
+from tests.installed_package import forget, write_package
 
 ROOT = Path(__file__).parents[2]
-PACKAGE = """
-import torch
-from dataclasses import dataclass, field
-
-from map_bo.pareto.gradient import GradientSolver
-from map_bo.problems.synthetic import ConcaveQuadratics
-from map_bo.samplers.designs.space_filling import Sobol
-from map_bo.surrogates.quadratic import Quadratic
-from map_bo.operators.sparse import Ties
-
-
-@dataclass(frozen=True)
-class Halton:
-    strength: int = 3
-    names: tuple[str, ...] = ()
-    weights: dict[str, float] = field(default_factory=dict)
-    inner: Sobol = field(default_factory=Sobol)
-
-    def propose(self, seen, space, n, *, pending=None, generator):
-        return self.inner.propose(seen, space, n, pending=pending, generator=generator)
-
-
-class Flat(Quadratic):
-    pass
-
-
-@dataclass(frozen=True)
-class Register:
-    size: int
-
-    def open(self, directory):
-        raise AssertionError
-
-
-def problem(d=2, *, operator=None):
-    made = ConcaveQuadratics(d=d, m=2)
-    object.__setattr__(made, "seed", 0)
-    return made
-
-
-def score(model):
-    return 0.25
-
-
-class Scores:
-    def __call__(self, model):
-        return 0.75
-
-
-number = 3
-"""
-POINTS = """
-[map_bo.samplers]
-halton = their_package.parts:Halton
-sobol = their_package.parts:Halton
-broken = their_package.gone:Halton
-twice = their_package.parts:Halton
-number = their_package.parts:number
-[map_bo.surrogates]
-flat = their_package:Flat
-[map_bo.trackers]
-theirs = their_package.parts:Register
-[map_bo.problems]
-theirs = their_package.parts:problem
-[map_bo.evaluators]
-quarter = their_package.parts:score
-scores = their_package.parts:Scores
-[map_bo.operators]
-trimming = their_package.parts:Ties
-[map_bo.solvers]
-ascent = their_package.parts:GradientSolver
-[other.group]
-halton = their_package.parts:Other
-"""
 
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder with an installed package, and another that shares a name with it."""
-    folder = tmp_path / "site"
-    package = folder / "their_package"
-    package.mkdir(parents=True)
-    (package / "parts.py").write_text(PACKAGE)
-    (package / "__init__.py").write_text("from their_package.parts import Flat\n")
-    for name, points in (
-        ("their-package", POINTS),
-        ("another", "[map_bo.samplers]\ntwice = another:Sampler\n"),
-    ):
-        info = folder / f"{name.replace('-', '_')}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-        (info / "entry_points.txt").write_text(points)
-    return folder
+    """A folder with an installed package."""
+    return write_package(tmp_path / "site")
 
 
 @pytest.fixture
 def theirs(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.syspath_prepend(site)
     yield
-    for name in [name for name in sys.modules if name.split(".")[0] == "their_package"]:
-        del sys.modules[name]
+    forget()
 
 
 @pytest.fixture
@@ -141,37 +53,6 @@ def hydra(theirs: None) -> Iterator[None]:
 
 def composed(*overrides: str) -> DictConfig:
     return compose("config", overrides=list(overrides))
-
-
-@pytest.mark.usefixtures("theirs")
-class TestExtensions:
-    def test_entry_points_are_found_without_an_import(self) -> None:
-        found = installed()
-        assert set(found) == set(GROUPS)
-        assert [point.value for point in found["sampler"]["halton"]] == [
-            "their_package.parts:Halton"
-        ]
-        assert len(found["sampler"]["twice"]) == 2
-        assert "their_package" not in sys.modules
-
-    def test_registered_classes_are_built_from_files_without_further_trust(self) -> None:
-        told = {"class": "their_package.parts:Halton", "fields": {"strength": 5}}
-        made = from_plain(told)
-        assert made.strength == 5
-        assert from_plain(to_plain(made)) == made
-
-    def test_under_another_name_too(self) -> None:
-        assert is_registered("their_package.parts", "Flat")  # registered as their_package:Flat
-        assert from_plain({"class": "their_package.parts:Flat", "fields": {}}).link == "auto"
-
-    @pytest.mark.parametrize("name", ["their_package.parts:Other", "their_package.parts:Sobol2"])
-    def test_other_classes_of_the_package_are_not(self, name: str) -> None:
-        with pytest.raises(SettingsError, match="their_package is not a package whose code"):
-            from_plain({"class": name, "fields": {}})
-
-    def test_a_package_that_registers_nothing_is_not_loaded_for_it(self) -> None:
-        assert not is_registered("os", "PathLike")
-        assert "their_package" not in sys.modules
 
 
 @pytest.mark.usefixtures("hydra")

@@ -15,10 +15,13 @@ from map_bo.errors import ConfigError, EvaluationError, StoreError
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
+from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.problems.zoo.digits import digits_problem
 from map_bo.rng import child, child_seed, make_generator
+from map_bo.samplers.adaptive import Adaptive
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, SafeBowls, quick
@@ -435,3 +438,19 @@ def test_the_default_way_needs_no_optional_package(monkeypatch: pytest.MonkeyPat
         monkeypatch.setitem(sys.modules, package, None)
     result = optimize(digits_problem(2, epochs=1), 6, progress=False)
     assert len(result.front) > 0
+
+
+@pytest.mark.parametrize(
+    ("surrogate", "version", "said"),
+    [(None, "0.1.0", 1), (None, "0.2.0", 0), (Quadratic(), "0.1.0", 0)],
+)
+def test_a_run_of_version_0_1_says_that_its_sampler_looks_through_another_surrogate_now(
+    surrogate: Quadratic | None, version: str, said: int
+) -> None:
+    settings = Settings(budget=8, sampler=Adaptive(surrogate=surrogate))
+    Run(Bowls(), settings, new := MemoryStore())
+    [created] = new.read()
+    old = MemoryStore()
+    old.append(Event("created", {**created.data, "versions": {"map-bo": version}}))
+    notes = [note for note in Run(Bowls(), settings, old).notes if "begun by map-bo 0.1.0" in note]
+    assert len(notes) == said

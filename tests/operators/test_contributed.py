@@ -84,3 +84,17 @@ def test_from_the_directory_where_the_module_stands(merged: Path, tmp_path: Path
     )
     assert done.returncode == 0, done.stderr
     assert open_checkpoint(tmp_path / "x").digest() == open_checkpoint(merged).digest()
+
+
+def test_an_installed_package_that_registers_it_needs_no_further_trust(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = tmp_path / "site" / "theirs-1.0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[map_bo.operators]\nnearswap = tests.operators.contributed:NearSwap\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    main(["merge", str(merged), "--out", str(tmp_path / "again")])
+    assert open_checkpoint(tmp_path / "again").digest() == open_checkpoint(merged).digest()

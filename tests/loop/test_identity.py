@@ -1,0 +1,97 @@
+"""What makes two runs the same run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from map_bo.data import Metric
+from map_bo.errors import AnotherRunError
+from map_bo.loop.settings import Settings
+from map_bo.loop.state import difference, problem_identity, refuse_another, run_identity
+from map_bo.problems.synthetic import ConcaveQuadratics
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.space import CoefficientSpace
+from map_bo.surrogates.processes.gp import GP
+from map_bo.surrogates.quadratic import Quadratic
+
+PROBLEM = ConcaveQuadratics(d=2, m=2)
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A problem of settings alone."""
+
+    scale: Any = 1.0
+    space = CoefficientSpace.box(("a",))
+    metrics = (Metric("a"),)
+    evaluate = ConcaveQuadratics.evaluate
+
+
+@dataclass
+class Counting:
+    """A problem that changes while it is evaluated."""
+
+    calls: int = 0
+    space = Frozen.space
+    metrics = Frozen.metrics
+    evaluate = ConcaveQuadratics.evaluate
+
+
+class Sampling:
+    """A sampler that is no dataclass."""
+
+    propose = Sobol.propose
+
+
+def identity(**settings: Any) -> dict[str, Any]:
+    return run_identity(PROBLEM, Settings(budget=12, **settings))
+
+
+def test_a_problem_is_recognised_by_its_settings_where_it_has_some() -> None:
+    assert problem_identity(Frozen(2.0)) != problem_identity(Frozen())
+    function: Callable[[], float] = lambda: 1.0  # noqa: E731
+    assert problem_identity(Frozen(function)) == {"type": "Frozen"}
+    assert problem_identity(Counting(3)) == {"type": "Counting"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"batch": 2}, "settings.batch was 1 and is 2"),
+        ({"surrogate": GP()}, "settings.surrogate was '.*:Auto' and is '.*:GP'"),
+        ({"sampler": Sobol(anchors=False)}, "settings.sampler was '.*:Adaptive' and is '.*:Sobol'"),
+        ({"sampler": Sampling()}, "and is 'tests.loop.test_identity.Sampling'"),
+        ({"stop": {"criterion": "regret"}}, "settings.stop was None and is '.*:Stop' and 3 more"),
+        ({"reference": {"f1": 0.0}}, "settings.reference was None|settings.reference.f1 was None"),
+    ],
+)
+def test_the_first_difference_is_told(settings: dict[str, Any], told: str) -> None:
+    assert difference(identity(), identity(**settings)) is not None
+    with pytest.raises(AnotherRunError, match=told):
+        refuse_another(identity(), identity(**settings))
+    assert difference(identity(**settings), identity(**settings)) is None
+
+
+def test_a_setting_within_another_is_told_by_its_way_there() -> None:
+    before, now = identity(surrogate=Quadratic()), identity(surrogate=Quadratic(misfit=False))
+    assert difference(before, now) == "settings.surrogate.misfit was True and is False"
+
+
+def test_files_may_move_and_what_is_empty_is_nothing() -> None:
+    before = {"problem": {"base": {"source": "/a", "digest": "x"}, "more": {}}}
+    now = {"problem": {"base": {"source": "/b", "digest": "x"}}}
+    assert difference(before, now) is None
+    now["problem"]["base"]["digest"] = "y"
+    assert difference(before, now) == "problem.base.digest was 'x' and is 'y'"
+
+
+def test_descriptions_of_version_0_1_left_out_on_which_examples_metrics_are_measured() -> None:
+    now = {"problem": {"metrics": [{"name": "a", "kind": "loss", "examples": "same"}]}}
+    assert difference({"problem": {"metrics": [{"name": "a", "kind": "loss"}]}}, now) is None
+    assert difference({"problem": {"metrics": [{"name": "b", "kind": "loss"}]}}, now) is not None
+    fresh = {"problem": {"metrics": [{"name": "a", "kind": "loss", "examples": "fresh"}]}}
+    assert difference(fresh, now) is not None
