@@ -150,8 +150,8 @@ class Run:
         ):
             self.notes.append(
                 f"the run was begun by map-bo {version}, whose sampler looked through a quadratic "
-                f"of its own; from evaluation {len(state.X) + 1} on, it looks through the surrogate "
-                "of the run"
+                f"of its own; from evaluation {len(state.X) + 1} on, it looks through the "
+                "run's surrogate"
             )
 
     def _identity(self) -> dict[str, Any]:
