@@ -388,8 +388,8 @@ def _modern_settings(recorded: Any, now: Mapping[str, Any]) -> Any:
     modern = {"class": now["class"], "fields": content}
     try:  # the class itself says what its fields mean together
         return identity_of(from_plain(modern))
-    except MapBoError:  # such as one that holds what is only told in words
-        return modern
+    except (MapBoError, TypeError, ValueError, AttributeError):
+        return modern  # its identity is not its fields, or holds what is only told in words
 
 
 def _name_today(name: str | int, today: Mapping[str, Any]) -> str:

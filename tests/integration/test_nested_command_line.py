@@ -96,7 +96,7 @@ def test_a_nested_run_goes_on_after_it_was_cut_off(
     assert load_nested(directory).data_sets == load_nested(nested).data_sets
     refused = shell("resume", str(directory), "--retry-failed")
     assert refused.returncode == 2
-    assert "later nodes rest on it" in refused.stderr
+    assert "later nodes depend on them" in refused.stderr
 
 
 @pytest.mark.slow
