@@ -38,7 +38,6 @@ ELSEWHERE = {  # modules without a test file of their own -> what tests them
     "app.merge": "integration/test_merging.py",
     "app.schema": "app/test_configuration.py",
     "app.task": "integration/test_command_line.py",
-    "extensions": "app/test_installed.py",
     "pareto.solver": "contracts/solver_contract.py",  # a protocol
     "report.page_style": "report/run/test_page.py",
     "samplers.posterior.driven": "contracts/sampler_contract.py",
