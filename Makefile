@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-portable test-oldest test-mergekit lint types bench study clean
+.PHONY: demo test test-slow test-portable test-oldest test-mergekit test-mutation lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -38,6 +38,16 @@ test-mergekit: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python -m pytest -m "not gpu and not data" tests/operators/mergekit
 
+# Plants small bugs, one at a time, in the code that decides, and lists those that no test notices.
+# Hours for all of it; an interrupted run goes on. ONLY takes a part: make test-mutation
+# ONLY='map_bo.space*'. `.venv-mutation/bin/mutmut show NAME` shows one bug. What is mutated, and by
+# which tests it should be noticed, stands in pyproject.toml.
+test-mutation:
+	test -x .venv-mutation/bin/mutmut || $(PYTHON) -m venv .venv-mutation
+	.venv-mutation/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev,huggingface]" mutmut==3.8.1
+	OMP_NUM_THREADS=1 nice .venv-mutation/bin/mutmut run --max-children 2 $(ONLY)
+	.venv-mutation/bin/mutmut results
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -63,4 +73,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-mutation mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -30,9 +30,11 @@ SETTINGS = CoefficientSpace(
     ("arguments", "message"),
     [
         ({"names": (), "lower": (), "upper": ()}, "at least one"),
-        ({"names": ("a", "a"), "lower": (0, 0), "upper": (1, 1)}, "appear twice"),
+        ({"names": tuple("cabcc"), "lower": (0,) * 5, "upper": (1,) * 5}, r"appear twice: c\n"),
+        ({"names": tuple("bbaa"), "lower": (0,) * 4, "upper": (1,) * 4}, r"appear twice: a, b\n"),
         ({"names": ("a",), "lower": (0, 0), "upper": (1,)}, "2 lower"),
         ({"names": ("a",), "lower": (1,), "upper": (0,)}, "smaller than its upper bound, got"),
+        ({"names": ("a",), "lower": (1,), "upper": (1,)}, "smaller than its upper bound, got"),
         (
             {"names": ("a",), "lower": (0,), "upper": (float("inf"),)},
             "smaller than its upper bound, got",
@@ -56,11 +58,36 @@ SETTINGS = CoefficientSpace(
             },
             "no point of the box",
         ),
+        (
+            {
+                "names": ("a", "b"),
+                "lower": (0, 0),
+                "upper": (1, 1),
+                "constraints": (LinearConstraint((1.0, 1.0), 2.5, equality=True),),
+            },
+            "no point of the box",
+        ),
     ],
 )
 def test_an_ill_formed_space_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(SpaceError, match=message):
         CoefficientSpace(**arguments)
+
+
+def test_a_space_holds_tuples_of_floats_whatever_it_was_made_from() -> None:
+    numbers = {"lower": [0, -1], "upper": [1, 2], "importance": [2, 1]}
+    space = CoefficientSpace(
+        ["a", "s"],  # type: ignore[arg-type]
+        **numbers,  # type: ignore[arg-type]
+        owner=(0, -1),
+        experts=("a",),
+        defaults=[1],  # type: ignore[arg-type]
+    )
+    assert (space.names, space.lower, space.upper) == (("a", "s"), (0.0, -1.0), (1.0, 2.0))
+    assert (space.importance, space.defaults) == ((2.0, 1.0), (1.0,))
+    values = space.lower + space.upper + space.importance + space.defaults
+    assert {type(value) for value in values} == {float}
+    assert hash(space) == hash(replace(space))
 
 
 def spaces() -> list[CoefficientSpace]:
@@ -74,9 +101,11 @@ def spaces() -> list[CoefficientSpace]:
         CoefficientSpace.box(["a", "b", "c"]),
         CoefficientSpace.box(["a", "b", "c"], lower=-3.0, upper=3.0),
         CoefficientSpace.box(["a", "b", "c"], sum_at_most=1.5),
+        CoefficientSpace.box(["a", "b", "c"], sum_at_most=2.9),  # cuts a corner off
         CoefficientSpace.box(["a", "b", "c"], simplex=True),
         CoefficientSpace.box(["a", "b", "c"], blocks=["x", "y"], simplex=True),
         crossed,
+        SETTINGS,  # some coefficients are in no constraint
     ]
 
 
@@ -106,6 +135,33 @@ def test_projection_is_the_nearest_point(space: CoefficientSpace) -> None:
         assert float((p - x).square().sum()) <= solved.fun + 1e-5
 
 
+def test_projection_onto_a_cut_corner() -> None:
+    space = CoefficientSpace.box(["a", "b", "c"], sum_at_most=2.9)
+    X = torch.tensor([[2.0, 1.2, 1.0]], dtype=torch.float64)
+    assert space.project(X)[0].tolist() == pytest.approx([1.0, 1.0, 0.9])
+
+
+def test_the_boundary_belongs_to_the_space_and_the_tolerance_is_a_distance() -> None:
+    space = CoefficientSpace.box(["a", "b"], sum_at_most=1.5)
+    X = torch.tensor([[0, 0], [1, 0.5], [0.5, 1]], dtype=torch.float64)
+    assert bool(space.contains(X, tolerance=0.0).all())
+    # However its weights are scaled, a constraint allows about as large a distance.
+    for weight in (1.0, 1000.0):
+        plane = LinearConstraint((weight, 0.0), 0.5 * weight)
+        half = CoefficientSpace(("a", "b"), (0, 0), (1, 1), (plane,))
+        near, far = torch.tensor([[[0.5 + 0.9e-3, 0.0]], [[0.5 + 1.1e-3, 0.0]]])
+        assert bool(half.contains(near.double(), tolerance=1e-3))
+        assert not bool(half.contains(far.double(), tolerance=1e-3))
+
+
+@pytest.mark.parametrize("space", spaces())
+def test_points_keep_their_type_and_none_are_none(space: CoefficientSpace) -> None:
+    X = 2 * torch.randn(6, space.d, generator=make_generator(2))
+    for moved in (space.project, space.normalise, space.unnormalise):
+        assert moved(X).dtype == torch.float32
+    assert space.project(X.double()[:0]).shape == (0, space.d)
+
+
 def _scipy(constraint: LinearConstraint) -> dict[str, Any]:
     weights = torch.tensor(constraint.weights, dtype=torch.float64).numpy()
     return {
@@ -117,8 +173,10 @@ def _scipy(constraint: LinearConstraint) -> dict[str, Any]:
 @pytest.mark.parametrize("space", spaces())
 def test_samples_and_anchors_lie_inside(space: CoefficientSpace) -> None:
     X = space.sample(20, generator=make_generator(0))
-    assert X.shape == (20, space.d)
+    assert (X.shape, X.dtype) == ((20, space.d), torch.float64)
     assert bool(space.contains(X).all())
+    assert torch.equal(space.sample(20, generator=make_generator(0)), X)
+    assert not torch.equal(space.sample(20, generator=make_generator(1)), X)
     assert bool(space.contains(space.anchors().X).all())
 
 
@@ -130,7 +188,9 @@ def test_the_description_rebuilds_the_space(space: CoefficientSpace) -> None:
 def test_anchors_are_base_experts_and_blend() -> None:
     anchors = CoefficientSpace.box(["a", "b"]).anchors()
     assert anchors.names == ("base", "a", "b", "uniform blend")
+    assert anchors.kinds == ("base", "expert", "expert", "blend")
     assert anchors.X.tolist() == [[0, 0], [1, 0], [0, 1], [0.5, 0.5]]
+    assert CoefficientSpace.box(["a", "b", "c"]).anchors().X[-1].tolist() == [1 / 3] * 3
     simplex = CoefficientSpace.box(["a", "b"], simplex=True).anchors()
     assert simplex.names == ("a", "b", "uniform blend")
     assert CoefficientSpace.box(["a"]).anchors().names == ("base", "a")
@@ -156,7 +216,10 @@ def test_normalise_and_back(values: list[float]) -> None:
         (torch.zeros(2), "shape"),
         (torch.zeros(2, 3), "the space has 2 of them"),
         (torch.full((1, 2), torch.nan), "NaN"),
-        (torch.tensor([[0.5, 0.5], [2.0, 0.0]]), "1 of 2 rows leave the space"),
+        (
+            torch.tensor([[0.5, 0.5], [2.0, 0.0]]),
+            r"1 of 2 rows leave the space; the first is \[2.0, 0.0\]",
+        ),
     ],
 )
 def test_points_that_do_not_fit_are_refused(X: Tensor, message: str) -> None:

@@ -54,6 +54,11 @@ def test_rows_with_nan_are_never_marked() -> None:
     assert non_dominated(torch.full((2, 2), torch.nan)).tolist() == [False, False]
 
 
+@given(Y=fronts(), power=st.integers(-200, 200))
+def test_the_size_of_the_values_does_not_matter(Y: Tensor, power: int) -> None:
+    assert torch.equal(non_dominated(Y * 2.0**power), non_dominated(Y))
+
+
 def test_signed_zeros_are_equal() -> None:
     assert non_dominated(torch.tensor([[0.0, -0.0], [-0.0, 0.0]])).tolist() == [True, False]
 
