@@ -81,4 +81,4 @@ def test_metrics_under_the_old_name_of_resampling_are_compared_by_their_meaning(
     assert difference(early, now) is None
     found = difference(of(examples="fresh"), now)
     assert found is not None
-    assert "resampling was 'fresh' and is 'same'" in found
+    assert "'resampling': 'fresh'}] and is [{'resampling': 'same'" in found
