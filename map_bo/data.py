@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import DataError
+from map_bo.moved import under_old_name
 
 __all__ = [
     "Front",
@@ -28,10 +29,10 @@ __all__ = [
 
 Direction = Literal["max", "min"]
 Kind = Literal["proportion", "loss", "unbounded"]
-Examples = Literal["same", "fresh"]
+Resampling = Literal["same", "fresh"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Metric:
     """One task metric: what it is called, which way is better, and what values it can take.
 
@@ -42,9 +43,13 @@ class Metric:
             ``"loss"`` (bounded below by ``lower``, no upper bound) or ``"unbounded"``.
         lower: Smallest possible value; defaults to 0 for proportions and losses.
         upper: Largest possible value; defaults to 1 for proportions.
-        examples: ``"same"`` when every evaluation measures it on the same examples, as a test set
+        resampling: ``"same"`` when every evaluation measures it on the same examples, as a test set
             does; ``"fresh"`` when each draws its own. ``None`` says nothing and is taken for
             ``"fresh"``, the more cautious of the two; a problem that knows fills it in.
+            In version 0.1 it was called ``examples``; that name goes in version 0.3.
+
+    Raises:
+        DataError: On a value that is not possible.
     """
 
     name: str
@@ -52,7 +57,29 @@ class Metric:
     kind: Kind = "proportion"
     lower: float | None = None
     upper: float | None = None
-    examples: Examples | None = None
+    resampling: Resampling | None = None
+
+    # Written out for the old keyword alone: as an InitVar it would be read by dataclasses.replace.
+    def __init__(
+        self,
+        name: str,
+        direction: Direction = "max",
+        kind: Kind = "proportion",
+        lower: float | None = None,
+        upper: float | None = None,
+        resampling: Resampling | None = None,
+        *,
+        examples: Resampling | None = None,
+    ) -> None:
+        put = object.__setattr__
+        put(self, "name", name)
+        put(self, "direction", direction)
+        put(self, "kind", kind)
+        put(self, "lower", lower)
+        put(self, "upper", upper)
+        resampling = under_old_name("Metric", "examples", "resampling", examples, resampling)
+        put(self, "resampling", resampling)
+        self.__post_init__()
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -67,10 +94,10 @@ class Metric:
                 f"metric {self.name!r} has the unknown kind {self.kind!r}",
                 hint="choose 'proportion', 'loss' or 'unbounded'",
             )
-        if self.examples not in ("same", "fresh", None):
+        if self.resampling not in ("same", "fresh", None):
             raise DataError(
-                f"examples of metric {self.name!r} must be 'same' or 'fresh', got "
-                f"{self.examples!r}",
+                f"resampling of metric {self.name!r} must be 'same' or 'fresh', got "
+                f"{self.resampling!r}",
                 hint="leave it out when neither is known",
             )
         if self.kind in ("proportion", "loss") and self.lower is None:
@@ -83,6 +110,16 @@ class Metric:
                 f"{self.name!r}",
                 hint="swap the bounds, or leave out the one that does not exist",
             )
+
+    @property
+    def examples(self) -> Resampling | None:
+        """The name of :attr:`resampling` in version 0.1."""
+        warnings.warn(
+            "Metric.examples is now Metric.resampling; the old name goes in version 0.3",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.resampling
 
 
 def directions(metrics: Sequence[Metric]) -> Tensor:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from fnmatch import fnmatchcase
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import MappingProxyType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 __all__ = [
     "CLASSES",
@@ -24,12 +25,16 @@ __all__ = [
     "OldNames",
     "current",
     "current_class",
+    "field_today",
     "old_attribute",
     "renamed",
+    "under_old_name",
     "with_current_targets",
 ]
 
 _ROOT = "map_bo."
+
+T = TypeVar("T")
 
 MODULES: Mapping[str, str] = MappingProxyType(
     {
@@ -224,8 +229,20 @@ CLASSES: Mapping[str, str] = MappingProxyType(
 """Name or kind by which records and recipes told an operator or a problem -> today's class."""
 
 
-FIELDS: Mapping[str, str] = MappingProxyType({"hand_up": "promote", "resting": "defaults"})
-"""Fields of settings that have another name today: the old one -> today's."""
+FIELDS: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "CoefficientSpace": {"resting": "defaults"},
+        "Metric": {"examples": "resampling"},
+        "Nested": {"hand_up": "promote"},
+        "digits_problem": {"examples": "size"},
+        "images_problem": {"examples": "size"},
+        "imported_problem.metrics.*": {"examples": "resampling"},
+    }
+)
+"""Fields and options that have another name today: whose they are -> the old name -> today's.
+
+Whose is the name of a class or function, or a pattern of the place below it.
+"""
 
 NAMES: Mapping[str, str] = MappingProxyType(
     {
@@ -273,15 +290,71 @@ def _moved(name: str) -> str:
 
 
 def with_current_targets(tree: Any) -> Any:
-    """Return a recorded configuration with today's names of classes and of their options."""
-    if isinstance(tree, Mapping):
-        return {
-            FIELDS[key] if key in FIELDS and FIELDS[key] not in tree else key: current(value)
-            if key == "_target_" and isinstance(value, str)
-            else with_current_targets(value)
-            for key, value in tree.items()
-        }
-    return [with_current_targets(value) for value in tree] if isinstance(tree, list) else tree
+    """Return a recorded configuration with today's names of classes and of their options.
+
+    An option that is set by its old name beside the default of today's counts, as it does where it
+    is built; one that is not set stays as it is.
+    """
+    return _with_current_targets(tree, "")
+
+
+def _with_current_targets(tree: Any, place: str) -> Any:
+    """Do so below ``place``: a target of map_bo, and the options that led here from it."""
+    if isinstance(tree, list):
+        return [_with_current_targets(value, "") for value in tree]
+    if not isinstance(tree, Mapping):
+        return tree
+    target = tree.get("_target_")
+    if isinstance(target, str):
+        target = current(target)
+        place = target.rpartition(".")[2] if target.startswith(_ROOT) else ""
+    found: dict[Any, Any] = {}
+    for key, value in tree.items():
+        below = f"{place}.{key}" if place else ""
+        found[key] = target if key == "_target_" else _with_current_targets(value, below)
+    for old, new in _renamed_fields(place).items():
+        if old in found and (new not in found or found[old] is not None):
+            former = found.pop(old)
+            found[new] = former
+    return found
+
+
+def _renamed_fields(place: str) -> Mapping[str, str]:
+    """Return the fields at ``place`` that have another name today: the old one -> today's."""
+    return next((names for of, names in FIELDS.items() if fnmatchcase(place, of)), {})
+
+
+def field_today(name: str, today: Container[str]) -> str:
+    """Return today's name of a field of version 0.1.
+
+    Args:
+        name: The field.
+        today: The fields that there are today; they tell which of several new names is meant.
+    """
+    if name in today:
+        return name
+    known = (names[name] for names in FIELDS.values() if name in names)
+    return next((new for new in known if new in today), name)
+
+
+def under_old_name(owner: str, old: str, new: str, former: T | None, value: T) -> T:
+    """Return an argument that may have been given by its old name, which warns and then counts.
+
+    Args:
+        owner: What was called; its caller's caller is warned.
+        old: The name in version 0.1.
+        new: The name today.
+        former: What was given by the old name; None is nothing.
+        value: What was given by today's.
+    """
+    if former is None:
+        return value
+    warnings.warn(
+        f"{owner}({old}=...) is now {owner}({new}=...); the old name goes in version 0.3",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return former
 
 
 def old_attribute(package: str, name: str) -> Any:

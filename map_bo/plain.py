@@ -36,7 +36,7 @@ from torch import Tensor
 
 from map_bo.errors import MapBoError, SettingsError, did_you_mean, first_line
 from map_bo.extensions import is_registered
-from map_bo.moved import CLASSES, FIELDS, current, current_class
+from map_bo.moved import CLASSES, current, current_class, field_today
 
 __all__ = [
     "Described",
@@ -350,7 +350,7 @@ def modernise(recorded: Any, now: Any) -> Any:
     if is_settings(now):
         return _modern_settings(recorded, now)
     if isinstance(now, Mapping) and isinstance(recorded, Mapping):
-        named = {_field_today(key, now): part for key, part in recorded.items()}
+        named = {field_today(key, now): part for key, part in recorded.items()}
         return {key: modernise(part, now.get(key)) for key, part in named.items()}
     if isinstance(now, list) and isinstance(recorded, list) and len(now) == len(recorded):
         return [modernise(a, b) for a, b in zip(recorded, now, strict=True)]
@@ -396,12 +396,7 @@ def _name_today(name: str | int, today: Mapping[str, Any]) -> str:
     """Return the name of a field that is given by its name or its place."""
     if isinstance(name, int) and name < len(today):
         return list(today)[name]
-    return _field_today(str(name), today)
-
-
-def _field_today(name: str, today: Mapping[str, Any]) -> str:
-    """Return the name that a field of version 0.1 has today."""
-    return name if name in today else FIELDS.get(name, name)
+    return field_today(str(name), today)
 
 
 def _default(name: str, field: str) -> Any:

@@ -441,7 +441,7 @@ def _noise(anchors: Observations) -> Tensor:
 
     Errors on the same examples cancel in a difference. A count of examples is exact to one.
     """
-    same = torch.tensor([metric.examples == "same" for metric in anchors.metrics])
+    same = torch.tensor([metric.resampling == "same" for metric in anchors.metrics])
     variance = anchors.Yvar.nan_to_num(0.0).masked_fill(same, 0.0)
     whole = [
         (metric.upper or 0.0) - (metric.lower or 0.0) if metric.kind == "proportion" else 0.0

@@ -220,3 +220,26 @@ def test_a_front_may_say_how_sure_it_is() -> None:
     ):
         with pytest.raises(DataError, match=message):
             dataclasses.replace(plain, **changes)  # type: ignore[arg-type]
+
+
+class TestTheOldNameOfResampling:
+    def test_the_keyword_works_and_warns(self) -> None:
+        with pytest.warns(DeprecationWarning, match=r"Metric\(resampling=") as told:
+            old = Metric("a", examples="same")
+        assert told[0].filename == __file__
+        assert old == Metric("a", resampling="same")
+        with (
+            pytest.warns(DeprecationWarning, match="resampling="),
+            pytest.raises(DataError, match="resampling of metric 'a' must be 'same' or 'fresh'"),
+        ):
+            Metric("a", examples="few")  # type: ignore[arg-type]
+
+    def test_the_attribute_works_and_warns(self) -> None:
+        with pytest.warns(DeprecationWarning, match=r"is now Metric\.resampling"):
+            assert Metric("a", resampling="fresh").examples == "fresh"
+
+    def test_a_changed_copy_reads_neither(self) -> None:
+        metric = Metric("a", resampling="same")
+        assert dataclasses.replace(metric, resampling="fresh").resampling == "fresh"
+        assert dataclasses.replace(metric, name="b") == Metric("b", resampling="same")
+        assert [one.name for one in dataclasses.fields(metric)][-1] == "resampling"

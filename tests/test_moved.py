@@ -64,6 +64,44 @@ def test_targets_of_a_recorded_configuration() -> None:
     assert with_current_targets(tree) == {"a": [{"_target_": new, "x": old}], "b": 1}
 
 
+DIGITS = "map_bo.problems.zoo.digits.digits_problem"
+IMPORTED = "map_bo.problems.merged.imported.imported_problem"
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"_target_": DIGITS, "examples": 50}, {"_target_": DIGITS, "size": 50}),
+        ({"_target_": DIGITS, "examples": None}, {"_target_": DIGITS, "size": None}),
+        # As today's configuration is when the old option is set: it counts, as it does when built.
+        ({"_target_": DIGITS, "size": None, "examples": 50}, {"_target_": DIGITS, "size": 50}),
+        (
+            {"_target_": "map_bo.digits_problem", "size": 20, "examples": None},
+            {"_target_": "map_bo.digits_problem", "size": 20, "examples": None},
+        ),
+        (
+            {"_target_": IMPORTED, "metrics": {"a": {"examples": "same"}}},
+            {"_target_": IMPORTED, "metrics": {"a": {"resampling": "same"}}},
+        ),
+    ],
+)
+def test_options_of_a_recorded_configuration(old: object, new: object) -> None:
+    assert with_current_targets({"problem": old}) == {"problem": new}
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        {"_target_": "somebody.digits_problem", "examples": 50},
+        {"_target_": IMPORTED, "experts": {"examples": "x"}, "evaluators": {"examples": "y"}},
+        {"_target_": IMPORTED, "metrics": {"examples": {"direction": "min"}}},
+        {"_target_": DIGITS, "operator": {"_target_": "somebody.Merge", "examples": 3}},
+    ],
+)
+def test_what_only_looks_like_an_old_option_stays(same: object) -> None:
+    assert with_current_targets(same) == same
+
+
 @pytest.mark.parametrize(
     "statement",
     [

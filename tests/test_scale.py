@@ -288,12 +288,12 @@ def test_a_range_within_the_noise_of_a_difference_is_none() -> None:
 
 
 def test_noise_of_the_same_examples_cancels() -> None:
-    assert Scale.of(noisy(0.13, 0.1, examples="same"), SPACE).rangeless == ()
+    assert Scale.of(noisy(0.13, 0.1, resampling="same"), SPACE).rangeless == ()
 
 
 @pytest.mark.parametrize(("correct", "rangeless"), [(19, ("safe",)), (18, ())])
 def test_one_example_of_twenty_is_no_range(correct: int, rangeless: tuple[str, ...]) -> None:
-    metrics = (METRICS[0], Metric("safe", examples="same"))
+    metrics = (METRICS[0], Metric("safe", resampling="same"))
     counts = torch.tensor([[math.nan, 20.0]] * 3)
     values = [[0.1, 1.0], [0.9, correct / 20], [0.5, 1.0]]
     data = seen([BASE, A, B], values, metrics, counts=counts)

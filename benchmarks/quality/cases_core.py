@@ -236,9 +236,13 @@ class _Record:
 
 
 def identity(described: Any) -> Any:
-    """Return a problem's description without the places of its files."""
+    """Return a problem's description without the places of its files.
+
+    Metrics are described in the words of the first measurements, which stay valid.
+    """
     if isinstance(described, Mapping):
-        return {k: identity(v) for k, v in described.items() if k not in ("source", "root")}
+        kept = {k: identity(v) for k, v in described.items() if k not in ("source", "root")}
+        return {"examples" if k == "resampling" else k: v for k, v in kept.items()}
     if isinstance(described, list | tuple):
         return [identity(value) for value in described]
     return described

@@ -67,7 +67,7 @@ class FewExamples:
     @property
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics, each measured on examples of its own every time."""
-        return tuple(replace(metric, examples="fresh") for metric in self.full.metrics)
+        return tuple(replace(metric, resampling="fresh") for metric in self.full.metrics)
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every row of ``X`` (``n x d``) on examples of its own.

@@ -171,7 +171,7 @@ def shown(seen: Observations, entry: Method) -> Observations:
     if entry.noise == "ignored":
         return hidden(seen)
     if entry.noise == "independent":
-        metrics = tuple(dataclasses.replace(m, examples="fresh") for m in seen.metrics)
+        metrics = tuple(dataclasses.replace(m, resampling="fresh") for m in seen.metrics)
         return dataclasses.replace(seen, metrics=metrics)
     return seen
 
@@ -366,7 +366,7 @@ def _measured(problem: Problem, X: Tensor, values: Tensor, seed: int) -> Tensor:
     That is what an interval of a prediction is about. On the same examples every time it is the
     truth (``values``); otherwise it is measured anew.
     """
-    if any(metric.examples == "same" for metric in problem.metrics):
+    if any(metric.resampling == "same" for metric in problem.metrics):
         return values
     source = child(make_generator(seed), "measured again")
     return problem.evaluate(X, generator=source).Y

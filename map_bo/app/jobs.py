@@ -178,7 +178,8 @@ def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}
         now: Any = OmegaConf.to_container(config, resolve=True)
-        refuse_another(_comparable(with_current_targets(recorded)), _comparable(now))
+        both = (_comparable(with_current_targets(tree)) for tree in (recorded, now))
+        refuse_another(*both)
         state, space = load_state(directory)
         if state.summary is not None and _is_shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")

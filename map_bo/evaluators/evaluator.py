@@ -300,7 +300,7 @@ def metrics_of(
 ) -> tuple[Metric, ...]:
     """Return one metric for each evaluator, or raise when names differ."""
     if metrics is None:
-        return tuple(Metric(name, examples="same") for name in evaluators)
+        return tuple(Metric(name, resampling="same") for name in evaluators)
     given = check_metrics(metrics)
     names = {metric.name for metric in given}
     if names != set(evaluators):
@@ -311,7 +311,8 @@ def metrics_of(
         )
     # An evaluator is given a model and no source of chance, so it has examples of its own to use.
     return tuple(
-        replace(metric, examples="same") if metric.examples is None else metric for metric in given
+        replace(metric, resampling="same") if metric.resampling is None else metric
+        for metric in given
     )
 
 

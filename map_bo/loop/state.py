@@ -140,8 +140,11 @@ def _with_resampling(recorded: Any, now: Any) -> Any:
     ours, theirs = now.get("metrics"), recorded.get("metrics")
     if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
         return recorded
-    known = ({"examples": metric.get("examples")} for metric in ours)
-    return {**recorded, "metrics": [a | b for a, b in zip(known, theirs, strict=True)]}
+    both = zip(ours, theirs, strict=True)
+    return {
+        **recorded,
+        "metrics": [{"resampling": a.get("resampling"), **modernise(b, a)} for a, b in both],
+    }
 
 
 @dataclass(frozen=True, eq=False)

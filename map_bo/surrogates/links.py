@@ -319,7 +319,7 @@ def as_fitted(seen: Observations) -> Observations:
     """
     good = seen.succeeded()
     share = torch.tensor(
-        [DIFFERS if metric.examples == "same" else 1.0 for metric in good.metrics],
+        [DIFFERS if metric.resampling == "same" else 1.0 for metric in good.metrics],
         dtype=torch.float64,
     )
     return dataclasses.replace(good, Yvar=good.Yvar * share, counts=good.counts / share)

@@ -144,7 +144,7 @@ def encode_metric(metric: Metric) -> dict[str, Any]:
         "kind": metric.kind,
         "lower": _bound(metric.lower),
         "upper": _bound(metric.upper),
-        "examples": metric.examples,
+        "resampling": metric.resampling,
     }
 
 
@@ -169,7 +169,7 @@ def decode_metric(data: Mapping[str, Any]) -> Metric:
         kind=data["kind"],
         lower=bound(data["lower"]),
         upper=bound(data["upper"]),
-        examples=data.get("examples"),
+        resampling=data.get("resampling", data.get("examples")),  # examples: version 0.1
     )
 
 

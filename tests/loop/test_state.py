@@ -68,3 +68,17 @@ def test_another_run_is_refused_by_its_first_difference() -> None:
     assert difference(recorded, other) == "settings.budget was 8 and is 9 and 1 more"
     with pytest.raises(AnotherRunError, match=r"settings\.budget was 8 and is 9"):
         refuse_another(recorded, other)
+
+
+def test_metrics_under_the_old_name_of_resampling_are_compared_by_their_meaning() -> None:
+    def of(**known: str) -> dict[str, object]:
+        return {"problem": {"metrics": [{"name": "a", **known}]}, "metrics": [known]}
+
+    now = of(resampling="same")
+    assert difference(of(examples="same"), now) is None
+    # Problems of version 0.1 did not describe it; the run's own metrics did.
+    early = {"problem": {"metrics": [{"name": "a"}]}, "metrics": [{"examples": "same"}]}
+    assert difference(early, now) is None
+    found = difference(of(examples="fresh"), now)
+    assert found is not None
+    assert "'resampling': 'fresh'}] and is [{'resampling': 'same'" in found

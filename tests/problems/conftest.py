@@ -9,4 +9,4 @@ from map_bo.problems.zoo.digits import digits_problem
 @pytest.fixture(scope="session")
 def tiny_zoo() -> MergedModelProblem:
     """Two experts trained for one epoch, each evaluation on 50 images."""
-    return digits_problem(2, epochs=1, examples=50)
+    return digits_problem(2, epochs=1, size=50)

@@ -14,8 +14,8 @@ from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
 SAME, FRESH, SILENT = (
-    Metric("same", examples="same"),
-    Metric("fresh", examples="fresh"),
+    Metric("same", resampling="same"),
+    Metric("fresh", resampling="fresh"),
     Metric("silent"),
 )
 
@@ -83,4 +83,4 @@ def test_a_metric_says_only_what_examples_can_be() -> None:
     from map_bo.errors import DataError
 
     with pytest.raises(DataError, match="must be 'same' or 'fresh', got 'few'"):
-        Metric("a", examples="few")  # type: ignore[arg-type]
+        Metric("a", resampling="few")  # type: ignore[arg-type]

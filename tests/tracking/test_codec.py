@@ -31,8 +31,8 @@ from map_bo.tracking.store import Event
 from tests.contracts.store_contract import strict
 
 METRICS = (
-    Metric("acc", examples="same"),
-    Metric("loss", "min", "loss", examples="fresh"),
+    Metric("acc", resampling="same"),
+    Metric("loss", "min", "loss", resampling="fresh"),
     Metric("z", kind="unbounded"),
 )
 
@@ -98,8 +98,14 @@ def test_metrics_come_back_with_what_is_known_of_their_examples(metric: Metric) 
 
 def test_metrics_recorded_before_examples_were_still_read() -> None:
     data = encode_metric(Metric("acc"))
-    del data["examples"]
+    del data["resampling"]
     assert decode_metric(data) == Metric("acc")
+
+
+def test_metrics_recorded_under_the_old_name_of_resampling_are_still_read() -> None:
+    data = encode_metric(Metric("acc", resampling="same"))
+    data["examples"] = data.pop("resampling")
+    assert decode_metric(data) == Metric("acc", resampling="same")
 
 
 def observations() -> Observations:

@@ -99,7 +99,7 @@ class MergedModelProblem:
         operator: How to merge; task arithmetic by default.
         metrics: One for each evaluator, by name. By default each is a proportion in [0, 1] of
             which more is better. Evaluators are taken to use the same examples every time; one
-            that draws its own needs a metric with ``examples="fresh"``.
+            that draws its own needs a metric with ``resampling="fresh"``.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds

@@ -25,6 +25,7 @@ from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
+from map_bo.moved import under_old_name
 from map_bo.operators.known_statistics import NeedsStatistics
 from map_bo.problems.cache import (
     cache_root,
@@ -152,12 +153,12 @@ class DigitsZoo:
                     write_network(files[name], recipe.expert(name, base, on_epoch=start(name)))
 
     def evaluators(
-        self, examples: int | None = None, measure: str = "accuracy"
+        self, size: int | None = None, measure: str = "accuracy"
     ) -> dict[str, Evaluator]:
         """Return for each task what is measured on its held-out test images.
 
         Args:
-            examples: How many of the 797 test images to use, the same for every task and
+            size: How many of the 797 test images to use, the same for every task and
                 evaluation; all of them when None.
             measure: ``"accuracy"``, or what has gradients: ``"probability"`` (the mean one of the
                 right digit) or ``"loss"`` (mean cross-entropy).
@@ -170,18 +171,18 @@ class DigitsZoo:
                 f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}",
                 hint="set problem.measure to one of them",
             )
-        count = TEST_EXAMPLES if examples is None else examples
+        count = TEST_EXAMPLES if size is None else size
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= TEST_EXAMPLES:
             raise DataError(
-                f"examples must be from 1 to {TEST_EXAMPLES}, got {examples!r}",
+                f"size must be from 1 to {TEST_EXAMPLES}, got {size!r}",
                 hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
             )
         _, _, images, targets = digits_split()
         labels = torch.from_numpy(targets[:count])
         # In batches, the noise of a gradient can be told.
-        size = count if measure == "accuracy" else -(-count // _BATCHES)
+        batch = count if measure == "accuracy" else -(-count // _BATCHES)
         return {
-            name: _MEASURES[measure](as_inputs(transform(name, images[:count])), labels, size)
+            name: _MEASURES[measure](as_inputs(transform(name, images[:count])), labels, batch)
             for name in self.names
         }
 
@@ -191,21 +192,21 @@ class DigitsProblem(MergedModelProblem):
 
     Attributes:
         zoo: The experts.
-        examples: Number of test images behind each metric.
+        size: Number of test images behind each metric.
         measure: What is measured on them.
     """
 
     def __init__(
         self,
         zoo: DigitsZoo,
-        examples: int,
+        size: int,
         *,
         files: Checkpoints,
         measure: str = "accuracy",
         **settings: Any,
     ):
         self.zoo = zoo
-        self.examples = examples
+        self.size = size
         self.measure = measure
         if measure == "loss":
             metrics = [Metric(name, direction="min", kind="loss") for name in zoo.names]
@@ -214,7 +215,7 @@ class DigitsProblem(MergedModelProblem):
             network(zoo.arch, generator=make_generator(0)),
             base=files.base,
             experts=dict(files.experts),
-            evaluators=zoo.evaluators(examples, measure),
+            evaluators=zoo.evaluators(size, measure),
             **settings,
         )
 
@@ -225,7 +226,7 @@ class DigitsProblem(MergedModelProblem):
             "kind": "digits",
             "zoo": {
                 **self.zoo.describe(),
-                "examples": self.examples,
+                "examples": self.size,  # the word of 0.1, by which records are compared
                 **({} if self.measure == "accuracy" else {"measure": self.measure}),
             },
         }
@@ -237,7 +238,7 @@ def digits_problem(
     arch: str = "mlp",
     seed: int = 0,
     epochs: int | None = None,
-    examples: int | None = None,
+    size: int | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
     blocks: Mapping[str, str] | None = None,
@@ -249,6 +250,7 @@ def digits_problem(
     measure: str = "accuracy",
     gradients: bool = False,
     max_memory: int | str | None = None,
+    examples: int | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging real experts on transformed digits.
 
@@ -260,7 +262,7 @@ def digits_problem(
         arch: ``"mlp"`` or ``"cnn"``.
         seed: Seed of the training (not of any search).
         epochs: Training epochs of an expert; by default 20 (MLP) or 10 (CNN).
-        examples: How many test images each evaluation uses; all when None.
+        size: How many test images each evaluation uses; all when None.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         blocks: Block name -> pattern of tensor names, for one coefficient per expert and block;
@@ -275,12 +277,14 @@ def digits_problem(
         measure: ``"accuracy"``, ``"probability"`` or ``"loss"``; see `DigitsZoo.evaluators`.
         gradients: Measure derivatives by the coefficients too; an accuracy has none.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        examples: The name of ``size`` in version 0.1; it goes in version 0.3.
 
     Raises:
         DataError: When a setting is not possible, or the cache cannot be written.
         EvaluationError: When gradients are asked of accuracies.
         MergeError: When the blocks do not fit the network.
     """
+    size = under_old_name("digits_problem", "examples", "size", examples, size)
     zoo = DigitsZoo(experts, arch, seed, epochs)
     if blocks is not None:
         if operator is not None:
@@ -308,7 +312,7 @@ def digits_problem(
         space = natural.with_sum(sum_at_most)
     return DigitsProblem(
         zoo,
-        TEST_EXAMPLES if examples is None else examples,
+        TEST_EXAMPLES if size is None else size,
         files=files,
         operator=operator,
         lower=lower,

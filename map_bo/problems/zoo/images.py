@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from map_bo.errors import DataError
 from map_bo.evaluators.evaluator import Measurement, accuracy
 from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.moved import under_old_name
 from map_bo.problems.cache import (
     cache_root,
     read_network,
@@ -40,7 +41,7 @@ from map_bo.rng import make_generator
 
 __all__ = ["ImageZoo", "ImagesProblem", "images_problem"]
 
-EXAMPLES = 500
+SIZE = 500
 
 
 @dataclass(frozen=True)
@@ -116,25 +117,25 @@ class ImageZoo:
                     )
                     write_network(files[part.name], weights)
 
-    def evaluators(self, heads: Mapping[str, Tensor], examples: int) -> dict[str, HeadAccuracy]:
+    def evaluators(self, heads: Mapping[str, Tensor], size: int) -> dict[str, HeadAccuracy]:
         """Return for each set the accuracy of an encoder under the set's own head.
 
         Args:
             heads: Weights of the heads, as ``SET.weight`` and ``SET.bias``.
-            examples: How many held-out images, the same at every evaluation.
+            size: How many held-out images, the same at every evaluation.
 
         Raises:
             DataError: When a set does not have so many.
         """
         most = min(len(part.test) for part in self.data)
-        if isinstance(examples, bool) or not isinstance(examples, int) or not 1 <= examples <= most:
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
             raise DataError(
-                f"examples must be from 1 to {most}, got {examples!r}",
+                f"size must be from 1 to {most}, got {size!r}",
                 hint=f"use from 1 to {most} held-out images per set",
             )
         return {
             part.name: HeadAccuracy(
-                head(heads, part.name), part.test[:examples], part.test_labels[:examples]
+                head(heads, part.name), part.test[:size], part.test_labels[:size]
             )
             for part in self.data
         }
@@ -163,17 +164,17 @@ class ImagesProblem(MergedModelProblem):
 
     Attributes:
         zoo: The experts.
-        examples: Number of held-out images behind each accuracy.
+        size: Number of held-out images behind each accuracy.
         files: The trained files: ``"base"``, ``"heads"`` and each expert.
     """
 
     def __init__(
-        self, zoo: ImageZoo, examples: int, *, files: Mapping[str, Path], **settings: Any
+        self, zoo: ImageZoo, size: int, *, files: Mapping[str, Path], **settings: Any
     ) -> None:
         self.zoo = zoo
-        self.examples = examples
+        self.size = size
         self.files = dict(files)
-        self._measures = zoo.evaluators(_read(files["heads"]), examples)
+        self._measures = zoo.evaluators(_read(files["heads"]), size)
         super().__init__(
             encoder(generator=make_generator(0)),
             base=files["base"],
@@ -191,7 +192,8 @@ class ImagesProblem(MergedModelProblem):
         return {
             **super().describe(),
             "kind": "images",
-            "zoo": {**self.zoo.describe(), "examples": self.examples},
+            # examples: the word of 0.1, by which records are compared
+            "zoo": {**self.zoo.describe(), "examples": self.size},
         }
 
 
@@ -201,17 +203,18 @@ def images_problem(
     sets: Sequence[str] = IMAGE_SETS,
     seed: int = 0,
     epochs: int = 8,
-    examples: int = EXAMPLES,
+    size: int = SIZE,
     lower: float = 0.0,
     upper: float = 1.0,
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
+    examples: int | None = None,
 ) -> ImagesProblem:
     """Return the problem of merging encoders fine-tuned on real image sets, under frozen heads.
 
-    One metric a set: the accuracy on ``examples`` held-out images under the set's own head (to
+    One metric a set: the accuracy on ``size`` held-out images under the set's own head (to
     maximise), named like the set. Missing encoders are trained first, which takes seconds.
 
     Args:
@@ -219,22 +222,24 @@ def images_problem(
         sets: Which sets, two or more of ``IMAGE_SETS``.
         seed: Seed of the training (not of any search).
         epochs: Passes of an expert over its 4000 training images.
-        examples: How many held-out images an evaluation uses, the same every time.
+        size: How many held-out images an evaluation uses, the same every time.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         operator: How to merge; task arithmetic when None.
         cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors: float32 or bfloat16.
+        examples: The name of ``size`` in version 0.1; it goes in version 0.3.
 
     Raises:
         DataError: When the folder or a set is not there, a setting is not possible, or the cache
             cannot be written.
     """
+    size = under_old_name("images_problem", "examples", "size", examples, size)
     zoo = ImageZoo(ImageRecipe(tuple(sets), seed, epochs), root)
     return ImagesProblem(
         zoo,
-        examples,
+        size,
         files=zoo.checkpoints(cache_dir, progress=progress),
         operator=operator,
         lower=lower,

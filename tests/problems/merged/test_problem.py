@@ -78,7 +78,10 @@ def test_evaluates_merged_models(kind: str, as_function: bool) -> None:
     tested = problem(kind, model=make if as_function else model)
     assert isinstance(tested, Problem)
     assert tested.space == CoefficientSpace.box(("e0", "e1", "e2"))
-    assert tested.metrics == (Metric("mean", examples="same"), Metric("spread", examples="same"))
+    assert tested.metrics == (
+        Metric("mean", resampling="same"),
+        Metric("spread", resampling="same"),
+    )
     assert not made
     seen = tested.evaluate(X, generator=G)
     tested.evaluate(X[:1], generator=G)
@@ -326,7 +329,7 @@ def test_description_recognises_the_problem() -> None:
         problem(operator=TaskArithmetic({"all": "*"})),
         problem(experts={**experts, "e0": experts["e1"]}),
         problem(metrics=[Metric("mean", direction="min"), Metric("spread")]),
-        problem(metrics=[Metric("mean", examples="fresh"), Metric("spread")]),
+        problem(metrics=[Metric("mean", resampling="fresh"), Metric("spread")]),
         problem(dtype=torch.bfloat16),
     ]
     assert all(other.describe() != described for other in others)
@@ -419,6 +422,6 @@ def test_paths_are_taken(tmp_path: Path) -> None:
 
 
 def test_examples_of_a_given_metric_are_filled_in_and_never_overruled() -> None:
-    given = (Metric("mean"), Metric("spread", examples="fresh"))
+    given = (Metric("mean"), Metric("spread", resampling="fresh"))
     tested = problem("mlp", metrics=given)
-    assert [metric.examples for metric in tested.metrics] == ["same", "fresh"]
+    assert [metric.resampling for metric in tested.metrics] == ["same", "fresh"]

@@ -92,7 +92,7 @@ def test_parts_share_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_metrics_of_a_part_keep_their_kind_and_bounds() -> None:
     metrics = [Metric(name, kind="loss", direction="min") for name in NAMES]
     [metric] = problem(metrics=metrics).restricted(("first",)).metrics
-    assert (metric.kind, metric.direction, metric.examples) == ("loss", "min", "same")
+    assert (metric.kind, metric.direction, metric.resampling) == ("loss", "min", "same")
 
 
 def test_a_metric_that_there_is_not_is_refused() -> None:

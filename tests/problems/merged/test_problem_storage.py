@@ -153,7 +153,7 @@ def test_mapped_pages_do_not_count_against_the_memory_of_an_export(
 
 
 def test_digits_under_a_cap(zoo_cache: Path) -> None:
-    settings: dict[str, Any] = {"experts": 2, "epochs": 2, "examples": 50}
+    settings: dict[str, Any] = {"experts": 2, "epochs": 2, "size": 50}
     plain = digits_problem(**settings)
     before = len(rows_in(zoo_cache))
     capped = digits_problem(**settings, max_memory="10kB")

@@ -200,18 +200,23 @@ def test_the_accuracy_is_that_of_the_base_network_on_changed_images() -> None:
     assert float(seen.Y[0, 1]) == pytest.approx(float(right.float().mean()), abs=0.003)
 
 
-@pytest.mark.parametrize("examples", [0, 798, -1, True, 10.0])
-def test_refuses_numbers_of_examples_that_there_are_not(examples: Any) -> None:
-    with pytest.raises(DataError, match="examples must") as caught:
-        digits_problem(2, epochs=1, examples=examples)
+@pytest.mark.parametrize("size", [0, 798, -1, True, 10.0])
+def test_refuses_numbers_of_examples_that_there_are_not(size: Any) -> None:
+    with pytest.raises(DataError, match="size must") as caught:
+        digits_problem(2, epochs=1, size=size)
     assert caught.value.hint is not None
     assert "from 1 to 797" in caught.value.hint
 
 
+def test_the_old_name_of_size_works_and_warns() -> None:
+    with pytest.warns(DeprecationWarning, match=r"digits_problem\(size=") as told:
+        old = digits_problem(2, epochs=1, examples=50)
+    assert told[0].filename == __file__
+    assert old.describe() == digits_problem(2, epochs=1, size=50).describe()
+
+
 def test_the_description_tells_problems_apart() -> None:
-    described = [
-        digits_problem(2, epochs=1, examples=examples).describe() for examples in (50, 60, None)
-    ]
+    described = [digits_problem(2, epochs=1, size=size).describe() for size in (50, 60, None)]
     assert described[0]["zoo"] == {
         "experts": 2,
         "arch": "mlp",
@@ -251,7 +256,7 @@ def test_bfloat16_vectors_measure_nearly_the_same() -> None:
 
 
 def test_the_cnn_merges_with_its_buffers() -> None:
-    problem = digits_problem(2, arch="cnn", epochs=1, examples=200)
+    problem = digits_problem(2, arch="cnn", epochs=1, size=200)
     X = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.5, 0.5]])
     seen = problem.evaluate(X, generator=make_generator(0))
     assert bool(seen.ok.all())
@@ -266,7 +271,7 @@ def test_the_cnn_merges_with_its_buffers() -> None:
 
 def test_losses_and_probabilities_have_gradients() -> None:
     for measure in ("loss", "probability"):
-        problem = digits_problem(2, examples=64, measure=measure, gradients=True)
+        problem = digits_problem(2, size=64, measure=measure, gradients=True)
         seen = problem.evaluate(torch.full((1, 2), 0.4), generator=make_generator(0))
         slopes, noise = seen.filled_gradients()
         assert slopes.shape == (1, 2, 2)

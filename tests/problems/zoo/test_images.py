@@ -31,7 +31,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pair(images: Path) -> ImagesProblem:
-    return images_problem(images, sets=PAIR, epochs=2, examples=30)
+    return images_problem(images, sets=PAIR, epochs=2, size=30)
 
 
 class TestImagesContract(ProblemContract):
@@ -106,7 +106,7 @@ def test_the_description_says_the_zoo_and_the_examples(images: Path, pair: Image
     described = pair.describe()
     assert described["kind"] == "images"
     assert described["zoo"]["examples"] == 30
-    other = images_problem(images, sets=PAIR, epochs=2, examples=31).describe()
+    other = images_problem(images, sets=PAIR, epochs=2, size=31).describe()
     assert json.dumps(other, sort_keys=True) != json.dumps(described, sort_keys=True)
 
 
@@ -117,9 +117,9 @@ def test_the_description_says_the_zoo_and_the_examples(images: Path, pair: Image
         ({"sets": ("mnist", "mnist")}, "two or more different ones, got mnist, mnist"),
         ({"sets": ("mnist", "cifar")}, "no image set 'cifar'"),
         ({"epochs": 0}, "epochs must .* got 0"),
-        ({"examples": 0}, "examples must .* got 0"),
-        ({"examples": 41}, "examples must .* got 41"),
-        ({"examples": True}, "examples must .* got True"),
+        ({"size": 0}, "size must .* got 0"),
+        ({"size": 41}, "size must .* got 41"),
+        ({"size": True}, "size must .* got True"),
     ],
 )
 def test_refuses_what_cannot_be(settings: dict[str, Any], message: str, images: Path) -> None:
@@ -137,8 +137,12 @@ def test_the_configuration_builds_it_and_tells_what_is_missing(
         small = ["problem=images", "problem.sets=[mnist,usps]", "problem.epochs=2"]
         with pytest.raises(DataError, match="no folder of image sets"):
             build_problem(compose("config", overrides=small))
-        full = [*small, f"problem.root={images}", "problem.examples=30"]
+        full = [*small, f"problem.root={images}", "problem.size=30"]
         assert build_problem(compose("config", overrides=full)).space.names == PAIR
+        old = [*full[:-1], "problem.examples=30"]
+        with pytest.warns(DeprecationWarning, match=r"images_problem\(size="):
+            by_old_name: Any = build_problem(compose("config", overrides=old))
+        assert by_old_name.size == 30
 
 
 @pytest.mark.data

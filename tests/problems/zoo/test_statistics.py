@@ -23,7 +23,7 @@ OPERATORS = [Fisher(), RegMean()]
 @pytest.mark.parametrize("arch", ["mlp", "cnn"])
 @pytest.mark.parametrize("operator", OPERATORS, ids=["fisher", "regmean"])
 def test_digits_fill_in_their_statistics(arch: str, operator: MergeOperator) -> None:
-    settings = {"arch": arch, "epochs": 1, "examples": 50}
+    settings = {"arch": arch, "epochs": 1, "size": 50}
     problem = digits_problem(2, operator=operator, **settings)  # type: ignore[arg-type]
     X = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.5, 0.5]], dtype=torch.float64)
     found = problem.evaluate(X, generator=make_generator(0))
@@ -58,7 +58,7 @@ def test_given_statistics_stay(tmp_path: Path) -> None:
     zoo = DigitsZoo(2, epochs=1)
     files = digits_statistics("mlp", zoo.checkpoints().experts, "fisher", tmp_path)
     swapped = dict(zip(files, reversed(files.values()), strict=True))
-    problem = digits_problem(2, epochs=1, examples=50, operator=Fisher(swapped))
+    problem = digits_problem(2, epochs=1, size=50, operator=Fisher(swapped))
     with pytest.raises(MergeError, match="computed for another model"):
         problem.prepare()
 
@@ -85,7 +85,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 def test_an_export_has_the_statistics_in_its_recipe(tmp_path: Path) -> None:
-    problem = digits_problem(2, epochs=1, examples=50, operator=RegMean())
+    problem = digits_problem(2, epochs=1, size=50, operator=RegMean())
     out = problem.export(torch.tensor([0.4, 0.6]), tmp_path / "merged")
     text = (out / "recipe.yaml").read_text()
     assert "class: map_bo.operators.regmean:RegMean" in text
