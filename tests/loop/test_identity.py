@@ -90,8 +90,8 @@ def test_files_may_move_and_what_is_empty_is_nothing() -> None:
 
 
 def test_descriptions_of_version_0_1_left_out_on_which_examples_metrics_are_measured() -> None:
-    now = {"problem": {"metrics": [{"name": "a", "kind": "loss", "examples": "same"}]}}
+    now = {"problem": {"metrics": [{"name": "a", "kind": "loss", "resampling": "same"}]}}
     assert difference({"problem": {"metrics": [{"name": "a", "kind": "loss"}]}}, now) is None
     assert difference({"problem": {"metrics": [{"name": "b", "kind": "loss"}]}}, now) is not None
-    fresh = {"problem": {"metrics": [{"name": "a", "kind": "loss", "examples": "fresh"}]}}
+    fresh = {"problem": {"metrics": [{"name": "a", "kind": "loss", "resampling": "fresh"}]}}
     assert difference(fresh, now) is not None
