@@ -9,7 +9,7 @@ they come back as tuples) and mappings with text as keys. What JSON and YAML hav
 mapping with one of the keys of ``_TAGS``.
 
 A file may come from somebody else, so building from it (:func:`from_plain`) imports and calls
-nothing but dataclasses of three origins: those of map_bo, those that installed packages register
+nothing but dataclasses of three origins: settings of map_bo, those that installed packages register
 as entry points (:mod:`map_bo.extensions`), and those of packages that the caller trusts by name.
 
 Records of version 0.1 hold settings in other forms: the text of ``repr``, bare fields, fields with
@@ -57,6 +57,21 @@ _TAGS = frozenset(
 )
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LARGEST = 64  # numbers of a tensor that an identity spells out; of a larger one it has a digest
+_ROOMS = (  # of map_bo that hold settings: what else is a dataclass may write files when it is made
+    "map_bo",  # the public names, which lead to the others
+    "map_bo.data",
+    "map_bo.loop.settings",
+    "map_bo.loop.stopping",
+    "map_bo.merging.vectors.linear_merge",
+    "map_bo.nested.settings",
+    "map_bo.operators",
+    "map_bo.pareto",
+    "map_bo.problems.botorch_functions",
+    "map_bo.problems.synthetic",
+    "map_bo.samplers",
+    "map_bo.space",
+    "map_bo.surrogates",
+)
 _OPTIONS_OF_HYDRA = ("_convert_", "_recursive_")
 
 
@@ -305,6 +320,12 @@ def _class_named(name: Any, trust: frozenset[str]) -> Any:
         )
     if found.__module__ != module:  # a module may hold what it only imported
         _refuse_untrusted(found.__module__, found.__qualname__, trust)
+    built: Any = found
+    if _is_ours(module) and not built.__dataclass_params__.frozen:  # settings are
+        raise SettingsError(
+            f"the settings {name} cannot be built: it does not hold settings",
+            hint="the file was changed by hand, or was not written by map_bo",
+        )
     return found
 
 
@@ -313,6 +334,13 @@ def _is_ours(module: str) -> bool:
 
 
 def _refuse_untrusted(module: str, qualname: str, trust: frozenset[str]) -> None:
+    if _is_ours(module) and not any(
+        module == room or (room != "map_bo" and module.startswith(f"{room}.")) for room in _ROOMS
+    ):
+        raise SettingsError(
+            f"the settings {module}:{qualname} cannot be built: {module} has no settings",
+            hint="the file was changed by hand, or was not written by map_bo",
+        )
     above = module.split(".")
     trusted = any(".".join(above[: i + 1]) in trust for i in range(len(above)))
     if not (_is_ours(module) or trusted or is_registered(module, qualname)):

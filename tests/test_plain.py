@@ -190,17 +190,30 @@ class TestTrust:
             from_plain({"class": "trap:Trap", "fields": {}}, trust=["trap"])
         assert (tmp_path / "sprung").exists()
 
+    def test_a_dataclass_that_writes_files_is_not_built(self, tmp_path: Path) -> None:
+        path = tmp_path / "weights.safetensors"
+        path.write_text("precious")
+        for name in (
+            "map_bo.merging.checkpoints.safetensors_files:SafetensorsWriter",
+            "map_bo.operators.statistics:SafetensorsWriter",
+        ):
+            fields = {"path": {"path": str(path)}, "layouts": {}, "metadata": {}}
+            with pytest.raises(SettingsError, match="cannot be built"):
+                from_plain({"class": name, "fields": fields})
+        assert path.read_text() == "precious"
+
     @pytest.mark.parametrize(
         ("data", "message"),
         [
             ({"class": "os:system", "fields": {}}, "os is not a package"),
             ({"class": "subprocess:Popen", "fields": {"args": "x"}}, "subprocess is not a package"),
-            ({"class": "map_bo.nowhere:Nothing", "fields": {}}, "No module named"),
-            ({"class": "map_bo.rng:make_generator", "fields": {"seed": 1}}, "not a dataclass"),
-            ({"class": "map_bo.errors:MapBoError", "fields": {}}, "not a dataclass"),
+            ({"class": "map_bo.nowhere:Nothing", "fields": {}}, "map_bo.nowhere has no settings"),
+            ({"class": "map_bo.samplers.nowhere:Nothing", "fields": {}}, "No module named"),
+            ({"class": "map_bo.rng:make_generator", "fields": {"seed": 1}}, "rng has no settings"),
+            ({"class": "map_bo.operators.sparse:number", "fields": {}}, "not a dataclass"),
             # What one of our modules only imported is not ours.
-            ({"class": "map_bo.plain:Path", "fields": {}}, "not a dataclass"),
-            ({"class": "map_bo.plain:torch.Tensor", "fields": {}}, "not a dataclass"),
+            ({"class": "map_bo.operators.statistics:Path", "fields": {}}, "not a dataclass"),
+            ({"class": "map_bo.operators.sparse:torch.Tensor", "fields": {}}, "not a dataclass"),
             ({"class": "map_bo.operators.sparse:Ties.name", "fields": {}}, "not a dataclass"),
             ({"class": "map_bo.operators.sparse:Ties.__init__", "fields": {}}, "not a dataclass"),
             ({"class": "map_bo.operators.sparse", "fields": {}}, "not the name of a class"),
