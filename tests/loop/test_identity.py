@@ -42,7 +42,7 @@ class Counting:
 
 
 class Sampling:
-    """A sampler that is no dataclass."""
+    """A sampler that is not a dataclass."""
 
     propose = Sobol.propose
 
