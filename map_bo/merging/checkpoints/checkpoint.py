@@ -238,7 +238,7 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
 
             - a module or a mapping from names to tensors (referenced, not copied);
             - a checkpoint, returned as it is;
-            - a ``.safetensors`` file, or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``,
+            - a ``.safetensors`` file, or a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file of ``torch.save``,
               read with ``weights_only=True``: a state dict, or a dict that holds one under
               ``state_dict``, ``model_state_dict`` or ``model``;
             - a ``*.index.json`` of a sharded checkpoint;
