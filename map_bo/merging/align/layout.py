@@ -62,7 +62,8 @@ class FlatLayout:
 
     Attributes:
         slots: One for each floating tensor, by ascending offset; tied tensors have one slot.
-        fixed: Names of the other tensors (integers, booleans): copied from the base, not merged.
+        fixed: Names of the other tensors (integers, booleans, masks): copied from the base, not
+            merged.
         ties: Alias -> canonical name, for the names that are another's tensor.
         size: ``P``, the length of the flat tensor, padding included.
     """
@@ -86,7 +87,7 @@ class FlatLayout:
                     "resident",
                     hint="merge them as two real tensors (torch.view_as_real)",
                 )
-            if not dtype.is_floating_point:
+            if not dtype.is_floating_point or name in base.masks:
                 fixed.append(name)
             elif name not in ties:
                 slot = Slot(name, base.shape(name), end, dtype)

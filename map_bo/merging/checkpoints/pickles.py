@@ -61,9 +61,10 @@ class PickleReader(MemoryReader):
     """The state dict of a ``.pt``, ``.pth`` or ``.bin`` file, read without running its code.
 
     The file may hold the state dict itself or a dict with one under a usual key
-    (``state_dict``, ``model``, ``module``, ``ema`` and so on; see `state_dict`). Files in torch's zip format are memory-mapped by torch, so
-    what was read of them counts as resident memory while the checkpoint is open; older files are
-    held in memory. Only safetensors files are read with bounded memory.
+    (``state_dict``, ``model``, ``module``, ``ema`` and so on; see `state_dict`). Files in torch's
+    zip format are memory-mapped by torch, so what was read of them counts as resident memory while
+    the checkpoint is open; older files are held in memory. Only safetensors files are read with
+    bounded memory.
 
     A mapped file that shrinks would end the process, so each read first looks whether the file is
     still the one that was opened; one cut off in the very moment of reading is not noticed.

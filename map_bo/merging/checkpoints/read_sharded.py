@@ -38,7 +38,8 @@ def open_file(path: Path) -> TensorReader:
         return PickleReader(path)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}",
-        hint="known are .safetensors, .pt, .pth, .bin, .ckpt, a *.index.json, or a folder with them",
+        hint="known are .safetensors, .pt, .pth, .bin, .ckpt, a *.index.json, or a folder with "
+        "them",
     )
 
 

@@ -223,7 +223,7 @@ def merge_by_tensor(merge: Merge, max_memory: int | None = None) -> Iterator[tup
             require_alike(base, expert, names, label)
         for name, own in names.items():
             dtype = base.dtype(name)
-            if not (dtype.is_floating_point or dtype.is_complex):
+            if name in base.masks or not (dtype.is_floating_point or dtype.is_complex):
                 require_same_fixed(base, name, expert, own, label)
     return merge_linearly(base, experts, weights, ties=joined, check_finite=True)
 
@@ -288,7 +288,8 @@ def _merge(
             continue
         merged = base.load(name)
         dtype = merged.dtype
-        if dtype.is_floating_point or dtype.is_complex:
+        merges = dtype.is_floating_point or dtype.is_complex
+        if merges and name not in base.masks:
             wide = dtype if dtype.is_complex or dtype == torch.float64 else torch.float32
             pre = check(merged, name, "the base").to(wide)
             _require_tied(name, aliases.get(name, []), merged, "the base", base)

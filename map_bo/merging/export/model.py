@@ -19,7 +19,10 @@ from torch import Tensor
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.conform import MissingRule, align_experts
+from map_bo.merging.align.experts import require_distinct
 from map_bo.merging.align.layout import join_ties
+from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
 from map_bo.merging.export.bounded import Merge, merge_bounded
@@ -105,6 +108,8 @@ def merge_checkpoints(
     shard_size: int | str = "5GB",
     ties: Mapping[str, str] | None = None,
     check_base: bool = True,
+    vocabulary: VocabularyRule | None = None,
+    missing: MissingRule = "refuse",
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
@@ -126,6 +131,12 @@ def merge_checkpoints(
         shard_size: See `ExportSettings`.
         ties: Further ties of the base, alias -> canonical name, that its files do not record.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        vocabulary: What to do with experts whose embeddings have other rows than the base's:
+            refuse them (default), or match rows by position (``"base"``) or by token
+            (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
+        missing: What to do with experts that lack tensors of the base: refuse them, or leave those
+            tensors as they are in the base (``"base"``); see `align_experts`, which also says how
+            prefixes, buffers and task heads are read. Heads are not part of the merge.
         record: Further plain data for the recipe.
         progress: Show a progress bar.
 
@@ -142,7 +153,10 @@ def merge_checkpoints(
         raise MergeError("there are no experts", hint="give at least one fine-tuned model")
     operator = TaskArithmetic() if operator is None else operator
     opened = open_checkpoint(base)
-    checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
+    given = {name: open_expert(source, opened) for name, source in experts.items()}
+    checkpoints = align_experts(given, opened, vocabulary=vocabulary, missing=missing)
+    joined = join_ties(opened, ties or {})
+    require_distinct(opened, checkpoints, joined)
     operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
     merge = Merge(
@@ -151,7 +165,7 @@ def merge_checkpoints(
         operator=operator,
         names=space.names,
         c=_check_values(operator, space, coefficients),
-        ties=join_ties(opened, ties or {}),
+        ties=joined,
         check_base=check_base,
     )
     return export_model(merge, out, settings=settings, record=record)

@@ -237,7 +237,7 @@ class TestInputs:
             tensors = {"w": torch.ones(3, dtype=dtype)}
             error = refused(
                 f"tensor 'w' is {dtype}, and pieces are merged in float32",
-                family=(tensors, {"e": tensors}),
+                family=(tensors, {"e": {"w": 2 * tensors["w"]}}),
                 operator=Ties(),
                 coefficients={},
             )
@@ -253,9 +253,10 @@ class TestInputs:
             )
 
     def test_the_last_number_of_the_range_is_not_beyond_it(self, tmp_path: Path) -> None:
-        edge = {"w": torch.tensor([65504.0], dtype=torch.float16)}
-        out = merge((edge, {"e": edge}), tmp_path / "m", coefficients={"e": 1.0})
-        assert loaded(out)["w"].item() == 65504.0
+        edge = {"w": torch.tensor([65504.0, 1.0], dtype=torch.float16)}
+        tuned = {"w": torch.tensor([65504.0, 2.0], dtype=torch.float16)}
+        out = merge((edge, {"e": tuned}), tmp_path / "m", coefficients={"e": 1.0})
+        assert loaded(out)["w"].tolist() == [65504.0, 2.0]
 
 
 class TestSettings:
