@@ -11,6 +11,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.tensors import exceeds_range
 
 __all__ = ["FlatLayout", "Slot", "is_variance", "join_ties"]
 
@@ -104,8 +105,20 @@ class FlatLayout:
         """Return new tensors under all names, from ``flat`` (``P``) and the fixed ones.
 
         They have the base's shapes and dtypes; tied names share one tensor.
+
+        Raises:
+            MergeError: When a number is beyond the range of its dtype.
         """
-        result = {slot.name: slot.of(flat).to(slot.dtype, copy=True) for slot in self.slots}
+        result: dict[str, Tensor] = {}
+        for slot in self.slots:
+            values = slot.of(flat)
+            result[slot.name] = values.to(slot.dtype, copy=True)
+            if exceeds_range(values, result[slot.name]):
+                raise MergeError(
+                    f"merged values of tensor {slot.name!r} are beyond the range of {slot.dtype}, "
+                    "the base's",
+                    hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
+                )
         result |= {name: fixed[name].clone() for name in self.fixed if name not in self.ties}
         return result | {alias: result[name] for alias, name in self.ties.items()}
 

@@ -244,7 +244,11 @@ class TestInputs:
             assert "task arithmetic" in str(error.hint)
 
     def test_merged_values_beyond_the_range_of_the_base(self, refused: Refused) -> None:
-        for dtype, size in ((torch.float16, 40_000.0), (torch.float8_e5m2, 40_000.0)):
+        for dtype, size in (
+            (torch.float16, 40_000.0),
+            (torch.float8_e5m2, 40_000.0),
+            (torch.float8_e4m3fn, 320.0),
+        ):
             tensors = [{"w": torch.full((5,), value).to(dtype)} for value in (size, size / 2)]
             refused(
                 f"merged values of tensor 'w' are beyond the range of {dtype}",
