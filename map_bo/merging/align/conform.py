@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -75,6 +75,7 @@ def align_experts(
     *,
     vocabulary: VocabularyRule | None = None,
     missing: MissingRule = "refuse",
+    heads: Collection[str] = (),
 ) -> dict[str, Checkpoint]:
     """Present every expert in the base's names and shapes, and compare what configurations say.
 
@@ -95,6 +96,7 @@ def align_experts(
         base: The base.
         vocabulary: How experts with another vocabulary are fitted; None leaves them as they are.
         missing: What to do with tensors that an expert lacks.
+        heads: Modules of the base that are task heads in any case, such as ``classifier``.
 
     Raises:
         MergeError: When an expert does not fit, or its configuration gives its weights another
@@ -111,7 +113,7 @@ def align_experts(
         for label, expert in experts.items()
         if not isinstance(expert, AdapterCheckpoint) and conformed_of(expert) is None
     }
-    modules = {module for plan in plans.values() for module in plan.other_width}
+    modules = {module for plan in plans.values() for module in plan.other_width} | set(heads)
     result: dict[str, Checkpoint] = {}
     for label, expert in experts.items():
         aligned = expert
@@ -379,9 +381,11 @@ def _conform(
         "missing": sorted(lacking) if missing == "base" else [],
         "heads": sorted(heads),
         "heads_of_base": sorted(in_heads),
+        "modules": sorted(modules),
     }
     view = _View(plan.expert, base, names | copies | plan.extra, [*from_base, *in_heads])
-    return Conformed(view, plan.expert, heads, {k: v for k, v in changes.items() if v})
+    told = {key: value for key, value in changes.items() if value}
+    return Conformed(view, plan.expert, names, heads, told)
 
 
 def _copied(name: str, base: Checkpoint, names: Mapping[str, str]) -> str | None:
@@ -437,6 +441,7 @@ class Conformed(Checkpoint):
 
     Attributes:
         given: The expert as given.
+        names_given: Name in the base -> the expert's own name, of the tensors that both have.
         heads: Name in a model of the task -> the expert's own name, for its task head.
     """
 
@@ -444,11 +449,13 @@ class Conformed(Checkpoint):
         self,
         view: _View,
         given: Checkpoint,
+        names: Mapping[str, str],
         heads: Mapping[str, str],
         changes: Mapping[str, Any],
     ) -> None:
         super().__init__(view, source=given.source, directory=given.directory)
         self.given = given
+        self.names_given = dict(names)
         self.heads = dict(heads)
         self._changes = dict(changes)
 

@@ -110,7 +110,7 @@ def _mergekit(
         if checkpoint.directory is None:
             raise NotExpressible(f"{label} is not a Hugging Face directory")
         if checkpoint.vocabulary_changes:
-            raise NotExpressible(f"{label} was fitted to the base's vocabulary")
+            raise NotExpressible(f"{label} was not merged under its own names and shapes alone")
     folders = [checkpoint.directory for checkpoint in checkpoints.values()]
     if len(set(folders)) < len(folders):
         raise NotExpressible(

@@ -30,6 +30,7 @@ from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_d
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.task import TaskModel
 from map_bo.merging.export.write_shards import (
     Advance,
     Pieces,
@@ -72,6 +73,8 @@ class ExportSettings:
             and adapters' factors are held.
         shard_size: Largest size of one weight file, in bytes or such text.
         progress: Show a progress bar.
+        task: Expert whose task head the model gets, with that expert's names and configuration;
+            None writes the merge like the base.
 
     Raises:
         MergeError: When a size is none.
@@ -80,6 +83,7 @@ class ExportSettings:
     max_memory: int | str | None = None
     shard_size: int | str = "5GB"
     progress: bool = False
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -110,6 +114,7 @@ def merge_checkpoints(
     check_base: bool = True,
     vocabulary: VocabularyRule | None = None,
     missing: MissingRule = "refuse",
+    task: str | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
@@ -137,6 +142,7 @@ def merge_checkpoints(
         missing: What to do with experts that lack tensors of the base: refuse them, or leave those
             tensors as they are in the base (``"base"``); see `align_experts`, which also says how
             prefixes, buffers and task heads are read. Heads are not part of the merge.
+        task: Expert whose task head the model gets; see `ExportSettings`.
         record: Further plain data for the recipe.
         progress: Show a progress bar.
 
@@ -147,7 +153,7 @@ def merge_checkpoints(
         MergeError: When the inputs do not fit each other, or memory or disk do not suffice.
         CheckpointError: When a file cannot be read.
     """
-    settings = ExportSettings(max_memory, shard_size, progress)
+    settings = ExportSettings(max_memory, shard_size, progress, task)
     refuse_existing(out)
     if not experts:
         raise MergeError("there are no experts", hint="give at least one fine-tuned model")
@@ -226,18 +232,23 @@ def export_model(
         MergeError: When it cannot be made or written; nothing is left behind.
     """
     settings = settings or ExportSettings()
-    with merging_bar(merge.base, shown=settings.progress) as advance:
+    base, recalibrated = merge.base, merge.recalibrated
+    tensors = merge_bounded(merge, settings.memory)
+    if settings.task is not None:
+        base = TaskModel(merge.base, merge.experts, settings.task)
+        tensors, recalibrated = base.fill(tensors), base.rename(recalibrated)
+    with merging_bar(base, shown=settings.progress) as advance:
         return write_model(
             out,
-            tensors=merge_bounded(merge, settings.memory),
-            base=merge.base,
+            tensors=tensors,
+            base=base,
             experts=merge.experts,
             operator=recipe_of(merge.operator),
             coefficients=merge.coefficients,
             record=record,
             shard_bytes=settings.shard_bytes,
             weights=merge.weights,
-            recalibrated=merge.recalibrated,
+            recalibrated=recalibrated,
             ties=merge.ties,
             advance=advance,
         )
