@@ -12,9 +12,9 @@ from torch import nn
 
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from map_bo.merging.align.conform import conformed_of, is_constant, names_in_model
-from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, read_object
 
-__all__ = ["transformers_model"]
+__all__ = ["require_configuration", "transformers_model"]
 
 _HINT = "give problem.model=module:function returning the architecture"
 
@@ -40,24 +40,7 @@ def transformers_model(
     Raises:
         ConfigError: When the base has no ``config.json``.
     """
-    folder = base.directory
-    if folder is None or not (folder / "config.json").is_file():
-        raise ConfigError(
-            f"problem.model is not given and {base.source} has no config.json to tell it by",
-            hint=_HINT,
-        )
-    known = base.configuration
-    if known is None:
-        raise CheckpointError(
-            f"{folder / 'config.json'} does not name an architecture: it is not a JSON object",
-            hint=_HINT,
-        )
-    if not {"architectures", "model_type"} & known.keys():
-        raise CheckpointError(
-            f"{folder / 'config.json'} does not name an architecture: it lacks 'architectures' "
-            "and 'model_type'",
-            hint=_HINT,
-        )
+    folder = require_configuration(base.directory, base.source)
 
     def build() -> nn.Module:
         try:
@@ -79,6 +62,32 @@ def transformers_model(
     return build
 
 
+def require_configuration(folder: Path | None, source: str) -> Path:
+    """Return a folder whose ``config.json`` tells what model it is of.
+
+    Args:
+        folder: The folder, or None for a checkpoint without one.
+        source: What to call it.
+
+    Raises:
+        ConfigError: When there is no ``config.json``.
+        CheckpointError: When it does not say what the model is.
+    """
+    if folder is None or not (folder / "config.json").is_file():
+        raise ConfigError(
+            f"problem.model is not given and {source} has no config.json to tell it by",
+            hint=_HINT,
+        )
+    known = read_object(folder / "config.json")
+    if known is None or not {"architectures", "model_type"} & known.keys():
+        lacking = "not a JSON object" if known is None else "without architectures and model_type"
+        raise CheckpointError(
+            f"{folder / 'config.json'} does not name an architecture: it is {lacking}",
+            hint=_HINT,
+        )
+    return folder
+
+
 def _candidates(
     transformers: Any, folder: Path, base: Checkpoint, experts: Mapping[str, Checkpoint]
 ) -> Iterator[Callable[[], nn.Module]]:
@@ -95,7 +104,7 @@ def _candidates(
         kind = getattr(transformers, name, None)
         if kind is not None:
             yield _maker(kind, config)
-        elif not _has_class(transformers, config):
+        else:
             raise CheckpointError(
                 f"transformers has no architecture {name!r}, which {folder / 'config.json'} names",
                 hint="upgrade transformers, or give problem.model=module:function",

@@ -26,7 +26,7 @@ from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
-from map_bo.problems.merged.architecture import transformers_model
+from map_bo.problems.merged.architecture import require_configuration, transformers_model
 from map_bo.problems.merged.problem import MergedModelProblem
 
 __all__ = ["import_callable", "imported_problem"]
@@ -141,6 +141,9 @@ def imported_problem(
     opened: str | Checkpoint = base
     sources: dict[str, CheckpointSource] = dict(experts)
     if model is None:
+        folder = Path(base).expanduser()
+        if folder.exists():  # before weights are looked for
+            require_configuration(folder, base)
         opened = open_checkpoint(base)
         aligned = {name: open_expert(source, opened) for name, source in experts.items()}
         aligned = align_experts(aligned, opened, vocabulary=vocabulary, missing=missing)
