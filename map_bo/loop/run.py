@@ -17,6 +17,7 @@ from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
+from map_bo.loop.fresh import leaving_nothing
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
@@ -471,10 +472,8 @@ def optimize(
             return run(MemoryStore(), tracker)
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
-    store = (
-        JsonlStore.open(directory)
-        if (directory / "events.jsonl").exists()
-        else JsonlStore.create(directory)
-    )
-    with store.lock(), mirrors as tracker:
-        return run(store, tracker)
+    exists = (directory / "events.jsonl").exists()
+    with leaving_nothing(directory, fresh=not exists):
+        store = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
+        with store.lock(), mirrors as tracker:
+            return run(store, tracker)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from map_bo.loop.fresh import leaving_nothing
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.settings import Settings
@@ -80,6 +81,7 @@ def optimize_nested(
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)
     exists = (directory / "events.jsonl").exists()
-    kept = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
-    with kept.lock(), mirrors as tracker:
-        return nested_run(problem, chosen, how, kept, config=config, tracker=tracker).drive(bar)
+    with leaving_nothing(directory, fresh=not exists):
+        kept = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
+        with kept.lock(), mirrors as tracker:
+            return nested_run(problem, chosen, how, kept, config=config, tracker=tracker).drive(bar)
