@@ -125,7 +125,7 @@ def run_task(config: DictConfig) -> float:
         _group(config, Path(hydra.sweep.dir).name)
         return run_job(config, directory, choices)
     from map_bo.app.task import drive, show
-    from map_bo.loop.fresh import leaving_nothing, remove_hydra_files
+    from map_bo.tracking.fresh import leaving_nothing, remove_hydra_files
 
     try:
         with leaving_nothing(directory):
@@ -177,10 +177,10 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
-    from map_bo.loop.fresh import leaving_nothing
     from map_bo.loop.reading import created_of, is_run, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
+    from map_bo.tracking.fresh import leaving_nothing
 
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}

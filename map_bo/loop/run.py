@@ -17,7 +17,6 @@ from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
-from map_bo.loop.fresh import leaving_nothing
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
@@ -38,6 +37,7 @@ from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_observations, encode_tensor
+from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from map_bo.loop.fresh import leaving_nothing
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.settings import Settings
@@ -15,6 +14,7 @@ from map_bo.nested.result import NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
+from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker, Tracking
