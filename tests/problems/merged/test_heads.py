@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -111,3 +113,10 @@ def test_gradients_flow_through_a_head() -> None:
         model(torch.ones(2, 4)).sum().backward()
         reached = {name for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"trunk.weight", "trunk.bias", "head.weight", "head.bias"}
+
+
+def test_the_snippet_of_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (Path(__file__).parents[3] / "docs" / "checkpoints.md").read_text()
+    (snippet,) = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", text, flags=re.DOTALL)
+    exec(snippet, {})
+    assert "[0.2000, 0.5000]" in capsys.readouterr().out
