@@ -49,6 +49,7 @@ _HEAD = re.compile(
     r"regressor|projector|out|output|output_layer|logits_proj|summary|linear|last_linear|"
     r"seq_relationship|\w+_head|head_\w+)(?=\.|$)"
 )
+_POOLER = re.compile(r"pooler|pooling|classifier|score|head|\w+_head|qa_outputs|lm_head")
 _SMALL = 1 << 24  # numbers of a tensor that is compared whole
 _CLOSE = 1e-2  # relative: bfloat16 keeps two to three digits
 
@@ -322,7 +323,12 @@ def _is_new_module(name: str, base: Checkpoint) -> bool:
     roots = {n[len(outer) :].partition(".")[0] for n in base.names}
     roots |= {n.partition(".")[0] for n in base.names}
     numbered = root.isdigit() and any(part.isdigit() for part in roots)
-    return bool(dot) and root not in roots and not numbered
+    if dot and root not in roots:
+        return not numbered
+    # Within the model that has the prefix of its kind: bert.pooler.
+    inner, dot, _ = name[len(root) + 1 :].partition(".")
+    known = any(_under(n, f"{root}.{inner}") for n in base.names)
+    return bool(dot) and not known and bool(_POOLER.fullmatch(inner))
 
 
 def _require_overlap(plan: _Plan, base: Checkpoint, label: str) -> None:

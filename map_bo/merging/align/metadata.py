@@ -156,17 +156,13 @@ def _settings(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, 
                         yield f"{path}rope_theta", inner
                     elif isinstance(inner, Mapping):  # by kind of layer
                         pending.append((f"{path}rope_scaling.{name}.", inner))
-                    elif not (name in ("rope_type", "type") and inner in (None, "default")):
-                        shown = (
-                            "rope_type" if name == "type" else f"rope_{name.removeprefix('rope_')}"
-                        )
-                        yield f"{path}rope_scaling.{shown}", inner
-            elif (key in ("rope_parameters", "rope_scaling") and value is None) or key in (
-                "id2label",
-                "label2id",
-                "quantization_config",
-                "task_specific_params",
-            ):
+                    elif name in ("rope_type", "type"):
+                        yield f"{path}rope_scaling.rope_type", inner or "default"
+                    else:
+                        yield f"{path}rope_scaling.rope_{name.removeprefix('rope_')}", inner
+            elif key in ("rope_parameters", "rope_scaling") and value is None:
+                yield f"{path}rope_scaling.rope_type", "default"
+            elif key in ("id2label", "label2id", "quantization_config", "task_specific_params"):
                 continue
             elif isinstance(value, Mapping):
                 pending.append((f"{path}{key}.", value))

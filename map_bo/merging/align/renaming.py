@@ -155,7 +155,9 @@ def match_names(own: Sequence[str], theirs: Sequence[str], fits: Fits, label: st
 
 def _candidates(own: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, str]]:
     """Return pairs of a prefix to remove and one to add, the plainest first."""
-    mine, other = _prefixes(own), _prefixes(theirs)
+    # A prefix is one of a model: it stands before half of what is looked for, at least.
+    least = len(theirs) / 2
+    mine, other = _prefixes(own, least), _prefixes(theirs, least)
     return [
         *((prefix, "") for prefix in mine),
         *(("", prefix) for prefix in other),
@@ -163,11 +165,12 @@ def _candidates(own: Sequence[str], theirs: Sequence[str]) -> list[tuple[str, st
     ]
 
 
-def _prefixes(names: Sequence[str]) -> list[str]:
+def _prefixes(names: Sequence[str], least: float) -> list[str]:
     counts: Counter[str] = Counter()
     for name in names:
         parts = name.split(".")[:-1]
         for depth in range(1, min(_DEPTH, len(parts)) + 1):
             counts[".".join(parts[:depth]) + "."] += 1
+    counts = Counter({prefix: count for prefix, count in counts.items() if count >= least})
     ordered = sorted(counts, key=lambda prefix: (-counts[prefix], prefix.count("."), prefix))
     return ordered[:_PREFIXES]

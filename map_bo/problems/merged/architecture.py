@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from map_bo.merging.align.conform import conformed_of, is_constant, names_in_model
+from map_bo.merging.align.saved_names import saved_as, state_tensors
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, read_object
+from map_bo.merging.vectors.live import model_ties
 
 __all__ = ["require_configuration", "transformers_model"]
 
@@ -53,10 +54,9 @@ def transformers_model(
         heads = {name for e in experts.values() if (c := conformed_of(e)) for name in c.heads}
         candidates = list(_candidates(transformers, folder, base, experts))
         for make in candidates[:-1]:
-            with torch.device("meta"):
-                model = make()
+            model = make()
             if _fits(model, base, heads):
-                return make()
+                return model
         return candidates[-1]()
 
     return build
@@ -139,10 +139,13 @@ def _read(transformers: Any, folder: Path) -> Any:
 
 def _fits(model: nn.Module, base: Checkpoint, heads: set[str]) -> bool:
     """Return whether base and heads have all parameters of a model."""
-    shapes = {name: tensor.shape for name, tensor in model.named_parameters()}
-    found = names_in_model(shapes, base, shapes)
-    matched = {found.names[name] for name in found.names}
+    state, ties = state_tensors(model), model_ties(model)
+    tensors = {name: part.of(state[part.name]) for name, part in saved_as(model).items()}
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    there = set(names_in_model(shapes, base, shapes).names.values()) | heads
+    there |= {kept for alias, kept in ties.items() if alias in there}
     return all(
-        name in matched or name in heads or is_constant(name, shape)
-        for name, shape in shapes.items()
+        ties.get(name, name) in there or is_constant(name, tensor.shape)
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point()
     )
