@@ -20,13 +20,15 @@ _FREE = {"created", "planned", "begun", "proposed", "started"}
 def leaving_nothing(directory: Path, *, fresh: bool = True) -> Iterator[None]:
     """Remove the record that a refused run has begun, while nothing was measured.
 
-    Files that were in the folder before stay; the folder goes where it was not there.
+    Files that were in the folder before stay; the folder goes where it was not there, and so do
+    the folders above it that were made for it.
 
     Args:
         directory: The folder of the run; it may not exist yet.
         fresh: Whether the run is new. A run that goes on is never touched.
     """
     before = set(directory.iterdir()) if directory.is_dir() else None
+    absent = [path for path in directory.absolute().parents if not path.exists()]
     try:
         yield
     except StoreError:
@@ -34,6 +36,9 @@ def leaving_nothing(directory: Path, *, fresh: bool = True) -> Iterator[None]:
     except MapBoError:
         if fresh and directory.is_dir() and not _has_measured(directory):
             _remove(directory, before)
+            for parent in absent:  # the innermost first; not what others have written to
+                with suppress(OSError):
+                    parent.rmdir()
         raise
 
 

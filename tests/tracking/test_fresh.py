@@ -25,10 +25,9 @@ def refuse(run: Path, kinds: Sequence[str], error: MapBoError, *, fresh: bool = 
 
 @pytest.mark.parametrize("kinds", [(), ("created",), ("created", "planned", "begun", "proposed")])
 def test_what_was_begun_goes_with_the_folder(kinds: tuple[str, ...], tmp_path: Path) -> None:
-    run = tmp_path / "run"
     with pytest.raises(BudgetError):
-        refuse(run, kinds, BudgetError("too small"))
-    assert not run.exists()
+        refuse(tmp_path / "all" / "runs" / "run", kinds, BudgetError("too small"))
+    assert not any(tmp_path.iterdir())
 
 
 def test_files_that_were_there_stay(tmp_path: Path) -> None:
