@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.align.conform import conformed_of, head_tensors
+from map_bo.merging.align.conform import head_tensors
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["TaskHead", "TaskHeads"]
@@ -44,12 +44,12 @@ class TaskHeads:
     Attributes:
         heads: Expert name -> head.
         by_metric: Metric name -> expert name.
-        of_base: Names of the base's tensors that experts have heads in place of.
+        spare: Names of the base's tensors that no expert changes, which a model of a task may lack.
     """
 
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
     by_metric: Mapping[str, str] = field(default_factory=dict)
-    of_base: frozenset[str] = frozenset()
+    spare: frozenset[str] = frozenset()
 
     @classmethod
     def of(
@@ -95,13 +95,8 @@ class TaskHeads:
                 "heads={metric: expert} says whose",
                 listed(map(repr, without)),
             )
-        replaced = {
-            name
-            for expert in experts.values()
-            if (conformed := conformed_of(expert)) is not None
-            for name in conformed.vocabulary_changes.get("heads_of_base", ())
-        }
-        return cls(heads, chosen, frozenset(replaced))
+        left = [frozenset(_left(expert)) for expert in experts.values()] if heads else []
+        return cls(heads, chosen, frozenset.intersection(*left) if left else frozenset())
 
     @property
     def names(self) -> frozenset[str]:
@@ -112,13 +107,6 @@ class TaskHeads:
         """Return the head that a metric is measured with, if any."""
         expert = self.by_metric.get(metric)
         return None if expert is None else self.heads[expert]
-
-    def unmerged(self, experts: Mapping[str, Checkpoint], base: Checkpoint) -> frozenset[str]:
-        """Return the base's tensors that no expert changes, which a model of a task may lack."""
-        if not self.heads:
-            return frozenset()
-        kept = [set(_left(expert)) for expert in experts.values()]
-        return frozenset(set.intersection(*kept)) & set(base.names)
 
 
 def _left(expert: Checkpoint) -> Iterator[str]:

@@ -531,7 +531,7 @@ class MergedModelProblem:
             vectors.layout,
             fixed=vectors.fixed,
             heads=self._heads.names,
-            spare=self._heads.unmerged(self._experts, self._base),
+            spare=self._heads.spare,
         )
         if live.device != vectors.rows.device:
             raise MergeError(

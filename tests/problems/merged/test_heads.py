@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import map_bo
 from map_bo.errors import MergeError
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
+from map_bo.surrogates.quadratic import Quadratic
 
 C = torch.tensor([[0.5, 0.25]], dtype=torch.float64)
 
@@ -113,6 +115,32 @@ def test_gradients_flow_through_a_head() -> None:
         model(torch.ones(2, 4)).sum().backward()
         reached = {name for name, p in model.named_parameters() if p.grad is not None}
     assert reached == {"trunk.weight", "trunk.bias", "head.weight", "head.bias"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operator", [None, map_bo.Ties(density=0.5)])
+def test_nodes_of_a_nested_run_measure_with_the_heads_of_their_tasks(operator: Any) -> None:
+    pretraining = BASE | {"former.weight": torch.ones(7, 3)}  # which no task has
+    experts = {name: expert(0.1 * k, k + 1) for k, name in enumerate("abcd", start=1)}
+    widths: dict[str, set[int]] = {name: set() for name in experts}
+
+    def scoring(name: str) -> Any:
+        def score(model: Any) -> float:
+            widths[name].add(len(model.head.weight))
+            return float(torch.sigmoid(model(torch.ones(1, 4)).mean()).detach())
+
+        return score
+
+    problem = MergedModelProblem(
+        Net(2),
+        base=pretraining,
+        experts=experts,
+        evaluators={name: scoring(name) for name in experts},
+        operator=operator,
+        missing="base",
+    )
+    map_bo.optimize_nested(problem, 16, progress=False, surrogate=Quadratic())
+    assert widths == {name: {k + 1} for k, name in enumerate("abcd", start=1)}
 
 
 def test_the_snippet_of_the_guide_runs(capsys: pytest.CaptureFixture[str]) -> None:
