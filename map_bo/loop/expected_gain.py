@@ -94,7 +94,7 @@ def expected_gain(
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
-    coverage = Coverage.of(evaluated, space) if guarded else None
+    coverage = Coverage.of(seen.with_any().X, space) if guarded else None
     guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
     ranged = scale.ranged & varied_metrics(seen)
     searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
@@ -119,7 +119,7 @@ def expected_gain(
         _, total = model.training_targets()
         rows = torch.tensor(sorted(farthest_rows(gains, further)))
         copies = -(-further // len(rows))
-        floor = left(_conditioned(joint, rows, total.median(0).values / copies))
+        floor = left(_conditioned(joint, rows, total.nanmedian(0).values / copies))
     return ExpectedGain(left(joint), floor)
 
 

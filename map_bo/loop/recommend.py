@@ -82,7 +82,7 @@ def recommend(
     model = settings.surrogate.fit(seen, space)
     fitted = time.perf_counter()
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
-    coverage = Coverage.of(seen.succeeded().X, space) if settings.guard else None
+    coverage = Coverage.of(seen.with_any().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
     varied = varied_metrics(seen)
     searched = of_columns(guarded, varied)

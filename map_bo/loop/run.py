@@ -279,24 +279,28 @@ class Run:
         while True:
             attempt = self.state.attempts.get(index, 0)
             outcome = self._measure(self.state.X[index], "evaluate", index, attempt)
+            before = self.state.attempted.get(index)
+            outcome = outcome if before is None else before.completed_by(outcome)
             reason = outcome.failures[0]
             if reason is None or attempt >= self.settings.retries:
                 return outcome
             logger.warning("evaluation %d failed and is tried again: %s", index + 1, reason)
-            self._record("attempt", {"index": index, "reason": reason})
+            self._record("attempt", {"index": index, "reason": reason, **_kept(outcome)})
 
     def _verify(self, row: int) -> Observations:
         assert self.state.front is not None
         while True:
             attempt = self.state.verify_attempts.get(row, 0)
             outcome = self._measure(self.state.front.X[row], "verify", row, attempt)
+            before = self.state.verify_attempted.get(row)
+            outcome = outcome if before is None else before.completed_by(outcome)
             reason = outcome.failures[0]
             if reason is None or attempt >= self.settings.retries:
                 break
             logger.warning(
                 "front point %d could not be measured and is tried again: %s", row, reason
             )
-            self._record("attempt", {"verify": row, "reason": reason})
+            self._record("attempt", {"verify": row, "reason": reason, **_kept(outcome)})
         self._record("verified", {"row": row, "observation": encode_observations(outcome)})
         return outcome
 
@@ -390,6 +394,13 @@ class Run:
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def _kept(outcome: Observations) -> dict[str, Any]:
+    """Return what an attempt that failed has measured all the same, for its event."""
+    if not bool(outcome.partial.any()):
+        return {}
+    return {"observation": encode_observations(outcome)}
 
 
 def check_surrogates(settings: Settings, problem: Problem) -> None:

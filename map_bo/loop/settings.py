@@ -61,10 +61,12 @@ class Settings:
             moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
             value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
-        retries: How often a failed evaluation is tried again.
+        retries: How often a failed evaluation is tried again. What one attempt has measured is kept
+            where the next does not measure it again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
-            than this share of all have failed for good.
+            than this share of all have failed for good. One of which some metrics were measured has
+            failed too: an evaluator that never works must stop the run, whatever the others do.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
     """

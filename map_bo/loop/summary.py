@@ -126,6 +126,7 @@ def summarise(
             "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
+        "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
         "seed": settings.seed,
         "front_points": len(front),
         "hypervolume": comparison(front, seen, space, scale),

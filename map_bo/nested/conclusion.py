@@ -172,7 +172,9 @@ def _outcomes(seen: Observations, node: Node) -> Observations:
             known = ledger.rows(at, [metric.name for metric in ledger.metrics])
             rows.append(dataclasses.replace(known, cost=seen.cost[i : i + 1]))
         else:
-            rows.append(Observations.failed(at, ledger.metrics, reason))
+            names = [metric.name for metric in ledger.metrics]
+            failed = ledger.partial(at[0], names, reason)
+            rows.append(dataclasses.replace(failed, cost=seen.cost[i : i + 1]))
     return Observations.joined(rows, X.shape[-1], ledger.metrics)
 
 

@@ -28,7 +28,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
-from map_bo.surrogates.validation import LeavesOneOut, validate
+from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, validate
 
 __all__ = [
     "NEAREST",
@@ -73,6 +73,8 @@ class Situation:
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
+        whole: Which of the rows that ``model`` was fitted to are those of ``good``: partial rows
+            are fitted to too. None where all are.
     """
 
     model: SurrogateModel
@@ -82,6 +84,7 @@ class Situation:
     known: Tensor
     scale: Scale
     generator: Generator
+    whole: Tensor | None = None
 
     @cached_property
     def unit(self) -> Tensor:
@@ -308,6 +311,7 @@ class PosteriorDriven:
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
+            whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
