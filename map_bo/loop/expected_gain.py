@@ -32,6 +32,7 @@ from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
@@ -149,11 +150,12 @@ def check_stopping(
     """
     assert settings.stop is not None
     start, done = time.perf_counter(), len(seen)
+    screening = fit_screened(settings.run_surrogate, seen, space)
     found = expected_gain(
-        settings.surrogate.fit(seen, space),
-        seen,
+        screening.model,
+        screening.kept,
         space,
-        Scale.of(seen, space, settings.reference),
+        Scale.of(screening.kept, space, settings.reference),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),

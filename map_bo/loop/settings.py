@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
@@ -69,6 +69,9 @@ class Settings:
             failed too: an evaluator that never works must stop the run, whatever the others do.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
+        outliers: ``"auto"`` sets values aside that no fit to the others explains
+            (:mod:`map_bo.surrogates.outliers`): they stay in the record and are listed in summary
+            and report. ``"keep"`` fits to everything.
     """
 
     budget: int
@@ -85,6 +88,7 @@ class Settings:
     timeout: float | None = None
     max_failure_share: float = 0.5
     stop: Stop | None = None
+    outliers: Literal["auto", "keep"] = "auto"
 
     def __post_init__(self) -> None:
         for name, least in (("budget", 1), ("batch", 1), ("retries", 0), ("verify", 0)):
@@ -104,6 +108,11 @@ class Settings:
                     if name != "budget"
                     else "give the number of evaluations that you can afford",
                 )
+        if self.outliers not in ("auto", "keep"):
+            raise ConfigError(
+                f"outliers must be 'auto' or 'keep', got {self.outliers!r}",
+                hint="'keep' fits the surrogate to every value, 'auto' sets outliers aside",
+            )
         if self.timeout is not None and not self.timeout > 0:
             raise ConfigError(
                 f"timeout must be positive, got {self.timeout}",
@@ -146,11 +155,25 @@ class Settings:
         return cls(**values)
 
     @property
+    def run_surrogate(self) -> Surrogate:
+        """The surrogate as the run uses it: without outliers, unless these are kept."""
+        return self._fitted(self.surrogate)
+
+    @property
     def run_sampler(self) -> Sampler:
         """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
-        from map_bo.samplers.sampler import looking_through
+        from map_bo.samplers.sampler import SeesThroughSurrogate, looking_through
 
-        return looking_through(self.sampler, self.surrogate)
+        sampler = self.sampler
+        if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is not None:
+            own = self._fitted(sampler.surrogate)
+            return sampler if own is sampler.surrogate else sampler.with_surrogate(own)
+        return looking_through(sampler, self.run_surrogate)
+
+    def _fitted(self, surrogate: Surrogate) -> Surrogate:
+        from map_bo.surrogates.outliers import screened
+
+        return surrogate if self.outliers == "keep" else screened(surrogate)
 
     @property
     def verifications(self) -> int:

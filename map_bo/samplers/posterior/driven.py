@@ -26,6 +26,7 @@ from map_bo.samplers.sampler import Sampler
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
 from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, validate
@@ -300,9 +301,10 @@ class PosteriorDriven:
         waiting: Tensor,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        good = seen.succeeded()
         surrogate = Auto() if self.surrogate is None else self.surrogate
-        model = surrogate.fit(seen, space)
+        screening = fit_screened(surrogate, seen, space)
+        model, seen = screening.model, screening.kept
+        good = seen.succeeded()
         situation = Situation(
             model=model,
             good=good,
@@ -315,6 +317,8 @@ class PosteriorDriven:
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        if screening.outliers:
+            scores = {**scores, "outliers": [one.describe() for one in screening.outliers]}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
 
 
