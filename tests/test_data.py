@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import DataError
+from map_bo.scale import Scale, varied_metrics
+from map_bo.space import CoefficientSpace
 
 METRICS = (Metric("acc"), Metric("loss", direction="min", kind="loss"))
 NAN = torch.nan
@@ -330,3 +332,23 @@ def test_attempts_complete_each_other_metric_by_metric() -> None:
     assert newest.failures == ("loss: again",)
     whole = attempt(0.75, 1.0, 1, None)
     assert first.completed_by(whole) is whole
+
+
+def test_an_anchor_counts_for_the_metrics_that_it_has() -> None:
+    space = CoefficientSpace.box(("a", "b"))
+    X = space.anchors().X
+    kinds = space.anchors().kinds
+    metrics = (Metric("p"), Metric("q", "min", "loss"))
+    Y = torch.tensor([[0.1 + 0.1 * i, 5.0 - i] for i in range(len(X))], dtype=torch.float64)
+    base = kinds.index("base")
+    lacking = torch.zeros(len(X), 2, dtype=torch.bool)
+    lacking[base, 0] = True
+    seen = Observations(X, Y, metrics).without(lacking, "p failed")
+    scale = Scale.of(seen, space)
+    whole = Scale.of(Observations(X, Y, metrics), space)
+    assert scale.is_anchored
+    assert scale.point[1] == whole.point[1] == Y[base, 1]
+    experts = [i for i, kind in enumerate(kinds) if kind == "expert"]
+    assert scale.point[0] == Y[experts, 0].min()
+    assert torch.equal(scale.best, whole.best)
+    assert varied_metrics(seen).tolist() == [True, True]

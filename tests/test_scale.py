@@ -589,23 +589,3 @@ def test_the_search_for_own_ways_finds_them(code: str, ways: int) -> None:
 def test_no_other_module_matches_points_or_takes_farthest_rows_by_itself() -> None:
     found = {path.name: own_ways(ast.parse(path.read_text())) for path in ELSEWHERE}
     assert {name: ways for name, ways in found.items() if ways} == {}
-
-
-def test_an_anchor_counts_for_the_metrics_that_it_has() -> None:
-    space = CoefficientSpace.box(("a", "b"))
-    X = space.anchors().X
-    kinds = space.anchors().kinds
-    metrics = (Metric("p"), Metric("q", "min", "loss"))
-    Y = torch.tensor([[0.1 + 0.1 * i, 5.0 - i] for i in range(len(X))], dtype=torch.float64)
-    base = kinds.index("base")
-    lacking = torch.zeros(len(X), 2, dtype=torch.bool)
-    lacking[base, 0] = True
-    seen = Observations(X, Y, metrics).without(lacking, "p failed")
-    scale = Scale.of(seen, space)
-    whole = Scale.of(Observations(X, Y, metrics), space)
-    assert scale.is_anchored
-    assert scale.point[1] == whole.point[1] == Y[base, 1]
-    experts = [i for i, kind in enumerate(kinds) if kind == "expert"]
-    assert scale.point[0] == Y[experts, 0].min()
-    assert torch.equal(scale.best, whole.best)
-    assert varied_metrics(seen).tolist() == [True, True]

@@ -66,7 +66,10 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     before: dict[str, Any] = {}
     now: dict[str, Any] = {}
     for part, value in identity.items():
-        before |= flat(modernise(_with_resampling(recorded.get(part), value), value), part)
+        told = _with_resampling(recorded.get(part), value)
+        if part == "settings":
+            told = _with_defaults(told)
+        before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
         for key in list(values):
@@ -128,6 +131,18 @@ def problem_identity(problem: Problem) -> Any:
         except SettingsError:
             pass
     return {"type": type(problem).__name__}
+
+
+def _with_defaults(recorded: Any) -> Any:
+    """Return recorded settings with the defaults of those that their version did not know."""
+    if not isinstance(recorded, Mapping):
+        return recorded
+    simple = {
+        each.name: identity_of(each.default)
+        for each in dataclasses.fields(Settings)
+        if each.default is not dataclasses.MISSING
+    }
+    return {**simple, **recorded}
 
 
 def _with_resampling(recorded: Any, now: Any) -> Any:

@@ -12,8 +12,10 @@ metric:
    Hadi and Simonoff, *Procedures for the Identification of Multiple Outliers in Linear Models*,
    JASA 88, 1993), up to :data:`MOST` of the values.
 2. *Judgement.* The fit to the rest predicts each suspect. It is set aside where it is further from
-   that than :data:`CUTOFF` standard deviations, and by more than the others vary. Whatever is not
-   goes back, and the remaining ones are judged again.
+   that than :data:`CUTOFF` standard deviations, and by more than the others vary. One inside the
+   range of the others needs twice as many: it costs little, and at the edge of what was evaluated
+   predictions are too sure of themselves. Whatever is not set aside goes back, and the remaining
+   ones are judged again.
 3. *Corroboration.* Where the nearest other evaluation of a suspect is a suspect on the same side,
    the two agree on something real, such as a narrow region in which merges break: both are kept.
 
@@ -35,7 +37,7 @@ from map_bo.data import Observations
 from map_bo.errors import SurrogateError
 from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.links import as_fitted, observed_on_link
+from map_bo.surrogates.links import LogitLink, as_fitted, observed_on_link
 from map_bo.surrogates.surrogate import (
     Surrogate,
     SurrogateModel,
@@ -62,7 +64,9 @@ CUTOFF = 6.0
 MOST = 0.15
 """Share of the values of a metric that may be set aside."""
 
-_SUSPICIOUS = 5.0  # times the typical leave-one-out residual, from which on a value is looked at
+# Times the typical leave-one-out residual, from which on a value is looked at: one within the bulk
+# of the values, and one outside.
+_SUSPICIOUS, _OUTSIDE = 5.0, 2.0
 _FEWEST = 8  # values of a metric, and 2 (d + 2), without which nothing is judged
 _NEAR = 0.2  # of the box, times sqrt(d): how far apart values may be that bear each other out
 _REASON = "set aside as an outlier"
@@ -251,8 +255,8 @@ class _Search:
 
     def __init__(self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace) -> None:
         self.surrogate, self.seen, self.space = surrogate, seen, space
+        self.fitted = as_fitted(seen)
         self.z = torch.zeros(len(seen), dtype=torch.float64)
-        self.noise = self.z
 
     def outliers(self, model: SurrogateModel) -> dict[int, tuple[float, float]]:
         """Return row -> what is expected there and its standard deviation, of each outlier.
@@ -260,21 +264,23 @@ class _Search:
         Args:
             model: The fit to all rows, of this metric.
         """
-        z, noise = observed_on_link(as_fitted(self.seen), model.links)
-        self.z, self.noise = z[:, 0], noise[:, 0]
+        self.z = observed_on_link(self.fitted, model.links)[0][:, 0]
         out = torch.zeros(len(self.seen), dtype=torch.bool)
         first = model
         for _ in range(math.ceil(MOST * len(self.seen))):
             size = self._residuals(first if not bool(out.any()) else model, ~out).abs()
-            worst = int(size.argmax())
-            if not float(size[worst]) > _SUSPICIOUS * float(size[~out].median()):
+            limit = torch.where(self._outside(~out), _OUTSIDE, _SUSPICIOUS) * size[~out].median()
+            suspects = size.masked_fill(size <= limit, 0.0)
+            if not float(suspects.max()) > 0:
                 break
-            out[worst] = True
+            out[int(suspects.argmax())] = True
             model = self._fit(~out)
         while bool(out.any()):
-            distance, spread = self._distances(model, ~out), self.z[~out].std()
-            far = out & (distance.abs() > CUTOFF)
-            far &= ((self.z - self._at(model)[0]).abs() > spread) & ~self._agree(far, distance)
+            distance, rest = self._distances(model, ~out), self.z[~out]
+            beyond = torch.maximum(self.z - rest.max(), rest.min() - self.z) > rest.std() / 2
+            far = out & (distance.abs() > torch.where(beyond, CUTOFF, 2 * CUTOFF))
+            far &= (self.z - self._at(model)[0]).abs() > rest.std()
+            far &= ~self._agree(far, distance)
             if torch.equal(far, out):
                 break
             out = far
@@ -288,12 +294,29 @@ class _Search:
     def _fit(self, rows: Tensor) -> SurrogateModel:
         return self.surrogate.fit(self.seen.select(rows), self.space)
 
-    def _noise(self, model: SurrogateModel) -> Tensor:
-        """Return the noise of each value, ``n``: known, or else as fitted; misfit included."""
+    def _outside(self, rows: Tensor) -> Tensor:
+        """Return which values lie outside Tukey's fences about those in ``rows``, ``n``."""
+        low, high = torch.quantile(self.z[rows], torch.tensor([0.25, 0.75]).double())
+        fence = 1.5 * (high - low)
+        outside: Tensor = (self.z < low - fence) | (self.z > high + fence)
+        return outside
+
+    def _noise(self, model: SurrogateModel, mean: Tensor) -> Tensor:
+        """Return the noise of each value about ``mean``, ``n``; misfit included.
+
+        Known noise counts as it would be there: about a value that diverged, the link may make any
+        noise as large as one likes. Unknown noise is that of the fit.
+        """
         assert isinstance(model, LeavesOneOut)
+        link, metric, seen = model.links[0], self.fitted.metrics[0], self.fitted
+        known = seen.Yvar[:, 0] / link.slope(mean).square()
+        if isinstance(link, LogitLink) and metric.kind == "proportion":
+            p = torch.sigmoid(mean)
+            binomial = 1 / ((seen.counts[:, 0] + 1) * p * torch.sigmoid(-mean))
+            known = torch.where(seen.counts[:, 0].isnan(), known, binomial)
         fitted = model.training_targets()[1].nanmedian()
-        known = self.noise + model.misfit_variance()[0]
-        return torch.where(self.noise.isnan(), fitted, known)
+        noise: Tensor = torch.where(known.isnan(), fitted, known + model.misfit_variance()[0])
+        return noise
 
     def _residuals(self, model: SurrogateModel, rows: Tensor) -> Tensor:
         """Return leave-one-out residuals in standard deviations, ``n``; 0 where not in ``rows``."""
@@ -301,9 +324,10 @@ class _Search:
             return torch.zeros_like(self.z)
         mean, latent = (value[:, 0] for value in model.leave_one_out())
         there = ~mean.isnan()  # a model of several metrics has rows without this one
-        mean, latent = mean[there], latent[there]
-        found = torch.zeros_like(self.z)
-        found[rows] = (self.z[rows] - mean) / (latent + self._noise(model)[rows]).sqrt()
+        found, at = torch.zeros_like(self.z), torch.zeros_like(self.z)
+        at[rows] = mean[there]
+        variance = latent[there] + self._noise(model, at)[rows]
+        found[rows] = (self.z - at)[rows] / variance.sqrt()
         return found
 
     def _at(self, model: SurrogateModel) -> tuple[Tensor, Tensor]:
@@ -311,7 +335,7 @@ class _Search:
         with torch.no_grad():
             mean, covariance = model.joint(self.seen.X)
         latent = covariance[0].diagonal().clamp_min(0.0)
-        return mean[:, 0], (latent + self._noise(model)).sqrt()
+        return mean[:, 0], (latent + self._noise(model, mean[:, 0])).sqrt()
 
     def _distances(self, model: SurrogateModel, rows: Tensor) -> Tensor:
         """Return how far values are from their prediction, ``n``, in standard deviations.
