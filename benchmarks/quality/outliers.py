@@ -128,7 +128,12 @@ def kept_volume(name: str, X: Tensor) -> float:
 
 
 def _run(
-    name: str, values: dict[int, float], outliers: Literal["auto", "keep"], seed: int, budget: int
+    name: str,
+    values: dict[int, float],
+    outliers: Literal["auto", "keep"],
+    seed: int,
+    budget: int,
+    surrogate: Surrogate,
 ) -> Result:
     problem = Spoilt(_case(name)[0], values)
     with tempfile.TemporaryDirectory() as folder:
@@ -140,13 +145,14 @@ def _run(
             progress=False,
             tracking="none",
             outliers=outliers,
+            surrogate=surrogate,
         )
 
 
-def compare(name: str, seeds: int, budget: int) -> Iterator[str]:
+def compare(name: str, seeds: int, budget: int, surrogate: Surrogate) -> Iterator[str]:
     """Yield the rows of a case."""
     clean = {
-        (how, seed): _run(name, {}, how, seed, budget)
+        (how, seed): _run(name, {}, how, seed, budget, surrogate)
         for seed in range(seeds)
         for how in ("keep", "auto")
     }
@@ -160,7 +166,7 @@ def compare(name: str, seeds: int, budget: int) -> Iterator[str]:
         hits = 0
         for seed in range(seeds):
             for how in shares:
-                result = _run(name, values, how, seed, budget)  # type: ignore[arg-type]
+                result = _run(name, values, how, seed, budget, surrogate)  # type: ignore[arg-type]
                 share = kept_volume(name, result.front.X) / volumes["keep", seed]
                 shares[how].append(share)
                 hits += len(result.summary["outliers"]) if how == "auto" else 0
@@ -216,10 +222,11 @@ def main() -> None:
                 count, total = false_alarms(name, kinds[kind], (10, 16, 24), given.seeds)
                 print(f"| {name} | {kind} | {count} of {total} |", flush=True)
         return
-    print("| case | diverged | keep | auto | set aside |\n|---|---|---|---|---|")
-    for name in given.cases or SPOILT:
-        for row in compare(name, given.seeds, given.budget):
-            print(row, flush=True)
+    for kind in given.surrogates:
+        print(f"{kind}:\n| case | diverged | keep | auto | set aside |\n|---|---|---|---|---|")
+        for name in given.cases or SPOILT:
+            for row in compare(name, given.seeds, given.budget, kinds[kind]):
+                print(row, flush=True)
 
 
 if __name__ == "__main__":
