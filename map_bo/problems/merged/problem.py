@@ -239,7 +239,8 @@ class MergedModelProblem:
         """Merge and measure every row of ``X`` (``n x d``).
 
         A row fails when an evaluator raises, or returns NaN, infinity, anything but a
-        number, or a value outside its metric's bounds; its remaining evaluators are not called.
+        number, or a value outside its metric's bounds. Its other evaluators are called all the
+        same, and what they measured is kept: the row is a partial one.
         The cost of a row is the seconds that merging and measuring took. ``generator`` is not
         used: evaluators bring their own randomness, if any.
 
@@ -256,9 +257,9 @@ class MergedModelProblem:
         loaded = self._load()
         with loaded.live as live:
             for i, x in enumerate(X):
-                start = time.perf_counter()
-                try:
-                    for j, metric in enumerate(self._metrics):
+                start, reasons = time.perf_counter(), []
+                for j, metric in enumerate(self._metrics):
+                    try:
                         model = self._write(x, metric.name)
                         evaluator = self._evaluators[metric.name]
                         if loaded.derivatives is None:
@@ -268,9 +269,9 @@ class MergedModelProblem:
                                 metric.name, evaluator, live, loaded.derivatives
                             )
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
-                except EvaluationError as error:
-                    failures[i] = error.reason
-                    Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
+                    except EvaluationError as error:
+                        reasons.append(error.reason)
+                failures[i] = "; ".join(reasons) or None
                 cost[i] = time.perf_counter() - start
         return Observations(
             X, Y, self._metrics, Yvar, counts, cost, tuple(failures), gradients, noise
