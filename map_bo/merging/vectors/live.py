@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.align.layout import FlatLayout, Slot
-from map_bo.merging.align.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
 from map_bo.merging.vectors.operator import PreparedMerge
 
 __all__ = ["LiveModel", "model_ties"]

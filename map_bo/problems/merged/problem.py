@@ -28,7 +28,7 @@ from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.align.vocabulary import VocabularyRule, fit_vocabularies
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
-from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
+from map_bo.merging.export.adapter import AdapterExport, export_adapter
 from map_bo.merging.export.bounded import Merge, merges_files, tie_weights
 from map_bo.merging.export.draft import refuse_existing
 from map_bo.merging.export.model import ExportSettings, export_model
@@ -160,7 +160,10 @@ class MergedModelProblem:
         self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
         self._base = open_checkpoint(base)
-        given = {name: open_expert(source, self._base) for name, source in experts.items()}
+        known = model if isinstance(model, nn.Module) else None
+        given = {
+            name: open_expert(source, self._base, model=known) for name, source in experts.items()
+        }
         self._experts = fit_vocabularies(given, self._base, vocabulary)
         given_operator = TaskArithmetic() if operator is None else operator
         self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
@@ -357,7 +360,7 @@ class MergedModelProblem:
             coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
             rank=rank,
             others=others,
-            kinds=module_kinds(model),
+            model=model,
             merged=merged,
             ties=ties,
             record=record,
