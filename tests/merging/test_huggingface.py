@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.model import merge_checkpoints

@@ -56,6 +56,7 @@ def write_weights(
     *,
     instead: Mapping[str, Tensor] | None = None,
     advance: Advance | None = None,
+    stem: str = "model",
 ) -> None:
     """Write ``model.safetensors``, or shards with their index, into a folder.
 
@@ -67,6 +68,7 @@ def write_weights(
         shard_bytes: Largest size of one file.
         instead: Name -> tensor to write in place of the one that is given.
         advance: Called with a number of elements whenever they are written.
+        stem: What files are called in place of ``model``.
 
     Raises:
         MergeError: When tensors are missing, given twice, unknown or of another shape, or the disk
@@ -75,11 +77,11 @@ def write_weights(
     groups = list(shard_layouts(layouts, shard_bytes))
     home: dict[str, SafetensorsWriter] = {}
     for i, group in enumerate(groups, start=1):
-        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
         aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
         with writing(draft.parent):
             writer = SafetensorsWriter(
-                draft / (file if len(groups) > 1 else "model.safetensors"),
+                draft / (file if len(groups) > 1 else f"{stem}.safetensors"),
                 group,
                 {"format": "pt", **aliases},
             )
@@ -103,7 +105,7 @@ def write_weights(
         }
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         with writing(draft.parent):
-            (draft / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            (draft / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _put_tensors(
