@@ -53,6 +53,7 @@ __all__ = [
 ]
 
 _HEADROOM = 1 << 20
+_READ_BACK = "Every tensor was read back from the files as it was merged, to the bit."
 
 
 @dataclass(frozen=True)
@@ -251,6 +252,8 @@ def write_model(
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
 
+    What was written is read back and compared with what was merged before the folder appears.
+
     The folder appears whole or not at all: everything goes to a hidden folder beside it, is
     forced to the disk, and is renamed at the end. What a killed export to the same folder left
     hidden is removed by the next one; an export that still runs is left alone. It holds
@@ -322,7 +325,7 @@ def write_model(
     with ExitStack() as stack:
         with writing(target):
             draft = stack.enter_context(writing_draft(target))
-        write_weights(
+        meant = write_weights(
             draft,
             tensors,
             layouts,
@@ -338,6 +341,7 @@ def write_model(
                 copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copied)
         written = open_checkpoint(draft)
+        meant.compare(written)
         digest_all([base, *experts.values(), written])
         recipe = recipe_text(
             base=base,
@@ -367,7 +371,10 @@ def write_model(
             coefficients=coefficients,
             record=further,
             recalibrated=bool(measured),
-            notes=notes,
+            notes=[
+                *notes,
+                "Every tensor was read back from the files as it was merged, to the bit.",
+            ],
         )
         with writing(target):
             (draft / MODEL_CARD).write_text(card, encoding="utf-8")
