@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from map_bo.errors import MergeError
 from map_bo.merging.adapters.adapter import adapter_checkpoint
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.adapter import export_adapter
@@ -112,3 +113,96 @@ def test_an_adapter_by_peft_is_merged_and_written_again(tmp_path: Path, name: st
         coefficients={"e": 1.0},
     )
     assert distance(with_peft(model, result.path), meant) < 1e-4
+
+
+def adapted(model: nn.Module, folder: Path, **settings: Any) -> nn.Module:
+    """Save a random adapter in a folder, and return the model with it, as it was trained."""
+    peft = pytest.importorskip("peft")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result: nn.Module = peft.get_peft_model(
+            copy.deepcopy(model), peft.LoraConfig(r=2, **settings)
+        )
+        generator = make_generator(1)
+        with torch.no_grad():
+            for parameter in result.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+        result.save_pretrained(folder)  # type: ignore[operator]
+    return result.eval()
+
+
+def test_a_bare_matrix_is_no_linear_layer_of_peft(tmp_path: Path) -> None:
+    model = renamed("mixtral")
+    adapted(model, tmp_path / "lora", target_modules=["q_proj"],
+            target_parameters=["mlp.gate.weight"])  # fmt: skip
+    meant = with_peft(model, tmp_path / "lora")
+    base = open_checkpoint(saved(model, tmp_path / "base"))
+    result = export_adapter(
+        tmp_path / "again",
+        base=base,
+        experts={"e": adapter_checkpoint(tmp_path / "lora", base)},
+        weights=lambda _: {"e": 1.0},
+        operator={"name": "task_arithmetic"},
+        coefficients={"e": 1.0},
+    )
+    assert distance(with_peft(model, result.path), meant) < 1e-5
+
+
+class TestTied:
+    """A base whose files leave the output layer out, since its configuration ties it."""
+
+    def base(self, tmp_path: Path) -> tuple[nn.Module, Path]:
+        model = renamed("llama-tied")
+        return model, saved(model, tmp_path / "base")
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"target_modules": ["embed_tokens", "q_proj"]},
+            {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+        ],
+    )
+    def test_what_peft_tied_is_one_change(self, tmp_path: Path, settings: dict[str, Any]) -> None:
+        model, base = self.base(tmp_path)
+        expert = adapted(model, tmp_path / "lora", ensure_weight_tying=True, **settings)
+        merged = merge_checkpoints(
+            base, {"e": tmp_path / "lora"}, {"e": 1.0}, tmp_path / "merged", progress=False
+        )
+        found = type(model).from_pretrained(merged)  # type: ignore[attr-defined]
+        x = torch.arange(4, 9)[None]
+        # As it was trained: peft's own merge adds the change of the one tensor twice.
+        torch.testing.assert_close(found(x).logits, expert(x).logits, rtol=1e-4, atol=1e-5)
+
+    def test_factors_of_the_embedding_alone_are_told(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        model, base = self.base(tmp_path)
+        adapted(model, tmp_path / "lora", target_modules=["embed_tokens"])
+        adapter_checkpoint(tmp_path / "lora", open_checkpoint(base))
+        assert "changes model.embed_tokens.weight, which the base ties to lm_head" in caplog.text
+
+    @pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+    def test_a_value_of_one_name_alone_is_refused(self, tmp_path: Path, module: str) -> None:
+        model, base = self.base(tmp_path)
+        adapted(model, tmp_path / "lora", target_modules=["q_proj"], modules_to_save=[module])
+        with pytest.raises(MergeError, match=rf"a value of its own for '(model\.)?{module}\.wei"):
+            adapter_checkpoint(tmp_path / "lora", open_checkpoint(base))
+
+
+def test_a_module_that_files_join_with_others_is_named(tmp_path: Path) -> None:
+    library = pytest.importorskip("transformers")
+    config = library.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4,
+        num_labels=3, use_swiglu_ffn=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = library.Dinov2ForImageClassification(config)
+    if "dinov2.encoder.layer.0.mlp.gate_proj.weight" not in model.state_dict():
+        pytest.skip("this transformers has the joined tensor in the module too")
+    base = open_checkpoint(saved(model, tmp_path / "base"))
+    adapted(model, tmp_path / "lora", target_modules=["q_proj"])
+    adapter_checkpoint(tmp_path / "lora", base)
+    adapted(model, tmp_path / "joined", target_modules=["gate_proj"])
+    with pytest.raises(MergeError, match=r"gate_proj\.weight, which the base's files hold as one"):
+        adapter_checkpoint(tmp_path / "joined", base)

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from map_bo.errors import CheckpointError, MergeError
+from map_bo.errors import CheckpointError, MergeError, listed
 from map_bo.merging.adapters.lora import (
     LoraSettings,
     Orientation,
@@ -168,6 +168,16 @@ def find_places(
     if not all(tensor.target in known for tensor in own.values()):
         modules = module_tensors(base, model)
         if modules is not None:
+            whole = with_parameters(own, settings, tuple(modules.shapes), folder)
+            joined = sorted(
+                {t.target for t in whole.values()} & (modules.shapes.keys() - modules.parts.keys())
+            )
+            if joined:
+                raise MergeError(
+                    f"the adapter {folder} changes {listed(joined)}, which the base's files hold "
+                    "as one tensor with others",
+                    hint="give the base as a model in memory, whose names are those of the modules",
+                )
             try:
                 # Names without any change of prefix are sure; with one, those of the files are
                 # as good.

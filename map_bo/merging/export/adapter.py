@@ -161,6 +161,7 @@ def export_adapter(
         changes.kinds,
         base,
         modules=modules,
+        layers=kinds,
         tied=changes.tied,
         prefix=_prefix(adapters),
         base_name=_common([adapter.settings.base for adapter in adapters])
@@ -260,6 +261,7 @@ def adapter_content(
     base: Checkpoint,
     *,
     modules: ModuleTensors,
+    layers: Mapping[str, Kind] | None = None,
     tied: Set[str] = frozenset(),
     prefix: tuple[str, str] = ("", ""),
     base_name: str | None = None,
@@ -279,6 +281,8 @@ def adapter_content(
         kinds: Tensor -> kind of its module, for all of ``changes``.
         base: The base.
         modules: The tensors of the model's modules.
+        layers: The kinds that the model's own modules have, where it is known: what has factors and
+            is no such weight gets them as a bare parameter.
         tied: Those of ``values`` that are one tensor with another: they are set one by one, so
             that they stay one.
         prefix: What module names of the trained model begin with and the base's do not, and the
@@ -294,7 +298,7 @@ def adapter_content(
             "no tensor changes by a product of low rank, and a LoRA adapter needs one",
             hint="export the merged model instead",
         )
-    found = _sort_out(changes, values, kinds, modules, tied)
+    found = _sort_out(changes, values, kinds, modules, tied, layers)
     flipped = [name for name in changes if kinds[name] == "transposed"]
     if flipped and found.parameters:
         raise MergeError(
@@ -355,6 +359,7 @@ def _sort_out(
     kinds: Mapping[str, Kind],
     modules: ModuleTensors,
     tied: Set[str],
+    known: Mapping[str, Kind] | None,
 ) -> _Modules:
     found = _Modules()
     # peft takes a linear layer that is called like an expert of an older layout for that.
@@ -370,8 +375,10 @@ def _sort_out(
                 f"{name!r} belongs to the model itself, and peft gives factors to modules in it",
                 hint="export the merged model instead",
             )
+        linear = kinds[name] == "linear"
         bare = kinds[name] == "stack" or (
-            kinds[name] == "linear" and module.rpartition(".")[2] in pieces
+            linear
+            and (module.rpartition(".")[2] in pieces or (known is not None and name not in known))
         )
         (found.parameters if bare else found.targets).append(name if bare else module)
         depth[module] = 1
