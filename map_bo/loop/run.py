@@ -37,6 +37,7 @@ from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_observations, encode_tensor
+from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
@@ -482,10 +483,8 @@ def optimize(
             return run(MemoryStore(), tracker)
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
-    store = (
-        JsonlStore.open(directory)
-        if (directory / "events.jsonl").exists()
-        else JsonlStore.create(directory)
-    )
-    with store.lock(), mirrors as tracker:
-        return run(store, tracker)
+    exists = (directory / "events.jsonl").exists()
+    with leaving_nothing(directory, fresh=not exists):
+        store = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
+        with store.lock(), mirrors as tracker:
+            return run(store, tracker)
