@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,10 +14,12 @@ from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
-from map_bo.pareto.trust import Coverage, guard
+from map_bo.pareto.gradient import ascend
+from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
@@ -70,7 +72,8 @@ def recommend(
 ) -> Recommendation:
     """Fit the surrogate to ``seen`` and solve it for the whole front.
 
-    With ``settings.guard`` the front is kept where the data support the surrogate. Metrics that
+    With ``settings.guard`` the front is kept where the data support the surrogate, and with
+    ``settings.failures == "learn"`` where evaluations are likely to work. Metrics that
     never varied take no part in it. Where another one has no range, the front also holds the
     trade-offs without it, so that it can be a constraint and hides none of them.
 
@@ -84,6 +87,9 @@ def recommend(
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
     coverage = Coverage.of(seen.succeeded().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
+    feasibility = settings.requirements.given(seen, space)
+    if feasibility is not None:
+        guarded = penalise(guarded, feasibility.excess, scale=scale.width)
     varied = varied_metrics(seen)
     searched = of_columns(guarded, varied)
     X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
@@ -94,6 +100,8 @@ def recommend(
         X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)
+    if feasibility is not None:
+        X = _feasible(X, feasibility)
     X = X[non_dominated(of_columns(mean, varied)(X).detach())]
     prediction = predict(model, X)
     front = Front(
@@ -104,6 +112,8 @@ def recommend(
         upper=prediction.upper,
         metrics=seen.metrics,
     )
+    if feasibility is not None:
+        front = replace(front, feasible=feasibility.probability(X).detach())
     # A point measured before adds nothing, and an end of the front is often an expert.
     distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
     fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
@@ -116,6 +126,24 @@ def recommend(
         about["validation"] = validate(model).describe()
     seconds = {"fit": fitted - start, "solve": time.perf_counter() - fitted}
     return Recommendation(front, model, rows, scale, about, seconds)
+
+
+def _feasible(X: Tensor, feasibility: Feasibility) -> Tensor:
+    """Return the rows that a front may hold, those beyond its edge drawn in.
+
+    Where there are none, it is the one that comes nearest.
+    """
+    allowed = feasibility.allows(X)
+    if not bool(allowed.all()):
+        moved = ascend(
+            lambda Z: -feasibility.excess(Z), X=X[~allowed], space=feasibility.region.space
+        )
+        X = torch.cat([X[allowed], moved])
+        allowed = feasibility.allows(X)
+    if bool(allowed.any()):
+        return X[allowed]
+    with torch.no_grad():
+        return X[feasibility.log_probability(X).argmax()].unsqueeze(0)
 
 
 def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:

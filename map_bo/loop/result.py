@@ -19,15 +19,16 @@ from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
-from map_bo.pareto.trust import Coverage, guard
+from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_scale
 
-__all__ = ["Choice", "Exportable", "Result"]
+__all__ = ["Choice", "Exportable", "Result", "recorded_requirements"]
 
 # Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
@@ -48,6 +49,7 @@ class Choice:
             nothing was verified. Where they are known, the choice was made by them.
         metrics: The metrics.
         space: The coefficients.
+        feasible: Probability that it can be had, as in :attr:`map_bo.data.Front.feasible`.
         preference: The preference that it was chosen by, or None when chosen by number.
         refined: Whether the surrogate was optimised for exactly this preference, starting from
             ``point``, because that gave a noticeably better prediction than the point itself.
@@ -65,6 +67,7 @@ class Choice:
     corrected: Tensor
     metrics: tuple[Metric, ...]
     space: CoefficientSpace
+    feasible: float = nan
     preference: Preference | None = None
     refined: bool = False
     notes: tuple[str, ...] = ()
@@ -97,6 +100,7 @@ class Choice:
             "refined": self.refined,
             **notes,
             "coefficients": self.coefficients,
+            **({"feasible": self.feasible} if self.feasible == self.feasible else {}),
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
             "predicted_upper": named(self.upper),
@@ -147,6 +151,15 @@ class Choice:
         )
 
 
+def recorded_requirements(settings: Mapping[str, Any]) -> Requirements:
+    """Return what the points of a recorded run have to fulfil, by its settings as plain data."""
+    default = Requirements()
+    return Requirements(
+        failures=settings.get("failures", default.failures),
+        least=settings.get("least_feasible", default.least),
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """The outcome of a run.
@@ -165,6 +178,7 @@ class Result:
         run_dir: Where the run was recorded, if anywhere.
         guarded: Whether the front was kept where the data support the surrogate.
         posterior: The uncertainty that was recorded with the front.
+        requirements: What the points of the run have to fulfil.
     """
 
     front: Front
@@ -179,6 +193,7 @@ class Result:
     guarded: bool = True
     refitted: SurrogateModel | None = None
     posterior: Mapping[str, Any] = field(default_factory=dict)
+    requirements: Requirements = field(default_factory=Requirements)
 
     @classmethod
     def of(
@@ -214,6 +229,7 @@ class Result:
             run_dir=run_dir,
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
+            requirements=recorded_requirements(state.created.get("settings", {})),
         )
 
     @property
@@ -249,7 +265,8 @@ class Result:
 
         It is the best point of the front; or, if optimising the surrogate (when it is available)
         for exactly this preference gives a noticeably better merge, that merge. Where points were
-        verified, both are judged by the corrected predictions.
+        verified, both are judged by the corrected predictions. Points that are likely to be
+        infeasible (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
 
         Args:
             prefer: Weight of each metric; metrics that are not named have no weight, and when none
@@ -272,9 +289,22 @@ class Result:
         )
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        row = choose(values, preference, self.scale)
+        rows = self._usable()
+        row = rows[choose(values[rows], preference, self.scale)]
         x = self._refined(row, preference, self.refitted if corrected else self.model)
         return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
+
+    def feasibility(self) -> Feasibility | None:
+        """Return how likely any point is feasible, by all that was measured; None where all are."""
+        return self.requirements.given(self.seen.append(self.verification), self.space)
+
+    def _usable(self) -> list[int]:
+        """Return the rows of the front to choose among: those that are likely to be feasible."""
+        feasible = self.front.feasible
+        usable = feasible.isnan() | (feasible >= self.requirements.least)
+        if not bool(usable.any()) and len(feasible):
+            usable = feasible == feasible.max()
+        return [int(row) for row in usable.nonzero().flatten()]
 
     def _refined(
         self, row: int, preference: Preference, model: SurrogateModel | None
@@ -292,6 +322,9 @@ class Result:
         # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
+        feasibility = self.feasibility()
+        if feasibility is not None:
+            guarded = penalise(guarded, feasibility.excess, scale=width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
@@ -301,6 +334,8 @@ class Result:
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
         x = x if coverage is None else coverage.shrink(x)
+        if feasibility is not None and not bool(feasibility.allows(x)):
+            return None
         before, after = (float(gain(point).detach()) for point in (start, x))
         missed = shortfall(to_maximisation(mean(x), self.metrics), self.metrics, preference)
         keeps = float(missed.detach()) <= 0
@@ -312,6 +347,7 @@ class Result:
         prediction = predict(best, x.unsqueeze(0))
         unknown = torch.full((len(self.metrics),), torch.nan, dtype=torch.float64)
         again = None if self.refitted is None else predict(self.refitted, x.unsqueeze(0))
+        feasibility = self.feasibility()
         return replace(
             self._choice(row, preference),
             x=x,
@@ -319,6 +355,7 @@ class Result:
             lower=prediction.lower[0],
             upper=prediction.upper[0],
             real=unknown,
+            feasible=nan if feasibility is None else float(feasibility.probability(x[None])),
             corrected=unknown if again is None else again.mean[0],
             refined=True,
         )
@@ -344,6 +381,7 @@ class Result:
             corrected=front.corrected[row],
             metrics=self.metrics,
             space=self.space,
+            feasible=float(front.feasible[row]),
             preference=preference,
             notes=() if preference is None else tuple(self.scale.notes()),
             problem=self.problem,

@@ -175,6 +175,7 @@ class Run:
             n,
             pending=self.state.X[waiting] if waiting else None,
             generator=child(self.generator, "propose"),
+            requirements=self.settings.requirements,
         )
         first = len(self.state.X)
         X = self.problem.space.check(X)
@@ -330,6 +331,8 @@ class Run:
     def _correct(self) -> SurrogateModel | None:
         """Fit again with the verified points among the data, and record the new predictions.
 
+        Where something failed, the points' probabilities of being feasible are recorded too.
+
         Returns:
             The fit, or None when nothing was verified or it cannot be done.
         """
@@ -341,9 +344,16 @@ class Run:
             return None
         front = state.front
         done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
-        if model is not None and front is not None and not done:
-            values = predict(model, front.X).mean
-            self._record("corrected", {"corrected": encode_tensor(values)})
+        if front is not None and not done and len(state.verification):
+            found = {}
+            if model is not None:
+                found["corrected"] = encode_tensor(predict(model, front.X).mean)
+            feasibility = self.settings.requirements.given(state.data, self.problem.space)
+            if feasibility is not None:
+                with torch.no_grad():
+                    found["feasible"] = encode_tensor(feasibility.probability(front.X))
+            if found:
+                self._record("corrected", found)
         return model
 
     def _finish(self, found: Recommendation | None) -> Result:

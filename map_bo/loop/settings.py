@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
@@ -16,6 +16,7 @@ from map_bo.loop.stopping import Stop
 if TYPE_CHECKING:
     from map_bo.pareto.solver import FrontSolver
     from map_bo.samplers.sampler import Sampler
+    from map_bo.surrogates.feasibility import Requirements
     from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
@@ -65,6 +66,10 @@ class Settings:
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good.
+        failures: ``"learn"`` to keep away from where evaluations fail: proposals, the front and
+            choices. Failures by chance close no region; see
+            :mod:`map_bo.surrogates.feasibility`. ``"ignore"`` only avoids the failed points.
+        least_feasible: The least probability of being feasible that a point of the front may have.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
     """
@@ -82,6 +87,8 @@ class Settings:
     retries: int = 1
     timeout: float | None = None
     max_failure_share: float = 0.5
+    failures: Literal["learn", "ignore"] = "learn"
+    least_feasible: float = 0.5
     stop: Stop | None = None
 
     def __post_init__(self) -> None:
@@ -124,6 +131,7 @@ class Settings:
             from map_bo.samplers.posterior.driven import with_reference
 
             object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
+        self._hand_on(self.requirements)
         assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
@@ -131,6 +139,19 @@ class Settings:
                 f"and the search has {self.search}",
                 hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
+
+    def _hand_on(self, requirements: Requirements) -> None:
+        from map_bo.samplers.sampler import with_requirements
+
+        if requirements != type(requirements)():
+            object.__setattr__(self, "sampler", with_requirements(self.sampler, requirements))
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the points of the run have to fulfil."""
+        from map_bo.surrogates.feasibility import Requirements
+
+        return Requirements(self.failures, self.least_feasible)
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:

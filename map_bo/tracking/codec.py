@@ -215,7 +215,9 @@ def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
 
 def encode_front(front: Front) -> dict[str, Any]:
     """Return ``front`` as plain data without the metrics, predicted and real values apart."""
-    fields = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
+    fields = ["X", "mean", "std", "lower", "upper", "real", "corrected", "probability"]
+    # Only where something is known, so that all other records stay as they were.
+    fields += ["feasible"] if bool(front.feasible.isfinite().any()) else []
     return {
         "d": front.X.shape[-1],
         **{name: encode_tensor(getattr(front, name)) for name in fields},
@@ -233,12 +235,12 @@ def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
     """
     fields = ["mean", "std", "lower", "upper", "real"]
     fields += ["corrected"] if "corrected" in data else []
-    later = {"probability": decode_tensor(data["probability"])} if "probability" in data else {}
+    later = [name for name in ("probability", "feasible") if name in data]
     return Front(
         X=_matrix(data["X"], int(data["d"])),
         metrics=tuple(metrics),
         **{name: _matrix(data[name], len(metrics)) for name in fields},
-        **later,
+        **{name: decode_tensor(data[name]) for name in later},
     )
 
 

@@ -22,10 +22,11 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import Sobol
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, design_points
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
 from map_bo.surrogates.validation import LeavesOneOut, validate
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
+_STEEP = 2.0  # gains that a point loses for each e-fold by which it is too likely to be infeasible
 _FAILURES = (
     SurrogateError,
     BotorchError,
@@ -73,6 +75,8 @@ class Situation:
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
+        feasibility: How likely points are feasible; None where all of them are.
+        failed: How many of ``taken`` are failed evaluations; they come first.
     """
 
     model: SurrogateModel
@@ -82,6 +86,8 @@ class Situation:
     known: Tensor
     scale: Scale
     generator: Generator
+    feasibility: Feasibility | None = None
+    failed: int = 0
 
     @cached_property
     def unit(self) -> Tensor:
@@ -100,6 +106,13 @@ class Situation:
     def mean_gains(self, X: Tensor) -> Tensor:
         """Return the predicted gains at ``X``: ``n x m`` for ``n x d``, differentiable."""
         return self.gains()(self.model.link_mean(X), None)
+
+    def allowed(self, gains: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return ``gains`` (``n x d`` to ``n x m``), less what points lack to be feasible."""
+        feasibility = self.feasibility
+        if feasibility is None:
+            return gains
+        return lambda X: gains(X) - _STEEP * feasibility.excess(X).unsqueeze(-1)
 
     @property
     def observed(self) -> Tensor:
@@ -159,12 +172,14 @@ class PosteriorDriven:
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
         reference: Reference point by metric name, in the metrics' own units; metrics left out
             keep the default of :meth:`map_bo.scale.Scale.of`.
+        requirements: What points have to fulfil; a run sets it.
     """
 
     surrogate: Surrogate | None = None
     design: Sampler = field(default_factory=Sobol)
     initial: int | None = None
     reference: Mapping[str, float] | None = None
+    requirements: Requirements = field(default_factory=Requirements, repr=False)
 
     def __post_init__(self) -> None:
         if self.initial is not None and self.initial < 0:
@@ -210,9 +225,8 @@ class PosteriorDriven:
         if first == n or succeeded < needed:
             if first < n:
                 _log.warning("%d of %d evaluations succeeded: the design goes on", succeeded, count)
-            points = self.design.propose(seen, space, n, pending=pending, generator=generator)
-            return points, {}
-        chosen = self.design.propose(seen, space, first, pending=pending, generator=generator)
+            return self._designed(seen, space, n, pending, generator), {}
+        chosen = self._designed(seen, space, first, pending, generator)
         waiting = torch.cat([waiting, chosen])
         with _seeded(child_seed(generator, "acquisition", count)):
             try:
@@ -224,14 +238,34 @@ class PosteriorDriven:
                 if len(found) < n - first:
                     _log.warning("the design goes on: it is best at points known already")
         chosen, waiting = torch.cat([chosen, found]), torch.cat([waiting, found])
-        rest = self.design.propose(
-            seen, space, n - len(chosen), pending=waiting, generator=generator
-        )
+        rest = self._designed(seen, space, n - len(chosen), waiting, generator)
         return torch.cat([chosen, rest]), fit
+
+    def _designed(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        pending: Tensor | None,
+        generator: Generator,
+    ) -> Tensor:
+        return design_points(
+            self.design,
+            seen,
+            space,
+            n,
+            pending=pending,
+            generator=generator,
+            requirements=self.requirements,
+        )
 
     def with_reference(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
+
+    def with_requirements(self, requirements: Requirements) -> Self:
+        """Return the sampler that keeps to these requirements; see `HasRequirements`."""
+        return replace(self, requirements=requirements)
 
     def with_surrogate(self, surrogate: Surrogate) -> Self:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
@@ -308,6 +342,8 @@ class PosteriorDriven:
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
+            feasibility=self.requirements.given(seen, space),
+            failed=int((~seen.ok).sum()),
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
