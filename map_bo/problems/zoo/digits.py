@@ -45,6 +45,7 @@ from map_bo.problems.zoo.data import (
 from map_bo.problems.zoo.statistics import digits_statistics
 from map_bo.problems.zoo.training import TRAINING_VERSION, Recipe, as_inputs, network
 from map_bo.rng import make_generator
+from map_bo.values import whole_number
 
 __all__ = ["TRANSFORM_NAMES", "DigitsProblem", "DigitsZoo", "cache_root", "digits_problem"]
 
@@ -171,12 +172,14 @@ class DigitsZoo:
                 f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}",
                 hint="set problem.measure to one of them",
             )
-        count = TEST_EXAMPLES if size is None else size
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= TEST_EXAMPLES:
-            raise DataError(
-                f"size must be from 1 to {TEST_EXAMPLES}, got {size!r}",
-                hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
-            )
+        count = whole_number(
+            "size",
+            TEST_EXAMPLES if size is None else size,
+            least=1,
+            most=TEST_EXAMPLES,
+            error=DataError,
+            hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
+        )
         _, _, images, targets = digits_split()
         labels = torch.from_numpy(targets[:count])
         # In batches, the noise of a gradient can be told.

@@ -38,6 +38,7 @@ from map_bo.problems.zoo.image_training import (
     select,
 )
 from map_bo.rng import make_generator
+from map_bo.values import whole_number
 
 __all__ = ["ImageZoo", "ImagesProblem", "images_problem"]
 
@@ -128,11 +129,14 @@ class ImageZoo:
             DataError: When a set does not have so many.
         """
         most = min(len(part.test) for part in self.data)
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
-            raise DataError(
-                f"size must be from 1 to {most}, got {size!r}",
-                hint=f"use from 1 to {most} held-out images per set",
-            )
+        size = whole_number(
+            "size",
+            size,
+            least=1,
+            most=most,
+            error=DataError,
+            hint=f"use from 1 to {most} held-out images per set",
+        )
         return {
             part.name: HeadAccuracy(
                 head(heads, part.name), part.test[:size], part.test_labels[:size]
