@@ -19,13 +19,21 @@ from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.feasibility import Feasibility
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
 from map_bo.tracking.codec import encode_front, encode_scale
 
-__all__ = ["Recommendation", "of_columns", "recommend", "refit"]
+__all__ = [
+    "Recommendation",
+    "notes_on_constraints",
+    "notes_on_feasibility",
+    "objectives",
+    "of_columns",
+    "recommend",
+    "refit",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,29 +88,34 @@ def recommend(
     Raises:
         SurrogateError: When nothing succeeded.
     """
-    scale = Scale.of(seen, space, settings.reference)
+    scale = Scale.of(seen, space, settings.reference, settings.requirements.constraints)
     start = time.perf_counter()
     model = settings.surrogate.fit(seen, space)
     fitted = time.perf_counter()
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
     coverage = Coverage.of(seen.succeeded().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
-    feasibility = settings.requirements.given(seen, space)
+    feasibility = settings.requirements.given(seen, space, model)
     if feasibility is not None:
         guarded = penalise(guarded, feasibility.excess, scale=scale.width)
-    varied = varied_metrics(seen)
-    searched = of_columns(guarded, varied)
+    varied = objectives(seen, scale)
+    likeliest = feasibility is not None and bool(scale.constrained.all())
+    if feasibility is not None and likeliest:  # no objective is left but to keep the constraints
+        searched = _likeliest(feasibility, coverage)
+    else:
+        searched = of_columns(guarded, varied)
     X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
     ranged = scale.ranged & varied
-    if bool(ranged.any()) and not torch.equal(ranged, varied):
+    if bool(ranged.any()) and not torch.equal(ranged, varied) and not likeliest:
         searched = of_columns(guarded, ranged)
         more = settings.solver.solve(searched, space, generator=child(generator, "solve", "ranged"))
         X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)
     if feasibility is not None:
-        X = _feasible(X, feasibility)
-    X = X[non_dominated(of_columns(mean, varied)(X).detach())]
+        X = _feasible(X, feasibility, coverage)
+    if not likeliest:
+        X = X[non_dominated(of_columns(mean, varied)(X).detach())]
     prediction = predict(model, X)
     front = Front(
         X=X,
@@ -128,20 +141,63 @@ def recommend(
     return Recommendation(front, model, rows, scale, about, seconds)
 
 
-def _feasible(X: Tensor, feasibility: Feasibility) -> Tensor:
+def objectives(seen: Observations, scale: Scale) -> Tensor:
+    """Return ``m`` booleans: the objectives that ever varied; all objectives where none did."""
+    found = varied_metrics(seen) & ~scale.constrained
+    return found if bool(found.any()) else ~scale.constrained
+
+
+def notes_on_constraints(requirements: Requirements) -> list[str]:
+    """Return what a reader must know of the constraints."""
+    if not requirements.constraints:
+        return []
+    return [
+        f"constraints: {', '.join(map(str, requirements.constraints))}; constrained metrics are "
+        "no objectives: they take no part in hypervolumes and preferences"
+    ]
+
+
+def notes_on_feasibility(front: Front, requirements: Requirements) -> list[str]:
+    """Return what a reader must know of a front without points that are likely feasible."""
+    constraints, notes = requirements.constraints, list[str]()
+    likely = front.feasible
+    if len(front) and bool((likely < requirements.least).all()):
+        row = int(likely.argmax())
+        names = [metric.name for metric in front.metrics]
+        values = ", ".join(
+            f"{name} = {float(front.mean[row, names.index(name)]):.4g}"
+            for name in dict.fromkeys(one.metric for one in constraints)
+        )
+        notes.append(
+            f"no point was found that is feasible with probability {requirements.least:g}: the "
+            f"front is what comes nearest, feasible with probability {float(likely[row]):.2g}"
+            + (f" (predicted {values})" if values else "")
+        )
+    return notes
+
+
+def _likeliest(feasibility: Feasibility, coverage: Coverage | None) -> Callable[[Tensor], Tensor]:
+    def likely(X: Tensor) -> Tensor:
+        return feasibility.log_probability(X).unsqueeze(-1)
+
+    return likely if coverage is None else guard(likely, coverage)
+
+
+def _feasible(X: Tensor, feasibility: Feasibility, coverage: Coverage | None) -> Tensor:
     """Return the rows that a front may hold, those beyond its edge drawn in.
 
     Where there are none, it is the one that comes nearest.
     """
     allowed = feasibility.allows(X)
     if not bool(allowed.all()):
-        moved = ascend(
-            lambda Z: -feasibility.excess(Z), X=X[~allowed], space=feasibility.region.space
-        )
+        moved = ascend(lambda Z: -feasibility.excess(Z), X=X[~allowed], space=feasibility.space)
         X = torch.cat([X[allowed], moved])
         allowed = feasibility.allows(X)
     if bool(allowed.any()):
         return X[allowed]
+    some = X[:: max(1, len(X) // 16)]
+    nearer = ascend(lambda Z: _likeliest(feasibility, coverage)(Z)[:, 0], feasibility.space, some)
+    X = torch.cat([X, nearer if coverage is None else coverage.shrink(nearer)])
     with torch.no_grad():
         return X[feasibility.log_probability(X).argmax()].unsqueeze(0)
 

@@ -13,14 +13,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
+from map_bo.loop.recommend import notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard, penalise
+from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
@@ -169,6 +172,7 @@ def recorded_requirements(settings: Mapping[str, Any]) -> Requirements:
     return Requirements(
         failures=settings.get("failures", default.failures),
         least=settings.get("least_feasible", default.least),
+        constraints=tuple(map(from_plain, settings.get("constraints") or ())),
     )
 
 
@@ -357,7 +361,8 @@ class Result:
         them with probability ``confidence`` under the posterior, measurement noise included, and
         states that probability. A point that was measured on the examples of every evaluation is
         judged by what was measured. Where nothing keeps them so surely, the most probable point
-        is returned, with a note.
+        is returned, with a note. The constraints of the run are such bounds, unless others are
+        given for the same metric.
 
         Args:
             prefer: Weight of each metric; metrics that are not named have no weight, and when none
@@ -374,20 +379,16 @@ class Result:
         Raises:
             PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
         """
+        least, most = self._bounds()
         preference = Preference(
             weights=dict(prefer or {}),
-            at_least=dict(at_least or {}),
-            at_most=dict(at_most or {}),
+            at_least={**least, **(at_least or {})},
+            at_most={**most, **(at_most or {})},
             rule=rule,
             confidence=confidence,
         )
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        rows = self._usable()
-        row = rows[choose(values[rows], preference, self.scale)]
-        x = self._refined(row, preference, self.refitted if corrected else self.model)
-        return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
-
         model = self.refitted if corrected else self.model
         holds = self._holds(values, preference, model) if preference.bounded else None
         rows = self._usable()
@@ -427,7 +428,19 @@ class Result:
 
     def feasibility(self) -> Feasibility | None:
         """Return how likely any point is feasible, by all that was measured; None where all are."""
-        return self.requirements.given(self.seen.append(self.verification), self.space)
+        seen = self.seen.append(self.verification)
+        return self.requirements.given(seen, self.space, self.refitted or self.model)
+
+    def _bounds(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the constraints of the run as lower and upper bounds; none if none can be kept."""
+        likely = self.front.feasible
+        if bool((likely < self.requirements.least).all()) and len(likely):
+            return {}, {}
+        constraints = self.requirements.constraints
+        return (
+            {one.metric: one.bound for one in constraints if isinstance(one, AtLeast)},
+            {one.metric: one.bound for one in constraints if isinstance(one, AtMost)},
+        )
 
     def _usable(self) -> list[int]:
         """Return the rows of the front to choose among: those that are likely to be feasible."""
@@ -515,7 +528,9 @@ class Result:
             space=self.space,
             feasible=float(front.feasible[row]),
             preference=preference,
-            notes=() if preference is None else tuple(self.scale.notes()),
+            notes=()
+            if preference is None
+            else (*self.scale.notes(), *notes_on_feasibility(front, self.requirements)),
             problem=self.problem,
         )
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from map_bo.constraints import Constraint, check_constraints
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
@@ -21,7 +22,13 @@ from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import Recommendation, recommend, refit
+from map_bo.loop.recommend import (
+    Recommendation,
+    notes_on_constraints,
+    notes_on_feasibility,
+    recommend,
+    refit,
+)
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
@@ -56,10 +63,16 @@ class ObservedVolume:
     Args:
         space: The space of the run.
         given: The reference point of the settings, if any.
+        constraints: What metrics have to keep.
     """
 
-    def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
-        self._space, self._given = space, given
+    def __init__(
+        self,
+        space: CoefficientSpace,
+        given: Mapping[str, float] | None = None,
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        self._space, self._given, self._constraints = space, given, constraints
         self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
@@ -79,7 +92,7 @@ class ObservedVolume:
         kinds = self._space.anchors().kinds
         if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = Scale.of(seen, self._space, self._given)
+        found = Scale.of(seen, self._space, self._given, self._constraints)
         return None if found.is_observed else found
 
 
@@ -115,6 +128,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        check_constraints(settings.requirements.constraints, problem.metrics)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -122,7 +136,7 @@ class Run:
                 f"{anchors} of base, experts and uniform blend, so a design that starts with these "
                 "skips the last of them"
             )
-        self._volume = ObservedVolume(problem.space, settings.reference)
+        self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
         identity = self._identity()
@@ -153,6 +167,12 @@ class Run:
                 f"of its own; from evaluation {len(state.X) + 1} on, it looks through the "
                 "run's surrogate"
             )
+
+    def _observed_volume(self) -> ObservedVolume:
+        settings = self.settings
+        return ObservedVolume(
+            self.problem.space, settings.reference, settings.requirements.constraints
+        )
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.problem, self.settings)
@@ -218,7 +238,7 @@ class Run:
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
         if failed:
             self._record("reopened", {"indices": failed})
-            self._volume = ObservedVolume(self.problem.space, self.settings.reference)
+            self._volume = self._observed_volume()
         return len(failed)
 
     def drive(self, progress: Progress = silent) -> Result:
@@ -348,7 +368,8 @@ class Run:
             found = {}
             if model is not None:
                 found["corrected"] = encode_tensor(predict(model, front.X).mean)
-            feasibility = self.settings.requirements.given(state.data, self.problem.space)
+            fitted = model or self.settings.surrogate.fit(state.seen, self.problem.space)
+            feasibility = self.settings.requirements.given(state.data, self.problem.space, fitted)
             if feasibility is not None:
                 with torch.no_grad():
                     found["feasible"] = encode_tensor(feasibility.probability(front.X))
@@ -394,6 +415,8 @@ class Run:
             notes=[
                 *self.notes,
                 *result.scale.notes(),
+                *notes_on_constraints(self.settings.requirements),
+                *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
                 *notes_on(stop),
             ],

@@ -6,10 +6,11 @@ Importing this costs nothing, because the configuration's schema is made from it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from map_bo.constraints import Constraint, read_constraints
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
 from map_bo.values import real_number, switch, whole_number
@@ -103,6 +104,9 @@ class Settings:
             choices. Failures by chance close no region; see
             :mod:`map_bo.surrogates.feasibility`. ``"ignore"`` only avoids the failed points.
         least_feasible: The least probability of being feasible that a point of the front may have.
+        constraints: What metrics have to keep: ``[AtLeast("safe", 0.9), AtMost("film", 1.7)]``, or
+            ``{"safe": ">= 0.9", "film": "<= 1.7"}`` as in a configuration. A constrained metric is
+            no objective.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
     """
@@ -122,6 +126,7 @@ class Settings:
     max_failure_share: float = 0.5
     failures: Literal["learn", "ignore"] = "learn"
     least_feasible: float = 0.5
+    constraints: Sequence[Constraint] | Mapping[str, Any] | None = None
     stop: Stop | None = None
 
     def __post_init__(self) -> None:
@@ -156,6 +161,7 @@ class Settings:
         )
         put(self, "max_failure_share", share)
         put(self, "reference", _reference(self.reference))
+        put(self, "constraints", read_constraints(self.constraints) or None)
         self._check_parts()
         if self.search < 3:
             raise BudgetError(
@@ -189,7 +195,7 @@ class Settings:
         """What the points of the run have to fulfil."""
         from map_bo.surrogates.feasibility import Requirements
 
-        return Requirements(self.failures, self.least_feasible)
+        return Requirements(self.failures, self.least_feasible, read_constraints(self.constraints))
 
     def _check_parts(self) -> None:
         """Refuse parts that are not what they should be, before anything is evaluated."""

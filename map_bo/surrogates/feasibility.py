@@ -1,4 +1,7 @@
-r"""Where a run may go: a classifier of where evaluations work, off until something failed.
+r"""Where a run may go: what works and keeps the constraints.
+
+Constraints are judged by the surrogate's posterior of their metrics (:func:`log_satisfied`). Where
+evaluations work is learned by a classifier over coefficients, which is off until something failed.
 
 A merge whose coefficients add up to too much diverges every time; another evaluation fails because
 a machine was rebooted. The first says where not to look, the second says nothing. Which of the two
@@ -22,17 +25,29 @@ Everything is deterministic, float64 and differentiable in the coefficients.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from map_bo.constraints import AtLeast, AtMost, Constraint
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.links import Link
+from map_bo.surrogates.surrogate import PointCovariances, SurrogateModel
 
-__all__ = ["EdgeDoubt", "Failures", "Feasibility", "Requirements", "WorkingRegion"]
+__all__ = [
+    "EdgeDoubt",
+    "Failures",
+    "Feasibility",
+    "Requirements",
+    "WorkingRegion",
+    "log_satisfied",
+]
 
 Failures = Literal["learn", "ignore"]
 
@@ -46,6 +61,7 @@ _STEPS = 30  # of Newton's method at most
 _ROWS = 200  # evaluations that are looked at: the last failures and the last successes
 _NEGLIGIBLE = 1e-3  # posterior weight below which an explanation is left out
 _LEAST = 1e-12
+_FAR = 1e5  # deviations from a bound beyond which it makes no difference
 _SURE = 0.75  # a front lies where evaluations work with this probability: they are wasted elsewhere
 _SPARE = 0.2  # of the way from the least probability to 1, in logarithms
 
@@ -193,6 +209,7 @@ class Requirements:
     Attributes:
         failures: ``"learn"`` to keep away from where evaluations fail, ``"ignore"`` not to.
         least: The least probability of being feasible that a point of the front may have.
+        constraints: What metrics have to keep.
 
     Raises:
         ConfigError: On a value that is not possible.
@@ -200,6 +217,7 @@ class Requirements:
 
     failures: Failures = "learn"
     least: float = 0.5
+    constraints: tuple[Constraint, ...] = ()
 
     def __post_init__(self) -> None:
         if self.failures not in ("learn", "ignore"):
@@ -218,27 +236,58 @@ class Requirements:
         """Return where evaluations work; None where nothing failed or failures are ignored."""
         return WorkingRegion.of(seen, space) if self.failures == "learn" else None
 
-    def given(self, seen: Observations, space: CoefficientSpace) -> Feasibility | None:
-        """Return how likely points are feasible, given ``seen``; None where all points are."""
+    def given(
+        self, seen: Observations, space: CoefficientSpace, model: SurrogateModel | None
+    ) -> Feasibility | None:
+        """Return how likely points are feasible, given ``seen``; None where all points are.
+
+        Args:
+            seen: All evaluations.
+            space: The coefficients.
+            model: The surrogate fitted to them; without one, constraints play no part.
+        """
         region = self.region(seen, space)
-        return None if region is None else Feasibility(region, self.least)
+        constraints = () if model is None else self.constraints
+        if region is None and not constraints:
+            return None
+        return Feasibility(space, region, self.least, model, constraints)
 
 
 @dataclass(frozen=True, eq=False)
 class Feasibility:
-    """How likely points are feasible: that their evaluations work.
+    """How likely points are feasible: that their evaluations work and constraints hold.
 
     Attributes:
-        region: Where evaluations work.
+        space: The coefficients.
+        region: Where evaluations work; None where all do.
         least: The least probability that a point of the front may have.
+        model: The surrogate that constraints are judged by.
+        constraints: What metrics have to keep.
     """
 
-    region: WorkingRegion
+    space: CoefficientSpace
+    region: WorkingRegion | None = None
     least: float = 0.5
+    model: SurrogateModel | None = None
+    constraints: tuple[Constraint, ...] = ()
+
+    @cached_property
+    def _variances(self) -> PointCovariances | None:
+        if self.model is None or not self.constraints:
+            return None
+        return self.model.covariances_with(self.space.anchors().X[:1])
 
     def log_probability(self, X: Tensor) -> Tensor:
         """Return the logarithm of the probability, ``n`` for ``n x d``; differentiable."""
-        return self.region.log_probability(X)
+        total = X.new_zeros(len(X))
+        if self.region is not None:
+            total = total + self.region.log_probability(X)
+        return total + self._log_keeps(X)
+
+    def _log_keeps(self, X: Tensor) -> Tensor:
+        if self.model is None or self._variances is None:
+            return X.new_zeros(len(X))
+        return log_satisfied(self.model, X, self.constraints, self._variances)
 
     def probability(self, X: Tensor) -> Tensor:
         """Return the probability that each row of ``X`` (``n x d``) is feasible, ``n``."""
@@ -247,7 +296,10 @@ class Feasibility:
     def allows(self, X: Tensor) -> Tensor:
         """Return which rows (``n x d``) a front may hold."""
         with torch.no_grad():
-            return self.region.probability(X) >= max(self.least, _SURE)
+            allowed = self.probability(X) >= self.least
+            if self.region is not None:
+                allowed &= self.region.probability(X) >= _SURE
+        return allowed
 
     def excess(self, X: Tensor) -> Tensor:
         """Return by how much the log probability of each row (``n x d``) is too low, ``n``.
@@ -255,10 +307,78 @@ class Feasibility:
         It is 0 where a front may lie with a little to spare, so that what is kept by a penalty is
         allowed; differentiable, with a slope that sets in gradually, so that solvers come to rest.
         """
-        limit = math.log(max(self.least, _SURE))
-        over = ((1 - _SPARE) * limit - self.log_probability(X)).clamp_min(0.0)
-        soft = -_SPARE * limit
-        return torch.where(over < soft, over.square() / (2 * soft), over - soft / 2)
+        total = X.new_zeros(len(X))
+        works = total
+        if self.region is not None:
+            works = self.region.log_probability(X)
+            total = total + _over(works, max(self.least, _SURE))
+        if self.constraints:
+            total = total + _over(works + self._log_keeps(X), self.least)
+        return total
+
+
+def _over(log_probability: Tensor, least: float) -> Tensor:
+    limit = math.log(least)
+    over = ((1 - _SPARE) * limit - log_probability).clamp_min(0.0)
+    soft = -_SPARE * limit
+    return torch.where(over < soft, over.square() / (2 * soft), over - soft / 2)
+
+
+def log_satisfied(
+    model: SurrogateModel,
+    X: Tensor,
+    constraints: Sequence[Constraint],
+    covariances: PointCovariances | None = None,
+) -> Tensor:
+    """Return the log probability that ``X`` (``n x d``) keeps all constraints, ``n``.
+
+    It is of the real metrics: the posterior with the misfit of the model and without measurement
+    noise (:func:`map_bo.surrogates.prediction.holding_probability` is of what would be measured).
+    Metrics are independent given the data. Finite and differentiable, also far from a bound.
+
+    Args:
+        model: The surrogate.
+        X: Points.
+        constraints: What metrics have to keep.
+        covariances: ``model.covariances_with`` any points, to make them once.
+    """
+    total = X.new_zeros(len(X))
+    if not constraints or not len(X):
+        return total
+    known = model.covariances_with(X[:1].detach()) if covariances is None else covariances
+    mean = model.link_mean(X)
+    _, variance = known.to(X)
+    deviation = (variance.T.clamp_min(0.0) + model.misfit_variance()).clamp_min(1e-30).sqrt()
+    low = {one.metric: one.bound for one in constraints if isinstance(one, AtLeast)}
+    high = {one.metric: one.bound for one in constraints if isinstance(one, AtMost)}
+    for j, (metric, link) in enumerate(zip(model.metrics, model.links, strict=True)):
+        least, most = low.get(metric.name), high.get(metric.name)
+        # A bound that no value can break; a link would move it inside.
+        if least is not None and metric.lower is not None and least <= metric.lower:
+            least = None
+        if most is not None and metric.upper is not None and most >= metric.upper:
+            most = None
+
+        def away(bound: float, j: int = j, link: Link = link) -> Tensor:
+            limit = link.forward(torch.tensor(bound, dtype=torch.float64))
+            return ((limit - mean[:, j]) / deviation[:, j]).clamp(-_FAR, _FAR)
+
+        if least is not None and most is not None:
+            total = total + _log_between(away(least), away(most))
+        elif least is not None:
+            total = total + torch.special.log_ndtr(-away(least))
+        elif most is not None:
+            total = total + torch.special.log_ndtr(away(most))
+    return total
+
+
+def _log_between(a: Tensor, b: Tensor) -> Tensor:
+    """Return the logarithm of ``Phi(b) - Phi(a)`` for ``a <= b``."""
+    flipped = a + b > 0  # so that the interval lies mostly below 0, where nothing cancels
+    a, b = torch.where(flipped, -b, a), torch.where(flipped, -a, b)
+    upper, lower = torch.special.log_ndtr(b), torch.special.log_ndtr(a)
+    inside: Tensor = upper + (-torch.expm1((lower - upper).clamp_max(-_LEAST))).log()
+    return inside
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from map_bo.constraints import plain_constraints, read_constraints
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
 from map_bo.scale import Scale
@@ -114,6 +115,8 @@ def encode_scale(scale: Scale) -> dict[str, Any]:
         data["unit"] = encode_tensor(scale.unit)
     if scale.rangeless:
         data["rangeless"] = list(scale.rangeless)
+    if scale.constraints:
+        data["constraints"] = plain_constraints(scale.constraints)
     return data
 
 
@@ -133,7 +136,8 @@ def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
     scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
     names = data.get("rangeless", ())
     told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
-    return replace(scale, ranged=scale.ranged & ~told)
+    constraints = read_constraints(data.get("constraints"))
+    return replace(scale, ranged=scale.ranged & ~told, constraints=constraints)
 
 
 def encode_metric(metric: Metric) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def test_nothing_failed_is_no_region() -> None:
     X = points(5, 2, 0)
     seen = tried(X, torch.ones(len(X), dtype=torch.bool))
     assert WorkingRegion.of(seen, space_of(2)) is None
-    assert Requirements().given(seen, space_of(2)) is None
+    assert Requirements().given(seen, space_of(2), None) is None
 
 
 @pytest.mark.parametrize("d", [2, 4])
@@ -106,7 +106,7 @@ def test_probability_depends_on_nothing_but_the_data_and_has_gradients() -> None
 
 
 def test_everything_failed_and_many_rows_are_no_trouble() -> None:
-    X = points(400, 2, 7)
+    X = points(250, 2, 7)
     assert WorkingRegion.of(tried(X, torch.zeros(len(X), dtype=torch.bool)), space_of(2))
     region = WorkingRegion.of(tried(X, below(X)), space_of(2))
     assert region is not None
@@ -115,14 +115,14 @@ def test_everything_failed_and_many_rows_are_no_trouble() -> None:
 
 def test_a_front_may_lie_where_evaluations_work() -> None:
     X = points(40, 2, 1)
-    feasibility = Requirements().given(tried(X, below(X)), space_of(2))
+    feasibility = Requirements().given(tried(X, below(X)), space_of(2), None)
     assert isinstance(feasibility, Feasibility)
     ends = torch.tensor([[0.1, 0.1], [1.0, 1.0]], dtype=torch.float64)
     assert feasibility.allows(ends).tolist() == [True, False]
     excess = feasibility.excess(ends)
     assert float(excess[0]) == 0.0
     assert float(excess[1]) > 0.5
-    assert Requirements("ignore").given(tried(X, below(X)), space_of(2)) is None
+    assert Requirements("ignore").given(tried(X, below(X)), space_of(2), None) is None
 
 
 def test_the_doubt_about_the_edge_falls_most_at_the_edge() -> None:

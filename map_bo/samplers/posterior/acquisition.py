@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -39,6 +40,9 @@ class AcquisitionDriven(PosteriorDriven):
         mc_samples: Samples of the posterior.
         steps: Steps of the optimiser from each start.
     """
+
+    above_reference: ClassVar[bool] = False
+    """Whether the acquisition itself counts nothing that does not beat the reference point."""
 
     restarts: int = 4
     raw_samples: int = 64
@@ -80,10 +84,9 @@ class AcquisitionDriven(PosteriorDriven):
     def weighted(
         self, acquisition: AcquisitionFunction, situation: Situation
     ) -> AcquisitionFunction:
-        """Return the acquisition times the probability that a point is feasible."""
-        if situation.feasibility is None:
-            return acquisition
-        return Weighted(acquisition, situation.feasibility)
+        """Return the acquisition times the probability that a point is worth something."""
+        likely = situation.feasibility if self.above_reference else situation.worth
+        return acquisition if likely is None else Weighted(acquisition, likely)
 
     def choose(self, situation: Situation, n: int) -> Tensor:
         """Return up to ``n`` new points, ``k x d``, the best first.

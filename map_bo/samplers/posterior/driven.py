@@ -18,7 +18,8 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from map_bo.data import Metric, Observations
+from map_bo.constraints import AtLeast, AtMost, Constraint
+from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import Sobol
@@ -76,6 +77,8 @@ class Situation:
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
         feasibility: How likely points are feasible; None where all of them are.
+        worth: How likely points are feasible and beat every threshold of the user's reference
+            point; None where there is no such threshold either.
         failed: How many of ``taken`` are failed evaluations; they come first.
     """
 
@@ -87,6 +90,7 @@ class Situation:
     scale: Scale
     generator: Generator
     feasibility: Feasibility | None = None
+    worth: Feasibility | None = None
     failed: int = 0
 
     @cached_property
@@ -108,11 +112,14 @@ class Situation:
         return self.gains()(self.model.link_mean(X), None)
 
     def allowed(self, gains: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return ``gains`` (``n x d`` to ``n x m``), less what points lack to be feasible."""
-        feasibility = self.feasibility
-        if feasibility is None:
+        """Return ``gains`` (``n x d`` to ``n x m``), less what points lack to be worth something.
+
+        Those are points that work, keep the constraints and beat the user's reference point.
+        """
+        worth = self.worth
+        if worth is None:
             return gains
-        return lambda X: gains(X) - _STEEP * feasibility.excess(X).unsqueeze(-1)
+        return lambda X: gains(X) - _STEEP * worth.excess(X).unsqueeze(-1)
 
     @property
     def observed(self) -> Tensor:
@@ -340,14 +347,47 @@ class PosteriorDriven:
             space=space,
             taken=torch.cat([seen.X[~seen.ok], waiting]),
             known=torch.cat([seen.X, waiting]),
-            scale=Scale.of(seen, space, self.reference),
+            scale=Scale.of(seen, space, self.reference, self.requirements.constraints),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
-            feasibility=self.requirements.given(seen, space),
+            feasibility=self.requirements.given(seen, space, model),
+            worth=self._worth(seen, space, model),
             failed=int((~seen.ok).sum()),
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
+
+    def _worth(
+        self, seen: Observations, space: CoefficientSpace, model: SurrogateModel
+    ) -> Feasibility | None:
+        held = {one.metric for one in self.requirements.constraints}
+        limits = [x for x in thresholds(seen, space, self.reference) if x.metric not in held]
+        return replace(
+            self.requirements, constraints=(*self.requirements.constraints, *limits)
+        ).given(seen, space, model)
+
+
+def thresholds(
+    seen: Observations, space: CoefficientSpace, reference: Mapping[str, float] | None
+) -> list[Constraint]:
+    """Return what a user's reference point asks of metrics.
+
+    It asks something where it is better than the worst of base and experts: what does not beat it
+    is worth nothing to the user. A reference point that is not moves no proposal.
+    """
+    if not reference:
+        return []
+    usual = to_maximisation(Scale.of(seen, space).point, seen.metrics).tolist()
+    found: list[Constraint] = []
+    for metric, low in zip(seen.metrics, usual, strict=True):
+        if metric.name not in reference:
+            continue
+        value = float(reference[metric.name])
+        if metric.direction == "max" and value > low:
+            found.append(AtLeast(metric.name, value))
+        elif metric.direction == "min" and -value > low:
+            found.append(AtMost(metric.name, value))
+    return found
 
 
 @contextmanager

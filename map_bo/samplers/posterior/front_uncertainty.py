@@ -109,14 +109,13 @@ class FrontUncertainty(AcquisitionDriven):
         self, acquisition: AcquisitionFunction, situation: Situation
     ) -> AcquisitionFunction:
         """Return the acquisition with feasibility in it; see :class:`Informative`."""
-        feasibility = situation.feasibility
-        if feasibility is None or not isinstance(acquisition, PreferenceVariance):
+        worth = situation.worth
+        if worth is None or worth.region is None or not isinstance(acquisition, PreferenceVariance):
             return super().weighted(acquisition, situation)
         targets = acquisition.targets
         slopes = utility_slopes(situation, targets, acquisition.preferences)
         waiting = acquisition.pending[situation.failed :]
-        edge = feasibility.region.doubt(targets, slopes, waiting)
-        return Informative(acquisition, feasibility, edge)
+        return Informative(acquisition, worth, worth.region.doubt(targets, slopes, waiting))
 
     def acquisition(
         self, situation: Situation, pending: Tensor, generator: Generator
