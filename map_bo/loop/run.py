@@ -15,7 +15,7 @@ from torch import Generator
 
 from map_bo.constraints import Constraint, check_constraints
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
+from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
@@ -111,6 +111,7 @@ class Run:
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
+        SpaceError: When the space holds a single point.
     """
 
     def __init__(
@@ -129,6 +130,7 @@ class Run:
         self.notes: list[str] = []
         _check_reference(settings, problem)
         check_constraints(settings.requirements.constraints, problem.metrics)
+        _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -437,6 +439,15 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
+
+
+def _check_space(space: CoefficientSpace) -> None:
+    if space.is_single_point:
+        raise SpaceError(
+            f"the space holds a single point, {space.project(space.bounds)[0].tolist()}, so there "
+            "is nothing to search",
+            hint="leave at least one coefficient free, widen the bounds or relax a constraint",
+        )
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

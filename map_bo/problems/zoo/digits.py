@@ -244,6 +244,7 @@ def digits_problem(
     size: int | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
+    fixed: Mapping[str, float] | None = None,
     blocks: Mapping[str, str] | None = None,
     sum_at_most: float | None = None,
     operator: MergeOperator | None = None,
@@ -268,6 +269,7 @@ def digits_problem(
         size: How many test images each evaluation uses; all when None.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
+        fixed: Coefficients that are not searched, by expert; see `MergedModelProblem`.
         blocks: Block name -> pattern of tensor names, for one coefficient per expert and block;
             short for ``operator=TaskArithmetic(blocks)``.
         sum_at_most: Bound on the sum of the experts' coefficients (within each block).
@@ -320,6 +322,7 @@ def digits_problem(
         operator=operator,
         lower=lower,
         upper=upper,
+        fixed=fixed,
         space=space,
         dtype=dtype,
         measure=measure,

@@ -210,6 +210,7 @@ def images_problem(
     size: int = SIZE,
     lower: float = 0.0,
     upper: float = 1.0,
+    fixed: Mapping[str, float] | None = None,
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
@@ -229,6 +230,7 @@ def images_problem(
         size: How many held-out images an evaluation uses, the same every time.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
+        fixed: Coefficients that are not searched, by expert; see `MergedModelProblem`.
         operator: How to merge; task arithmetic when None.
         cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
         progress: Show a progress bar while training.
@@ -248,6 +250,7 @@ def images_problem(
         operator=operator,
         lower=lower,
         upper=upper,
+        fixed=fixed,
         dtype=dtype,
     )
 
