@@ -467,6 +467,7 @@ class Result:
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
         feasibility = self.feasibility()
+        region = None if feasibility is None else feasibility.region
         if feasibility is not None:
             guarded = penalise(guarded, feasibility.excess, scale=width)
 
@@ -475,7 +476,9 @@ class Result:
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            return utility(values, preference, self.scale) - 10 * missed(X)
+            wanted = utility(values, preference, self.scale) - 10 * missed(X)
+            # A model that cannot be had is worth nothing, so one that may fail is worth less.
+            return wanted if region is None else wanted + region.log_probability(X)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
