@@ -135,7 +135,7 @@ def test_a_scale_comes_back_with_its_metrics_without_a_range() -> None:
     point, best = torch.tensor([0.1, 2.0, -3.0]), torch.tensor([0.9, 1.0, -3.0])
     few, unit = torch.tensor([True, False, False]), torch.tensor([0.5, 1.0, 3.0])
     for kwargs in ({}, {"ranged": few}, {"unit": unit}, {"ranged": few, "unit": unit}):
-        scale = Scale(METRICS, point, best, "given by the user", **kwargs)
+        scale = Scale(METRICS, point, best, "given by the user", **kwargs)  # type: ignore[arg-type]
         again = decode_scale(through_json(encode_scale(scale)), METRICS)
         assert identical(again.point, scale.point)
         assert identical(again.best, scale.best)
