@@ -33,6 +33,7 @@ from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
@@ -97,7 +98,7 @@ def expected_gain(
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
-    coverage = Coverage.of(evaluated, space) if guarded else None
+    coverage = Coverage.of(seen.with_any().X, space) if guarded else None
     guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
     if feasibility is not None:
         guarded_mean = penalise(guarded_mean, feasibility.excess, scale=scale.width)
@@ -128,7 +129,7 @@ def expected_gain(
         _, total = model.training_targets()
         rows = torch.tensor(sorted(farthest_rows(gains, further)))
         copies = -(-further // len(rows))
-        floor = left(_conditioned(joint, rows, total.median(0).values / copies))
+        floor = left(_conditioned(joint, rows, total.nanmedian(0).values / copies))
     return ExpectedGain(left(joint), floor)
 
 
@@ -158,17 +159,17 @@ def check_stopping(
     """
     assert settings.stop is not None
     start, done = time.perf_counter(), len(seen)
-    model = settings.surrogate.fit(seen, space)
+    screening = fit_screened(settings.run_surrogate, seen, space)
     found = expected_gain(
-        model,
-        seen,
+        screening.model,
+        screening.kept,
         space,
-        Scale.of(seen, space, settings.reference, settings.requirements.constraints),
+        Scale.of(screening.kept, space, settings.reference, settings.requirements.constraints),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),
         further=0 if before else settings.search - done,
-        feasibility=settings.requirements.given(seen, space, model),
+        feasibility=settings.requirements.given(seen, space, screening.model),
     )
     return {
         "evaluations": done,

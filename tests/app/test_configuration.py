@@ -36,6 +36,7 @@ from map_bo.nested.settings import Nested
 from map_bo.plain import to_plain
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.surrogates.feasibility import Requirements
+from map_bo.surrogates.outliers import Screened
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
@@ -151,10 +152,10 @@ def test_constraints_are_written_as_one_reads_them() -> None:
 def test_a_surrogate_of_the_samplers_own_comes_before_that_of_the_run() -> None:
     settings = build_settings(composed("surrogate=gp"))
     assert settings.sampler == Adaptive()
-    assert settings.run_sampler == Adaptive(surrogate=GP())
+    assert settings.run_sampler == Adaptive(surrogate=Screened(GP()))
     own = ["surrogate=gp", "sampler/surrogate=quadratic", "+sampler.surrogate.link=identity"]
     settings = build_settings(composed(*own))
-    assert settings.run_sampler == Adaptive(surrogate=Quadratic(link="identity"))
+    assert settings.run_sampler == Adaptive(surrogate=Screened(Quadratic(link="identity")))
     with pytest.raises(ConfigError, match="sampler has no option 'surrogate'"):
         build_settings(composed("sampler=sobol", "sampler/surrogate=gp"))
     with pytest.raises(SamplerError, match="PublishedQuadratic does not leave evaluations out"):

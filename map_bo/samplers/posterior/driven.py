@@ -28,9 +28,10 @@ from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.feasibility import Feasibility, Requirements
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
-from map_bo.surrogates.validation import LeavesOneOut, validate
+from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, validate
 
 __all__ = [
     "NEAREST",
@@ -80,6 +81,8 @@ class Situation:
         worth: How likely points are feasible and beat every threshold of the user's reference
             point; None where there is no such threshold either.
         failed: How many of ``taken`` are failed evaluations; they come first.
+        whole: Which of the rows that ``model`` was fitted to are those of ``good``: partial rows
+            are fitted to too. None where all are.
     """
 
     model: SurrogateModel
@@ -92,6 +95,7 @@ class Situation:
     feasibility: Feasibility | None = None
     worth: Feasibility | None = None
     failed: int = 0
+    whole: Tensor | None = None
 
     @cached_property
     def unit(self) -> Tensor:
@@ -338,9 +342,10 @@ class PosteriorDriven:
         waiting: Tensor,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        good = seen.succeeded()
         surrogate = Auto() if self.surrogate is None else self.surrogate
-        model = surrogate.fit(seen, space)
+        screening = fit_screened(surrogate, seen, space)
+        model, every, seen = screening.model, seen, screening.kept
+        good = seen.succeeded()
         situation = Situation(
             model=model,
             good=good,
@@ -349,12 +354,15 @@ class PosteriorDriven:
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference, self.requirements.constraints),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
-            feasibility=self.requirements.given(seen, space, model),
-            worth=self._worth(seen, space, model),
+            feasibility=self.requirements.given(every, space, model),
+            worth=self._worth(every, space, model),
             failed=int((~seen.ok).sum()),
+            whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        if screening.outliers:
+            scores = {**scores, "outliers": [one.describe() for one in screening.outliers]}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
 
     def _worth(
