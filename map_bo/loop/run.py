@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Generator
 
+from map_bo.constraints import Constraint, check_constraints
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
@@ -21,7 +22,13 @@ from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import Recommendation, recommend, refit
+from map_bo.loop.recommend import (
+    Recommendation,
+    notes_on_constraints,
+    notes_on_feasibility,
+    recommend,
+    refit,
+)
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
@@ -57,10 +64,16 @@ class ObservedVolume:
     Args:
         space: The space of the run.
         given: The reference point of the settings, if any.
+        constraints: What metrics have to keep.
     """
 
-    def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
-        self._space, self._given = space, given
+    def __init__(
+        self,
+        space: CoefficientSpace,
+        given: Mapping[str, float] | None = None,
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        self._space, self._given, self._constraints = space, given, constraints
         self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
@@ -80,7 +93,7 @@ class ObservedVolume:
         kinds = self._space.anchors().kinds
         if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = Scale.of(seen, self._space, self._given)
+        found = Scale.of(seen, self._space, self._given, self._constraints)
         return None if found.is_observed else found
 
 
@@ -117,6 +130,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        check_constraints(settings.requirements.constraints, problem.metrics)
         _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
@@ -125,7 +139,7 @@ class Run:
                 f"{anchors} of base, experts and uniform blend, so a design that starts with these "
                 "skips the last of them"
             )
-        self._volume = ObservedVolume(problem.space, settings.reference)
+        self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
         events = list(store.read())
         identity = self._identity()
@@ -157,6 +171,12 @@ class Run:
                 "run's surrogate"
             )
 
+    def _observed_volume(self) -> ObservedVolume:
+        settings = self.settings
+        return ObservedVolume(
+            self.problem.space, settings.reference, settings.requirements.constraints
+        )
+
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.problem, self.settings)
 
@@ -178,6 +198,7 @@ class Run:
             n,
             pending=self.state.X[waiting] if waiting else None,
             generator=child(self.generator, "propose"),
+            requirements=self.settings.requirements,
         )
         first = len(self.state.X)
         X = self.problem.space.check(X)
@@ -220,7 +241,7 @@ class Run:
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
         if failed:
             self._record("reopened", {"indices": failed})
-            self._volume = ObservedVolume(self.problem.space, self.settings.reference)
+            self._volume = self._observed_volume()
         return len(failed)
 
     def drive(self, progress: Progress = silent) -> Result:
@@ -337,6 +358,8 @@ class Run:
     def _correct(self) -> Screening | None:
         """Fit again with the verified points among the data, and record the new predictions.
 
+        Where something failed, the points' probabilities of being feasible are recorded too.
+
         Returns:
             The fit, or None when nothing was verified or it cannot be done.
         """
@@ -348,9 +371,21 @@ class Run:
             return None
         front = state.front
         done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
-        if again is not None and front is not None and not done:
-            values = predict(again.model, front.X).mean
-            self._record("corrected", {"corrected": encode_tensor(values)})
+        if front is not None and not done and len(state.verification):
+            found = {}
+            if again is not None:
+                found["corrected"] = encode_tensor(predict(again.model, front.X).mean)
+            fitted = (
+                self.settings.run_surrogate.fit(state.seen, self.problem.space)
+                if again is None
+                else again.model
+            )
+            feasibility = self.settings.requirements.given(state.data, self.problem.space, fitted)
+            if feasibility is not None:
+                with torch.no_grad():
+                    found["feasible"] = encode_tensor(feasibility.probability(front.X))
+            if found:
+                self._record("corrected", found)
         return again
 
     def _finish(self, found: Recommendation | None) -> Result:
@@ -392,6 +427,8 @@ class Run:
             notes=[
                 *self.notes,
                 *result.scale.notes(),
+                *notes_on_constraints(self.settings.requirements),
+                *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
                 *notes_on(stop),
                 *(outlier.note() for outlier in aside),

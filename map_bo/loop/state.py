@@ -282,8 +282,12 @@ def advance(state: RunState, event: Event) -> RunState:
         case "checked":
             return new(state, checks=(*state.checks, {"stop": data["stop"], **data}))
         case "corrected" if state.front is not None:
-            values = decode_tensor(data["corrected"])
-            return new(state, front=dataclasses.replace(state.front, corrected=values))
+            front = state.front
+            if "corrected" in data:
+                front = dataclasses.replace(front, corrected=decode_tensor(data["corrected"]))
+            if "feasible" in data:
+                front = dataclasses.replace(front, feasible=decode_tensor(data["feasible"]))
+            return new(state, front=front)
         case "finished":
             return new(state, summary=data["summary"])
     return state

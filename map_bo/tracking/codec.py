@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from map_bo.constraints import plain_constraints, read_constraints
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
 from map_bo.scale import Scale
@@ -114,6 +115,8 @@ def encode_scale(scale: Scale) -> dict[str, Any]:
         data["unit"] = encode_tensor(scale.unit)
     if scale.rangeless:
         data["rangeless"] = list(scale.rangeless)
+    if scale.constraints:
+        data["constraints"] = plain_constraints(scale.constraints)
     return data
 
 
@@ -133,7 +136,8 @@ def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
     scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
     names = data.get("rangeless", ())
     told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
-    return replace(scale, ranged=scale.ranged & ~told)
+    constraints = read_constraints(data.get("constraints"))
+    return replace(scale, ranged=scale.ranged & ~told, constraints=constraints)
 
 
 def encode_metric(metric: Metric) -> dict[str, Any]:
@@ -215,7 +219,9 @@ def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
 
 def encode_front(front: Front) -> dict[str, Any]:
     """Return ``front`` as plain data without the metrics, predicted and real values apart."""
-    fields = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
+    fields = ["X", "mean", "std", "lower", "upper", "real", "corrected", "probability"]
+    # Only where something is known, so that all other records stay as they were.
+    fields += ["feasible"] if bool(front.feasible.isfinite().any()) else []
     return {
         "d": front.X.shape[-1],
         **{name: encode_tensor(getattr(front, name)) for name in fields},
@@ -233,12 +239,12 @@ def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
     """
     fields = ["mean", "std", "lower", "upper", "real"]
     fields += ["corrected"] if "corrected" in data else []
-    later = {"probability": decode_tensor(data["probability"])} if "probability" in data else {}
+    later = [name for name in ("probability", "feasible") if name in data]
     return Front(
         X=_matrix(data["X"], int(data["d"])),
         metrics=tuple(metrics),
         **{name: _matrix(data[name], len(metrics)) for name in fields},
-        **later,
+        **{name: decode_tensor(data[name]) for name in later},
     )
 
 

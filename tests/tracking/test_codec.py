@@ -135,7 +135,7 @@ def test_a_scale_comes_back_with_its_metrics_without_a_range() -> None:
     point, best = torch.tensor([0.1, 2.0, -3.0]), torch.tensor([0.9, 1.0, -3.0])
     few, unit = torch.tensor([True, False, False]), torch.tensor([0.5, 1.0, 3.0])
     for kwargs in ({}, {"ranged": few}, {"unit": unit}, {"ranged": few, "unit": unit}):
-        scale = Scale(METRICS, point, best, "given by the user", **kwargs)
+        scale = Scale(METRICS, point, best, "given by the user", **kwargs)  # type: ignore[arg-type]
         again = decode_scale(through_json(encode_scale(scale)), METRICS)
         assert identical(again.point, scale.point)
         assert identical(again.best, scale.best)
@@ -232,13 +232,18 @@ def test_a_front_comes_back_with_what_is_known_of_it_and_from_before_it_was() ->
     before = Front(
         mean[:, :2], mean, mean, mean, mean, METRICS,
         corrected=mean - 0.1, probability=torch.tensor([0.1, float("nan"), 1.0]),
+        feasible=torch.tensor([0.9, 0.5, 1.0]),
     )  # fmt: skip
     written = through_json(encode_front(before))
     after = decode_front(written, METRICS)
     assert identical(after.corrected, before.corrected)
     assert identical(after.probability, before.probability)
-    older = {name: written[name] for name in written if name not in ("corrected", "probability")}
+    assert identical(after.feasible, before.feasible)
+    later = ("corrected", "probability", "feasible")
+    older = {name: written[name] for name in written if name not in later}
     old = decode_front(older, METRICS)
     assert identical(old.mean, mean)
     assert bool(old.corrected.isnan().all())
     assert bool(old.probability.isnan().all())
+    assert bool(old.feasible.isnan().all())
+    assert "feasible" not in encode_front(old), "a run in which nothing failed is as it was"
