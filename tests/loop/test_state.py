@@ -26,9 +26,11 @@ def test_a_state_is_the_replay_of_its_events() -> None:
     assert state.proposing == 1.0
 
 
-def test_a_kind_of_a_later_version_changes_nothing() -> None:
+def test_an_unknown_kind_is_refused_and_one_of_a_nested_run_changes_nothing() -> None:
     state = replay([PROPOSED], METRICS, 2)
-    assert advance(state, Event("celebrated", {"with": "cake"})) is state
+    with pytest.raises(StoreError, match="there is no event 'celebrated'"):
+        advance(state, Event("celebrated", {"with": "cake"}))
+    assert advance(state, Event("measured", {"names": []})) is state
 
 
 def test_failed_rows_that_are_reopened_wait_again_and_lose_their_checks() -> None:

@@ -196,7 +196,7 @@ def test_json_that_is_no_event_is_refused(line: bytes) -> None:
 
 def test_a_newer_format_is_refused() -> None:
     line = b'{"v":99,"kind":"a","time":0,"data":{}}'
-    with pytest.raises(StoreError, match=r"format is 99.*up to 1") as caught:
+    with pytest.raises(StoreError, match=r"format is 99.*up to 2") as caught:
         decode_event(line)
     assert caught.value.hint == "update map-bo"
 
