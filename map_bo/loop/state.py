@@ -474,7 +474,7 @@ def _with_verified(state: RunState, data: Mapping[str, Any]) -> RunState:
 def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
     found = decode_observations(_mapping(data["observations"], "observations"), state.metrics)
     first = len(state.X)
-    indices = _rows(data["indices"], first + len(found), "rows")
+    indices = _rows(data["indices"], 2**31, "rows")
     if len(indices) != len(found) or found.X.shape[-1] != state.X.shape[-1]:
         raise StoreError(
             f"{len(indices)} imported rows have {len(found)} outcomes of "

@@ -8,8 +8,9 @@ in the record, from which the ledger of a resumed run is rebuilt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,6 +54,8 @@ class Ledger:
         before: Iterable[Event] = (),
     ) -> None:
         self._append = append
+        self.events = list(before)
+        """What was recorded before, and all that was recorded through here since."""
         self.metrics = tuple(metrics)
         self._by_name = {metric.name: metric for metric in metrics}
         self._points: dict[tuple[float, ...], Tensor] = {}
@@ -61,7 +64,7 @@ class Ledger:
         """Data sets measured so far, failed ones included."""
         self.measured = 0
         """Points measured so far; it marks a moment, so that later points can be told apart."""
-        for event in before:
+        for event in self.events:
             if event.kind == MEASURED and "node" not in event.data:
                 own = tuple(self._by_name[name] for name in event.data["names"])
                 outcome = decode_observations(event.data["observation"], own)
@@ -83,8 +86,14 @@ class Ledger:
         """Record one row of the full space; a failed one costs its data sets and adds no value."""
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
-        self._append(Event(MEASURED, data))
+        self.record(MEASURED, data)
         self._keep(outcome.X[0], outcome)
+
+    def record(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Add an event to the record."""
+        event = Event(kind, data)
+        self._append(event)
+        self.events.append(event)
 
     def _keep(self, x: Tensor, outcome: Observations) -> None:
         key = _key(x)

@@ -337,15 +337,17 @@ def decode_event(line: bytes) -> Event:
             hint="update map-bo",
         )
     kind, data, time = content.get("kind"), content.get("data"), content.get("time")
-    if not isinstance(kind, str) or not isinstance(data, dict) or not _is_time(time):
+    if (
+        not isinstance(kind, str)
+        or not isinstance(data, dict)
+        or isinstance(time, bool)
+        or not isinstance(time, int | float)
+        or not 0 <= time <= _LATEST
+    ):
         raise StoreError("it is not an event of a run")
     if _depth(data) > DEEPEST:
         raise StoreError(f"it is nested more than {DEEPEST} deep")
     return Event(kind, data, float(time))
-
-
-def _is_time(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= _LATEST
 
 
 def _depth(data: Any) -> int:

@@ -462,9 +462,11 @@ class JsonlStore:
 
     def _damaged(self, damage: DamageError) -> StoreError:
         before = damage.number - 1
-        whole = f"lines 1 to {before} are whole" if before else "no line before it is whole"
-        hint = f"{whole}; `map-bo check {self.directory}` says what they hold, and `map-bo repair "
-        hint += f"{self.directory}` keeps them and puts a copy of the file beside it"
+        hint = "no line before it is whole, so nothing can be saved: restore the file from a copy"
+        if before:
+            hint = f"lines 1 to {before} are whole; `map-bo check {self.directory}` says what they "
+            hint += f"hold, and `map-bo repair {self.directory}` keeps them and puts a copy of the "
+            hint += "file beside it"
         return StoreError(
             f"line {damage.number} of {self._path} cannot be read: {damage.reason}",
             hint=damage.hint or hint,
