@@ -20,7 +20,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 is done, 2 a user's mistake, 130 interrupted.
 
     1 means that only a part was done: some jobs of a sweep did not finish, and its report lists
-    them; or a report was written but could not be published on Weights & Biases.
+    them; a report was written but could not be published on Weights & Biases; or a record was
+    checked and is damaged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -213,6 +214,18 @@ def _import(options: argparse.Namespace) -> None:
     import_into(options)
 
 
+def _check(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import check
+
+    check(options)
+
+
+def _repair(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import repair
+
+    repair(options)
+
+
 def _recorded_config(run: str) -> Any:
     """Return the recorded configuration and working directory."""
     from omegaconf import OmegaConf
@@ -285,6 +298,8 @@ _FUNCTIONS: Mapping[str, Command] = {
     "report": _report,
     "export": _export,
     "import": _import,
+    "check": _check,
+    "repair": _repair,
 }
 
 

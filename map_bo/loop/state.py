@@ -52,6 +52,7 @@ from map_bo.tracking.codec import (
 from map_bo.tracking.store import Event
 
 __all__ = [
+    "UNREADABLE",
     "RunState",
     "advance",
     "check_created",
@@ -227,7 +228,7 @@ _NESTED = frozenset({
 })  # fmt: skip
 """Kinds that only nested runs have; the state of the whole run does not depend on them."""
 
-_UNREADABLE = (
+UNREADABLE = (
     MapBoError, KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError,
     ArithmeticError,
 )  # fmt: skip
@@ -532,7 +533,7 @@ def replay_whole(
     for event in events:
         try:
             state = advance(state, event)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             what = error.message if isinstance(error, StoreError) else repr(error)
             refusal = StoreError(
                 f"event {count + 1} ({event.kind[:40]!r}) of the run cannot be read: {what[:500]}",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.errors import StoreError
+from map_bo.loop.state import UNREADABLE
 from map_bo.scale import SAME_POINT, Scale
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import decode_observations, encode_observations
@@ -66,9 +68,15 @@ class Ledger:
         """Points measured so far; it marks a moment, so that later points can be told apart."""
         for event in self.events:
             if event.kind == MEASURED and "node" not in event.data:
-                own = tuple(self._by_name[name] for name in event.data["names"])
-                outcome = decode_observations(event.data["observation"], own)
-                self._keep(outcome.X[0], outcome)
+                try:
+                    own = tuple(self._by_name[name] for name in event.data["names"])
+                    outcome = decode_observations(event.data["observation"], own)
+                    self._keep(outcome.X[0], outcome)
+                except UNREADABLE as error:
+                    raise StoreError(
+                        f"a measurement of the record cannot be read: {error!r}",
+                        hint="see `map-bo check RUN`",
+                    ) from error
 
     def missing(self, x: Tensor, names: Sequence[str], *, before: int | None = None) -> list[str]:
         """Return which of the metrics are not known at ``x`` (``d``).
