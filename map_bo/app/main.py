@@ -252,8 +252,10 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.installed import hidden
     from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
+    from map_bo.app.worker_process import announce_sweep
 
     register()
+    announce_sweep()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
         sys.stderr.writelines(f"note: {told}\n" for told in hidden())
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
