@@ -219,7 +219,7 @@ class Run:
             BudgetError: When the budget leaves no row.
             StoreError: When another process drives the run, or its front has been solved.
         """
-        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+        if not _is_whole(n) or n < 1:
             raise ConfigError(
                 f"the number of rows to ask for must be at least 1, got {n!r}",
                 hint="ask for one row, or for as many as can be evaluated at once",
@@ -266,8 +266,8 @@ class Run:
                 run.
         """
         with self._turn():
-            if len(outcome) != 1 or isinstance(index, bool) or index not in self.state.pending:
-                waits = index in self.state.pending
+            waits = _is_whole(index) and index in self.state.pending
+            if len(outcome) != 1 or not waits:
                 raise StoreError(
                     f"row {index} cannot take {len(outcome)} outcomes"
                     if waits
@@ -495,6 +495,10 @@ class Run:
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def _is_whole(number: object) -> bool:
+    return isinstance(number, Integral) and not isinstance(number, bool)
 
 
 def check_surrogates(settings: Settings, problem: Problem) -> None:

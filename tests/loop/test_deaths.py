@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # some forty processes; test_ask_and_tell.py counts without them
+
 FORKS = """
 import json, os, signal, sys, time
 from pathlib import Path
