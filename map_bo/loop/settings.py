@@ -61,7 +61,8 @@ class Settings:
             moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
             value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
-        retries: How often a failed evaluation is tried again.
+        retries: How often a failed evaluation is tried again. So is one in which the process died;
+            a single death never costs a point.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good.

@@ -67,10 +67,9 @@ def test_an_event_without_its_data_is_named() -> None:
         replay([PROPOSED, Event("observed", {"index": 0})], METRICS, 2)
 
 
+ONES = torch.ones(2, 1)
 FRONT = {
-    "front": encode_front(
-        Front(torch.eye(2), *[torch.ones(2, 1)] * 4, METRICS, torch.full((2, 1), torch.nan))
-    ),
+    "front": encode_front(Front(torch.eye(2), ONES, ONES, ONES, ONES, METRICS)),
     "verify": [1],
     "reference": encode_scale(Scale(METRICS, torch.zeros(1), torch.ones(1), "given")),
     "surrogate": {},
