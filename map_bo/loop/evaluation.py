@@ -32,6 +32,7 @@ __all__ = [
     "deaths_of",
     "evaluate_recorded",
     "evaluate_row",
+    "refuse_another_problem",
     "terminations_raise",
     "time_limit",
 ]
@@ -124,6 +125,22 @@ def _fault(result: Observations, problem: Problem, x: Tensor) -> str | None:
     if result.X.shape[-1] != len(x) or not is_at(result.X[0], x.double()):
         return f"the problem returned the outcome of another point: {result.X[0].tolist()}"
     return None
+
+
+def refuse_another_problem(index: int, outcome: Observations, problem: Problem) -> None:
+    """Refuse an outcome of row ``index`` that has other metrics or coefficients than ``problem``.
+
+    Raises:
+        StoreError: When it has.
+    """
+    if outcome.metrics != problem.metrics or outcome.X.shape[-1] != problem.space.d:
+        raise StoreError(
+            f"the outcome of row {index} belongs to another problem: it has "
+            f"{outcome.X.shape[-1]} coefficients and metrics "
+            f"{[metric.name for metric in outcome.metrics]}",
+            hint=f"tell an outcome with {problem.space.d} coefficients and metrics "
+            f"{[metric.name for metric in problem.metrics]}",
+        )
 
 
 class TerminatedError(BaseException):

@@ -8,7 +8,6 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,8 +15,15 @@ import torch
 from torch import Generator
 
 from map_bo.data import Observations
-from map_bo.errors import BudgetError, ConfigError, EvaluationError, StoreError, SurrogateError
-from map_bo.loop.evaluation import evaluate_recorded
+from map_bo.errors import (
+    BudgetError,
+    ConfigError,
+    EvaluationError,
+    SpaceError,
+    StoreError,
+    SurrogateError,
+)
+from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
@@ -49,6 +55,7 @@ from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore, SharedStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
+from map_bo.values import whole_number
 
 __all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
 
@@ -108,6 +115,7 @@ class Run:
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
+        SpaceError: When the space holds a single point.
     """
 
     def __init__(
@@ -125,6 +133,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -219,11 +228,7 @@ class Run:
             BudgetError: When the budget leaves no row.
             StoreError: When another process drives the run, or its front has been solved.
         """
-        if not _is_whole(n) or n < 1:
-            raise ConfigError(
-                f"the number of rows to ask for must be at least 1, got {n!r}",
-                hint="ask for one row, or for as many as can be evaluated at once",
-            )
+        n = whole_number("the number of rows to ask for", n, least=1)
         with self._turn():
             if self.state.front is not None:
                 raise StoreError(
@@ -237,7 +242,7 @@ class Run:
                     f"and {len(self.state.pending)} of them wait for an outcome",
                     hint="tell the outcomes of `state.pending`, then call `drive()` for the front",
                 )
-            return self._propose(min(int(n), room))
+            return self._propose(min(n, room))
 
     def _propose(self, n: int) -> list[int]:
         start = time.perf_counter()
@@ -266,7 +271,7 @@ class Run:
                 run.
         """
         with self._turn():
-            waits = _is_whole(index) and index in self.state.pending
+            waits = type(index) is not bool and index in self.state.pending
             if len(outcome) != 1 or not waits:
                 raise StoreError(
                     f"row {index} cannot take {len(outcome)} outcomes"
@@ -275,23 +280,13 @@ class Run:
                     hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
                 )
             index = int(index)
-            self._refuse_another_problem(index, outcome)
+            refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.
             outcome = dataclasses.replace(outcome, X=self.state.X[index : index + 1])
             data = {"index": index, "observation": encode_observations(outcome)}
             seen = self.state.seen.append(outcome)
             self._record("observed", {**data, **self._volume.after(seen)})
-
-    def _refuse_another_problem(self, index: int, outcome: Observations) -> None:
-        if outcome.metrics != self.problem.metrics or outcome.X.shape[-1] != self.problem.space.d:
-            raise StoreError(
-                f"the outcome of row {index} belongs to another problem: it has "
-                f"{outcome.X.shape[-1]} coefficients and metrics "
-                f"{[metric.name for metric in outcome.metrics]}",
-                hint=f"tell an outcome with {self.problem.space.d} coefficients and metrics "
-                f"{[metric.name for metric in self.problem.metrics]}",
-            )
 
     def reopen_failures(self) -> int:
         """Queue every failed evaluation of the search again; return how many there are.
@@ -497,10 +492,6 @@ class Run:
         return dataclasses.replace(result, summary=summary)
 
 
-def _is_whole(number: object) -> bool:
-    return isinstance(number, Integral) and not isinstance(number, bool)
-
-
 def check_surrogates(settings: Settings, problem: Problem) -> None:
     """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
 
@@ -513,6 +504,15 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
+
+
+def _check_space(space: CoefficientSpace) -> None:
+    if space.is_single_point:
+        raise SpaceError(
+            f"the space holds a single point, {space.project(space.bounds)[0].tolist()}, so there "
+            "is nothing to search",
+            hint="leave at least one coefficient free, widen the bounds or relax a constraint",
+        )
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

@@ -37,7 +37,7 @@ def test_asking_keeps_to_the_budget_and_proposes_nothing_twice(bowls: Bowls) -> 
 @pytest.mark.parametrize("n", [0, -1, True, "x", 1.5, None])
 def test_only_whole_numbers_of_rows_are_asked_for(bowls: Bowls, n: Any) -> None:
     run = Run(bowls, quick(8), MemoryStore())
-    with pytest.raises(ConfigError, match=f"must be at least 1, got {n!r}"):
+    with pytest.raises(ConfigError, match=f"of at least 1, got {n!r}"):
         run.ask(n)
     assert len(run.state.X) == 0
 
