@@ -10,7 +10,7 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                evaluation begins; one that neither ends nor is interrupted took its process along
 ``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
-               evaluation failed and is tried again
+               evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
 ``reopened``   ``indices``: failed rows that are to be evaluated again
@@ -75,7 +75,10 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     before: dict[str, Any] = {}
     now: dict[str, Any] = {}
     for part, value in identity.items():
-        before |= flat(modernise(_with_resampling(recorded.get(part), value), value), part)
+        told = _with_resampling(recorded.get(part), value)
+        if part == "settings":
+            told = _with_defaults(told)
+        before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
         for key in list(values):
@@ -139,6 +142,18 @@ def problem_identity(problem: Problem) -> Any:
     return {"type": type(problem).__name__}
 
 
+def _with_defaults(recorded: Any) -> Any:
+    """Return recorded settings with the defaults of those that their version did not know."""
+    if not isinstance(recorded, Mapping):
+        return recorded
+    simple = {
+        each.name: identity_of(each.default)
+        for each in dataclasses.fields(Settings)
+        if each.default is not dataclasses.MISSING
+    }
+    return {**simple, **recorded}
+
+
 def _with_resampling(recorded: Any, now: Any) -> Any:
     """Return the description of a problem with what version 0.1 left out of its metrics.
 
@@ -168,6 +183,8 @@ class RunState:
         verify_attempts: Row of the front -> how often its verification has failed.
         deaths: Index of a proposed row -> how often its evaluation began and did not end.
         verify_deaths: Row of the front -> the same of its verification.
+        attempted: Index of a proposed row -> what attempts that failed have measured of it.
+        verify_attempted: Row of the front -> the same of its verification.
         front: The predicted front, once it has been solved.
         front_data: What else was recorded with the front.
         verified: Row of the front -> its one-row observations.
@@ -192,6 +209,8 @@ class RunState:
     proposing: float = 0.0
     checks: tuple[Mapping[str, Any], ...] = ()
     imported: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    attempted: Mapping[int, Observations] = field(default_factory=dict)
+    verify_attempted: Mapping[int, Observations] = field(default_factory=dict)
 
     @property
     def seen(self) -> Observations:
@@ -424,6 +443,10 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
     changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
     if kind == "attempt":
         changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
+        if "observation" in data:
+            before = state.verify_attempted if name else state.attempted
+            measured = _outcome(data["observation"], state)
+            changes[f"{name}attempted"] = {**before, row: measured}
     return dataclasses.replace(state, **changes)
 
 
