@@ -97,7 +97,8 @@ class Settings:
             value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
         retries: How often a failed evaluation is tried again. What one attempt has measured is kept
-            where the next does not measure it again.
+            where the next does not measure it again. One in which the process died is tried again
+            too; a single death never costs a point.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good. One of which some metrics were measured has
