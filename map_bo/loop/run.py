@@ -15,6 +15,7 @@ from torch import Generator
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
+from map_bo.evaluators.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
@@ -37,7 +38,7 @@ from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_observations, encode_tensor
-from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 
@@ -100,6 +101,7 @@ class Run:
         StoreError: When the store holds a run of another problem or other settings.
     """
 
+    @own_maths()
     def __init__(
         self,
         problem: Problem,
@@ -164,6 +166,7 @@ class Run:
         self.state = after
         self._trackers.observe(event)
 
+    @own_maths()
     def ask(self, n: int) -> list[int]:
         """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
         start = time.perf_counter()
@@ -183,6 +186,7 @@ class Run:
         self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
+    @own_maths()
     def tell(self, index: int, outcome: Observations) -> None:
         """Record the outcome (one row) of the proposed row ``index``."""
         if index not in self.state.pending or len(outcome) != 1:
@@ -203,6 +207,7 @@ class Run:
         data = {"index": index, "observation": encode_observations(outcome)}
         self._record("observed", {**data, **self._volume.after(self.state.seen.append(outcome))})
 
+    @own_maths()
     def reopen_failures(self) -> int:
         """Queue every failed evaluation of the search again; return how many there are.
 
@@ -220,6 +225,7 @@ class Run:
             self._volume = ObservedVolume(self.problem.space, self.settings.reference)
         return len(failed)
 
+    @own_maths()
     def drive(self, progress: Progress = silent) -> Result:
         """Do what is left of the run and return its result.
 
@@ -230,7 +236,8 @@ class Run:
         if not self.state.outcomes:
             check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
-            self.problem.prepare()
+            with callers_world():
+                self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self._searching(report):
@@ -415,6 +422,7 @@ def _check_reference(settings: Settings, problem: Problem) -> None:
         )
 
 
+@own_maths()
 def optimize(
     problem: Problem,
     budget: int,
@@ -446,6 +454,9 @@ def optimize(
         **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 
+    It may be called with gradients off, in inference mode, under autocast, or with another default
+    dtype or device: its own maths do not depend on them, and evaluators find them as they are.
+
     Returns:
         The front and all measurements.
 
@@ -469,7 +480,7 @@ def optimize(
     if run_dir is None:
         with trackers(tracking, None) as tracker:
             return run(MemoryStore(), tracker)
-    directory = Path(run_dir)
+    directory = absolute_directory(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
     store = (
         JsonlStore.open(directory)

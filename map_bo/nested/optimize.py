@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from map_bo.evaluators.world import own_maths
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.settings import Settings
@@ -14,7 +15,7 @@ from map_bo.nested.result import NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
-from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker, Tracking
 
@@ -35,6 +36,7 @@ def nested_run(
     return kind(problem, settings, nested, store, config=config, tracker=tracker)
 
 
+@own_maths()
 def optimize_nested(
     problem: Problem,
     budget: int,
@@ -77,7 +79,7 @@ def optimize_nested(
             store: RunStore = MemoryStore()
             run = nested_run(problem, chosen, how, store, config=config, tracker=tracker)
             return run.drive(bar)
-    directory = Path(run_dir)
+    directory = absolute_directory(run_dir)
     mirrors = trackers(tracking, directory)
     exists = (directory / "events.jsonl").exists()
     kept = JsonlStore.open(directory) if exists else JsonlStore.create(directory)

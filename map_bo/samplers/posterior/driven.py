@@ -73,6 +73,7 @@ class Situation:
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
+        seed: Seed of what libraries draw that take no generator.
     """
 
     model: SurrogateModel
@@ -82,6 +83,7 @@ class Situation:
     known: Tensor
     scale: Scale
     generator: Generator
+    seed: int = 0
 
     @cached_property
     def unit(self) -> Tensor:
@@ -214,9 +216,10 @@ class PosteriorDriven:
             return points, {}
         chosen = self.design.propose(seen, space, first, pending=pending, generator=generator)
         waiting = torch.cat([waiting, chosen])
-        with _seeded(child_seed(generator, "acquisition", count)):
+        seed = child_seed(generator, "acquisition", count)
+        with _seeded(seed):
             try:
-                found, fit = self._choose(seen, space, n - first, waiting, generator)
+                found, fit = self._choose(seen, space, n - first, waiting, generator, seed)
             except _FAILURES as error:
                 _log.warning("the design goes on: %s: %s", type(error).__name__, error)
                 found, fit = seen.X[:0], {}
@@ -296,6 +299,7 @@ class PosteriorDriven:
         n: int,
         waiting: Tensor,
         generator: Generator,
+        seed: int,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         good = seen.succeeded()
         surrogate = Auto() if self.surrogate is None else self.surrogate
@@ -308,6 +312,7 @@ class PosteriorDriven:
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
+            seed=seed,
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
