@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import Generator, Tensor
@@ -128,7 +129,7 @@ def evaluate_row(
 
 def _ordinary(seen: Observations) -> Observations:
     """Return observations without inference tensors, which gradients could not be taken with."""
-    made = {
+    made: dict[str, Any] = {
         part.name: value.clone()
         for part in dataclasses.fields(seen)
         if isinstance(value := getattr(seen, part.name), Tensor) and value.is_inference()

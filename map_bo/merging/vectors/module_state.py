@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from operator import is_
 from types import SimpleNamespace
@@ -17,10 +17,12 @@ from torch import Tensor, nn
 __all__ = ["ModuleState", "same_items"]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
+_MAPPINGS = (dict, OrderedDict)
 _LIBRARIES = {*sys.stdlib_module_names, "torch", "numpy", "builtins"}
 _DEEPEST = 6  # objects within objects
 _LONGEST = 10_000  # entries of a container that are looked through one by one
 _OF_PYTHON = {"__annotations__", "__doc__", "__dict__", "__weakref__", "_abc_impl", "__module__"}
+_REGISTERS = {"_modules": "module", "_parameters": "parameter", "_buffers": "buffer"}
 _MISSING = object()
 
 
@@ -62,7 +64,12 @@ class ModuleState:
             for each in kind.__mro__:
                 if each is not object and each not in self._classes:
                     self._classes[each] = dict(vars(each))
-        self._registers = {id(now): found for now, found in self._dicts}
+        self._registers = {
+            id(attributes[kind]): (module, word)
+            for module, _, attributes in self._modules
+            for kind, word in _REGISTERS.items()
+            if kind in attributes
+        }
 
     def _visit(self, value: object, depth: int) -> None:
         if isinstance(value, _PLAIN) or id(value) in self._seen or depth > _DEEPEST:
@@ -94,10 +101,18 @@ class ModuleState:
             self._visit_all(vars(value).values(), depth)
 
     def _visit_all(self, values: Any, depth: int) -> None:
-        if len(values) <= _LONGEST:
-            for value in values:
-                if not isinstance(value, _PLAIN):
-                    self._visit(value, depth + 1)
+        if len(values) > _LONGEST:
+            return
+        for value in values:
+            kind = type(value)
+            if kind is bool or value is None:
+                continue
+            if kind in _MAPPINGS and not value:  # as most registers and hooks are
+                if id(value) not in self._seen:
+                    self._seen.add(id(value))
+                    self._dicts.append((value, {}))
+            elif kind not in _PLAIN:
+                self._visit(value, depth + 1)
 
     def _watch_tensor(self, tensor: Tensor) -> None:
         if tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -175,10 +190,9 @@ class ModuleState:
                 changes += self._differences(self._name(module), own, attributes)
                 own.clear()
                 own.update(attributes)
-            for name in ("_modules", "_parameters", "_buffers"):
-                changes += self._structure(self._name(module), attributes, name)
         for items, found in self._dicts:
             if (items or found) and not same_items(items, found):
+                changes += self._structure(items, found)
                 items.clear()
                 items.update(found)
         for entries, before in self._lists:
@@ -201,17 +215,15 @@ class ModuleState:
         name = self._names.get(id(module))
         return "the model" if not name else f"module {name}"
 
-    def _structure(self, name: str, attributes: Mapping[str, Any], kind: str) -> list[str]:
-        """Return what was added, removed or replaced in one of the registers of a module."""
-        register: dict[Any, Any] = attributes.get(kind, {})
-        found = self._registers.get(id(register))
-        if found is None or same_items(register, found):
+    def _structure(self, now: Mapping[Any, Any], found: Mapping[Any, Any]) -> list[str]:
+        """Return what was added, removed or replaced in a register of a module, if it is one."""
+        if id(now) not in self._registers:
             return []
-        word = {"_modules": "module", "_parameters": "parameter", "_buffers": "buffer"}[kind]
+        module, word = self._registers[id(now)]
         return [
-            f"{name}: {word} {key!r} was {_verb(key, register, found)}"
-            for key in {**found, **register}
-            if register.get(key, _MISSING) is not found.get(key, _MISSING)
+            f"{self._name(module)}: {word} {key!r} was {_verb(key, now, found)}"
+            for key in {**found, **now}
+            if now.get(key, _MISSING) is not found.get(key, _MISSING)
         ]
 
     def _differences(
@@ -220,7 +232,7 @@ class ModuleState:
         texts = []
         for key in {**found, **now}:
             before, after = found.get(key, _MISSING), now.get(key, _MISSING)
-            if before is after or key in ("_modules", "_parameters", "_buffers"):
+            if before is after or key in _REGISTERS:
                 continue
             if isinstance(before, _PLAIN) and isinstance(after, _PLAIN):
                 if before != after:
