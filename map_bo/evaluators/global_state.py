@@ -28,7 +28,15 @@ from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from map_bo.errors import first_line
 
-__all__ = ["Devices", "World", "read_autocast", "seed_everything", "write_autocast"]
+__all__ = [
+    "Devices",
+    "World",
+    "read_anomaly",
+    "read_autocast",
+    "seed_everything",
+    "write_anomaly",
+    "write_autocast",
+]
 
 _DEVICE_TYPES = ("cpu", "cuda")
 
@@ -83,6 +91,16 @@ def write_autocast(wanted: tuple[tuple[bool, torch.dtype], ...]) -> None:
             torch.set_autocast_enabled(kind, enabled)
         if torch.get_autocast_dtype(kind) != dtype:
             torch.set_autocast_dtype(kind, dtype)
+
+
+def read_anomaly() -> tuple[bool, bool]:
+    """Return whether torch looks for anomalies in gradients, and whether for NaN."""
+    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
+
+
+def write_anomaly(wanted: tuple[bool, bool]) -> None:
+    """Set what `read_anomaly` returned."""
+    torch.autograd.set_detect_anomaly(wanted[0], check_nan=wanted[1])
 
 
 def seed_everything(seed: int) -> None:
@@ -171,10 +189,6 @@ def _write_dispatch(found: int) -> None:
         _pop_dispatch_mode()
     if _read_dispatch() < found:
         raise RuntimeError("it left a mode that the caller had entered")
-
-
-def _read_anomaly() -> tuple[bool, bool]:
-    return torch.is_anomaly_enabled(), torch.is_anomaly_check_nan_enabled()
 
 
 def _flushes_denormals() -> bool:
@@ -275,11 +289,7 @@ _TORCH = (
     _attribute(_backends.mkldnn, "enabled", "mkldnn.enabled"),
     _attribute(_backends.mkldnn, "deterministic", "mkldnn.deterministic"),
     _Part("the kernels of attention", _scaled_dot_product, _set_scaled_dot_product),
-    _Part(
-        "anomaly detection",
-        _read_anomaly,
-        lambda found: torch.autograd.set_detect_anomaly(found[0], check_nan=found[1]),
-    ),
+    _Part("anomaly detection", read_anomaly, write_anomaly),
     _Part("denormal numbers", _flushes_denormals, torch.set_flush_denormal, of_thread=True),
     _Part("hooks of all modules", _read_hooks, _write_hooks),
     _Part("the CUDA device", _read_cuda_device, _write_cuda_device, of_thread=True),

@@ -32,8 +32,10 @@ from map_bo.errors import EvaluationError
 from map_bo.evaluators.global_state import (
     Devices,
     World,
+    read_anomaly,
     read_autocast,
     seed_everything,
+    write_anomaly,
     write_autocast,
 )
 
@@ -95,6 +97,7 @@ class _Numerics:
         dtype: The default dtype.
         devices: The default device.
         errors: What numpy does about overflow and the like.
+        anomaly: Whether torch looks for anomalies in gradients, and whether for NaN.
     """
 
     inference: bool
@@ -103,6 +106,7 @@ class _Numerics:
     dtype: torch.dtype
     devices: Devices
     errors: dict[str, Any]
+    anomaly: tuple[bool, bool]
 
     @classmethod
     def read(cls) -> _Numerics:
@@ -113,6 +117,7 @@ class _Numerics:
             torch.get_default_dtype(),
             Devices.read(),
             dict(np.geterr()),
+            read_anomaly(),
         )
 
     def known(self) -> _Numerics:
@@ -125,6 +130,7 @@ class _Numerics:
             dtype=torch.float32,
             devices=self.devices.without(),
             errors=dict(_NUMPY_ERRORS),
+            anomaly=(False, True),
         )
 
     def write(self) -> None:
@@ -136,6 +142,8 @@ class _Numerics:
         self.devices.write()
         if np.geterr() != self.errors:
             np.seterr(**self.errors)
+        if read_anomaly() != self.anomaly:
+            write_anomaly(self.anomaly)
 
 
 @contextmanager
@@ -182,8 +190,8 @@ if hasattr(os, "register_at_fork"):
 def known_numerics() -> Iterator[None]:
     """Set up what the package's own computations rest on, and give the caller's state back.
 
-    Gradients on, inference mode and autocast off, float32 as the default dtype, no default device,
-    numpy's usual treatment of overflow. Usable as a decorator.
+    Gradients on, inference mode, autocast and anomaly detection off, float32 as the default dtype,
+    no default device, numpy's usual treatment of overflow. Usable as a decorator.
     """
     if _here.caller is not None:
         yield

@@ -116,8 +116,10 @@ def evaluate_row(
         result = Observations.failed(row, problem.metrics, reason)
     else:
         result = _ordinary(result)
-    if reason is None and result.X.shape == row.shape and torch.allclose(
-        result.X, row.double(), rtol=0.0, atol=1e-6
+    if (
+        reason is None
+        and result.X.shape == row.shape
+        and torch.allclose(result.X, row.double(), rtol=0.0, atol=1e-6)
     ):
         # A problem may work in another precision; what was asked for is what was evaluated.
         result = dataclasses.replace(result, X=row)

@@ -13,11 +13,9 @@ import shutil
 import signal
 import sys
 import tempfile
-import time
 import types
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from map_bo.errors import MapBoError
 from map_bo.loop.run import optimize
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
+from tests.evaluators.surroundings import surroundings
 
 G = make_generator(0)
 ROWS = torch.tensor([[0.5], [0.2]], dtype=torch.float64)
@@ -89,7 +88,7 @@ EXPERTS = {
 
 def right(model: nn.Module) -> float:
     """Measure with what an evaluator may rely on: gradients, defaults, attributes, chance."""
-    drawn = float(torch.rand(())) + random.random() + float(np.random.rand())  # noqa: NPY002, TID251
+    drawn = float(torch.rand(())) + random.random() + float(np.random.rand())  # noqa: NPY002
     output = model(INPUTS * torch.ones(1, 3)) + 0 * torch.zeros(2)
     loss = output.sigmoid().mean()
     (slope,) = torch.autograd.grad(loss, [next(iter(model.parameters()))], retain_graph=True)
@@ -120,40 +119,6 @@ def describe(model: nn.Module) -> dict[str, Any]:
         "settings": (model.settings.scale, model.settings.sizes, vars(model.settings.inner)),
         "held": (dict(model.table), list(model.chain), model.loose.tolist(), model.array.tolist()),
         "class attributes": [nn.Linear.forward, Model.forward, nn.functional.linear],
-    }
-
-
-def surroundings() -> dict[str, Any]:
-    """Return the state of torch and of the process."""
-    return {
-        "modes": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
-        "autocast": torch.is_autocast_enabled("cpu"),
-        "defaults": (torch.get_default_dtype(), torch.get_default_device()),
-        "deterministic": torch.get_deterministic_debug_mode(),
-        "threads": torch.get_num_threads(),
-        "precision": torch.get_float32_matmul_precision(),
-        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic),
-        "mkldnn": torch.backends.mkldnn.enabled,
-        "anomaly": torch.is_anomaly_enabled(),
-        "denormal": sys.float_info.min / 2,
-        "random": (
-            torch.default_generator.get_state().tolist(),
-            random.getstate(),
-            np.random.get_state()[1].tolist(),  # type: ignore[index,union-attr]  # noqa: NPY002
-        ),
-        "signals": [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT)],
-        "timer": round(signal.getitimer(signal.ITIMER_REAL)[0] / 20),  # that of the test goes on
-        "mask": signal.pthread_sigmask(signal.SIG_BLOCK, ()),
-        "directory": os.getcwd(),
-        "environment": dict(os.environ),
-        "sys": (list(sys.argv), list(sys.path), sys.getrecursionlimit(), sys.excepthook),
-        "streams": (sys.stdin, sys.stdout, sys.stderr),
-        "warnings": (list(warnings.filters), warnings.showwarning),
-        "logging": (logging.root.level, list(logging.root.handlers), logging.root.manager.disable),
-        "logger": logging.getLogger("map_bo").level,
-        "locale": locale.setlocale(locale.LC_ALL),
-        "numpy": np.geterr(),
-        "gc": (gc.isenabled(), gc.get_threshold()),
     }
 
 
@@ -258,9 +223,11 @@ MODEL: dict[str, Evaluator] = {
     "appended module": lambda m: m.append(nn.Linear(2, 2)),
     "identity": lambda m: m.__setitem__(2, nn.Identity()),
     "modules replaced": swap,
-    "order of modules": lambda m: m._modules.move_to_end("0")
-    if hasattr(m._modules, "move_to_end")
-    else m._modules.update({"0": m._modules.pop("0")}),
+    "order of modules": lambda m: (
+        m._modules.move_to_end("0")
+        if hasattr(m._modules, "move_to_end")
+        else m._modules.update({"0": m._modules.pop("0")})
+    ),
     "attribute added": assign(lambda m: m, "extra", 1),
     "attribute deleted": lambda m: delattr(m, "settings"),
     "forward replaced": assign(lambda m: m, "forward", lambda x: x * 0),
@@ -352,7 +319,7 @@ PROCESS: dict[str, Evaluator] = {
         lambda *a: a[-1] * 0
     ),
     "seeds": all_seeds,
-    "numbers drawn": lambda m: (torch.rand(3), random.random(), np.random.rand()),  # noqa: NPY002, TID251
+    "numbers drawn": lambda m: (torch.rand(3), random.random(), np.random.rand()),  # noqa: NPY002
     "SIGALRM": alarm,
     "SIGINT": lambda m: signal.signal(signal.SIGINT, signal.SIG_IGN),
     "blocked signals": lambda m: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}),
