@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -107,13 +108,19 @@ OF_BOWLS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "default device meta": lambda: setting(torch.set_default_device, "meta", None),
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
 }
+
+
+def slow(kind: str, world: str) -> Any:
+    return pytest.param(kind, world, marks=pytest.mark.slow)
+
+
 KINDS = {"bowl": run_bowl, "model": run_model, "gp": run_gp}
 
 
-@pytest.fixture(scope="module")
-def ordinary() -> dict[str, tuple[Result, Choice]]:
-    results = {name: run() for name, run in KINDS.items()}
-    return {name: (result, result.choose()) for name, result in results.items()}
+@cache
+def ordinary(kind: str) -> tuple[Result, Choice]:
+    result = KINDS[kind]()
+    return result, result.choose()
 
 
 def assert_same(result: Result, choice: Choice, expected: tuple[Result, Choice]) -> None:
@@ -126,23 +133,23 @@ def assert_same(result: Result, choice: Choice, expected: tuple[Result, Choice])
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
-        *(("bowl", world) for world in (*WORLDS, *OF_BOWLS)),
-        ("model", "inference mode"),
+        ("bowl", "no gradients"),
+        ("bowl", "inference mode"),
+        ("bowl", "float64"),
+        ("bowl", "default device meta"),
         ("model", "float64"),
-        ("gp", "no gradients"),
-        *(pytest.param("model", world, marks=pytest.mark.slow) for world in WORLDS),
-        *(pytest.param("gp", world, marks=pytest.mark.slow) for world in WORLDS),
+        *(slow("bowl", world) for world in (*WORLDS, *OF_BOWLS)),
+        *(slow(kind, world) for kind in ("model", "gp") for world in WORLDS),
     ],
 )
-def test_a_run_does_not_depend_on_the_callers_world(
-    kind: str, world: str, ordinary: dict[str, tuple[Result, Choice]]
-) -> None:
+def test_a_run_does_not_depend_on_the_callers_world(kind: str, world: str) -> None:
+    expected = ordinary(kind)
     with {**WORLDS, **OF_BOWLS}[world]():
         around = surroundings()
         result = KINDS[kind]()
         choice = result.choose()
         assert surroundings() == around
-    assert_same(result, choice, ordinary[kind])
+    assert_same(result, choice, expected)
 
 
 def test_a_problem_finds_the_callers_world() -> None:
@@ -172,7 +179,7 @@ def test_a_model_of_inference_tensors_is_understood() -> None:
         model = nn.Linear(4, 2)
     before = [(id(p), p.data_ptr(), p.tolist()) for p in model.parameters()]
     result = run_model(model)
-    assert_same(result, result.choose(), (run_model(), result.choose()))
+    assert_same(result, result.choose(), ordinary("model"))
     assert before == [(id(p), p.data_ptr(), p.tolist()) for p in model.parameters()]
     assert all(parameter.is_inference() for parameter in model.parameters())
 
@@ -194,9 +201,7 @@ def test_ask_and_tell_in_inference_mode() -> None:
     assert not found.is_inference()
 
 
-def test_runs_in_threads_propose_what_each_proposes_alone(
-    ordinary: dict[str, tuple[Result, Choice]],
-) -> None:
+def test_runs_in_threads_propose_what_each_proposes_alone() -> None:
     def draw() -> None:
         torch.manual_seed(5)  # noqa: TID251
         torch.rand(7)
@@ -204,14 +209,16 @@ def test_runs_in_threads_propose_what_each_proposes_alone(
     found: dict[int, Result] = {}
 
     def work(number: int) -> None:
-        found[number] = KINDS["gp" if number else "bowl"]() if number < 2 else run_bowl(Bowl(draw))
+        found[number] = run_bowl(Bowl(draw)) if number else run_bowl()
 
+    expected, _ = ordinary("bowl")
     around = surroundings()
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for number, kind in enumerate(("bowl", "gp", "bowl")):
-        assert torch.equal(found[number].seen.X, ordinary[kind][0].seen.X)
+    for result in found.values():
+        assert torch.equal(result.seen.X, expected.seen.X)
+    assert len(found) == 2
     assert surroundings() == around

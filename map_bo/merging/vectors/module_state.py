@@ -64,11 +64,12 @@ class ModuleState:
             for each in kind.__mro__:
                 if each is not object and each not in self._classes:
                     self._classes[each] = dict(vars(each))
+        contents = {id(now): found for now, found in self._dicts}
         self._registers = {
-            id(attributes[kind]): (module, word)
+            id(attributes[kind]): (module, word, contents[id(attributes[kind])])
             for module, _, attributes in self._modules
             for kind, word in _REGISTERS.items()
-            if kind in attributes
+            if id(attributes.get(kind)) in contents
         }
 
     def _visit(self, value: object, depth: int) -> None:
@@ -118,11 +119,14 @@ class ModuleState:
         if tensor.layout != torch.strided or tensor.device.type == "meta":
             return
         memory = tensor.data
+        storage, size = memory.untyped_storage(), memory.untyped_storage().nbytes()
         with torch.inference_mode(False), torch.no_grad():
             copy = memory.clone()
             wide = memory.view(torch.uint8) if memory.dim() and memory.is_contiguous() else None
 
         def same() -> bool:
+            if storage.nbytes() < size:  # the memory was given up; reading would crash
+                return False
             if tensor.data_ptr() != memory.data_ptr() or tensor.dtype != memory.dtype:
                 return False
             if tensor.shape != memory.shape:
@@ -133,6 +137,8 @@ class ModuleState:
             return torch.equal(memory, copy)
 
         def put() -> None:
+            if storage.nbytes() < size:
+                storage.resize_(size)
             with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                 if not tensor.is_inference():
                     tensor.data = memory
@@ -192,7 +198,7 @@ class ModuleState:
                 own.update(attributes)
         for items, found in self._dicts:
             if (items or found) and not same_items(items, found):
-                changes += self._structure(items, found)
+                changes += self._structure(items, items)
                 items.clear()
                 items.update(found)
         for entries, before in self._lists:
@@ -215,11 +221,11 @@ class ModuleState:
         name = self._names.get(id(module))
         return "the model" if not name else f"module {name}"
 
-    def _structure(self, now: Mapping[Any, Any], found: Mapping[Any, Any]) -> list[str]:
-        """Return what was added, removed or replaced in a register of a module, if it is one."""
-        if id(now) not in self._registers:
+    def _structure(self, register: object, now: Mapping[Any, Any]) -> list[str]:
+        """Return what differs between a register of a module, if it is one, and what is there."""
+        if id(register) not in self._registers:
             return []
-        module, word = self._registers[id(now)]
+        module, word, found = self._registers[id(register)]
         return [
             f"{self._name(module)}: {word} {key!r} was {_verb(key, now, found)}"
             for key in {**found, **now}
@@ -232,7 +238,10 @@ class ModuleState:
         texts = []
         for key in {**found, **now}:
             before, after = found.get(key, _MISSING), now.get(key, _MISSING)
-            if before is after or key in _REGISTERS:
+            if before is after:
+                continue
+            if key in _REGISTERS and isinstance(after, dict):
+                texts += self._structure(before, after)
                 continue
             if isinstance(before, _PLAIN) and isinstance(after, _PLAIN):
                 if before != after:
