@@ -34,7 +34,7 @@ def surroundings() -> dict[str, Any]:
         "random": (
             torch.default_generator.get_state().tolist(),
             random.getstate(),
-            np.random.get_state()[1].tolist(),  # type: ignore[index,union-attr]  # noqa: NPY002
+            np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
         ),
         "signals": [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGINT)],
         "timer": signal.getitimer(signal.ITIMER_REAL)[0] > 1,  # the time limit of the test

@@ -131,7 +131,7 @@ def draw() -> tuple[float, float]:
 
 def test_what_is_drawn_depends_on_the_seed_alone() -> None:
     before = surroundings()
-    drawn = []
+    drawn: list[tuple[float, float]] = []
     for seed in (1, 1, 2):
         torch.manual_seed(len(drawn))  # noqa: TID251
         with isolated("it", seed):
@@ -228,6 +228,10 @@ def caught(call: Callable[[], object]) -> BaseException:
 
 
 def test_what_is_meant_for_the_process() -> None:
+    def wait() -> None:
+        signal.raise_signal(signal.SIGTERM)
+        time.sleep(1)
+
     def leave(signum: int, frame: object) -> None:
         sys.exit(143)
 
@@ -237,7 +241,7 @@ def test_what_is_meant_for_the_process() -> None:
     assert not stops_the_process(caught(sys.exit))
     before = signal.signal(signal.SIGTERM, leave)
     try:
-        error = caught(lambda: (signal.raise_signal(signal.SIGTERM), time.sleep(1)))
+        error = caught(wait)
         assert isinstance(error, SystemExit)
         assert stops_the_process(error)
         assert not stops_the_process(caught(sys.exit))

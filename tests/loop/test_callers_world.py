@@ -114,7 +114,7 @@ def slow(kind: str, world: str) -> Any:
     return pytest.param(kind, world, marks=pytest.mark.slow)
 
 
-KINDS = {"bowl": run_bowl, "model": run_model, "gp": run_gp}
+KINDS: dict[str, Callable[[], Result]] = {"bowl": run_bowl, "model": run_model, "gp": run_gp}
 
 
 @cache

@@ -102,7 +102,7 @@ def test_a_class_is_put_back() -> None:
 
     model = nn.Sequential(Own(2, 2))
     state = state_of(model)
-    Own.forward = lambda self, x: x  # type: ignore[method-assign]
+    Own.forward = lambda self, input: input  # type: ignore[method-assign]
     assert state.restore() == (["class Own: forward was added"], [])
     assert Own.forward is nn.Linear.forward
 

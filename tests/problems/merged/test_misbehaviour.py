@@ -49,12 +49,15 @@ class Settings:
 class Model(nn.Sequential):
     """Every kind of thing that a model may hold, all of it used in `forward`."""
 
+    tied: Any
+    offset: Tensor
+
     def __init__(self) -> None:
         super().__init__(
             nn.Linear(3, 4), nn.Dropout(0.5), nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, 2)
         )
         self.tied = nn.Linear(3, 4)
-        self.tied.weight = self[0].weight
+        self.tied.weight = self.get_submodule("0").weight
         self.settings = Settings()
         self.table = {"bias": 0.0}
         self.chain: list[Any] = [torch.tanh]
@@ -76,7 +79,7 @@ class Model(nn.Sequential):
 def build() -> Model:
     torch.manual_seed(0)  # noqa: TID251
     model = Model()
-    model[2].running_var.fill_(0.7)
+    model.get_buffer("2.running_var").fill_(0.7)
     return model.train()
 
 
@@ -201,11 +204,11 @@ def swapped_tensors(model: Any) -> None:
 
 
 def patched_class(model: Any) -> None:
-    nn.Linear.forward = lambda self, x: x[..., :1] * self.weight[:, 0]  # type: ignore[method-assign]
+    nn.Linear.forward = lambda self, input: input * 0  # type: ignore[method-assign]
 
 
 def patched_function(model: Any) -> None:
-    nn.functional.linear = lambda x, w, b=None: x @ w.T * 0
+    nn.functional.linear = lambda input, weight, bias=None: input @ weight.T * 0
 
 
 def assign(target: Callable[[Any], Any], name: str, value: Any) -> Evaluator:
