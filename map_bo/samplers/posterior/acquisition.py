@@ -109,13 +109,15 @@ class AcquisitionDriven(PosteriorDriven):
     def choose(self, situation: Situation, n: int) -> Tensor:
         """Return up to ``n`` new points, ``k x d``, the best first."""
         found = situation.taken[:0]
-        acquisition = self.acquisition(situation, situation.taken, situation.generator)
         chance = Chance(make_generator(situation.seed))
+        with chance:  # botorch draws seeds of its own here and there
+            acquisition = self.acquisition(situation, situation.taken, situation.generator)
         for i in range(n):
             source = child(situation.generator, i)
             if i:
                 pending = torch.cat([situation.taken, found])
-                acquisition = self.renewed(acquisition, situation, pending, source)
+                with chance:
+                    acquisition = self.renewed(acquisition, situation, pending, source)
             starts = self._raw_samples(situation, source)
             known = torch.cat([situation.known, found])
             point = self._best(acquisition, starts, situation.space, known, chance)
