@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
+from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError, SurrogateError
 from map_bo.evaluators.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
@@ -99,6 +99,7 @@ class Run:
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
+        SpaceError: When the space holds a single point.
     """
 
     @own_maths()
@@ -117,6 +118,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -411,6 +413,15 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
+
+
+def _check_space(space: CoefficientSpace) -> None:
+    if space.is_single_point:
+        raise SpaceError(
+            f"the space holds a single point, {space.project(space.bounds)[0].tolist()}, so there "
+            "is nothing to search",
+            hint="leave at least one coefficient free, widen the bounds or relax a constraint",
+        )
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:
