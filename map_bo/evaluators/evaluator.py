@@ -82,7 +82,7 @@ class Measurement:
 
 Evaluator = Callable[[nn.Module], float | Measurement]
 """Measures one metric on a model. The model is in evaluation mode; gradients are not switched
-off. What it does to the model is undone afterwards."""
+off. What it does to the model, to torch and to the process is undone afterwards."""
 
 
 def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:

@@ -277,9 +277,10 @@ def isolated(what: str, seed: int) -> Iterator[None]:
     with callers_world():
         with _turn():
             before = World()
-            seed_everything(seed)
-        torch.clear_autocast_cache()  # it holds casts of weights that have been replaced
         try:
+            with _turn():
+                seed_everything(seed)
+            torch.clear_autocast_cache()  # it holds casts of weights that have been replaced
             with torch.inference_mode(torch.is_inference_mode_enabled()):
                 torch.set_grad_enabled(before.grad)
                 yield

@@ -24,7 +24,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from map_bo.data import Metric
 from map_bo.errors import MapBoError
+from map_bo.evaluators.evaluator import Measurement, mean_loss
 from map_bo.loop.run import optimize
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
@@ -390,8 +392,6 @@ def evaluators(middle: Evaluator) -> dict[str, Evaluator]:
 
 
 def problem(model: nn.Module, middle: Evaluator) -> MergedModelProblem:
-    from map_bo.data import Metric
-
     return MergedModelProblem(
         model,
         base=BASE,
@@ -451,6 +451,54 @@ def test_what_a_failing_evaluator_leaves_behind_reaches_nothing(name: str) -> No
     assert all("ValueError: odd" in str(failure) for failure in seen.failures)
     assert surroundings() == around
     assert describe(model) == before
+
+
+class OddLoss:
+    """A loss with gradients that leaves something behind."""
+
+    def __init__(self, action: Evaluator) -> None:
+        self.action = action
+        self.loss = mean_loss(INPUTS, torch.tensor([0, 1]), batch_size=1)
+
+    def __call__(self, model: nn.Module) -> Measurement:
+        return self.loss(model)
+
+    def examples(self, model: nn.Module) -> Iterator[Tensor]:
+        yield from self.loss.examples(model)
+        self.action(model)
+
+    def summary(self, values: Tensor) -> Measurement:
+        return self.loss.summary(values)
+
+
+@pytest.mark.parametrize(
+    "name", ["gradients off", "default device", "seeds", "eps", "frozen", "forward hook", "loose"]
+)
+def test_what_a_gradient_evaluation_leaves_behind_reaches_nothing(name: str) -> None:
+    def measure(action: Evaluator) -> tuple[Tensor, Tensor | None]:
+        model = build()
+        before, around = describe(model), surroundings()
+        tested = MergedModelProblem(
+            model,
+            base=BASE,
+            experts=EXPERTS,
+            evaluators={"odd": OddLoss(action), "loss": mean_loss(INPUTS, torch.tensor([0, 1]))},
+            metrics=[Metric(each, kind="loss", direction="min") for each in ("odd", "loss")],
+            gradients=True,
+        )
+        seen = tested.evaluate(ROWS, generator=G)
+        assert surroundings() == around
+        assert describe(model) == before
+        assert seen.gradients is not None
+        return seen.Y[:, 1], seen.gradients[:, 1]
+
+    action = ODD.get(name, assign(lambda m: m, "loose", torch.ones(2)))
+    expected = measure(lambda m: None)
+    found = measure(action)
+    assert torch.equal(found[0], expected[0])
+    assert found[1] is not None
+    assert expected[1] is not None
+    assert torch.equal(found[1], expected[1])
 
 
 def test_changes_of_the_model_are_said(caplog: pytest.LogCaptureFixture) -> None:
