@@ -124,9 +124,8 @@ class Metric:
 
 def directions(metrics: Sequence[Metric]) -> Tensor:
     """Return ``m`` signs: +1 where larger is better, -1 where smaller is."""
-    return torch.tensor(
-        [1.0 if metric.direction == "max" else -1.0 for metric in metrics], dtype=torch.float64
-    )
+    signs = [1.0 if metric.direction == "max" else -1.0 for metric in metrics]
+    return torch.tensor(signs, dtype=torch.float64, device="cpu")
 
 
 def to_maximisation(Y: Tensor, metrics: Sequence[Metric]) -> Tensor:
@@ -152,7 +151,8 @@ def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
 
 
 def _double(value: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
-    return torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    where = value.device if isinstance(value, Tensor) else "cpu"  # never the default device
+    return torch.as_tensor(value, dtype=torch.float64, device=where).detach().cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -224,7 +224,7 @@ class Observations:
                     hint=f"give {name} the shape of Y",
                 )
             put(self, name, value)
-        put(self, "cost", torch.zeros(n).double() if self.cost is None else _double(self.cost))
+        put(self, "cost", _double([0.0] * n if self.cost is None else self.cost))
         put(self, "failures", (None,) * n if self.failures is None else tuple(self.failures))
         if self.cost.shape != (n,) or len(self.failures) != n:
             raise DataError(
@@ -292,7 +292,9 @@ class Observations:
     @property
     def ok(self) -> Tensor:
         """``n`` booleans: which evaluations succeeded."""
-        return torch.tensor([reason is None for reason in self.failures], dtype=torch.bool)
+        return torch.tensor(
+            [reason is None for reason in self.failures], dtype=torch.bool, device="cpu"
+        )
 
     @property
     def measured(self) -> Tensor:
@@ -483,14 +485,18 @@ class Observations:
     @classmethod
     def empty(cls, d: int, metrics: Sequence[Metric]) -> Observations:
         """Return observations with no rows in ``d`` coefficients."""
-        return cls(X=torch.zeros(0, d), Y=torch.zeros(0, len(metrics)), metrics=tuple(metrics))
+        return cls(
+            X=torch.zeros(0, d, device="cpu"),
+            Y=torch.zeros(0, len(metrics), device="cpu"),
+            metrics=tuple(metrics),
+        )
 
     @classmethod
     def failed(cls, X: Tensor, metrics: Sequence[Metric], reason: str) -> Observations:
         """Return rows for evaluations (``n x d``) that all failed for ``reason``."""
         return cls(
             X=X,
-            Y=torch.full((len(X), len(metrics)), torch.nan),
+            Y=torch.full((len(X), len(metrics)), torch.nan, dtype=torch.float64, device="cpu"),
             metrics=tuple(metrics),
             failures=(reason,) * len(X),
         )
@@ -545,7 +551,7 @@ class Front:
             shape = (k,) if name in _OF_POINTS else (k, m)
             value = getattr(self, name)
             if value is None and name in ("real", "corrected", *_OF_POINTS):
-                value = torch.full(shape, torch.nan, dtype=torch.float64)
+                value = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
             put(self, name, _double(value))
             if getattr(self, name).shape != shape:
                 raise DataError(

@@ -34,7 +34,7 @@ class LinearConstraint:
 
     def slack(self, X: Tensor) -> Tensor:
         """Return how far each row of ``X`` (``... x d``) is from feasible; 0 when it is."""
-        gap = X @ torch.tensor(self.weights, dtype=X.dtype) - self.bound
+        gap = X @ torch.tensor(self.weights, dtype=X.dtype, device=X.device) - self.bound
         return gap.abs() if self.equality else gap.clamp_min(0.0)
 
 
@@ -111,7 +111,7 @@ class CoefficientSpace:
                 f"{d} coefficients have {len(self.lower)} lower and {len(self.upper)} upper bounds",
                 hint="give one lower and one upper bound per coefficient",
             )
-        finite = torch.isfinite(torch.tensor(self.lower + self.upper))
+        finite = torch.isfinite(torch.tensor(self.lower + self.upper, device="cpu"))
         if not bool(finite.all()) or any(
             low > high for low, high in zip(self.lower, self.upper, strict=True)
         ):
@@ -312,11 +312,11 @@ class CoefficientSpace:
 
     @property
     def _low(self) -> Tensor:
-        return torch.tensor(self.lower, dtype=torch.float64)
+        return torch.tensor(self.lower, dtype=torch.float64, device="cpu")
 
     @property
     def _high(self) -> Tensor:
-        return torch.tensor(self.upper, dtype=torch.float64)
+        return torch.tensor(self.upper, dtype=torch.float64, device="cpu")
 
     @property
     def bounds(self) -> Tensor:
@@ -349,7 +349,7 @@ class CoefficientSpace:
         """
         if not self.importance or power == 0:
             return self
-        sizes = torch.tensor(self.importance, dtype=torch.float64).pow(power)
+        sizes = torch.tensor(self.importance, dtype=torch.float64, device="cpu").pow(power)
         sizes = sizes / sizes.square().mean().sqrt()
         middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2 / sizes
         return CoefficientSpace(
@@ -368,13 +368,14 @@ class CoefficientSpace:
         """Return for each row of ``X`` (``n x d``) whether it is in the space."""
         inside = ((X >= self._low - tolerance) & (X <= self._high + tolerance)).all(-1)
         for constraint in self.constraints:
-            norm = float(torch.tensor(constraint.weights).norm())
+            norm = float(torch.tensor(constraint.weights, device="cpu").norm())
             inside = inside & (constraint.slack(X) <= tolerance * max(1.0, norm))
         return inside
 
     def check(self, X: Tensor) -> Tensor:
         """Return ``X`` as float64 ``n x d``, or raise when it has another shape or leaves."""
-        X = torch.as_tensor(X, dtype=torch.float64)
+        where = X.device if isinstance(X, Tensor) else "cpu"
+        X = torch.as_tensor(X, dtype=torch.float64, device=where)
         if X.dim() != 2 or X.shape[-1] != self.d:
             raise SpaceError(
                 f"coefficients have shape {tuple(X.shape)}, and the space has {self.d} of them: "
@@ -401,7 +402,7 @@ class CoefficientSpace:
         """
         if not self.constraints or not len(X):
             return X.clamp(self._low.to(X), self._high.to(X))
-        supports = torch.tensor([c.weights for c in self.constraints]) != 0
+        supports = torch.tensor([c.weights for c in self.constraints], device="cpu") != 0
         if bool((supports.sum(0) <= 1).all()):
             result = X.clamp(self._low.to(X), self._high.to(X))
             for constraint, used in zip(self.constraints, supports, strict=True):
@@ -422,7 +423,7 @@ class CoefficientSpace:
 
     def _project_one(self, X: Tensor, constraint: LinearConstraint) -> Tensor:
         low, high = self._low.to(X), self._high.to(X)
-        weights = torch.tensor(constraint.weights, dtype=X.dtype)
+        weights = torch.tensor(constraint.weights, dtype=X.dtype, device=X.device)
         inside = X.clamp(low, high)
         gap = inside @ weights - constraint.bound
         wrong = gap.abs() > 1e-12 if constraint.equality else gap > 1e-12
@@ -455,18 +456,18 @@ class CoefficientSpace:
         Fixed coefficients keep their value in all of them: the base is then the base with what is
         fixed, and an expert of which nothing is free is no anchor.
         """
-        owner = torch.tensor(self.owner)
+        owner = torch.tensor(self.owner, device="cpu")
         fixed = self._low == self._high
         free = [bool((~fixed[owner == i]).any()) for i in range(len(self.experts))]
         experts = torch.stack([(owner == i).double() for i in range(len(self.experts))])
         X = torch.cat(
             [
-                torch.zeros(1, self.d, dtype=torch.float64),
+                torch.zeros(1, self.d, dtype=torch.float64, device="cpu"),
                 experts,
-                torch.full((1, self.d), 1.0 / max(sum(free), 1), dtype=torch.float64),
+                torch.full((1, self.d), 1.0 / max(sum(free), 1), dtype=torch.float64, device="cpu"),
             ]
         )
-        X[:, owner < 0] = torch.tensor(self.defaults, dtype=torch.float64)
+        X[:, owner < 0] = torch.tensor(self.defaults, dtype=torch.float64, device="cpu")
         X[:, fixed] = self._low[fixed]
         names = ("base", *self.experts, "uniform blend")
         kinds = ("base", *("expert" for _ in self.experts), "blend")

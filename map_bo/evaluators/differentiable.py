@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Evaluator, Measurement, measure
+from map_bo.evaluators.world import callers_world, known_numerics
 from map_bo.merging.align.layout import Slot
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.merging.vectors.operator import HasDerivatives
@@ -75,6 +76,7 @@ def check_differentiable(name: str, evaluator: Evaluator) -> Differentiable:
     return evaluator
 
 
+@known_numerics()
 def measure_with_gradient(
     name: str, evaluator: Evaluator, live: LiveModel, merge: HasDerivatives
 ) -> tuple[Measurement, Tensor, Tensor]:
@@ -112,8 +114,10 @@ def measure_with_gradient(
                         "its values do not depend on the model's weights",
                         hint="compute them without torch.no_grad, and do not detach them",
                     )
-                total = batch.double().sum()
-                found = torch.autograd.grad(total, [leaf for leaf, _ in leaves], allow_unused=True)
+                with torch.enable_grad():  # a generator's modes reach whoever consumes it
+                    total = batch.double().sum()
+                leaf_tensors = [leaf for leaf, _ in leaves]
+                found = torch.autograd.grad(total, leaf_tensors, allow_unused=True)
                 flat.zero_()
                 for part, (_, slot) in zip(found, leaves, strict=True):
                     if part is not None:
@@ -123,7 +127,8 @@ def measure_with_gradient(
                 values.append(batch.detach().double().cpu().flatten())
         return source.summary(torch.cat(values))
 
-    seen = measure(name, run, live.model)
+    with callers_world(), known_numerics():  # what the evaluator switches ends here
+        seen = measure(name, run, live.model)
     size = torch.tensor(sizes, dtype=torch.float64).unsqueeze(-1)
     sums = torch.stack(gradients)
     gradient = sums.sum(0) / size.sum()

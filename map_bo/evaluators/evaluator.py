@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from map_bo.data import Metric, check_metrics
 from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError, did_you_mean
+from map_bo.evaluators.world import stops_the_process
 
 __all__ = [
     "Accuracy",
@@ -81,7 +82,7 @@ class Measurement:
 
 Evaluator = Callable[[nn.Module], float | Measurement]
 """Measures one metric on a model. The model is in evaluation mode; gradients are not switched
-off. What it does to the model is undone afterwards."""
+off. What it does to the model, to torch and to the process is undone afterwards."""
 
 
 def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
@@ -94,13 +95,15 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
         model: The model to measure.
 
     Raises:
-        EvaluationError: When the evaluator raises an ``Exception`` (which is its cause), or
-            returns anything else, NaN or infinity. What is no ``Exception``, such as
-            ``KeyboardInterrupt``, passes through.
+        EvaluationError: When the evaluator raises (``SystemExit`` of a ``sys.exit()`` as well;
+            what it raised is the cause), or returns anything else, NaN or infinity. What is meant
+            for the process, such as ``KeyboardInterrupt``, passes through.
     """
     try:
         result = evaluator(model)
-    except Exception as error:
+    except BaseException as error:
+        if stops_the_process(error):
+            raise
         text, hint = str(error), None
         if isinstance(error, MapBoError):
             text, hint = error.message, error.hint

@@ -21,8 +21,17 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError, StoreError
+from map_bo.evaluators.global_state import World
+from map_bo.evaluators.world import (
+    TimeLimitExceededError,
+    isolated,
+    known_numerics,
+    stops_the_process,
+)
 from map_bo.loop.state import is_at
+from map_bo.merging.vectors.live import LiveModel
 from map_bo.problems.problem import Problem
+from map_bo.rng import child_seed
 from map_bo.tracking.store import Event
 
 __all__ = [
@@ -38,12 +47,12 @@ __all__ = [
 ]
 
 
-class TimeLimitExceededError(BaseException):
-    """An evaluation took longer than its limit.
-
-    Like ``KeyboardInterrupt`` it is not an ``Exception``, so that an evaluator that catches every
-    exception and carries on cannot swallow it.
-    """
+# What puts things back is not interrupted half-way; the limit strikes when it has finished.
+_UNINTERRUPTED = {
+    method.__code__
+    for method in (LiveModel.__enter__, LiveModel.__exit__, LiveModel.clean, World.restore)
+}
+_SOON = 0.01  # seconds until the next attempt
 
 
 @contextmanager
@@ -68,30 +77,44 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         )
 
     def expire(signum: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code in _UNINTERRUPTED:
+                signal.setitimer(signal.ITIMER_REAL, _SOON)
+                return
+            frame = frame.f_back
         raise TimeLimitExceededError(f"it took longer than {seconds:g} s")
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    start = time.monotonic()
+    left, interval = signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0.0)
         signal.signal(signal.SIGALRM, before)
+        if left:  # an alarm of the caller's own, which may be overdue
+            passed = time.monotonic() - start
+            signal.setitimer(signal.ITIMER_REAL, max(left - passed, _SOON), interval)
 
 
+@known_numerics()
 def evaluate_row(
     problem: Problem, x: Tensor, *, timeout: float | None, generator: Generator
 ) -> Observations:
     """Evaluate one row (``d``) and return one row, which is a failed one when anything went wrong.
 
-    What stops a process (``KeyboardInterrupt`` and the like) passes through, and so do errors of
-    the set-up (a checkpoint that does not fit, a point outside the space), because they would make
-    every further evaluation fail as well.
+    The problem finds the caller's world, with global random numbers seeded by ``generator``, and
+    what it changes in torch or in the process is put back; see
+    :func:`map_bo.evaluators.world.isolated`.
+
+    What stops a process (``KeyboardInterrupt`` and the like, not ``sys.exit()``) passes through,
+    and so do errors of the set-up (a checkpoint that does not fit, a point outside the space),
+    because they would make every further evaluation fail as well.
     """
     start = time.perf_counter()
     row = x.unsqueeze(0)
     try:
-        with time_limit(timeout):
+        with isolated("the problem", child_seed(generator, "world")), time_limit(timeout):
             result = problem.evaluate(row, generator=generator)
         reason = _fault(result, problem, x)
         if timeout is not None and time.perf_counter() - start > timeout:
@@ -102,17 +125,30 @@ def evaluate_row(
         raise
     except TimeLimitExceededError as error:
         reason = str(error)
-    except Exception as error:
-        reason = f"{type(error).__name__}: {error}"
+    except BaseException as error:
+        if stops_the_process(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".rstrip(": ")
     if reason is not None:
         result = Observations.failed(row, problem.metrics, reason)
     else:
+        result = _ordinary(result)
         # A problem may work in another precision; what was asked for is what was evaluated.
         result = dataclasses.replace(result, X=row)
     seconds = time.perf_counter() - start
     if not bool(torch.isfinite(result.cost).all()) or not bool((result.cost > 0).all()):
         result = dataclasses.replace(result, cost=torch.tensor([seconds]))
     return result
+
+
+def _ordinary(seen: Observations) -> Observations:
+    """Return observations without inference tensors, which gradients could not be taken with."""
+    made: dict[str, Any] = {
+        part.name: value.clone()
+        for part in dataclasses.fields(seen)
+        if isinstance(value := getattr(seen, part.name), Tensor) and value.is_inference()
+    }
+    return dataclasses.replace(seen, **made) if made else seen
 
 
 def _fault(result: Observations, problem: Problem, x: Tensor) -> str | None:

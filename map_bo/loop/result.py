@@ -16,6 +16,7 @@ from torch import Tensor
 from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
+from map_bo.evaluators.world import own_maths
 from map_bo.loop.recommend import notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
@@ -340,6 +341,7 @@ class Result:
         """The metrics, in the order of all columns."""
         return self.front.metrics
 
+    @own_maths()
     def choose(
         self,
         prefer: Mapping[str, float] | None = None,
@@ -537,6 +539,7 @@ class Result:
             problem=self.problem,
         )
 
+    @own_maths()
     def optimism(self) -> dict[str, float | None]:
         """Return, for each metric, the mean of predicted minus real over the verified points.
 
@@ -550,6 +553,7 @@ class Result:
             for metric, value in zip(self.metrics, mean.tolist(), strict=True)
         }
 
+    @own_maths()
     def uncertainty(self) -> dict[str, Any]:
         """Return how certain the front is, as plain data, as in ``summary.json``.
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator
 
-from map_bo.constraints import Constraint, check_constraints
+from map_bo.constraints import check_constraints
 from map_bo.data import Observations
 from map_bo.errors import (
     BudgetError,
@@ -24,6 +24,7 @@ from map_bo.errors import (
     StoreError,
     SurrogateError,
 )
+from map_bo.evaluators.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
@@ -48,19 +49,17 @@ from map_bo.loop.state import (
     run_identity,
 )
 from map_bo.loop.stopping import notes_on, stop_record
-from map_bo.loop.summary import outliers_of, summarise, versions
-from map_bo.pareto.indicators import hypervolume
+from map_bo.loop.summary import ObservedVolume, outliers_of, summarise, versions
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
-from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Screening
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.fresh import leaving_nothing
-from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
 from map_bo.tracking.store import Event, RunStore, SharedStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
 from map_bo.values import whole_number
@@ -68,49 +67,6 @@ from map_bo.values import whole_number
 __all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
 
 logger = logging.getLogger(__name__)
-
-
-class ObservedVolume:
-    """Hypervolume of the measured points (real) after each evaluation, as in a run's summary.
-
-    It begins once the base and the experts have been evaluated, because no later evaluation moves
-    the scale; earlier hypervolumes would not be comparable. A run whose design leaves them out has
-    none.
-
-    Args:
-        space: The space of the run.
-        given: The reference point of the settings, if any.
-        constraints: What metrics have to keep.
-    """
-
-    def __init__(
-        self,
-        space: CoefficientSpace,
-        given: Mapping[str, float] | None = None,
-        constraints: Sequence[Constraint] = (),
-    ) -> None:
-        self._space, self._given, self._constraints = space, given, constraints
-        self._scale: Scale | None = None
-
-    def after(self, seen: Observations) -> dict[str, float]:
-        """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
-        if self._scale is None:
-            self._scale = self._settled(seen)
-        if self._scale is None:
-            return {}
-        gains = self._scale.gains(seen.succeeded().Y)
-        zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
-        return {"hypervolume": hypervolume(gains, zero)}
-
-    def _settled(self, seen: Observations) -> Scale | None:
-        if not bool(seen.ok.any()):
-            return None
-        tried = anchor_rows(seen.X, self._space).any(-1).tolist()
-        kinds = self._space.anchors().kinds
-        if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
-            return None
-        found = Scale.of(seen, self._space, self._given, self._constraints)
-        return None if found.is_observed else found
 
 
 class Run:
@@ -132,6 +88,7 @@ class Run:
         SpaceError: When the space holds a single point.
     """
 
+    @own_maths()
     def __init__(
         self,
         problem: Problem,
@@ -239,6 +196,7 @@ class Run:
             self.store.append(event)
             self._take(event, after)
 
+    @own_maths()
     def ask(self, n: int) -> list[int]:
         """Propose up to ``n`` rows, record them, and return their indices in ``state.X``.
 
@@ -284,6 +242,7 @@ class Run:
         self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
+    @own_maths()
     def tell(self, index: int, outcome: Observations) -> None:
         """Record the outcome (one row) of the proposed row ``index``.
 
@@ -310,6 +269,7 @@ class Run:
             seen = self.state.seen.append(outcome)
             self._record("observed", {**data, **self._volume.after(seen)})
 
+    @own_maths()
     def reopen_failures(self) -> int:
         """Queue every failed evaluation of the search again; return how many there are.
 
@@ -331,6 +291,7 @@ class Run:
             self._volume = self._observed_volume()
         return len(failed)
 
+    @own_maths()
     def drive(self, progress: Progress = silent) -> Result:
         """Do what is left of the run and return its result.
 
@@ -350,7 +311,8 @@ class Run:
         if not self.state.outcomes:
             check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
-            self.problem.prepare()
+            with callers_world():
+                self.problem.prepare()
         with progress.over(self.settings.search + self.settings.verifications) as report:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self._searching(report):
@@ -574,6 +536,7 @@ def _check_reference(settings: Settings, problem: Problem) -> None:
         )
 
 
+@own_maths()
 def optimize(
     problem: Problem,
     budget: int,
@@ -605,6 +568,9 @@ def optimize(
         **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 
+    It may be called with gradients off, in inference mode, under autocast, or with another default
+    dtype or device: its own maths do not depend on them, and evaluators find them as they are.
+
     Returns:
         The front and all measurements.
 
@@ -628,7 +594,7 @@ def optimize(
     if run_dir is None:
         with trackers(tracking, None) as tracker:
             return run(MemoryStore(), tracker)
-    directory = Path(run_dir)
+    directory = absolute_directory(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
     exists = (directory / "events.jsonl").exists()
     with leaving_nothing(directory, fresh=not exists):

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, EvaluationError, MapBoError
+from map_bo.evaluators.world import callers_world, known_numerics
 from map_bo.loop.progress import Progress
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
@@ -71,8 +72,10 @@ class _MetricSubset:
     def metrics(self) -> tuple[Metric, ...]:
         return tuple(self.problem.metrics[j] for j in self._columns)
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        seen = self.problem.evaluate(X, generator=generator)
+        with callers_world():
+            seen = self.problem.evaluate(X, generator=generator)
         return replace(
             seen,
             Y=seen.Y[:, self._columns],
@@ -197,6 +200,7 @@ class NodeProblem:
             "means": None if self.means is None else self.means.weights.tolist(),
         }
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure what is not yet known at every row of ``X`` (``n x k``)."""
         U = self.space.check(X)
@@ -218,7 +222,8 @@ class NodeProblem:
         cost = torch.zeros(1, dtype=torch.float64)
         if missing:
             part = select_metrics(self._whole, missing)
-            seen = part.evaluate(x.unsqueeze(0), generator=generator)
+            with callers_world():
+                seen = part.evaluate(x.unsqueeze(0), generator=generator)
             reason = seen.failures[0]
             self._ledger.add(replace(seen, X=x.unsqueeze(0)))
             if reason is not None:

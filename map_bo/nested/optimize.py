@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from map_bo.evaluators.world import own_maths
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.settings import Settings
@@ -15,7 +16,7 @@ from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
 from map_bo.tracking.fresh import leaving_nothing
-from map_bo.tracking.jsonl import JsonlStore, MemoryStore
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker, Tracking
 
@@ -36,6 +37,7 @@ def nested_run(
     return kind(problem, settings, nested, store, config=config, tracker=tracker)
 
 
+@own_maths()
 def optimize_nested(
     problem: Problem,
     budget: int,
@@ -78,7 +80,7 @@ def optimize_nested(
             store: RunStore = MemoryStore()
             run = nested_run(problem, chosen, how, store, config=config, tracker=tracker)
             return run.drive(bar)
-    directory = Path(run_dir)
+    directory = absolute_directory(run_dir)
     mirrors = trackers(tracking, directory)
     exists = (directory / "events.jsonl").exists()
     with leaving_nothing(directory, fresh=not exists):

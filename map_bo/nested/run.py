@@ -18,6 +18,7 @@ from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
+from map_bo.evaluators.world import callers_world, own_maths
 from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import check_surrogates
@@ -186,6 +187,7 @@ class NestedRun(Record):
     def _before_conclusion(self, final: Final) -> None:
         """Record what a reader needs to understand the result."""
 
+    @own_maths()
     def drive(self, progress: Progress = silent) -> NestedResult:
         """Do what is left of the run and return its result.
 
@@ -198,7 +200,8 @@ class NestedRun(Record):
         if self._recorded("planned") is None:
             check_surrogates(self.settings, self.problem)
         if isinstance(self.problem, Preparable) and self._recorded("finished") is None:
-            self.problem.prepare()
+            with callers_world():
+                self.problem.prepare()
         tree = self._tree()
         allocator = self._allocator(tree)
         promoted: dict[NodePath, list[Part]] = {}

@@ -13,6 +13,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, DataError
+from map_bo.evaluators.world import known_numerics
 from map_bo.problems.synthetic import noisy
 from map_bo.space import CoefficientSpace
 
@@ -136,6 +137,7 @@ class BotorchProblem:
         with torch.no_grad():
             return self.function.evaluate_true(X.double().clamp(low, high)).double()
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every metric at every row of ``X`` (``n x d``), with noise if there is any.
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
+from map_bo.evaluators.world import known_numerics
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
 from map_bo.scale import widths
@@ -146,6 +147,7 @@ class ConcaveQuadratics:
         gap = X.double().unsqueeze(-2) - self.centres
         return 1 - torch.einsum("nmi,mij,nmj->nm", gap, self.curvatures, gap)
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every metric at every row of ``X`` (``n x d``), with noise if there is any.
 
@@ -216,6 +218,7 @@ class SigmoidQuadratics:
         """Return the metrics without noise, ``n x m``, at ``X`` (``n x d``)."""
         return torch.sigmoid(_SHARPNESS * (self.quadratics.true_values(X) - 0.5))
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every metric at every row of ``X`` (``n x d``).
 
@@ -317,6 +320,7 @@ class MultiBump:
         squares = gap.square().sum(-1)
         return (self.heights * torch.exp(-squares / (2 * self.width**2))).sum(-1)
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Measure every metric at every row of ``X`` (``n x d``), with noise if there is any.
 

@@ -15,6 +15,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
+from map_bo.evaluators.world import known_numerics
 from map_bo.space import CoefficientSpace
 
 __all__ = ["TableProblem"]
@@ -75,6 +76,7 @@ class TableProblem:
             first.setdefault(tuple(row), i)
         return X[list(first.values())]
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Look every row of ``X`` (``n x d``) up.
 

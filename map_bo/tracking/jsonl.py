@@ -94,6 +94,21 @@ class _Left:
     tail: bytes
 
 
+def absolute_directory(path: str | Path) -> Path:
+    """Return a run directory by its absolute path, which no change of directory moves.
+
+    Raises:
+        StoreError: When the path is relative and the working directory does not exist any more.
+    """
+    try:
+        return Path(path).absolute()
+    except OSError as error:
+        raise StoreError(
+            f"the run directory {path} is relative, and the working directory does not exist",
+            hint="give an absolute path, or change to a directory that exists",
+        ) from error
+
+
 class JsonlStore:
     """The events of a run, one per line, in ``DIRECTORY/events.jsonl``.
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Mapping, Set
+from dataclasses import dataclass, field
 from functools import reduce
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.align.conform import is_constant
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.align.renaming import match_names
 from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.vectors.module_state import ModuleState, same_items
 from map_bo.merging.vectors.operator import PreparedMerge
 
 __all__ = ["LiveModel", "model_ties", "names_of_base"]
@@ -66,6 +69,12 @@ class _Bound:
     live: Tensor  # the memory that it has while live: a view of the buffer, or a copy
     slot: Slot | None  # None for a tensor that is not merged
     value: Tensor | None = None  # what a tensor that is not merged starts each candidate with
+    tags: dict[str, Any] = field(default_factory=dict)  # attributes that somebody gave it
+    hooks: _TensorHooks = (None, None)
+
+    def __post_init__(self) -> None:
+        self.tags = dict(vars(self.tensor))
+        self.hooks = _hooks_of(self.tensor)
 
     def attach(self) -> None:
         """Give the tensor its live memory, whatever an evaluator did to it."""
@@ -77,10 +86,43 @@ class _Bound:
         self.tensor.grad = self.grad
 
     def _point_at(self, memory: Tensor) -> None:
-        self.tensor.grad = None  # a gradient of another shape would forbid the exchange
-        self.tensor.data = memory
-        if self.tensor.requires_grad != self.requires_grad:
-            self.tensor.requires_grad_(self.requires_grad)
+        tensor = self.tensor
+        tensor.grad = None  # a gradient of another shape would forbid the exchange
+        if tensor.grad_fn is not None:  # it was computed in place from others
+            tensor.detach_()
+        try:
+            tensor.data = memory
+        except RuntimeError:  # of another kind now, such as a tensor without memory
+            kind = type(tensor)
+            other = nn.Parameter(memory, False) if issubclass(kind, nn.Parameter) else memory[...]
+            torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
+        if tensor.requires_grad != self.requires_grad:
+            tensor.requires_grad_(self.requires_grad)
+        if not same_items(vars(tensor), self.tags):
+            vars(tensor).clear()
+            vars(tensor).update(self.tags)
+        if _hooks_of(tensor) != self.hooks:
+            # Torch changes these in place, and forgets them when they are set.
+            before, after = (None if each is None else OrderedDict(each) for each in self.hooks)
+            tensor._backward_hooks = before
+            tensor._post_accumulate_grad_hooks = after  # type: ignore[assignment]
+
+
+_TensorHooks = tuple[dict[int, Any] | None, dict[int, Any] | None]
+
+
+def _hooks_of(tensor: Tensor) -> _TensorHooks:
+    before, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return (dict(before) if before else None, dict(after) if after else None)
+
+
+@dataclass(frozen=True, eq=False)
+class _StandIn:
+    """A place of the model where an inference tensor, which cannot be bound, has a stand-in."""
+
+    place: dict[str, Any] | list[Any]
+    key: Any
+    found: Tensor
 
 
 class LiveModel:
@@ -91,9 +133,14 @@ class LiveModel:
     same parameter and buffer objects in the same memory with the same values, gradients,
     ``requires_grad`` flags, training modes, hooks and submodules.
 
-    Every `write` also undoes what an evaluator may have done to the model, so that nothing leaks
-    into the next candidate: changed weights, BatchNorm statistics and counters, gradients,
-    modes, hooks, and replaced parameters or submodules. The model is then in evaluation mode.
+    `clean`, and every `write` after another, undoes what an evaluator may have done to the model,
+    so that nothing leaks into the next candidate: changed weights, BatchNorm statistics and
+    counters, gradients, modes, hooks, attributes such as ``eps``, parameters and submodules that
+    were replaced, added or removed; see :class:`~map_bo.merging.vectors.module_state.ModuleState`.
+    The model is then in evaluation mode.
+
+    Parameters and buffers that were made in inference mode cannot be written to outside of it;
+    while the model is live, others stand in for them.
 
     Dtypes: the buffer has the model's floating dtype. In a model of several, it has the one
     that holds them all (float32 for bfloat16 and float32); tensors of that dtype are views and
@@ -114,6 +161,10 @@ class LiveModel:
         heads: Tensors of the model that no checkpoint merges: parts of task heads, which
             `put_head` fills.
         spare: Tensors of the layout that the model may lack.
+
+    Attributes:
+        cast_inputs: Whether the model, if it has one floating dtype, takes floating inputs of any,
+            and casts them. Set it before the model is entered.
 
     Raises:
         MergeError: When the model's tensors are not those of the layout (names, shapes, floating
@@ -136,9 +187,14 @@ class LiveModel:
         self._bound: list[_Bound] = []
         self._views: list[tuple[Tensor, Slot]] = []  # pieces of the live memory
         self._modes: list[tuple[nn.Module, bool]] = []
-        self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._stand_ins: list[_StandIn] = []
+        self._state: ModuleState | None = None
+        self._inputs: RemovableHandle | None = None
         self._attributes: list[tuple[object, str, object]] = []
+        self._headed = False
         self._entered = False
+        self._written = False
+        self.cast_inputs = False
         shapes = {name: value.shape for name, value in self._fixed.items()}
         named = state_tensors(model)
         known = [*(slot.name for slot in layout.slots), *layout.fixed]
@@ -168,8 +224,10 @@ class LiveModel:
 
     def write(self, prepared: PreparedMerge, c: Tensor) -> nn.Module:
         """Merge the candidate ``c`` (``d``) into the model and return it, in evaluation mode."""
+        if self._written:
+            self.clean()
         flat = self.flat
-        self._clean()
+        self._written = True
         prepared.write(c, flat)
         with torch.no_grad():
             for bound in self._bound:
@@ -192,6 +250,7 @@ class LiveModel:
         """
         if not self._entered:
             raise MergeError("the model is not live", hint="use it inside `with`")
+        self._headed = True
         with torch.inference_mode(False):
             for name, tensor in head.items():
                 path, _, last = name.rpartition(".")
@@ -277,17 +336,18 @@ class LiveModel:
             if self._flat is None:
                 self._flat = torch.zeros(self._layout.size, dtype=self.dtype, device=self.device)
             self._modes = [(module, module.training) for module in self.model.modules()]
-            self._parts = [
-                (part, dict(part))
-                for module, _ in self._modes
-                for name, part in vars(module).items()
-                if isinstance(part, dict)
-                and (name in ("_parameters", "_buffers", "_modules") or "_hooks" in name)
-            ]
-            self._bound = self._bindings(self._flat)
             self._entered = True
             try:
-                self._clean()
+                self._stand_in()
+                self._bound = self._bindings(self._flat)
+                for module, _ in self._modes:
+                    module.training = False
+                if self.cast_inputs and len({b.live.dtype for b in self._bound if b.slot}) == 1:
+                    self._inputs = self.model.register_forward_pre_hook(
+                        _casting(self.dtype), with_kwargs=True, prepend=True
+                    )
+                self._state = ModuleState(self.model, [bound.tensor for bound in self._bound])
+                self.clean()
             except BaseException:
                 self._restore()
                 raise
@@ -329,34 +389,99 @@ class LiveModel:
         self._views = [(part.of(lives[id(named[part.name])]), s) for part, s in self._pieces]
         return bound
 
-    def _clean(self) -> None:
-        """Undo whatever was done to the model since it was entered, its weights apart."""
-        self._restore_parts()
-        with torch.no_grad():
+    def clean(self) -> tuple[list[str], list[str]]:
+        """Undo whatever was done to the model since it was entered, its merged weights apart.
+
+        Returns:
+            What had been changed beside tensors and modes, and what could not be undone; see
+            :meth:`ModuleState.restore`.
+        """
+        assert self._state is not None
+        with torch.inference_mode(False), torch.no_grad():
+            self._remove_head()
+            changes, troubles = self._state.restore()
+            if self._headed:  # what was changed was changed by `put_head` too
+                changes, self._headed = [], False
+            self._renew_memory()
             for bound in self._bound:
-                bound.attach()
+                try:
+                    bound.attach()
+                except RuntimeError as error:
+                    troubles.append(f"a tensor of shape {list(bound.live.shape)} ({error})")
+                    continue
                 if bound.value is not None:
                     bound.live.copy_(bound.value)
-        for module, _ in self._modes:
-            module.training = False
+        self._written = False
+        return changes, troubles
 
-    def _restore_parts(self) -> None:
+    def _renew_memory(self) -> None:
+        """Make a new buffer where the memory of the old was given up (``resize_`` of a storage)."""
+        assert self._flat is not None
+        needed = self._flat.numel() * self._flat.element_size()
+        if self._flat.untyped_storage().nbytes() < needed:
+            self._flat.untyped_storage().resize_(needed)
+        for bound in self._bound:
+            storage = bound.live.untyped_storage()
+            if bound.slot is None and storage.nbytes() < bound.live.nbytes:
+                storage.resize_(bound.live.nbytes)
+
+    def _stand_in(self) -> None:
+        """Put ordinary tensors where the model has inference tensors."""
+        found = {id(tensor): tensor for tensor in _tensors(self.model) if tensor.is_inference()}
+        if not found:
+            return
+        others: dict[int, Tensor] = {}
+        for key, tensor in found.items():
+            # Only its shape counts: all values are written before the model is used.
+            copy = tensor.detach().clone()
+            parameter = isinstance(tensor, nn.Parameter)
+            others[key] = nn.Parameter(copy, tensor.requires_grad) if parameter else copy
+        for module, _ in self._modes:
+            for place in vars(module).values():
+                if isinstance(place, dict | list):
+                    items = list(place.items() if isinstance(place, dict) else enumerate(place))
+                    for key, value in items:
+                        if id(value) in others:
+                            self._stand_ins.append(_StandIn(place, key, value))
+                            place[key] = others[id(value)]
+
+    def _remove_head(self) -> None:
         for owner, name, value in reversed(self._attributes):
             vars(owner)[name] = value
         self._attributes = []
-        for part, found in self._parts:
-            if part.keys() != found.keys() or any(part[k] is not v for k, v in found.items()):
-                part.clear()
-                part.update(found)
 
     def _restore(self) -> None:
         self._entered = False
-        self._restore_parts()
-        for bound in self._bound:
-            bound.restore()
-        for module, mode in self._modes:
-            module.training = mode
-        self._bound, self._views, self._modes, self._parts = [], [], [], []
+        with torch.inference_mode(False), torch.no_grad():
+            self._remove_head()
+            if self._state is not None:
+                self._state.restore()
+            for bound in self._bound:
+                bound.restore()
+            if self._inputs is not None:
+                self._inputs.remove()
+            for one in reversed(self._stand_ins):
+                one.place[one.key] = one.found
+            for module, mode in self._modes:
+                module.training = mode
+        self._bound, self._views, self._modes, self._stand_ins = [], [], [], []
+        self._state, self._inputs = None, None
+
+
+def _casting(dtype: torch.dtype) -> Callable[..., Any]:
+    """Return a forward pre-hook that casts floating inputs."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {key: cast(each) for key, each in value.items()}
+        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return cast(args), cast(kwargs)
+
+    return hook
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

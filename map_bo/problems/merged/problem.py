@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import EvaluationError, MergeError
+from map_bo.errors import EvaluationError, MergeError, listed
 from map_bo.evaluators.differentiable import measure_with_gradient
 from map_bo.evaluators.evaluator import (
     Evaluator,
@@ -24,6 +25,7 @@ from map_bo.evaluators.evaluator import (
     metrics_of,
     select_metrics,
 )
+from map_bo.evaluators.world import callers_dtype, callers_world, isolated, known_numerics
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
@@ -66,9 +68,12 @@ from map_bo.problems.merged.parts import (
     ties_matter,
     weigh_space,
 )
+from map_bo.rng import child_seed
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +86,25 @@ class _Loaded:
     derivatives: HasDerivatives | None  # where gradients were asked for
 
 
+@contextmanager
+def _watched(name: str, live: LiveModel, seed: int) -> Iterator[None]:
+    """Undo what an evaluator does to its surroundings and to the model.
+
+    Raises:
+        EvaluationError: When that cannot be done, and the evaluator itself raised nothing.
+    """
+    with isolated(f"evaluator {name!r}", seed):
+        yield
+    changes, troubles = live.clean()
+    if changes:
+        logger.info("evaluator %r changed the model, which is undone: %s", name, listed(changes))
+    if troubles:
+        raise EvaluationError(
+            f"evaluator {name!r} changed the model, and it cannot be undone: {listed(troubles)}",
+            hint="let it work on a copy of the model",
+        )
+
+
 class MergedModelProblem:
     """Merging experts into one live model and measuring it.
 
@@ -89,7 +113,8 @@ class MergedModelProblem:
 
     The model may be in use elsewhere: outside `evaluate` and `load` it has its own weights.
     Evaluators get it in evaluation mode, with gradients as the caller has them. The weights are
-    written anew before each evaluator, so what one does to the model reaches no other.
+    written anew before each evaluator, and what one does to the model, to torch or to the process
+    is undone, so it reaches no other; see :func:`map_bo.evaluators.world.isolated`.
 
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
@@ -229,6 +254,7 @@ class MergedModelProblem:
         """The metrics, in the order of the evaluators."""
         return self._metrics
 
+    @known_numerics()
     def prepare(self) -> None:
         """Read the checkpoints and build the model now instead of at the first evaluation.
 
@@ -238,14 +264,18 @@ class MergedModelProblem:
         """
         self._load()
 
+    @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Merge and measure every row of ``X`` (``n x d``).
 
         A row fails when an evaluator raises, or returns NaN, infinity, anything but a
         number, or a value outside its metric's bounds. Its other evaluators are called all the
         same, and what they measured is kept: the row is a partial one.
-        The cost of a row is the seconds that merging and measuring took. ``generator`` is not
-        used: evaluators bring their own randomness, if any.
+        The cost of a row is the seconds that merging and measuring took. ``generator`` seeds the
+        global random states of torch, numpy and Python before each evaluator.
+
+        What an evaluator changes, in the model, in torch or in the process, is undone before the
+        next; where that cannot be done, its measurement fails.
 
         Raises:
             SpaceError: When a row lies outside the space.
@@ -258,19 +288,22 @@ class MergedModelProblem:
         cost = torch.zeros(n, dtype=torch.float64)
         failures: list[str | None] = [None] * n
         loaded = self._load()
+        # Under another default dtype, models and inputs come in different ones.
+        loaded.live.cast_inputs = callers_dtype() != torch.float32
         with loaded.live as live:
             for i, x in enumerate(X):
                 start, reasons = time.perf_counter(), []
                 for j, metric in enumerate(self._metrics):
                     try:
                         model = self._write(x, metric.name)
-                        evaluator = self._evaluators[metric.name]
-                        if loaded.derivatives is None:
-                            seen = measure(metric.name, evaluator, model)
-                        else:
-                            seen, gradients[i, j], noise[i, j] = measure_with_gradient(
-                                metric.name, evaluator, live, loaded.derivatives
-                            )
+                        with _watched(metric.name, live, child_seed(generator, metric.name, i)):
+                            evaluator = self._evaluators[metric.name]
+                            if loaded.derivatives is None:
+                                seen = measure(metric.name, evaluator, model)
+                            else:
+                                seen, gradients[i, j], noise[i, j] = measure_with_gradient(
+                                    metric.name, evaluator, live, loaded.derivatives
+                                )
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
                     except EvaluationError as error:
                         reasons.append(error.reason)
@@ -290,10 +323,14 @@ class MergedModelProblem:
             x: ``d`` coefficients.
             metric: Metric whose task head the model is to have, where experts have heads.
         """
-        row = self._row(x)
-        with self._load().live:
-            yield self._write(row, metric)
+        with known_numerics():
+            row = self._row(x)
+            with self._load().live:
+                model = self._write(row, metric)
+                with callers_world():
+                    yield model
 
+    @known_numerics()
     def merged(self, x: Tensor) -> dict[str, Tensor]:
         """Return the state dict merged with ``x`` (``d``): new tensors in the base's dtypes."""
         row, loaded = self._row(x), self._load()
@@ -303,6 +340,7 @@ class MergedModelProblem:
         state, measured = vectors.layout.state_dict(flat, vectors.fixed), self._statistics(row)
         return {name: measured.get(name, tensor).to(tensor) for name, tensor in state.items()}
 
+    @known_numerics()
     def export(
         self,
         x: Tensor,
@@ -335,6 +373,7 @@ class MergedModelProblem:
             self._loaded.vectors.release()  # mapped pages would count against the bound of memory
         return export_model(merge, out, settings=settings, record=record)
 
+    @known_numerics()
     def export_adapter(
         self,
         x: Tensor,
@@ -451,10 +490,12 @@ class MergedModelProblem:
         problem._heads = self._heads  # merges of experts have none of their own
         return problem
 
+    @known_numerics()
     def similarity(self) -> Tensor:
         """Return the cosines between the experts' task vectors, ``N x N``; see `cosines`."""
         return cosines(self._load().vectors)
 
+    @known_numerics()
     def describe(self) -> dict[str, Any]:
         """Return plain data by which the same problem is recognised, as when a run is resumed.
 
@@ -564,5 +605,6 @@ class MergedModelProblem:
 
     def _architecture(self) -> nn.Module:
         if self._model is None:
-            self._model = build_model(self._source, self._device)
+            with callers_world():
+                self._model = build_model(self._source, self._device)
         return self._model

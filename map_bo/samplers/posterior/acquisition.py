@@ -4,27 +4,56 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
 from botorch.optim.initializers import initialize_q_batch
 from botorch.optim.optimize import optimize_acqf
 from torch import Generator, Tensor
+from torch.overrides import TorchFunctionMode
 
 from map_bo.errors import SamplerError
-from map_bo.rng import child
+from map_bo.rng import child, make_generator
 from map_bo.samplers.designs.space_filling import is_repeat, sobol_points
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility
 
-__all__ = ["AcquisitionDriven", "Weighted", "first_points"]
+__all__ = ["AcquisitionDriven", "Chance", "Weighted", "first_points"]
 
+_DRAWS = {torch.multinomial, torch.randperm, torch.rand, torch.randn, torch.randint}
 _NEAR = 0.1  # standard deviation of starts around good observations, share of the box
+
+
+class Chance(TorchFunctionMode):
+    """Makes a library that takes no generator draw from this one, in this thread.
+
+    It would draw from torch's global generator, which other threads draw from and seed.
+
+    Args:
+        generator: What to draw from.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        super().__init__()
+        self._generator = generator
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Call a function of torch, with the generator where it draws and was given none."""
+        given = dict(kwargs or {})
+        if func in _DRAWS and given.get("generator") is None:
+            given["generator"] = self._generator
+        return func(*args, **given)
 
 
 @dataclass(frozen=True)
@@ -96,16 +125,19 @@ class AcquisitionDriven(PosteriorDriven):
         2014): in logarithms, which all acquisitions here are, but for upper bounds.
         """
         found = situation.taken[:0]
-        acquisition = self.acquisition(situation, situation.taken, situation.generator)
+        chance = Chance(make_generator(situation.seed))
+        with chance:  # botorch draws seeds of its own here and there
+            acquisition = self.acquisition(situation, situation.taken, situation.generator)
         for i in range(n):
             source = child(situation.generator, i)
             if i:
                 pending = torch.cat([situation.taken, found])
-                acquisition = self.renewed(acquisition, situation, pending, source)
+                with chance:
+                    acquisition = self.renewed(acquisition, situation, pending, source)
             starts = self._raw_samples(situation, source)
             known = torch.cat([situation.known, found])
             weighted = self.weighted(acquisition, situation)
-            point = self._best(weighted, starts, situation.space, known)
+            point = self._best(weighted, starts, situation.space, known, chance)
             if not len(point):
                 break
             found = torch.cat([found, point])
@@ -131,6 +163,7 @@ class AcquisitionDriven(PosteriorDriven):
         starts: Tensor,
         space: CoefficientSpace,
         known: Tensor,
+        chance: Chance,
     ) -> Tensor:
         """Return the best new point found, ``1 x d``, or ``0 x d`` when there is none."""
         with torch.no_grad():
@@ -140,7 +173,8 @@ class AcquisitionDriven(PosteriorDriven):
         values = values.nan_to_num(nan=-math.inf)
         finite = torch.isfinite(values)
         count = min(self.restarts, int(finite.sum()))
-        chosen, _ = initialize_q_batch(starts[finite].unsqueeze(1), values[finite], n=count)
+        with chance:
+            chosen, _ = initialize_q_batch(starts[finite].unsqueeze(1), values[finite], n=count)
         inequalities, equalities = _constraints(space)
         found, found_values = optimize_acqf(
             acquisition,

@@ -81,6 +81,7 @@ class Situation:
         worth: How likely points are feasible and beat every threshold of the user's reference
             point; None where there is no such threshold either.
         failed: How many of ``taken`` are failed evaluations; they come first.
+        seed: Seed of what libraries draw that take no generator.
         whole: Which of the rows that ``model`` was fitted to are those of ``good``: partial rows
             are fitted to too. None where all are.
     """
@@ -95,6 +96,7 @@ class Situation:
     feasibility: Feasibility | None = None
     worth: Feasibility | None = None
     failed: int = 0
+    seed: int = 0
     whole: Tensor | None = None
 
     @cached_property
@@ -239,9 +241,10 @@ class PosteriorDriven:
             return self._designed(seen, space, n, pending, generator), {}
         chosen = self._designed(seen, space, first, pending, generator)
         waiting = torch.cat([waiting, chosen])
-        with _seeded(child_seed(generator, "acquisition", count)):
+        seed = child_seed(generator, "acquisition", count)
+        with _seeded(seed):
             try:
-                found, fit = self._choose(seen, space, n - first, waiting, generator)
+                found, fit = self._choose(seen, space, n - first, waiting, generator, seed)
             except _FAILURES as error:
                 _log.warning("the design goes on: %s: %s", type(error).__name__, error)
                 found, fit = seen.X[:0], {}
@@ -341,6 +344,7 @@ class PosteriorDriven:
         n: int,
         waiting: Tensor,
         generator: Generator,
+        seed: int,
     ) -> tuple[Tensor, Mapping[str, Any]]:
         surrogate = Auto() if self.surrogate is None else self.surrogate
         screening = fit_screened(surrogate, seen, space)
@@ -357,6 +361,7 @@ class PosteriorDriven:
             feasibility=self.requirements.given(every, space, model),
             worth=self._worth(every, space, model),
             failed=int((~seen.ok).sum()),
+            seed=seed,
             whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
         found = self.choose(situation, n)

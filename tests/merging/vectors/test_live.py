@@ -338,7 +338,7 @@ def test_failure_while_entering_restores(monkeypatch: pytest.MonkeyPatch) -> Non
     def fail() -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(live, "_clean", fail)
+    monkeypatch.setattr(live, "clean", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         live.__enter__()
     assert photograph(model) == before
