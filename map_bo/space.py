@@ -174,6 +174,19 @@ class CoefficientSpace:
         ends = self.normalise(self.project(torch.cat([self.bounds, corners])))
         return bool((ends - ends[:1]).abs().max() <= _TOLERANCE)
 
+    def refuse_single_point(self) -> None:
+        """Refuse a space in which nothing can be searched.
+
+        Raises:
+            SpaceError: When it holds a single point.
+        """
+        if self.is_single_point:
+            raise SpaceError(
+                f"the space holds a single point, {self.project(self.bounds)[0].tolist()}, so "
+                "there is nothing to search",
+                hint="leave at least one coefficient free, widen the bounds or relax a constraint",
+            )
+
     @property
     def fixed(self) -> dict[str, float]:
         """The coefficients whose bounds are equal, and their values."""

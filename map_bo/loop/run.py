@@ -20,7 +20,6 @@ from map_bo.errors import (
     BudgetError,
     ConfigError,
     EvaluationError,
-    SpaceError,
     StoreError,
     SurrogateError,
 )
@@ -53,7 +52,6 @@ from map_bo.loop.summary import ObservedVolume, outliers_of, summarise, versions
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
-from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Screening
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
@@ -105,7 +103,7 @@ class Run:
         self.notes: list[str] = []
         _check_reference(settings, problem)
         check_constraints(settings.requirements.constraints, problem.metrics)
-        _check_space(problem.space)
+        problem.space.refuse_single_point()
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -516,15 +514,6 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
-
-
-def _check_space(space: CoefficientSpace) -> None:
-    if space.is_single_point:
-        raise SpaceError(
-            f"the space holds a single point, {space.project(space.bounds)[0].tolist()}, so there "
-            "is nothing to search",
-            hint="leave at least one coefficient free, widen the bounds or relax a constraint",
-        )
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

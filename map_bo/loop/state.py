@@ -77,7 +77,7 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     for part, value in identity.items():
         told = _with_resampling(recorded.get(part), value)
         if part == "settings":
-            told = _with_defaults(told)
+            told = _with_defaults(told, value)
         before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
@@ -142,14 +142,14 @@ def problem_identity(problem: Problem) -> Any:
     return {"type": type(problem).__name__}
 
 
-def _with_defaults(recorded: Any) -> Any:
+def _with_defaults(recorded: Any, now: Mapping[str, Any]) -> Any:
     """Return recorded settings with the defaults of those that their version did not know."""
     if not isinstance(recorded, Mapping):
         return recorded
     simple = {
         each.name: identity_of(each.default)
         for each in dataclasses.fields(Settings)
-        if each.default is not dataclasses.MISSING
+        if each.name in now and each.default is not dataclasses.MISSING
     }
     return {**simple, **recorded}
 

@@ -512,7 +512,7 @@ def test_a_retry_keeps_what_the_attempt_before_it_measured(killed: bool) -> None
     problem.lacks = {5: 1, 6: 0}  # of the same point: together the attempts have both
     store, settings = MemoryStore(), quick(8, retries=1, verify=0)
     if killed:
-        crashing = CrashingStore(store, 11, after=True)  # the attempt is the last event
+        crashing = CrashingStore(store, 16, after=True)  # the attempt is the last event
         with pytest.raises(CrashError):
             Run(problem, settings, crashing).drive()
         assert [event.kind for event in store.read()][-1] == "attempt"
