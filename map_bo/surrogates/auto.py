@@ -25,7 +25,7 @@ from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.processes.sparse import Sparse
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.quadratic_model import transformed
+from map_bo.surrogates.quadratic_model import stating_variances, transformed
 from map_bo.surrogates.surrogate import (
     PointCovariances,
     SampledFunctions,
@@ -153,9 +153,10 @@ class SideBySide(SurrogateModel, FantasizeMixin):
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             *[mvn.batch_shape for mvn in mvns]
         )
-        result = GPyTorchPosterior(
-            MultitaskMultivariateNormal.from_independent_mvns([mvn.expand(shape) for mvn in mvns])
+        together = MultitaskMultivariateNormal.from_independent_mvns(
+            [mvn.expand(shape) for mvn in mvns]
         )
+        result = stating_variances(GPyTorchPosterior(together))
         return transformed(result, X, posterior_transform)
 
     def for_metrics(self, columns: Sequence[int]) -> SideBySide:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
+import gpytorch
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import FantasizeMixin
@@ -23,6 +24,7 @@ from map_bo.surrogates.surrogate import (
     PointCovariances,
     SampledFunctions,
     SurrogateModel,
+    draw_signs,
     joint_by_metric,
     same_state,
 )
@@ -32,6 +34,7 @@ __all__ = [
     "QuadraticFunctions",
     "QuadraticModel",
     "gaussian_posterior",
+    "stating_variances",
     "transformed",
 ]
 
@@ -53,6 +56,12 @@ class LinkPosterior(GPyTorchPosterior):
         return self._variance
 
 
+def stating_variances(posterior: GPyTorchPosterior) -> LinkPosterior:
+    """Return ``posterior`` with its variances as they are, however small."""
+    with gpytorch.settings.min_variance(double_value=0.0):
+        return LinkPosterior(posterior.distribution, posterior.variance)
+
+
 def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:
     """Return the posterior of ``m`` independent outputs.
 
@@ -63,7 +72,7 @@ def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:
             factorised in silence.
     """
     variance = covariance.diagonal(dim1=-1, dim2=-2)
-    jitter = 1e-9 * variance.mean(-1)[..., None, None] + 1e-30
+    jitter = 1e-9 * variance.mean(-1)[..., None, None] + 1e-300
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
     covariance = covariance + jitter * eye
     shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
@@ -275,6 +284,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         shape = (k, *self.weights.shape, 1)
         source = same_state(generator)
         normal = torch.randn(shape, generator=source, dtype=self.weights.dtype)
+        normal = normal * draw_signs(self.metrics)[:, None, None]
         return QuadraticFunctions(self, self.weights + (self.root @ normal).squeeze(-1))
 
 

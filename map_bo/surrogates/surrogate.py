@@ -37,6 +37,7 @@ __all__ = [
     "Surrogate",
     "SurrogateModel",
     "WithoutUncertainty",
+    "draw_signs",
     "gaussian",
     "has_uncertainty",
     "joint_by_metric",
@@ -44,6 +45,16 @@ __all__ = [
 ]
 
 _JITTER = 1e-8  # of a variance: keeps covariances of near-equal points invertible
+
+
+def draw_signs(metrics: Sequence[Metric]) -> Tensor:
+    """Return the signs (``m``) of the normal numbers that each metric is drawn with.
+
+    Minimising ``y`` and maximising ``-y`` are one problem, as are an error rate and an accuracy.
+    Their posteriors are mirrored, so their draws are as well. A loss has no such twin.
+    """
+    twins = [metric.direction == "min" and metric.kind != "loss" for metric in metrics]
+    return torch.where(torch.tensor(twins), -1.0, 1.0).double()
 
 
 def gaussian(posterior: Posterior) -> GPyTorchPosterior:
@@ -264,6 +275,7 @@ class _FunctionsOnDemand(SampledFunctions):
 
     def __init__(self, model: SurrogateModel, k: int, source: Generator) -> None:
         self._model, self._k, self._source = model, k, source
+        self._signs = draw_signs(model.metrics)
         self._X: Tensor | None = None
         self._values = torch.zeros(k, 0, len(model.metrics), dtype=torch.float64)
 
@@ -277,7 +289,7 @@ class _FunctionsOnDemand(SampledFunctions):
     def _first(self, X: Tensor) -> Tensor:
         posterior = self._model.gaussian(X)
         size = torch.Size([self._k])
-        noise = self._normal(size + posterior.base_sample_shape)
+        noise = self._normal(size + posterior.base_sample_shape) * self._signs
         return posterior.rsample_from_base_samples(size, noise)
 
     def _further(self, X: Tensor, known: Tensor) -> Tensor:
@@ -288,7 +300,7 @@ class _FunctionsOnDemand(SampledFunctions):
         moved = cross @ torch.cholesky_solve(gap, known_root)
         taken = torch.linalg.solve_triangular(known_root, cross.mT, upper=False)
         left = _root(joint[:, p:, p:] - taken.mT @ taken)
-        drawn = moved + left @ self._normal(moved.shape)
+        drawn = moved + left @ (self._normal(moved.shape) * self._signs[:, None, None])
         return mean[p:] + drawn.permute(2, 1, 0)
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
@@ -330,7 +342,7 @@ def _root(covariance: Tensor) -> Tensor:
     size = covariance.diagonal(dim1=-1, dim2=-2).mean(-1).clamp_min(0.0)[:, None, None]
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
     root: Tensor = psd_safe_cholesky(
-        (covariance + covariance.mT) / 2 + (_JITTER * size + 1e-30) * eye
+        (covariance + covariance.mT) / 2 + (_JITTER * size + 1e-300) * eye
     )
     return root
 

@@ -70,9 +70,10 @@ def test_inverse_stays_finite_far_out(link: Link) -> None:
 
 
 def test_values_at_a_bound_move_by_the_margin() -> None:
-    torch.testing.assert_close(LogitLink(0, 2).inside(tensor(0, 1, 2.5)), tensor(1e-3, 1, 1.999))
-    torch.testing.assert_close(LogLink(1.0).inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
-    torch.testing.assert_close(SoftplusLink(1.0).inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
+    logit, log, softplus = LogitLink(0, 2, 5e-4), LogLink(1.0, 1e-6), SoftplusLink(1.0, 1e-6)
+    torch.testing.assert_close(logit.inside(tensor(0, 1, 2.5)), tensor(1e-3, 1, 1.999))
+    torch.testing.assert_close(log.inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
+    torch.testing.assert_close(softplus.inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
     # A distance larger than the margin counts, for a proportion never past a quarter.
     moved = LogitLink().inside(tensor(1, 1), tensor(0.1, 0.9))
     torch.testing.assert_close(moved, tensor(0.9, 0.75))
