@@ -92,6 +92,34 @@ def comparison(
     }
 
 
+def _notes_on_nothing(
+    volumes: Mapping[str, float | None], front: Front, seen: Observations, scale: Scale
+) -> list[str]:
+    """Return why hypervolumes of the run's own points are 0, in a sentence each."""
+    points = {
+        "predicted front": front.mean,
+        "verified points": front.real[front.verified],
+        "observed points": seen.succeeded().Y,
+    }
+    notes = []
+    for name, values in points.items():
+        if volumes.get(name) != 0 or not len(values):
+            continue
+        gains = scale.gains(values)
+        never = [
+            f"{metric.name} ({point:.4g})"
+            for metric, point, best in zip(
+                scale.metrics, scale.point.tolist(), gains.amax(0).tolist(), strict=True
+            )
+            if best <= 0
+        ]
+        beaten = f"of {', '.join(never)}" if never else "in all metrics at once"
+        notes.append(
+            f"the hypervolume of the {name} is 0: none is better than the reference point {beaten}"
+        )
+    return notes
+
+
 def _of_its_own(settings: Settings) -> str | None:
     """Return the surrogate that the sampler looks through in place of the run's, if it does."""
     sampler = settings.sampler
@@ -118,6 +146,7 @@ def summarise(
 ) -> dict[str, Any]:
     """Return the summary as plain data, as it is written to ``summary.json``."""
     names = [metric.name for metric in front.metrics]
+    volumes = comparison(front, seen, space, scale)
     return {
         "evaluations": len(seen) + len(verification),
         "budget": settings.budget,
@@ -128,7 +157,7 @@ def summarise(
         "failures": sum(r is not None for r in seen.failures + verification.failures),
         "seed": settings.seed,
         "front_points": len(front),
-        "hypervolume": comparison(front, seen, space, scale),
+        "hypervolume": volumes,
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
         "reference_rule": scale.rule,
@@ -141,7 +170,7 @@ def summarise(
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "notes": notes,
+        "notes": [*notes, *_notes_on_nothing(volumes, front, seen, scale)],
         "versions": versions(),
         "commit": commit(),
     }
