@@ -454,8 +454,8 @@ def _given_rule(metrics: tuple[Metric, ...], named: Tensor, rule: str) -> str:
 def _noise(seen: Observations) -> Tensor:
     """Return how far rows that differ by noise alone lie apart, ``m``, with a probability of .95.
 
-    The number of standard errors of a difference is Bonferroni's for all pairs of rows. Errors on the same examples cancel in a difference. A count of examples is exact to
-    one.
+    The number of standard errors of a difference is Bonferroni's for all pairs of rows. Errors on
+    the same examples cancel in a difference. A count of examples is exact to one.
     """
     same = torch.tensor([metric.resampling == "same" for metric in seen.metrics])
     variance = seen.Yvar.nan_to_num(0.0).masked_fill(same, 0.0)
@@ -466,5 +466,5 @@ def _noise(seen: Observations) -> Tensor:
     example = (torch.tensor(whole, dtype=torch.float64) / seen.counts).nan_to_num(0.0)
     pairs = max(1, len(seen) * (len(seen) - 1) / 2)
     level = torch.tensor(1 - 0.025 / pairs, dtype=torch.float64)
-    errors = torch.special.ndtri(level).square()
+    errors: Tensor = torch.special.ndtri(level).square()
     return (2 * (errors * variance.mean(0) + example.square().amax(0))).sqrt()

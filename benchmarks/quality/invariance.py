@@ -62,7 +62,7 @@ SURROGATES: dict[str, Callable[[CoefficientSpace], Surrogate]] = {
     "hybrid": lambda space: Hybrid(),
     "sparse": lambda space: Sparse(),
     "auto": lambda space: Auto(),
-    "informed": lambda space: Informed(Quadratic(), space, torch.eye(space.d), {}),
+    "informed": lambda space: Informed(Quadratic(), space, torch.eye(space.d).double(), {}),
     "published": lambda space: PublishedQuadratic(),
 }
 WIDEST = 0.02
@@ -130,7 +130,7 @@ class Truth:
             Y = self.factor * (Y + self.shift)
         if self.mirrored and self.kind != "loss":
             Y = torch.cat([(-Y if self.kind == "unbounded" else 1 - Y)[:, :1], Y[:, 1:]], 1)
-        counts = torch.full_like(Y, 200.0) if self.kind == "counts" else None
+        counts = torch.full_like(Y, 200.0 if self.kind == "counts" else torch.nan)
         return Observations(X, Y[:, list(self.metric_order)], self.metrics, counts=counts)
 
     def volume(self, X: Tensor) -> float:
@@ -159,11 +159,12 @@ class Outcome:
     inside: float
 
 
-def optimise(truth: Truth, surrogate: str, budget: int = 12, seed: int = 0) -> Outcome:
-    """Run and return what it came to."""
+def optimise(
+    truth: Truth, surrogate: str, budget: int = 12, seed: int = 0, **options: Any
+) -> Outcome:
+    """Run and return what it came to; ``options`` are those of ``map_bo.optimize``."""
     truth = replace(truth, calls=[])
-    fitted = SURROGATES[surrogate](truth.space)
-    options: dict[str, Any] = {"surrogate": fitted}
+    options = {"surrogate": SURROGATES[surrogate](truth.space), **options}
     if surrogate == "published":  # no sampler can look through it
         sampler: Sampler = Sobol()
         options["sampler"] = sampler

@@ -205,7 +205,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         call (batches of fantasies go through the posterior).
         """
         if any(process.train_targets.dim() > 1 for process in self.processes):
-            return self.posterior(X).mean
+            return self.gaussian(X).mean
         if self._mean is None:
             parts = [
                 (
@@ -224,7 +224,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
                 self._mean = ClosedFormMean.of(parts)
         return self._mean(X)
 
-    def posterior(
+    def posterior(  # type: ignore[override]  # botorch's own classes disagree, too
         self,
         X: Tensor,
         output_indices: list[int] | None = None,
