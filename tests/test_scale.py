@@ -287,29 +287,6 @@ def test_a_range_within_the_noise_of_a_difference_is_none() -> None:
     assert Scale.of(noisy(0.13, math.nan), SPACE).rangeless == (), "unknown noise is none"
 
 
-@pytest.mark.parametrize("experts", [2, 8])
-def test_a_constant_with_known_noise_has_a_range_in_one_run_of_twenty(experts: int) -> None:
-    space = CoefficientSpace.box([f"e{i}" for i in range(experts)])
-    X = torch.cat([space.anchors().X, space.sample(20, generator=make_generator(0))])
-    source, ranged = make_generator(1), 0
-    for _ in range(200):
-        noise = torch.randn(len(X), 1, generator=source, dtype=torch.float64)
-        Yvar = torch.full((len(X), 1), 1e-18)
-        data = Observations(X, 1e-9 * (5 + noise), (METRICS[0],), Yvar=Yvar)
-        ranged += bool(Scale.of(data, space).ranged)
-    assert ranged <= 24
-
-
-@pytest.mark.parametrize("unit", [1e-12, 1.0, 1e12])
-def test_a_threshold_that_nothing_meets_is_said(unit: float) -> None:
-    data = seen([BASE, A, B], [[0.1 * unit, 0.2], [0.9 * unit, 0.1], [0.2 * unit, 0.8]])
-    notes = Scale.of(data, SPACE, {"up": 0.95 * unit}).notes()
-    assert len(notes) == 1
-    assert "'up'" in notes[0]
-    assert "is not beaten by" in notes[0]
-    assert Scale.of(data, SPACE, {"up": 0.85 * unit}).notes() == []
-
-
 def test_noise_of_the_same_examples_cancels() -> None:
     assert Scale.of(noisy(0.13, 0.1, resampling="same"), SPACE).rangeless == ()
 

@@ -95,7 +95,7 @@ def recommend(
     if coverage is not None:
         X = coverage.shrink(X)
     X = X[non_dominated(of_columns(mean, varied)(X).detach())]
-    prediction = predict(model, X)
+    prediction = predict(model, X, seen)
     front = Front(
         X=X,
         mean=prediction.mean,

@@ -25,13 +25,14 @@ from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.processes.sparse import Sparse
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.surrogates.quadratic_model import stating_variances, transformed
+from map_bo.surrogates.quadratic_model import transformed
 from map_bo.surrogates.surrogate import (
     PointCovariances,
     SampledFunctions,
     Surrogate,
     SurrogateModel,
     gaussian,
+    stating_variances,
 )
 from map_bo.surrogates.validation import (
     LeavesOneOut,

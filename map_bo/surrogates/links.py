@@ -50,6 +50,7 @@ __all__ = [
     "LogitLink",
     "SoftplusLink",
     "as_fitted",
+    "bound_distances",
     "from_link",
     "links_for",
     "observed_on_link",
@@ -325,18 +326,43 @@ def _distance(y: Tensor, metric: Metric) -> Tensor:
     """Return how far inside values at a bound of the metric are taken to be, ``n``; else 0."""
     far = torch.zeros_like(y)
     for bound in (metric.lower, metric.upper):
-        if bound is None:
-            continue
-        gaps = (y - bound).abs()
-        apart = gaps[gaps > 0]
-        nearest = float(apart.min()) / 2 if len(apart) else 0.0
-        if metric.kind == "proportion":
-            assert metric.lower is not None
-            assert metric.upper is not None
-            most = _HALF_A_SUCCESS * (metric.upper - metric.lower)
-            nearest = min(nearest, most) if len(apart) else most
-        far = torch.where(gaps == 0, nearest, far)
+        if bound is not None:
+            far = torch.where(y == bound, _half_the_nearest(y, bound, metric), far)
     return far
+
+
+def _half_the_nearest(y: Tensor, bound: float, metric: Metric) -> float:
+    gaps = (y - bound).abs()
+    apart = gaps[gaps > 0]
+    nearest = float(apart.min()) / 2 if len(apart) else 0.0
+    if metric.kind != "proportion":
+        return nearest
+    assert metric.lower is not None
+    assert metric.upper is not None
+    most = _HALF_A_SUCCESS * (metric.upper - metric.lower)
+    return min(nearest, most) if len(apart) else most
+
+
+def bound_distances(seen: Observations) -> Tensor:
+    """Return from where on a measurement would be at a bound, ``2 x m`` distances from the bounds.
+
+    Half an example of a count, and where there are none, half of what was observed next to the
+    bound if the bound itself was observed; else 0. First the lower bounds, then the upper ones.
+    """
+    seen = seen.succeeded()
+    found = torch.zeros(2, len(seen.metrics), dtype=torch.float64)
+    for j, metric in enumerate(seen.metrics):
+        y, counts = seen.Y[:, j], seen.counts[:, j]
+        for i, bound in enumerate((metric.lower, metric.upper)):
+            if bound is None:
+                continue
+            if metric.kind == "proportion" and bool(torch.isfinite(counts).all()):
+                assert metric.lower is not None
+                assert metric.upper is not None
+                found[i, j] = (metric.upper - metric.lower) / (2 * counts.median())
+            elif bool((y == bound).any()):
+                found[i, j] = _half_the_nearest(y, bound, metric)
+    return found
 
 
 def target_units(shift: Tensor, spread: Tensor, links: Sequence[Link]) -> Tensor:

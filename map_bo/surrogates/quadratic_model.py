@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, cast
 
-import gpytorch
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import FantasizeMixin
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.posteriors.posterior import Posterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from linear_operator import to_linear_operator
@@ -21,6 +19,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import centred, quadratic_features
 from map_bo.surrogates.links import Link
 from map_bo.surrogates.surrogate import (
+    LinkPosterior,
     PointCovariances,
     SampledFunctions,
     SurrogateModel,
@@ -34,32 +33,8 @@ __all__ = [
     "QuadraticFunctions",
     "QuadraticModel",
     "gaussian_posterior",
-    "stating_variances",
     "transformed",
 ]
-
-
-class LinkPosterior(GPyTorchPosterior):
-    """A Gaussian posterior that states its variances as they are.
-
-    gpytorch rounds variances below 1e-10 up and warns, which is wrong for a metric in small
-    units, or one known exactly.
-    """
-
-    def __init__(self, distribution: MultivariateNormal, variance: Tensor) -> None:
-        super().__init__(distribution)
-        self._variance = variance
-
-    @property
-    def variance(self) -> Tensor:
-        """Variances, ``... x q x m``."""
-        return self._variance
-
-
-def stating_variances(posterior: GPyTorchPosterior) -> LinkPosterior:
-    """Return ``posterior`` with its variances as they are, however small."""
-    with gpytorch.settings.min_variance(double_value=0.0):
-        return LinkPosterior(posterior.distribution, posterior.variance)
 
 
 def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:

@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import gpytorch
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import Model
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DescribesSelection",
+    "LinkPosterior",
     "PointCovariances",
     "SampledFunctions",
     "Surrogate",
@@ -42,6 +44,7 @@ __all__ = [
     "has_uncertainty",
     "joint_by_metric",
     "same_state",
+    "stating_variances",
 ]
 
 _JITTER = 1e-8  # of a variance: keeps covariances of near-equal points invertible
@@ -69,6 +72,29 @@ def gaussian(posterior: Posterior) -> GPyTorchPosterior:
             hint="let `posterior` return a GPyTorchPosterior on the link scale",
         )
     return posterior
+
+
+class LinkPosterior(GPyTorchPosterior):
+    """A Gaussian posterior that states its variances as they are.
+
+    gpytorch rounds variances below 1e-10 up and warns, which is wrong for a metric in small
+    units, or one known exactly.
+    """
+
+    def __init__(self, distribution: MultivariateNormal, variance: Tensor) -> None:
+        super().__init__(distribution)
+        self._variance = variance
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances, ``... x q x m``."""
+        return self._variance
+
+
+def stating_variances(posterior: GPyTorchPosterior) -> LinkPosterior:
+    """Return ``posterior`` with its variances as they are, however small."""
+    with gpytorch.settings.min_variance(double_value=0.0):
+        return LinkPosterior(posterior.distribution, posterior.variance)
 
 
 class SampledFunctions(ABC):
@@ -320,8 +346,10 @@ def _marginal(posterior: GPyTorchPosterior, columns: list[int]) -> GPyTorchPoste
     covariance = joint.covariance_matrix[..., at.flatten(), :][..., at.flatten()]
     kept = to_linear_operator(covariance)  # which is not factorised before samples are drawn
     if len(columns) == 1:
-        return GPyTorchPosterior(MultivariateNormal(joint.mean[..., columns[0]], kept))
-    return GPyTorchPosterior(MultitaskMultivariateNormal(joint.mean[..., columns], kept))
+        alone = MultivariateNormal(joint.mean[..., columns[0]], kept)
+        return stating_variances(GPyTorchPosterior(alone))
+    together = MultitaskMultivariateNormal(joint.mean[..., columns], kept)
+    return stating_variances(GPyTorchPosterior(together))
 
 
 def joint_by_metric(models: Sequence[SurrogateModel], X: Tensor) -> tuple[Tensor, Tensor]:

@@ -40,8 +40,13 @@ from map_bo.surrogates.processes.marginal import (
     fit,
     leave_one_out,
 )
-from map_bo.surrogates.quadratic_model import stating_variances, transformed
-from map_bo.surrogates.surrogate import SurrogateModel, gaussian, joint_by_metric
+from map_bo.surrogates.quadratic_model import transformed
+from map_bo.surrogates.surrogate import (
+    SurrogateModel,
+    gaussian,
+    joint_by_metric,
+    stating_variances,
+)
 
 __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
 
