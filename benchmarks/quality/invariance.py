@@ -1,6 +1,6 @@
 """Invariance: the unit, the label and the order of metrics and experts change no run.
 
-python -m benchmarks.quality.invariance [--smoke] [--seeds N] [--out FILE.json]
+python -m benchmarks.quality.invariance [--smoke] [--seeds N] [--kinds K ...] [--out FILE.json]
 
 Whole runs with every surrogate on small problems whose truth is known: both losses multiplied by
 numbers from 1e-12 to 1e12, unbounded metrics likewise, minimised instead of maximised, shifted; an
@@ -12,9 +12,11 @@ all numbers of a row are of the same thing.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -65,8 +67,6 @@ SURROGATES: dict[str, Callable[[CoefficientSpace], Surrogate]] = {
     "informed": lambda space: Informed(Quadratic(), space, torch.eye(space.d).double(), {}),
     "published": lambda space: PublishedQuadratic(),
 }
-WIDEST = 0.02
-"""How far the real hypervolume of a run may be from that in the first unit, as a share of it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,23 +190,46 @@ def variants(kind: str, factors: Sequence[float] = FACTORS) -> dict[str, Truth]:
     return found
 
 
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the mean real hypervolumes, a row for each writing and a column per surrogate."""
+    lines = []
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        own = [row for row in rows if row["kind"] == kind]
+        names = [name for name in SURROGATES if any(row["surrogate"] == name for row in own)]
+        lines += [f"| {kind} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+        for title in dict.fromkeys(row["written"] for row in own):
+            found = {row["surrogate"]: row for row in own if row["written"] == title}
+            cells = [fmean(found[name]["hypervolume"]) if name in found else None for name in names]
+            shown = ["" if value is None else f"{value:.4f}" for value in cells]
+            lines.append(f"| {title} | {' | '.join(shown)} |")
+        lines.append("")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="one surrogate, three factors")
-    parser.add_argument("--budget", type=int, default=14)
+    parser.add_argument("--budget", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--surrogates", nargs="+", choices=list(SURROGATES))
+    parser.add_argument(
+        "--join", nargs="+", type=Path, help="join the recorded parts instead of running"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    for part in options.join or ():
+        rows += json.loads(part.read_text())["data"]["rows"]
+    if options.join:
+        rows.sort(key=lambda row: list(KINDS).index(row["kind"]))
+        finish("invariance", table(rows), {"rows": rows}, options.out)
+        return
     names = options.surrogates or (["quadratic"] if options.smoke else list(SURROGATES))
     factors = (1e-12, 1.0, 1e12) if options.smoke else FACTORS
-    lines, rows = [], []
     for kind in options.kinds:
-        lines += [f"| {kind} | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
         first: dict[tuple[str, int], Outcome] = {}
         for title, truth in variants(kind, factors).items():
-            cells = []
             for name in names:
                 volumes, moved, inside = [], [], []
                 for seed in range(options.seeds):
@@ -215,7 +238,6 @@ def main() -> None:
                     volumes.append(found.volume)
                     inside.append(found.inside)
                     moved.append(float((found.X - start.X).abs().max()))
-                mean = sum(volumes) / len(volumes)
                 rows.append(
                     {
                         "kind": kind,
@@ -226,11 +248,8 @@ def main() -> None:
                         "truth inside its interval": inside,
                     }
                 )
-                cells.append(f"{mean:.4f}")
-            lines.append(f"| {title} | {' | '.join(cells)} |")
-            print(lines[-1], f"moved {moved[-1]:.2g}", flush=True)
-        lines.append("")
-    finish("invariance", lines, {"rows": rows}, options.out)
+                print(kind, title, name, volumes, f"moved {max(moved):.2g}", flush=True)
+    finish("invariance", table(rows), {"rows": rows}, options.out)
 
 
 if __name__ == "__main__":
