@@ -66,7 +66,7 @@ def build_settings(config: DictConfig) -> Settings:
     """Build the settings of the run from ``config``."""
     loop: dict[str, Any] = OmegaConf.to_container(config.loop, resolve=True)  # type: ignore[assignment]
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
-    return Settings.checked(seed=int(config.seed), **loop, **parts)
+    return Settings.checked(seed=config.seed, **loop, **parts)
 
 
 def build_nested(config: DictConfig) -> Nested | None:

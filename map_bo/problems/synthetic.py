@@ -20,6 +20,7 @@ from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
+from map_bo.values import real_number, whole_number
 
 __all__ = ["ConcaveQuadratics", "MultiBump", "SigmoidQuadratics", "noisy"]
 
@@ -49,15 +50,9 @@ def noisy(
 
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
-        if value < 1:
-            raise DataError(
-                f"{name} must be at least 1, got {value}", hint="give a whole number from 1"
-            )
-    if not 0 <= noise < float("inf"):
-        raise DataError(
-            f"noise must be finite and not negative, got {noise}",
-            hint="give a standard deviation, or 0 for none",
-        )
+        whole_number(name, value, least=1, error=DataError)
+    hint = "give a standard deviation, or 0 for none"
+    real_number("noise", noise, least=0, error=DataError, hint=hint)
 
 
 def _cube(d: int) -> CoefficientSpace:
