@@ -231,9 +231,10 @@ class Scale:
         A metric of a partial row counts where it was measured, so that an anchor whose other
         metrics failed is one end of its scale all the same.
 
-        Noise is what ``Yvar`` says of the anchors (one standard error of a difference), left out
-        for metrics that are measured on the same examples every time, and one example of a metric
-        that counts examples.
+        Noise is what ``Yvar`` says, as far as values that are noise alone differ in 95 of 100
+        such runs (among many, the farthest lie farther apart than any two do); it is left out for
+        metrics that are measured on the same examples every time, and one example of a metric
+        that counts examples is added.
 
         Args:
             seen: All evaluations so far.
@@ -257,8 +258,9 @@ class Scale:
         gains = to_maximisation(seen.Y, metrics)
         ends, experts, rule = _ends(seen.X, space)
         low, high = gains[ends].amin(0), gains[experts].amax(0)
-        floor = torch.maximum(_rounding(low, high), _noise(seen.select(ends)))
-        ranged, most = high - low > floor, gains.amax(0)
+        rounding, most = _rounding(low, high), gains.amax(0)
+        ranged = high - low > torch.maximum(rounding, _noise(seen.select(ends)))
+        floor = torch.maximum(rounding, _noise(seen))
         above = ~ranged & (most - low > floor)
         high, ranged = torch.where(above, most, high), ranged | above
         if bool(above.any()):
@@ -407,7 +409,7 @@ class Scale:
         )
 
     def notes(self) -> list[str]:
-        """Return what a reader must know: one sentence per metric without a range."""
+        """Return what a reader must know: metrics without a range, thresholds that none met."""
         among = "the evaluations" if self.is_observed else "base and experts"
         said = []
         for metric, low, high in zip(
@@ -419,11 +421,24 @@ class Scale:
             if self.rule.startswith(_GIVEN):
                 what = f"does not vary ({high:.4g}; reference point {low:.4g})"
             elif low != high:
-                what = f"differs by no more than its noise between {among} ({low:.4g}, {high:.4g})"
+                ends = f"{low:.4g}, {high:.4g}"
+                if f"{low:.4g}" == f"{high:.4g}":
+                    ends = f"{high:.4g}, apart by {abs(high - low):.2g}"
+                what = f"differs by no more than its noise between {among} ({ends})"
             said.append(
                 f"metric {metric.name!r} {what}: it takes no part in hypervolumes and "
                 "preferences; it still works as a constraint"
             )
+        unmet = self.ranged & (self._low >= to_maximisation(self.best, self.metrics))
+        for metric, low, high, chosen in zip(
+            self.metrics, self.point.tolist(), self.best.tolist(), unmet.tolist(), strict=True
+        ):
+            if chosen:
+                said.append(
+                    f"the reference point of metric {metric.name!r} ({low:.4g}) is not beaten by "
+                    f"{among} ({high:.4g}): it is a threshold, beyond which alone hypervolume "
+                    "counts; preferences are in units of the range that was measured"
+                )
         return said
 
 
@@ -518,16 +533,20 @@ def _given_rule(metrics: tuple[Metric, ...], named: Tensor, rule: str) -> str:
     return f"{_GIVEN} for {', '.join(_names(metrics, named))}, else {rule}"
 
 
-def _noise(anchors: Observations) -> Tensor:
-    """Return the noise of a difference between anchors, ``m``: one standard error.
+def _noise(seen: Observations) -> Tensor:
+    """Return how far rows that differ by noise alone lie apart, ``m``, with a probability of .95.
 
-    Errors on the same examples cancel in a difference. A count of examples is exact to one.
+    The number of standard errors of a difference is Bonferroni's for all pairs of rows. Errors on
+    the same examples cancel in a difference. A count of examples is exact to one.
     """
-    same = torch.tensor([metric.resampling == "same" for metric in anchors.metrics])
-    variance = anchors.Yvar.nan_to_num(0.0).masked_fill(same, 0.0)
+    same = torch.tensor([metric.resampling == "same" for metric in seen.metrics])
+    variance = seen.Yvar.nan_to_num(0.0).masked_fill(same, 0.0)
     whole = [
         (metric.upper or 0.0) - (metric.lower or 0.0) if metric.kind == "proportion" else 0.0
-        for metric in anchors.metrics
+        for metric in seen.metrics
     ]
-    example = (torch.tensor(whole, dtype=torch.float64) / anchors.counts).nan_to_num(0.0)
-    return (2 * (variance + example.square()).amax(0)).sqrt()
+    example = (torch.tensor(whole, dtype=torch.float64) / seen.counts).nan_to_num(0.0)
+    pairs = max(1, len(seen) * (len(seen) - 1) / 2)
+    level = torch.tensor(1 - 0.025 / pairs, dtype=torch.float64)
+    errors: Tensor = torch.special.ndtri(level).square()
+    return (2 * (errors * variance.mean(0) + example.square().amax(0))).sqrt()

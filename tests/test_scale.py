@@ -276,7 +276,7 @@ def noisy(gap: float, sd: float, **metric: Any) -> Observations:
 
 
 def test_a_range_within_the_noise_of_a_difference_is_none() -> None:
-    within, beyond = noisy(0.13, 0.1), noisy(0.15, 0.1)  # sqrt(2) sd is .141
+    within, beyond = noisy(0.13, 0.1), noisy(0.35, 0.1)  # 2.39 sqrt(2) sd is .339
     scale = Scale.of(within, SPACE)
     assert scale.rangeless == ("safe",)
     assert scale.best.tolist() == pytest.approx([0.9, 0.93]), "the ends are what was measured"

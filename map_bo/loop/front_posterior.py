@@ -31,7 +31,7 @@ from map_bo.rng import child
 from map_bo.scale import Scale, broken, farthest_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
 from map_bo.surrogates.validation import LeavesOneOut, fitted_rows
 
 __all__ = [
@@ -160,7 +160,8 @@ def expected_optimism(
     noise = torch.randn(
         count, *total.shape, generator=child(generator, "noise"), dtype=torch.float64
     )
-    change = F[:, q:] + total.sqrt() * noise - targets  # z' - z
+    signs = draw_signs(model.metrics)
+    change = F[:, q:] + total.sqrt() * (noise * signs) - targets  # z' - z
     weights = change / total.clamp_min(1e-300)  # V^-1 (z' - z)
     weights = weights.nan_to_num(nan=0.0)  # what was not measured has no weight
     moved = torch.einsum("jqn,snj->sqj", joint.covariance[:, :q, q:], weights)
@@ -168,6 +169,7 @@ def expected_optimism(
     error = misfit.sqrt() * torch.randn(
         count, q, len(misfit), generator=child(generator, "misfit"), dtype=torch.float64
     )
+    error = error * signs
     gap = predicted - joint.gains(F[:, :q] + error)
     means = torch.stack([gap[i][non_dominated(predicted[i])].mean(0) for i in range(count)])
     return means.mean(0), means.std(0)

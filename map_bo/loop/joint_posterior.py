@@ -18,7 +18,7 @@ from map_bo.rng import child
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import Link, from_link
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
 from map_bo.surrogates.validation import LeavesOneOut
 
 __all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "volumes"]
@@ -59,6 +59,7 @@ class JointPosterior:
         """Return ``count x q x m`` draws on the link scale."""
         m, q = len(self.metrics), len(self.mean)
         normal = torch.randn(m, q, count, generator=generator, dtype=torch.float64)
+        normal = normal * draw_signs(self.metrics)[:, None, None]
         draws = [root(C) @ part for C, part in zip(self.covariance, normal, strict=True)]
         return self.mean + torch.stack(draws, -1).transpose(0, 1)
 
@@ -122,6 +123,7 @@ def real_draws(
     if bool((misfit > 0).any()):
         noise = child(generator, "misfit")
         normal = torch.randn(F.shape, generator=noise, dtype=torch.float64)
+        normal = normal * draw_signs(model.metrics)
         U = space.normalise(X)
         apart = torch.cdist(U, U).square() / (2 * _MISFIT_LENGTH**2 * space.d)
         error = misfit.sqrt() * normal

@@ -104,5 +104,5 @@ class _BarReporter:
             last = f"failed: {outcome.failures[0]}"[:60]
         else:
             pairs = zip(outcome.metrics, outcome.Y[0].tolist(), strict=True)
-            last = " ".join(f"{metric.name} {value:.3f}" for metric, value in list(pairs)[:4])
+            last = " ".join(f"{metric.name} {value:.4g}" for metric, value in list(pairs)[:4])
         self._bar.update(self._task, advance=1, last=last)

@@ -120,7 +120,7 @@ def recommend(
         X = _feasible(X, feasibility, coverage)
     if not likeliest:
         X = X[non_dominated(of_columns(mean, varied)(X).detach())]
-    prediction = predict(model, X)
+    prediction = predict(model, X, seen)
     front = Front(
         X=X,
         mean=prediction.mean,

@@ -494,7 +494,7 @@ class Result:
     def _refinement(self, row: int, x: Tensor, preference: Preference) -> Choice:
         best = self.model or self.refitted
         assert best is not None
-        prediction = predict(best, x.unsqueeze(0))
+        prediction = predict(best, x.unsqueeze(0), self.seen)
         unknown = torch.full((len(self.metrics),), torch.nan, dtype=torch.float64)
         again = None if self.refitted is None else predict(self.refitted, x.unsqueeze(0))
         feasibility = self.feasibility()

@@ -145,6 +145,34 @@ def comparison(
     }
 
 
+def _notes_on_nothing(
+    volumes: Mapping[str, float | None], front: Front, seen: Observations, scale: Scale
+) -> list[str]:
+    """Return why hypervolumes of the run's own points are 0, in a sentence each."""
+    points = {
+        "predicted front": front.mean,
+        "verified points": front.real[front.verified],
+        "observed points": seen.succeeded().Y,
+    }
+    notes = []
+    for name, values in points.items():
+        if volumes.get(name) != 0 or not len(values):
+            continue
+        gains = scale.gains(values)
+        never = [
+            f"{metric.name} ({point:.4g})"
+            for metric, point, best in zip(
+                scale.metrics, scale.point.tolist(), gains.amax(0).tolist(), strict=True
+            )
+            if best <= 0
+        ]
+        beaten = f"of {', '.join(never)}" if never else "in all metrics at once"
+        notes.append(
+            f"the hypervolume of the {name} is 0: none is better than the reference point {beaten}"
+        )
+    return notes
+
+
 def outliers_of(state: RunState, again: Sequence[Outlier] | None) -> tuple[Outlier, ...]:
     """Return the values that were set aside, by the last judgement.
 
@@ -191,6 +219,7 @@ def summarise(
     own = [outlier for outlier in outliers if outlier.row < len(seen)]
     kept = without(seen, own) if own else seen
     names = [metric.name for metric in front.metrics]
+    volumes = comparison(front, kept, space, scale)
     return {
         "evaluations": len(seen) + len(verification),
         "budget": settings.budget,
@@ -203,7 +232,7 @@ def summarise(
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),
-        "hypervolume": comparison(front, kept, space, scale),
+        "hypervolume": volumes,
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
         "reference_rule": scale.rule,
@@ -217,7 +246,7 @@ def summarise(
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "notes": notes,
+        "notes": [*notes, *_notes_on_nothing(volumes, front, kept, scale)],
         "versions": versions(),
         "commit": commit(),
     }

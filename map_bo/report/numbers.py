@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 
 from map_bo.data import Metric
@@ -10,21 +11,34 @@ from map_bo.data import Metric
 __all__ = [
     "better",
     "coefficient",
+    "difference",
     "distinct",
+    "fixed",
     "interval",
     "metric_value",
     "seconds",
     "share",
     "shorten",
+    "volume",
 ]
 
 
 def metric_value(value: float, metric: Metric, *, missing: str = "") -> str:
-    """Return a metric's value: three decimals for values of about [0, 1], else four digits."""
+    """Return a metric's value: three decimals for values of about [0, 1], else four digits.
+
+    A proportion that is nearly 0 or 1 has as many decimals as tell it from that.
+    """
     if math.isnan(value):
         return missing
     if metric.kind == "proportion" and (metric.lower, metric.upper) == (0.0, 1.0):
-        return f"{value:.3f}"
+        apart = min(abs(value), abs(1 - value))
+        if not 0 < apart < 0.001:
+            return f"{value:.3f}"
+        if abs(value) < 0.5:
+            return f"{value:.2g}"
+        return f"{value:.{min(15, 1 + math.ceil(-math.log10(apart) - 1e-9))}f}"
+    if abs(value) < sys.float_info.min * 4:  # what a loss of exactly 0 is predicted as
+        return "0.000"
     return f"{value:.3f}" if 0.01 <= abs(value) < 10 or value == 0 else f"{value:.4g}"
 
 
@@ -33,6 +47,23 @@ def interval(lower: float, upper: float, metric: Metric, *, missing: str = "") -
     if math.isnan(lower) or math.isnan(upper):
         return missing
     return f"{metric_value(lower, metric)} to {metric_value(upper, metric)}"
+
+
+def fixed(value: float, digits: int, *, sign: bool = False) -> str:
+    """Return ``value`` with so many decimals; one that is not 0 does not read as 0."""
+    form = f"{'+' if sign else ''}.{digits}f"
+    rounds_to_zero = 0 < abs(value) < 0.5 * 10.0**-digits
+    return format(value, form.replace(f"{digits}f", "2g") if rounds_to_zero else form)
+
+
+def difference(value: float) -> str:
+    """Return a difference of metric values with its sign: three decimals below 10."""
+    return fixed(value, 3, sign=True) if abs(value) < 10 else f"{value:+.4g}"
+
+
+def volume(value: float) -> str:
+    """Return a hypervolume with four decimals; one that is not 0 does not read as 0."""
+    return fixed(value, 4)
 
 
 def coefficient(value: float) -> str:

@@ -38,6 +38,7 @@ from map_bo.surrogates.surrogate import (
     Surrogate,
     SurrogateModel,
     gaussian,
+    stating_variances,
 )
 from map_bo.surrogates.validation import (
     LeavesOneOut,
@@ -159,9 +160,10 @@ class SideBySide(SurrogateModel, FantasizeMixin):
         shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
             *[mvn.batch_shape for mvn in mvns]
         )
-        result = GPyTorchPosterior(
-            MultitaskMultivariateNormal.from_independent_mvns([mvn.expand(shape) for mvn in mvns])
+        together = MultitaskMultivariateNormal.from_independent_mvns(
+            [mvn.expand(shape) for mvn in mvns]
         )
+        result = stating_variances(GPyTorchPosterior(together))
         return transformed(result, X, posterior_transform)
 
     def for_metrics(self, columns: Sequence[int]) -> SideBySide:

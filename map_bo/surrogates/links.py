@@ -4,10 +4,11 @@ A quadratic or a GP knows no bounds; an accuracy does. On the logit scale a quad
 where it likes and the prediction stays a proportion, and binomial noise, which shrinks towards
 the bounds, gets a variance that a Gaussian model can use.
 
-Values at a bound have no finite logarithm. They are moved inside by a documented distance: by
-half a success when the number of examples is known (:func:`observed_on_link`), else by a small
-fixed share (``margin`` of each link), or by half the standard deviation of the value's own
-noise when that is larger.
+Values at a bound have no finite logarithm. They are moved inside by a distance that the data
+themselves set (:func:`observed_on_link`): by half a success when the number of examples is known,
+else by half the smallest distance from that bound that was observed, or by half the standard
+deviation of the value's own noise when that is larger. No distance is absolute, so losses of 1e-9
+are told apart as losses of 1 are, and multiplying a loss by a number only moves a constant.
 
 How much of the sampling noise of a metric differs from one evaluation to the next.
 
@@ -49,17 +50,23 @@ __all__ = [
     "LogitLink",
     "SoftplusLink",
     "as_fitted",
+    "bound_distances",
     "check_enough",
     "from_link",
     "links_for",
     "observed_on_link",
+    "target_units",
     "to_link",
 ]
 
 LinkKind = Literal["auto", "identity"]
 
-# exp(60) is about 1e26: no loss is larger, and squares of it are still finite in float64.
-_LARGEST_EXPONENT = 60.0
+# exp(150) is about 1e65: no loss in any unit is larger, and its fourth power is still finite.
+_LARGEST_EXPONENT = 150.0
+_TINY = torch.finfo(torch.float64).tiny
+_SPACING = torch.finfo(torch.float64).eps
+_ROUNDING = 1e-12  # of a magnitude: targets that differ by less do not differ
+_HALF_A_SUCCESS = 5e-4  # in a thousand examples, as a share of a proportion's range
 
 
 class Link(ABC):
@@ -77,7 +84,8 @@ class Link(ABC):
         Args:
             y: Metric values.
             distance: How far from a bound the result has to be at least, in the metric's unit;
-                the link's own ``margin`` counts where that is larger.
+                the link's own ``margin`` counts where that is larger, and so does what floating
+                point can tell from the bound.
         """
 
     @abstractmethod
@@ -123,19 +131,20 @@ class LogitLink(Link):
     Attributes:
         lower: Smallest possible value of the metric.
         upper: Largest possible value.
-        margin: Share of the range by which values at (or over) a bound are moved inside. The
-            default is half a success in a thousand examples.
+        margin: Share of the range that values keep from both bounds at least; by default none
+            but what keeps the logit finite.
     """
 
     lower: float = 0.0
     upper: float = 1.0
-    margin: float = 5e-4
+    margin: float = 0.0
     name: ClassVar[str] = "logit"
 
     def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
         """Return ``y`` at least ``max(margin, distance)`` from both bounds (not past a quarter)."""
         width = self.upper - self.lower
-        far = torch.full_like(y, self.margin * width)
+        least = _SPACING * max(width, abs(self.lower), abs(self.upper))
+        far = torch.full_like(y, max(self.margin * width, least))
         if distance is not None:
             far = torch.maximum(far, distance.clamp(max=width / 4))
         return torch.minimum(torch.maximum(y, self.lower + far), self.upper - far)
@@ -164,17 +173,17 @@ class LogLink(Link):
 
     Attributes:
         lower: Lower bound of the loss.
-        margin: Distance from ``lower`` (in the unit of the loss) to which values at (or under)
-            it are moved.
+        margin: Distance that values keep from ``lower`` at least, in the unit of the loss; by
+            default none but what keeps the logarithm finite.
     """
 
     lower: float = 0.0
-    margin: float = 1e-6
+    margin: float = 0.0
     name: ClassVar[str] = "log"
 
     def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
         """Return ``y`` at least ``max(margin, distance)`` above ``lower``."""
-        far = torch.full_like(y, self.margin)
+        far = torch.full_like(y, max(self.margin, _SPACING * abs(self.lower), _TINY))
         return torch.maximum(
             y, self.lower + (far if distance is None else torch.maximum(far, distance))
         )
@@ -184,7 +193,7 @@ class LogLink(Link):
         return torch.log(self.inside(y) - self.lower)
 
     def inverse(self, f: Tensor) -> Tensor:
-        """Return ``lower + exp(f)``, with the exponent held below 60."""
+        """Return ``lower + exp(f)``, with the exponent held below 150."""
         return self.lower + f.clamp(max=_LARGEST_EXPONENT).exp()
 
     def slope(self, f: Tensor) -> Tensor:
@@ -202,7 +211,7 @@ class SoftplusLink(Link):
     """
 
     lower: float = 0.0
-    margin: float = 1e-6
+    margin: float = 0.0
     name: ClassVar[str] = "softplus"
 
     def inside(self, y: Tensor, distance: Tensor | None = None) -> Tensor:
@@ -269,8 +278,10 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
     ``Var[logit p~] ~ 1 / ((n + 1) p~ (1 - p~))``; ``p (1 - p) / n`` would call ``p = 1`` exact.
     A count takes precedence over ``Yvar``. Any other known variance goes through the
     delta method, at the value moved inside its bounds by at least half its own standard
-    deviation. A value at a bound that claims to be exact gets an unknown variance instead:
-    nothing about it is exact on a scale where it is infinite.
+    deviation. A value at a bound moves inside by half the smallest distance from that bound among
+    the other values (and a proportion by no more than half a success in a thousand examples).
+    One that claims to be exact gets an unknown variance: nothing about it is exact on a scale
+    where it is infinite.
 
     Args:
         seen: Observations; what was not measured comes out as NaN.
@@ -282,9 +293,14 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
     values, variances = [], []
     for j, (link, metric) in enumerate(zip(links, seen.metrics, strict=True)):
         y, known = seen.Y[:, j], seen.Yvar[:, j]
-        moved = link.inside(y, known.nan_to_num(nan=0.0).sqrt() / 2)
+        own = known.nan_to_num(nan=0.0).sqrt() / 2
+        moved = link.inside(y, torch.maximum(own, _distance(y, metric)))
         z = link.forward(moved)
-        var = known / link.slope(z).square()
+        slope = link.slope(z)
+        # The square of a slope below 1e-154 is 0 in float64.
+        var = torch.where(
+            slope.square() > 0, known / slope.square(), (known.sqrt() / slope).square()
+        )
         var = torch.where((known == 0) & (moved != y), torch.nan, var)
         if metric.kind == "proportion":
             assert metric.lower is not None
@@ -305,6 +321,67 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
         values.append(z)
         variances.append(var)
     return torch.stack(values, -1), torch.stack(variances, -1)
+
+
+def _distance(y: Tensor, metric: Metric) -> Tensor:
+    """Return how far inside values at a bound of the metric are taken to be, ``n``; else 0."""
+    far = torch.zeros_like(y)
+    for bound in (metric.lower, metric.upper):
+        if bound is not None:
+            far = torch.where(y == bound, _half_the_nearest(y, bound, metric), far)
+    return far
+
+
+def _half_the_nearest(y: Tensor, bound: float, metric: Metric) -> float:
+    gaps = (y - bound).abs()
+    apart = gaps[gaps > 0]
+    nearest = float(apart.min()) / 2 if len(apart) else 0.0
+    if metric.kind != "proportion":
+        return nearest
+    assert metric.lower is not None
+    assert metric.upper is not None
+    most = _HALF_A_SUCCESS * (metric.upper - metric.lower)
+    return min(nearest, most) if len(apart) else most
+
+
+def bound_distances(seen: Observations) -> Tensor:
+    """Return from where on a measurement would be at a bound, ``2 x m`` distances from the bounds.
+
+    Half an example of a count, and where there are none, half of what was observed next to the
+    bound if the bound itself was observed; else 0. First the lower bounds, then the upper ones.
+    """
+    seen = seen.succeeded()
+    found = torch.zeros(2, len(seen.metrics), dtype=torch.float64)
+    for j, metric in enumerate(seen.metrics):
+        y, counts = seen.Y[:, j], seen.counts[:, j]
+        for i, bound in enumerate((metric.lower, metric.upper)):
+            if bound is None:
+                continue
+            if metric.kind == "proportion" and bool(torch.isfinite(counts).all()):
+                assert metric.lower is not None
+                assert metric.upper is not None
+                found[i, j] = (metric.upper - metric.lower) / (2 * counts.median())
+            elif bool((y == bound).any()):
+                found[i, j] = _half_the_nearest(y, bound, metric)
+    return found
+
+
+def target_units(shift: Tensor, spread: Tensor, links: Sequence[Link]) -> Tensor:
+    """Return the units in which targets are standardised, ``m`` positive values, link scale.
+
+    A metric's unit is the spread of its targets. Where that is rounding alone it is their
+    magnitude on the metric's own scale, and 1 on that of a logarithm or a logit, which have a
+    unit.
+
+    Args:
+        shift: ``m`` means of the targets.
+        spread: ``m`` standard deviations.
+        links: One link per metric.
+    """
+    free = torch.tensor([isinstance(link, IdentityLink) for link in links])
+    size = torch.where(free, shift.abs(), 1 + shift.abs())
+    one = torch.where(free & (size > 0), size, torch.ones_like(size))
+    return torch.where(spread > _ROUNDING * size, spread, one)
 
 
 DIFFERS = 0.3

@@ -11,8 +11,8 @@ import torch
 from botorch.acquisition.multi_objective.objective import GenericMCMultiOutputObjective
 from torch import Tensor
 
-from map_bo.data import to_maximisation
-from map_bo.surrogates.links import from_link
+from map_bo.data import Observations, to_maximisation
+from map_bo.surrogates.links import bound_distances, from_link
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
 
@@ -53,8 +53,15 @@ class Prediction:
     upper: Tensor
 
 
-def predict(model: SurrogateModel, X: Tensor) -> Prediction:
-    """Return the predicted metrics with their uncertainty at ``X`` (``n x d``)."""
+def predict(model: SurrogateModel, X: Tensor, seen: Observations | None = None) -> Prediction:
+    """Return the predicted metrics with their uncertainty at ``X`` (``n x d``).
+
+    Args:
+        model: The fitted surrogate.
+        X: Coefficients.
+        seen: What it was fitted to. A link never reaches a bound, but measurements do: an end of
+            an interval that they do not tell from a bound is put there.
+    """
     X = torch.as_tensor(X, dtype=torch.float64)
     m = len(model.metrics)
     mean, variance = X.new_zeros(len(X), m), X.new_zeros(len(X), m)
@@ -70,11 +77,27 @@ def predict(model: SurrogateModel, X: Tensor) -> Prediction:
     deviation = variance.sqrt()
     links = model.links
     half = NORMAL_975 * total.sqrt()
+    lower, upper = from_link(mean - half, links), from_link(mean + half, links)
+    if seen is not None:
+        lower, upper = _to_bounds(lower, upper, seen)
     return Prediction(
         mean=from_link(mean, links),
         std=_transformed_std(mean, deviation, lambda F: from_link(F, links)),
-        lower=from_link(mean - half, links),
-        upper=from_link(mean + half, links),
+        lower=lower,
+        upper=upper,
+    )
+
+
+def _to_bounds(lower: Tensor, upper: Tensor, seen: Observations) -> tuple[Tensor, Tensor]:
+    ends = [
+        (-math.inf if m.lower is None else m.lower, math.inf if m.upper is None else m.upper)
+        for m in seen.metrics
+    ]
+    low, high = torch.tensor(ends, dtype=torch.float64).T
+    near_low, near_high = bound_distances(seen)
+    return (
+        torch.where(lower - low <= near_low, low, lower),
+        torch.where(high - upper <= near_high, high, upper),
     )
 
 

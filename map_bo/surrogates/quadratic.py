@@ -56,12 +56,13 @@ from map_bo.surrogates.links import (
     check_enough,
     links_for,
     observed_on_link,
+    target_units,
 )
 from map_bo.surrogates.quadratic_model import QuadraticModel
 
 __all__ = ["Quadratic", "QuadraticModel", "binomial_working_responses"]
 
-_FARTHEST = 15.0  # logits beyond this are not told apart by any count
+_FARTHEST = 15.0  # logits beyond this are told apart by counts of millions only
 
 
 def binomial_working_responses(
@@ -90,8 +91,11 @@ def binomial_working_responses(
     """
     shift, scale = shift.unsqueeze(-1), scale.unsqueeze(-1)
 
+    # No count tells apart probabilities that are a hundred times smaller than one example.
+    farthest = float((100 * counts.amax()).log().clamp_min(_FARTHEST))
+
     def working(g: Tensor) -> tuple[Tensor, Tensor]:
-        f = (shift + scale * g).clamp(-_FARTHEST, _FARTHEST)
+        f = (shift + scale * g).clamp(-farthest, farthest)
         p = torch.sigmoid(f)
         weight = counts * p * torch.sigmoid(-f)
         return (f + (successes - counts * p) / weight - shift) / scale, 1 / (weight * scale**2)
@@ -210,7 +214,7 @@ class Quadratic:
         rows_of_gradients = gradient_rows(seen, links, space)
         if rows_of_gradients is not None:
             scale = torch.maximum(scale, gradient_scale(rows_of_gradients))
-        scale = torch.where(scale > 1e-12 * (1 + shift.abs()), scale, torch.ones_like(scale))
+        scale = target_units(shift, scale, links)
         y = (Z - shift.unsqueeze(-1)) / scale.unsqueeze(-1)
         v = variance / scale.unsqueeze(-1).square()
         unknown = v.isnan().any(-1)

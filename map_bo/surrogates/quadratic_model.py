@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import FantasizeMixin
-from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.posteriors.posterior import Posterior
 from gpytorch.distributions import MultitaskMultivariateNormal, MultivariateNormal
 from linear_operator import to_linear_operator
@@ -20,9 +19,11 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import centred, quadratic_features
 from map_bo.surrogates.links import Link
 from map_bo.surrogates.surrogate import (
+    LinkPosterior,
     PointCovariances,
     SampledFunctions,
     SurrogateModel,
+    draw_signs,
     joint_by_metric,
     same_state,
 )
@@ -36,23 +37,6 @@ __all__ = [
 ]
 
 
-class LinkPosterior(GPyTorchPosterior):
-    """A Gaussian posterior that states its variances as they are.
-
-    gpytorch rounds variances below 1e-10 up and warns, which is wrong for a metric in small
-    units, or one known exactly.
-    """
-
-    def __init__(self, distribution: MultivariateNormal, variance: Tensor) -> None:
-        super().__init__(distribution)
-        self._variance = variance
-
-    @property
-    def variance(self) -> Tensor:
-        """Variances, ``... x q x m``."""
-        return self._variance
-
-
 def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:
     """Return the posterior of ``m`` independent outputs.
 
@@ -63,7 +47,7 @@ def gaussian_posterior(mean: Tensor, covariance: Tensor) -> LinkPosterior:
             factorised in silence.
     """
     variance = covariance.diagonal(dim1=-1, dim2=-2)
-    jitter = 1e-9 * variance.mean(-1)[..., None, None] + 1e-30
+    jitter = 1e-9 * variance.mean(-1)[..., None, None] + 1e-300
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
     covariance = covariance + jitter * eye
     shape = torch.broadcast_shapes(  # type: ignore[no-untyped-call]
@@ -315,6 +299,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         shape = (k, *self.weights.shape, 1)
         source = same_state(generator)
         normal = torch.randn(shape, generator=source, dtype=self.weights.dtype)
+        normal = normal * draw_signs(self.metrics)[:, None, None]
         return QuadraticFunctions(self, self.weights + (self.root @ normal).squeeze(-1))
 
 

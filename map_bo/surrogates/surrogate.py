@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import gpytorch
 import torch
 from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.model import Model
@@ -32,20 +33,33 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DescribesSelection",
+    "LinkPosterior",
     "PointCovariances",
     "SampledFunctions",
     "Surrogate",
     "SurrogateModel",
     "TakesPartialRows",
     "WithoutUncertainty",
+    "draw_signs",
     "fits_partial_rows",
     "gaussian",
     "has_uncertainty",
     "joint_by_metric",
     "same_state",
+    "stating_variances",
 ]
 
 _JITTER = 1e-8  # of a variance: keeps covariances of near-equal points invertible
+
+
+def draw_signs(metrics: Sequence[Metric]) -> Tensor:
+    """Return the signs (``m``) of the normal numbers that each metric is drawn with.
+
+    Minimising ``y`` and maximising ``-y`` are one problem, as are an error rate and an accuracy.
+    Their posteriors are mirrored, so their draws are as well. A loss has no such twin.
+    """
+    twins = [metric.direction == "min" and metric.kind != "loss" for metric in metrics]
+    return torch.where(torch.tensor(twins), -1.0, 1.0).double()
 
 
 def gaussian(posterior: Posterior) -> GPyTorchPosterior:
@@ -60,6 +74,29 @@ def gaussian(posterior: Posterior) -> GPyTorchPosterior:
             hint="let `posterior` return a GPyTorchPosterior on the link scale",
         )
     return posterior
+
+
+class LinkPosterior(GPyTorchPosterior):
+    """A Gaussian posterior that states its variances as they are.
+
+    gpytorch rounds variances below 1e-10 up and warns, which is wrong for a metric in small
+    units, or one known exactly.
+    """
+
+    def __init__(self, distribution: MultivariateNormal, variance: Tensor) -> None:
+        super().__init__(distribution)
+        self._variance = variance
+
+    @property
+    def variance(self) -> Tensor:
+        """Variances, ``... x q x m``."""
+        return self._variance
+
+
+def stating_variances(posterior: GPyTorchPosterior) -> LinkPosterior:
+    """Return ``posterior`` with its variances as they are, however small."""
+    with gpytorch.settings.min_variance(double_value=0.0):
+        return LinkPosterior(posterior.distribution, posterior.variance)
 
 
 class SampledFunctions(ABC):
@@ -266,6 +303,7 @@ class _FunctionsOnDemand(SampledFunctions):
 
     def __init__(self, model: SurrogateModel, k: int, source: Generator) -> None:
         self._model, self._k, self._source = model, k, source
+        self._signs = draw_signs(model.metrics)
         self._X: Tensor | None = None
         self._values = torch.zeros(k, 0, len(model.metrics), dtype=torch.float64)
 
@@ -279,7 +317,7 @@ class _FunctionsOnDemand(SampledFunctions):
     def _first(self, X: Tensor) -> Tensor:
         posterior = self._model.gaussian(X)
         size = torch.Size([self._k])
-        noise = self._normal(size + posterior.base_sample_shape)
+        noise = self._normal(size + posterior.base_sample_shape) * self._signs
         return posterior.rsample_from_base_samples(size, noise)
 
     def _further(self, X: Tensor, known: Tensor) -> Tensor:
@@ -290,7 +328,7 @@ class _FunctionsOnDemand(SampledFunctions):
         moved = cross @ torch.cholesky_solve(gap, known_root)
         taken = torch.linalg.solve_triangular(known_root, cross.mT, upper=False)
         left = _root(joint[:, p:, p:] - taken.mT @ taken)
-        drawn = moved + left @ self._normal(moved.shape)
+        drawn = moved + left @ (self._normal(moved.shape) * self._signs[:, None, None])
         return mean[p:] + drawn.permute(2, 1, 0)
 
     def _normal(self, shape: Sequence[int]) -> Tensor:
@@ -310,8 +348,10 @@ def _marginal(posterior: GPyTorchPosterior, columns: list[int]) -> GPyTorchPoste
     covariance = joint.covariance_matrix[..., at.flatten(), :][..., at.flatten()]
     kept = to_linear_operator(covariance)  # which is not factorised before samples are drawn
     if len(columns) == 1:
-        return GPyTorchPosterior(MultivariateNormal(joint.mean[..., columns[0]], kept))
-    return GPyTorchPosterior(MultitaskMultivariateNormal(joint.mean[..., columns], kept))
+        alone = MultivariateNormal(joint.mean[..., columns[0]], kept)
+        return stating_variances(GPyTorchPosterior(alone))
+    together = MultitaskMultivariateNormal(joint.mean[..., columns], kept)
+    return stating_variances(GPyTorchPosterior(together))
 
 
 def joint_by_metric(models: Sequence[SurrogateModel], X: Tensor) -> tuple[Tensor, Tensor]:
@@ -332,7 +372,7 @@ def _root(covariance: Tensor) -> Tensor:
     size = covariance.diagonal(dim1=-1, dim2=-2).mean(-1).clamp_min(0.0)[:, None, None]
     eye = torch.eye(covariance.shape[-1], dtype=covariance.dtype)
     root: Tensor = psd_safe_cholesky(
-        (covariance + covariance.mT) / 2 + (_JITTER * size + 1e-30) * eye
+        (covariance + covariance.mT) / 2 + (_JITTER * size + 1e-300) * eye
     )
     return root
 

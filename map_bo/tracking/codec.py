@@ -132,7 +132,7 @@ def encode_scale(scale: Scale) -> dict[str, Any]:
     # Only where there are some, so that all other records stay as they were.
     if scale.unit is not None:
         data["unit"] = encode_tensor(scale.unit)
-    if scale.rangeless:
+    if scale.rangeless or bool(_as_without_range(scale.point, scale.best, scale.metrics).any()):
         data["rangeless"] = list(scale.rangeless)
     if scale.constraints:
         data["constraints"] = plain_constraints(scale.constraints)
@@ -147,16 +147,23 @@ def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
         DataError: When the parts do not make a scale of these metrics.
     """
     point, best = decode_tensor(data["point"]), decode_tensor(data["best"])
-    # Version 0.1 ended the scale of a metric without a range a billionth beyond the point.
-    low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
-    without = high == low + 1e-9
-    best = torch.where(without, point, best)
+    if "rangeless" not in data:
+        best = torch.where(_as_without_range(point, best, metrics), point, best)
     unit = decode_tensor(data["unit"]) if "unit" in data else None
     scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
     names = data.get("rangeless", ())
     told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
     constraints = read_constraints(data.get("constraints"))
     return replace(scale, ranged=scale.ranged & ~told, constraints=constraints)
+
+
+def _as_without_range(point: Tensor, best: Tensor, metrics: Sequence[Metric]) -> Tensor:
+    """Return where a record of version 0.1 would mean a metric without a range (``m``).
+
+    It ended the scale of such a metric a billionth beyond the point.
+    """
+    low, high = to_maximisation(point, metrics), to_maximisation(best, metrics)
+    return high == low + 1e-9
 
 
 def encode_metric(metric: Metric) -> dict[str, Any]:

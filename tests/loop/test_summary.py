@@ -32,3 +32,17 @@ def test_the_best_expert_is_an_expert_however_good_the_merges_are(result: Result
     # Expert a is best in the one metric and worst in the other, expert b the other way round.
     assert volumes["best expert"] == pytest.approx(0.0, abs=1e-9)
     assert volumes["observed points"] > volumes["uniform blend"] > 0
+
+
+@pytest.mark.parametrize("threshold", [0.2, 0.05])
+def test_a_hypervolume_of_nothing_says_why(threshold: float) -> None:
+    given = {"near a": -10.0, "far from b": threshold}
+    found = Run(Bowls(), quick(8, reference=given), MemoryStore()).drive()
+    volumes, notes = found.summary["hypervolume"], found.summary["notes"]
+    zero = [name for name in ("predicted front", "observed points") if volumes[name] == 0]
+    said = [note for note in notes if "the hypervolume of the" in note]
+    assert len(said) >= len(zero)
+    assert bool(zero) == (threshold == 0.05) == bool(said)
+    if zero:
+        assert f"of far from b ({threshold:.4g})" in said[0]
+        assert any("'far from b' (0.05) is not beaten by" in note for note in notes)

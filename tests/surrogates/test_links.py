@@ -19,6 +19,7 @@ from map_bo.surrogates.links import (
     from_link,
     links_for,
     observed_on_link,
+    target_units,
     to_link,
 )
 
@@ -70,9 +71,10 @@ def test_inverse_stays_finite_far_out(link: Link) -> None:
 
 
 def test_values_at_a_bound_move_by_the_margin() -> None:
-    torch.testing.assert_close(LogitLink(0, 2).inside(tensor(0, 1, 2.5)), tensor(1e-3, 1, 1.999))
-    torch.testing.assert_close(LogLink(1.0).inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
-    torch.testing.assert_close(SoftplusLink(1.0).inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
+    logit, log, softplus = LogitLink(0, 2, 5e-4), LogLink(1.0, 1e-6), SoftplusLink(1.0, 1e-6)
+    torch.testing.assert_close(logit.inside(tensor(0, 1, 2.5)), tensor(1e-3, 1, 1.999))
+    torch.testing.assert_close(log.inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
+    torch.testing.assert_close(softplus.inside(tensor(0, 3)), tensor(1 + 1e-6, 3))
     # A distance larger than the margin counts, for a proportion never past a quarter.
     moved = LogitLink().inside(tensor(1, 1), tensor(0.1, 0.9))
     torch.testing.assert_close(moved, tensor(0.9, 0.75))
@@ -146,3 +148,36 @@ def test_a_value_at_a_bound_is_never_exact() -> None:
     assert float(Z[1]) == pytest.approx(math.log(99))
     assert float(var[1]) == pytest.approx(4e-4 / (0.99 * 0.01) ** 2)
     assert float(var[2]) == 0.0
+
+
+@pytest.mark.parametrize("unit", [1e-12, 1e-9, 1.0, 1e12])
+def test_a_unit_only_moves_the_logarithm_of_a_loss(unit: float) -> None:
+    metric = Metric("b", kind="loss", direction="min")
+    Y = tensor(0.0, 0.2, 1e-7, 3.0).unsqueeze(-1)
+    X = torch.arange(4.0).unsqueeze(-1)
+    links = links_for((metric,))
+    Z, _ = observed_on_link(Observations(X, Y, (metric,)), links)
+    moved, _ = observed_on_link(Observations(X, unit * Y, (metric,)), links)
+    torch.testing.assert_close(moved - math.log(unit), Z)
+    assert float(from_link(Z, links)[0]) == pytest.approx(0.5e-7), "half the nearest positive loss"
+
+
+def test_proportions_near_a_bound_are_told_apart() -> None:
+    metric = Metric("a")
+    Y = tensor(1.0, 0.9999, 0.9998, 0.5).unsqueeze(-1)
+    seen = Observations(torch.arange(4.0).unsqueeze(-1), Y, (metric,))
+    Z, _ = observed_on_link(seen, links_for((metric,)))
+    back = from_link(Z, links_for((metric,)))
+    torch.testing.assert_close(back[1:], Y[1:], rtol=1e-12, atol=0.0)
+    assert float(back[0]) == pytest.approx(0.99995)
+    # Far from anything, a value at the bound is half a success in a thousand away from it.
+    Z, _ = observed_on_link(seen.select([0, 3]), links_for((metric,)))
+    assert float(from_link(Z, links_for((metric,)))[0]) == pytest.approx(0.9995)
+
+
+def test_constants_have_the_unit_of_their_magnitude() -> None:
+    links = (IdentityLink(), IdentityLink(), IdentityLink(), LogLink())
+    shift = tensor(2e7, 1e-300, 0.0, -20.0)
+    assert target_units(shift, tensor(0.0, 0.0, 0.0, 0.0), links).tolist() == [2e7, 1e-300, 1, 1]
+    spread = tensor(1e-3, 1e-305, 1e-300, 1e-3)
+    assert target_units(shift, spread, links).tolist() == spread.tolist()

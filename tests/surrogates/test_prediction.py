@@ -7,8 +7,9 @@ import torch
 from botorch.posteriors.posterior import Posterior
 from torch import Tensor
 
-from map_bo.data import Metric, to_maximisation
+from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.rng import make_generator
+from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import Link, from_link, links_for
 from map_bo.surrogates.prediction import (
     holding_probability,
@@ -17,8 +18,10 @@ from map_bo.surrogates.prediction import (
     predicted_mean,
     quantile,
 )
+from map_bo.surrogates.processes.hybrid import Hybrid
+from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.quadratic_model import gaussian_posterior
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
 METRICS = (
     Metric("accuracy"),
@@ -117,6 +120,30 @@ def test_objective_turns_samples_as_predicted_mean_turns_means(X: Tensor) -> Non
     expected = from_link(samples, model.links) * torch.tensor([1.0, -1.0, -1.0])
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(objective(model)(model.link_mean(X)), predicted_mean(model)(X))
+
+
+@pytest.mark.parametrize("surrogate", [Quadratic(), Hybrid()], ids=repr)
+def test_intervals_reach_a_bound_that_measurements_reach(surrogate: Surrogate) -> None:
+    space = CoefficientSpace.box(("a",))
+    X = torch.linspace(0, 1, 15, dtype=torch.float64).unsqueeze(-1)
+    share = (1.02 - 0.5 * (X - 0.6).square()).clamp(max=1.0)
+    metrics = (Metric("passed"), Metric("failed", direction="min"))
+    Y = (50 * torch.cat([share, 1 - share], -1)).round() / 50
+    seen = Observations(X, Y, metrics, counts=torch.full_like(Y, 50.0))
+    told = predict(surrogate.fit(seen, space), X, seen)
+    assert bool((told.lower <= Y).all())
+    assert bool((told.upper >= Y).all())
+    assert float(told.upper[0, 0]) < 1.0, "where it does not, the interval ends before"
+
+
+def test_a_loss_that_was_never_0_has_no_interval_from_0() -> None:
+    space = CoefficientSpace.box(("a",))
+    X = torch.linspace(0, 1, 9, dtype=torch.float64).unsqueeze(-1)
+    Y = 1e-9 * (X - 0.4).square()
+    for offset, reaches in ((0.0, True), (1e-9, False)):
+        seen = Observations(X, torch.where(X == 0.375, 0.0, Y) + offset, (METRICS[1],))
+        told = predict(Hybrid().fit(seen, space), X, seen)
+        assert bool((told.lower == 0).any()) == reaches
 
 
 class TestBounds:

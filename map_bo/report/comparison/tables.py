@@ -8,7 +8,7 @@ from typing import Literal, TypeAlias
 from map_bo.report.comparison.bootstrap import LEAST, Estimate
 from map_bo.report.comparison.comparison import Comparison
 from map_bo.report.comparison.runs import MEASURES, Measure
-from map_bo.report.numbers import better, metric_value
+from map_bo.report.numbers import better, fixed, metric_value
 
 __all__ = [
     "Cell",
@@ -211,7 +211,7 @@ def runs_table(found: Comparison) -> Table:
             values = (
                 f"{run.values[m.name]:.0f}"
                 if m.name == "evaluations"
-                else f"{run.values[m.name]:.{m.digits}f}"
+                else fixed(run.values[m.name], m.digits)
                 for m in shown
             )
             rows.append((Link(f"{variant}, seed {run.seed}", run.record.link), *values))
@@ -239,11 +239,10 @@ def _title(measure: Measure) -> str:
 def _estimate(value: Estimate | None, measure: Measure, *, sign: bool = False) -> str:
     if value is None:
         return "none"
-    form = f"{'+' if sign else ''}.{measure.digits}f"
-    mean = format(value.mean, form)
-    if value.low != value.low:
-        return mean
-    return f"{mean} [{format(value.low, form)}, {format(value.high, form)}]"
+    mean, low, high = (
+        fixed(x, measure.digits, sign=sign) for x in (value.mean, value.low, value.high)
+    )
+    return mean if value.low != value.low else f"{mean} [{low}, {high}]"
 
 
 def _difference(gap: Estimate | None, measure: Measure) -> str:

@@ -12,7 +12,7 @@ from rich.text import Text
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.report.numbers import coefficient, distinct, interval, metric_value, share
+from map_bo.report.numbers import coefficient, distinct, interval, metric_value, share, volume
 from map_bo.report.run.certainty import (
     has_corrected,
     has_feasible,
@@ -78,7 +78,7 @@ def print_summary(view: RunView, console: Console) -> None:
     volumes.add_column("predicted", justify="right")
     volumes.add_column("real", justify="right")
     for name, kind, value in hypervolume_rows(view):
-        shown = "not measured" if value is None else f"{value:.4f}"
+        shown = "not measured" if value is None else volume(value)
         cells = ("", shown) if kind == "real" else (shown, "")
         volumes.add_row(_text(console, name), *(_text(console, cell) for cell in cells))
     console.print(volumes)

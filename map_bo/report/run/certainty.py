@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from map_bo.report.numbers import difference, volume
 from map_bo.report.view import RunView
 
 __all__ = [
@@ -52,9 +53,9 @@ def hypervolume_words(view: RunView) -> str:
     if not isinstance(found, Mapping) or found.get("median") is None:
         return ""
     return (
-        f"Expected real hypervolume of the front: {found['median']:.4f}, 95 % interval "
-        f"{found['lower']:.4f} to {found['upper']:.4f} ({found['draws']} posterior draws at "
-        f"{found['points']} points, {found['kind']})."
+        f"Expected real hypervolume of the front: {volume(found['median'])}, 95 % interval "
+        f"{volume(found['lower'])} to {volume(found['upper'])} ({found['draws']} posterior draws "
+        f"at {found['points']} points, {found['kind']})."
     )
 
 
@@ -72,7 +73,7 @@ def optimism_rows(view: RunView) -> list[tuple[str, str, str, str]]:
     for metric in view.metrics:
         parts = [_with_error(_of(optimism, kind, metric.name)) for kind in ("left_out", "measured")]
         shift = _of(optimism, "corrected", metric.name)
-        shown = _signed(shift) if isinstance(shift, int | float) else ""
+        shown = difference(shift) if isinstance(shift, int | float) else ""
         rows.append((metric.name, parts[0], parts[1], shown))
     return rows if any(any(cells) for _, *cells in rows) else []
 
@@ -122,11 +123,7 @@ def _with_error(found: Any) -> str:
     if not isinstance(found, Mapping) or found.get("mean") is None:
         return ""
     error = found.get("se")
-    return _signed(found["mean"]) + ("" if error is None else f" \u00b1 {abs(error):.2g}")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}" if abs(value) < 10 else f"{value:+.4g}"
+    return difference(found["mean"]) + ("" if error is None else f" \u00b1 {abs(error):.2g}")
 
 
 def _validation(view: RunView) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from map_bo.report.numbers import better, metric_value, seconds
+from map_bo.report.numbers import better, difference, metric_value, seconds
 from map_bo.report.run.certainty import stop_words
 from map_bo.report.view import RunView
 
@@ -103,7 +103,7 @@ def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
                 better(metric),
                 metric_value(a, metric),
                 metric_value(b, metric),
-                "" if gap is None else f"{gap:+.3f}" if abs(gap) < 10 else f"{gap:+.4g}",
+                "" if gap is None else difference(gap),
             )
         )
     return rows

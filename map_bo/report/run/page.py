@@ -12,7 +12,7 @@ from typing import Any
 
 from map_bo.data import Metric
 from map_bo.report.files import write_whole
-from map_bo.report.numbers import coefficient, interval, metric_value, share
+from map_bo.report.numbers import coefficient, interval, metric_value, share, volume
 from map_bo.report.page_style import STYLE
 from map_bo.report.run.certainty import (
     calibration_rows,
@@ -206,7 +206,7 @@ def _real_cells(values: Sequence[float], metrics: Sequence[Metric]) -> list[str]
 def _hypervolume(view: RunView, plots: Sequence[Path]) -> str:
     volumes = []
     for name, kind, value in hypervolume_rows(view):
-        shown = "not measured" if value is None else f"{value:.4f}"
+        shown = "not measured" if value is None else volume(value)
         cells = ("", shown) if kind == "real" else (shown, "")
         volumes.append(
             f'<tr><th class="name" scope="row">{escape(name)}</th>'

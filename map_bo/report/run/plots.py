@@ -105,7 +105,7 @@ def progress_figure(view: RunView) -> Figure:
         )
     axes.set_xlim(0, max(len(view.seen), 1) + 0.5)
     lines = [value for value in recorded.values() if value is not None]
-    axes.set_ylim(0, 1.08 * max([*volumes, *lines, 1e-9]))
+    axes.set_ylim(0, 1.08 * (max([*volumes, *lines, 0.0]) or 1.0))
     figure.suptitle(title_of(view, "Progress"), fontsize=11, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("evaluations")

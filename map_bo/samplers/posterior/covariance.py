@@ -10,7 +10,7 @@ from linear_operator.utils.cholesky import psd_safe_cholesky
 from torch import Generator, Tensor
 
 from map_bo.surrogates.prediction import observation_variance
-from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
 
 __all__ = ["Covariances", "JointDraws", "measurement_noise"]
 
@@ -44,7 +44,7 @@ class Covariances:
             block = joint[:, p:, p:]
             eye = torch.eye(len(self._pending), dtype=block.dtype)
             size = block.diagonal(dim1=-1, dim2=-2).mean(-1)[:, None, None]
-            block = block + (noise[:, None, None] + _RIDGE * size + 1e-30) * eye
+            block = block + (noise[:, None, None] + _RIDGE * size + 1e-300) * eye
             self._inverse = torch.linalg.inv(block)
             self._gain = joint[:, :p, p:] @ self._inverse  # m x p x k
 
@@ -63,9 +63,14 @@ class Covariances:
         return cross[..., :p] - toward @ self._gain.mT, (variance - taken).clamp_min(0.0)
 
 
-def measurement_noise(model: SurrogateModel) -> Tensor:
-    """Return the typical variance (``m``, link scale) of one more measurement, misfit included."""
-    return observation_variance(model).clamp_min(_RIDGE)
+def measurement_noise(model: SurrogateModel, X: Tensor) -> Tensor:
+    """Return the typical variance (``m``, link scale) of one more measurement, misfit included.
+
+    It is at least 1e-9 of the variance of the predictions at ``X`` (``n x d``, evaluated points).
+    """
+    with torch.no_grad():
+        least = _RIDGE * model.link_mean(X).var(0, correction=0)
+    return torch.maximum(observation_variance(model), least)
 
 
 _JITTER = 1e-7  # of a variance: near points of a smooth function are nearly dependent
@@ -97,13 +102,15 @@ class JointDraws:
             size = variance.mean(-1)[:, None, None]
             eye = torch.eye(len(baseline), dtype=torch.float64)
             self._cholesky = psd_safe_cholesky(
-                (joint + joint.mT) / 2 + (_JITTER * size + 1e-30) * eye
+                (joint + joint.mT) / 2 + (_JITTER * size + 1e-300) * eye
             )
             normal = torch.randn(m, len(baseline), draws, generator=source, dtype=torch.float64)
+            normal = normal * draw_signs(model.metrics)[:, None, None]
             offset = self._cholesky @ normal  # m x p x s
             self._pull = torch.cholesky_solve(offset, self._cholesky)
             self.baseline = (model.link_mean(baseline).T.unsqueeze(-1) + offset).permute(2, 1, 0)
-        self._own = torch.randn(draws, 1, m, generator=source, dtype=torch.float64)
+        own = torch.randn(draws, 1, m, generator=source, dtype=torch.float64)
+        self._own = own * draw_signs(model.metrics)
 
     def at(self, X: Tensor) -> Tensor:
         """Return the draws at ``X`` (``b x d``) on the link scale, ``s x b x m``.
@@ -114,6 +121,6 @@ class JointDraws:
         cross, variance = self._covariances.to(X)  # m x b x p, m x b
         moved = (cross @ self._pull).permute(2, 1, 0)
         known = torch.linalg.solve_triangular(self._cholesky, cross.mT, upper=False)
-        left = (variance - known.square().sum(-2)).clamp_min(1e-30).sqrt()
+        left = (variance - known.square().sum(-2)).clamp_min(1e-300).sqrt()
         draws: Tensor = self.model.link_mean(X) + moved + left.T * self._own
         return draws

@@ -260,7 +260,7 @@ class UpperBound(AcquisitionFunction):
     ) -> None:
         super().__init__(situation.model)
         self.situation, self.weights, self.beta, self.rays = situation, weights, beta, rays
-        self.noise = measurement_noise(situation.model)
+        self.noise = measurement_noise(situation.model, situation.good.X)
         self.set_X_pending(pending)
 
     def set_X_pending(self, X_pending: Tensor | None = None) -> None:
@@ -274,7 +274,7 @@ class UpperBound(AcquisitionFunction):
         points = X.squeeze(-2)
         _, variance = self.covariances.to(points)
         mean = self.situation.model.link_mean(points)
-        half = self.beta * (variance.T + 1e-30).sqrt()
+        half = self.beta * (variance.T + 1e-300).sqrt()
         gains = self.situation.gains()
         upper = torch.maximum(gains(mean + half, None), gains(mean - half, None))
         if self.rays:

@@ -17,7 +17,7 @@ from map_bo.samplers.posterior.driven import Situation
 
 __all__ = ["IntegratedVariance", "VarianceReduction", "gain_slopes"]
 
-_LEAST = 1e-30  # keeps the logarithm finite where nothing can be learned
+_LEAST = 1e-30  # of squared gains: keeps the logarithm finite where nothing can be learned
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class VarianceReduction(AcquisitionFunction):
     ) -> None:
         super().__init__(situation.model)
         self.situation, self.targets, self.weights = situation, targets, weights
-        self.noise = measurement_noise(situation.model)
+        self.noise = measurement_noise(situation.model, situation.good.X)
         self.set_X_pending(pending)
 
     def set_X_pending(self, X_pending: Tensor | None = None) -> None:
@@ -78,7 +78,7 @@ class VarianceReduction(AcquisitionFunction):
             ``m x b x p`` standard deviations of the change at the targets, with their sign.
         """
         cross, variance = self.covariances.to(X)
-        deviation = (variance + self.noise.unsqueeze(-1)).clamp_min(_LEAST).sqrt()
+        deviation = (variance + self.noise.unsqueeze(-1)).clamp_min(1e-300).sqrt()
         return cross / deviation.unsqueeze(-1)
 
     def drop(self, moves: Tensor) -> Tensor:

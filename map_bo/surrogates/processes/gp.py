@@ -9,8 +9,10 @@ from typing import Any, ClassVar, Literal, cast
 
 import gpytorch
 import torch
+from botorch.acquisition.objective import PosteriorTransform
 from botorch.models.gp_regression import SingleTaskGP
 from botorch.models.model_list_gp_regression import ModelListGP
+from botorch.posteriors.posterior import Posterior
 from gpytorch.distributions import MultivariateNormal
 from gpytorch.kernels import Kernel
 from gpytorch.means import ConstantMean, Mean
@@ -26,6 +28,7 @@ from map_bo.surrogates.links import (
     check_enough,
     links_for,
     observed_on_link,
+    target_units,
 )
 from map_bo.surrogates.processes.gp_gradients import (
     ConditionedKernel,
@@ -43,7 +46,13 @@ from map_bo.surrogates.processes.marginal import (
     fit,
     leave_one_out,
 )
-from map_bo.surrogates.surrogate import SurrogateModel, joint_by_metric
+from map_bo.surrogates.quadratic_model import transformed
+from map_bo.surrogates.surrogate import (
+    SurrogateModel,
+    gaussian,
+    joint_by_metric,
+    stating_variances,
+)
 
 __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
 
@@ -51,10 +60,9 @@ __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
 # what is left to explain where the noise is known.
 _NOISE_PRIOR = (-4.0, 1.0)
 _MISFIT_PRIOR = (-7.0, 2.0)
-# Added to posterior variances, as a share of the metric's variance and at least: near points of a
-# smooth process are so alike that their covariance is not positive definite in float64, and
-# gpytorch takes variances below 1e-10 for a failure.
-_JITTER, _LEAST_JITTER = 1e-8, 2e-10
+# Added to posterior variances, as a share of the metric's variance: near points of a smooth process
+# are so alike that their covariance is not positive definite in float64.
+_JITTER = 1e-8
 
 
 @dataclass(frozen=True)
@@ -225,7 +233,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         call (batches of fantasies go through the posterior).
         """
         if any(process.train_targets.dim() > 1 for process in self.processes):
-            return self.posterior(X).mean
+            return self.gaussian(X).mean
         if self._mean is None:
             parts = [
                 (
@@ -245,6 +253,17 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
             else:
                 self._mean = ClosedFormMean.of(parts)
         return self._mean(X)
+
+    def posterior(  # type: ignore[override]  # botorch's own classes disagree, too
+        self,
+        X: Tensor,
+        output_indices: list[int] | None = None,
+        observation_noise: bool | Tensor = False,
+        posterior_transform: PosteriorTransform | None = None,
+    ) -> Posterior:
+        """Return botorch's posterior at ``X`` (``... x q x d``), with its variances as they are."""
+        found = super().posterior(X, output_indices, observation_noise)
+        return transformed(stating_variances(gaussian(found)), X, posterior_transform)
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each latent value without its own row, ``n x m`` each.
@@ -314,7 +333,9 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
             # gpytorch extends the factorisation that a first prediction leaves behind.
             with torch.no_grad():
                 process.posterior(points[..., :1, :])
-            more = process.condition_on_observations(points, y, noise=v, **kwargs)
+            # gpytorch rounds known noise up to 1e-6, whatever the unit of the metric.
+            with gpytorch.settings.min_fixed_noise(double_value=1e-300):
+                more = process.condition_on_observations(points, y, noise=v, **kwargs)
             parts.append(cast(MetricGP, more))
         return GPModel(*parts)
 
@@ -327,9 +348,8 @@ class GP:
     lengthscales). The constant has a prior variance and is integrated out. Known noise
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
     unknown noise is fitted. Observed gradients condition the process too, with noise and a nugget
-    of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). A metric should vary by more
-    than 1e-3 on its link scale: gpytorch takes variances below 1e-10 for zero, so they are kept
-    above 2e-10.
+    of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). All is relative to the spread
+    of a metric, so its unit does not matter.
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
@@ -420,8 +440,7 @@ def _processes(
         if rows is not None:
             gradients = ObservedGradients.of(rows.gradients[:, j], rows.variance[:, j])
             unit = torch.maximum(unit, gradient_scale(rows)[j])
-        if not float(unit) > 1e-12 * (1 + float(shift.abs())):
-            unit = torch.ones_like(unit)
+        unit = target_units(shift, unit, (its_link,))[0]
         at = prior.on(space.d, known_noise=known)
         starts, squared = prior.starts(at, space.d), unit.square()
         values = (z - shift) / unit, v / squared
@@ -451,7 +470,7 @@ def _processes(
                 metric=metric,
                 link=its_link,
                 misfit=float(misfit) if known else 0.0,
-                jitter=max(_JITTER * float(squared), _LEAST_JITTER),
+                jitter=_JITTER * float(squared),
                 note=fitted.note,
                 cost=fitted.cost,
                 gradients=gradients,

@@ -40,7 +40,7 @@ def test_pending_points_take_off_what_conditioning_takes_off(surrogate: Surrogat
 def test_without_pending_points_it_is_the_joint_posterior() -> None:
     model = Quadratic().fit(some_seen(BOX, 14), BOX)
     X = BOX.sample(5, generator=make_generator(0))
-    cross, variance = Covariances(model, X[:3], measurement_noise(model)).to(X[3:])
+    cross, variance = Covariances(model, X[:3], measurement_noise(model, X)).to(X[3:])
     phi = model.features(X)
     joint = phi @ (model.root @ model.root.mT) @ phi.mT
     torch.testing.assert_close(cross, joint[:, 3:, :3])
@@ -49,10 +49,11 @@ def test_without_pending_points_it_is_the_joint_posterior() -> None:
 
 def test_noise_is_that_of_the_fit() -> None:
     model = Quadratic().fit(some_seen(BOX, 14), BOX)
+    X = BOX.sample(9, generator=make_generator(0))
     torch.testing.assert_close(
-        measurement_noise(model), model.training_targets()[1].median(0).values
+        measurement_noise(model, X), model.training_targets()[1].median(0).values
     )
-    assert bool((measurement_noise(model) > 0).all())
+    assert bool((measurement_noise(model, X) > 0).all())
 
 
 @pytest.mark.parametrize("waiting", [0, 2])
@@ -61,7 +62,7 @@ def test_variance_that_rounding_takes_below_zero_is_zero(
 ) -> None:
     model = GP().fit(some_seen(BOX, 14), BOX)
     X = BOX.sample(9, generator=make_generator(0))
-    covariances = Covariances(model, X[:3], measurement_noise(model), X[3 : 3 + waiting])
+    covariances = Covariances(model, X[:3], measurement_noise(model, X), X[3 : 3 + waiting])
     exact = covariances._posterior.to
 
     def rounded(points: Tensor) -> tuple[Tensor, Tensor]:

@@ -42,7 +42,7 @@ def test_it_is_the_drop_of_the_variance_over_the_space(surrogate: Surrogate) -> 
     x = torch.tensor([[0.9, 0.9]], dtype=torch.float64)
     assert isinstance(at.model, QuadraticModel | GPModel)
     after: SurrogateModel = at.model.condition_on_observations(
-        x, at.model.link_mean(x), noise=measurement_noise(at.model).unsqueeze(0)
+        x, at.model.link_mean(x), noise=measurement_noise(at.model, at.good.X).unsqueeze(0)
     )
     T = acquisition.targets
     drop = (moments(at.model, T)[1] - moments(after, T)[1]) / at.unit.square()
@@ -59,7 +59,7 @@ def test_for_the_quadratic_it_is_the_closed_form() -> None:
     assert isinstance(model, QuadraticModel)
     phi = model.features(X)
     drop = torch.zeros(len(X), dtype=torch.float64)
-    for i, noise in enumerate(measurement_noise(model)):
+    for i, noise in enumerate(measurement_noise(model, at.good.X)):
         S = model.root[i] @ model.root[i].mT
         for k, f in enumerate(phi):
             after = S - torch.outer(S @ f, S @ f) / (f @ S @ f + noise)
