@@ -14,7 +14,18 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "map_bo"
 FLOORS = [
-    {"errors", "values", "rng", "data", "space", "scale", "plain", "moved", "extensions"},
+    {
+        "errors",
+        "values",
+        "rng",
+        "data",
+        "space",
+        "scale",
+        "constraints",
+        "plain",
+        "moved",
+        "extensions",
+    },
     {"pareto", "merging", "surrogates", "tracking"},
     {"operators", "samplers", "evaluators", "report"},
     {"problems"},

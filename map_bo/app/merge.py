@@ -29,6 +29,11 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         help="largest size of one weight file (default: %(default)s)",
     )
     parser.add_argument(
+        "--code",
+        action="store_true",
+        help="carry the base's Python code, which loading with trust_remote_code runs",
+    )
+    parser.add_argument(
         "--lora-rank",
         type=int,
         metavar="R",
@@ -58,7 +63,11 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
     from map_bo.nested.reading import is_nested
 
     settings = ExportSettings(
-        options.max_memory, options.shard_size, progress=True, task=options.task
+        options.max_memory,
+        options.shard_size,
+        progress=True,
+        task=options.task,
+        code=options.code,
     )
     out = os.path.abspath(options.out)
     created = created_of(options.run)
@@ -120,5 +129,6 @@ def merge_recipe(recipe: Path, options: argparse.Namespace) -> str:
         max_memory=options.max_memory,
         shard_size=options.shard_size,
         trust=options.trust,
+        code=options.code,
     )
     return f"merged model written to {written}"

@@ -20,7 +20,7 @@ from urllib.parse import quote
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
-from map_bo.loop.state import RunState, replay
+from map_bo.loop.state import UNREADABLE, RunState, check_created, replay
 from map_bo.plain import flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
@@ -57,7 +57,7 @@ def created_of(run_dir: str | Path) -> dict[str, Any]:
     """
     for event in JsonlStore.open(Path(run_dir)).read():
         if event.kind == "created":
-            return dict(event.data)
+            return dict(check_created(event.data))
     raise StoreError(
         f"the record in {run_dir} does not begin with a run",
         hint="name a directory that `map-bo run` wrote",
@@ -73,7 +73,7 @@ def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     try:
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
         space = CoefficientSpace.from_description([created["space"], *spaces][-1])
-    except (KeyError, TypeError) as error:
+    except UNREADABLE as error:
         raise StoreError(
             f"the record in {run_dir} does not say what was run: {error!r}",
             hint="restore it from a copy if it was edited by hand, or read it with the version of "
@@ -258,7 +258,7 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
         return _read(job, RunRecord(name, link, sweep, "finished"), failure, refused)
     except MapBoError as error:
         reason = error.message
-    except (OSError, KeyError, TypeError, ValueError) as error:
+    except (OSError, *UNREADABLE) as error:
         reason = f"the record was edited, or written by another version: {error!r}"
     return RunRecord(name, link, sweep, "unreadable", reason)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from map_bo.constraints import Constraint, plain_constraints
 from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
@@ -21,7 +22,57 @@ from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, without
 
-__all__ = ["commit", "comparison", "outliers_of", "summarise", "versions"]
+__all__ = [
+    "ObservedVolume",
+    "commit",
+    "comparison",
+    "outliers_of",
+    "summarise",
+    "versions",
+]
+
+
+class ObservedVolume:
+    """Hypervolume of the measured points (real) after each evaluation, as in a run's summary.
+
+    It begins once the base and the experts have been evaluated, because no later evaluation moves
+    the scale; earlier hypervolumes would not be comparable. A run whose design leaves them out has
+    none.
+
+    Args:
+        space: The space of the run.
+        given: The reference point of the settings, if any.
+        constraints: What metrics have to keep.
+    """
+
+    def __init__(
+        self,
+        space: CoefficientSpace,
+        given: Mapping[str, float] | None = None,
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        self._space, self._given, self._constraints = space, given, constraints
+        self._scale: Scale | None = None
+
+    def after(self, seen: Observations) -> dict[str, float]:
+        """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
+        if self._scale is None:
+            self._scale = self._settled(seen)
+        if self._scale is None:
+            return {}
+        gains = self._scale.gains(seen.succeeded().Y)
+        zero = torch.zeros(gains.shape[-1], dtype=torch.float64)
+        return {"hypervolume": hypervolume(gains, zero)}
+
+    def _settled(self, seen: Observations) -> Scale | None:
+        if not bool(seen.ok.any()):
+            return None
+        tried = anchor_rows(seen.X, self._space).any(-1).tolist()
+        kinds = self._space.anchors().kinds
+        if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
+            return None
+        found = Scale.of(seen, self._space, self._given, self._constraints)
+        return None if found.is_observed else found
 
 
 def versions() -> dict[str, str]:
@@ -156,6 +207,7 @@ def summarise(
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
         "reference_rule": scale.rule,
+        **({"constraints": plain_constraints(scale.constraints)} if scale.constraints else {}),
         "optimism": dict(optimism),
         "uncertainty": dict(uncertainty),
         "stop": None if stop is None else dict(stop),
