@@ -557,9 +557,6 @@ def optimize(
         **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
             ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
 
-    It may be called with gradients off, in inference mode, under autocast, or with another default
-    dtype or device: its own maths do not depend on them, and evaluators find them as they are.
-
     Returns:
         The front and all measurements.
 

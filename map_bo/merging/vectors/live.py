@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field
 from functools import reduce
 from types import TracebackType
@@ -18,7 +17,14 @@ from map_bo.merging.align.conform import is_constant
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.align.renaming import match_names
 from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
-from map_bo.merging.vectors.module_state import ModuleState, same_items
+from map_bo.merging.vectors.module_state import (
+    ModuleState,
+    TensorHooks,
+    casting,
+    hooks_of,
+    restore_hooks,
+    same_items,
+)
 from map_bo.merging.vectors.operator import PreparedMerge
 
 __all__ = ["LiveModel", "model_ties", "names_of_base"]
@@ -70,11 +76,11 @@ class _Bound:
     slot: Slot | None  # None for a tensor that is not merged
     value: Tensor | None = None  # what a tensor that is not merged starts each candidate with
     tags: dict[str, Any] = field(default_factory=dict)  # attributes that somebody gave it
-    hooks: _TensorHooks = (None, None)
+    hooks: TensorHooks = (None, None)
 
     def __post_init__(self) -> None:
         self.tags = dict(vars(self.tensor))
-        self.hooks = _hooks_of(self.tensor)
+        self.hooks = hooks_of(self.tensor)
 
     def attach(self) -> None:
         """Give the tensor its live memory, whatever an evaluator did to it."""
@@ -101,19 +107,7 @@ class _Bound:
         if not same_items(vars(tensor), self.tags):
             vars(tensor).clear()
             vars(tensor).update(self.tags)
-        if _hooks_of(tensor) != self.hooks:
-            # Torch changes these in place, and forgets them when they are set.
-            before, after = (None if each is None else OrderedDict(each) for each in self.hooks)
-            tensor._backward_hooks = before
-            tensor._post_accumulate_grad_hooks = after  # type: ignore[assignment]
-
-
-_TensorHooks = tuple[dict[int, Any] | None, dict[int, Any] | None]
-
-
-def _hooks_of(tensor: Tensor) -> _TensorHooks:
-    before, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
-    return (dict(before) if before else None, dict(after) if after else None)
+        restore_hooks(tensor, self.hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,7 +338,7 @@ class LiveModel:
                     module.training = False
                 if self.cast_inputs and len({b.live.dtype for b in self._bound if b.slot}) == 1:
                     self._inputs = self.model.register_forward_pre_hook(
-                        _casting(self.dtype), with_kwargs=True, prepend=True
+                        casting(self.dtype), with_kwargs=True, prepend=True
                     )
                 self._state = ModuleState(self.model, [bound.tensor for bound in self._bound])
                 self.clean()
@@ -466,22 +460,6 @@ class LiveModel:
                 module.training = mode
         self._bound, self._views, self._modes, self._stand_ins = [], [], [], []
         self._state, self._inputs = None, None
-
-
-def _casting(dtype: torch.dtype) -> Callable[..., Any]:
-    """Return a forward pre-hook that casts floating inputs."""
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(dtype) if value.is_floating_point() else value
-        if isinstance(value, dict):
-            return {key: cast(each) for key, each in value.items()}
-        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
-
-    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        return cast(args), cast(kwargs)
-
-    return hook
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["ModuleState", "same_items"]
+__all__ = ["ModuleState", "TensorHooks", "casting", "hooks_of", "restore_hooks", "same_items"]
 
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device)
 _MAPPINGS = (dict, OrderedDict)
@@ -289,3 +289,38 @@ def _is_plain_object(value: object) -> bool:
         and kind.__module__.partition(".")[0] not in _LIBRARIES
         and isinstance(getattr(value, "__dict__", None), dict)
     )
+
+
+TensorHooks = tuple[dict[int, Any] | None, dict[int, Any] | None]
+"""The hooks of a tensor: on its gradient, and after that was accumulated."""
+
+
+def hooks_of(tensor: Tensor) -> TensorHooks:
+    """Return the hooks that a tensor has."""
+    before, after = tensor._backward_hooks, tensor._post_accumulate_grad_hooks
+    return (dict(before) if before else None, dict(after) if after else None)
+
+
+def restore_hooks(tensor: Tensor, found: TensorHooks) -> None:
+    """Give a tensor the hooks that it had."""
+    if hooks_of(tensor) != found:
+        # Torch changes these in place, and forgets them when they are set.
+        before, after = (None if each is None else OrderedDict(each) for each in found)
+        tensor._backward_hooks = before
+        tensor._post_accumulate_grad_hooks = after  # type: ignore[assignment]
+
+
+def casting(dtype: torch.dtype) -> Callable[..., Any]:
+    """Return a forward pre-hook that casts floating inputs."""
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(dtype) if value.is_floating_point() else value
+        if isinstance(value, dict):
+            return {key: cast(each) for key, each in value.items()}
+        return type(value)(map(cast, value)) if type(value) in (list, tuple) else value
+
+    def hook(module: nn.Module, args: Any, kwargs: Any) -> Any:
+        return cast(args), cast(kwargs)
+
+    return hook

@@ -7,7 +7,9 @@ the plain data by which a run recognises the problem.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,13 @@ import torch
 from torch import nn
 
 from map_bo.data import Metric
-from map_bo.errors import MergeError
+from map_bo.errors import EvaluationError, MergeError, listed
 from map_bo.evaluators.differentiable import check_differentiable
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.world import isolated
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
+from map_bo.merging.vectors.live import LiveModel
 from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
 from map_bo.merging.vectors.storage import Storage, StorageDtype
 from map_bo.plain import identity_of
@@ -38,8 +42,11 @@ __all__ = [
     "describe_problem",
     "require_derivatives",
     "ties_matter",
+    "watched",
     "weigh_space",
 ]
+
+logger = logging.getLogger(__name__)
 
 
 def check_model(model: object) -> None:
@@ -239,3 +246,22 @@ def describe_problem(
         "dtype": str(dtype).removeprefix("torch."),
         **{name: True for name, on in switches.items() if on},
     }
+
+
+@contextmanager
+def watched(name: str, live: LiveModel, seed: int) -> Iterator[None]:
+    """Undo what an evaluator does to its surroundings and to the model.
+
+    Raises:
+        EvaluationError: When that cannot be done, and the evaluator itself raised nothing.
+    """
+    with isolated(f"evaluator {name!r}", seed):
+        yield
+    changes, troubles = live.clean()
+    if changes:
+        logger.info("evaluator %r changed the model, which is undone: %s", name, listed(changes))
+    if troubles:
+        raise EvaluationError(
+            f"evaluator {name!r} changed the model, and it cannot be undone: {listed(troubles)}",
+            hint="let it work on a copy of the model",
+        )

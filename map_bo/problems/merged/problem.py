@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import EvaluationError, MergeError, listed
+from map_bo.errors import EvaluationError, MergeError
 from map_bo.evaluators.differentiable import measure_with_gradient
 from map_bo.evaluators.evaluator import (
     Evaluator,
@@ -25,7 +24,7 @@ from map_bo.evaluators.evaluator import (
     metrics_of,
     select_metrics,
 )
-from map_bo.evaluators.world import callers_dtype, callers_world, isolated, known_numerics
+from map_bo.evaluators.world import callers_dtype, callers_world, known_numerics
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
@@ -66,14 +65,13 @@ from map_bo.problems.merged.parts import (
     describe_problem,
     require_derivatives,
     ties_matter,
+    watched,
     weigh_space,
 )
 from map_bo.rng import child_seed
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,25 +82,6 @@ class _Loaded:
     prepared: PreparedMerge
     live: LiveModel
     derivatives: HasDerivatives | None  # where gradients were asked for
-
-
-@contextmanager
-def _watched(name: str, live: LiveModel, seed: int) -> Iterator[None]:
-    """Undo what an evaluator does to its surroundings and to the model.
-
-    Raises:
-        EvaluationError: When that cannot be done, and the evaluator itself raised nothing.
-    """
-    with isolated(f"evaluator {name!r}", seed):
-        yield
-    changes, troubles = live.clean()
-    if changes:
-        logger.info("evaluator %r changed the model, which is undone: %s", name, listed(changes))
-    if troubles:
-        raise EvaluationError(
-            f"evaluator {name!r} changed the model, and it cannot be undone: {listed(troubles)}",
-            hint="let it work on a copy of the model",
-        )
 
 
 class MergedModelProblem:
@@ -296,7 +275,7 @@ class MergedModelProblem:
                 for j, metric in enumerate(self._metrics):
                     try:
                         model = self._write(x, metric.name)
-                        with _watched(metric.name, live, child_seed(generator, metric.name, i)):
+                        with watched(metric.name, live, child_seed(generator, metric.name, i)):
                             evaluator = self._evaluators[metric.name]
                             if loaded.derivatives is None:
                                 seen = measure(metric.name, evaluator, model)
