@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -125,9 +124,6 @@ def working_directory(path: str | Path | None) -> Iterator[None]:
 
 def _build(config: DictConfig, key: str, group: str = "") -> Any:
     group = group or key
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # a user's own classes are in the working directory
     node = config[key]
     if node is None or "_target_" not in node:
         raise ConfigError(

@@ -9,9 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from map_bo.app.arguments import Command, pairs, parser, surrogate_of_sampler
+from map_bo.app.arguments import (
+    Command,
+    pairs,
+    parser,
+    surrogate_of_sampler,
+    with_bare_trust,
+)
 from map_bo.errors import ConfigError, MapBoError, SettingsError
-from map_bo.moved import with_current_targets
 
 __all__ = ["main"]
 
@@ -53,7 +58,7 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = parser(_FUNCTIONS).parse_args(arguments)
+        options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
         command: Command = options.command
         command(options)
 
@@ -132,6 +137,8 @@ def _choose(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.app.trust import recorded_configuration
+    from map_bo.loop.reading import created_of
     from map_bo.merging.export.draft import refuse_existing
 
     refuse_existing(options.out)  # first: before anything is read or fitted
@@ -140,18 +147,25 @@ def _merge(options: argparse.Namespace) -> None:
         _look_in(*([Path.cwd()] if options.trust else []))
         written = merge_recipe(recipe, options)
     else:
+        recorded = created_of(options.run).get("config")
+        run, trust = os.path.abspath(options.run), options.trust
+        with recorded_configuration(run, recorded, trust=trust, parts=("problem",)):
+            pass  # what is not trusted is refused before anything is fitted
         choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
-        written = merge_choice(choice, options, *_recorded_config(options.run))
+        out = os.path.abspath(options.out)
+        with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
+            written = merge_choice(choice, options, config, run=run, out=out)
     sys.stdout.write(written + "\n")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from map_bo.app.build import working_directory
     from map_bo.app.task import drive, show
+    from map_bo.app.trust import recorded_configuration
+    from map_bo.loop.reading import created_of
 
     directory, here = Path(options.run).absolute(), Path.cwd()
-    config, cwd = _recorded_config(options.run)
-    with working_directory(cwd):
+    recorded = created_of(directory).get("config")
+    with recorded_configuration(options.run, recorded, trust=options.trust) as config:
         result = drive(config, directory, retry_failed=options.retry_failed)
     show(result, here)
 
@@ -211,23 +225,6 @@ def _import(options: argparse.Namespace) -> None:
     from map_bo.app.ax_commands import import_into
 
     import_into(options)
-
-
-def _recorded_config(run: str) -> Any:
-    """Return the recorded configuration and working directory."""
-    from omegaconf import OmegaConf
-
-    from map_bo.loop.reading import created_of
-
-    recorded = created_of(run).get("config")
-    if recorded and "tree" in recorded:
-        return OmegaConf.create(with_current_targets(recorded["tree"])), recorded.get("cwd")
-    raise ConfigError(
-        f"the run in {run} was not started by `map-bo run`, so its record does not say how to "
-        "build its problem",
-        hint="continue in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
-        "problem and settings, then result.choose(...).export(...)",
-    )
 
 
 def _run(arguments: list[str]) -> None:

@@ -45,6 +45,7 @@ def drive(
         build_tracking,
         refuse_unknown,
     )
+    from map_bo.app.trust import trust_words
     from map_bo.errors import ConfigError, StoreError
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
@@ -86,6 +87,7 @@ def drive(
             return run.drive(RichProgress() if config.progress else silent)
         except KeyboardInterrupt:
             command = f"map-bo resume {shlex.quote(_relative(directory, Path.cwd()))}"
+            command += trust_words(plain)
             sys.stderr.write(
                 f"\ninterrupted; all measurements are kept; continue with `{command}`\n"
             )
@@ -133,6 +135,8 @@ def show(result: Result, here: Path) -> None:
 
 
 def _print_next_steps(console: Console, result: Result, here: Path) -> None:
+    from map_bo.app.trust import trust_words
+    from map_bo.loop.reading import created_of
     from map_bo.loop.result import Exportable
 
     assert result.run_dir is not None
@@ -146,7 +150,8 @@ def _print_next_steps(console: Console, result: Result, here: Path) -> None:
     run = shlex.quote(directory)
     commands = [f"map-bo choose {run} --prefer {first}"]
     if isinstance(result.problem, Exportable):
-        commands.append(f"map-bo merge {run} --prefer {first} --out merged")
+        trust = trust_words(created_of(result.run_dir).get("config"), parts=("problem",))
+        commands.append(f"map-bo merge {run} --prefer {first} --out merged{trust}")
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from map_bo.data import Metric
-from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError
+from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.extensions import installed, origin
 from map_bo.merging.align.vocabulary import VocabularyRule
@@ -164,12 +164,22 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
             f"{key} {where!r} is registered by {' and '.join(map(origin, points))}",
             hint="write it as module:function",
         )
-    found = import_callable(points[0].value, key)
-    return found() if isinstance(found, type) else found
+    try:
+        found: Any = points[0].load()
+    except Exception as error:  # whatever the import of another package raises
+        raise ConfigError(
+            f"{key} {where!r} of the package {origin(points[0])} cannot be imported: "
+            f"{first_line(error)}",
+            hint=f"repair or uninstall {origin(points[0])}",
+        ) from error
+    made: Evaluator = found() if isinstance(found, type) else found
+    return made
 
 
 def import_callable(where: str, key: str) -> Callable[..., Any]:
-    """Import ``module:attribute``, looking in the working directory first.
+    """Import ``module:attribute``, looking in the working directory too.
+
+    It is not called for what a file names, unless the user trusts the file.
 
     Raises:
         ConfigError: When there is no such thing, or it cannot be called.
@@ -181,7 +191,7 @@ def import_callable(where: str, key: str) -> Callable[..., Any]:
         )
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         found: Any = import_module(module)
         for part in attribute.split("."):
@@ -226,13 +236,20 @@ def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
                 hint='pip install "map-bo[huggingface]"',
             ) from error
         kind = getattr(transformers, str(name), None)
-        if kind is None:
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
             raise CheckpointError(
                 f"transformers has no architecture {name!r}, which {path} names",
                 hint="upgrade transformers, or give problem.model=module:function",
             )
-        config = transformers.AutoConfig.from_pretrained(path.parent)
-        model: nn.Module = kind(config)
+        try:
+            # Code in the folder of a model is never run on its own word.
+            config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+            model: nn.Module = kind(config)
+        except Exception as error:  # whatever a configuration makes of an architecture
+            raise CheckpointError(
+                f"transformers cannot build {name} from {path}: {first_line(error)}",
+                hint="give problem.model=module:function returning the architecture",
+            ) from error
         return model
 
     return build
