@@ -237,6 +237,7 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
 
+    _refuse_pickles(arguments)
     register()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
         sys.stderr.writelines(f"note: {told}\n" for told in hidden())
@@ -259,6 +260,17 @@ def _run(arguments: list[str]) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def _refuse_pickles(arguments: Sequence[str]) -> None:
+    """Refuse Hydra's way of running a configuration again, which unpickles a file."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if len(option) > len("--ex") and "--experimental-rerun".startswith(option):
+            raise ConfigError(
+                f"{option} reads a pickle, which could run any code",
+                hint="continue a run with `map-bo resume RUN`, or give its overrides again",
+            )
 
 
 def _complete(arguments: list[str]) -> None:
