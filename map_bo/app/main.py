@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     them; or a report was written but could not be published on Weights & Biases.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name in a file may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(arguments)
     except MapBoError as error:
@@ -61,6 +65,9 @@ def _dispatch(arguments: list[str]) -> None:
         options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
         command: Command = options.command
         command(options)
+
+
+_EDITED = "restore it from a copy if it was edited by hand"
 
 
 def _choice_of(options: argparse.Namespace) -> Any:
@@ -176,6 +183,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.more or not is_run(options.run):
         _report_comparison(options)
         return
+    from map_bo.errors import DataError
+    from map_bo.foreign import understood
     from map_bo.loop.mirrors import view_of
     from map_bo.loop.reading import load_result
     from map_bo.report.run.artifacts import write_report
@@ -188,7 +197,9 @@ def _report(options: argparse.Namespace) -> None:
                 hint="name a sweep, or several runs",
             )
     out = options.out or options.run
-    write_report(view_of(load_result(options.run)), Path(out))
+    result = load_result(options.run)
+    with understood(DataError, f"the record in {options.run}", hint=_EDITED):
+        write_report(view_of(result), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
 
 

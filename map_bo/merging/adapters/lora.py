@@ -6,15 +6,16 @@ their tensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.foreign import read_json
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
 __all__ = [
@@ -149,7 +150,7 @@ def read_settings(folder: Path) -> LoraSettings:
 def _read(path: Path) -> dict[str, Any]:
     hint = f"an adapter is a folder with {CONFIG} and adapter_model.safetensors"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}", hint=hint) from error
     if not isinstance(content, dict):
@@ -162,7 +163,9 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # which no infinity, NaN or huge integer is
 
 
 def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

@@ -8,7 +8,6 @@ are matched by the vocabularies of the tokenizers, which are read as plain JSON.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.foreign import read_json, read_text
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
@@ -271,8 +271,7 @@ def _sizes(checkpoint: Checkpoint) -> set[int]:
 def _configured_sizes(directory: Path | None) -> Iterator[int]:
     """Yield each ``vocab_size`` of a configuration, those of its parts included."""
     try:
-        text = "{}" if directory is None else (directory / "config.json").read_text("utf-8")
-        config = json.loads(text)
+        config = {} if directory is None else read_json(directory / "config.json")
     except (OSError, ValueError):
         return  # whoever needs the configuration says so; names still tell embeddings
     for part in (config, *config.values()) if isinstance(config, dict) else ():
@@ -453,9 +452,9 @@ def _line_ids(file: Path) -> dict[str, int] | None:
     if not file.is_file():
         return None
     try:
-        # Not read_text and splitlines: a token may be any other separator of lines.
-        lines = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        # Not splitlines: a token may be any other separator of lines.
+        lines = read_text(file).removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
         raise _damage_error(file, error) from error
     return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
 
@@ -464,7 +463,7 @@ def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise _damage_error(file, error) from error
     if not isinstance(content, dict):

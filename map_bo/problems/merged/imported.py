@@ -6,7 +6,6 @@ This is what a configuration can say; in Python use
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -20,6 +19,7 @@ from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.extensions import installed, origin
+from map_bo.foreign import read_json
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.blocks import HasBlocks
@@ -220,8 +220,8 @@ def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
             hint="give problem.model=module:function returning the architecture",
         )
     try:
-        (name, *_) = json.loads(path.read_text())["architectures"]
-    except (ValueError, KeyError, TypeError) as error:
+        (name, *_) = read_json(path)["architectures"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} does not name an architecture: {error}",
             hint="give problem.model=module:function returning the architecture",
