@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
 from map_bo.app.arguments import (
@@ -17,7 +18,7 @@ from map_bo.app.arguments import (
     surrogate_of_sampler,
     with_bare_trust,
 )
-from map_bo.errors import ConfigError, MapBoError, SettingsError
+from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
 
 __all__ = ["main"]
 
@@ -266,11 +267,30 @@ def _run(arguments: list[str]) -> None:
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
         _fail(text, "see the groups and their options with `map-bo run --help`")
+    except (MapBoError, OSError):
+        raise
+    except Exception as error:
+        if asked == "1" or _is_within(run_task, error):
+            raise
+        # Hydra composes the configuration before it calls the task, and trips over some values.
+        said = first_line(error)
+        if "Config group override must be" in said:
+            said = f"a group of the configuration must be chosen by a name ({said})"
+        _fail(
+            f"the options cannot be understood: {said}",
+            "choose groups by names, as in sampler=sobol; see them with `map-bo run --help`",
+        )
     finally:
         if asked is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def _is_within(function: Any, error: BaseException) -> bool:
+    """Return whether an error was raised inside of a function."""
+    frames = walk_tb(error.__traceback__)
+    return any(frame.f_code is function.__code__ for frame, _ in frames)
 
 
 def _refuse_pickles(arguments: Sequence[str]) -> None:

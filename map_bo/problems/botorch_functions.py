@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import botorch.test_functions.multi_objective as functions
 import torch
@@ -19,6 +20,8 @@ from map_bo.space import CoefficientSpace
 __all__ = ["BotorchProblem", "function_names"]
 
 _DEFAULT_DIM = 6
+_MOST_DIM = 10_000  # a larger one is built for minutes
+_MOST_METRICS = 100
 
 
 def function_names() -> tuple[str, ...]:
@@ -63,6 +66,15 @@ class BotorchProblem:
                 f"botorch has no unconstrained test function {self.name!r}",
                 hint=f"there are {', '.join(function_names())}",
             )
+        for setting, most in (("dim", _MOST_DIM), ("num_objectives", _MOST_METRICS)):
+            asked = getattr(self, setting)
+            if asked is not None and (
+                not isinstance(asked, Integral) or not 1 <= int(asked) <= most
+            ):
+                raise DataError(
+                    f"{setting} must be a whole number from 1 to {most}, got {asked}",
+                    hint="botorch builds its functions coefficient by coefficient",
+                )
         if not 0 <= self.noise_std < float("inf"):
             raise DataError(
                 f"noise_std must be finite and not negative, got {self.noise_std}",

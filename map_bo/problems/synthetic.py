@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -27,6 +28,8 @@ _MARGIN = 0.1
 _SHARPNESS = 4.0
 _DENSE = 4000
 _PRIME = 1_000_003
+_MOST = 1_000_000  # of anything: a file can ask for more than any machine has
+_ENTRIES = 100_000_000  # of the matrices of curvature
 
 
 def noisy(
@@ -49,9 +52,10 @@ def noisy(
 
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
-        if value < 1:
+        if not isinstance(value, Integral) or not 1 <= value <= _MOST:
             raise DataError(
-                f"{name} must be at least 1, got {value}", hint="give a whole number from 1"
+                f"{name} must be a whole number from 1 to {_MOST}, got {value}",
+                hint="give a smaller number" if value > 1 else "give a whole number from 1",
             )
     if not 0 <= noise < float("inf"):
         raise DataError(
@@ -100,6 +104,12 @@ class ConcaveQuadratics:
 
     def __post_init__(self) -> None:
         _check({"d": self.d, "m": self.m}, noise=self.noise)
+        if self.m * self.d**2 > _ENTRIES:
+            raise DataError(
+                f"{self.m} metrics of {self.d} coefficients have curvatures of "
+                f"{self.m * self.d**2} numbers",
+                hint=f"lower d or m: {_ENTRIES} are the most",
+            )
         if not 1 <= self.conditioning < float("inf"):
             raise DataError(
                 f"conditioning must be finite and at least 1, got {self.conditioning}",
