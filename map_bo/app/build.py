@@ -136,7 +136,7 @@ def working_directory(path: str | Path | None) -> Iterator[None]:
 
 def _build(config: DictConfig, key: str, group: str = "") -> Any:
     group = group or key
-    node = config[key]
+    node = config.get(key)
     if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(
             f"the configuration of {group} has no _target_",

@@ -47,6 +47,7 @@ def drive(
     )
     from map_bo.app.trust import trust_words
     from map_bo.errors import ConfigError, StoreError
+    from map_bo.foreign import understood
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
@@ -55,13 +56,14 @@ def drive(
     from map_bo.tracking.jsonl import JsonlStore
 
     refuse_unknown(config)
-    settings, nested = build_settings(config), build_nested(config)
+    with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
+        settings, nested = build_settings(config), build_nested(config)
+        mirrors = trackers(build_tracking(config), directory)
     if nested is not None and config.get("start_from") is not None:
         raise ConfigError(
             "a nested run cannot start from an experiment: its nodes measure other points",
             hint="leave out start_from, or merge all experts at once with nested=none",
         )
-    mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: an error here leaves no run behind
     begun = not fresh and _has_begun(directory)
     experiment = None if begun else _experiment(config.get("start_from"), problem)

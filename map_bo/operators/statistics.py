@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
-from map_bo.foreign import parse_json
+from map_bo.foreign import parse_json, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.checkpoints.tensors import all_finite
@@ -251,16 +251,20 @@ def load_statistics(
             f"{path} holds no statistics of an expert",
             hint="make such files with `save_statistics`, from what `fisher` or `grams` returns",
         )
-    return Statistics(
-        record["kind"],
-        tensors,
-        model=record["model"],
-        examples=record["examples"],
-        settings=record["settings"],
-        data=record["data"],
-        ties=record["ties"],
-        _content=record["content"],
-    ).check(kind=kind, model=None if model is None else open_checkpoint(model).digest(), data=data)
+    with understood(CheckpointError, str(path), hint="compute the statistics again"):
+        found = Statistics(
+            record["kind"],
+            tensors,
+            model=record["model"],
+            examples=record["examples"],
+            settings=record["settings"],
+            data=record["data"],
+            ties=record["ties"],
+            _content=record["content"],
+        )
+    return found.check(
+        kind=kind, model=None if model is None else open_checkpoint(model).digest(), data=data
+    )
 
 
 def cached_statistics(

@@ -33,8 +33,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
     with suppress(FileNotFoundError):
         temporary.unlink()  # of a killed process that had our number, or a link of somebody else
     try:
-        with temporary.open("xb") as file:
-            file.write(data)
+        temporary.write_bytes(data)
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):

@@ -37,7 +37,7 @@ from map_bo.merging.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from map_bo.merging.checkpoints.hub import fetch, hub_model
-from map_bo.merging.checkpoints.read_sharded import open_file
+from map_bo.merging.checkpoints.read_sharded import open_file, require_inside
 from map_bo.merging.checkpoints.tensors import (
     Layout,
     TensorReader,
@@ -256,6 +256,8 @@ def open_adapter(source: str | Path, base: Checkpoint, *, label: str | None = No
             "adapter_config.json",
         )
     settings = read_settings(folder)
+    if file != path:  # a file that is given by name may be a link anywhere
+        require_inside(file)
     reader = open_file(file)
     refuse_odd_names(reader.layouts, str(folder))
     odd = [name for name, layout in reader.layouts.items() if not layout.dtype.is_floating_point]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
-from map_bo.foreign import read_json
+from map_bo.foreign import read_json, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 
 __all__ = [
     "CONFIG",
@@ -108,7 +109,13 @@ def read_settings(folder: Path) -> LoraSettings:
             sum of the base and low-rank products.
     """
     path = folder / CONFIG
-    content = _read(path)
+    require_inside(path)
+    with understood(CheckpointError, str(path), hint=_WHOLE):
+        return _settings_of(path, _read(path))
+
+
+def _settings_of(path: Path, content: Mapping[str, Any]) -> LoraSettings:
+    folder = path.parent
     kind = str(content.get("peft_type", "")).upper()
     if kind != "LORA":
         raise CheckpointError(

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
-from map_bo.foreign import read_json, read_text
+from map_bo.foreign import read_json, read_text, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
 __all__ = ["VocabularyRule", "fit_vocabularies", "fit_vocabulary", "require_shapes", "token_ids"]
@@ -37,6 +38,8 @@ _EMBEDDING = re.compile(
 )
 _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and its kin
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
+
+_FETCH = "fetch the tokenizer's files again, or merge without a vocabulary rule"
 
 
 def fit_vocabularies(
@@ -402,6 +405,11 @@ def token_ids(folder: Path | None) -> dict[str, int] | None:
     """
     if folder is None:
         return None
+    with understood(CheckpointError, f"the vocabulary in {folder}", hint=_FETCH):
+        return _ids_in(folder)
+
+
+def _ids_in(folder: Path) -> dict[str, int] | None:
     ids = _fast_tokenizer_ids(folder)
     if ids is None:
         ids = _mapping_ids(folder / "vocab.json")
@@ -451,6 +459,7 @@ def _mapping_ids(file: Path) -> dict[str, int] | None:
 def _line_ids(file: Path) -> dict[str, int] | None:
     if not file.is_file():
         return None
+    require_inside(file)
     try:
         # Not splitlines: a token may be any other separator of lines.
         lines = read_text(file).removesuffix("\n").split("\n")
@@ -462,6 +471,7 @@ def _line_ids(file: Path) -> dict[str, int] | None:
 def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
+    require_inside(file)
     try:
         content = read_json(file)
     except (OSError, ValueError) as error:
@@ -474,5 +484,5 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 def _damage_error(file: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{file} cannot be read as a vocabulary: {first_line(error)}",
-        hint="fetch the tokenizer's files again, or merge without a vocabulary rule",
+        hint=_FETCH,
     )

@@ -21,6 +21,7 @@ from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
 from map_bo.merging.export.bounded import Merge, merge_bounded
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
@@ -303,6 +304,8 @@ def write_model(
             hint="convert the base and the experts to float32",
         )
     carried = _carry(base.directory)
+    for file in carried:  # a model from somebody else must not publish a file of this machine
+        require_inside(file, base.directory)
     with writing(target):
         remove_stale_drafts(target)
         require_space(target, layouts, carried)

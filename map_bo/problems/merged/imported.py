@@ -22,6 +22,7 @@ from map_bo.extensions import installed, origin
 from map_bo.foreign import read_json
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
@@ -219,6 +220,7 @@ def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
             f"problem.model is not given and {shown} has no config.json to tell it by",
             hint="give problem.model=module:function returning the architecture",
         )
+    require_inside(path)
     try:
         (name, *_) = read_json(path)["architectures"]
     except (OSError, ValueError, KeyError, TypeError) as error:
