@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-portable test-oldest test-mergekit test-mutation lint types bench study clean
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: lock demo test test-slow test-portable test-oldest test-mergekit test-mutation lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -66,11 +68,28 @@ study: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python -m benchmarks.quality --methods all --out benchmarks/results/quality.json
 
-$(STAMP): pyproject.toml constraints.txt
+# Versions are pinned, and of all but torch the files themselves, by their hashes.
+$(STAMP): pyproject.toml constraints.txt requirements.lock
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "map_bo needs Python 3.11 or newer; run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev,huggingface]"
+	$(PIP) --constraint constraints.txt torch
+	$(PIP) --require-hashes --no-deps --requirement requirements.lock
+	$(PIP) --no-deps --no-build-isolation --editable .
 	touch $(STAMP)
+
+# Writes requirements.lock anew. What torch brings along for its GPUs comes with torch.
+NOT_LOCKED := torch triton $(addprefix cuda-,bindings pathfinder toolkit) $(addprefix nvidia-,cublas \
+	cuda-cupti cuda-nvrtc cuda-runtime cudnn-cu13 cufft cufile curand cusolver cusparse \
+	cusparselt-cu13 nccl-cu13 nvjitlink nvshmem-cu13 nvtx)
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/python -m pip install --quiet uv==0.13.9
+	sed '/^#/!d' requirements.lock > .lock-header
+	.venv-lock/bin/uv pip compile pyproject.toml --extra dev --extra huggingface --constraint \
+		constraints.txt --generate-hashes --universal --python-version 3.11 --system-certs --no-header \
+		--no-annotate $(addprefix --no-emit-package ,$(NOT_LOCKED)) --quiet --output-file .lock-body
+	cat .lock-header .lock-body > requirements.lock
+	rm -rf .lock-header .lock-body .venv-lock
 
 clean:
 	rm -rf $(VENV) .venv-oldest .venv-mutation mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from map_bo.errors import SpaceError
+from map_bo.errors import SpaceError, did_you_mean
+from map_bo.values import real_number
 
 __all__ = ["Anchors", "CoefficientSpace", "LinearConstraint"]
 
@@ -58,6 +59,9 @@ class Anchors:
 @dataclass(frozen=True)
 class CoefficientSpace:
     """A box of ``d`` named coefficients, with optional linear constraints.
+
+    A coefficient whose bounds are equal is *fixed*: it keeps its column in every ``n x d`` tensor
+    and takes part in every merge, and only the others are searched.
 
     Attributes:
         names: ``d`` unique names.
@@ -109,12 +113,12 @@ class CoefficientSpace:
             )
         finite = torch.isfinite(torch.tensor(self.lower + self.upper))
         if not bool(finite.all()) or any(
-            low >= high for low, high in zip(self.lower, self.upper, strict=True)
+            low > high for low, high in zip(self.lower, self.upper, strict=True)
         ):
             raise SpaceError(
-                f"every lower bound must be finite and smaller than its upper bound, got "
+                f"every lower bound must be finite and at most its upper bound, got "
                 f"{list(self.lower)} and {list(self.upper)}",
-                hint="fix the bounds, or leave out a coefficient that cannot vary",
+                hint="correct the bounds; equal bounds fix a coefficient",
             )
         if not self.owner:
             put(self, "owner", tuple(range(d)))
@@ -164,6 +168,68 @@ class CoefficientSpace:
                 )
 
     @property
+    def is_single_point(self) -> bool:
+        """Whether bounds and constraints leave a single point, so that nothing can be searched."""
+        corners = self._low + torch.eye(self.d, dtype=torch.float64) * (self._high - self._low)
+        ends = self.normalise(self.project(torch.cat([self.bounds, corners])))
+        return bool((ends - ends[:1]).abs().max() <= _TOLERANCE)
+
+    @property
+    def fixed(self) -> dict[str, float]:
+        """The coefficients whose bounds are equal, and their values."""
+        bounds = zip(self.names, self.lower, self.upper, strict=True)
+        return {name: low for name, low, high in bounds if low == high}
+
+    @property
+    def constraints_on_free(self) -> tuple[LinearConstraint, ...]:
+        """The constraints with weight 0 for fixed coefficients, their share taken off the bound."""
+        fixed = [low == high for low, high in zip(self.lower, self.upper, strict=True)]
+        if not any(fixed):
+            return self.constraints
+        found = []
+        for one in self.constraints:
+            parts = list(zip(one.weights, self.lower, fixed, strict=True))
+            weights = tuple(0.0 if still else weight for weight, _, still in parts)
+            if any(weights):
+                taken = sum(weight * value for weight, value, still in parts if still)
+                found.append(replace(one, weights=weights, bound=one.bound - taken))
+        return tuple(found)
+
+    def with_fixed(self, values: Mapping[str, float] | None) -> CoefficientSpace:
+        """Return the space with some coefficients fixed, inside their bounds or not.
+
+        Args:
+            values: Value by the name of a coefficient, or of an expert for all its coefficients.
+
+        Raises:
+            SpaceError: On an unknown name, or a value that is not finite.
+        """
+        if values is not None and not isinstance(values, Mapping):
+            raise SpaceError(
+                f"fixed must map names of coefficients to values, got {values!r}",
+                hint='give them by name, such as {"math": 1.0}',
+            )
+        if not values:
+            return self
+        lower, upper, defaults = list(self.lower), list(self.upper), list(self.defaults)
+        for name, given in values.items():
+            value = float(real_number(f"the fixed value of {name}", given, error=SpaceError))
+            columns = [i for i, own in enumerate(self.names) if own == name]
+            if not columns and name in self.experts:
+                expert = self.experts.index(name)
+                columns = [i for i, owner in enumerate(self.owner) if owner == expert]
+            if not columns:
+                raise SpaceError(
+                    f"there is no coefficient {name!r} to fix",
+                    hint=did_you_mean(name, dict.fromkeys((*self.names, *self.experts))),
+                )
+            for i in columns:
+                lower[i] = upper[i] = value
+                if self.owner[i] < 0:
+                    defaults[self.owner[:i].count(-1)] = value
+        return replace(self, lower=tuple(lower), upper=tuple(upper), defaults=tuple(defaults))
+
+    @property
     def resting(self) -> tuple[float, ...]:
         """The name of :attr:`defaults` in version 0.1."""
         warnings.warn(
@@ -184,6 +250,7 @@ class CoefficientSpace:
         upper: float = 1.0,
         sum_at_most: float | None = None,
         simplex: bool = False,
+        fixed: Mapping[str, float] | None = None,
     ) -> CoefficientSpace:
         """Return ``[lower, upper]`` for every expert, or for every expert and block of layers.
 
@@ -195,6 +262,7 @@ class CoefficientSpace:
             upper: Upper bound of every coefficient.
             sum_at_most: Bound on the sum of the experts' coefficients (within each block).
             simplex: Require that sum to be exactly 1 (within each block).
+            fixed: Coefficients that are not searched, see :meth:`with_fixed`.
         """
         experts, blocks = tuple(experts), tuple(blocks)
         parts = len(blocks) or 1
@@ -202,6 +270,7 @@ class CoefficientSpace:
         owner = tuple(i for i in range(len(experts)) for _ in range(parts))
         d = len(names)
         box = cls(names, (lower,) * d, (upper,) * d, owner=owner, experts=experts)
+        box = box.with_fixed(fixed)
         if simplex:
             return box.with_sum(1.0, equality=True)
         return box if sum_at_most is None else box.with_sum(float(sum_at_most))
@@ -254,6 +323,12 @@ class CoefficientSpace:
         """``2 x d``: lower and upper bounds, as botorch wants them."""
         return torch.stack([self._low, self._high])
 
+    @property
+    def width(self) -> Tensor:
+        """``d`` positive widths of the box; 1 for a fixed coefficient."""
+        width = self._high - self._low
+        return torch.where(width > 0, width, torch.ones_like(width))
+
     def stretched(self, power: float) -> CoefficientSpace:
         """Return a box, of widths divided by ``importance ** power``, around the same middle.
 
@@ -282,8 +357,8 @@ class CoefficientSpace:
         )
 
     def normalise(self, X: Tensor) -> Tensor:
-        """Map the box onto the unit cube (``... x d``)."""
-        return (X - self._low.to(X)) / (self._high - self._low).to(X)
+        """Map the box onto the unit cube (``... x d``); fixed coefficients become 0."""
+        return (X - self._low.to(X)) / self.width.to(X)
 
     def unnormalise(self, U: Tensor) -> Tensor:
         """Map the unit cube onto the box (``... x d``)."""
@@ -375,21 +450,29 @@ class CoefficientSpace:
         return self.project(self.unnormalise(U))
 
     def anchors(self) -> Anchors:
-        """Return the base, every expert and the uniform blend, those that lie in the space."""
+        """Return the base, every expert and the uniform blend, those that lie in the space.
+
+        Fixed coefficients keep their value in all of them: the base is then the base with what is
+        fixed, and an expert of which nothing is free is no anchor.
+        """
         owner = torch.tensor(self.owner)
+        fixed = self._low == self._high
+        free = [bool((~fixed[owner == i]).any()) for i in range(len(self.experts))]
         experts = torch.stack([(owner == i).double() for i in range(len(self.experts))])
         X = torch.cat(
             [
                 torch.zeros(1, self.d, dtype=torch.float64),
                 experts,
-                torch.full((1, self.d), 1.0 / len(self.experts), dtype=torch.float64),
+                torch.full((1, self.d), 1.0 / max(sum(free), 1), dtype=torch.float64),
             ]
         )
         X[:, owner < 0] = torch.tensor(self.defaults, dtype=torch.float64)
+        X[:, fixed] = self._low[fixed]
         names = ("base", *self.experts, "uniform blend")
         kinds = ("base", *("expert" for _ in self.experts), "blend")
         keep = self.contains(X).tolist()
-        if len(self.experts) == 1:
+        keep = [inside and there for inside, there in zip(keep, (True, *free, True), strict=True)]
+        if sum(free) <= 1:
             keep[-1] = False  # the blend of one expert is that expert
         kept = [i for i, inside in enumerate(keep) if inside]
         return Anchors(tuple(names[i] for i in kept), tuple(kinds[i] for i in kept), X[kept])

@@ -14,7 +14,10 @@ from setuptools import find_packages
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "map_bo"
 FLOORS = [
-    {"errors", "rng", "data", "space", "scale", "plain", "moved", "extensions", "foreign"},
+    {
+        *("errors", "values", "rng", "data", "space", "scale", "plain", "moved", "extensions"),
+        "foreign",
+    },
     {"pareto", "merging", "surrogates", "tracking"},
     {"operators", "samplers", "evaluators", "report"},
     {"problems"},

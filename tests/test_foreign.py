@@ -72,7 +72,7 @@ def test_what_malformed_data_raise_is_one_error() -> None:
         pytest.raises(DataError, match="the file cannot be read: KeyError: 'x'") as caught,
         understood(DataError, "the file", hint="restore it"),
     ):
-        {}["x"]  # type: ignore[var-annotated]
+        dict[str, int]()["x"]
     assert caught.value.hint == "restore it"
     assert isinstance(caught.value.__cause__, KeyError)
     for error in (ConfigError("mine"), FileNotFoundError("gone"), KeyboardInterrupt()):

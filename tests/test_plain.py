@@ -257,7 +257,7 @@ class TestTrust:
             from_plain(data)
 
     def test_values_that_the_settings_refuse_are_their_own_errors(self) -> None:
-        with pytest.raises(MergeError, match="density must be a share"):
+        with pytest.raises(MergeError, match="density must be a number between 0 and 1"):
             from_plain({"class": "map_bo.operators.sparse:Ties", "fields": {"density": 7}})
 
 

@@ -33,11 +33,10 @@ SETTINGS = CoefficientSpace(
         ({"names": tuple("cabcc"), "lower": (0,) * 5, "upper": (1,) * 5}, r"appear twice: c\n"),
         ({"names": tuple("bbaa"), "lower": (0,) * 4, "upper": (1,) * 4}, r"appear twice: a, b\n"),
         ({"names": ("a",), "lower": (0, 0), "upper": (1,)}, "2 lower"),
-        ({"names": ("a",), "lower": (1,), "upper": (0,)}, "smaller than its upper bound, got"),
-        ({"names": ("a",), "lower": (1,), "upper": (1,)}, "smaller than its upper bound, got"),
+        ({"names": ("a",), "lower": (1,), "upper": (0,)}, "at most its upper bound, got"),
         (
             {"names": ("a",), "lower": (0,), "upper": (float("inf"),)},
-            "smaller than its upper bound, got",
+            "at most its upper bound, got",
         ),
         ({"names": ("a",), "lower": (0,), "upper": (1,), "owner": (1,)}, "owner"),
         (
@@ -364,3 +363,77 @@ def test_a_bound_on_the_sum_leaves_settings_out() -> None:
     assert box.with_sum(0.7) == CoefficientSpace.box(("a", "b"), blocks=("x", "y"), sum_at_most=0.7)
     with pytest.raises(SpaceError, match="no point of the box"):
         free.with_sum(-1.0)
+
+
+class TestFixedCoefficients:
+    space = CoefficientSpace.box(tuple("abc"), blocks=("x", "y")).with_fixed({"b": 0.3, "c/y": 1.5})
+
+    def test_a_name_of_an_expert_fixes_all_its_coefficients(self) -> None:
+        assert self.space.fixed == {"b/x": 0.3, "b/y": 0.3, "c/y": 1.5}
+        assert CoefficientSpace.box(tuple("ab")).fixed == {}
+        assert CoefficientSpace.box(tuple("ab"), fixed={"a": 1}).fixed == {"a": 1.0}
+
+    def test_every_point_of_the_space_has_them(self) -> None:
+        for X in (self.space.sample(20, generator=make_generator(0)), self.space.anchors().X):
+            assert bool((X[:, 2:4] == 0.3).all())
+            assert bool((X[:, 5] == 1.5).all())
+            assert bool(self.space.contains(X).all())
+        U = self.space.normalise(X)
+        assert bool(torch.isfinite(U).all())
+        torch.testing.assert_close(self.space.unnormalise(U), X)
+        assert not bool(self.space.contains(X + torch.tensor([0, 0, 0.1, 0, 0, 0])).any())
+
+    def test_anchors_are_made_of_what_is_free(self) -> None:
+        anchors = self.space.anchors()
+        assert anchors.names == ("base", "a", "c", "uniform blend")  # of b, nothing is free
+        assert anchors.X[1].tolist() == [1, 1, 0.3, 0.3, 0, 1.5]
+        assert anchors.X[3].tolist() == [0.5, 0.5, 0.3, 0.3, 0.5, 1.5]
+        one = CoefficientSpace.box(tuple("ab"), fixed={"b": 1}).anchors()
+        assert one.names == ("base", "a")  # the blend of one expert is that expert
+
+    def test_a_setting_is_fixed_with_its_default(self) -> None:
+        space = CoefficientSpace(
+            ("a", "density"), (0, 0.1), (1, 0.9), owner=(0, -1), experts=("a",), defaults=(0.2,)
+        ).with_fixed({"density": 0.5})
+        assert space.defaults == (0.5,)
+        assert bool((space.anchors().X[:, 1] == 0.5).all())
+
+    def test_constraints_on_what_is_free_have_the_same_points(self) -> None:
+        space = CoefficientSpace.box(tuple("abc"), fixed={"b": 0.4}, sum_at_most=1.0)
+        [found] = space.constraints_on_free
+        assert found == LinearConstraint((1.0, 0.0, 1.0), 0.6)
+        X = torch.rand(50, 3, generator=make_generator(0), dtype=torch.float64)
+        X[:, 1] = 0.4
+        torch.testing.assert_close(space.constraints[0].slack(X), found.slack(X))
+        free = CoefficientSpace.box(tuple("abc"), sum_at_most=1.0)
+        assert free.constraints_on_free == free.constraints
+
+    @pytest.mark.parametrize(
+        ("values", "message", "hint"),
+        [
+            ({"d": 1.0}, "no coefficient 'd' to fix", "choose from"),
+            ({"b/z": 1.0}, "no coefficient 'b/z' to fix", "did you mean 'b/"),
+            ({"a": "one"}, "fixed value of a must be a finite number, got 'one'", "number"),
+            ({"a": float("nan")}, "fixed value of a must be a finite number, got nan", "number"),
+            (5, "fixed must map names of coefficients to values, got 5", "by name"),
+        ],
+    )
+    def test_what_cannot_be_fixed_is_refused(self, values: Any, message: str, hint: str) -> None:
+        with pytest.raises(SpaceError, match=message) as caught:
+            self.space.with_fixed(values)
+        assert hint in str(caught.value.hint)
+
+    @pytest.mark.parametrize(
+        ("space", "single"),
+        [
+            (CoefficientSpace.box(tuple("ab"), fixed={"a": 1, "b": 0}), True),
+            (CoefficientSpace.box(tuple("ab"), sum_at_most=0.0), True),
+            (CoefficientSpace.box(("a",), simplex=True), True),
+            (CoefficientSpace.box(tuple("ab"), fixed={"a": 1}, sum_at_most=1.0), True),
+            (CoefficientSpace.box(tuple("ab"), fixed={"a": 1}), False),
+            (CoefficientSpace.box(tuple("ab"), simplex=True), False),
+            (CoefficientSpace(("a",), (1e6,), (1e6 + 1e-3,)), False),
+        ],
+    )
+    def test_a_space_of_one_point_is_known(self, space: CoefficientSpace, single: bool) -> None:
+        assert space.is_single_point == single

@@ -127,6 +127,14 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
             help=f"{text} bound on a metric, in its own unit (repeatable)",
         )
     parser.add_argument(
+        "--confidence",
+        type=float,
+        default=0.9,
+        metavar="P",
+        help="probability with which the bounds are to hold when the merge is measured (default: "
+        "%(default)s; 0 looks at the prediction alone)",
+    )
+    parser.add_argument(
         "--rule",
         choices=("weighted_sum", "chebyshev"),
         default="weighted_sum",

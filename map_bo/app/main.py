@@ -82,7 +82,13 @@ def _choice_of(options: argparse.Namespace) -> Any:
         return result.point(options.point)
 
     def choice(of: Any) -> Any:
-        return of.choose(prefer, at_least=at_least, at_most=at_most, rule=options.rule)
+        return of.choose(
+            prefer,
+            at_least=at_least,
+            at_most=at_most,
+            rule=options.rule,
+            confidence=options.confidence or None,
+        )
 
     first = choice(result)  # a wrong name should not wait for the surrogate
     try:

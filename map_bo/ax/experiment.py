@@ -70,7 +70,7 @@ def _without_trials(
 ) -> Experiment:
     from ax.api.client import Client
     from ax.core.experiment import Experiment
-    from ax.core.parameter import ParameterType, RangeParameter
+    from ax.core.parameter import FixedParameter, ParameterType, RangeParameter
     from ax.core.search_space import SearchSpace
 
     created, settings = state.created, state.created.get("settings", {})
@@ -89,11 +89,13 @@ def _without_trials(
         SearchSpace(
             [
                 RangeParameter(name, ParameterType.FLOAT, lower, upper)
+                if lower < upper
+                else FixedParameter(name, ParameterType.FLOAT, lower)
                 for name, lower, upper in zip(
                     names.parameters, space.lower, space.upper, strict=True
                 )
             ],
-            [_constraint(constraint, names.parameters) for constraint in space.constraints],
+            [_constraint(constraint, names.parameters) for constraint in space.constraints_on_free],
         ),
         name=name,
         description="A search for the Pareto front of merging models, exported by map-bo",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -32,7 +32,12 @@ import_ax("map_bo.ax.node")
 from ax.core.data import Data  # noqa: E402
 from ax.core.experiment import Experiment  # noqa: E402
 from ax.core.generator_run import GeneratorRun  # noqa: E402
-from ax.core.parameter import ParameterType, RangeParameter  # noqa: E402
+from ax.core.parameter import (  # noqa: E402
+    FixedParameter,
+    Parameter,
+    ParameterType,
+    RangeParameter,
+)
 from ax.core.types import TParameterization  # noqa: E402
 from ax.generation_strategy.external_generation_node import (  # noqa: E402
     ExternalGenerationNode,
@@ -217,10 +222,19 @@ def strategy(sampler: Sampler | None = None, **settings: Any) -> GenerationStrat
     return GenerationStrategy(name="map_bo", nodes=[MapBoNode(sampler, **settings)])
 
 
+def _bound(parameter: Parameter, end: Literal["lower", "upper"]) -> float:
+    if isinstance(parameter, FixedParameter):
+        return float(parameter.value)  # type: ignore[arg-type]
+    assert isinstance(parameter, RangeParameter)
+    return float(parameter.lower if end == "lower" else parameter.upper)
+
+
 def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpace:
     """Return the search space, with the names, experts and importances of the run it was."""
     parameters = list(experiment.parameters.values())
     for parameter in parameters:
+        if isinstance(parameter, FixedParameter) and isinstance(parameter.value, int | float):
+            continue
         if (
             not isinstance(parameter, RangeParameter)
             or parameter.parameter_type != ParameterType.FLOAT
@@ -234,8 +248,8 @@ def _space_of(experiment: Experiment, kept: Mapping[str, Any]) -> CoefficientSpa
     names = tuple(parameter.name for parameter in parameters)
     space = CoefficientSpace(
         names,
-        tuple(float(parameter.lower) for parameter in parameters),  # type: ignore[attr-defined]
-        tuple(float(parameter.upper) for parameter in parameters),  # type: ignore[attr-defined]
+        tuple(_bound(parameter, "lower") for parameter in parameters),
+        tuple(_bound(parameter, "upper") for parameter in parameters),
         tuple(
             LinearConstraint(
                 tuple(constraint.constraint_dict.get(name, 0.0) for name in names),

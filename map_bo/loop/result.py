@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,13 @@ from map_bo.pareto.trust import Coverage, guard
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.prediction import predict, predicted_mean
+from map_bo.surrogates.prediction import (
+    NORMAL_975,
+    holding_probability,
+    predict,
+    predicted_mean,
+    quantile,
+)
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_scale
 
@@ -52,6 +59,8 @@ class Choice:
         refined: Whether the surrogate was optimised for exactly this preference, starting from
             ``point``, because that gave a noticeably better prediction than the point itself.
         notes: What a reader of the choice must know, such as metrics without a range.
+        probability: Probability that all bounds of the preference hold when the merge is
+            measured; None without bounds.
         problem: The problem, needed to export.
         exports: What writes the model, where it is not the problem itself.
     """
@@ -68,6 +77,7 @@ class Choice:
     preference: Preference | None = None
     refined: bool = False
     notes: tuple[str, ...] = ()
+    probability: float | None = None
     problem: Problem | None = None
     exports: Exportable | None = None
 
@@ -91,7 +101,9 @@ class Choice:
                 for metric, value in zip(self.metrics, values.tolist(), strict=True)
             }
 
-        notes = {"notes": list(self.notes)} if self.notes else {}
+        notes: dict[str, Any] = {"notes": list(self.notes)} if self.notes else {}
+        if self.probability is not None:
+            notes["probability"] = self.probability
         return {
             "point": self.point,
             "refined": self.refined,
@@ -145,6 +157,78 @@ class Choice:
         return self.problem.export_adapter(
             self.x, out, rank=rank, record={"choice": self.describe()}
         )
+
+
+def _holding(model: SurrogateModel, X: Tensor, preference: Preference) -> Tensor:
+    return holding_probability(model, X, at_least=preference.at_least, at_most=preference.at_most)
+
+
+def _holding_by_interval(
+    mean: Tensor, lower: Tensor, upper: Tensor, preference: Preference, metrics: tuple[Metric, ...]
+) -> Tensor:
+    """Return :func:`_holding` from recorded 95 % intervals, without the surrogate (``k``).
+
+    Each metric is a normal of its own width on either side of its median.
+    """
+    names, result = [metric.name for metric in metrics], torch.ones(len(mean)).double()
+    for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
+        for name, bound in bounds.items():
+            j = names.index(name)
+            inside = side * (mean[:, j] - bound)  # how far inside the bound
+            towards, away = mean[:, j] - lower[:, j], upper[:, j] - mean[:, j]
+            if side < 0:
+                towards, away = away, towards
+            width = torch.where(inside >= 0, towards, away) / NORMAL_975
+            sure = (inside >= 0).double()
+            likely = torch.special.ndtr(inside / torch.where(width > 0, width, 1.0))
+            result = result * torch.where(width > 0, likely, sure)
+    return result
+
+
+def _missed(model: SurrogateModel, X: Tensor, preference: Preference, width: Tensor) -> Tensor:
+    """Return by how much ``X`` misses the bounds at the confidence wanted (``n``, 0 for none).
+
+    Several bounds are met together when each is met with their share of the confidence.
+    """
+    if not preference.bounded:
+        return X.new_zeros(len(X))
+    if preference.confidence is None:
+        values = to_maximisation(predicted_mean(model)(X), model.metrics)
+        return shortfall(values, model.metrics, preference, width=width)
+    count = len(preference.at_least) + len(preference.at_most)
+    z = NormalDist().inv_cdf(preference.confidence ** (1 / count))
+    low, high = quantile(model, X, -z), quantile(model, X, z)
+    least, most = replace(preference, at_most={}), replace(preference, at_least={})
+    return shortfall(low, model.metrics, least, width=width) + shortfall(
+        high, model.metrics, most, width=width
+    )
+
+
+def _with_probability(choice: Choice, probability: float) -> Choice:
+    """Return the choice with what is known of its bounds."""
+    preference = choice.preference
+    assert preference is not None
+    values = dict(zip((metric.name for metric in choice.metrics), choice.expected, strict=True))
+    margins = [
+        f"{name} {sign} {bound:g} by {abs(float(values[name]) - bound):.2g}"
+        for bounds, sign in ((preference.at_least, ">="), (preference.at_most, "<="))
+        for name, bound in bounds.items()
+    ]
+    note = (
+        f"the bounds hold with probability {_probability(probability)} when measured; the "
+        f"expected values keep {', '.join(margins)}"
+    )
+    wanted = preference.confidence
+    if wanted is not None and probability < wanted:
+        note += (
+            f"; no merge was found that keeps them with the probability {wanted:g} that was asked "
+            "for: relax a bound, measure more, or lower the confidence"
+        )
+    return replace(choice, probability=probability, notes=(*choice.notes, note))
+
+
+def _probability(value: float) -> str:
+    return "above 0.999" if value > 0.999 else f"{value:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -243,6 +327,7 @@ class Result:
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
+        confidence: float | None = 0.9,
         corrected: bool = True,
     ) -> Choice:
         """Return the merge that suits a preference best, without a further evaluation.
@@ -251,13 +336,21 @@ class Result:
         for exactly this preference gives a noticeably better merge, that merge. Where points were
         verified, both are judged by the corrected predictions.
 
+        Bounds are to hold when the merge is measured, not only in the prediction: the choice keeps
+        them with probability ``confidence`` under the posterior, measurement noise included, and
+        states that probability. A point that was measured on the examples of every evaluation is
+        judged by what was measured. Where nothing keeps them so surely, the most probable point
+        is returned, with a note.
+
         Args:
             prefer: Weight of each metric; metrics that are not named have no weight, and when none
                 is named all weigh alike. Metrics are first scaled between the reference point and
                 the best expert.
-            at_least: Lower bounds on predicted metrics, in their own units.
+            at_least: Lower bounds on metrics, in their own units.
             at_most: Upper bounds.
             rule: How the weighted metrics become one number.
+            confidence: Probability with which the bounds are to hold together; None for bounds on
+                the predictions alone.
             corrected: Whether to use the corrected predictions where there are any, instead of
                 those that the front was solved with.
 
@@ -269,12 +362,44 @@ class Result:
             at_least=dict(at_least or {}),
             at_most=dict(at_most or {}),
             rule=rule,
+            confidence=confidence,
         )
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
-        row = choose(values, preference, self.scale)
-        x = self._refined(row, preference, self.refitted if corrected else self.model)
-        return self._choice(row, preference) if x is None else self._refinement(row, x, preference)
+        model = self.refitted if corrected else self.model
+        holds = self._holds(values, preference, model) if preference.bounded else None
+        row = choose(values, preference, self.scale, probability=holds)
+        x = self._refined(row, preference, model)
+        if x is None:
+            choice = self._choice(row, preference)
+            return choice if holds is None else _with_probability(choice, float(holds[row]))
+        choice = self._refinement(row, x, preference)
+        if model is None or holds is None:
+            return choice
+        return _with_probability(choice, float(_holding(model, x.unsqueeze(0), preference)))
+
+    def _holds(
+        self, values: Tensor, preference: Preference, model: SurrogateModel | None
+    ) -> Tensor:
+        """Return the probability that the bounds hold at each point of the front (``k``)."""
+        front = self.front
+        if model is None:
+            shift = values - front.mean
+            likely = _holding_by_interval(
+                values, front.lower + shift, front.upper + shift, preference, self.metrics
+            )
+        else:
+            likely = _holding(model, front.X, preference)
+        known = torch.isfinite(front.real).all(-1)
+        missed = shortfall(front.real.nan_to_num(), self.metrics, preference) > 0
+        same = all(
+            metric.resampling == "same"
+            for metric in self.metrics
+            if metric.name in {*preference.at_least, *preference.at_most}
+        )
+        # What is measured again on the same examples comes out the same.
+        likely = torch.where(known & missed, torch.zeros_like(likely), likely)
+        return torch.where(known & ~missed, torch.ones_like(likely), likely) if same else likely
 
     def _refined(
         self, row: int, preference: Preference, model: SurrogateModel | None
@@ -293,17 +418,18 @@ class Result:
         coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
+        def missed(X: Tensor) -> Tensor:
+            return _missed(model, X, preference, width)
+
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            wanted = utility(values, preference, self.scale)
-            return wanted - 10 * shortfall(values, self.metrics, preference, width=width)
+            return utility(values, preference, self.scale) - 10 * missed(X)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
         x = x if coverage is None else coverage.shrink(x)
         before, after = (float(gain(point).detach()) for point in (start, x))
-        missed = shortfall(to_maximisation(mean(x), self.metrics), self.metrics, preference)
-        keeps = float(missed.detach()) <= 0
+        keeps = float(missed(x).detach()) <= 0
         return x[0] if keeps and after > before + _NOTICEABLE else None
 
     def _refinement(self, row: int, x: Tensor, preference: Preference) -> Choice:

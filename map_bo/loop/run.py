@@ -14,7 +14,7 @@ import torch
 from torch import Generator
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, EvaluationError, StoreError, SurrogateError
+from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError, SurrogateError
 from map_bo.loop.evaluation import evaluate_row
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
@@ -98,6 +98,7 @@ class Run:
 
     Raises:
         StoreError: When the store holds a run of another problem or other settings.
+        SpaceError: When the space holds a single point.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(
@@ -404,6 +406,15 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
+
+
+def _check_space(space: CoefficientSpace) -> None:
+    if space.is_single_point:
+        raise SpaceError(
+            f"the space holds a single point, {space.project(space.bounds)[0].tolist()}, so there "
+            "is nothing to search",
+            hint="leave at least one coefficient free, widen the bounds or relax a constraint",
+        )
 
 
 def _check_reference(settings: Settings, problem: Problem) -> None:

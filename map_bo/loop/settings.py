@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
+from map_bo.values import real_number, switch, whole_number
 
 if TYPE_CHECKING:
     from map_bo.pareto.solver import FrontSolver
@@ -19,6 +20,14 @@ if TYPE_CHECKING:
     from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
+
+_NO_LIMIT = "give seconds, or None for no limit"
+_WORDS = {"sampler": "sampler", "surrogate": "surrogate", "solver": "front solver"}
+_EXAMPLES = {
+    "sampler": "map_bo.samplers.adaptive.Adaptive()",
+    "surrogate": "map_bo.surrogates.auto.Auto()",
+    "solver": "map_bo.pareto.gradient.GradientSolver()",
+}
 
 
 def _sampler() -> Sampler:
@@ -37,6 +46,30 @@ def _solver() -> FrontSolver:
     from map_bo.pareto.gradient import GradientSolver
 
     return GradientSolver()
+
+
+def _seed(value: object) -> int:
+    """Return a seed as an ``int``; a truth value counts as 0 or 1."""
+    return whole_number(
+        "seed",
+        int(value) if isinstance(value, bool) else value,
+        hint="give a whole number of any size and sign; seeds are counted modulo 2**63",
+    )
+
+
+def _reference(given: object) -> Mapping[str, float] | None:
+    """Return a reference point as plain numbers; its names are checked against the problem."""
+    if given is None:
+        return None
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"the reference point must map names of metrics to values, got {given!r}",
+            hint='give one value per metric, such as reference={"math": 0.3, "code": 0.2}',
+        )
+    return {
+        str(name): real_number(f"the reference point of {name}", value)
+        for name, value in given.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -85,45 +118,50 @@ class Settings:
     stop: Stop | None = None
 
     def __post_init__(self) -> None:
+        put = object.__setattr__
         for name, least in (("budget", 1), ("batch", 1), ("retries", 0), ("verify", 0)):
             value = getattr(self, name)
             if value is None and name == "verify":
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise ConfigError(
-                    f"{name} must be a whole number, got {value!r}",
-                    hint=f"give a number of at least {least}",
-                )
-            if value < least:
+            number = whole_number(name, value)
+            if number < least:
                 kind = BudgetError if name == "budget" else ConfigError
                 raise kind(
-                    f"{name} must be at least {least}, got {value}",
+                    f"{name} must be at least {least}, got {number}",
                     hint="raise it, or leave it out for the default"
                     if name != "budget"
                     else "give the number of evaluations that you can afford",
                 )
-        if self.timeout is not None and not self.timeout > 0:
-            raise ConfigError(
-                f"timeout must be positive, got {self.timeout}",
-                hint="give seconds, or None for no limit",
-            )
-        if not 0 <= self.max_failure_share <= 1:
-            raise ConfigError(
-                f"max_failure_share must be between 0 and 1, got {self.max_failure_share}",
-                hint="give the share of evaluations that may fail, such as 0.5",
-            )
+            put(self, name, number)
+        put(self, "seed", _seed(self.seed))
+        for name in ("verify_extra", "guard"):
+            put(self, name, switch(name, getattr(self, name)))
+        if self.timeout is not None:
+            if not real_number("timeout", self.timeout, hint=_NO_LIMIT) > 0:
+                raise ConfigError(f"timeout must be positive, got {self.timeout}", hint=_NO_LIMIT)
+            put(self, "timeout", real_number("timeout", self.timeout))
+        share = real_number(
+            "max_failure_share",
+            self.max_failure_share,
+            least=0,
+            most=1,
+            hint="give the share of evaluations that may fail, such as 0.5",
+        )
+        put(self, "max_failure_share", share)
+        put(self, "reference", _reference(self.reference))
+        self._check_parts()
         if self.search < 3:
             raise BudgetError(
-                f"a budget of {self.budget} leaves {self.search} evaluations for the search "
-                f"after {self.verifications} to verify",
+                f"a budget of {self.budget} leaves {max(self.search, 0)} evaluations for the "
+                f"search after {self.verifications} to verify",
                 hint="no front can be predicted from fewer than 3 evaluations; raise the budget, "
                 "lower `verify`, or set `verify_extra`",
             )
-        object.__setattr__(self, "stop", Stop.of(self.stop))
+        put(self, "stop", Stop.of(self.stop))
         if self.reference is not None:
             from map_bo.samplers.posterior.driven import with_reference
 
-            object.__setattr__(self, "sampler", with_reference(self.sampler, self.reference))
+            put(self, "sampler", with_reference(self.sampler, self.reference))
         assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
@@ -131,6 +169,27 @@ class Settings:
                 f"and the search has {self.search}",
                 hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
+
+    def _check_parts(self) -> None:
+        """Refuse parts that are not what they should be, before anything is evaluated."""
+        from map_bo.pareto.solver import FrontSolver
+        from map_bo.samplers.sampler import Sampler
+        from map_bo.surrogates.surrogate import Surrogate
+
+        kinds = {"sampler": Sampler, "surrogate": Surrogate, "solver": FrontSolver}
+        for name, kind in kinds.items():
+            part, example = getattr(self, name), _EXAMPLES[name]
+            if isinstance(part, type):
+                raise ConfigError(
+                    f"{name} must be settings, got the class {part.__name__}",
+                    hint=f"make settings of it: {name}={part.__name__}(...)",
+                )
+            if not isinstance(part, kind):
+                raise ConfigError(
+                    f"{name} must be the settings of a {_WORDS[name]}, got {part!r}",
+                    hint=f"give settings, such as {name}={example}; names are for the command "
+                    f"line and configurations ({name}=...)",
+                )
 
     @classmethod
     def checked(cls, **values: Any) -> Settings:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import ConfigError, did_you_mean
+from map_bo.values import real_number, whole_number
 
 if TYPE_CHECKING:
     from map_bo.space import CoefficientSpace
@@ -49,22 +50,21 @@ class Stop:
                 hint=f"{did_you_mean(self.criterion, _CRITERIA)} "
                 "(no criterion spends the whole budget)",
             )
-        value = self.tolerance
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1:
+        hint = (
+            "give an expected gain such as 0.005; leave the criterion out to spend the whole budget"
+        )
+        put, value = object.__setattr__, real_number("stop.tolerance", self.tolerance, hint=hint)
+        if not 0 < value < 1:
             raise ConfigError(
-                f"the stopping tolerance must be between 0 and 1, got {value!r}",
-                hint="give an expected gain such as 0.005; leave the criterion out to spend the "
-                "whole budget",
+                f"stop.tolerance must be between 0 and 1, got {self.tolerance!r}", hint=hint
             )
+        put(self, "tolerance", value)
         for name, least in (("patience", 1), ("least", 3)):
             number = getattr(self, name)
             if number is None and name == "least":
                 continue
-            if isinstance(number, bool) or not isinstance(number, int) or number < least:
-                raise ConfigError(
-                    f"stop.{name} must be a whole number, at least {least}, got {number!r}",
-                    hint="raise it, or remove it for the default",
-                )
+            hint = "raise it, or remove it for the default"
+            put(self, name, whole_number(f"stop.{name}", number, least=least, hint=hint))
 
     @classmethod
     def of(cls, given: Stop | Mapping[str, Any] | None) -> Stop | None:

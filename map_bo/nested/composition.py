@@ -50,12 +50,13 @@ def check_nestable(space: CoefficientSpace) -> None:
         for name, owner, low, high in zip(
             space.names, space.owner, space.lower, space.upper, strict=True
         )
-        if owner >= 0 and not low <= 0 <= high
+        if owner >= 0 and (low == high or not low <= 0 <= high)
     ]
     if wrong:
         raise SpaceError(
-            f"nested merging needs coefficients that can be 0, and {', '.join(wrong)} cannot",
-            hint="choose bounds that include 0, or merge all experts at once",
+            "nested merging needs coefficients that are free and can be 0, and "
+            f"{', '.join(wrong)} cannot",
+            hint="choose bounds around 0 and fix no coefficient, or merge all experts at once",
         )
 
 

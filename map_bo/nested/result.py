@@ -151,6 +151,7 @@ class NestedResult(Result):
         at_least: Mapping[str, float] | None = None,
         at_most: Mapping[str, float] | None = None,
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
+        confidence: float | None = 0.9,
         corrected: bool = True,
     ) -> Choice:
         """Return the merge that suits a preference best; see :meth:`Result.choose`.
@@ -160,13 +161,24 @@ class NestedResult(Result):
         """
         if self.root is None or self.directions is None:
             return super().choose(
-                prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
+                prefer,
+                at_least=at_least,
+                at_most=at_most,
+                rule=rule,
+                confidence=confidence,
+                corrected=corrected,
             )
         inner = replace(self.root, scale=self.scale).choose(
-            prefer, at_least=at_least, at_most=at_most, rule=rule, corrected=corrected
+            prefer,
+            at_least=at_least,
+            at_most=at_most,
+            rule=rule,
+            confidence=confidence,
+            corrected=corrected,
         )
         if not inner.refined:
-            return self._choice(inner.point, inner.preference)
+            own = self._choice(inner.point, inner.preference)
+            return replace(own, notes=inner.notes, probability=inner.probability)
         x = self.space.project(inner.x.unsqueeze(0) @ self.directions)[0]
         nearest = self._choice(inner.point, inner.preference)
         return replace(inner, x=x, space=self.space, problem=self.problem, exports=nearest.exports)

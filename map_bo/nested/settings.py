@@ -8,6 +8,7 @@ from dataclasses import InitVar, dataclass, field
 from typing import Any, Literal
 
 from map_bo.errors import ConfigError, did_you_mean
+from map_bo.values import whole_number
 
 __all__ = ["Nested"]
 
@@ -115,11 +116,8 @@ class Nested:
             value = getattr(self, name)
             if value is None and name in ("stages", "group_size", "probe"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(
-                    f"nested.{name} must be a whole number, at least {least}, got {value!r}",
-                    hint=f"set nested.{name}={max(least, 2)}, or remove it for the default",
-                )
+            hint = f"set nested.{name}={max(least, 2)}, or remove it for the default"
+            put(self, name, whole_number(f"nested.{name}", value, least=least, hint=hint))
         given = [n for n in ("stages", "group_size", "tree") if getattr(self, n) is not None]
         if len(given) > 1:
             raise ConfigError(

@@ -14,6 +14,7 @@ from map_bo.merging.vectors.blocks import Blocks
 from map_bo.merging.vectors.kernel import Kernel, KernelMerge
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.space import CoefficientSpace
+from map_bo.values import real_number, whole_number
 
 __all__ = ["SearchableOperator"]
 
@@ -166,13 +167,9 @@ def share(name: str, value: object, *, open_above: bool = False) -> None:
     Raises:
         MergeError: When it is not in ``[0, 1]``, or ``[0, 1)`` where ``open_above``.
     """
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not 0 <= float(value) <= 1 or (open_above and float(value) == 1):  # type: ignore[arg-type]
-        end = ")" if open_above else "]"
-        raise MergeError(
-            f"{name} must be a share in [0, 1{end}, got {value!r}",
-            hint="give a number, such as 0.2",
-        )
+    hint = "give a number, such as 0.2"
+    if real_number(name, value, least=0, most=1, error=MergeError, hint=hint) == 1 and open_above:
+        raise MergeError(f"{name} must be a share in [0, 1), got {value!r}", hint=hint)
 
 
 def number(name: str, value: object, *, least: float = -math.inf) -> None:
@@ -181,12 +178,7 @@ def number(name: str, value: object, *, least: float = -math.inf) -> None:
     Raises:
         MergeError: Naming the setting.
     """
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not least <= float(value) < math.inf:  # type: ignore[arg-type]
-        from_ = "" if least == -math.inf else f" from {least:g} on"
-        raise MergeError(
-            f"{name} must be a finite number{from_}, got {value!r}", hint="give such a number"
-        )
+    real_number(name, value, least=least, error=MergeError)
 
 
 def whole(name: str, value: object, *, least: int | None = None) -> None:
@@ -195,12 +187,7 @@ def whole(name: str, value: object, *, least: int | None = None) -> None:
     Raises:
         MergeError: Naming the setting.
     """
-    real = isinstance(value, int) and not isinstance(value, bool)
-    if not real or (least is not None and value < least):  # type: ignore[operator]
-        from_ = "" if least is None else f" from {least} on"
-        raise MergeError(
-            f"{name} must be a whole number{from_}, got {value!r}", hint="give such a number"
-        )
+    whole_number(name, value, least=least, error=MergeError)
 
 
 def one_of(name: str, value: object, known: Sequence[str]) -> None:

@@ -197,7 +197,7 @@ class _Descent:
         if space.constraints:
             # A Euclidean projection undoes a step along a constraint's normal only when all
             # coordinates are scaled alike; otherwise the iteration rests at the wrong point.
-            self.width = self.width.min().expand_as(self.width)
+            self.width = self.width[self.width > 0].min().expand_as(self.width)
 
     def step(self, loss: Callable[[Tensor, float], Tensor], progress: float) -> None:
         Z = self.X.clone().requires_grad_()

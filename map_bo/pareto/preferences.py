@@ -13,6 +13,7 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.scale import Scale, widths
+from map_bo.values import real_number
 
 __all__ = ["Preference", "choose", "shortfall", "utility"]
 
@@ -31,16 +32,20 @@ class Preference:
         at_most: Largest acceptable value by metric name, in the metric's own unit.
         rule: ``"weighted_sum"`` of the scaled metrics, or ``"chebyshev"``, which makes the
             worst weighted shortfall from the best expert as small as it can be.
+        confidence: Probability with which all bounds are to hold when the merge is measured, where
+            a posterior can tell; None for bounds on what is predicted alone.
 
     Raises:
         PreferenceError: On weights that are negative, not finite or all zero, bounds that are
-            not finite or contradict each other, or an unknown rule.
+            not finite or contradict each other, a confidence that is not between 0 and 1, or an
+            unknown rule.
     """
 
     weights: Mapping[str, float] = field(default_factory=dict)
     at_least: Mapping[str, float] = field(default_factory=dict)
     at_most: Mapping[str, float] = field(default_factory=dict)
     rule: Rule = "weighted_sum"
+    confidence: float | None = 0.9
 
     def __post_init__(self) -> None:
         for name in ("weights", "at_least", "at_most"):
@@ -75,18 +80,36 @@ class Preference:
             raise PreferenceError(
                 f"there is no rule {self.rule!r}", hint="choose weighted_sum or chebyshev"
             )
+        if self.confidence is not None:
+            hint = "give a probability such as 0.9, or None for bounds on the prediction alone"
+            value = real_number("confidence", self.confidence, error=PreferenceError, hint=hint)
+            if not 0 < value < 1:
+                raise PreferenceError(
+                    f"confidence must be between 0 and 1, got {self.confidence!r}", hint=hint
+                )
+            object.__setattr__(self, "confidence", value)
+
+    @property
+    def bounded(self) -> bool:
+        """Whether there is any bound."""
+        return bool(self.at_least or self.at_most)
 
 
-def choose(values: Tensor, preference: Preference, scale: Scale) -> int:
+def choose(
+    values: Tensor, preference: Preference, scale: Scale, *, probability: Tensor | None = None
+) -> int:
     """Return the index of the point that suits a preference best.
 
     Points that break a constraint are out; the rest are compared by their :func:`utility`. Of
-    equal points the first wins.
+    equal points the first wins. With probabilities, points that keep the constraints with less
+    than the preference's confidence are out too; where that leaves none, the most probable point
+    of those that are predicted to keep them is taken.
 
     Args:
         values: ``k x m`` metric values of the points, in own units and directions.
         preference: Weights, constraints and rule.
         scale: The ``m`` metrics and their scale.
+        probability: ``k`` probabilities that the point keeps all constraints when measured.
 
     Raises:
         PreferenceError: When the preference names an unknown metric, no point satisfies the
@@ -102,6 +125,11 @@ def choose(values: Tensor, preference: Preference, scale: Scale) -> int:
         )
     allowed = _allowed(values, names, preference)
     score = utility(values, preference, scale)
+    if probability is not None and preference.confidence is not None and preference.bounded:
+        sure = allowed & (probability >= preference.confidence)
+        if not bool(sure.any()):
+            return int(probability.masked_fill(~allowed, -math.inf).argmax())
+        allowed = sure
     return int(score.masked_fill(~allowed, -math.inf).argmax())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 
 import botorch.test_functions.multi_objective as functions
 import torch
@@ -16,6 +15,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, DataError
 from map_bo.problems.synthetic import noisy
 from map_bo.space import CoefficientSpace
+from map_bo.values import whole_number
 
 __all__ = ["BotorchProblem", "function_names"]
 
@@ -68,13 +68,8 @@ class BotorchProblem:
             )
         for setting, most in (("dim", _MOST_DIM), ("num_objectives", _MOST_METRICS)):
             asked = getattr(self, setting)
-            if asked is not None and (
-                not isinstance(asked, Integral) or not 1 <= int(asked) <= most
-            ):
-                raise DataError(
-                    f"{setting} must be a whole number from 1 to {most}, got {asked}",
-                    hint="botorch builds its functions coefficient by coefficient",
-                )
+            if asked is not None:
+                whole_number(setting, asked, least=1, most=most, error=DataError)
         if not 0 <= self.noise_std < float("inf"):
             raise DataError(
                 f"noise_std must be finite and not negative, got {self.noise_std}",

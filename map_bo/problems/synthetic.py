@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Integral
 
 import torch
 from torch import Generator, Tensor
@@ -21,6 +20,7 @@ from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
+from map_bo.values import real_number, whole_number
 
 __all__ = ["ConcaveQuadratics", "MultiBump", "SigmoidQuadratics", "noisy"]
 
@@ -52,16 +52,12 @@ def noisy(
 
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
-        if not isinstance(value, Integral) or not 1 <= value <= _MOST:
+        if whole_number(name, value, least=1, error=DataError) > _MOST:
             raise DataError(
-                f"{name} must be a whole number from 1 to {_MOST}, got {value}",
-                hint="give a smaller number" if value > 1 else "give a whole number from 1",
+                f"{name} must be at most {_MOST}, got {value}", hint="give a smaller number"
             )
-    if not 0 <= noise < float("inf"):
-        raise DataError(
-            f"noise must be finite and not negative, got {noise}",
-            hint="give a standard deviation, or 0 for none",
-        )
+    hint = "give a standard deviation, or 0 for none"
+    real_number("noise", noise, least=0, error=DataError, hint=hint)
 
 
 def _cube(d: int) -> CoefficientSpace:

@@ -201,6 +201,7 @@ def gradient_rows(
     G, V = seen.filled_gradients()
     Z, _ = observed_on_link(seen, links)
     half = (space.bounds[1] - space.bounds[0]) / 2
+    half = torch.where(half > 0, half, torch.nan)  # nothing is learnt along a fixed coefficient
     gradients, variances = torch.empty_like(G), torch.empty_like(V)
     for j, link in enumerate(links):
         y, noise = seen.Y[:, j], seen.Yvar[:, j].nan_to_num(nan=0.0)

@@ -138,7 +138,7 @@ def test_every_key_of_every_group(group: str, name: str) -> None:
         (["loop.reference=5"], r"loop\.reference must give a number per metric, got 5"),
         (["+sampler.seed={a: 1}"], "sampler has no option 'seed'"),
         (["sampler=ucb", "sampler.surrogate=5"], r"sampler\.surrogate must be .* _target_ or null"),
-        (["problem.d=1000000000"], "from 1 to 1000000, got 1000000000"),
+        (["problem.d=1000000000"], "must be at most 1000000, got 1000000000"),
         (["problem.d=100000"], "have curvatures of"),
         (["problem._target_=map_bo.rng"], "cannot be called"),
     ],

@@ -32,6 +32,7 @@ SPACES = {
     "sum": CoefficientSpace.box(EXPERTS, sum_at_most=1.5),
     "simplex": CoefficientSpace.box(EXPERTS, simplex=True),
     "blocks": CoefficientSpace.box(EXPERTS[:2], blocks=("x", "y"), sum_at_most=1.5),
+    "fixed": CoefficientSpace(("a", "fixed", "b", "c"), (0, 0.4, 0, 0), (1, 0.4, 1, 1)).with_sum(2),
     # Two experts and two settings of the operator, whose bounds have nothing to do with weights.
     "settings": CoefficientSpace(
         ("a", "b", "density", "scale"),

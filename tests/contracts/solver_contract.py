@@ -24,6 +24,7 @@ from map_bo.space import CoefficientSpace
 SPACES = {
     "box": CoefficientSpace.box("abc"),
     "wide box": CoefficientSpace(tuple("abc"), (-3.0, 0.0, 0.5), (3.0, 0.1, 2.0)),
+    "fixed": CoefficientSpace(tuple("abc"), (0.0, 0.4, 0.0), (1.0, 0.4, 1.0)),
     "bounded sum": CoefficientSpace.box("abc", sum_at_most=0.8),
     "simplex": CoefficientSpace.box("abc", simplex=True),
     "blocks": CoefficientSpace.box("abc", blocks=("lower", "upper"), sum_at_most=1.0),
@@ -34,11 +35,10 @@ SPACES = {
 def peaks(space: CoefficientSpace, m: int) -> Callable[[Tensor], Tensor]:
     """Concave quadratics with known maxima: the ``m`` corners of the box that lie nearest 1."""
     corners = torch.eye(max(m, space.d), dtype=torch.float64)[:m, : space.d]
-    targets = space.unnormalise(corners)
-    width = space.bounds[1] - space.bounds[0]
+    targets = space.normalise(space.unnormalise(corners))
 
     def mean(X: Tensor) -> Tensor:
-        return -(((X.unsqueeze(-2) - targets) / width).square()).sum(-1)
+        return -(space.normalise(X).unsqueeze(-2) - targets).square().sum(-1)
 
     return mean
 

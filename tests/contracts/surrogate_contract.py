@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import cast
+from typing import ClassVar, cast
 
 import pytest
 import torch
@@ -65,6 +65,9 @@ def mixed_observations(n: int = 14, seed: int = 0) -> tuple[Observations, Coeffi
 
 class SurrogateContract:
     """Tests for any :class:`Surrogate`; override the fixture ``surrogate``."""
+
+    takes_fixed: ClassVar[bool] = True
+    """Whether it takes a space with a fixed coefficient; one made for its space may not."""
 
     @pytest.fixture
     def surrogate(self) -> Surrogate:
@@ -289,6 +292,33 @@ class SurrogateContract:
         failed = Observations.failed(X[:2], METRICS, "out of memory")
         again = surrogate.fit(failed.append(seen), space)
         torch.testing.assert_close(again.link_mean(X), model.link_mean(X))
+
+    def test_a_fixed_coefficient_does_no_harm(
+        self,
+        surrogate: Surrogate,
+        model: SurrogateModel,
+        seen: Observations,
+        space: CoefficientSpace,
+        X: Tensor,
+    ) -> None:
+        if not self.takes_fixed:
+            pytest.skip("made for spaces without a fixed coefficient")
+        wider = CoefficientSpace((*space.names, "fixed"), (*space.lower, 0.4), (*space.upper, 0.4))
+        still = {
+            name: torch.full((len(rows), 1), 0.4).double()
+            for name, rows in (("seen", seen.X), ("X", X))
+        }
+        gradients, noise = seen.filled_gradients()
+        more = dataclasses.replace(
+            seen,
+            X=torch.cat([seen.X, still["seen"]], -1),
+            gradients=torch.nn.functional.pad(gradients, (0, 1)),
+            gradient_variance=torch.nn.functional.pad(noise, (0, 1)),
+        )
+        found = surrogate.fit(more, wider).link_mean(torch.cat([X, still["X"]], -1))
+        expected = model.link_mean(X)
+        extent = expected.amax(0) - expected.amin(0)
+        assert float(((found - expected).abs() / extent).max()) < 0.25
 
     def test_nothing_succeeded_is_an_error(
         self, surrogate: Surrogate, space: CoefficientSpace, X: Tensor

@@ -73,9 +73,7 @@ def overrides(project: Path, second: str = "pulls_up") -> list[str]:
     ]
 
 
-def test_from_files_to_a_merged_model(
-    project: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_files_to_a_merged_model(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", *overrides(project)])
     assert f"--out merged --trust {own(project)}\n" in capsys.readouterr().out
     main(["choose", "run", "--prefer", "left=1"])

@@ -102,6 +102,14 @@ def test_choose_prints_predicted_and_real_apart(
     choice = json.loads(capsys.readouterr().out)
     assert choice["predicted"]["flip"] >= 0.1
     assert choice["preference"]["weights"] == {"rot90": 2.0}
+    assert 0 < choice["probability"] <= 1
+    bounded = ["choose", str(finished), "--prefer", "rot90=2", "--at-least", "flip=0.1"]
+    main([*bounded, "--confidence", "0.99"])
+    assert "the bounds hold with probability" in capsys.readouterr().out
+    main([*bounded, "--confidence", "0", "--json"])
+    assert json.loads(capsys.readouterr().out)["preference"]["confidence"] is None
+    said = failing(capsys, *bounded, "--confidence", "95")
+    assert "confidence must be between 0 and 1, got 95" in said
 
 
 def test_an_impossible_bound_says_what_is_attainable(
@@ -234,7 +242,7 @@ def test_resume_goes_on_where_the_record_ends(
         (["run", "a b c="], "a b c"),
         (
             ["run", *SMALL, "operator=ties", "operator.density=2"],
-            "a share in [0, 1], got 2",
+            "a number between 0 and 1, got 2",
         ),
         (
             ["run", *SMALL, "operator=ties", "operator.trim=layer"],

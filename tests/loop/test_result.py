@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ from map_bo.pareto.preferences import Preference, utility
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.prediction import predict
+from map_bo.surrogates.prediction import holding_probability, predict
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
@@ -64,6 +64,97 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     assert after > before
     # Where it cannot gain, the front's own point stays.
     assert not coarse.choose({"near a": 1}).refined
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Result:
+    return Run(Bowls(noise=0.4), quick(24, verify=0, seed=3), MemoryStore()).drive()
+
+
+class TestBoundsHoldWhenMeasured:
+    wanted: ClassVar = {"near a": 1.0}
+    bound: ClassVar = {"far from b": 1.0}
+
+    @pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
+    def test_the_choice_keeps_them_as_surely_as_was_asked(
+        self, noisy: Result, confidence: float
+    ) -> None:
+        choice = noisy.choose(self.wanted, at_most=self.bound, confidence=confidence)
+        assert choice.probability is not None
+        assert choice.probability >= confidence
+        assert noisy.model is not None
+        again = holding_probability(noisy.model, choice.x.unsqueeze(0), at_most=self.bound)
+        assert choice.probability == pytest.approx(float(again))
+        assert choice.describe()["probability"] == choice.probability
+
+    def test_more_confidence_is_a_larger_margin(self, noisy: Result) -> None:
+        predicted = [
+            float(noisy.choose(self.wanted, at_most=self.bound, confidence=level).expected[1])
+            for level in (None, 0.8, 0.99)
+        ]
+        assert predicted[0] > predicted[1] + 0.02 > predicted[2] + 0.04
+
+    def test_the_note_states_probability_and_margin(self, noisy: Result) -> None:
+        choice = noisy.choose(self.wanted, at_most=self.bound)
+        [note] = choice.notes
+        margin = 1.0 - float(choice.expected[1])
+        assert f"hold with probability {choice.probability:.3f} when measured" in note
+        assert f"far from b <= 1 by {margin:.2g}" in note
+
+    def test_where_nothing_is_sure_enough_the_most_probable_is_taken_and_said(
+        self, noisy: Result
+    ) -> None:
+        least = float(noisy.front.mean[:, 1].min())
+        choice = noisy.choose(self.wanted, at_most={"far from b": least * 1.02}, confidence=0.999)
+        assert choice.probability is not None
+        assert choice.probability < 0.999
+        assert "no merge was found that keeps them with the probability 0.999" in choice.notes[0]
+        assert float(choice.expected[1]) <= least * 1.02
+
+    def test_without_bounds_there_is_no_probability(self, noisy: Result) -> None:
+        choice = noisy.choose(self.wanted)
+        assert choice.probability is None
+        assert "probability" not in choice.describe()
+
+    def test_the_record_alone_knows_the_probability_nearly_as_well(self, noisy: Result) -> None:
+        recorded = replace(noisy, model=None, refitted=None)
+        by_point = recorded.choose(self.wanted, at_most=self.bound)
+        assert by_point.probability is not None
+        assert by_point.probability >= 0.9
+        assert noisy.model is not None
+        exact = holding_probability(noisy.model, by_point.x.unsqueeze(0), at_most=self.bound)
+        assert by_point.probability == pytest.approx(float(exact), abs=0.02)
+
+    def test_a_point_that_was_measured_and_missed_the_bound_is_not_chosen(
+        self, noisy: Result
+    ) -> None:
+        recorded = replace(noisy, model=None, refitted=None)
+        first = recorded.choose(self.wanted, at_most=self.bound)
+        front = noisy.front
+        real = front.mean[first.point].clone()
+        real[1] = 1.01
+        measured = replace(recorded, front=front.with_real([first.point], real.unsqueeze(0)))
+        again = measured.choose(self.wanted, at_most=self.bound)
+        assert again.point != first.point
+        assert float(front.mean[again.point, 1]) <= 1.0
+
+    def test_what_was_measured_on_the_same_examples_is_certain(self, noisy: Result) -> None:
+        same = tuple(replace(metric, resampling="same") for metric in noisy.metrics)
+        front = replace(noisy.front, metrics=same)
+        row = noisy.choose(self.wanted, at_most=self.bound, confidence=0.5).point
+        real = front.mean[row].clone()
+        real[1] = 0.999
+        scale = replace(noisy.scale, metrics=same)
+        known = replace(
+            noisy,
+            front=front.with_real([row], real.unsqueeze(0)),
+            scale=scale,
+            model=None,
+            refitted=None,
+        )
+        choice = known.choose(self.wanted, at_most=self.bound)
+        assert choice.point == row
+        assert choice.probability == 1.0
 
 
 def test_a_solved_choice_keeps_its_bounds() -> None:

@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import ConfigError, EvaluationError, StoreError
+from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run, optimize
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
+from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.zoo.digits import digits_problem
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.samplers.adaptive import Adaptive
@@ -286,7 +288,7 @@ def test_files_may_move_between_the_parts_of_a_run(tmp_path: Path) -> None:
 
 def test_a_wrong_reference_is_told_before_anything_is_evaluated(bowls: Bowls) -> None:
     for reference in ({"near a": 0.0}, {"near a": float("nan"), "far from b": 1.0}):
-        with pytest.raises(ConfigError, match="must give one finite value per metric"):
+        with pytest.raises(ConfigError, match=r"must give one finite value|finite number, got nan"):
             Run(bowls, quick(8, reference=reference), MemoryStore())
     assert not bowls.calls
 
@@ -454,3 +456,38 @@ def test_a_run_of_version_0_1_says_that_its_sampler_looks_through_another_surrog
     old.append(Event("created", {**created.data, "versions": {"map-bo": version}}))
     notes = [note for note in Run(Bowls(), settings, old).notes if "begun by map-bo 0.1.0" in note]
     assert len(notes) == said
+
+
+class FixedBowls(Bowls):
+    """The bowls with a third coefficient, which is fixed where the middle one is."""
+
+    @property
+    def space(self) -> CoefficientSpace:
+        return CoefficientSpace(("a", "still", "b"), (0, 0.25, 0), (1, 0.25, 1))
+
+    def true_values(self, X: Tensor) -> Tensor:
+        assert bool((X[:, 1] == 0.25).all())
+        return super().true_values(X[:, [0, 2]])
+
+
+def test_a_run_with_a_fixed_coefficient_is_as_good_as_one_without_it() -> None:
+    free = Run(Bowls(), quick(12), MemoryStore()).drive()
+    fixed = Run(FixedBowls(), quick(12), MemoryStore()).drive()
+    zero = torch.zeros(2).double()
+    real = [
+        hypervolume(free.scale.gains(Bowls().true_values(X)), zero)
+        for X in (free.front.X, fixed.front.X[:, [0, 2]])
+    ]
+    assert real[1] == pytest.approx(real[0], rel=0.01)
+    assert fixed.choose({"near a": 1}).coefficients["still"] == 0.25
+
+
+def test_a_space_of_one_point_is_refused() -> None:
+    class Still(Bowls):
+        @property
+        def space(self) -> CoefficientSpace:
+            return CoefficientSpace.box(self.names, fixed={"a": 1, "b": 0.5})
+
+    with pytest.raises(SpaceError, match=r"single point, \[1.0, 0.5\]") as caught:
+        Run(Still(), quick(12), MemoryStore())
+    assert "free" in str(caught.value.hint)

@@ -220,4 +220,4 @@ def test_coefficients_that_cannot_be_zero_are_refused() -> None:
     space = CoefficientSpace(("a", "b", "c"), (0.0, 0.1, -1.0), (1.0, 1.0, -0.1))
     with pytest.raises(SpaceError, match="can be 0, and b, c cannot") as caught:
         check_nestable(space)
-    assert "bounds that include 0" in str(caught.value.hint)
+    assert "bounds around 0" in str(caught.value.hint)

@@ -25,7 +25,7 @@ def test_two_stages_unless_a_size_or_a_tree_is_given() -> None:
         ({"promote": "front"}, "'front' is not a value of nested.promote"),
         ({"budget_split": "fair"}, "'fair' is not a value of nested.budget_split"),
         ({"measure": "child"}, "'child' is not a value of nested.measure"),
-        ({"stages": 0}, "nested.stages must be a whole number, at least 1, got 0"),
+        ({"stages": 0}, "nested.stages must be a whole number of at least 1, got 0"),
         ({"stages": 2.0}, "nested.stages must be .*, got 2.0"),
         ({"stages": True}, "nested.stages must be .*, got True"),
         ({"group_size": 1}, "nested.group_size must be .* at least 2, got 1"),

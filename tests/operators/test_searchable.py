@@ -235,28 +235,28 @@ def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
 @pytest.mark.parametrize(
     ("make", "said", "hint"),
     [
-        (lambda: Ties(density=2), "density must .* got 2", r"share in \[0, 1\]"),
-        (lambda: Ties(density=-0.1), "density must .* got -0.1", "share"),
-        (lambda: Ties(density="much"), "density must .* got 'much'", "share"),  # type: ignore[arg-type]
-        (lambda: Ties(density=True), "density must .* got True", "share"),
-        (lambda: Ties(density=float("nan")), "density must .* got nan", "share"),
+        (lambda: Ties(density=2), "density must .* got 2", "between 0 and 1"),
+        (lambda: Ties(density=-0.1), "density must .* got -0.1", "between 0 and 1"),
+        (lambda: Ties(density="much"), "density must .* got 'much'", "between 0 and 1"),  # type: ignore[arg-type]
+        (lambda: Ties(density=True), "density must .* got True", "between 0 and 1"),
+        (lambda: Ties(density=float("nan")), "density must .* got nan", "between 0 and 1"),
         (lambda: Ties(trim="layer"), "trim must .* got 'layer'", "global, tensor"),
         (lambda: Ties(election="sum"), "election must .* got 'sum'", "mass, weighted_mass, count"),
         (lambda: Ties(normalisation="mean"), "normalisation must", "agreeing, weights, none"),
         (lambda: Ties(joining="mean"), "joining must .* got 'mean'", "sum, elect"),
         (lambda: Ties(scale=float("inf")), "scale must .* got inf", "finite"),
         (lambda: Ties(scale="big"), "scale must .* got 'big'", "finite"),  # type: ignore[arg-type]
-        (lambda: Breadcrumbs(gamma=1.5), "gamma must .* got 1.5", "share"),
+        (lambda: Breadcrumbs(gamma=1.5), "gamma must .* got 1.5", "between 0 and 1"),
         (lambda: Dare(drop_rate=1), "drop_rate must .* got 1", r"\[0, 1\)"),
         (lambda: Dare(seed=0.5), "seed must .* got 0.5", "whole number"),  # type: ignore[arg-type]
         (lambda: Dare(seed=True), "seed must .* got True", "whole number"),
         (lambda: Della(drop_rate=0.01), "from -0.04 to 0.06", "epsilon <= 2 drop_rate"),
-        (lambda: Della(epsilon=2), "epsilon must .* got 2", "share"),
-        (lambda: Consensus(strictness=-1), "strictness must .* got -1", "from 0 on"),
-        (lambda: Consensus(strictness=float("inf")), "strictness must .* got inf", "finite"),
-        (lambda: Consensus(strictness="x"), "strictness must .* got 'x'", "finite"),  # type: ignore[arg-type]
-        (lambda: Consensus(agreement=0), "agreement must .* got 0", "from 1 on"),
-        (lambda: Consensus(agreement=True), "agreement must .* got True", "from 1 on"),
+        (lambda: Della(epsilon=2), "epsilon must .* got 2", "between 0 and 1"),
+        (lambda: Consensus(strictness=-1), "strictness must .* got -1", "of at least 0"),
+        (lambda: Consensus(strictness=float("inf")), "strictness must .* got inf", "of at least 0"),
+        (lambda: Consensus(strictness="x"), "strictness must .* got 'x'", "of at least 0"),  # type: ignore[arg-type]
+        (lambda: Consensus(agreement=0), "agreement must .* got 0", "of at least 1"),
+        (lambda: Consensus(agreement=True), "agreement must .* got True", "of at least 1"),
         (lambda: Slerp(of="angles"), "of must .* got 'angles'", "deltas, weights"),
         (lambda: Slerp(norms="max"), "norms must .* got 'max'", "mean, own"),
         (lambda: Ties(search=["trim"]), "ties cannot search 'trim'", "density, scale"),
@@ -266,7 +266,7 @@ def test_settings_are_equal_by_value(operator: SearchableOperator) -> None:
         (lambda: Ties(search={"density": 0.1}), "ascending numbers, got 0.1", "lower, upper"),  # type: ignore[dict-item]
         (lambda: Ties(search={"density": "ab"}), "ascending numbers, got 'ab'", "lower, upper"),  # type: ignore[dict-item]
         (lambda: Ties(search={"density": (0.9, 0.1)}), "bounds of density", "ascending numbers"),
-        (lambda: Ties(search={"density": (0.5, 1.1)}), "density must .* got 1.1", "share"),
+        (lambda: Ties(search={"density": (0.5, 1.1)}), "density must .* got 1.1", "between 0"),
         (lambda: Dare(search={"drop_rate": (0, 1)}), "drop_rate must .* got 1.0", r"\[0, 1\)"),
         # Possible one by one, and not together.
         (

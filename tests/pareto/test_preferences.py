@@ -159,3 +159,30 @@ def test_no_point_dominates_the_choice(seed: int, rule: str) -> None:
     values = torch.rand(12, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     chosen = values[pick(values, rule=rule)] * torch.tensor([1.0, 1.0, -1.0])
     assert not (values * torch.tensor([1.0, 1.0, -1.0]) > chosen).all(-1).any()
+
+
+class TestConfidence:
+    probability = torch.tensor([0.95, 0.9, 0.6, 0.2], dtype=torch.float64)
+
+    def pick(self, probability: Tensor, **preference: Any) -> int:
+        return choose(VALUES, Preference(**preference), SCALE, probability=probability)
+
+    def test_points_that_keep_the_bounds_too_rarely_are_out(self) -> None:
+        wanted = {"weights": {"math": 1, "code": 1}, "at_least": {"math": 0.2}}
+        assert self.pick(self.probability, **wanted, confidence=0.5) == 2
+        assert self.pick(self.probability, **wanted, confidence=0.9) == 0
+        assert self.pick(self.probability, **wanted, confidence=None) == 2
+
+    def test_without_a_point_that_is_sure_enough_the_most_probable_is_taken(self) -> None:
+        # Of those that are predicted to keep the bound: the first is not.
+        wanted = {"weights": {"math": 1}, "at_least": {"code": 0.5}}
+        assert self.pick(self.probability, **wanted, confidence=0.99) == 1
+
+    def test_without_bounds_probabilities_decide_nothing(self) -> None:
+        assert self.pick(torch.zeros(4).double(), weights={"loss": 1}) == 3
+
+    @pytest.mark.parametrize("confidence", [0, 1, 90, -0.1, float("nan"), "high", True])
+    def test_what_is_no_probability_is_refused(self, confidence: Any) -> None:
+        with pytest.raises(PreferenceError, match="confidence must be") as caught:
+            Preference(confidence=confidence)
+        assert "0.9" in str(caught.value.hint)

@@ -12,14 +12,15 @@ import pytest
 from map_bo.report.comparison.page import comparison_html
 from map_bo.report.page_style import styled
 from map_bo.report.run.page import write_html
-from tests.report.comparison.test_page import IMAGES, comparison
+from tests.report.comparison.test_page import IMAGES
+from tests.report.fake_runs import comparison
 from tests.report.fake_views import make_view
 from tests.report.run.test_page import PIXEL
 
 
-def run_page(folder: Path, **settings: bool) -> str:
+def run_page(folder: Path) -> str:
     (folder / "front.png").write_bytes(PIXEL)
-    write_html(make_view(2, **settings), folder / "report.html", [folder / "front.png"])
+    write_html(make_view(2), folder / "report.html", [folder / "front.png"])
     return (folder / "report.html").read_text(encoding="utf-8")
 
 

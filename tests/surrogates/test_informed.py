@@ -41,6 +41,8 @@ IDENTITY = torch.eye(2, dtype=torch.float64)
 class TestInformedOfNothing(LeaveOneOutContract):
     """The larger space is the run's own, and nothing is known besides."""
 
+    takes_fixed = False
+
     @pytest.fixture
     def surrogate(self) -> Surrogate:
         return Informed(Quadratic(), mixed_observations()[1], IDENTITY)
@@ -48,6 +50,8 @@ class TestInformedOfNothing(LeaveOneOutContract):
 
 class TestInformedMetricByMetric(LeaveOneOutContract):
     """Two metrics were measured elsewhere too, at different points."""
+
+    takes_fixed = False
 
     @pytest.fixture
     def surrogate(self) -> Surrogate:

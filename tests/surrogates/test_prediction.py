@@ -10,7 +10,13 @@ from torch import Tensor
 from map_bo.data import Metric, to_maximisation
 from map_bo.rng import make_generator
 from map_bo.surrogates.links import Link, from_link, links_for
-from map_bo.surrogates.prediction import objective, predict, predicted_mean
+from map_bo.surrogates.prediction import (
+    holding_probability,
+    objective,
+    predict,
+    predicted_mean,
+    quantile,
+)
 from map_bo.surrogates.quadratic_model import gaussian_posterior
 from map_bo.surrogates.surrogate import SurrogateModel
 
@@ -111,3 +117,51 @@ def test_objective_turns_samples_as_predicted_mean_turns_means(X: Tensor) -> Non
     expected = from_link(samples, model.links) * torch.tensor([1.0, -1.0, -1.0])
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(objective(model)(model.link_mean(X)), predicted_mean(model)(X))
+
+
+class TestBounds:
+    def test_the_probability_is_the_share_of_draws_that_keep_all_bounds(self, X: Tensor) -> None:
+        model, rows = Honest(0.5), X[:5]
+        bounds = {"accuracy": 0.55, "score": 1.0}, {"loss": 2.0, "accuracy": 0.7}
+        found = holding_probability(model, rows, at_least=bounds[0], at_most=bounds[1])
+        # 300,000 measurements: the deviation of the posterior, and the misfit of the last metric.
+        deviation = torch.tensor([0.5, 0.5, math.sqrt(0.25 + 16)], dtype=torch.float64)
+        draws = torch.randn(300_000, 1, 3, generator=make_generator(2), dtype=torch.float64)
+        Y = from_link(model.link_mean(rows) + deviation * draws, model.links)
+        kept = (Y[..., 0] >= 0.55) & (Y[..., 0] <= 0.7) & (Y[..., 1] <= 2) & (Y[..., 2] >= 1)
+        torch.testing.assert_close(found, kept.double().mean(0), rtol=0, atol=0.005)
+        assert float(found.max()) > 0.1
+
+    def test_what_no_value_can_break_holds_and_what_all_break_does_not(self, X: Tensor) -> None:
+        model = Slopes(5.0)
+        assert bool((holding_probability(model, X) == 1).all())
+        sure = holding_probability(
+            model, X, at_least={"accuracy": 0.0, "loss": -1.0}, at_most={"accuracy": 1.5}
+        )
+        assert bool((sure == 1).all())
+        assert bool((holding_probability(model, X, at_least={"score": 1e9}) == 0).all())
+
+    def test_without_doubt_it_is_zero_or_one(self, X: Tensor) -> None:
+        found = holding_probability(Slopes(0.0), X, at_least={"score": 1.5})
+        torch.testing.assert_close(found, (3 * X[:, 0] >= 1.5).double())
+
+    def test_a_bound_at_a_quantile_is_kept_with_its_probability(self, X: Tensor) -> None:
+        model, z = Slopes(0.5), 1.2815515655446004
+        low, high = quantile(model, X[:7], -z), quantile(model, X[:7], z)
+        for row in range(7):
+            for j, metric in enumerate(METRICS):
+                bounds = {metric.name: float(low[row, j])}, {metric.name: float(high[row, j])}
+                above = holding_probability(model, X[row : row + 1], at_least=bounds[0])
+                below = holding_probability(model, X[row : row + 1], at_most=bounds[1])
+                assert float(above) == pytest.approx(0.9, abs=1e-6)
+                assert float(below) == pytest.approx(0.9, abs=1e-6)
+
+    def test_more_rows_than_are_asked_for_at_once(self, X: Tensor) -> None:
+        model = Slopes(0.5)
+        found = holding_probability(model, X, at_least={"accuracy": 0.6})
+        parts = torch.split(X, 50)
+        again = torch.cat(
+            [holding_probability(model, part, at_least={"accuracy": 0.6}) for part in parts]
+        )
+        torch.testing.assert_close(found, again)
+        assert max(model.asked) < len(X)

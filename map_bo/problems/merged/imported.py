@@ -50,6 +50,7 @@ def imported_problem(
     lower: float = 0.0,
     upper: float = 1.0,
     sum_at_most: float | None = None,
+    fixed: Mapping[str, float] | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     gradients: bool = False,
@@ -75,6 +76,7 @@ def imported_problem(
         lower: Lower bound of the coefficients.
         upper: Upper bound of the coefficients.
         sum_at_most: Bound on the sum of an expert's coefficients over the experts.
+        fixed: Coefficients that are not searched, by expert or by name of the coefficient.
         dtype: Storage of the task vectors: ``float32``, ``bfloat16``, ``float16`` or ``auto``.
         device: Where the task vectors and the model live.
         gradients: Whether to measure the derivatives by the coefficients too; every evaluator must
@@ -141,6 +143,7 @@ def imported_problem(
         operator=operator,
         lower=lower,
         upper=upper,
+        fixed=fixed,
         space=space,
         dtype=_DTYPES[dtype],
         device=device,

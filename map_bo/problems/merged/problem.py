@@ -102,6 +102,8 @@ class MergedModelProblem:
             that draws its own needs a metric with ``resampling="fresh"``.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
+        fixed: Coefficients that are not searched, by expert or by name of the coefficient: with
+            ``{"math": 1.0}`` the others are added to base and math.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
             that differ); it must have the operator's coefficients in their order.
         dtype: Storage of the task vectors: float32 (default), bfloat16 or float16 (see
@@ -143,6 +145,7 @@ class MergedModelProblem:
         metrics: Sequence[Metric] | None = None,
         lower: float = 0.0,
         upper: float = 1.0,
+        fixed: Mapping[str, float] | None = None,
         space: CoefficientSpace | None = None,
         dtype: StorageDtype | None = None,
         device: torch.device | str = "cpu",
@@ -167,7 +170,7 @@ class MergedModelProblem:
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
         if space is not None:
             check_space(space, natural)
-        self._space = natural if space is None else space
+        self._space = (natural if space is None else space).with_fixed(fixed)
         self._bounds = None if space is not None else (lower, upper)
         self._device = torch.device(device)
         self._dtype, self._max_memory, self._cache_dir = dtype, max_memory, cache_dir

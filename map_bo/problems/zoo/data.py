@@ -13,6 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING
 
 from map_bo.errors import DataError
+from map_bo.values import whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -73,12 +74,7 @@ def transform_names(experts: int) -> tuple[str, ...]:
         DataError: When ``experts`` is not from 2 to 32.
     """
     most = len(TRANSFORM_NAMES)
-    if isinstance(experts, bool) or not isinstance(experts, int) or not 2 <= experts <= most:
-        raise DataError(
-            f"experts must be a whole number from 2 to {most}, got {experts!r}",
-            hint=f"ask for a whole number from 2 to {most}",
-        )
-    return TRANSFORM_NAMES[:experts]
+    return TRANSFORM_NAMES[: whole_number("experts", experts, least=2, most=most, error=DataError)]
 
 
 def transform(name: str, images: Images) -> Images:

@@ -45,6 +45,7 @@ from map_bo.problems.zoo.data import (
 from map_bo.problems.zoo.statistics import digits_statistics
 from map_bo.problems.zoo.training import TRAINING_VERSION, Recipe, as_inputs, network
 from map_bo.rng import make_generator
+from map_bo.values import whole_number
 
 __all__ = ["TRANSFORM_NAMES", "DigitsProblem", "DigitsZoo", "cache_root", "digits_problem"]
 
@@ -171,12 +172,14 @@ class DigitsZoo:
                 f"measure must be one of {', '.join(_MEASURES)}, got {measure!r}",
                 hint="set problem.measure to one of them",
             )
-        count = TEST_EXAMPLES if size is None else size
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= TEST_EXAMPLES:
-            raise DataError(
-                f"size must be from 1 to {TEST_EXAMPLES}, got {size!r}",
-                hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
-            )
+        count = whole_number(
+            "size",
+            TEST_EXAMPLES if size is None else size,
+            least=1,
+            most=TEST_EXAMPLES,
+            error=DataError,
+            hint=f"use from 1 to {TEST_EXAMPLES} test images, or null for all of them",
+        )
         _, _, images, targets = digits_split()
         labels = torch.from_numpy(targets[:count])
         # In batches, the noise of a gradient can be told.
@@ -241,6 +244,7 @@ def digits_problem(
     size: int | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
+    fixed: Mapping[str, float] | None = None,
     blocks: Mapping[str, str] | None = None,
     sum_at_most: float | None = None,
     operator: MergeOperator | None = None,
@@ -265,6 +269,7 @@ def digits_problem(
         size: How many test images each evaluation uses; all when None.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
+        fixed: Coefficients that are not searched, by expert; see `MergedModelProblem`.
         blocks: Block name -> pattern of tensor names, for one coefficient per expert and block;
             short for ``operator=TaskArithmetic(blocks)``.
         sum_at_most: Bound on the sum of the experts' coefficients (within each block).
@@ -317,6 +322,7 @@ def digits_problem(
         operator=operator,
         lower=lower,
         upper=upper,
+        fixed=fixed,
         space=space,
         dtype=dtype,
         measure=measure,

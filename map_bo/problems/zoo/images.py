@@ -38,6 +38,7 @@ from map_bo.problems.zoo.image_training import (
     select,
 )
 from map_bo.rng import make_generator
+from map_bo.values import whole_number
 
 __all__ = ["ImageZoo", "ImagesProblem", "images_problem"]
 
@@ -128,11 +129,14 @@ class ImageZoo:
             DataError: When a set does not have so many.
         """
         most = min(len(part.test) for part in self.data)
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= most:
-            raise DataError(
-                f"size must be from 1 to {most}, got {size!r}",
-                hint=f"use from 1 to {most} held-out images per set",
-            )
+        size = whole_number(
+            "size",
+            size,
+            least=1,
+            most=most,
+            error=DataError,
+            hint=f"use from 1 to {most} held-out images per set",
+        )
         return {
             part.name: HeadAccuracy(
                 head(heads, part.name), part.test[:size], part.test_labels[:size]
@@ -206,6 +210,7 @@ def images_problem(
     size: int = SIZE,
     lower: float = 0.0,
     upper: float = 1.0,
+    fixed: Mapping[str, float] | None = None,
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
@@ -225,6 +230,7 @@ def images_problem(
         size: How many held-out images an evaluation uses, the same every time.
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
+        fixed: Coefficients that are not searched, by expert; see `MergedModelProblem`.
         operator: How to merge; task arithmetic when None.
         cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
         progress: Show a progress bar while training.
@@ -244,6 +250,7 @@ def images_problem(
         operator=operator,
         lower=lower,
         upper=upper,
+        fixed=fixed,
         dtype=dtype,
     )
 

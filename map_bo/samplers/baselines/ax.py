@@ -139,7 +139,7 @@ class AxSampler:
                 client = self._client(space, seen.metrics, seed, seen=inside)
                 _attach(client, inside, space)
                 for row in space.project(waiting):
-                    client.attach_trial(_named(row))
+                    client.attach_trial(_named(row, space))
                 points = _points(client, n, space)
         except failures as error:
             _log.warning("Ax's Sobol points go on: %s: %s", type(error).__name__, error)
@@ -172,11 +172,12 @@ class AxSampler:
             [
                 RangeParameterConfig(name=f"c{i}", bounds=bounds, parameter_type="float")
                 for i, bounds in enumerate(zip(space.lower, space.upper, strict=True))
+                if bounds[0] < bounds[1]
             ],
             [
                 " + ".join(f"{weight!r} * c{i}" for i, weight in enumerate(weights) if weight)
                 + f" <= {bound!r}"
-                for weights, bound in ((c.weights, c.bound) for c in space.constraints)
+                for weights, bound in ((c.weights, c.bound) for c in space.constraints_on_free)
             ],
         )
         thresholds = None
@@ -205,7 +206,7 @@ def _attach(client: Client, seen: Observations, space: CoefficientSpace) -> None
     errors[:, ~torch.isfinite(errors[seen.ok]).all(0)] = torch.nan
     rows = zip(space.project(seen.X), seen.Y.tolist(), errors.tolist(), seen.failures, strict=True)
     for x, values, spread, reason in rows:
-        trial = client.attach_trial(_named(x))
+        trial = client.attach_trial(_named(x, space))
         if reason is not None:
             client.mark_trial_abandoned(trial)
             continue
@@ -223,10 +224,12 @@ def _points(client: Client, n: int, space: CoefficientSpace) -> Tensor:
     if n == 0:
         return torch.zeros(0, space.d, dtype=torch.float64)
     trials = client.get_next_trials(n).values()
-    X = [[trial[f"c{i}"] for i in range(space.d)] for trial in trials]
+    X = [[trial.get(f"c{i}", low) for i, low in enumerate(space.lower)] for trial in trials]
     # Ax lets a constraint be missed by its rounding.
     return space.project(torch.tensor(X, dtype=torch.float64).reshape(-1, space.d))
 
 
-def _named(x: Tensor) -> dict[str, float]:
-    return {f"c{i}": value for i, value in enumerate(x.tolist())}
+def _named(x: Tensor, space: CoefficientSpace) -> dict[str, float]:
+    """Return what is searched of a point by Ax's names; what is fixed is no parameter of Ax."""
+    bounds = zip(x.tolist(), space.lower, space.upper, strict=True)
+    return {f"c{i}": value for i, (value, low, high) in enumerate(bounds) if low < high}

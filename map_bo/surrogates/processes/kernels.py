@@ -100,10 +100,9 @@ class QuadraticKernel(Kernel):  # type: ignore[misc]
         self, space: CoefficientSpace, variances: Tensor, trend: Trend = "quadratic"
     ) -> None:
         super().__init__()
-        low, high = space.bounds
         self.trend = trend
-        self.register_buffer("low", low)
-        self.register_buffer("width", high - low)
+        self.register_buffer("low", space.bounds[0])
+        self.register_buffer("width", space.width)
         self.register_buffer("variances", variances)
 
     @property

@@ -425,3 +425,17 @@ def test_examples_of_a_given_metric_are_filled_in_and_never_overruled() -> None:
     given = (Metric("mean"), Metric("spread", resampling="fresh"))
     tested = problem("mlp", metrics=given)
     assert [metric.resampling for metric in tested.metrics] == ["same", "fresh"]
+
+
+def test_fixed_coefficients_are_part_of_every_merge() -> None:
+    names = problem().space.names
+    fixed = problem(fixed={names[1]: 0.7})
+    assert fixed.space.fixed == {names[1]: 0.7}
+    free = problem().evaluate(X[:1] + torch.tensor([0.2, 0.7, 0.0]), generator=G)
+    held = fixed.evaluate(X[:1] + torch.tensor([0.2, 0.7, 0.0]), generator=G)
+    torch.testing.assert_close(held.Y, free.Y)
+    assert fixed.space.anchors().X[:, 1].tolist() == [0.7] * 4
+    with pytest.raises(SpaceError, match="leave the space"):
+        fixed.evaluate(X[:1], generator=G)
+    with pytest.raises(SpaceError, match="no coefficient 'nobody' to fix"):
+        problem(fixed={"nobody": 1.0})

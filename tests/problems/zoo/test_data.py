@@ -20,7 +20,7 @@ def test_the_first_four_tasks_are_those_of_the_method() -> None:
 def test_refuses_numbers_of_experts_that_there_are_not(experts: Any) -> None:
     with pytest.raises(DataError, match="experts must be a whole number from 2 to") as caught:
         transform_names(experts)
-    assert caught.value.hint == "ask for a whole number from 2 to 32"
+    assert caught.value.hint == "give a whole number from 2 to 32"
 
 
 def test_every_transform_differs_from_the_others_and_loses_nothing() -> None:
