@@ -71,7 +71,7 @@ def build_settings(config: DictConfig) -> Settings:
             hint="write it as loop.reference={METRIC: VALUE, ...}, or leave it out",
         )
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
-    return Settings.checked(seed=config.seed, **loop, **parts)
+    return Settings.checked(seed=config.get("seed", Settings.seed), **loop, **parts)
 
 
 def build_nested(config: DictConfig) -> Nested | None:
