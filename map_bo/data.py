@@ -159,12 +159,17 @@ def _double(value: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tens
 class Observations:
     """What has been evaluated: ``n`` coefficient vectors and what was measured at each.
 
-    A failed evaluation is a row with a reason in ``failures`` and NaN in ``Y``; it is kept, is
-    left out of every fit (:meth:`succeeded`) and never receives a score.
+    A failed evaluation is a row with a reason in ``failures``; it is kept and never receives a
+    score. Where some of its metrics were measured before or after the one that failed, their
+    values stay in ``Y`` and the others are NaN: a *partial* row. Each metric is fitted to the rows
+    that have it (:attr:`measured`, :meth:`of`); dominance, hypervolume and whatever else compares
+    whole rows takes the rows without a reason (:meth:`succeeded`). A failed row without any NaN is
+    one that its reason takes back as a whole: none of its values counts as measured.
 
     Attributes:
         X: ``n x d`` coefficients.
-        Y: ``n x m`` measured metrics in their own units and directions.
+        Y: ``n x m`` measured metrics in their own units and directions; NaN where a metric of a
+            failed row was not measured.
         metrics: The ``m`` metrics.
         Yvar: ``n x m`` variance of the measurement noise (metric units squared); 0 where it is
             known to be exact, NaN where it is unknown.
@@ -172,8 +177,8 @@ class Observations:
         cost: ``n`` seconds that each evaluation took.
         failures: ``n`` reasons, ``None`` where the evaluation succeeded.
         gradients: ``n x m x d`` derivatives of the metrics by the coefficients (metric unit per
-            unit of the coefficient); NaN where there is none, and in failed rows. None when there
-            is none at all, also when all that was given is NaN.
+            unit of the coefficient); NaN where there is none, and where the metric was not
+            measured. None when there is none at all, also when all that was given is NaN.
         gradient_variance: ``n x m x d`` variance of the noise of ``gradients``; 0 where it is
             known to be exact, NaN where it is unknown. None exactly when ``gradients`` is.
 
@@ -234,7 +239,8 @@ class Observations:
             rows = bad.nonzero().flatten().tolist()
             raise DataError(
                 f"row {rows[0]} of Y holds NaN or infinity: {self.Y[rows[0]].tolist()}",
-                hint="record the row as a failed one: put the reason in `failures`",
+                hint="record the row as a failed one: put the reason in `failures`; the values of "
+                "the other metrics are kept",
             )
         if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
             raise DataError(
@@ -275,7 +281,7 @@ class Observations:
                 "gradient_variance holds negative or infinite variances",
                 hint="use NaN where the variance is not known",
             )
-        nowhere = gradients.isnan() | ~self.ok.view(-1, 1, 1)
+        nowhere = gradients.isnan() | ~self.measured.unsqueeze(-1)
         if bool(nowhere.all()):
             return None, None
         return gradients.masked_fill(nowhere, torch.nan), noise.masked_fill(nowhere, torch.nan)
@@ -287,6 +293,119 @@ class Observations:
     def ok(self) -> Tensor:
         """``n`` booleans: which evaluations succeeded."""
         return torch.tensor([reason is None for reason in self.failures], dtype=torch.bool)
+
+    @property
+    def measured(self) -> Tensor:
+        """``n x m`` booleans: which metrics of which rows were measured."""
+        finite = torch.isfinite(self.Y)
+        return finite & (self.ok | ~finite.all(-1)).unsqueeze(-1)
+
+    @property
+    def partial(self) -> Tensor:
+        """``n`` booleans: which rows failed, but have some of their metrics."""
+        return ~self.ok & self.measured.any(-1)
+
+    def of(self, metric: str) -> Observations:
+        """Return the rows that have a metric, as evaluations of that metric alone.
+
+        Raises:
+            DataError: When there is no such metric.
+        """
+        names = [each.name for each in self.metrics]
+        if metric not in names:
+            raise DataError(
+                f"there is no metric {metric!r}", hint=f"the metrics are {', '.join(names)}"
+            )
+        column = names.index(metric)
+        return self.columns([column], self.measured[:, column])
+
+    def columns(self, columns: Sequence[int], rows: Tensor) -> Observations:
+        """Return some metrics of rows that have all of them, as evaluations that succeeded.
+
+        Args:
+            columns: Positions of the metrics.
+            rows: ``n`` booleans.
+        """
+        index, chosen = rows.nonzero().flatten(), list(columns)
+        gradients, noise = self.gradients, self.gradient_variance
+        return Observations(
+            X=self.X[index],
+            Y=self.Y[index][:, chosen],
+            metrics=tuple(self.metrics[j] for j in chosen),
+            Yvar=self.Yvar[index][:, chosen],
+            counts=self.counts[index][:, chosen],
+            cost=self.cost[index],
+            gradients=None if gradients is None else gradients[index][:, chosen],
+            gradient_variance=None if noise is None else noise[index][:, chosen],
+        )
+
+    def with_any(self) -> Observations:
+        """Return the rows that have at least one of their metrics, the partial ones included.
+
+        Without partial rows they are those of :meth:`succeeded`.
+        """
+        return self.select(self.measured.any(-1))
+
+    def patterns(self) -> list[tuple[list[int], Tensor]]:
+        """Return the metrics that the same rows have, together, and those rows (``n`` booleans)."""
+        found: dict[bytes, list[int]] = {}
+        measured = self.measured
+        for j in range(len(self.metrics)):
+            found.setdefault(measured[:, j].contiguous().numpy().tobytes(), []).append(j)
+        return [(columns, measured[:, columns[0]]) for columns in found.values()]
+
+    def without(self, values: Tensor, reason: str) -> Observations:
+        """Return the rows with some values taken back, for a reason.
+
+        Args:
+            values: ``n x m`` booleans: which.
+            reason: Recorded with the rows that had not failed.
+        """
+        hit = values.any(-1).tolist()
+        taken = values | ~self.measured
+        return dataclasses.replace(
+            self,
+            Y=torch.where(taken, torch.nan, self.Y),
+            Yvar=torch.where(taken, torch.nan, self.Yvar),
+            counts=torch.where(taken, torch.nan, self.counts),
+            failures=tuple(
+                reason if own is None and here else own
+                for own, here in zip(self.failures, hit, strict=True)
+            ),
+        )
+
+    def completed_by(self, again: Observations) -> Observations:
+        """Return a further attempt (the same rows), with what only this one had measured.
+
+        A value of the further attempt counts where it has one. A row that has all of its metrics
+        by both together has not failed; its cost is that of both.
+        """
+        lacks = ~again.ok.unsqueeze(-1) & ~again.measured & self.measured
+        if not bool(lacks.any()):
+            return again
+
+        def fill(before: Tensor, after: Tensor, where: Tensor = lacks) -> Tensor:
+            return torch.where(where, before, after)
+
+        gradients, noise = None, None
+        if self.gradients is not None or again.gradients is not None:
+            both = zip(self.filled_gradients(), again.filled_gradients(), strict=True)
+            gradients, noise = (fill(a, b, lacks.unsqueeze(-1)) for a, b in both)
+        whole = (again.measured | lacks).all(-1).tolist()
+        more = lacks.any(-1)
+        return dataclasses.replace(
+            again,
+            Y=fill(self.Y, again.Y),
+            Yvar=fill(self.Yvar, again.Yvar),
+            counts=fill(self.counts, again.counts),
+            cost=torch.where(more, self.cost + again.cost, again.cost),
+            failures=tuple(
+                None if done and here else reason
+                for reason, done, here in zip(again.failures, whole, more.tolist(), strict=True)
+            ),
+            gradients=gradients,
+            gradient_variance=noise,
+        )
 
     def select(self, rows: Tensor | Sequence[int]) -> Observations:
         """Return the given rows (indices or a boolean mask) as observations."""

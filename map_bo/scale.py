@@ -59,10 +59,11 @@ def varied_metrics(seen: Observations) -> Tensor:
     A metric that never varied can be traded for nothing: its predictions differ by rounding
     alone, which must not decide what dominates what. Where no metric varied, all count.
     """
-    Y = seen.succeeded().Y
-    if not len(Y):
+    measured = seen.measured
+    if not bool(measured.any(0).all()):
         return torch.ones(len(seen.metrics), dtype=torch.bool)
-    low, high = Y.amin(0), Y.amax(0)
+    low = torch.where(measured, seen.Y, torch.inf).amin(0)
+    high = torch.where(measured, seen.Y, -torch.inf).amax(0)
     varied = high - low > _rounding(low, high)
     return varied if bool(varied.any()) else torch.ones_like(varied)
 
@@ -215,6 +216,9 @@ class Scale:
         scale. Where it is better than the default, one unit stays the metric's own range between
         base and experts, or, where they have none, that of all observations; the rule says so.
 
+        A metric of a partial row counts where it was measured, so that an anchor whose other
+        metrics failed is one end of its scale all the same.
+
         Noise is what ``Yvar`` says of the anchors (one standard error of a difference), left out
         for metrics that are measured on the same examples every time, and one example of a metric
         that counts examples.
@@ -227,8 +231,10 @@ class Scale:
 
         Raises:
             DataError: When ``given`` names an unknown metric, or holds NaN or infinity.
-            SurrogateError: When no evaluation succeeded.
+            SurrogateError: When no evaluation of a metric succeeded.
         """
+        if bool(seen.partial.any()):
+            return _by_metric(seen, space, given or {})
         metrics, seen = seen.metrics, seen.succeeded()
         if not len(seen):
             raise SurrogateError(
@@ -393,6 +399,33 @@ class Scale:
 
 def _names(metrics: Sequence[Metric], which: Tensor) -> tuple[str, ...]:
     return tuple(m.name for m, chosen in zip(metrics, which.tolist(), strict=True) if chosen)
+
+
+def _by_metric(seen: Observations, space: CoefficientSpace, given: Mapping[str, float]) -> Scale:
+    """Return the scale of metrics that not all rows have: of each by the rows that have it."""
+    _threshold(given, seen.metrics)
+    parts = [
+        Scale.of(
+            seen.of(metric.name),
+            space,
+            {name: value for name, value in given.items() if name == metric.name},
+        )
+        for metric in seen.metrics
+    ]
+    rules: dict[str, list[str]] = {}
+    for part in parts:
+        rules.setdefault(part.rule, []).append(part.metrics[0].name)
+    first, *others = rules
+    rule = first + "".join(f"; for {', '.join(rules[other])}: {other}" for other in others)
+    apart = any(part.unit is not None for part in parts)
+    return Scale(
+        seen.metrics,
+        torch.cat([part.point for part in parts]),
+        torch.cat([part.best for part in parts]),
+        rule,
+        torch.cat([part.width for part in parts]) if apart else None,
+        torch.cat([part.ranged for part in parts]),
+    )
 
 
 def _ends(X: Tensor, space: CoefficientSpace) -> tuple[Tensor, Tensor, str]:

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import DataError
+from map_bo.scale import Scale, varied_metrics
+from map_bo.space import CoefficientSpace
 
 METRICS = (Metric("acc"), Metric("loss", direction="min", kind="loss"))
+NAN = torch.nan
 
 
 def observations(n: int = 3, **changes: object) -> Observations:
@@ -243,3 +246,109 @@ class TestTheOldNameOfResampling:
         assert dataclasses.replace(metric, resampling="fresh").resampling == "fresh"
         assert dataclasses.replace(metric, name="b") == Metric("b", resampling="same")
         assert [one.name for one in dataclasses.fields(metric)][-1] == "resampling"
+
+
+def partly() -> Observations:
+    """Five rows: whole, without the loss, without anything, taken back, whole."""
+    return Observations(
+        X=torch.arange(10.0).reshape(5, 2),
+        Y=torch.tensor([[0.1, 1.0], [0.2, NAN], [NAN, NAN], [0.4, 4.0], [0.5, 5.0]]),
+        metrics=METRICS,
+        Yvar=torch.tensor([[0.1, 1.0], [0.2, NAN], [NAN, NAN], [0.4, 4.0], [0.5, 5.0]]),
+        cost=torch.arange(5.0),
+        failures=(None, "loss: no", "no", "not to be trusted", None),
+        gradients=torch.ones(5, 2, 2),
+    )
+
+
+def test_a_failed_row_keeps_what_was_measured() -> None:
+    seen = partly()
+    assert seen.measured.tolist() == [
+        [True, True],
+        [True, False],
+        [False] * 2,
+        [False] * 2,
+        [True] * 2,
+    ]
+    assert seen.partial.tolist() == [False, True, False, False, False]
+    assert seen.succeeded().Y.tolist() == torch.tensor([[0.1, 1.0], [0.5, 5.0]]).double().tolist()
+    assert seen.with_any().failures == (None, "loss: no", None)
+    assert seen.gradients is not None
+    assert torch.equal(~seen.gradients.isnan().any(-1), seen.measured)
+
+
+def test_a_metric_has_the_rows_where_it_was_measured() -> None:
+    seen = partly()
+    accuracy, loss = seen.of("acc"), seen.of("loss")
+    assert accuracy.X[:, 0].tolist() == [0, 2, 8]
+    assert accuracy.cost.tolist() == [0, 1, 4]
+    assert loss.Y.flatten().tolist() == [1, 5]
+    assert bool(accuracy.ok.all())
+    with pytest.raises(DataError, match="no metric 'speed'"):
+        seen.of("speed")
+
+
+def test_metrics_that_the_same_rows_have_go_together() -> None:
+    assert [columns for columns, _ in partly().succeeded().patterns()] == [[0, 1]]
+    patterns = partly().patterns()
+    assert [columns for columns, _ in patterns] == [[0], [1]]
+    assert torch.equal(torch.stack([rows for _, rows in patterns], -1), partly().measured)
+
+
+def test_a_value_is_taken_back_with_its_reason() -> None:
+    values = torch.zeros(5, 2, dtype=torch.bool)
+    values[0, 1] = values[1, 0] = True
+    seen = partly().without(values, "an outlier")
+    assert seen.failures[:2] == ("an outlier", "loss: no")
+    assert seen.measured.tolist() == [
+        [True, False],
+        [False] * 2,
+        [False] * 2,
+        [False] * 2,
+        [True] * 2,
+    ]
+    assert bool(seen.Yvar[0, 1].isnan())
+
+
+def test_attempts_complete_each_other_metric_by_metric() -> None:
+    def attempt(a: float, b: float, cost: float, reason: str | None) -> Observations:
+        return Observations(
+            X=[[0.0, 1.0]],  # type: ignore[arg-type]
+            Y=torch.tensor([[a, b]]),
+            metrics=METRICS,
+            Yvar=torch.tensor([[a, b]]),
+            cost=torch.tensor([cost]),
+            failures=(reason,),
+        )
+
+    first, second = attempt(0.5, NAN, 1, "loss: no"), attempt(NAN, 3, 2, "acc: no")
+    both = first.completed_by(second)
+    assert both.failures == (None,)
+    assert both.Y.tolist() == both.Yvar.tolist() == [[0.5, 3.0]]
+    assert both.cost.tolist() == [3.0]
+    third = attempt(0.25, NAN, 4, "loss: again")
+    newest = first.completed_by(third)
+    assert newest.Y[0, 0] == 0.25
+    assert newest.failures == ("loss: again",)
+    whole = attempt(0.75, 1.0, 1, None)
+    assert first.completed_by(whole) is whole
+
+
+def test_an_anchor_counts_for_the_metrics_that_it_has() -> None:
+    space = CoefficientSpace.box(("a", "b"))
+    X = space.anchors().X
+    kinds = space.anchors().kinds
+    metrics = (Metric("p"), Metric("q", "min", "loss"))
+    Y = torch.tensor([[0.1 + 0.1 * i, 5.0 - i] for i in range(len(X))], dtype=torch.float64)
+    base = kinds.index("base")
+    lacking = torch.zeros(len(X), 2, dtype=torch.bool)
+    lacking[base, 0] = True
+    seen = Observations(X, Y, metrics).without(lacking, "p failed")
+    scale = Scale.of(seen, space)
+    whole = Scale.of(Observations(X, Y, metrics), space)
+    assert scale.is_anchored
+    assert scale.point[1] == whole.point[1] == Y[base, 1]
+    experts = [i for i, kind in enumerate(kinds) if kind == "expert"]
+    assert scale.point[0] == Y[experts, 0].min()
+    assert torch.equal(scale.best, whole.best)
+    assert varied_metrics(seen).tolist() == [True, True]

@@ -128,8 +128,14 @@ def run_task(config: DictConfig) -> float:
         _group(config, Path(hydra.sweep.dir).name)
         return run_job(config, directory, choices)
     from map_bo.app.task import drive, show
+    from map_bo.tracking.fresh import leaving_nothing, remove_hydra_files
 
-    result = drive(config, directory, fresh=True, choices=choices)
+    try:
+        with leaving_nothing(directory):
+            result = drive(config, directory, fresh=True, choices=choices)
+    except MapBoError:
+        remove_hydra_files(directory)
+        raise
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
@@ -177,6 +183,7 @@ def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
     from map_bo.loop.reading import created_of, is_run, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
+    from map_bo.tracking.fresh import leaving_nothing
 
     if is_run(directory):
         recorded = (created_of(directory).get("config") or {}).get("tree") or {}
@@ -188,7 +195,8 @@ def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
             sys.stdout.write(f"already finished: {directory.name}\n")
             return Result.of(state, space, run_dir=directory)
     fresh = not (directory / "events.jsonl").exists()
-    result = drive(config, directory, fresh=fresh, choices=choices)
+    with leaving_nothing(directory, fresh=fresh):
+        result = drive(config, directory, fresh=fresh, choices=choices)
     show(result, Path.cwd())
     return result
 

@@ -34,6 +34,11 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="write a LoRA adapter of at most this rank instead of a whole model; 0 is exact",
     )
+    parser.add_argument(
+        "--task",
+        metavar="EXPERT",
+        help="write the merge as a model of this expert's task, with its head and configuration",
+    )
 
 
 def merge_choice(
@@ -55,7 +60,9 @@ def merge_choice(
     from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested
 
-    settings = ExportSettings(options.max_memory, options.shard_size, progress=True)
+    settings = ExportSettings(
+        options.max_memory, options.shard_size, progress=True, task=options.task
+    )
     created = created_of(run)
     problem = build_problem(config)
     # The coefficients are worth nothing for other checkpoints than those of the run.
@@ -63,6 +70,11 @@ def merge_choice(
     refuse_another({"problem": created["problem"]}, {"problem": now})
     exports = nested_exporter(problem, run) if is_nested(created) else None
     whole = replace(choice, problem=problem, exports=exports)
+    if options.lora_rank is not None and options.task is not None:
+        raise ConfigError(
+            "--lora-rank and --task were both given, and an adapter has no task head",
+            hint="give one of them",
+        )
     if options.lora_rank is not None:
         written = whole.export_adapter(out, rank=options.lora_rank or None)
         return (
@@ -93,6 +105,11 @@ def merge_recipe(recipe: Path, options: argparse.Namespace) -> str:
         raise ConfigError(
             f"{recipe} is a recipe, and a preference, bound or point was given as well",
             hint="leave these out, or name a run to choose a point of its front",
+        )
+    if options.task is not None:
+        raise ConfigError(
+            "a recipe says itself which task's head the model has, and --task was given as well",
+            hint="leave out --task, or name a run",
         )
     if options.lora_rank is not None:
         raise ConfigError(

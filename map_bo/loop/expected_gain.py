@@ -32,6 +32,7 @@ from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut
@@ -94,7 +95,7 @@ def expected_gain(
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
-    coverage = Coverage.of(evaluated, space) if guarded else None
+    coverage = Coverage.of(seen.with_any().X, space) if guarded else None
     guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
     ranged = scale.ranged & varied_metrics(seen)
     searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
@@ -119,7 +120,7 @@ def expected_gain(
         _, total = model.training_targets()
         rows = torch.tensor(sorted(farthest_rows(gains, further)))
         copies = -(-further // len(rows))
-        floor = left(_conditioned(joint, rows, total.median(0).values / copies))
+        floor = left(_conditioned(joint, rows, total.nanmedian(0).values / copies))
     return ExpectedGain(left(joint), floor)
 
 
@@ -149,11 +150,12 @@ def check_stopping(
     """
     assert settings.stop is not None
     start, done = time.perf_counter(), len(seen)
+    screening = fit_screened(settings.run_surrogate, seen, space)
     found = expected_gain(
-        settings.surrogate.fit(seen, space),
-        seen,
+        screening.model,
+        screening.kept,
         space,
-        Scale.of(seen, space, settings.reference),
+        Scale.of(screening.kept, space, settings.reference),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),

@@ -32,7 +32,7 @@ from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
 from map_bo.surrogates.surrogate import SurrogateModel
-from map_bo.surrogates.validation import LeavesOneOut
+from map_bo.surrogates.validation import LeavesOneOut, fitted_rows
 
 __all__ = [
     "FrontUncertainty",
@@ -162,6 +162,7 @@ def expected_optimism(
     )
     change = F[:, q:] + total.sqrt() * noise - targets  # z' - z
     weights = change / total.clamp_min(1e-300)  # V^-1 (z' - z)
+    weights = weights.nan_to_num(nan=0.0)  # what was not measured has no weight
     moved = torch.einsum("jqn,snj->sqj", joint.covariance[:, :q, q:], weights)
     predicted = joint.gains(joint.mean[:q] + moved)
     error = misfit.sqrt() * torch.randn(
@@ -184,11 +185,15 @@ def left_out_optimism(model: SurrogateModel, seen: Observations) -> tuple[Tensor
         ``m`` means (as of :func:`expected_optimism`) and ``m`` standard errors; None when the model
         cannot leave evaluations out.
     """
-    seen = seen.succeeded()
     if not isinstance(model, LeavesOneOut):
         return None
+    seen = fitted_rows(model, seen)
     mean, _ = model.leave_one_out()
     gap = to_maximisation(from_link(mean, model.links) - seen.Y, seen.metrics)
+    if bool(gap.isnan().any()):
+        columns = [column[~column.isnan()] for column in gap.T]
+        each = [(column.mean(), column.std(0) / math.sqrt(len(column))) for column in columns]
+        return torch.stack([mean for mean, _ in each]), torch.stack([se for _, se in each])
     return gap.mean(0), gap.std(0) / math.sqrt(len(gap))
 
 
@@ -242,7 +247,8 @@ def assess(
         generator: Source of all randomness.
         draws: How many posterior draws.
     """
-    metrics, evaluated = seen.metrics, seen.succeeded().X
+    metrics, fitted = seen.metrics, fitted_rows(model, seen)
+    evaluated = fitted.X
     generator = child(generator, "uncertainty")
     rows = torch.arange(len(front))
     if len(rows) > _MOST_POINTS:
@@ -254,14 +260,15 @@ def assess(
     )
     probability = torch.full((len(front),), torch.nan, dtype=torch.float64)
     varied = varied_metrics(seen)
-    probability[rows] = front_probabilities(values[..., varied], known[..., varied])
+    whole = known if bool(fitted.ok.all()) else known[:, fitted.ok]
+    probability[rows] = front_probabilities(values[..., varied], whole[..., varied])
     predicted = scale.gains(front.mean[rows])
     volume = hypervolume_interval(
         scale.gains(values, maximised=True),
         predicted,
         generator=child(generator, "directions"),
     )
-    coverage = Coverage.of(evaluated, space) if guarded else None
+    coverage = Coverage.of(seen.with_any().X, space) if guarded else None
     some = sorted(farthest_rows(predicted, _POOL // 2))
     pool = plausible_points(
         X[some], space, coverage, count=_POOL, generator=child(generator, "pool")

@@ -130,7 +130,9 @@ def real_draws(
             targets, total = model.training_targets()
             share = misfit / total.clamp_min(1e-300)
             width = (share * (total - misfit).clamp_min(0.0)).sqrt()
-            error[:, k:] = share * (targets - F[:, k:]) + width * normal[:, k:]
+            told = share * (targets - F[:, k:]) + width * normal[:, k:]
+            # Where a metric of a partial row was not measured, nothing of the misfit was seen.
+            error[:, k:] = torch.where(targets.isnan(), error[:, k:], told)
         F = F + error
     if k and len(evaluated):
         same = same_points(X, evaluated, space)

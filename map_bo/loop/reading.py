@@ -26,12 +26,14 @@ from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import screened
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb.run import wandb_run_of
 
 __all__ = [
+    "as_in_run",
     "clear_failure",
     "created_of",
     "is_run",
@@ -116,11 +118,26 @@ def load_result(
         result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
         if surrogate is None:
             return result
+        surrogate = as_in_run(surrogate, state.created)
+        again = fit_again(state, space, surrogate) if result.is_corrected else None
         return replace(
             result,
             model=surrogate.fit(state.seen, space),
-            refitted=fit_again(state, space, surrogate) if result.is_corrected else None,
+            refitted=None if again is None else again.model,
         )
+
+
+def as_in_run(surrogate: Surrogate, created: Mapping[str, Any]) -> Surrogate:
+    """Return a surrogate as a recorded run used it: without outliers where it set them aside.
+
+    Runs of version 0.1 kept them.
+
+    Args:
+        surrogate: Its settings.
+        created: What was recorded when the run was started.
+    """
+    aside = created.get("settings", {}).get("outliers") == "auto"
+    return screened(surrogate) if aside else surrogate
 
 
 def recorded_surrogate(created: Mapping[str, Any], *, trust: Trust = ()) -> Surrogate | None:

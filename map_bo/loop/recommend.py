@@ -18,6 +18,7 @@ from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import Screening, fit_screened
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
@@ -37,6 +38,7 @@ class Recommendation:
         scale: The scale of the metrics.
         surrogate: What is recorded about the fit, as plain data.
         seconds: Time for fitting, for solving, and for assessing how certain the front is.
+        kept: What the surrogate was fitted to: the observations without outliers.
         uncertainty: What the posterior says about the front as a whole, as plain data; see
             :class:`map_bo.loop.front_posterior.FrontUncertainty`.
     """
@@ -47,6 +49,7 @@ class Recommendation:
     scale: Scale
     surrogate: dict[str, Any]
     seconds: dict[str, float]
+    kept: Observations
     uncertainty: Mapping[str, Any] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
@@ -77,12 +80,13 @@ def recommend(
     Raises:
         SurrogateError: When nothing succeeded.
     """
-    scale = Scale.of(seen, space, settings.reference)
     start = time.perf_counter()
-    model = settings.surrogate.fit(seen, space)
+    screening = fit_screened(settings.run_surrogate, seen, space)
     fitted = time.perf_counter()
+    model, seen = screening.model, screening.kept
+    scale = Scale.of(seen, space, settings.reference)
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
-    coverage = Coverage.of(seen.succeeded().X, space) if settings.guard else None
+    coverage = Coverage.of(seen.with_any().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
     varied = varied_metrics(seen)
     searched = of_columns(guarded, varied)
@@ -114,8 +118,10 @@ def recommend(
         about["selection"] = model.describe_selection()
     if isinstance(model, LeavesOneOut):
         about["validation"] = validate(model).describe()
+    if screening.outliers:
+        about["outliers"] = [outlier.describe() for outlier in screening.outliers]
     seconds = {"fit": fitted - start, "solve": time.perf_counter() - fitted}
-    return Recommendation(front, model, rows, scale, about, seconds)
+    return Recommendation(front, model, rows, scale, about, seconds, seen)
 
 
 def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:
@@ -125,12 +131,14 @@ def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[T
     return lambda X: mean(X)[:, columns]
 
 
-def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> SurrogateModel | None:
-    """Return the surrogate fitted to the search and the verification together.
+def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> Screening | None:
+    """Return the fit of the surrogate to the search and the verification together.
 
     None when no verification succeeded.
 
     Raises:
         SurrogateError: When it cannot be fitted.
     """
-    return surrogate.fit(state.data, space) if bool(state.verification.ok.any()) else None
+    if not bool(state.verification.ok.any()):
+        return None
+    return fit_screened(surrogate, state.data, space)

@@ -415,7 +415,7 @@ class Result:
         mean = predicted_mean(model)
         width = self.scale.width
         # The search alone: the front was kept inside what it covers, and verification lies there.
-        coverage = Coverage.of(self.seen.succeeded().X, self.space) if self.guarded else None
+        coverage = Coverage.of(self.seen.with_any().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
 
         def missed(X: Tensor) -> Tensor:

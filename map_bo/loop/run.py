@@ -26,17 +26,18 @@ from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
 from map_bo.loop.stopping import notes_on, stop_record
-from map_bo.loop.summary import summarise, versions
+from map_bo.loop.summary import outliers_of, summarise, versions
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import Screening
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
-from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import encode_observations, encode_tensor
+from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
@@ -281,24 +282,28 @@ class Run:
         while True:
             attempt = self.state.attempts.get(index, 0)
             outcome = self._measure(self.state.X[index], "evaluate", index, attempt)
+            before = self.state.attempted.get(index)
+            outcome = outcome if before is None else before.completed_by(outcome)
             reason = outcome.failures[0]
             if reason is None or attempt >= self.settings.retries:
                 return outcome
             logger.warning("evaluation %d failed and is tried again: %s", index + 1, reason)
-            self._record("attempt", {"index": index, "reason": reason})
+            self._record("attempt", {"index": index, "reason": reason, **_kept(outcome)})
 
     def _verify(self, row: int) -> Observations:
         assert self.state.front is not None
         while True:
             attempt = self.state.verify_attempts.get(row, 0)
             outcome = self._measure(self.state.front.X[row], "verify", row, attempt)
+            before = self.state.verify_attempted.get(row)
+            outcome = outcome if before is None else before.completed_by(outcome)
             reason = outcome.failures[0]
             if reason is None or attempt >= self.settings.retries:
                 break
             logger.warning(
                 "front point %d could not be measured and is tried again: %s", row, reason
             )
-            self._record("attempt", {"verify": row, "reason": reason})
+            self._record("attempt", {"verify": row, "reason": reason, **_kept(outcome)})
         self._record("verified", {"row": row, "observation": encode_observations(outcome)})
         return outcome
 
@@ -325,11 +330,11 @@ class Run:
     def _recommend(self) -> Recommendation:
         seen, space = self.state.seen, self.problem.space
         found = recommend(seen, space, self.settings, generator=self.generator)
-        found = with_uncertainty(found, seen, space, self.settings, generator=self.generator)
+        found = with_uncertainty(found, found.kept, space, self.settings, generator=self.generator)
         self._record("front", found.describe())
         return found
 
-    def _correct(self) -> SurrogateModel | None:
+    def _correct(self) -> Screening | None:
         """Fit again with the verified points among the data, and record the new predictions.
 
         Returns:
@@ -337,16 +342,16 @@ class Run:
         """
         state = self.state
         try:
-            model = refit(state, self.problem.space, self.settings.surrogate)
+            again = refit(state, self.problem.space, self.settings.run_surrogate)
         except SurrogateError as error:
             self.notes.append(f"the predictions could not be corrected: {error.reason}")
             return None
         front = state.front
         done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
-        if model is not None and front is not None and not done:
-            values = predict(model, front.X).mean
+        if again is not None and front is not None and not done:
+            values = predict(again.model, front.X).mean
             self._record("corrected", {"corrected": encode_tensor(values)})
-        return model
+        return again
 
     def _finish(self, found: Recommendation | None) -> Result:
         again = self._correct()
@@ -356,14 +361,15 @@ class Run:
             state,
             self.problem.space,
             problem=self.problem,
-            model=self.settings.surrogate.fit(state.seen, self.problem.space)
+            model=self.settings.run_surrogate.fit(state.seen, self.problem.space)
             if found is None
             else found.model,
-            refitted=again,
+            refitted=None if again is None else again.model,
             run_dir=directory,
         )
         if state.summary is not None:
             return result
+        aside = outliers_of(state, None if again is None else again.outliers)
         unused = self.settings.search - len(state.outcomes)
         stop = stop_record(self.settings.stop, state.checks, unused)
         summary = summarise(
@@ -388,10 +394,19 @@ class Run:
                 *result.scale.notes(),
                 *notes_on_imported(state),
                 *notes_on(stop),
+                *(outlier.note() for outlier in aside),
             ],
+            outliers=aside,
         )
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
+
+
+def _kept(outcome: Observations) -> dict[str, Any]:
+    """Return what an attempt that failed has measured all the same, for its event."""
+    if not bool(outcome.partial.any()):
+        return {}
+    return {"observation": encode_observations(outcome)}
 
 
 def check_surrogates(settings: Settings, problem: Problem) -> None:
@@ -482,10 +497,8 @@ def optimize(
             return run(MemoryStore(), tracker)
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
-    store = (
-        JsonlStore.open(directory)
-        if (directory / "events.jsonl").exists()
-        else JsonlStore.create(directory)
-    )
-    with store.lock(), mirrors as tracker:
-        return run(store, tracker)
+    exists = (directory / "events.jsonl").exists()
+    with leaving_nothing(directory, fresh=not exists):
+        store = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
+        with store.lock(), mirrors as tracker:
+            return run(store, tracker)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
@@ -94,12 +94,17 @@ class Settings:
             moves the zero of the scale (:meth:`map_bo.scale.Scale.of`). ``None`` takes the worst
             value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
-        retries: How often a failed evaluation is tried again.
+        retries: How often a failed evaluation is tried again. What one attempt has measured is kept
+            where the next does not measure it again.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
-            than this share of all have failed for good.
+            than this share of all have failed for good. One of which some metrics were measured has
+            failed too: an evaluator that never works must stop the run, whatever the others do.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
+        outliers: ``"auto"`` sets values aside that no fit to the others explains
+            (:mod:`map_bo.surrogates.outliers`): they stay in the record and are listed in summary
+            and report. ``"keep"`` fits to everything.
     """
 
     budget: int
@@ -116,6 +121,7 @@ class Settings:
     timeout: float | None = None
     max_failure_share: float = 0.5
     stop: Stop | None = None
+    outliers: Literal["auto", "keep"] = "auto"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -134,6 +140,11 @@ class Settings:
                 )
             put(self, name, number)
         put(self, "seed", _seed(self.seed))
+        if self.outliers not in ("auto", "keep"):
+            raise ConfigError(
+                f"outliers must be 'auto' or 'keep', got {self.outliers!r}",
+                hint="'keep' fits the surrogate to every value, 'auto' sets outliers aside",
+            )
         for name in ("verify_extra", "guard"):
             put(self, name, switch(name, getattr(self, name)))
         if self.timeout is not None:
@@ -203,11 +214,25 @@ class Settings:
         return cls(**values)
 
     @property
+    def run_surrogate(self) -> Surrogate:
+        """The surrogate as the run uses it: without outliers, unless these are kept."""
+        return self._fitted(self.surrogate)
+
+    @property
     def run_sampler(self) -> Sampler:
         """The sampler as the run uses it: through the run's surrogate, unless it has its own."""
-        from map_bo.samplers.sampler import looking_through
+        from map_bo.samplers.sampler import SeesThroughSurrogate, looking_through
 
-        return looking_through(self.sampler, self.surrogate)
+        sampler = self.sampler
+        if isinstance(sampler, SeesThroughSurrogate) and sampler.surrogate is not None:
+            own = self._fitted(sampler.surrogate)
+            return sampler if own is sampler.surrogate else sampler.with_surrogate(own)
+        return looking_through(sampler, self.run_surrogate)
+
+    def _fitted(self, surrogate: Surrogate) -> Surrogate:
+        from map_bo.surrogates.outliers import screened
+
+        return surrogate if self.outliers == "keep" else screened(surrogate)
 
     @property
     def verifications(self) -> int:

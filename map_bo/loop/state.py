@@ -7,7 +7,7 @@ Events and their data:
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
-               evaluation failed and is tried again
+               evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
 ``reopened``   ``indices``: failed rows that are to be evaluated again
@@ -66,7 +66,10 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     before: dict[str, Any] = {}
     now: dict[str, Any] = {}
     for part, value in identity.items():
-        before |= flat(modernise(_with_resampling(recorded.get(part), value), value), part)
+        told = _with_resampling(recorded.get(part), value)
+        if part == "settings":
+            told = _with_defaults(told)
+        before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
         for key in list(values):
@@ -130,6 +133,18 @@ def problem_identity(problem: Problem) -> Any:
     return {"type": type(problem).__name__}
 
 
+def _with_defaults(recorded: Any) -> Any:
+    """Return recorded settings with the defaults of those that their version did not know."""
+    if not isinstance(recorded, Mapping):
+        return recorded
+    simple = {
+        each.name: identity_of(each.default)
+        for each in dataclasses.fields(Settings)
+        if each.default is not dataclasses.MISSING
+    }
+    return {**simple, **recorded}
+
+
 def _with_resampling(recorded: Any, now: Any) -> Any:
     """Return the description of a problem with what version 0.1 left out of its metrics.
 
@@ -157,6 +172,8 @@ class RunState:
         outcomes: Index of a proposed row -> its one-row observations.
         attempts: Index of a proposed row -> how often it has failed and will be tried again.
         verify_attempts: Row of the front -> how often its verification has failed.
+        attempted: Index of a proposed row -> what attempts that failed have measured of it.
+        verify_attempted: Row of the front -> the same of its verification.
         front: The predicted front, once it has been solved.
         front_data: What else was recorded with the front.
         verified: Row of the front -> its one-row observations.
@@ -179,6 +196,8 @@ class RunState:
     proposing: float = 0.0
     checks: tuple[Mapping[str, Any], ...] = ()
     imported: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    attempted: Mapping[int, Observations] = field(default_factory=dict)
+    verify_attempted: Mapping[int, Observations] = field(default_factory=dict)
 
     @property
     def seen(self) -> Observations:
@@ -222,10 +241,18 @@ def advance(state: RunState, event: Event) -> RunState:
             return new(state, X=torch.cat([state.X, rows]), proposing=seconds)
         case "attempt" if "verify" in data:
             tried = state.verify_attempts.get(data["verify"], 0) + 1
-            return new(state, verify_attempts={**state.verify_attempts, data["verify"]: tried})
+            return new(
+                state,
+                verify_attempts={**state.verify_attempts, data["verify"]: tried},
+                verify_attempted=_with_attempt(state.verify_attempted, data["verify"], data, state),
+            )
         case "attempt":
             tried = state.attempts.get(data["index"], 0) + 1
-            return new(state, attempts={**state.attempts, data["index"]: tried})
+            return new(
+                state,
+                attempts={**state.attempts, data["index"]: tried},
+                attempted=_with_attempt(state.attempted, data["index"], data, state),
+            )
         case "observed":
             outcome = decode_observations(data["observation"], state.metrics)
             return new(state, outcomes={**state.outcomes, data["index"]: outcome})
@@ -260,6 +287,14 @@ def advance(state: RunState, event: Event) -> RunState:
         case "finished":
             return new(state, summary=data["summary"])
     return state
+
+
+def _with_attempt(
+    before: Mapping[int, Observations], row: int, data: Mapping[str, Any], state: RunState
+) -> Mapping[int, Observations]:
+    if "observation" not in data:
+        return before
+    return {**before, row: decode_observations(data["observation"], state.metrics)}
 
 
 def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:

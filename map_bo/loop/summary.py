@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ from torch import Tensor
 
 from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
+from map_bo.loop.state import RunState
 from map_bo.pareto.indicators import hypervolume
 from map_bo.samplers.sampler import SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import Outlier, without
 
-__all__ = ["commit", "comparison", "summarise", "versions"]
+__all__ = ["commit", "comparison", "outliers_of", "summarise", "versions"]
 
 
 def versions() -> dict[str, str]:
@@ -92,6 +94,20 @@ def comparison(
     }
 
 
+def outliers_of(state: RunState, again: Sequence[Outlier] | None) -> tuple[Outlier, ...]:
+    """Return the values that were set aside, by the last judgement.
+
+    Args:
+        state: The run, whose front was solved.
+        again: Those of the fit to search and verification together, if there was one; the rows of
+            the verification come after those of the search.
+    """
+    if again is not None:
+        return tuple(again)
+    recorded = state.front_data.get("surrogate", {}).get("outliers", ())
+    return tuple(Outlier.read(one) for one in recorded)
+
+
 def _of_its_own(settings: Settings) -> str | None:
     """Return the surrogate that the sampler looks through in place of the run's, if it does."""
     sampler = settings.sampler
@@ -115,8 +131,14 @@ def summarise(
     surrogate: Mapping[str, Any],
     seconds: Mapping[str, float],
     notes: list[str],
+    outliers: Sequence[Outlier] = (),
 ) -> dict[str, Any]:
-    """Return the summary as plain data, as it is written to ``summary.json``."""
+    """Return the summary as plain data, as it is written to ``summary.json``.
+
+    Hypervolumes of what was measured leave out the values that were set aside (``outliers``).
+    """
+    own = [outlier for outlier in outliers if outlier.row < len(seen)]
+    kept = without(seen, own) if own else seen
     names = [metric.name for metric in front.metrics]
     return {
         "evaluations": len(seen) + len(verification),
@@ -126,9 +148,11 @@ def summarise(
             "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
+        "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
+        "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),
-        "hypervolume": comparison(front, seen, space, scale),
+        "hypervolume": comparison(front, kept, space, scale),
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
         "reference_rule": scale.rule,

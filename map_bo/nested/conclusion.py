@@ -16,7 +16,7 @@ from map_bo.loop.front_posterior import assess
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
-from map_bo.loop.summary import summarise
+from map_bo.loop.summary import outliers_of, summarise
 from map_bo.nested.nodes import Node, NodeProblem
 from map_bo.nested.promotion import choose_merge
 from map_bo.nested.record import NODE
@@ -77,7 +77,7 @@ def select(final: Final, weights: Mapping[str, float], settings: Settings) -> Se
     if node.means is not None or model is None:
         ok = result.seen.succeeded().X
         known = node.ledger.rows(node.full(ok), node.names)
-        model = settings.surrogate.fit(dataclasses.replace(known, X=ok), node.space)
+        model = settings.run_surrogate.fit(dataclasses.replace(known, X=ok), node.space)
     return Selection(node.full(u)[0], predict(model, u))
 
 
@@ -172,7 +172,9 @@ def _outcomes(seen: Observations, node: Node) -> Observations:
             known = ledger.rows(at, [metric.name for metric in ledger.metrics])
             rows.append(dataclasses.replace(known, cost=seen.cost[i : i + 1]))
         else:
-            rows.append(Observations.failed(at, ledger.metrics, reason))
+            names = [metric.name for metric in ledger.metrics]
+            failed = ledger.partial(at[0], names, reason)
+            rows.append(dataclasses.replace(failed, cost=seen.cost[i : i + 1]))
     return Observations.joined(rows, X.shape[-1], ledger.metrics)
 
 
@@ -282,6 +284,8 @@ def _summary(
     notes: list[str],
 ) -> dict[str, Any]:
     assert outcome.tree is not None
+    names = [metric.name for metric in outcome.metrics]  # a node may have judged means of them
+    aside = [one for one in outliers_of(state, None) if one.metric in names]
     summary = summarise(
         front=outcome.front,
         seen=outcome.seen,
@@ -295,6 +299,7 @@ def _summary(
         surrogate=state.front_data["surrogate"],
         seconds=seconds,
         notes=notes,
+        outliers=aside,
     )
     return {
         **summary,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,7 +80,7 @@ class Ledger:
         return [name for name in names if name not in known or known[name].number >= last]
 
     def add(self, outcome: Observations) -> None:
-        """Record one row of the full space; a failed one costs its data sets and adds no value."""
+        """Record one row of the full space; what failed costs its data sets and adds no value."""
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
         self._append(Event(MEASURED, data))
@@ -92,9 +92,10 @@ class Ledger:
         self._points.setdefault(key, x)
         self.spent += len(outcome.metrics)
         number, self.measured = self.measured, self.measured + 1
-        if outcome.failures[0] is not None:
-            return
+        measured = outcome.measured[0].tolist()
         for j, metric in enumerate(outcome.metrics):
+            if not measured[j]:
+                continue
             known[metric.name] = _Entry(
                 float(outcome.Y[0, j]),
                 float(outcome.Yvar[0, j]),
@@ -112,6 +113,21 @@ class Ledger:
 
         metrics = tuple(self._by_name[name] for name in names)
         return Observations(X, table("value"), metrics, table("variance"), table("count"))
+
+    def partial(self, x: Tensor, names: Sequence[str], reason: str) -> Observations:
+        """Return the failed row at ``x`` (``d``) with what is known of ``names`` there."""
+        known = [name for name in names if not self.missing(x, [name])]
+        metrics = tuple(self._by_name[name] for name in names)
+        row = Observations.failed(x.unsqueeze(0), metrics, reason)
+        if not known or len(known) == len(names):
+            return row
+        there = torch.tensor([[name in known for name in names]])
+        found = self.rows(x.unsqueeze(0), known)
+
+        def spread(values: Tensor) -> Tensor:
+            return torch.full_like(row.Y, torch.nan).masked_scatter(there, values)
+
+        return replace(row, Y=spread(found.Y), Yvar=spread(found.Yvar), counts=spread(found.counts))
 
     def whole(self, names: Sequence[str], columns: Tensor, *, before: int | None = None) -> Tensor:
         """Return the points (``n x d``) at which all ``names`` are known.

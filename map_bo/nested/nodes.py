@@ -138,8 +138,10 @@ class ChildMean:
 
     def of_rows(self, seen: Observations) -> Observations:
         """Turn observations of the tasks into observations of the children."""
-        ok = seen.ok.unsqueeze(-1)
+        lacking = (~seen.measured).double() @ (self.weights.T > 0).double()
+        ok = lacking == 0  # all tasks of a child were measured
         Y = torch.where(ok, seen.Y.nan_to_num() @ self.weights.T, torch.nan)
+        Y = torch.where(seen.ok.unsqueeze(-1) | ~ok.all(-1, keepdim=True), Y, torch.nan)
         # Where one variance is unknown, so is that of the mean; weights of 0 do not count.
         W = self.weights
         terms = torch.where(W > 0, W.square() * seen.Yvar.unsqueeze(-2), torch.zeros(()).double())
@@ -216,7 +218,8 @@ class NodeProblem:
             reason = seen.failures[0]
             self._ledger.add(replace(seen, X=x.unsqueeze(0)))
             if reason is not None:
-                return Observations.failed(u.unsqueeze(0), self.tasks, reason)
+                failed = self._ledger.partial(x, self.names, reason)
+                return replace(failed, X=u.unsqueeze(0), cost=seen.cost)
             cost = seen.cost
         known = self._ledger.rows(x.unsqueeze(0), self.names)
         return replace(known, X=u.unsqueeze(0), cost=cost)

@@ -14,6 +14,7 @@ from map_bo.nested.result import NestedResult
 from map_bo.nested.run import NestedRun
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
+from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker, Tracking
@@ -80,6 +81,7 @@ def optimize_nested(
     directory = Path(run_dir)
     mirrors = trackers(tracking, directory)
     exists = (directory / "events.jsonl").exists()
-    kept = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
-    with kept.lock(), mirrors as tracker:
-        return nested_run(problem, chosen, how, kept, config=config, tracker=tracker).drive(bar)
+    with leaving_nothing(directory, fresh=not exists):
+        kept = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
+        with kept.lock(), mirrors as tracker:
+            return nested_run(problem, chosen, how, kept, config=config, tracker=tracker).drive(bar)

@@ -32,6 +32,7 @@ from map_bo.rng import child
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
 
 __all__ = [
@@ -322,7 +323,8 @@ def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) ->
         space: The full space.
         settings: With the surrogate.
     """
-    mean = predicted_mean(settings.surrogate.fit(seen, space))
+    screening = fit_screened(settings.run_surrogate, seen, space)
+    mean, seen = predicted_mean(screening.model), screening.kept
     half = torch.stack([_part(space, name) / 2 for name in space.experts])
     base = _base(space).unsqueeze(0)
     n = len(half)

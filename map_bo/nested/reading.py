@@ -11,7 +11,7 @@ import torch
 
 from map_bo.errors import StoreError
 from map_bo.foreign import understood
-from map_bo.loop.reading import load_state, recorded_surrogate
+from map_bo.loop.reading import as_in_run, load_state, recorded_surrogate
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import replay
@@ -111,10 +111,12 @@ def _load(
         names = [metric.name for metric in metrics]
         known = ledger.about(names, columns, before=_measured_before(events, key))
         surrogate = Informed(surrogate, subspace(space, columns), directions[:, columns], known)
+    surrogate = as_in_run(surrogate, about)
+    again = fit_again(node_state, node_space, surrogate) if flat.is_corrected else None
     root = dataclasses.replace(
         Result.of(node_state, node_space, problem=None),
         model=surrogate.fit(node_state.seen, node_space),
-        refitted=fit_again(node_state, node_space, surrogate) if flat.is_corrected else None,
+        refitted=None if again is None else again.model,
     )
     return dataclasses.replace(result, root=root, directions=directions)
 

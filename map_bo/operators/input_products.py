@@ -6,6 +6,7 @@ statistic ``G = X^T X`` of each linear layer, whose input on the data are the ro
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterable
@@ -15,13 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from map_bo.errors import MergeError
+from map_bo.errors import MergeError, listed
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.batches import call, digest_of, each_batch, evaluating
 from map_bo.operators.statistics import Statistics, finish_statistics
 
 __all__ = ["grams", "is_transposed", "linear_layers"]
+
+logger = logging.getLogger(__name__)
 
 
 def grams(
@@ -79,10 +82,25 @@ def grams(
             products.mask = batch.get("attention_mask") if isinstance(batch, dict) else None
             (forward or call)(model, batch)
             examples += n
+    inside = _inside_attention(model)
     if examples and not products.sums:
+        if set(layers) <= inside:
+            raise MergeError(
+                "torch's MultiheadAttention uses the weights of its layers itself, so the inputs "
+                f"of {listed(sorted(layers))} are not seen",
+                hint="RegMean has nothing to merge by in this model; use another operator, or an "
+                "attention of linear layers that are called",
+            )
         raise MergeError(
             "no batch went through a linear layer",
             hint="pass forward, a function (model, batch) that runs the model",
+        )
+    unseen = sorted(inside & layers.keys() - products.sums.keys())
+    if unseen:
+        logger.warning(
+            "torch's MultiheadAttention uses the weights of its layers itself, so the inputs of %s "
+            "are not seen: RegMean averages them",
+            listed(unseen),
         )
     return finish_statistics(
         "grams",
@@ -110,6 +128,15 @@ def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
         f"{name}.weight" if name else "weight": module
         for name, module in model.named_modules()
         if _is_linear(module) and uses[id(module.weight)] == 1
+    }
+
+
+def _inside_attention(model: nn.Module) -> set[str]:
+    """Return the weights of linear layers that torch's own attention holds and never calls."""
+    return {
+        f"{name}.out_proj.weight" if name else "out_proj.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.MultiheadAttention)
     }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from map_bo.errors import CheckpointError, MergeError, first_line
 from map_bo.merging.adapters.adapter import open_expert
-from map_bo.merging.align.vocabulary import fit_vocabulary
+from map_bo.merging.align.conform import align_experts
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.checkpoints.hub import hub_model
 from map_bo.merging.export.draft import refuse_existing
@@ -117,6 +117,7 @@ def merge_again(
         coefficients = {str(k): float(v) for k, v in content["coefficients"].items()}
         ties = {str(alias): str(kept) for alias, kept in merged.get("ties", {}).items()}
         base = open_checkpoint(_source(content["base"]))
+        task = dict(content["base"].get("fitting", {})).get("task")
         experts = {
             str(name): _expert(str(name), part, base) for name, part in content["experts"].items()
         }
@@ -145,6 +146,7 @@ def merge_again(
         max_memory=max_memory,
         shard_size=shard_size,
         ties=ties,
+        task=task,
         check_base=False,  # it was checked, or waived, when the recipe was made
         record=content.get("record"),
         progress=progress,
@@ -188,11 +190,19 @@ def _expert(name: str, part: Mapping[str, Any], base: Checkpoint) -> Checkpoint:
     if "fitting" not in part:
         return expert
     told = part["fitting"]
-    expert = fit_vocabulary(expert, base, told["vocabulary"], label=name)
+    aligned = align_experts(
+        {name: expert},
+        base,
+        vocabulary=told.get("vocabulary"),
+        missing="base" if "missing" in told else "refuse",
+        heads=told.get("modules", ()),
+    )
+    expert = aligned[name]
     if plain(expert.vocabulary_changes) != told:
         raise MergeError(
-            f"expert {name!r} is fitted to the base's vocabulary in another way than when the "
-            "recipe was written",
-            hint="fetch the tokenizers of that time; the recipe says how many rows were kept",
+            f"expert {name!r} is fitted to the base in another way than when the recipe was "
+            "written",
+            hint="fetch the tokenizers of that time, and the weights; the recipe says what was "
+            "kept",
         )
     return expert

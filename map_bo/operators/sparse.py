@@ -247,7 +247,8 @@ class Breadcrumbs(SparseOperator):
 
     Davari and Belilovsky, *Model Breadcrumbs*, arXiv 2312.06795, section 3: in each layer the
     numbers between the ``beta``-th and the ``gamma``-th percentile of magnitude stay. The paper
-    takes 85 % and 99.3 %, so that 14.3 % stay and the largest 0.7 % go.
+    takes 85 % and 99.3 %, so that 14.3 % stay and the largest 0.7 % go. Of ``n`` numbers the
+    largest ``floor(gamma n)`` go and the next ``floor(density n)`` stay, as in mergekit.
 
     Attributes:
         density: Share of the numbers that stay.
@@ -276,7 +277,8 @@ class Breadcrumbs(SparseOperator):
         if {"density", "gamma"} & set(self.search):
             found = sketches(deltas, self.trim)
 
-            def low(share: float) -> Thresholds:
+            def low(density: float, gone: float) -> Thresholds:
+                share = density + gone if density > 0 else 0.0
                 return tuple(tuple(s.threshold(share) for s in row) for row in found)
 
             def high(share: float) -> Thresholds:
@@ -286,7 +288,7 @@ class Breadcrumbs(SparseOperator):
         return Band.of(
             self.density,
             self.gamma,
-            lambda share: thresholds(deltas, share, self.trim),
+            lambda density, gone: thresholds(deltas, density, self.trim, above=gone),
             lambda share: ceilings(deltas, share, self.trim),
             False,
         )

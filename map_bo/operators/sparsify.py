@@ -40,6 +40,9 @@ _RANKED = 1 << 18  # numbers that are ranked at once
 Limits = Callable[[float], Thresholds]
 """Share of the largest numbers -> the magnitudes from which they are kept."""
 
+BandLimits = Callable[[float, float], Thresholds]
+"""Share to keep, share of the largest that go -> the magnitudes from which numbers are kept."""
+
 
 def keep_largest(
     rows: Tensor, thresholds: Sequence[float], *, empty: Empty = torch.empty
@@ -278,7 +281,7 @@ class Band:
         gamma: Share of the largest that go.
         low: The smallest magnitudes that stay.
         high: The largest magnitudes that stay.
-        find: Thresholds for a share, where one is searched.
+        find: Thresholds for a share to keep and one above it that goes, where one is searched.
         top: Ceilings for a share, where one is searched.
     """
 
@@ -286,14 +289,16 @@ class Band:
     gamma: float
     low: Thresholds
     high: Thresholds
-    find: Limits | None
+    find: BandLimits | None
     top: Limits | None
 
     @classmethod
-    def of(cls, density: float, gamma: float, find: Limits, top: Limits, searched: bool) -> Band:
+    def of(
+        cls, density: float, gamma: float, find: BandLimits, top: Limits, searched: bool
+    ) -> Band:
         """Find both thresholds."""
         gone = min(gamma, 1 - density)
-        low = find(density + gone if density > 0 else 0.0)
+        low = find(density, gone)
         again = (find, top) if searched else (None, None)
         return cls(density, gamma, low, top(gone), *again)
 

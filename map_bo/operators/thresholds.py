@@ -162,7 +162,7 @@ def _edge(bins: Tensor) -> Tensor:
     return bits.view(torch.float32).double()
 
 
-def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
+def thresholds(deltas: Deltas, density: float, trim: str, *, above: float = 0.0) -> Thresholds:
     """Return the magnitudes that keep the largest ``density`` of the numbers, exactly.
 
     Numbers that are equal to a threshold are all kept, so that where many are equal (differences
@@ -173,12 +173,18 @@ def thresholds(deltas: Deltas, density: float, trim: str) -> Thresholds:
         density: Share to keep, in ``[0, 1]``, of at least one number unless it is 0.
         trim: ``"global"`` ranks all numbers of a task vector together, ``"tensor"`` those of each
             tensor apart.
+        above: Share of the largest numbers that are not counted, since they go (`ceilings`): of
+            ``n`` numbers the ``floor(density n)`` after the first ``floor(above n)`` are kept.
     """
     if density >= 1:
         return _everywhere(deltas, 0.0)
     if density <= 0:
         return _everywhere(deltas, math.inf)
-    return _rank(deltas, lambda total: kept_count(density, total), trim)
+
+    def rank(total: int) -> int:
+        return min(total, kept_count(density, total) + kept_count(above, total, least=0))
+
+    return _rank(deltas, rank, trim)
 
 
 def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:

@@ -49,7 +49,8 @@ class Problem(Protocol):
         """Measure every metric at every row of ``X`` (``n x d``).
 
         A row whose measurement fails (an evaluator raises, or returns NaN) comes back as a failed
-        row with its reason; the other rows keep what was measured.
+        row with its reason. What was measured of it beside that stays in ``Y``, where the others
+        are NaN; the other rows keep what was measured.
 
         Args:
             X: ``n x d`` coefficients in the space.

@@ -20,7 +20,13 @@ from map_bo.data import Observations
 from map_bo.errors import MapBoError, SurrogateError
 from map_bo.rng import child
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.links import LogitLink, as_fitted, links_for, observed_on_link
+from map_bo.surrogates.links import (
+    LogitLink,
+    as_fitted,
+    check_enough,
+    links_for,
+    observed_on_link,
+)
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.processes.sparse import Sparse
@@ -323,14 +329,18 @@ def leaving_out(models: Sequence[SurrogateModel]) -> list[LeavesOneOut]:
 
 
 def _scores(model: SurrogateModel, seen: Observations, targets: Tensor) -> Tensor:
-    """Return leave-one-out log densities, ``n x m``: of the counts where all rows are counted."""
+    """Return leave-one-out log densities, ``n x m``: of the counts where all rows are counted.
+
+    NaN where a metric was not measured.
+    """
+    measured = seen.measured
     densities = log_densities(model, targets)
     counted = [
         j
         for j, (metric, link) in enumerate(zip(seen.metrics, model.links, strict=True))
         if isinstance(link, LogitLink)
         and metric.kind == "proportion"
-        and bool(torch.isfinite(seen.counts[:, j]).all())
+        and bool(torch.isfinite(seen.counts[measured[:, j], j]).all())
     ]
     if counted:
         ends = [(seen.metrics[j].lower, seen.metrics[j].upper) for j in counted]
@@ -378,6 +388,7 @@ class Auto:
     link: Literal["auto", "identity"] = "auto"
     per_coefficient: float | None = None
     leaves_one_out: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -414,17 +425,13 @@ class Auto:
         return max(_FEWEST, math.ceil(each * d))
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> AutoModel:
-        """Fit all candidates to the evaluations that succeeded, and choose.
+        """Fit all candidates to the evaluations that have each metric, and choose.
 
         Raises:
-            SurrogateError: When fewer than two succeeded, or no candidate could be fitted.
+            SurrogateError: When fewer than two have one, or no candidate could be fitted.
         """
+        check_enough(seen, "a surrogate")
         good = as_fitted(seen)
-        if len(good) < 2:
-            raise SurrogateError(
-                f"{len(good)} of {len(seen)} evaluations succeeded; a surrogate needs at least 2",
-                hint="evaluate more points, or look at the reasons of those that failed",
-            )
         links = links_for(seen.metrics, kind=self.link)
         targets, _ = observed_on_link(good, links)
         fitted: dict[str, tuple[SurrogateModel, Tensor]] = {}
@@ -435,7 +442,7 @@ class Auto:
                 if model.links != links:
                     raise SurrogateError("its links differ, so its densities do not compare")
                 densities = _scores(model, good, targets)
-                if not bool(torch.isfinite(densities).all()):
+                if not bool(torch.isfinite(densities[good.measured]).all()):
                     raise SurrogateError("its leave-one-out densities are not finite")
             except _FAILURES as error:
                 reason = error.message if isinstance(error, MapBoError) else str(error)
@@ -472,6 +479,8 @@ class Auto:
         safest: str = "",
     ) -> Selection:
         densities = {name: values[:, j] for name, (_, values) in fitted.items()}
+        if any(bool(values.isnan().any()) for values in densities.values()):
+            densities = {name: values[~values.isnan()] for name, values in densities.items()}
         scores = {name: float(values.mean()) for name, values in densities.items()}
         n = len(next(iter(densities.values())))
         best = max(scores, key=lambda name: scores[name])

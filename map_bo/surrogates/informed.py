@@ -29,6 +29,7 @@ from map_bo.surrogates.surrogate import (
     SampledFunctions,
     Surrogate,
     SurrogateModel,
+    fits_partial_rows,
     has_uncertainty,
 )
 from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
@@ -122,15 +123,20 @@ class InformedLeavingOut(InformedModel):
         whole: The model of the larger space, of the same metrics.
         directions: ``k x d``: what a unit of each of the ``k`` coefficients is in it.
         selection: Which model each metric has, and why.
-        own: How many of the last rows that each part was fitted to are the run's own, and so are
-            left out one by one in validation.
+        rows: Which of the run's own rows the part of each metric was fitted to, ``n x m``
+            booleans; these are its last, and are left out one by one in validation.
     """
 
     def __init__(
-        self, whole: SideBySide, directions: Tensor, selection: Sequence[Selection], own: int
+        self, whole: SideBySide, directions: Tensor, selection: Sequence[Selection], rows: Tensor
     ) -> None:
         super().__init__(whole, directions, selection)
-        self.own = own
+        self.rows = rows
+
+    @property
+    def own(self) -> int:
+        """How many rows are the run's own."""
+        return len(self.rows)
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and latent variance of the run's own rows, each without itself."""
@@ -141,14 +147,36 @@ class InformedLeavingOut(InformedModel):
         return self._own([part.training_targets() for part in leaving_out(self.whole.models)])
 
     def _own(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-        last = [[part[len(part) - self.own :] for part in pair] for pair in pairs]
-        first, second = (self.whole.arranged([pair[i] for pair in last]) for i in (0, 1))
+        rows = [self.rows[:, held[0]] for held in self.whole.columns]
+        first, second = (
+            self.whole.arranged(
+                [_last(pair[i], there) for pair, there in zip(pairs, rows, strict=True)]
+            )
+            for i in (0, 1)
+        )
         return first, second
 
     def _with(
         self, whole: SideBySide, selection: Sequence[Selection], more: int
     ) -> InformedLeavingOut:
-        return InformedLeavingOut(whole, self.directions, selection, self.own + more)
+        rows = torch.cat([self.rows, torch.ones(more, self.rows.shape[1], dtype=torch.bool)])
+        return InformedLeavingOut(whole, self.directions, selection, rows)
+
+    def for_metrics(self, columns: Sequence[int]) -> InformedLeavingOut:
+        """Return the model of some metrics alone."""
+        whole = self.whole.for_metrics(columns)
+        selection = [self.selection[j] for j in columns]
+        return InformedLeavingOut(whole, self.directions, selection, self.rows[:, list(columns)])
+
+
+def _last(values: Tensor, rows: Tensor) -> Tensor:
+    """Return the last of ``values`` at the rows that have them (``n`` booleans), else NaN."""
+    last = values[len(values) - int(rows.sum()) :]
+    if bool(rows.all()):
+        return last
+    spread = values.new_full((len(rows), values.shape[-1]), torch.nan)
+    spread[rows] = last
+    return spread
 
 
 class _Covariances(PointCovariances):
@@ -207,6 +235,11 @@ class Informed:
         return promises_leave_one_out(self.surrogate)
 
     @property
+    def takes_partial_rows(self) -> bool:
+        """Whether each metric is fitted to all rows that have it: when the surrogate does so."""
+        return fits_partial_rows(self.surrogate)
+
+    @property
     def certain(self) -> bool:
         """Whether the models have no uncertainty: when those of the surrogate have none."""
         return not has_uncertainty(self.surrogate)
@@ -222,7 +255,7 @@ class Informed:
                 f"directions of shape {tuple(self.directions.shape)} do not take {space.d} "
                 f"coefficients to {self.space.d}"
             )
-        own = seen.succeeded()
+        own = seen.with_any() if self.takes_partial_rows else seen.succeeded()
         at = own.X @ self.directions
         further = {
             metric.name: _elsewhere(self.known[metric.name].succeeded(), at, self.space)
@@ -244,7 +277,10 @@ class Informed:
         selection = _selections(parts, list(groups.values()), seen)
         whole = SideBySide(parts, list(groups.values()))
         if all(isinstance(part, LeavesOneOut) for part in parts):
-            return InformedLeavingOut(whole, self.directions, selection, len(own))
+            there = torch.empty_like(own.measured)
+            for columns in groups.values():
+                there[:, columns] = own.measured[:, columns].any(-1, keepdim=True)
+            return InformedLeavingOut(whole, self.directions, selection, there)
         return InformedModel(whole, self.directions, selection)
 
 
@@ -254,13 +290,16 @@ def _elsewhere(known: Observations, at: Tensor, space: CoefficientSpace) -> Obse
 
 
 def _columns(seen: Observations, columns: list[int], X: Tensor) -> Observations:
+    measured = seen.measured[:, columns]
+    reasons = zip(seen.failures, measured.all(-1).tolist(), strict=True)
     return Observations(
         X=X,
-        Y=seen.Y[:, columns],
+        Y=torch.where(measured, seen.Y[:, columns], torch.nan),
         metrics=tuple(seen.metrics[j] for j in columns),
         Yvar=seen.Yvar[:, columns],
         counts=seen.counts[:, columns],
         cost=seen.cost,
+        failures=tuple(None if whole else reason for reason, whole in reasons),
     )
 
 

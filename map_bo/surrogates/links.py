@@ -49,6 +49,7 @@ __all__ = [
     "LogitLink",
     "SoftplusLink",
     "as_fitted",
+    "check_enough",
     "from_link",
     "links_for",
     "observed_on_link",
@@ -272,7 +273,7 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
     nothing about it is exact on a scale where it is infinite.
 
     Args:
-        seen: Observations; pass ``seen.succeeded()``, else failed rows come out as NaN.
+        seen: Observations; what was not measured comes out as NaN.
         links: One link a metric.
 
     Returns:
@@ -311,15 +312,45 @@ DIFFERS = 0.3
 
 
 def as_fitted(seen: Observations) -> Observations:
-    """Return the rows that did not fail, with the noise that a surrogate has to average out.
+    """Return the rows that a surrogate is fitted to, with the noise that it has to average out.
+
+    They are the rows that have any of their metrics; what a partial row lacks is NaN.
 
     For a metric whose every evaluation is on the same examples, variances are :data:`DIFFERS`
     times those recorded, and counts ``1 / DIFFERS`` times: so many independent examples would
     leave as much noise. Everything else stays as it is.
     """
-    good = seen.succeeded()
+    good = seen.with_any()
     share = torch.tensor(
         [DIFFERS if metric.resampling == "same" else 1.0 for metric in good.metrics],
         dtype=torch.float64,
     )
     return dataclasses.replace(good, Yvar=good.Yvar * share, counts=good.counts / share)
+
+
+def check_enough(seen: Observations, what: str, *, needed: int = 2) -> None:
+    """Refuse evaluations of which too few have a metric.
+
+    Args:
+        seen: All evaluations.
+        what: What is to be fitted, with its article.
+        needed: How many of each metric it takes.
+
+    Raises:
+        SurrogateError: With the first metric that was measured too seldom.
+    """
+    found = seen.measured.sum(0).tolist()
+    least = min(found)
+    if least >= needed:
+        return
+    hint = "evaluate more points, or look at the reasons of those that failed"
+    if int(seen.ok.sum()) == max(found):
+        raise SurrogateError(
+            f"{least} of {len(seen)} evaluations succeeded; {what} needs at least {needed}",
+            hint=hint,
+        )
+    raise SurrogateError(
+        f"{least} of {len(seen)} evaluations have the metric "
+        f"{seen.metrics[found.index(least)].name!r}; {what} needs at least {needed}",
+        hint=hint,
+    )

@@ -158,7 +158,7 @@ def observation_variance(model: SurrogateModel) -> Tensor:
     """
     if not isinstance(model, LeavesOneOut):
         return torch.zeros(len(model.metrics), dtype=torch.float64)
-    return model.training_targets()[1].median(0).values
+    return model.training_targets()[1].nanmedian(0).values
 
 
 def _transformed_std(

@@ -118,6 +118,7 @@ class PublishedQuadratic:
     """Settings of the published fit: there are none."""
 
     certain: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> PublishedModel:
         """Fit to the evaluations that succeeded; their noise plays no part.
@@ -125,9 +126,8 @@ class PublishedQuadratic:
         Raises:
             SurrogateError: When none succeeded.
         """
-        total = len(seen)
-        seen = seen.succeeded()
-        if len(seen) == 0:
+        total, measured = len(seen), seen.measured
+        if not bool(measured.any(0).all()):
             raise SurrogateError(
                 f"0 of {total} evaluations succeeded; there is nothing to fit",
                 hint="look at the reasons of those that failed",
@@ -135,7 +135,10 @@ class PublishedQuadratic:
         links = tuple(map(_published_link, seen.metrics))
         Phi = quadratic_features(seen.X).numpy()
         weights = np.stack(
-            [_least_squares(Phi, seen.Y[:, j].numpy(), link) for j, link in enumerate(links)]
+            [
+                _least_squares(Phi[rows.numpy()], seen.Y[rows, j].numpy(), link)
+                for j, (link, rows) in enumerate(zip(links, measured.T, strict=True))
+            ]
         )
         return PublishedModel(seen.metrics, links, torch.from_numpy(weights))
 

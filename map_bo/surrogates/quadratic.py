@@ -49,7 +49,14 @@ from map_bo.surrogates.gradients import (
     gradient_rows,
     gradient_scale,
 )
-from map_bo.surrogates.links import Link, LogitLink, as_fitted, links_for, observed_on_link
+from map_bo.surrogates.links import (
+    Link,
+    LogitLink,
+    as_fitted,
+    check_enough,
+    links_for,
+    observed_on_link,
+)
 from map_bo.surrogates.quadratic_model import QuadraticModel
 
 __all__ = ["Quadratic", "QuadraticModel", "binomial_working_responses"]
@@ -168,6 +175,7 @@ class Quadratic:
     misfit: bool = True
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -178,19 +186,24 @@ class Quadratic:
             )
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> QuadraticModel:
-        """Fit to the evaluations that succeeded (two or more).
+        """Fit each metric to the evaluations that have it (two or more).
 
         Raises:
-            SurrogateError: When fewer than two succeeded.
+            SurrogateError: When fewer than two have it.
         """
-        total = len(seen)
-        seen = as_fitted(seen)
-        if len(seen) < 2:
-            raise SurrogateError(
-                f"{len(seen)} of {total} evaluations succeeded; a quadratic needs at least 2",
-                hint="evaluate more points, or look at the reasons of those that failed",
-            )
-        space = space.stretched(self.importance)
+        check_enough(seen, "a quadratic")
+        good, space = as_fitted(seen), space.stretched(self.importance)
+        patterns = good.patterns()
+        if len(patterns) == 1:
+            return self._fit(good, space)
+        parts = [
+            self._fit(good.columns(columns, rows), space).at_rows(rows)
+            for columns, rows in patterns
+        ]
+        return QuadraticModel.side_by_side(parts, [columns for columns, _ in patterns])
+
+    def _fit(self, seen: Observations, space: CoefficientSpace) -> QuadraticModel:
+        """Fit to evaluations that all have all of their metrics."""
         links = links_for(seen.metrics, kind=self.link)
         Z, variance = (value.mT for value in observed_on_link(seen, links))
         shift, scale = Z.mean(-1), Z.std(-1)

@@ -88,6 +88,9 @@ def transformed(posterior: Posterior, X: Tensor, transform: PosteriorTransform |
     return posterior if transform is None else cast(Posterior, transform(posterior, X=X))
 
 
+_OF_ROWS = ("_targets", "_target_variance", "_loo_mean", "_loo_variance")
+
+
 class QuadraticModel(SurrogateModel, FantasizeMixin):
     """Posterior over ``m`` quadratics, exact and Gaussian on the link scale.
 
@@ -199,6 +202,42 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
             tensors,
         )
 
+    def at_rows(self, rows: Tensor) -> QuadraticModel:
+        """Return the model as fitted to some rows of more: there is NaN at the others.
+
+        Args:
+            rows: ``n`` booleans: which rows it was fitted to.
+        """
+        tensors = {name: getattr(self, name) for name in self._fields}
+        for name in _OF_ROWS:
+            spread = tensors[name].new_full((len(tensors[name]), len(rows)), torch.nan)
+            spread[:, rows] = tensors[name]
+            tensors[name] = spread
+        return QuadraticModel(self.metrics, self.links, self.space, tensors)
+
+    @classmethod
+    def side_by_side(
+        cls, parts: Sequence[QuadraticModel], columns: Sequence[Sequence[int]]
+    ) -> QuadraticModel:
+        """Return models of some metrics each, fitted in the same space, as one of all of them.
+
+        Args:
+            parts: The models, not conditioned on batches.
+            columns: For each model the positions of its metrics; together all of them.
+        """
+        order = torch.tensor([j for held in columns for j in held]).argsort()
+        metrics = [metric for part in parts for metric in part.metrics]
+        links = [link for part in parts for link in part.links]
+        return cls(
+            tuple(metrics[i] for i in order.tolist()),
+            tuple(links[i] for i in order.tolist()),
+            parts[0].space,
+            {
+                name: torch.cat([getattr(part, name) for part in parts])[order]
+                for name in parts[0]._fields
+            },
+        )
+
     def condition_on_observations(
         self, X: Tensor, Y: Tensor, noise: Tensor | None = None, **kwargs: Any
     ) -> QuadraticModel:
@@ -249,16 +288,17 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return the targets and their total variance in the fit, both ``n x m``, link scale.
 
-        The variance is noise plus misfit. For binomial metrics both are those of the working
-        responses.
+        There is NaN where a metric was not measured. The variance is noise plus misfit. For
+        binomial metrics both are those of the working responses.
         """
         return self._targets.mT, self._target_variance.mT
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of the quadratics at each row, fitted without that row.
 
-        ``n x m`` each, link scale; variances of prior and noise are held, noise and misfit are
-        not in the variance. Closed form by rank-one downdates.
+        ``n x m`` each, link scale, NaN where a metric was not measured; variances of
+        prior and noise are held, noise and misfit are not in the variance. Closed form by rank-one
+        downdates.
         """
         return self._loo_mean.mT, self._loo_variance.mT
 

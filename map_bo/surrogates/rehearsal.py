@@ -15,7 +15,7 @@ from map_bo.rng import child, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link, links_for
 from map_bo.surrogates.prediction import predict
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, fits_partial_rows
 
 __all__ = ["is_foreign", "rehearse"]
 
@@ -43,6 +43,10 @@ def rehearse(surrogate: Surrogate, space: CoefficientSpace, metrics: tuple[Metri
     X = space.sample(_ROWS, generator=child(source, "X"))
     normal = torch.randn(_ROWS, len(metrics), generator=child(source, "Y"), dtype=torch.float64)
     made_up = Observations(X, from_link(0.5 * normal, links_for(metrics)), metrics)
+    if fits_partial_rows(surrogate) and len(metrics) > 1:  # as it says, so it is tried
+        lacking = torch.zeros_like(made_up.measured)
+        lacking[-1, 0] = True
+        made_up = made_up.without(lacking, "made up")
     try:
         model: object = surrogate.fit(made_up, space)
     except MapBoError:

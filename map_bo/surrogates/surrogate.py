@@ -36,7 +36,9 @@ __all__ = [
     "SampledFunctions",
     "Surrogate",
     "SurrogateModel",
+    "TakesPartialRows",
     "WithoutUncertainty",
+    "fits_partial_rows",
     "gaussian",
     "has_uncertainty",
     "joint_by_metric",
@@ -360,11 +362,32 @@ def has_uncertainty(surrogate: Surrogate) -> bool:
 
 
 @runtime_checkable
+class TakesPartialRows(Protocol):
+    """Settings of a surrogate that say whether each metric is fitted to all rows that have it.
+
+    Its fits then use what was measured of failed rows (``seen.measured``), and where they leave
+    evaluations out (:class:`map_bo.surrogates.validation.LeavesOneOut`), they do so for the rows of
+    ``seen.with_any()``, with NaN where a metric was not measured. Without this, a surrogate is
+    fitted to whole rows alone (``seen.succeeded()``).
+    """
+
+    @property
+    def takes_partial_rows(self) -> bool:
+        """Whether partial rows are fitted to."""
+        ...
+
+
+def fits_partial_rows(surrogate: Surrogate) -> bool:
+    """Return whether a surrogate fits each metric to all rows that have it."""
+    return isinstance(surrogate, TakesPartialRows) and surrogate.takes_partial_rows
+
+
+@runtime_checkable
 class Surrogate(Protocol):
     """Settings of a surrogate; frozen, so that the same settings can fit many data sets."""
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> SurrogateModel:
-        """Fit to the evaluations that succeeded.
+        """Fit to the evaluations that succeeded; see also :class:`TakesPartialRows`.
 
         Raises:
             SurrogateError: When too few evaluations succeeded to fit anything.

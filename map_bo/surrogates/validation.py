@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from map_bo.data import Observations
 from map_bo.errors import SurrogateError
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 
@@ -20,6 +21,7 @@ __all__ = [
     "PromisesLeaveOneOut",
     "Validation",
     "count_log_densities",
+    "fitted_rows",
     "log_densities",
     "promises_leave_one_out",
     "validate",
@@ -37,12 +39,16 @@ class LeavesOneOut(Protocol):
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each latent value without its own row.
 
-        ``n x m`` each, link scale; the noise of the row is not in the variance.
+        ``n x m`` each, link scale; the noise of the row is not in the variance. The rows are
+        those that the model was fitted to, in their order; NaN where a metric was not measured.
         """
         ...
 
     def training_targets(self) -> tuple[Tensor, Tensor]:
-        """Return what was fitted and its total noise variance, ``n x m`` each, link scale."""
+        """Return what was fitted and its total noise variance, ``n x m`` each, link scale.
+
+        Rows as in :meth:`leave_one_out`, and NaN in the same places.
+        """
         ...
 
 
@@ -61,6 +67,21 @@ def promises_leave_one_out(surrogate: Surrogate) -> bool:
     return isinstance(surrogate, PromisesLeaveOneOut) and surrogate.leaves_one_out
 
 
+def fitted_rows(model: SurrogateModel, seen: Observations) -> Observations:
+    """Return the rows of ``seen`` that a model was fitted to, in their order.
+
+    They are those that have any of their metrics, the partial ones included. A surrogate from
+    elsewhere that takes whole rows alone, which all may do, was fitted to those that succeeded; the
+    number of its rows tells.
+    """
+    rows = seen.with_any()
+    if isinstance(model, LeavesOneOut) and bool(seen.partial.any()):
+        whole = seen.succeeded()
+        if len(model.training_targets()[0]) == len(whole):
+            return whole
+    return rows
+
+
 @dataclass(frozen=True)
 class Validation:
     """Leave-one-out results of each metric, all on the link scale.
@@ -72,7 +93,8 @@ class Validation:
     Attributes:
         metrics: Names of the ``m`` metrics.
         n: Number of evaluations that were left out, one at a time: all that the model was fitted
-            to. Shares of so few are coarse: with a true coverage of 95 %, the standard deviation
+            to. Where some lack a metric, that metric's results are about those that have it.
+            Shares of so few are coarse: with a true coverage of 95 %, the standard deviation
             of ``coverage`` is ``sqrt(.0475 / n)``, which is .04 for 30 evaluations.
         log_density: Mean log predictive density of an evaluation given all others, in nats.
             Higher is better. Comparable between surrogates only for the same targets, and so
@@ -207,6 +229,8 @@ def validate(model: SurrogateModel, targets: Tensor | None = None) -> Validation
     def row(values: Tensor) -> tuple[float, ...]:
         return tuple(cast(list[float], values.tolist()))
 
+    if bool(error.isnan().any()):
+        return _of_columns(model, error, variance)
     with torch.no_grad():
         return Validation(
             metrics=tuple(metric.name for metric in model.metrics),
@@ -216,3 +240,21 @@ def validate(model: SurrogateModel, targets: Tensor | None = None) -> Validation
             rmse=row(error.square().mean(0).sqrt()),
             pit=tuple(tuple(column.bincount(minlength=PIT_BINS).tolist()) for column in tenth.T),
         )
+
+
+def _of_columns(model: SurrogateModel, error: Tensor, variance: Tensor) -> Validation:
+    """Return the results of metrics that not all evaluations have."""
+    columns = []
+    for gap, spread in zip(error.detach().T, variance.detach().T, strict=True):
+        there = ~gap.isnan()
+        gap, spread = gap[there], spread[there]
+        density = -0.5 * (gap.square() / spread + spread.log() + math.log(2 * math.pi))
+        inside = (gap.abs() <= _NORMAL_975 * spread.sqrt()).double()
+        tenth = PIT_BINS * torch.special.ndtr(gap / spread.sqrt())
+        pit = tenth.long().clamp(0, PIT_BINS - 1).bincount(minlength=PIT_BINS)
+        results = (density.mean(), inside.mean(), gap.square().mean().sqrt())
+        columns.append((*map(float, results), tuple(pit.tolist())))
+    density, coverage, rmse, pits = zip(*columns, strict=True)
+    return Validation(
+        tuple(metric.name for metric in model.metrics), len(error), density, coverage, rmse, pits
+    )

@@ -34,6 +34,7 @@ from map_bo.nested.optimize import nested_run
 from map_bo.nested.settings import Nested
 from map_bo.plain import to_plain
 from map_bo.samplers.adaptive import Adaptive
+from map_bo.surrogates.outliers import Screened
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
@@ -139,10 +140,10 @@ def test_the_sampler_can_have_every_surrogate_that_a_run_can() -> None:
 def test_a_surrogate_of_the_samplers_own_comes_before_that_of_the_run() -> None:
     settings = build_settings(composed("surrogate=gp"))
     assert settings.sampler == Adaptive()
-    assert settings.run_sampler == Adaptive(surrogate=GP())
+    assert settings.run_sampler == Adaptive(surrogate=Screened(GP()))
     own = ["surrogate=gp", "sampler/surrogate=quadratic", "+sampler.surrogate.link=identity"]
     settings = build_settings(composed(*own))
-    assert settings.run_sampler == Adaptive(surrogate=Quadratic(link="identity"))
+    assert settings.run_sampler == Adaptive(surrogate=Screened(Quadratic(link="identity")))
     with pytest.raises(ConfigError, match="sampler has no option 'surrogate'"):
         build_settings(composed("sampler=sobol", "sampler/surrogate=gp"))
     with pytest.raises(SamplerError, match="PublishedQuadratic does not leave evaluations out"):

@@ -21,7 +21,7 @@ from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import LogitLink, from_link
 from map_bo.surrogates.prediction import objective, predict, predicted_mean
-from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
+from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, fits_partial_rows
 from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
 
 METRICS = (
@@ -107,6 +107,29 @@ class SurrogateContract:
         assert model.metrics == METRICS
         assert len(model.links) == model.num_outputs == 3
         assert isinstance(model.links[0], LogitLink)
+
+    def test_every_metric_is_fitted_to_the_rows_that_have_it(
+        self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace, X: Tensor
+    ) -> None:
+        lacking = torch.zeros_like(seen.measured)
+        lacking[2:4, 1] = lacking[4, 2] = True
+        partial = seen.without(lacking, "it failed")
+        if not fits_partial_rows(surrogate):
+            alike = (surrogate.fit(one, space) for one in (partial, partial.succeeded()))
+            both, one = (moments(model, X)[0] for model in alike)
+            torch.testing.assert_close(both, one)
+            return
+        model = surrogate.fit(partial, space)
+        for j, metric in enumerate(METRICS):
+            alone = surrogate.fit(partial.of(metric.name), space)
+            for both, one in zip(moments(model, X), moments(alone, X), strict=True):
+                torch.testing.assert_close(both[:, j], one[:, 0], rtol=1e-4, atol=1e-6)
+            with torch.no_grad():
+                mean = model.link_mean(X)[:, j]
+            torch.testing.assert_close(mean, moments(model, X)[0][:, j], rtol=1e-5, atol=1e-6)
+        if isinstance(model, LeavesOneOut):
+            found = (*model.leave_one_out(), *model.training_targets())
+            assert all(torch.equal(value.isnan(), lacking) for value in found)
 
     def test_posterior_has_the_shape_of_its_points(self, model: SurrogateModel, X: Tensor) -> None:
         for points in (X, X.unsqueeze(1), X.view(2, 3, 2)):

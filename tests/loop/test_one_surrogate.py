@@ -16,6 +16,7 @@ from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.samplers.published.bins import Bins
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.outliers import Screened
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.published import PublishedQuadratic
 from map_bo.surrogates.quadratic import Quadratic
@@ -29,11 +30,14 @@ SMALL = FrontUncertainty(restarts=1, raw_samples=16, mc_samples=8, steps=5, pref
 
 def test_the_sampler_looks_through_the_surrogate_of_the_run() -> None:
     settings = Settings(budget=12, surrogate=GP())
-    assert settings.run_sampler == Adaptive(surrogate=GP())
+    assert settings.run_sampler == Adaptive(surrogate=Screened(GP()))
     other = dataclasses.replace(settings, surrogate=Quadratic())  # nothing of the old one is left
-    assert other.run_sampler == Adaptive(surrogate=Quadratic())
+    assert other.run_sampler == Adaptive(surrogate=Screened(Quadratic()))
     own = Settings(budget=12, surrogate=GP(), sampler=Adaptive(surrogate=Quadratic()))
-    assert own.run_sampler == own.sampler
+    assert own.run_sampler == Adaptive(surrogate=Screened(Quadratic()))
+    kept = dataclasses.replace(own, outliers="keep")
+    assert kept.run_sampler == own.sampler
+    assert kept.run_surrogate == GP()
     assert Settings(budget=12, surrogate=GP(), sampler=Sobol()).run_sampler == Sobol()
     assert Settings(budget=12).surrogate == Auto()
 

@@ -458,6 +458,70 @@ def test_a_run_of_version_0_1_says_that_its_sampler_looks_through_another_surrog
     assert len(notes) == said
 
 
+class HalfBowls(Bowls):
+    """One of the two metrics fails at some calls; the other is measured all the same."""
+
+    lacks: dict[int, int] = {}  # noqa: RUF012
+
+    def evaluate(self, X: torch.Tensor, *, generator: torch.Generator) -> Observations:
+        seen = super().evaluate(X, generator=generator)
+        column = self.lacks.get(len(self.calls))
+        if column is None:
+            return seen
+        lacking = torch.zeros_like(seen.measured)
+        lacking[0, column] = True
+        return seen.without(lacking, f"{self.metrics[column].name}: RuntimeError: no")
+
+
+def test_what_was_measured_of_a_failed_row_is_recorded_and_fitted(tmp_path: Path) -> None:
+    problem = HalfBowls()
+    problem.lacks = {5: 1, 6: 0}
+    result = optimize_quickly(problem, tmp_path)
+    assert result.seen.partial.tolist() == [False] * 4 + [True] * 2 + [False] * 2
+    assert result.seen.Y[4, 0] == problem.true_values(result.seen.X)[4, 0]
+    assert result.summary["failures"] == result.summary["partial"] == 2
+    again = load_result(tmp_path)
+    torch.testing.assert_close(again.seen.Y, result.seen.Y, equal_nan=True)
+    assert result.model is not None
+    whole = Quadratic().fit(result.seen.succeeded(), result.space)
+    X = problem.space.sample(3, generator=make_generator(1))
+    assert not torch.allclose(result.model.link_mean(X), whole.link_mean(X))
+    text = (tmp_path / "evaluations.csv").read_text().splitlines()
+    assert "near a: RuntimeError: no" in text[6]
+    assert text[5].split(",")[2] == repr(float(result.seen.Y[4, 0]))
+
+
+def optimize_quickly(problem: Bowls, path: Path) -> Result:
+    settings = quick(8)
+    return optimize(
+        problem,
+        8,
+        run_dir=path,
+        progress=False,
+        sampler=settings.sampler,
+        surrogate=settings.surrogate,
+        solver=settings.solver,
+        verify=0,
+        retries=0,
+    )
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_retry_keeps_what_the_attempt_before_it_measured(killed: bool) -> None:
+    problem = HalfBowls()
+    problem.lacks = {5: 1, 6: 0}  # of the same point: together the attempts have both
+    store, settings = MemoryStore(), quick(8, retries=1, verify=0)
+    if killed:
+        crashing = CrashingStore(store, 11, after=True)  # the attempt is the last event
+        with pytest.raises(CrashError):
+            Run(problem, settings, crashing).drive()
+        assert [event.kind for event in store.read()][-1] == "attempt"
+    seen = Run(problem, settings, store).drive().seen
+    assert bool(seen.ok.all())
+    assert torch.equal(seen.Y, problem.true_values(seen.X))
+    assert len(problem.calls) == 9
+
+
 class FixedBowls(Bowls):
     """The bowls with a third coefficient, which is fixed where the middle one is."""
 

@@ -20,6 +20,7 @@ from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
         ({"budget": 2.5}, ConfigError, "budget must be a whole number, got 2.5"),
         ({"budget": 8, "batch": 0}, ConfigError, "batch must be at least 1, got 0"),
         ({"budget": 8, "retries": -1}, ConfigError, "retries must be at least 0, got -1"),
+        ({"budget": 8, "outliers": "drop"}, ConfigError, "must be 'auto' or 'keep', got 'drop'"),
         ({"budget": 8, "timeout": 0}, ConfigError, "timeout must be positive, got 0"),
         (
             {"budget": 8, "max_failure_share": 2},

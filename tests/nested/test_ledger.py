@@ -185,3 +185,23 @@ def test_there_is_no_reference_without_an_expert_or_before_it_was_measured() -> 
     blend = Ledger(METRICS)
     blend.add(measured(at(1 / 3, 1 / 3, 1 / 3), {"score": 9.0}))
     assert blend.scale(SPACE, ["score"]) is None
+
+
+def test_what_a_failed_row_measured_is_kept_and_only_the_rest_is_missing() -> None:
+    events: list[Event] = []
+    ledger = Ledger(METRICS, events.append)
+    x, names = at(0.5, 0, 0), [metric.name for metric in METRICS]
+    row = Observations(
+        x.unsqueeze(0),
+        torch.tensor([[0.5, torch.nan, -1.0]]),
+        METRICS,
+        failures=("loss: no",),
+    )
+    ledger.add(row)
+    assert ledger.missing(x, names) == ["loss"]
+    assert ledger.spent == 3
+    kept = ledger.partial(x, names, "loss: no")
+    assert kept.Y.nan_to_num(-9).tolist() == [[0.5, -9.0, -1.0]]
+    assert kept.partial.tolist() == [True]
+    again = Ledger(METRICS, before=[decode_event(encode_event(event)) for event in events])
+    assert again.missing(x, names) == ["loss"]

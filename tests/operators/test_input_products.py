@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import pytest
@@ -149,3 +150,25 @@ def test_mistakes() -> None:
     refused("no layer's weight has 'middle'", model, [X], only="middle")
     refused("NaN or infinity in first.weight, last.weight", model, [X * torch.nan])
     refused("no batch went through", model, [X], lambda model, batch: None)
+
+
+class Attending(nn.Module):
+    def __init__(self, *, last: bool) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+        self.last = nn.Linear(6, 2) if last else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.attention(x, x, x)[0])  # type: ignore[no-any-return]
+
+
+def test_layers_that_torchs_attention_never_calls_are_named(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    batches = [(torch.ones(2, 3, 6), torch.zeros(2))]
+    with caplog.at_level(logging.WARNING, "map_bo"):
+        found = grams(Attending(last=True), batches)
+    assert set(found.tensors.names) == {"last.weight"}
+    assert "the inputs of attention.out_proj.weight are not seen" in caplog.text
+    with pytest.raises(MergeError, match="MultiheadAttention uses the weights"):
+        grams(Attending(last=False), batches)

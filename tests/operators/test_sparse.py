@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -93,6 +95,21 @@ def test_breadcrumbs_are_between_the_percentiles() -> None:
     differ = (found - expected).abs() > 1e-5
     assert int(differ.sum()) <= 2  # the percentiles lie between numbers
     assert 141 <= int((found.abs() > 1e-6).sum()) <= 144
+
+
+@pytest.mark.parametrize("trim", ["tensor", "global"])
+@pytest.mark.parametrize("shares", [(0.19, 0.11), (0.3, 0.01), (0.65, 0.01), (0.143, 0.007)])
+def test_breadcrumbs_keep_the_floor_of_their_density(
+    trim: str, shares: tuple[float, float]
+) -> None:
+    density, gamma = shares
+    base, deltas = flat(size=1152)
+    operator = Breadcrumbs(density=density, gamma=gamma, trim=trim)
+    found = merge(operator, flat_vectors(base * 0, deltas), [1.0, 0.0, 0.0])
+    order = deltas[0].abs().argsort(descending=True)
+    gone = math.floor(gamma * 1152)
+    kept = order[gone : gone + math.floor(density * 1152)]
+    assert set(found.nonzero().flatten().tolist()) == set(kept.tolist())
 
 
 def test_della_elects_among_what_magprune_left() -> None:

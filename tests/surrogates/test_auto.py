@@ -81,6 +81,17 @@ class TestMixedAuto(LeaveOneOutContract):
     def surrogate(self) -> Surrogate:
         return Auto(candidates=(("odd", Split((0, 2))), ("quadratic", Quadratic())))
 
+    def test_every_metric_is_fitted_to_the_rows_that_have_it(
+        self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace, X: Tensor
+    ) -> None:
+        """Metrics cannot be fitted alone here, as the candidate is split by three of them."""
+        lacking = torch.zeros_like(seen.measured)
+        lacking[2, 1] = lacking[4, 2] = True
+        model = surrogate.fit(seen.without(lacking, "it failed"), space)
+        assert isinstance(model, AutoModel)
+        assert [choice.chosen for choice in model.selection] == ["odd", "quadratic", "odd"]
+        assert torch.equal(model.leave_one_out()[0].isnan(), lacking)
+
 
 def counted(truths: list[Tensor], X: Tensor, count: int, seed: int) -> Observations:
     f = torch.stack(truths, -1)

@@ -90,3 +90,23 @@ def test_what_would_fail_after_the_search_fails_before(kind: str, message: str) 
 def test_only_surrogates_of_others_are_foreign() -> None:
     assert is_foreign(Plain())
     assert not is_foreign(Quadratic())
+
+
+@dataclass(frozen=True)
+class Boastful(Plain):
+    """It says that it takes partial rows, and hands their NaN to a process."""
+
+    takes_partial_rows: bool = True
+
+    def fit(self, seen: Observations, space: CoefficientSpace) -> Any:
+        Z = seen.with_any().Y
+        if bool(Z.isnan().any()):
+            raise ValueError("NaN")
+        return super().fit(seen, space)
+
+
+def test_a_surrogate_that_says_that_it_takes_partial_rows_is_tried_on_one() -> None:
+    with pytest.raises(SurrogateError, match="ValueError: NaN"):
+        rehearse(Boastful(), SPACE, METRICS)
+    rehearse(Boastful(), SPACE, METRICS[:1])
+    rehearse(Quadratic(), SPACE, METRICS)

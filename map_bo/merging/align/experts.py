@@ -9,11 +9,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError, listed
+from map_bo.merging.adapters.adapter import Adapter, adapter_over
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.align.vocabulary import require_shapes
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
@@ -24,17 +26,25 @@ __all__ = [
     "ExpertReader",
     "align_names",
     "fixed_tensors",
+    "is_the_base",
+    "not_finite",
     "pieces_of",
     "require_alike",
+    "require_distinct",
     "require_finite",
     "require_same_fixed",
     "require_tied",
     "same_values",
+    "same_weights",
 ]
 
 logger = logging.getLogger(__name__)
 
 _HINT = "experts must be fine-tuned from this base, with the same architecture"
+_MISSING = (
+    "; missing='base' leaves such tensors as they are in the base (on the command line "
+    "problem.missing=base)"
+)
 _PIECE = 1 << 20  # numbers
 # Measured on MLPs for digits: trained from its random start for 2000 steps at a learning rate of
 # .01, a model keeps a cosine of .34 with that start; two trainings from different starts have .02.
@@ -77,7 +87,7 @@ def align_names(
     if missing:
         raise MergeError(
             f"expert {label!r} lacks {len(missing)} of the base's tensors: {listed(missing)}",
-            hint=_HINT,
+            hint=_HINT + _MISSING,
         )
     if extra:
         raise MergeError(
@@ -117,9 +127,14 @@ def same_values(one: Checkpoint, name: str, two: Checkpoint, other: str) -> bool
     if one.shape(name) != two.shape(other):
         return False
     return all(
-        torch.equal(one.read(name, start, stop), two.read(other, start, stop))
+        torch.equal(_wide(one.read(name, start, stop)), _wide(two.read(other, start, stop)))
         for start, stop in pieces_of(one.shape(name).numel())
     )
+
+
+def _wide(piece: Tensor) -> Tensor:
+    """Return a piece that can be compared, which float8 cannot."""
+    return piece.float() if piece.is_floating_point() and piece.element_size() == 1 else piece
 
 
 def require_tied(checkpoint: Checkpoint, ties: Mapping[str, str], label: str) -> None:
@@ -160,13 +175,92 @@ def require_same_fixed(
     Raises:
         MergeError: When a tensor of more than one element differs.
     """
-    if base.shape(name).numel() <= 1 or same_values(base, name, expert, own):
+    masked = name in base.masks
+    if (base.shape(name).numel() <= 1 and not masked) or same_values(base, name, expert, own):
         return
+    if masked:
+        raise MergeError(
+            f"tensor {name!r} of the base holds NaN or infinity: it has -inf, and differs in "
+            f"expert {label!r}, where a mask would be the same",
+            hint="give the expert the base's mask; where this is a weight, the base diverged",
+        )
     raise MergeError(
         f"tensor {name!r} ({base.dtype(name)}) differs between the base and expert {label!r}, "
         "and only floating tensors can be merged",
         hint="quantised weights are expanded before merging; index tables must be those of the "
         "base",
+    )
+
+
+def require_distinct(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], ties: Mapping[str, str]
+) -> None:
+    """Refuse an expert that is the base, an adapter without effect, and one expert given twice.
+
+    Whole models are read as far as the first number that differs; the rule is that of
+    `TaskVectors.load`.
+
+    Args:
+        base: The base.
+        experts: Name -> checkpoint, aligned with the base.
+        ties: Alias -> canonical name of the base's tensors that are one.
+
+    Raises:
+        MergeError: When there is one, or names and shapes do not fit the base.
+    """
+    whole: dict[str, dict[str, str]] = {}
+    adapters: dict[str, str] = {}
+    require_tied(base, ties, "the base")
+    for label, expert in experts.items():
+        names = align_names(base, expert, label, ties)
+        adapter = adapter_over(base, expert)
+        if adapter is None:
+            own = {alias: names[kept] for alias, kept in ties.items() if kept in names}
+            require_tied(expert, own, f"expert {label!r}")
+            if not _differ(base, {name: name for name in names}, expert, names):
+                raise is_the_base(label)
+            whole[label] = names
+            continue
+        if not any(_changes(adapter, name) for name in adapter.names):
+            raise is_the_base(label)
+        other = adapters.setdefault(adapter.digest(), label)
+        if other != label:
+            raise same_weights(other, label)
+    for (label, names), (other, others) in combinations(whole.items(), 2):
+        if not _differ(experts[label], names, experts[other], others):
+            raise same_weights(label, other)
+
+
+def _differ(
+    one: Checkpoint, names: Mapping[str, str], two: Checkpoint, others: Mapping[str, str]
+) -> bool:
+    return any(
+        not same_values(one, own, two, others[name])
+        for name, own in names.items()
+        if one.dtype(own).is_floating_point or one.dtype(own).is_complex
+    )
+
+
+def _changes(adapter: Adapter, name: str) -> bool:
+    """Return whether an adapter changes a tensor at all."""
+    change, value = adapter.low_rank(name), adapter.dense(name)
+    factors = change is not None and bool(change.scale and change.B.any() and change.A.any())
+    return factors or (value is not None and bool(value.any()))
+
+
+def is_the_base(label: str) -> MergeError:
+    """Return the error for an expert without a task vector."""
+    return MergeError(
+        f"expert {label!r}: its task vector is zero: it is the base",
+        hint="leave it out; the base is coefficient 0 of every expert",
+    )
+
+
+def same_weights(first: str, second: str) -> MergeError:
+    """Return the error for one expert that was given twice."""
+    return MergeError(
+        f"experts {first!r} and {second!r} have the same weights",
+        hint="leave one of them out, or check the paths",
     )
 
 
@@ -302,10 +396,7 @@ class ExpertReader:
             MergeError: When it is; unrelated ones only with ``check_base``.
         """
         if not self.moved:
-            raise MergeError(
-                f"expert {self.label!r}: its task vector is zero: it is the base",
-                hint="leave it out; the base is coefficient 0 of every expert",
-            )
+            raise is_the_base(self.label)
         if check_base:
             self.similarity.judge()
 
@@ -318,11 +409,22 @@ def require_finite(tensor: Tensor, name: str, label: str) -> Tensor:
     """
     widened = tensor.float() if tensor.element_size() == 1 else tensor
     if not all_finite(widened):
-        raise MergeError(
-            f"tensor {name!r} of {label} holds NaN or infinity",
+        raise not_finite(widened, name, label)
+    return widened.detach()
+
+
+def not_finite(values: Tensor, name: str, label: str) -> MergeError:
+    """Return the error for numbers that are not all finite, which says what they are."""
+    if bool(values.isnan().any()):
+        return MergeError(
+            f"tensor {name!r} of {label} holds NaN or infinity: it has NaN",
             hint="this model diverged in training or its file is damaged; leave it out",
         )
-    return widened.detach()
+    return MergeError(
+        f"tensor {name!r} of {label} holds NaN or infinity: it has infinite numbers and no NaN",
+        hint="a weight diverged or overflowed its dtype, so leave the model out; a mask with -inf "
+        "is taken from the base where the base has it at its beginning or end",
+    )
 
 
 def fixed_tensors(

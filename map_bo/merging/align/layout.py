@@ -11,6 +11,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.tensors import exceeds_range
 
 __all__ = ["FlatLayout", "Slot", "is_variance", "join_ties"]
 
@@ -62,7 +63,8 @@ class FlatLayout:
 
     Attributes:
         slots: One for each floating tensor, by ascending offset; tied tensors have one slot.
-        fixed: Names of the other tensors (integers, booleans): copied from the base, not merged.
+        fixed: Names of the other tensors (integers, booleans, masks): copied from the base, not
+            merged.
         ties: Alias -> canonical name, for the names that are another's tensor.
         size: ``P``, the length of the flat tensor, padding included.
     """
@@ -86,7 +88,7 @@ class FlatLayout:
                     "resident",
                     hint="merge them as two real tensors (torch.view_as_real)",
                 )
-            if not dtype.is_floating_point:
+            if not dtype.is_floating_point or name in base.masks:
                 fixed.append(name)
             elif name not in ties:
                 slot = Slot(name, base.shape(name), end, dtype)
@@ -103,8 +105,20 @@ class FlatLayout:
         """Return new tensors under all names, from ``flat`` (``P``) and the fixed ones.
 
         They have the base's shapes and dtypes; tied names share one tensor.
+
+        Raises:
+            MergeError: When a number is beyond the range of its dtype.
         """
-        result = {slot.name: slot.of(flat).to(slot.dtype, copy=True) for slot in self.slots}
+        result: dict[str, Tensor] = {}
+        for slot in self.slots:
+            values = slot.of(flat)
+            result[slot.name] = values.to(slot.dtype, copy=True)
+            if exceeds_range(values, result[slot.name]):
+                raise MergeError(
+                    f"merged values of tensor {slot.name!r} are beyond the range of {slot.dtype}, "
+                    "the base's",
+                    hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
+                )
         result |= {name: fixed[name].clone() for name in self.fixed if name not in self.ties}
         return result | {alias: result[name] for alias, name in self.ties.items()}
 

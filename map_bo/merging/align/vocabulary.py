@@ -23,7 +23,14 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
-__all__ = ["VocabularyRule", "fit_vocabularies", "fit_vocabulary", "require_shapes", "token_ids"]
+__all__ = [
+    "VocabularyRule",
+    "fit_vocabularies",
+    "fit_vocabulary",
+    "is_output_layer",
+    "require_shapes",
+    "token_ids",
+]
 
 VocabularyRule = Literal["base", "tokens"]
 """How rows of an expert's embeddings are matched to the base's: by position, or by token."""
@@ -35,6 +42,10 @@ _EMBEDDING = re.compile(
     r"|((lm_head|embed_out|output_embeddings?|predictions\.decoder|lm_head\.decoder)"
     r"\.(weight|bias))"
     r"|predictions\.bias)$"
+)
+_OUTPUT = re.compile(
+    r"(^|\.)(lm_head|embed_out|output_embeddings?|predictions\.decoder|lm_head\.decoder)\."
+    r"(weight|bias)$"
 )
 _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and its kin
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
@@ -56,6 +67,16 @@ def fit_vocabularies(
     return {
         name: fit_vocabulary(expert, base, rule, label=name) for name, expert in experts.items()
     }
+
+
+def is_output_layer(name: str, *, inputs: bool = False) -> bool:
+    """Return whether a tensor of this name is of the output layer over a vocabulary.
+
+    Args:
+        name: The name.
+        inputs: Whether the embeddings of the input count too.
+    """
+    return bool((_EMBEDDING if inputs else _OUTPUT).search(name))
 
 
 def fit_vocabulary(
@@ -379,7 +400,15 @@ class _Fitted(Checkpoint):
 
     @property
     def vocabulary_changes(self) -> Mapping[str, Any]:
-        return self._changes
+        return {**self._given.vocabulary_changes, **self._changes}
+
+    @property
+    def original(self) -> Checkpoint:
+        return self._given
+
+    @property
+    def configuration(self) -> Mapping[str, Any] | None:
+        return self._given.configuration
 
     def digest(self) -> str:
         return self._given.digest()

@@ -12,7 +12,9 @@ import hashlib
 import json
 import os
 import re
+import sys
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -28,6 +30,7 @@ from map_bo.merging.checkpoints.tensors import (
     Layout,
     MemoryReader,
     TensorReader,
+    all_finite,
     raw_bytes,
     refuse_odd_names,
 )
@@ -39,6 +42,7 @@ __all__ = [
     "adapter_file",
     "content_digest",
     "open_checkpoint",
+    "read_object",
     "refuse_quantised",
 ]
 
@@ -66,6 +70,9 @@ _PLACES = (
     "organisation/name or hf://organisation/name"
 )
 _CHUNK = 1 << 23  # bytes that the digest holds
+_LARGEST_JSON = 1 << 24  # bytes of a configuration
+# Numbers: tensors up to the first are looked through for -inf, of larger ones so many at each end.
+_PEEK, _ENDS = 1 << 14, 1 << 10
 
 
 class Checkpoint:
@@ -98,7 +105,14 @@ class Checkpoint:
             quantised.
     """
 
-    def __init__(self, reader: TensorReader, *, source: str, directory: Path | None) -> None:
+    def __init__(
+        self,
+        reader: TensorReader,
+        *,
+        source: str,
+        directory: Path | None,
+        configuration: Mapping[str, Any] | None = None,
+    ) -> None:
         if not reader.layouts:
             raise CheckpointError(
                 f"{source} holds no tensors", hint="give the weights of a trained model"
@@ -110,6 +124,7 @@ class Checkpoint:
         self.directory = directory
         self._names = tuple(sorted(reader.layouts))
         self._digest: tuple[object, str] | None = None
+        self._configuration = configuration
 
     def __repr__(self) -> str:
         return f"Checkpoint({self.source!r}, {len(self._names)} tensors)"
@@ -128,9 +143,46 @@ class Checkpoint:
     def vocabulary_changes(self) -> Mapping[str, Any]:
         """Plain data on how the tensors differ from those of the source; empty where they do not.
 
-        The digest is that of the source. See `map_bo.merging.align.vocabulary.fit_vocabulary`.
+        The digest is that of the source. See `map_bo.merging.align.conform.align_experts`.
         """
         return MappingProxyType({})
+
+    @property
+    def original(self) -> Checkpoint | None:
+        """The checkpoint whose tensors this one presents in other names or shapes, if any."""
+        return None
+
+    @property
+    def configuration(self) -> Mapping[str, Any] | None:
+        """The model's configuration as plain data: ``config.json``, or that of a model in memory.
+
+        None where there is none, and where the file cannot be read.
+        """
+        if self._configuration is None and self.directory is not None:
+            self._configuration = read_object(self.directory / "config.json")
+        return self._configuration
+
+    @cached_property
+    def masks(self) -> frozenset[str]:
+        """Floating tensors that hold -inf, and neither +inf nor NaN: attention masks.
+
+        They are constant: they come from the base as they are, and experts must have the same.
+        Long tensors are told by their first and last numbers.
+        """
+        found = set()
+        for name, layout in self._reader.layouts.items():
+            if not layout.dtype.is_floating_point:
+                continue
+            count = layout.shape.numel()
+            if count <= 1:
+                continue
+            ends = [(0, count)] if count <= _PEEK else [(0, _ENDS), (count - _ENDS, count)]
+            parts = [self._reader.read(name, *end) for end in ends]
+            if not all(all_finite(part) for part in parts):
+                values = torch.cat([part.detach().to(torch.float32) for part in parts])
+                if not bool(values.isnan().any() | values.isposinf().any()):
+                    found.add(name)
+        return frozenset(found)
 
     def layout(self, name: str) -> Layout:
         """Return shape and dtype of a tensor without reading it.
@@ -238,9 +290,9 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
 
             - a module or a mapping from names to tensors (referenced, not copied);
             - a checkpoint, returned as it is;
-            - a ``.safetensors`` file, or a ``.pt``, ``.pth`` or ``.bin`` file of ``torch.save``,
-              read with ``weights_only=True``: a state dict, or a dict that holds one under
-              ``state_dict``, ``model_state_dict`` or ``model``;
+            - a ``.safetensors`` file, or a ``.pt``, ``.pth``, ``.bin`` or ``.ckpt`` file of
+              ``torch.save``, read with ``weights_only=True``: a state dict, or a dict that holds
+              one under ``state_dict``, ``model``, ``module``, ``ema`` or the like;
             - a ``*.index.json`` of a sharded checkpoint;
             - a folder: ``model.safetensors``, its sharded form, ``pytorch_model.bin``, its
               sharded form, or else the only safetensors file or index in it. With a
@@ -259,7 +311,10 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
     if isinstance(source, nn.Module):
         origin = f"{type(source).__name__} in memory"
         tensors = state_dict(source.state_dict(), origin=origin)
-        return Checkpoint(MemoryReader(tensors, origin=origin), source=origin, directory=None)
+        reader = MemoryReader(tensors, origin=origin)
+        return Checkpoint(
+            reader, source=origin, directory=None, configuration=_configuration_of(source)
+        )
     if isinstance(source, Mapping):
         tensors = state_dict(source, origin="the state dict")
         origin = f"state dict in memory ({len(tensors)} tensors)"
@@ -272,6 +327,29 @@ def open_checkpoint(source: CheckpointSource) -> Checkpoint:
         f"a {type(source).__name__} is not a checkpoint",
         hint="give a path, a module, or a mapping from names to tensors",
     )
+
+
+def _configuration_of(model: nn.Module) -> dict[str, Any] | None:
+    """Return the configuration of a model of transformers as plain data, None for other models."""
+    library: Any = sys.modules.get("transformers")
+    kind = getattr(library, "PreTrainedModel", None)
+    if kind is None or not isinstance(model, kind):
+        return None
+    return dict(model.config.to_dict())
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None where there is none or it cannot be read.
+
+    Whoever needs the file says what is wrong with it.
+    """
+    try:
+        if not file.is_file() or file.stat().st_size > _LARGEST_JSON:
+            return None
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def absolute_path(source: str | Path) -> Path:

@@ -32,7 +32,23 @@ _ENCRYPTED = 1 << 0
 _PICKLE_LIMIT = 1 << 28
 
 # The keys under which training scripts keep the state dict beside optimiser state and counters.
-NESTED_KEYS = ("state_dict", "model_state_dict", "model")
+NESTED_KEYS = (
+    "state_dict",  # Lightning
+    "model_state_dict",
+    "model",
+    "module",  # DeepSpeed
+    "net",
+    "network",
+    "params",
+    "weights",
+    # Averages of the weights, where they stand alone.
+    "ema",
+    "ema_state_dict",
+    "state_dict_ema",
+    "model_ema",
+    "ema_model",
+    "params_ema",
+)
 
 # What a file may look like when torch is to read it; the tar is torch's oldest format, and gets
 # torch's own words. A file that looks like nothing may be a pickle cut or damaged at its start.
@@ -44,10 +60,11 @@ _EXPANDED_LIMIT = 1 << 28
 class PickleReader(MemoryReader):
     """The state dict of a ``.pt``, ``.pth`` or ``.bin`` file, read without running its code.
 
-    The file may hold the state dict itself or a dict with one under ``state_dict``,
-    ``model_state_dict`` or ``model``. Files in torch's zip format are memory-mapped by torch, so
-    what was read of them counts as resident memory while the checkpoint is open; older files are
-    held in memory. Only safetensors files are read with bounded memory.
+    The file may hold the state dict itself or a dict with one under a usual key
+    (``state_dict``, ``model``, ``module``, ``ema`` and so on; see `state_dict`). Files in torch's
+    zip format are memory-mapped by torch, so what was read of them counts as resident memory while
+    the checkpoint is open; older files are held in memory. Only safetensors files are read with
+    bounded memory.
 
     A mapped file that shrinks would end the process, so each read first looks whether the file is
     still the one that was opened; one cut off in the very moment of reading is not noticed.
@@ -108,8 +125,8 @@ def _read_pickle(file: WeightFile) -> tuple[dict[str, Tensor], bool]:
         if unsafe:
             raise CheckpointError(
                 f"{path} was refused: {unsafe}",
-                hint="convert it to safetensors in a place you trust, "
-                "or save model.state_dict() alone",
+                hint="convert it to safetensors in a place you trust, or save model.state_dict() "
+                "alone: hyper_parameters, optimizers and settings beside it need code",
             ) from error
         raise CheckpointError(
             f"{path} cannot be read: {_pickle_problem(error)}",
@@ -178,6 +195,9 @@ def _pickle_problem(error: Exception) -> str:
 def state_dict(content: object, *, origin: str) -> dict[str, Tensor]:
     """Return the tensors of a state dict, or of the one nested in a training checkpoint.
 
+    Nested ones are looked for under the usual keys, in the order of `NESTED_KEYS` (weights before
+    their averages), and then under any other, where there is exactly one.
+
     Entries named ``*_extra_state`` that are not tensors are left out: modules use them for
     private settings that are not weights.
 
@@ -190,9 +210,9 @@ def state_dict(content: object, *, origin: str) -> dict[str, Tensor]:
             hint="save model.state_dict()",
         )
     if not all(isinstance(value, Tensor) for value in content.values()):
-        for key in NESTED_KEYS:
-            if isinstance(content.get(key), Mapping):
-                return state_dict(content[key], origin=f"{origin}[{key!r}]")
+        key = _nested_key(content)
+        if key is not None:
+            return state_dict(content[key], origin=f"{origin}[{key!r}]")
     tensors = {
         name: value
         for name, value in content.items()
@@ -210,6 +230,32 @@ def state_dict(content: object, *, origin: str) -> dict[str, Tensor]:
             hint="give model.state_dict(), or a dict that holds it under 'state_dict' or 'model'",
         )
     return tensors
+
+
+def _nested_key(content: Mapping[Any, Any]) -> str | None:
+    """Return the key of the state dict in a training checkpoint, or None."""
+    for key in NESTED_KEYS:
+        if _may_be_state(content.get(key)):
+            return key
+    if any(isinstance(value, Tensor) for value in content.values()):
+        return None  # a state dict with something else in it
+    found = [
+        key
+        for key, value in content.items()
+        if isinstance(key, str)
+        and isinstance(value, Mapping)
+        and value
+        and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in value.items())
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+def _may_be_state(value: object) -> bool:
+    """Return whether there are tensors in a mapping, or in one within it: settings have none."""
+    if not isinstance(value, Mapping):
+        return False
+    inner = [value, *(value[key] for key in NESTED_KEYS if isinstance(value.get(key), Mapping))]
+    return any(isinstance(each, Tensor) for part in inner for each in part.values())
 
 
 class _Wrong(Exception):

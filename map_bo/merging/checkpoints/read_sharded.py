@@ -21,7 +21,7 @@ from map_bo.merging.checkpoints.tensors import Layout, TensorReader, name_proble
 
 __all__ = ["ShardedReader", "open_file", "require_inside"]
 
-PICKLE_SUFFIXES = (".pt", ".pth", ".bin")
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
 _HINT = "an index is JSON with a 'weight_map' from tensor names to files beside it"
 
@@ -38,7 +38,8 @@ def open_file(path: Path) -> TensorReader:
         return PickleReader(path)
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}",
-        hint="known are .safetensors, .pt, .pth, .bin, a *.index.json, or a folder with them",
+        hint="known are .safetensors, .pt, .pth, .bin, .ckpt, a *.index.json, or a folder with "
+        "them",
     )
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "all_finite",
     "buffer_for",
     "byte_view",
+    "exceeds_range",
     "name_problem",
     "piece_of",
     "raw_bytes",
@@ -306,3 +307,20 @@ def all_finite(values: Tensor) -> bool:
     total = complex(values.sum(dtype=dtype))
     finite = math.isfinite(total.real) and math.isfinite(total.imag)
     return finite or bool(torch.isfinite(values).all())
+
+
+def exceeds_range(values: Tensor, rounded: Tensor) -> bool:
+    """Return whether finite numbers were beyond the range of the dtype that they were rounded to.
+
+    Most dtypes make infinity or NaN of them; ``float8_e4m3fn`` makes its largest number.
+    """
+    if not rounded.is_floating_point() or rounded.dtype == values.dtype:
+        return False
+    if not all_finite(rounded):
+        return all_finite(values)
+    if rounded.element_size() > 1 or not rounded.numel():
+        return False
+    info = torch.finfo(rounded.dtype)
+    step = info.eps * 2.0 ** math.floor(math.log2(info.max))  # between its two largest numbers
+    largest = values.detach().abs().max() if values.element_size() > 1 else rounded.float().max()
+    return float(largest) > info.max + step / 2

@@ -25,7 +25,7 @@ from map_bo.merging.align.experts import (
 )
 from map_bo.merging.align.layout import is_variance, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
-from map_bo.merging.checkpoints.tensors import all_finite
+from map_bo.merging.checkpoints.tensors import all_finite, exceeds_range
 from map_bo.merging.export.write_shards import Pieces, Put
 from map_bo.merging.vectors.kernel import KernelMerge, ReadsPieces
 from map_bo.merging.vectors.on_disk import OnDiskVectors
@@ -181,7 +181,7 @@ def _put_merged(prepared: KernelMerge, c: Tensor, deltas: OnDiskVectors, put: Pu
 
 def _round(piece: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     values = piece.to(dtype)
-    if not all_finite(values):
+    if exceeds_range(piece, values) or not all_finite(values):
         raise MergeError(
             f"merged values of tensor {name!r} are beyond the range of {dtype}, the base's",
             hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
@@ -223,7 +223,7 @@ def merge_by_tensor(merge: Merge, max_memory: int | None = None) -> Iterator[tup
             require_alike(base, expert, names, label)
         for name, own in names.items():
             dtype = base.dtype(name)
-            if not (dtype.is_floating_point or dtype.is_complex):
+            if name in base.masks or not (dtype.is_floating_point or dtype.is_complex):
                 require_same_fixed(base, name, expert, own, label)
     return merge_linearly(base, experts, weights, ties=joined, check_finite=True)
 
@@ -288,7 +288,8 @@ def _merge(
             continue
         merged = base.load(name)
         dtype = merged.dtype
-        if dtype.is_floating_point or dtype.is_complex:
+        merges = dtype.is_floating_point or dtype.is_complex
+        if merges and name not in base.masks:
             wide = dtype if dtype.is_complex or dtype == torch.float64 else torch.float32
             pre = check(merged, name, "the base").to(wide)
             _require_tied(name, aliases.get(name, []), merged, "the base", base)
@@ -316,7 +317,8 @@ def _merge(
                     least = torch.minimum(least, tuned.to(wide))
                 if weight != 0:
                     total.add_(tuned.to(wide) - pre, alpha=weight)
-            merged = (total if least is None else torch.maximum(total, least)).to(dtype)
+            total = total if least is None else torch.maximum(total, least)
+            merged = _round(total, dtype, name) if check_finite else total.to(dtype)
         yield name, merged
         for alias in aliases.get(name, []):
             yield alias, merged

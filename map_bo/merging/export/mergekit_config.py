@@ -110,7 +110,12 @@ def _mergekit(
         if checkpoint.directory is None:
             raise NotExpressible(f"{label} is not a Hugging Face directory")
         if checkpoint.vocabulary_changes:
-            raise NotExpressible(f"{label} was fitted to the base's vocabulary")
+            task = checkpoint.vocabulary_changes.get("task")
+            raise NotExpressible(
+                f"{label} was fitted to the base's names and shapes"
+                if task is None
+                else f"the model has the task head of {task!r}"
+            )
     folders = [checkpoint.directory for checkpoint in checkpoints.values()]
     if len(set(folders)) < len(folders):
         raise NotExpressible(

@@ -19,7 +19,10 @@ from torch import Tensor
 
 from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.conform import MissingRule, align_experts
+from map_bo.merging.align.experts import require_distinct
 from map_bo.merging.align.layout import join_ties
+from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
@@ -28,6 +31,7 @@ from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_d
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
 from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
+from map_bo.merging.export.task import TaskModel
 from map_bo.merging.export.write_shards import (
     Advance,
     Pieces,
@@ -70,6 +74,8 @@ class ExportSettings:
             and adapters' factors are held.
         shard_size: Largest size of one weight file, in bytes or such text.
         progress: Show a progress bar.
+        task: Expert whose task head the model gets, with that expert's names and configuration;
+            None writes the merge like the base.
 
     Raises:
         MergeError: When a size is none.
@@ -78,6 +84,7 @@ class ExportSettings:
     max_memory: int | str | None = None
     shard_size: int | str = "5GB"
     progress: bool = False
+    task: str | None = None
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -106,6 +113,9 @@ def merge_checkpoints(
     shard_size: int | str = "5GB",
     ties: Mapping[str, str] | None = None,
     check_base: bool = True,
+    vocabulary: VocabularyRule | None = None,
+    missing: MissingRule = "refuse",
+    task: str | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> Path:
@@ -127,6 +137,13 @@ def merge_checkpoints(
         shard_size: See `ExportSettings`.
         ties: Further ties of the base, alias -> canonical name, that its files do not record.
         check_base: Whether to refuse experts that do not look fine-tuned from the base.
+        vocabulary: What to do with experts whose embeddings have other rows than the base's:
+            refuse them (default), or match rows by position (``"base"``) or by token
+            (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
+        missing: What to do with experts that lack tensors of the base: refuse them, or leave those
+            tensors as they are in the base (``"base"``); see `align_experts`, which also says how
+            prefixes, buffers and task heads are read. Heads are not part of the merge.
+        task: Expert whose task head the model gets; see `ExportSettings`.
         record: Further plain data for the recipe.
         progress: Show a progress bar.
 
@@ -137,13 +154,16 @@ def merge_checkpoints(
         MergeError: When the inputs do not fit each other, or memory or disk do not suffice.
         CheckpointError: When a file cannot be read.
     """
-    settings = ExportSettings(max_memory, shard_size, progress)
+    settings = ExportSettings(max_memory, shard_size, progress, task)
     refuse_existing(out)
     if not experts:
         raise MergeError("there are no experts", hint="give at least one fine-tuned model")
     operator = TaskArithmetic() if operator is None else operator
     opened = open_checkpoint(base)
-    checkpoints = {name: open_expert(source, opened) for name, source in experts.items()}
+    given = {name: open_expert(source, opened) for name, source in experts.items()}
+    checkpoints = align_experts(given, opened, vocabulary=vocabulary, missing=missing)
+    joined = join_ties(opened, ties or {})
+    require_distinct(opened, checkpoints, joined)
     operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
     merge = Merge(
@@ -152,7 +172,7 @@ def merge_checkpoints(
         operator=operator,
         names=space.names,
         c=_check_values(operator, space, coefficients),
-        ties=join_ties(opened, ties or {}),
+        ties=joined,
         check_base=check_base,
     )
     return export_model(merge, out, settings=settings, record=record)
@@ -213,18 +233,23 @@ def export_model(
         MergeError: When it cannot be made or written; nothing is left behind.
     """
     settings = settings or ExportSettings()
-    with merging_bar(merge.base, shown=settings.progress) as advance:
+    base, recalibrated = merge.base, merge.recalibrated
+    tensors = merge_bounded(merge, settings.memory)
+    if settings.task is not None:
+        base = TaskModel(merge.base, merge.experts, settings.task)
+        tensors, recalibrated = base.fill(tensors), base.rename(recalibrated)
+    with merging_bar(base, shown=settings.progress) as advance:
         return write_model(
             out,
-            tensors=merge_bounded(merge, settings.memory),
-            base=merge.base,
+            tensors=tensors,
+            base=base,
             experts=merge.experts,
             operator=recipe_of(merge.operator),
             coefficients=merge.coefficients,
             record=record,
             shard_bytes=settings.shard_bytes,
             weights=merge.weights,
-            recalibrated=merge.recalibrated,
+            recalibrated=recalibrated,
             ties=merge.ties,
             advance=advance,
         )

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from map_bo.foreign import read_json
+from map_bo.merging.align.conform import changes_told
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.plain import is_settings, name_of
 
@@ -68,10 +69,17 @@ def model_card_text(
             ],
         ),
     ]
-    fitted = [name for name, expert in experts.items() if expert.vocabulary_changes]
-    if fitted:
-        names = ", ".join(map(_cell, fitted))
-        parts.append(f"Fitted to the base's vocabulary: {names}; `recipe.yaml` has the rows.")
+    told = [
+        f"- {_cell(name)}: {_cell(line)}"
+        for name, expert in experts.items()
+        for line in changes_told(expert.vocabulary_changes)
+    ]
+    if told:
+        parts += ["What was done to fit experts to the base (`recipe.yaml` has it all):"]
+        parts.append("\n".join(told))
+    task = base.vocabulary_changes.get("task")
+    if task is not None:
+        parts.append(f"This is the model of one task: the head is that of {_cell(task)}.")
     return _front_matter(base, experts) + "\n" + "\n\n".join(parts) + "\n"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from map_bo.errors import MergeError, listed
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter, shard_layouts
-from map_bo.merging.checkpoints.tensors import Layout, raw_bytes
+from map_bo.merging.checkpoints.tensors import Layout, exceeds_range, raw_bytes
 
 __all__ = ["Advance", "Pieces", "Put", "merging_bar", "write_weights", "writing"]
 
@@ -169,7 +169,13 @@ def _conform(name: str, tensor: Tensor, base: Checkpoint, seen: set[str]) -> Ten
             f"tensor {name!r} is {tensor.dtype} and {dtype} in the base",
             hint="only floating dtypes are converted to the base's",
         )
-    return tensor.detach().to(device="cpu", dtype=dtype)
+    rounded = tensor.detach().to(device="cpu", dtype=dtype)
+    if exceeds_range(tensor, rounded):
+        raise MergeError(
+            f"merged values of tensor {name!r} are beyond the range of {dtype}, the base's",
+            hint="choose smaller coefficients, or convert the base to bfloat16 or float32",
+        )
+    return rounded
 
 
 def _require_tied(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass
 from functools import reduce
 from types import TracebackType
@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
+from map_bo.merging.align.conform import is_constant
 from map_bo.merging.align.layout import FlatLayout, Slot
+from map_bo.merging.align.renaming import match_names
 from map_bo.merging.align.saved_names import Saved, saved_as, state_tensors
 from map_bo.merging.vectors.operator import PreparedMerge
 
-__all__ = ["LiveModel", "model_ties"]
+__all__ = ["LiveModel", "model_ties", "names_of_base"]
 
 
 def model_ties(model: nn.Module) -> dict[str, str]:
@@ -27,6 +29,20 @@ def model_ties(model: nn.Module) -> dict[str, str]:
     named = state_tensors(model)
     in_files = {name: part.of(named[part.name]) for name, part in saved_as(model).items()}
     return _ties(named) | _ties(in_files)
+
+
+def names_of_base(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+    """Return name in a model's files -> name in the base, of the tensors that both have.
+
+    A model with a head has a prefix that its base without one does not have, or the other way
+    round; see `match_names`.
+
+    Args:
+        model: The model.
+        known: Names of the base.
+    """
+    found = match_names(list(saved_as(model)), sorted(known), lambda own, there: True, "the model")
+    return {own: there for there, own in found.names.items()}
 
 
 def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
@@ -95,6 +111,9 @@ class LiveModel:
         model: The model; on the device of the task vectors.
         layout: The layout of the task vectors.
         fixed: Canonical name -> value, for the layout's fixed tensors.
+        heads: Tensors of the model that no checkpoint merges: parts of task heads, which
+            `put_head` fills.
+        spare: Tensors of the layout that the model may lack.
 
     Raises:
         MergeError: When the model's tensors are not those of the layout (names, shapes, floating
@@ -102,7 +121,13 @@ class LiveModel:
     """
 
     def __init__(
-        self, model: nn.Module, layout: FlatLayout, *, fixed: Mapping[str, Tensor] | None = None
+        self,
+        model: nn.Module,
+        layout: FlatLayout,
+        *,
+        fixed: Mapping[str, Tensor] | None = None,
+        heads: Collection[str] = (),
+        spare: Collection[str] = (),
     ) -> None:
         self.model = model
         self._layout = layout
@@ -112,11 +137,16 @@ class LiveModel:
         self._views: list[tuple[Tensor, Slot]] = []  # pieces of the live memory
         self._modes: list[tuple[nn.Module, bool]] = []
         self._parts: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._attributes: list[tuple[object, str, object]] = []
         self._entered = False
         shapes = {name: value.shape for name, value in self._fixed.items()}
         named = state_tensors(model)
-        saved = saved_as(model, [*(slot.name for slot in layout.slots), *layout.fixed])
-        found = _match(model, layout, shapes, saved, named)
+        known = [*(slot.name for slot in layout.slots), *layout.fixed]
+        saved = saved_as(model, known)
+        if not saved.keys() >= set(known):
+            saved = _renamed(saved, named, layout, shapes)
+        masks = {name for name, value in self._fixed.items() if value.is_floating_point()}
+        found = _match(model, layout, shapes, saved, named, masks, set(heads), set(spare))
         self._slots, self._in_files, self._pieces = _by_module(found, saved, named)
         owners = self._slots.keys() | {part.name for part, _ in self._pieces}
         floating = [tensor for name, tensor in named.items() if name in owners]
@@ -148,6 +178,70 @@ class LiveModel:
             for view, slot in self._views:
                 view.copy_(slot.of(flat))
         return self.model
+
+    def put_head(self, head: Mapping[str, Tensor], labels: Mapping[int, str] | None = None) -> None:
+        """Give the model the head of a task, until the next `write`.
+
+        Tensors take the place of the model's own of that name, whatever their shapes; where it has
+        none, modules are made for them, with linear layers for matrices. What a model and its
+        layers say of their width (``out_features``, ``num_labels``) follows.
+
+        Args:
+            head: Name in the model -> tensor.
+            labels: Label names by row of the output layer, for ``config.id2label``.
+        """
+        if not self._entered:
+            raise MergeError("the model is not live", hint="use it inside `with`")
+        with torch.inference_mode(False):
+            for name, tensor in head.items():
+                path, _, last = name.rpartition(".")
+                module = self._module_at(path, head)
+                value = tensor.to(device=self.device, copy=True)
+                if value.is_floating_point():
+                    value = value.to(self.dtype)
+                if last in module._buffers:
+                    module._buffers[last] = value
+                    continue
+                old = module._parameters.get(last)
+                wanted = value.is_floating_point() and (old is None or old.requires_grad)
+                module._parameters[last] = nn.Parameter(value, requires_grad=wanted)
+                if last == "weight" and isinstance(module, nn.Linear):
+                    self._set(module, "out_features", len(value))
+                    self._set(module, "in_features", value.shape[1])
+        if labels:
+            self._set_labels(labels)
+
+    def _module_at(self, path: str, head: Mapping[str, Tensor]) -> nn.Module:
+        """Return the module of a path, made where there is none."""
+        module: nn.Module = self.model
+        at = ""
+        for part in path.split(".") if path else ():
+            at = f"{at}.{part}" if at else part
+            inner = module._modules.get(part)
+            if inner is None:
+                weight = head.get(f"{at}.weight")
+                inner = nn.Module()
+                if weight is not None and weight.dim() == 2:
+                    # Its parameters are put there by `put_head`.
+                    inner = nn.Linear(1, 1, bias=f"{at}.bias" in head, device=self.device)
+                inner.eval()
+                module._modules[part] = inner
+            module = inner
+        return module
+
+    def _set(self, owner: object, name: str, value: object) -> None:
+        self._attributes.append((owner, name, vars(owner)[name]))
+        vars(owner)[name] = value
+
+    def _set_labels(self, labels: Mapping[int, str]) -> None:
+        config = vars(self.model).get("config")
+        if config is not None and isinstance(vars(config).get("id2label"), dict):
+            self._set(config, "id2label", dict(labels))
+            if isinstance(vars(config).get("label2id"), dict):
+                self._set(config, "label2id", {name: i for i, name in labels.items()})
+        for module, _ in self._modes:
+            if isinstance(vars(module).get("num_labels"), int):
+                self._set(module, "num_labels", len(labels))
 
     def merged_tensors(self) -> list[tuple[Tensor, Slot]]:
         """Return the parameters and buffers that are merged, each once, with their slots.
@@ -247,6 +341,9 @@ class LiveModel:
             module.training = False
 
     def _restore_parts(self) -> None:
+        for owner, name, value in reversed(self._attributes):
+            vars(owner)[name] = value
+        self._attributes = []
         for part, found in self._parts:
             if part.keys() != found.keys() or any(part[k] is not v for k, v in found.items()):
                 part.clear()
@@ -296,12 +393,33 @@ def _by_module(
     return slots, in_files, pieces
 
 
+def _renamed(
+    saved: Mapping[str, Saved],
+    named: Mapping[str, Tensor],
+    layout: FlatLayout,
+    fixed: Mapping[str, torch.Size],
+) -> dict[str, Saved]:
+    """Return what the model's files hold under the names of the layout, and the rest as it is."""
+    shapes = {slot.name: slot.shape for slot in layout.slots} | dict(fixed)
+    shapes |= {alias: shapes[kept] for alias, kept in layout.ties.items() if kept in shapes}
+
+    def fits(own: str, there: str) -> bool:
+        return saved[own].of(named[saved[own].name]).shape == shapes[there]
+
+    found = match_names(list(saved), sorted(shapes), fits, "the model")
+    own = {mine: there for there, mine in found.names.items()}
+    return {own.get(name, name): part for name, part in saved.items()}
+
+
 def _match(
     model: nn.Module,
     layout: FlatLayout,
     fixed: Mapping[str, torch.Size],
     saved: Mapping[str, Saved],
     state: Mapping[str, Tensor],
+    masks: Set[str],
+    heads: Set[str],
+    spare: Set[str],
 ) -> dict[str, Slot]:
     """Return, for each floating tensor of the model's files, its slot of the layout."""
     named = {name: part.of(state[part.name]) for name, part in saved.items()}
@@ -319,7 +437,8 @@ def _match(
         # A name that the checkpoint leaves out is found under the name that it is tied to.
         found = {layout.ties.get(name, name) for name in group} & (slots.keys() | {*layout.fixed})
         if not found:
-            if tensor.is_floating_point():
+            constant = is_constant(canonical, tensor.shape)
+            if tensor.is_floating_point() and not constant and not heads & set(group):
                 missing.append(canonical)
             continue
         if len(found) > 1:
@@ -333,7 +452,7 @@ def _match(
                 f"tensor {name!r} of the state dict is not a parameter or buffer of the model",
                 hint="the model changes its state dict when saving; give it without such hooks",
             )
-        if (name in slots) != tensor.is_floating_point():
+        if (name in slots) != tensor.is_floating_point() and name not in masks:
             raise MergeError(
                 f"tensor {name!r} is {tensor.dtype} in the model and of another kind in the base",
                 hint="give the model that the base was saved from",
@@ -353,7 +472,11 @@ def _match(
             hint=f"give the model that the base was saved from; the base has, for example, "
             f"{listed(slots)}",
         )
-    unused = sorted(slots.keys() - {slot.name for slot in result.values()})
+    unused = sorted(
+        name
+        for name in slots.keys() - {slot.name for slot in result.values()} - spare
+        if not is_constant(name, slots[name].shape)
+    )
     if unused:
         raise MergeError(
             f"the model {kind} lacks {len(unused)} tensors of the base: {listed(unused)}",

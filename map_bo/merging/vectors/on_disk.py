@@ -12,6 +12,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.adapters.adapter import adapter_over
 from map_bo.merging.align.experts import (
     align_names,
+    not_finite,
     require_alike,
     require_same_fixed,
     require_tied,
@@ -169,10 +170,7 @@ class OnDiskVectors:
             raw = self._room((stop - start) * dtype.itemsize)
             row.copy_(checkpoint.read(own, start, stop, out=raw))
         if not all_finite(row):
-            raise MergeError(
-                f"tensor {name!r} of {label} holds NaN or infinity",
-                hint="this model diverged in training or its file is damaged; leave it out",
-            )
+            raise not_finite(row, name, label)
 
     def _room(self, size: int) -> Tensor:
         if len(self._raw.memory) < size:

@@ -18,6 +18,7 @@ from map_bo.merging.align.experts import (
     fixed_tensors,
     require_finite,
     require_tied,
+    same_weights,
 )
 from map_bo.merging.align.layout import FlatLayout, Slot, is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
@@ -199,7 +200,7 @@ class _Distinct:
     def judge(self) -> None:
         """Refuse two that are the same."""
         for first, second, *_ in sorted(group for group in self._groups if len(group) > 1):
-            raise _same(self._names[first], self._names[second])
+            raise same_weights(self._names[first], self._names[second])
 
 
 def _part(group: Sequence[int], pieces: Sequence[Tensor]) -> list[list[int]]:
@@ -265,19 +266,12 @@ def _plain(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _same(first: str, second: str) -> MergeError:
-    return MergeError(
-        f"experts {first!r} and {second!r} have the same weights",
-        hint="leave one of them out, or check the paths",
-    )
-
-
 def _require_distinct_adapters(names: tuple[str, ...], adapters: Mapping[int, Adapter]) -> None:
     seen: dict[str, str] = {}
     for i, adapter in adapters.items() if len(adapters) > 1 else ():
         other = seen.setdefault(adapter.digest(), names[i])
         if other != names[i]:
-            raise _same(other, names[i])
+            raise same_weights(other, names[i])
 
 
 def _adapt(

@@ -13,20 +13,20 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from torch import nn
 
 from map_bo.data import Metric
-from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
+from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.extensions import installed, origin
-from map_bo.foreign import read_json
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.vocabulary import VocabularyRule
-from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.merging.checkpoints.read_sharded import require_inside
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.vectors.blocks import HasBlocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
+from map_bo.problems.merged.architecture import require_configuration, transformers_model
 from map_bo.problems.merged.problem import MergedModelProblem
 
 __all__ = ["import_callable", "imported_problem"]
@@ -55,6 +55,8 @@ def imported_problem(
     device: str = "cpu",
     gradients: bool = False,
     vocabulary: VocabularyRule | None = None,
+    missing: MissingRule = "refuse",
+    heads: Mapping[str, str] | None = None,
     recalibration: str | None = None,
     max_memory: int | str | None = None,
     cache_dir: str | None = None,
@@ -63,7 +65,8 @@ def imported_problem(
 
     Args:
         model: ``module:callable`` that returns the architecture (weights do not matter), or None
-            for a Hugging Face directory or a model of its hub, whose ``config.json`` names it.
+            for a Hugging Face directory or a model of its hub, whose ``config.json`` names it; see
+            `map_bo.problems.merged.architecture.transformers_model`.
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
             `map_bo.open_checkpoint`).
         experts: The experts by name, likewise.
@@ -83,6 +86,10 @@ def imported_problem(
             be differentiable (see :mod:`map_bo.evaluators.differentiable`).
         vocabulary: ``base`` or ``tokens``: how experts with another vocabulary are fitted to the
             base; by default they are refused.
+        missing: ``refuse``, or ``base``: experts that lack tensors of the base leave those as they
+            are in the base.
+        heads: Expert name by metric name, where the task head that an evaluator needs is not that
+            of the expert which is called like the metric.
         recalibration: ``module:callable`` that returns batches on which the statistics of
             BatchNorm layers are measured anew after each merge.
         max_memory: Cap of the memory for task vectors, in bytes or such as ``2GB``; see
@@ -96,10 +103,10 @@ def imported_problem(
         MergeError: On checkpoints that do not fit each other.
     """
     if not experts or not evaluators:
-        missing = "experts" if not experts else "evaluators"
+        lacking = "experts" if not experts else "evaluators"
         raise ConfigError(
-            f"the problem names no {missing}",
-            hint=f"give them as +problem.{missing}.NAME=..., one for each name",
+            f"the problem names no {lacking}",
+            hint=f"give them as +problem.{lacking}.NAME=..., one for each name",
         )
     extra = sorted(set(metrics or {}) - set(evaluators))
     if extra:
@@ -117,6 +124,11 @@ def imported_problem(
             f"vocabulary must be one of {', '.join(get_args(VocabularyRule))}, got {vocabulary!r}",
             hint="set problem.vocabulary to one of them, or leave it out",
         )
+    if missing not in get_args(MissingRule):
+        raise ConfigError(
+            f"missing must be one of {', '.join(get_args(MissingRule))}, got {missing!r}",
+            hint="set problem.missing to one of them",
+        )
     described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
     space = None
     if sum_at_most is not None:
@@ -129,12 +141,22 @@ def imported_problem(
             )
         space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
     opened: str | Checkpoint = base
-    if model is None and not Path(base).expanduser().exists():
+    sources: dict[str, CheckpointSource] = dict(experts)
+    if model is None:
+        folder = Path(base).expanduser()
+        if folder.exists():  # before weights are looked for
+            require_configuration(folder, base)
         opened = open_checkpoint(base)
+        aligned = {name: open_expert(source, opened) for name, source in experts.items()}
+        aligned = align_experts(aligned, opened, vocabulary=vocabulary, missing=missing)
+        sources = dict(aligned)
+        architecture = transformers_model(opened, aligned)
+    else:
+        architecture = import_callable(model, "problem.model")
     return MergedModelProblem(
-        import_callable(model, "problem.model") if model is not None else _architecture(opened),
+        architecture,
         base=opened,
-        experts=dict(experts),
+        experts=sources,
         evaluators={
             name: _evaluator(where, f"problem.evaluators.{name}")
             for name, where in evaluators.items()
@@ -149,6 +171,8 @@ def imported_problem(
         device=device,
         gradients=gradients,
         vocabulary=vocabulary,
+        missing=missing,
+        heads=heads,
         recalibration=None
         if recalibration is None
         else import_callable(recalibration, "problem.recalibration"),
@@ -211,50 +235,3 @@ def import_callable(where: str, key: str) -> Callable[..., Any]:
             hint="name a function or a class",
         )
     return found  # type: ignore[no-any-return]
-
-
-def _architecture(base: str | Checkpoint) -> Callable[[], nn.Module]:
-    shown, directory = (
-        (base, Path(base).expanduser()) if isinstance(base, str) else (base.source, base.directory)
-    )
-    path = None if directory is None else directory / "config.json"
-    if path is None or not path.is_file():
-        raise ConfigError(
-            f"problem.model is not given and {shown} has no config.json to tell it by",
-            hint="give problem.model=module:function returning the architecture",
-        )
-    require_inside(path)
-    try:
-        (name, *_) = read_json(path)["architectures"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{path} does not name an architecture: {error}",
-            hint="give problem.model=module:function returning the architecture",
-        ) from error
-
-    def build() -> nn.Module:
-        try:
-            import transformers
-        except ImportError as error:
-            raise MissingDependencyError(
-                "a Hugging Face directory needs transformers",
-                hint='pip install "map-bo[huggingface]"',
-            ) from error
-        kind = getattr(transformers, str(name), None)
-        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
-            raise CheckpointError(
-                f"transformers has no architecture {name!r}, which {path} names",
-                hint="upgrade transformers, or give problem.model=module:function",
-            )
-        try:
-            # Code in the folder of a model is never run on its own word.
-            config = transformers.AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-            model: nn.Module = kind(config)
-        except Exception as error:  # whatever a configuration makes of an architecture
-            raise CheckpointError(
-                f"transformers cannot build {name} from {path}: {first_line(error)}",
-                hint="give problem.model=module:function returning the architecture",
-            ) from error
-        return model
-
-    return build

@@ -25,8 +25,9 @@ from map_bo.evaluators.evaluator import (
     select_metrics,
 )
 from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
-from map_bo.merging.align.vocabulary import VocabularyRule, fit_vocabularies
+from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
 from map_bo.merging.export.bounded import Merge, merges_files, tie_weights
@@ -34,7 +35,7 @@ from map_bo.merging.export.draft import refuse_existing
 from map_bo.merging.export.model import ExportSettings, export_model
 from map_bo.merging.vectors.blocks import with_known_blocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.live import LiveModel, model_ties
+from map_bo.merging.vectors.live import LiveModel, model_ties, names_of_base
 from map_bo.merging.vectors.operator import (
     HasDerivatives,
     Linear,
@@ -52,6 +53,7 @@ from map_bo.merging.vectors.recalibration import (
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
     build_model,
@@ -117,6 +119,12 @@ class MergedModelProblem:
         vocabulary: What to do with experts whose embeddings have other rows than the base's:
             refuse them (default), or match rows by position (``"base"``) or by token
             (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
+        missing: What to do with experts that lack tensors of the base: refuse them (default), or
+            leave those tensors as they are in the base (``"base"``); see
+            `map_bo.merging.align.conform.align_experts`.
+        heads: Metric name -> name of the expert whose task head the model has for its evaluator;
+            by default that of the expert which is called like the metric. Task heads are what only
+            experts have; they are not merged.
         recalibration: Batches, or a function that returns them: after each merge the statistics of
             BatchNorm layers are measured anew on them, in what is evaluated and in what is
             exported; see `map_bo.merging.vectors.recalibration.recalibrate`. Not with gradients.
@@ -152,6 +160,8 @@ class MergedModelProblem:
         check_base: bool = True,
         gradients: bool = False,
         vocabulary: VocabularyRule | None = None,
+        missing: MissingRule = "refuse",
+        heads: Mapping[str, str] | None = None,
         recalibration: Batches | None = None,
         max_memory: int | str | None = None,
         cache_dir: str | Path | None = None,
@@ -164,7 +174,8 @@ class MergedModelProblem:
         self._metrics = metrics_of(evaluators, metrics)
         self._base = open_checkpoint(base)
         given = {name: open_expert(source, self._base) for name, source in experts.items()}
-        self._experts = fit_vocabularies(given, self._base, vocabulary)
+        self._experts = align_experts(given, self._base, vocabulary=vocabulary, missing=missing)
+        self._heads = TaskHeads.of(self._experts, tuple(self._evaluators), heads)
         given_operator = TaskArithmetic() if operator is None else operator
         self._operator: MergeOperator = with_known_blocks(given_operator, self._base, self._experts)
         natural = self._operator.space(tuple(experts), lower=lower, upper=upper)
@@ -183,6 +194,7 @@ class MergedModelProblem:
             cache_dir=cache_dir,
         )
         self._check_base = check_base
+        self._missing = missing
         self._gradients = gradients
         if gradients:
             check_gradients(
@@ -227,7 +239,8 @@ class MergedModelProblem:
         """Merge and measure every row of ``X`` (``n x d``).
 
         A row fails when an evaluator raises, or returns NaN, infinity, anything but a
-        number, or a value outside its metric's bounds; its remaining evaluators are not called.
+        number, or a value outside its metric's bounds. Its other evaluators are called all the
+        same, and what they measured is kept: the row is a partial one.
         The cost of a row is the seconds that merging and measuring took. ``generator`` is not
         used: evaluators bring their own randomness, if any.
 
@@ -244,10 +257,10 @@ class MergedModelProblem:
         loaded = self._load()
         with loaded.live as live:
             for i, x in enumerate(X):
-                start = time.perf_counter()
-                try:
-                    for j, metric in enumerate(self._metrics):
-                        model = self._write(x)
+                start, reasons = time.perf_counter(), []
+                for j, metric in enumerate(self._metrics):
+                    try:
+                        model = self._write(x, metric.name)
                         evaluator = self._evaluators[metric.name]
                         if loaded.derivatives is None:
                             seen = measure(metric.name, evaluator, model)
@@ -256,23 +269,27 @@ class MergedModelProblem:
                                 metric.name, evaluator, live, loaded.derivatives
                             )
                         Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
-                except EvaluationError as error:
-                    failures[i] = error.reason
-                    Y[i], Yvar[i], counts[i] = torch.nan, torch.nan, torch.nan
+                    except EvaluationError as error:
+                        reasons.append(error.reason)
+                failures[i] = "; ".join(reasons) or None
                 cost[i] = time.perf_counter() - start
         return Observations(
             X, Y, self._metrics, Yvar, counts, cost, tuple(failures), gradients, noise
         )
 
     @contextmanager
-    def load(self, x: Tensor) -> Iterator[nn.Module]:
+    def load(self, x: Tensor, *, metric: str | None = None) -> Iterator[nn.Module]:
         """Hold the model merged with coefficients ``x`` (``d``), in evaluation mode.
 
         On leaving, it has its own weights again, and nothing that was done to it remains.
+
+        Args:
+            x: ``d`` coefficients.
+            metric: Metric whose task head the model is to have, where experts have heads.
         """
         row = self._row(x)
         with self._load().live:
-            yield self._write(row)
+            yield self._write(row, metric)
 
     def merged(self, x: Tensor) -> dict[str, Tensor]:
         """Return the state dict merged with ``x`` (``d``): new tensors in the base's dtypes."""
@@ -343,7 +360,7 @@ class MergedModelProblem:
             MergeError: When it cannot be written; nothing is left behind.
         """
         row, model = self._row(x), self._architecture()
-        ties = model_ties(model)
+        ties = self._model_ties(model)
         weights: Weights | None = None
         merged: Checkpoint | None = None
         if isinstance(self._operator, Linear):
@@ -407,7 +424,7 @@ class MergedModelProblem:
             )
         metrics = select_metrics(self._metrics, names)
         low, high = self._bounds
-        return MergedModelProblem(
+        problem = MergedModelProblem(
             self._architecture(),
             base=self._base,
             experts={
@@ -426,7 +443,10 @@ class MergedModelProblem:
             dtype=self._dtype,
             max_memory=self._max_memory,
             cache_dir=self._cache_dir,
+            missing=self._missing,
         )
+        problem._heads = self._heads  # merges of experts have none of their own
+        return problem
 
     def similarity(self) -> Tensor:
         """Return the cosines between the experts' task vectors, ``N x N``; see `cosines`."""
@@ -465,10 +485,16 @@ class MergedModelProblem:
             recalibrated=self._statistics(row),
         )
 
-    def _write(self, x: Tensor) -> nn.Module:
-        """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it."""
+    def _write(self, x: Tensor, metric: str | None = None) -> nn.Module:
+        """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it.
+
+        The model gets the head of the task that a metric measures, if there is one.
+        """
         loaded = self._load()
         model = loaded.live.write(loaded.prepared, x)
+        head = None if metric is None else self._heads.of_metric(metric)
+        if head is not None:
+            loaded.live.put_head(head.tensors, head.labels)
         if self._recalibration is not None:
             self._recalibration(model, x)
         return model
@@ -495,13 +521,19 @@ class MergedModelProblem:
             dtype=self._storage.dtype,
             device=self._device,
             check_base=self._check_base,
-            ties=model_ties(model),
+            ties=self._model_ties(model),
             cache=self._storage.cache,
             spare_memory=self._storage.spare_memory,
         )
         if isinstance(self._operator, NeedsStatistics):
             self._operator.check_experts(self._experts)
-        live = LiveModel(model, vectors.layout, fixed=vectors.fixed)
+        live = LiveModel(
+            model,
+            vectors.layout,
+            fixed=vectors.fixed,
+            heads=self._heads.names,
+            spare=self._heads.spare,
+        )
         if live.device != vectors.rows.device:
             raise MergeError(
                 f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
@@ -517,7 +549,15 @@ class MergedModelProblem:
         return self._loaded
 
     def _ties(self) -> dict[str, str]:
-        return join_ties(self._base, model_ties(self._architecture()))
+        return join_ties(self._base, self._model_ties(self._architecture()))
+
+    def _model_ties(self, model: nn.Module) -> dict[str, str]:
+        """Return the ties of a model under the names of the base."""
+        ties = model_ties(model)
+        if not ties or set(ties.values()) <= set(self._base.names):
+            return ties
+        names = names_of_base(model, self._base.names)
+        return {names.get(alias, alias): names.get(kept, kept) for alias, kept in ties.items()}
 
     def _architecture(self) -> nn.Module:
         if self._model is None:

@@ -31,6 +31,8 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         where = f", {checked['counted']}" if checked.get("counted") else ""
         evaluations += f"; {checked['points']} of them measured front points{where}"
     failed = summary.get("failures", sum(reason is not None for reason in view.seen.failures))
+    partial = summary.get("partial", int(view.seen.partial.sum()))
+    partly = f" ({partial} of them in some metrics only)" if partial else ""
     real = int(front.verified.sum())
     points = "1 predicted point" if len(front) == 1 else f"{len(front)} predicted points"
     rows = []
@@ -46,7 +48,7 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         )
     rows += [
         ("of all tasks" if nested else "evaluations", evaluations),
-        ("failed", str(failed) if failed else "none"),
+        ("failed", (f"{failed}{partly}" if failed else "none")),
         ("front", f"{points}, {real or 'none'} of them also measured"),
     ]
     if stop_words(view):

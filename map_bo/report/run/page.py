@@ -253,7 +253,10 @@ def _evaluations(view: RunView) -> str:
             for number, reason in failures
         ]
         head = f"<tr>{_column('evaluation')}{_column('reason', name=True)}</tr>"
-        parts.append(_table("Evaluations that failed; they have no score.", head, rows))
+        caption = "Evaluations that failed; they have no score."
+        if bool(view.seen.partial.any()):
+            caption += " Where some metrics were measured, the surrogate is fitted to these."
+        parts.append(_table(caption, head, rows))
     else:
         parts.append("<p>No evaluation failed.</p>")
     every = _evaluations_table(view)
@@ -274,12 +277,19 @@ def _evaluations_table(view: RunView) -> str:
         + "</tr>"
     )
     rows = []
+    partial = seen.partial.tolist()
     data = zip(seen.X.tolist(), seen.Y.tolist(), seen.cost.tolist(), seen.failures, strict=True)
     for i, (x, y, cost, failure) in enumerate(data):
         what = anchors.get(i, "verification" if checked[i] else "search")
         cells = "".join(f"<td>{coefficient(value)}</td>" for value in x)
         if failure is None:
             cells += "".join(_real_cells(y, metrics))
+        elif partial[i]:
+            shown = _real_cells(y, metrics)
+            cells += "".join(
+                "<td>failed</td>" if math.isnan(value) else cell
+                for value, cell in zip(y, shown, strict=True)
+            )
         else:
             cells += f'<td colspan="{len(metrics)}">failed</td>'
         spent = "" if math.isnan(cost) else f"{cost:.2f}"

@@ -26,9 +26,10 @@ from map_bo.samplers.sampler import Sampler
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
-from map_bo.surrogates.validation import LeavesOneOut, validate
+from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, validate
 
 __all__ = [
     "NEAREST",
@@ -73,6 +74,8 @@ class Situation:
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
+        whole: Which of the rows that ``model`` was fitted to are those of ``good``: partial rows
+            are fitted to too. None where all are.
     """
 
     model: SurrogateModel
@@ -82,6 +85,7 @@ class Situation:
     known: Tensor
     scale: Scale
     generator: Generator
+    whole: Tensor | None = None
 
     @cached_property
     def unit(self) -> Tensor:
@@ -297,9 +301,10 @@ class PosteriorDriven:
         waiting: Tensor,
         generator: Generator,
     ) -> tuple[Tensor, Mapping[str, Any]]:
-        good = seen.succeeded()
         surrogate = Auto() if self.surrogate is None else self.surrogate
-        model = surrogate.fit(seen, space)
+        screening = fit_screened(surrogate, seen, space)
+        model, seen = screening.model, screening.kept
+        good = seen.succeeded()
         situation = Situation(
             model=model,
             good=good,
@@ -308,9 +313,12 @@ class PosteriorDriven:
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
+            whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
+        if screening.outliers:
+            scores = {**scores, "outliers": [one.describe() for one in screening.outliers]}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
 
 

@@ -136,7 +136,10 @@ class Bins(PosteriorDriven):
             )
         space, good = situation.space, situation.good
         mean, _ = situation.model.leave_one_out()
-        squares = pooled_residuals(situation.model.training_targets()[0] - mean)
+        residuals = situation.model.training_targets()[0] - mean
+        squares = pooled_residuals(
+            residuals if situation.whole is None else residuals[situation.whole]
+        )
         # Points in the lower corner have no direction and are in no bin.
         U, share, directed = _polar(good.X, space)
         U, share, squares = U[directed], share[directed], squares[directed]

@@ -18,10 +18,15 @@ from linear_operator import to_linear_operator
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import SurrogateError
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.gradients import gradient_rows, gradient_scale
-from map_bo.surrogates.links import Link, as_fitted, links_for, observed_on_link
+from map_bo.surrogates.links import (
+    Link,
+    as_fitted,
+    check_enough,
+    links_for,
+    observed_on_link,
+)
 from map_bo.surrogates.processes.gp_gradients import (
     ConditionedKernel,
     ConditionedMean,
@@ -117,6 +122,7 @@ class MetricGP(SingleTaskGP):
         note: Why the hyperparameters are not the best ones, ``None`` when they are.
         cost: Negative log posterior of the hyperparameters, up to what their priors share.
         gradients: Observed gradients on the link scale, with their total noise variances.
+        rows: ``N`` booleans: which of the evaluations have the metric; all by default.
     """
 
     def __init__(
@@ -134,6 +140,7 @@ class MetricGP(SingleTaskGP):
         note: str | None,
         cost: float = math.inf,
         gradients: ObservedGradients | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         constant: Mean = ConstantMean()
         covariance: Kernel = kernel
@@ -155,7 +162,22 @@ class MetricGP(SingleTaskGP):
         self.requires_grad_(False)
         self.metric, self.link = metric, link
         self.misfit, self.jitter, self.note, self.cost = misfit, jitter, note, cost
+        self.rows = rows
         self.eval()
+
+    def at_all_rows(self, values: Tensor) -> Tensor:
+        """Return values of what it was fitted to with NaN at evaluations without the metric.
+
+        Args:
+            values: ``... x n``; those beyond the fit's own belong to further points.
+        """
+        if self.rows is None or bool(self.rows.all()):
+            return values
+        more = values.shape[-1] - int(self.rows.sum())
+        rows = torch.cat([self.rows, torch.ones(more, dtype=torch.bool)])
+        spread = values.new_full((*values.shape[:-1], len(rows)), torch.nan)
+        spread[..., rows] = values
+        return spread
 
     def __call__(self, *args: Any, **kwargs: Any) -> MultivariateNormal:
         """Return the prior in training, else the posterior with its jitter."""
@@ -215,8 +237,10 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
                 )
                 for process in self.processes
             ]
-            # One batch where it can be one: processes with gradients have as many as they have.
-            if any(isinstance(part[0], ConditionedKernel) for part in parts):
+            # One batch where it can be one: processes with gradients have as many as they have, and
+            # metrics of partial rows as many values as were measured.
+            apart = len({len(part[1]) for part in parts}) > 1
+            if apart or any(isinstance(part[0], ConditionedKernel) for part in parts):
                 self._mean = GradientMean.stacked(parts)
             else:
                 self._mean = ClosedFormMean.of(parts)
@@ -225,7 +249,8 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each latent value without its own row, ``n x m`` each.
 
-        Link scale; hyperparameters are held, noise and nugget are not in the variance.
+        Link scale, NaN where a metric was not measured; hyperparameters are held, noise and nugget
+        are not in the variance.
         Rasmussen & Williams, 2006, equations 5.10-5.12.
         """
         means, variances = [], []
@@ -238,14 +263,17 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
             else:
                 K = kernel(X).to_dense() + torch.diag(noise)
                 mean, variance = leave_one_out(K, residual, noise)
-            means.append(mean + process.mean_module.constant)
-            variances.append(variance + process.jitter)
+            means.append(process.at_all_rows(mean + process.mean_module.constant))
+            variances.append(process.at_all_rows(variance + process.jitter))
         return torch.stack(means, -1), torch.stack(variances, -1)
 
     def training_targets(self) -> tuple[Tensor, Tensor]:
-        """Return the targets and their total noise variance, ``n x m`` each, link scale."""
-        targets = [process.train_targets for process in self.processes]
-        noise = [process.likelihood.noise for process in self.processes]
+        """Return the targets and their total noise variance, ``n x m`` each, link scale.
+
+        There is NaN where a metric was not measured.
+        """
+        targets = [process.at_all_rows(process.train_targets) for process in self.processes]
+        noise = [process.at_all_rows(process.likelihood.noise) for process in self.processes]
         return torch.stack(targets, -1), torch.stack(noise, -1)
 
     def misfit_variance(self) -> Tensor:
@@ -313,6 +341,7 @@ class GP:
     link: Literal["auto", "identity"] = "auto"
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -344,18 +373,39 @@ def fit_processes(
     link: Literal["auto", "identity"],
     prior: ProcessPrior,
 ) -> GPModel:
-    """Fit one process a metric under ``prior`` to the evaluations that succeeded.
+    """Fit one process a metric under ``prior`` to the evaluations that have it.
 
     Raises:
-        SurrogateError: When fewer than two succeeded.
+        SurrogateError: When fewer than two have it.
     """
-    total = len(seen)
-    seen = as_fitted(seen)
-    if len(seen) < 2:
-        raise SurrogateError(
-            f"{len(seen)} of {total} evaluations succeeded; a Gaussian process needs at least 2",
-            hint="evaluate more points, or look at the reasons of those that failed",
-        )
+    check_enough(seen, "a Gaussian process")
+    good = as_fitted(seen)
+    patterns = good.patterns()
+    if len(patterns) == 1:
+        return GPModel(*_processes(good, space, link, prior, None))
+    found: dict[int, MetricGP] = {}
+    for columns, rows in patterns:
+        part = _processes(good.columns(columns, rows), space, link, prior, rows)
+        found |= dict(zip(columns, part, strict=True))
+    return GPModel(*[found[j] for j in range(len(found))])
+
+
+def _processes(
+    seen: Observations,
+    space: CoefficientSpace,
+    link: Literal["auto", "identity"],
+    prior: ProcessPrior,
+    measured: Tensor | None,
+) -> list[MetricGP]:
+    """Return the processes of metrics that all rows of ``seen`` have.
+
+    Args:
+        seen: The evaluations.
+        space: The coefficients.
+        link: Which links.
+        prior: Priors of the processes.
+        measured: ``N`` booleans: which of all evaluations those of ``seen`` are; None for all.
+    """
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
     rows = gradient_rows(seen, links, space)
@@ -405,6 +455,7 @@ def fit_processes(
                 note=fitted.note,
                 cost=fitted.cost,
                 gradients=gradients,
+                rows=measured,
             )
         )
-    return GPModel(*processes)
+    return processes

@@ -40,6 +40,7 @@ class Hybrid:
     link: Literal["auto", "identity"] = "auto"
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

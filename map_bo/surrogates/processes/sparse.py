@@ -131,7 +131,12 @@ class SparseModel(SurrogateModel, FantasizeMixin):
         return [int(p) for p in self.weights[j].nonzero().flatten()]
 
     def _mixed(self, values: Tensor) -> Tensor:
-        return values @ self.weights.mT
+        mixed = values @ self.weights.mT
+        if not bool(values.isnan().any()):
+            return mixed
+        # What a metric lacks is no other metric's business: 0 times NaN is NaN.
+        missing = values[..., self._first].isnan()
+        return (values.nan_to_num(nan=0.0) @ self.weights.mT).masked_fill(missing, torch.nan)
 
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the posterior mean on the link scale, ``n x m`` for ``n x d``."""
@@ -163,7 +168,7 @@ class SparseModel(SurrogateModel, FantasizeMixin):
                 noise = (
                     observation_noise[..., j]
                     if isinstance(observation_noise, Tensor)
-                    else self._noise()[..., j].mean(-1, keepdim=True)
+                    else self._noise()[..., j].nanmean(-1, keepdim=True)
                 )
                 covariance = covariance + torch.diag_embed(noise.expand(mean.shape))
             means.append(mean)
@@ -185,7 +190,9 @@ class SparseModel(SurrogateModel, FantasizeMixin):
 
     def _noise(self) -> Tensor:
         return self._mixed(
-            torch.stack([process.likelihood.noise for process in self.processes.processes], -1)
+            torch.stack(
+                [one.at_all_rows(one.likelihood.noise) for one in self.processes.processes], -1
+            )
         )
 
     def for_metrics(self, columns: Sequence[int]) -> SparseModel:
@@ -266,6 +273,7 @@ class Sparse:
     importance: float = 0.5
     taus: Sequence[float] = field(default=(1.0, 0.1, 0.01, 0.001))
     leaves_one_out: ClassVar[bool] = True
+    takes_partial_rows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

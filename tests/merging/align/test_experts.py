@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
+import map_bo
 from map_bo.errors import MergeError
-from map_bo.merging.align.experts import BaseSimilarity, align_names, require_alike
+from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.align.experts import (
+    BaseSimilarity,
+    align_names,
+    require_alike,
+    require_distinct,
+)
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.rng import make_generator
+from tests.merging.adapter_files import as_dense, small_adapters, small_base
 
 
 def named(*names: str, tied: tuple[str, ...] = (), **changed: Tensor) -> Checkpoint:
@@ -145,3 +155,45 @@ def test_an_unrelated_one_is_refused() -> None:
 
 def test_few_numbers_decide_nothing() -> None:
     judged(1.0, shared=0.0, size=999)
+
+
+def test_one_expert_twice_the_base_itself_and_no_change_are_refused(tmp_path: Path) -> None:
+    base = small_base()
+    adapter = next(iter(small_adapters(tmp_path, base).values()))
+    dense = as_dense(adapter)
+    two = dict.fromkeys(("a", "b"), dense)
+    with pytest.raises(MergeError, match="experts 'a' and 'b' have the same weights"):
+        require_distinct(base, two, {})
+    with pytest.raises(MergeError, match="expert 'a': its task vector is zero"):
+        require_distinct(base, {"a": as_dense(base)}, {})
+    with pytest.raises(MergeError, match="experts 'a' and 'b' have the same weights"):
+        require_distinct(base, {"a": adapter, "b": adapter}, {})
+    require_distinct(base, {"a": adapter, "b": dense}, {})
+    file = Path(adapter.source) / "adapter_model.safetensors"
+    save_file({name: 0 * t for name, t in load_file(file).items() if "lora_" in name}, file)
+    with pytest.raises(MergeError, match="expert 'a': its task vector is zero"):
+        require_distinct(base, {"a": open_expert(file.parent, base)}, {})
+
+
+def test_a_mask_of_the_base_comes_from_it_and_others_are_infinite_weights(tmp_path: Path) -> None:
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    base, tuned = {"w": torch.ones(3), "seen": mask}, {"w": torch.zeros(3), "seen": mask.clone()}
+    model = nn.Module()
+    model.register_parameter("w", nn.Parameter(torch.zeros(3)))
+    model.register_buffer("seen", torch.zeros(4, 4))
+    problem = map_bo.MergedModelProblem(
+        model, base=base, experts={"e": tuned}, evaluators={"x": lambda model: 0.5}
+    )
+    assert torch.equal(problem.merged(torch.tensor([0.5]))["seen"], mask)
+    with problem.load(torch.tensor([0.5])) as live:
+        assert torch.equal(live.state_dict()["seen"], mask)
+        assert torch.equal(live.state_dict()["w"], torch.full((3,), 0.5))
+    for wrong, said in (
+        ({"seen": mask * 0 + 1}, "'seen' of the base .* has -inf, and differs in expert 'e'"),
+        ({"w": torch.tensor([1.0, torch.inf, 0.0])}, "'w' of expert 'e' .* infinite numbers"),
+        ({"w": torch.tensor([1.0, torch.nan, 0.0])}, "'w' of expert 'e' .* it has NaN"),
+    ):
+        with pytest.raises(MergeError, match=said):
+            map_bo.merge_checkpoints(
+                base, {"e": tuned | wrong}, {"e": 1.0}, tmp_path / "m", progress=False
+            )

@@ -18,6 +18,8 @@ from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from tests.merging.checkpoint_files import tensors_of
 from tests.merging.damaged import little_room, refused, written
 
+STATE = {"w": torch.arange(6.0)}
+
 
 class Evil:
     def __init__(self, marker: Path) -> None:
@@ -247,3 +249,31 @@ def test_a_tensor_that_claims_more_than_the_file_holds(tmp_path: Path, zipped: b
     with pytest.raises(CheckpointError, match=r"tensor 'w' has 140737488355328 bytes") as caught:
         open_checkpoint(path)
     assert "contiguous" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"module": STATE, "ds_config": {}, "global_steps": 5},
+        {"state_dict": STATE, "epoch": 3, "optimizer_states": []},
+        {"model": {"state_dict": STATE}, "args": {"lr": 0.1}},
+        {"model": {"name": "vit"}, "net": STATE},  # settings of that name
+        {"ema": STATE, "step": 7},
+        {"model": STATE, "ema": {"w": torch.zeros(2)}},  # weights before their averages
+        {"my_weights": STATE, "optimizer": {"state": {0: {"exp_avg": torch.zeros(3)}}}},
+    ],
+)
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt"])
+def test_training_checkpoints_hold_their_state_dict_somewhere(
+    content: dict[str, object], suffix: str, tmp_path: Path
+) -> None:
+    torch.save(content, tmp_path / f"a{suffix}")
+    opened = open_checkpoint(tmp_path / f"a{suffix}")
+    assert opened.names == ("w",)
+    assert torch.equal(opened.load("w"), STATE["w"])
+
+
+def test_two_state_dicts_under_keys_of_their_own_are_refused(tmp_path: Path) -> None:
+    torch.save({"generator": STATE, "discriminator": STATE}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match="not a state dict of names and tensors"):
+        open_checkpoint(tmp_path / "a.pt")

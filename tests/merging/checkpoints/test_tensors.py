@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from map_bo.merging.checkpoints.tensors import all_finite
+from map_bo.merging.checkpoints.tensors import all_finite, exceeds_range
 
 FLOATING = [
     torch.float64,
@@ -64,3 +64,24 @@ def test_what_has_no_infinity_is_finite() -> None:
 
 def test_weights_that_are_trained_are_tested_without_their_gradients() -> None:
     assert all_finite(torch.nn.Parameter(torch.ones(3)))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "within", "beyond"),
+    [
+        (torch.float8_e4m3fn, 463.0, 465.0),  # its conversion saturates at 448
+        (torch.float8_e5m2, 61_000.0, 62_000.0),
+        (torch.float8_e4m3fnuz, 240.0, 250.0),
+        (torch.float16, 65_510.0, 65_530.0),
+        (torch.bfloat16, 3.38e38, 3.4e38),
+        (torch.float32, 3e38, 3.4e38),
+    ],
+)
+def test_numbers_beyond_the_range_of_a_dtype(
+    dtype: torch.dtype, within: float, beyond: float
+) -> None:
+    for sign in (1, -1):
+        values = sign * torch.tensor([1.0, within])
+        assert not exceeds_range(values, values.to(dtype))
+        values = sign * torch.tensor([1.0, beyond])
+        assert exceeds_range(values, values.to(dtype)) == (dtype != torch.float32)

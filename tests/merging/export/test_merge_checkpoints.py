@@ -237,14 +237,18 @@ class TestInputs:
             tensors = {"w": torch.ones(3, dtype=dtype)}
             error = refused(
                 f"tensor 'w' is {dtype}, and pieces are merged in float32",
-                family=(tensors, {"e": tensors}),
+                family=(tensors, {"e": {"w": 2 * tensors["w"]}}),
                 operator=Ties(),
                 coefficients={},
             )
             assert "task arithmetic" in str(error.hint)
 
     def test_merged_values_beyond_the_range_of_the_base(self, refused: Refused) -> None:
-        for dtype, size in ((torch.float16, 40_000.0), (torch.float8_e5m2, 40_000.0)):
+        for dtype, size in (
+            (torch.float16, 40_000.0),
+            (torch.float8_e5m2, 40_000.0),
+            (torch.float8_e4m3fn, 320.0),
+        ):
             tensors = [{"w": torch.full((5,), value).to(dtype)} for value in (size, size / 2)]
             refused(
                 f"merged values of tensor 'w' are beyond the range of {dtype}",
@@ -253,9 +257,10 @@ class TestInputs:
             )
 
     def test_the_last_number_of_the_range_is_not_beyond_it(self, tmp_path: Path) -> None:
-        edge = {"w": torch.tensor([65504.0], dtype=torch.float16)}
-        out = merge((edge, {"e": edge}), tmp_path / "m", coefficients={"e": 1.0})
-        assert loaded(out)["w"].item() == 65504.0
+        edge = {"w": torch.tensor([65504.0, 1.0], dtype=torch.float16)}
+        tuned = {"w": torch.tensor([65504.0, 2.0], dtype=torch.float16)}
+        out = merge((edge, {"e": tuned}), tmp_path / "m", coefficients={"e": 1.0})
+        assert loaded(out)["w"].tolist() == [65504.0, 2.0]
 
 
 class TestSettings:

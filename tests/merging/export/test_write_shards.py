@@ -199,7 +199,8 @@ def test_every_element_is_counted(
             merge_checkpoints(base, experts, C, tmp_path / "m")
         else:  # stored apart: both are written
             tensors = {"a": torch.ones(7), "b": torch.ones(7), "n": torch.arange(3)}
-            merge_checkpoints(tensors, {"e": tensors}, {}, tmp_path / "m", ties={"b": "a"})
+            tuned = tensors | dict.fromkeys("ab", torch.full((7,), 2.0))
+            merge_checkpoints(tensors, {"e": tuned}, {}, tmp_path / "m", ties={"b": "a"})
     assert [sum(counted)] == totals
 
 

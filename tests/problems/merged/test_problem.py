@@ -167,13 +167,25 @@ def test_failed_rows_have_their_reason_and_others_their_values(result: Any, reas
     assert before_it is after_it is None
     assert failure is not None
     assert failure.startswith(f"{reason} (hint: ")
-    assert bool(seen.Y[1].isnan().all())
     assert bool(seen.Yvar[1].isnan().all())
-    assert calls == ["code", "last", "code", "code", "last"]
+    assert seen.measured.tolist() == [[True] * 3, [True, False, True], [True] * 3]
+    assert calls == ["code", "last"] * 3
     clean = problem().evaluate(X, generator=G)
-    assert torch.equal(seen.Y[[0, 2], 0], clean.Y[[0, 2], 0])
-    assert torch.equal(seen.Y[[0, 2], 2], clean.Y[[0, 2], 0])
+    assert torch.equal(seen.Y[:, 0], clean.Y[:, 0])
+    assert torch.equal(seen.Y[:, 2], clean.Y[:, 0])
     assert plain(model) == before
+
+
+def test_every_evaluator_that_failed_is_named_with_its_reason() -> None:
+    def no(model: nn.Module) -> float:
+        raise RuntimeError("no")
+
+    tested = problem(evaluators={"a": no, "b": lambda model: 0.5, "c": lambda model: torch.nan})
+    seen = tested.evaluate(X[:1], generator=G)
+    assert seen.Y[0, 1] == 0.5
+    assert seen.failures[0] is not None
+    assert "evaluator 'a' raised RuntimeError: no" in seen.failures[0]
+    assert "evaluator 'c' returned nan" in seen.failures[0]
 
 
 def test_values_a_rounding_error_outside_are_kept_inside() -> None:
