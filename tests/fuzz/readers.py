@@ -17,6 +17,7 @@ from safetensors.torch import save
 
 from map_bo.app.build import build_nested, build_problem, build_settings, build_tracking
 from map_bo.app.trust import foreign_code, recorded_configuration
+from map_bo.errors import MapBoError
 from map_bo.foreign import parse_yaml
 from map_bo.loop.mirrors import view_of
 from map_bo.loop.reading import created_of, load_result, read_runs
@@ -156,8 +157,8 @@ def changed(reader: Reader, seed: Path, folder: Path, random: Random) -> None:
         try:
             _change_values(reader.form, path, content, random)
             return
-        except (ValueError, RecursionError, yaml.YAMLError, UnicodeError):
-            pass  # hostile files of the corpus are no data; their bytes are changed
+        except (ValueError, RecursionError, yaml.YAMLError, MapBoError):
+            pass  # what is no data, or no record can hold: its bytes are changed
     path.write_bytes(mutate_bytes(content, random))
 
 
