@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from map_bo.moved import OldNames
 
 if TYPE_CHECKING:
+    from map_bo.constraints import AtLeast, AtMost
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "AtLeast",
+    "AtMost",
     "Breadcrumbs",
     "Choice",
     "CoefficientSpace",
@@ -84,6 +87,8 @@ __all__ = [
 ]
 
 _HOME = {
+    "AtLeast": "map_bo.constraints",
+    "AtMost": "map_bo.constraints",
     "Breadcrumbs": "map_bo.operators.sparse",
     "Choice": "map_bo.loop.result",
     "CoefficientSpace": "map_bo.space",

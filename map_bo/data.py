@@ -496,7 +496,10 @@ class Observations:
         )
 
 
-_FRONT_FIELDS = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
+_FRONT_FIELDS = (
+    *("X", "mean", "std", "lower", "upper", "real", "corrected", "probability", "feasible"),
+)
+_OF_POINTS = ("probability", "feasible")
 
 
 @dataclass(frozen=True, eq=False)
@@ -516,6 +519,9 @@ class Front:
             where nothing was verified.
         probability: ``k`` posterior probabilities that nothing else in the front and nothing
             evaluated dominates the point; NaN where they were not computed.
+        feasible: ``k`` probabilities that the point can be had: that its evaluation works, and
+            that it keeps the constraints of the run, if any. NaN where there was nothing to judge
+            it by: nothing failed, and there are no constraints.
         metrics: The ``m`` metrics.
     """
 
@@ -528,6 +534,7 @@ class Front:
     real: Tensor = None  # type: ignore[assignment]
     corrected: Tensor = None  # type: ignore[assignment]
     probability: Tensor = None  # type: ignore[assignment]
+    feasible: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -535,9 +542,9 @@ class Front:
         put(self, "X", _double(self.X))
         k, m = len(self.X), len(self.metrics)
         for name in _FRONT_FIELDS[1:]:
-            shape = (k,) if name == "probability" else (k, m)
+            shape = (k,) if name in _OF_POINTS else (k, m)
             value = getattr(self, name)
-            if value is None and name in ("real", "corrected", "probability"):
+            if value is None and name in ("real", "corrected", *_OF_POINTS):
                 value = torch.full(shape, torch.nan, dtype=torch.float64)
             put(self, name, _double(value))
             if getattr(self, name).shape != shape:
@@ -546,11 +553,13 @@ class Front:
                     f"{tuple(getattr(self, name).shape)}",
                     hint="give one row per point and one column per metric",
                 )
-        if bool(((self.probability < 0) | (self.probability > 1)).any()):
-            raise DataError(
-                "probabilities of a front must be between 0 and 1, and some are not",
-                hint="use NaN where the probability is not known",
-            )
+        for name in _OF_POINTS:
+            value = getattr(self, name)
+            if bool(((value < 0) | (value > 1)).any()):
+                raise DataError(
+                    f"probabilities of a front must be between 0 and 1, and some of {name} are not",
+                    hint="use NaN where the probability is not known",
+                )
 
     def __len__(self) -> int:
         return len(self.X)

@@ -92,7 +92,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "merging.rows_cache": "merging.vectors.rows_cache",
         "merging.safetensors_file": "merging.checkpoints.safetensors_files",
         "merging.safetensors_header": "merging.checkpoints.safetensors_files",
-        "merging.saved_names": "merging.align.saved_names",
+        "merging.saved_names": "merging.checkpoints.saved_names",
         "merging.sharded": "merging.checkpoints.read_sharded",
         "merging.shards": "merging.export.write_shards",
         "merging.similarity": "merging.vectors.task_vectors",

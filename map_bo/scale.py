@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from map_bo.constraints import AtLeast, Constraint
 from map_bo.data import Metric, Observations, check_metrics, to_maximisation
 from map_bo.errors import DataError, SurrogateError
 from map_bo.space import CoefficientSpace
@@ -23,6 +24,7 @@ __all__ = [
     "SAME_POINT",
     "Scale",
     "anchor_rows",
+    "broken",
     "farthest_rows",
     "same_points",
     "varied_metrics",
@@ -142,6 +144,10 @@ class Scale:
     changes no hypervolume (volumes are products of gains), no difference of utilities, no
     distance and no dominance.
 
+    A metric with a constraint is no objective. Its gain is 1 where its constraints hold and 0, the
+    reference point, where one is broken: a point that breaks one earns no hypervolume. Otherwise
+    it counts like a metric without a range.
+
     Attributes:
         metrics: The ``m`` metrics.
         point: ``m`` values of the reference point, own units: only what beats all of them earns
@@ -150,8 +156,9 @@ class Scale:
         rule: Where the two come from, for the reader.
         unit: ``m`` positive widths that are one gain, own units, where these are not from
             ``point`` to ``best``; else None.
-        ranged: ``m`` booleans: which metrics have a range. By default those whose two ends differ
-            by more than rounding.
+        ranged: ``m`` booleans: which metrics have a range and are objectives. By default those
+            whose two ends differ by more than rounding.
+        constraints: What metrics have to keep.
 
     Raises:
         DataError: When shapes disagree, a value is not finite, or, without a ``unit``, ``best``
@@ -164,6 +171,7 @@ class Scale:
     rule: str
     unit: Tensor | None = None
     ranged: Tensor = None  # type: ignore[assignment]
+    constraints: tuple[Constraint, ...] = ()
     _low: Tensor = field(init=False, repr=False)
     _width: Tensor = field(init=False, repr=False)
 
@@ -192,9 +200,12 @@ class Scale:
         ranged = width > _rounding(low, high) if self.ranged is None else self.ranged
         if ranged.shape != (len(metrics),):
             raise DataError(f"ranged has shape {tuple(ranged.shape)} for {len(metrics)} metrics")
-        put(self, "ranged", ranged & (width > 0))
+        put(self, "constraints", tuple(self.constraints))
+        held = self.constrained
+        put(self, "ranged", ranged & (width > 0) & ~held)
         put(self, "_low", low)
-        put(self, "_width", torch.where(self.ranged, width, torch.ones_like(low)))
+        wide = self.ranged | (held & (width > 0))
+        put(self, "_width", torch.where(wide, width, torch.ones_like(low)))
 
     @classmethod
     def of(
@@ -202,6 +213,7 @@ class Scale:
         seen: Observations,
         space: CoefficientSpace,
         given: Mapping[str, float] | None = None,
+        constraints: Sequence[Constraint] = (),
     ) -> Scale:
         """Return the scale of a run by what it has measured.
 
@@ -228,6 +240,7 @@ class Scale:
             space: The coefficients.
             given: Values of the reference point by metric name, own units; metrics that are left
                 out keep the default.
+            constraints: What metrics have to keep.
 
         Raises:
             DataError: When ``given`` names an unknown metric, or holds NaN or infinity.
@@ -271,6 +284,7 @@ class Scale:
             rule,
             unit,
             ranged,
+            tuple(constraints),
         )
 
     @classmethod
@@ -293,7 +307,14 @@ class Scale:
             rule,
             unit,
             ranged,
+            scales[0].constraints,
         )
+
+    @property
+    def constrained(self) -> Tensor:
+        """``m`` booleans: which metrics have a constraint."""
+        held = {one.metric for one in self.constraints}
+        return torch.tensor([metric.name in held for metric in self.metrics], dtype=torch.bool)
 
     @property
     def is_anchored(self) -> bool:
@@ -309,9 +330,10 @@ class Scale:
     def width(self) -> Tensor:
         """``m`` positive widths, own units; of a metric without a range, its magnitude."""
         size = self.point.abs()
-        return torch.where(
-            self.ranged, self._width, torch.where(size > 0, size, torch.ones_like(size))
+        wide = self.ranged | (
+            self.constrained & (self._low != to_maximisation(self.best, self.metrics))
         )
+        return torch.where(wide, self._width, torch.where(size > 0, size, torch.ones_like(size)))
 
     @property
     def end(self) -> Tensor:
@@ -323,7 +345,7 @@ class Scale:
     @property
     def rangeless(self) -> tuple[str, ...]:
         """Names of the metrics that have no range."""
-        return _names(self.metrics, ~self.ranged)
+        return _names(self.metrics, ~self.ranged & ~self.constrained)
 
     def gains(
         self, values: Tensor, *, maximised: bool = False, unit: Tensor | None = None
@@ -331,7 +353,7 @@ class Scale:
         """Return ``values`` (``... x m``) with 0 at the reference point and 1 at :attr:`end`.
 
         Nothing is cut off: what beats the best end has a gain above 1. Metrics without a range
-        have gain 1. Differentiable.
+        have gain 1; those with a constraint 1 where it holds, and else 0. Differentiable.
 
         Args:
             values: Metric values, own units.
@@ -342,7 +364,13 @@ class Scale:
         scaled = (upward - self._low) / (self._width if unit is None else unit)
         if bool(self.ranged.all()):
             return scaled
-        return torch.where(self.ranged, scaled, torch.ones_like(scaled))
+        fixed = torch.ones_like(scaled)
+        if self.constraints:
+            missed = broken(to_maximisation(upward, self.metrics), self.metrics, self.constraints)
+            for i, one in enumerate(self.constraints):
+                column = [metric.name for metric in self.metrics].index(one.metric)
+                fixed[..., column] = fixed[..., column].masked_fill(missed[..., i] > 0, 0.0)
+        return torch.where(self.ranged, scaled, fixed)
 
     def weights(self, preferences: Tensor) -> Tensor:
         """Return weights (``... x m``) without those of metrics that have no range.
@@ -367,8 +395,10 @@ class Scale:
     def select(self, columns: Sequence[int]) -> Scale:
         """Return the scale of the metrics in these columns."""
         index = torch.as_tensor(list(columns), dtype=torch.long)
+        kept = {self.metrics[i].name for i in columns}
         return replace(
             self,
+            constraints=tuple(one for one in self.constraints if one.metric in kept),
             metrics=tuple(self.metrics[i] for i in columns),
             point=self.point[index],
             best=self.best[index],
@@ -395,6 +425,25 @@ class Scale:
                 "preferences; it still works as a constraint"
             )
         return said
+
+
+def broken(values: Tensor, metrics: Sequence[Metric], constraints: Sequence[Constraint]) -> Tensor:
+    """Return by how much each point breaks each constraint, ``... x c``; 0 where it keeps it.
+
+    Args:
+        values: ``... x m`` metric values, own units.
+        metrics: The ``m`` metrics.
+        constraints: The ``c`` constraints.
+    """
+    names = [metric.name for metric in metrics]
+    missed = [
+        (one.bound - values[..., names.index(one.metric)])
+        * (1.0 if isinstance(one, AtLeast) else -1.0)
+        for one in constraints
+    ]
+    if not missed:
+        return values[..., :0]
+    return torch.stack(missed, -1).clamp_min(0.0)
 
 
 def _names(metrics: Sequence[Metric], which: Tensor) -> tuple[str, ...]:

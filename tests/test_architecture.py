@@ -15,7 +15,16 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "map_bo"
 FLOORS = [
     {
-        *("errors", "values", "rng", "data", "space", "scale", "plain", "moved", "extensions"),
+        "errors",
+        "values",
+        "rng",
+        "data",
+        "space",
+        "scale",
+        "constraints",
+        "plain",
+        "moved",
+        "extensions",
         "foreign",
     },
     {"pareto", "merging", "surrogates", "tracking"},

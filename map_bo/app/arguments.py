@@ -26,6 +26,7 @@ examples:
   map-bo merge RUN --prefer rot90=2 --out merged
   map-bo resume RUN                                     continue after any interruption
   map-bo export RUN --to ax.db                          the run as an Ax experiment
+  map-bo check RUN                                      whether its record is whole
 
 `map-bo run --help` lists the configuration groups and their options.
 """
@@ -100,6 +101,22 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     taking.add_argument("--into", required=True, metavar="RUN", help="directory of a run")
     taking.add_argument("--name", help="name of the experiment, when the file holds several")
     taking.set_defaults(command=functions["import"])
+
+    _command(
+        commands,
+        "check",
+        "say whether the record of a run is whole, and what of it is",
+        functions["check"],
+    )
+    repair = _command(
+        commands,
+        "repair",
+        "keep the whole lines of a damaged record, with a copy of all of it beside",
+        functions["repair"],
+    )
+    repair.add_argument(
+        "--append", metavar="FILE", help="add events that were printed for lack of room"
+    )
     return top
 
 

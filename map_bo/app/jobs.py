@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from map_bo.app.worker_process import end_with_parent, exit_if_orphaned
 from map_bo.errors import MapBoError
 from map_bo.moved import current, with_current_targets
 from map_bo.tracking.wandb.run import is_mirrored
@@ -126,7 +127,12 @@ def run_task(config: DictConfig) -> float:
     directory, choices = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:
         _group(config, Path(hydra.sweep.dir).name)
-        return run_job(config, directory, choices)
+        end_with_parent()
+        try:
+            return run_job(config, directory, choices)
+        except SystemExit:
+            exit_if_orphaned()
+            raise
     from map_bo.app.task import drive, show
     from map_bo.tracking.fresh import leaving_nothing, remove_hydra_files
 

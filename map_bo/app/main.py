@@ -27,7 +27,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line and exit: 0 is done, 2 a user's mistake, 130 interrupted.
 
     1 means that only a part was done: some jobs of a sweep did not finish, and its report lists
-    them; or a report was written but could not be published on Weights & Biases.
+    them; a report was written but could not be published on Weights & Biases; or a record was
+    checked and is damaged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
@@ -245,6 +246,18 @@ def _import(options: argparse.Namespace) -> None:
     import_into(options)
 
 
+def _check(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import check
+
+    check(options)
+
+
+def _repair(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import repair
+
+    repair(options)
+
+
 def _run(arguments: list[str]) -> None:
     """Call Hydra, and turn its exceptions for a wrong override into one clear error."""
     import hydra
@@ -254,9 +267,11 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.installed import hidden
     from map_bo.app.jobs import run_task
     from map_bo.app.schema import register
+    from map_bo.app.worker_process import announce_sweep
 
     _refuse_pickles(arguments)
     register()
+    announce_sweep()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
         sys.stderr.writelines(f"note: {told}\n" for told in hidden())
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
@@ -331,6 +346,8 @@ _FUNCTIONS: Mapping[str, Command] = {
     "report": _report,
     "export": _export,
     "import": _import,
+    "check": _check,
+    "repair": _repair,
 }
 
 

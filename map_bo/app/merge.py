@@ -29,6 +29,11 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         help="largest size of one weight file (default: %(default)s)",
     )
     parser.add_argument(
+        "--code",
+        action="store_true",
+        help="carry the base's Python code, which loading with trust_remote_code runs",
+    )
+    parser.add_argument(
         "--lora-rank",
         type=int,
         metavar="R",
@@ -61,7 +66,11 @@ def merge_choice(
     from map_bo.nested.reading import is_nested
 
     settings = ExportSettings(
-        options.max_memory, options.shard_size, progress=True, task=options.task
+        options.max_memory,
+        options.shard_size,
+        progress=True,
+        task=options.task,
+        code=options.code,
     )
     created = created_of(run)
     problem = build_problem(config)
@@ -121,5 +130,6 @@ def merge_recipe(recipe: Path, options: argparse.Namespace) -> str:
         max_memory=options.max_memory,
         shard_size=options.shard_size,
         trust=options.trust,
+        code=options.code,
     )
     return f"merged model written to {written}"

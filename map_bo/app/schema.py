@@ -74,6 +74,7 @@ else:
         Settings,
         without=_ELSEWHERE,
         stop=(StopConfig | None, field(default_factory=StopConfig)),
+        constraints=(Any, field(default=None)),
     )
 
 

@@ -52,7 +52,7 @@ def record(experiment: Experiment, store: JsonlStore) -> Recorded:
         StoreError: When the front of the run has been solved, or the run is in use.
     """
     with store.lock():
-        events = list(store.read())
+        events = store.after(0)
         state, space = load_state(store.directory)
         _refuse_another_problem(experiment, state)
         found = observations_of(experiment, space, state.metrics)

@@ -1,23 +1,41 @@
-"""One evaluation: with a time limit, and with any failure turned into a recorded reason."""
+"""One evaluation: with a time limit, and with any failure turned into a recorded reason.
+
+:func:`evaluate_recorded` also records that it begins, so that a point at which the process dies is
+given up after some deaths instead of ending every resume.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError
+from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError, StoreError
+from map_bo.loop.state import is_at
 from map_bo.problems.problem import Problem
+from map_bo.tracking.store import Event
 
-__all__ = ["TimeLimitExceededError", "evaluate_row", "time_limit"]
+__all__ = [
+    "Remembers",
+    "TerminatedError",
+    "TimeLimitExceededError",
+    "deaths_of",
+    "evaluate_recorded",
+    "evaluate_row",
+    "refuse_another_problem",
+    "terminations_raise",
+    "time_limit",
+]
 
 
 class TimeLimitExceededError(BaseException):
@@ -75,7 +93,7 @@ def evaluate_row(
     try:
         with time_limit(timeout):
             result = problem.evaluate(row, generator=generator)
-        reason = _fault(result, problem)
+        reason = _fault(result, problem, x)
         if timeout is not None and time.perf_counter() - start > timeout:
             reason = f"it took longer than {timeout:g} s"
     except (DataError, EvaluationError) as error:
@@ -88,9 +106,7 @@ def evaluate_row(
         reason = f"{type(error).__name__}: {error}"
     if reason is not None:
         result = Observations.failed(row, problem.metrics, reason)
-    elif result.X.shape == row.shape and torch.allclose(
-        result.X, row.double(), rtol=0.0, atol=1e-6
-    ):
+    else:
         # A problem may work in another precision; what was asked for is what was evaluated.
         result = dataclasses.replace(result, X=row)
     seconds = time.perf_counter() - start
@@ -99,11 +115,126 @@ def evaluate_row(
     return result
 
 
-def _fault(result: Observations, problem: Problem) -> str | None:
+def _fault(result: Observations, problem: Problem, x: Tensor) -> str | None:
     if len(result) != 1 or result.metrics != problem.metrics:
         names = [metric.name for metric in problem.metrics]
         return (
             f"the problem returned {len(result)} rows of "
             f"{[metric.name for metric in result.metrics]} for one row of {names}"
         )
+    if result.X.shape[-1] != len(x) or not is_at(result.X[0], x.double()):
+        return f"the problem returned the outcome of another point: {result.X[0].tolist()}"
     return None
+
+
+def refuse_another_problem(index: int, outcome: Observations, problem: Problem) -> None:
+    """Refuse an outcome of row ``index`` that has other metrics or coefficients than ``problem``.
+
+    Raises:
+        StoreError: When it has.
+    """
+    if outcome.metrics != problem.metrics or outcome.X.shape[-1] != problem.space.d:
+        raise StoreError(
+            f"the outcome of row {index} belongs to another problem: it has "
+            f"{outcome.X.shape[-1]} coefficients and metrics "
+            f"{[metric.name for metric in outcome.metrics]}",
+            hint=f"tell an outcome with {problem.space.d} coefficients and metrics "
+            f"{[metric.name for metric in problem.metrics]}",
+        )
+
+
+class TerminatedError(BaseException):
+    """The process was asked to end (SIGTERM) during an evaluation.
+
+    It is not a ``SystemExit``, which an evaluator may raise or catch.
+    """
+
+
+@contextmanager
+def terminations_raise() -> Iterator[None]:
+    """Turn SIGTERM into `TerminatedError` in the block, so that its end can be recorded.
+
+    Where somebody else handles the signal already, and outside the main thread, nothing changes.
+    """
+    if (
+        threading.current_thread() is not threading.main_thread()
+        or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+    ):
+        yield
+        return
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise TerminatedError("the process was asked to end")
+
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+@runtime_checkable
+class Remembers(Protocol):
+    """A problem that can tell at which points it only looks up what it has measured."""
+
+    def remembers(self, x: Tensor) -> bool:
+        """Return whether evaluating ``x`` (``d``) measures nothing."""
+        ...
+
+
+def evaluate_recorded(
+    problem: Problem,
+    x: Tensor,
+    *,
+    name: Mapping[str, Any],
+    attempt: int,
+    deaths: int,
+    retries: int,
+    record: Callable[[str, Mapping[str, Any]], None],
+    timeout: float | None,
+    generator: Generator,
+) -> tuple[Observations, bool]:
+    """Evaluate one row as :func:`evaluate_row` does, and record that it begins.
+
+    An exception that passes through ends the process in good order; that is recorded too, so what
+    stays open is the death of a process: a segmentation fault, an abort, too little memory, or a
+    kill. A point is given up after more than ``retries`` deaths; one alone never costs a point.
+
+    Args:
+        problem: What to evaluate.
+        x: ``d`` coefficients.
+        name: What the record calls the evaluation: ``index``, ``verify`` or ``probe``.
+        attempt: How often it has failed before.
+        deaths: How many processes have died in it.
+        retries: How often an evaluation is tried again.
+        record: Appends an event to the record.
+        timeout: Seconds that it may take; None means no limit.
+        generator: The source of chance.
+
+    Returns:
+        One row, and whether it was given up, so that it is not tried again.
+    """
+    known = isinstance(problem, Remembers) and problem.remembers(x)
+    if deaths > max(1, retries) and not known:
+        reason = f"the process ended during this evaluation {deaths} times"
+        return Observations.failed(x.unsqueeze(0), problem.metrics, reason), True
+    process = os.getpid()
+    try:
+        with terminations_raise():
+            record("started", {**name, "attempt": attempt})
+            return evaluate_row(problem, x, timeout=timeout, generator=generator), False
+    except StoreError:
+        raise  # nothing can be recorded
+    except BaseException as error:
+        if os.getpid() == process:  # and not a process that an evaluator has forked
+            with suppress(StoreError):
+                record("interrupted", name)
+        if isinstance(error, TerminatedError):
+            raise SystemExit(128 + signal.SIGTERM) from error
+        raise
+
+
+def deaths_of(events: Iterable[Event], name: Mapping[str, Any]) -> int:
+    """Return how many processes have died in the evaluation of this ``name``."""
+    kinds = [e.kind for e in events if all(e.data.get(key) == name[key] for key in name)]
+    return max(0, kinds.count("started") - kinds.count("interrupted"))

@@ -28,10 +28,11 @@ from map_bo.loop.stopping import Criterion
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import preference_weights
-from map_bo.pareto.trust import Coverage, guard
+from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility
 from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -69,6 +70,7 @@ def expected_gain(
     guarded: bool,
     generator: Generator,
     further: int = 0,
+    feasibility: Feasibility | None = None,
 ) -> ExpectedGain:
     """Return the expected gain in ``criterion`` that is left after ``seen``.
 
@@ -92,17 +94,22 @@ def expected_gain(
         further: When positive, ``floor`` is what would be left after so many further evaluations:
             the covariance over the pool is conditioned on them at points spread over the front,
             with the median variance of the evaluations so far.
+        feasibility: How likely points are feasible: what is not can be chosen by nobody.
     """
     mean = predicted_mean(model)
     evaluated = seen.succeeded().X
     coverage = Coverage.of(seen.with_any().X, space) if guarded else None
     guarded_mean = mean if coverage is None else guard(mean, coverage, scale=scale.width)
+    if feasibility is not None:
+        guarded_mean = penalise(guarded_mean, feasibility.excess, scale=scale.width)
     ranged = scale.ranged & varied_metrics(seen)
     searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
     X = _SOLVER.solve(searched, space, generator=child(generator, "solve"))
     X = X if coverage is None else coverage.shrink(X)
     around = plausible_points(X, space, coverage, count=_POOL, generator=child(generator, "pool"))
     pool = torch.cat([X, around, evaluated])
+    if feasibility is not None and bool(feasibility.allows(pool).any()):
+        pool = pool[feasibility.allows(pool)]
     joint = JointPosterior.of(model, pool)
     gains = scale.gains(joint.gains(joint.mean), maximised=True)
     weights = preference_weights(_WEIGHTS, gains.shape[-1], generator=child(generator, "weights"))
@@ -112,7 +119,9 @@ def expected_gain(
         F = of.draw(_DRAWS, generator=child(generator, "draws"))
         values = scale.gains(of.gains(F), maximised=True)
         if criterion == "regret":
-            return _regret(gains, values, weights)
+            # Where a draw breaks a constraint, the point is worth the reference point there.
+            held = values[..., scale.constrained].amin(-1, keepdim=True) if scale.constraints else 1
+            return _regret(gains, values * held, weights)
         return _missing_volume(gains, values, generator=child(generator, "directions"))
 
     floor = None
@@ -155,11 +164,12 @@ def check_stopping(
         screening.model,
         screening.kept,
         space,
-        Scale.of(screening.kept, space, settings.reference),
+        Scale.of(screening.kept, space, settings.reference, settings.requirements.constraints),
         settings.stop.criterion,
         guarded=settings.guard,
         generator=child(generator, "stop", done),
         further=0 if before else settings.search - done,
+        feasibility=settings.requirements.given(seen, space, screening.model),
     )
     return {
         "evaluations": done,

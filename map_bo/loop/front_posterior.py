@@ -22,13 +22,13 @@ from map_bo.loop.joint_posterior import (
     real_draws,
     volumes,
 )
-from map_bo.loop.recommend import Recommendation
+from map_bo.loop.recommend import Recommendation, objectives
 from map_bo.loop.settings import Settings
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.indicators import hypervolume, hypervolume_kind
 from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
-from map_bo.scale import Scale, farthest_rows, varied_metrics
+from map_bo.scale import Scale, broken, farthest_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
 from map_bo.surrogates.surrogate import SurrogateModel
@@ -259,9 +259,13 @@ def assess(
         model, X, evaluated, space, count=draws, generator=child(generator, "draws")
     )
     probability = torch.full((len(front),), torch.nan, dtype=torch.float64)
-    varied = varied_metrics(seen)
+    counted = objectives(seen, scale)
     whole = known if bool(fitted.ok.all()) else known[:, fitted.ok]
-    probability[rows] = front_probabilities(values[..., varied], whole[..., varied])
+    if scale.constraints:  # what breaks a constraint dominates nothing
+        missed = broken(to_maximisation(whole, metrics), metrics, scale.constraints)
+        whole = whole.masked_fill((missed > 0).any(-1, keepdim=True), -math.inf)
+    if bool(counted.any()):
+        probability[rows] = front_probabilities(values[..., counted], whole[..., counted])
     predicted = scale.gains(front.mean[rows])
     volume = hypervolume_interval(
         scale.gains(values, maximised=True),

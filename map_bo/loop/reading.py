@@ -21,7 +21,7 @@ from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.foreign import read_json, understood
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
-from map_bo.loop.state import RunState, replay
+from map_bo.loop.state import RunState, check_created, replay
 from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
@@ -68,7 +68,7 @@ def created_of(run_dir: str | Path) -> dict[str, Any]:
     with _reading(run_dir):
         for event in JsonlStore.open(Path(run_dir)).read():
             if event.kind == "created":
-                return dict(event.data)
+                return dict(check_created(event.data))
     raise StoreError(
         f"the record in {run_dir} does not begin with a run",
         hint="name a directory that `map-bo run` wrote",

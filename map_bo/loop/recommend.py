@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,17 +14,27 @@ from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
-from map_bo.pareto.trust import Coverage, guard
+from map_bo.pareto.gradient import ascend
+from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.outliers import Screening, fit_screened
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
 from map_bo.tracking.codec import encode_front, encode_scale
 
-__all__ = ["Recommendation", "of_columns", "recommend", "refit"]
+__all__ = [
+    "Recommendation",
+    "notes_on_constraints",
+    "notes_on_feasibility",
+    "objectives",
+    "of_columns",
+    "recommend",
+    "refit",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +83,8 @@ def recommend(
 ) -> Recommendation:
     """Fit the surrogate to ``seen`` and solve it for the whole front.
 
-    With ``settings.guard`` the front is kept where the data support the surrogate. Metrics that
+    With ``settings.guard`` the front is kept where the data support the surrogate, and with
+    ``settings.failures == "learn"`` where evaluations are likely to work. Metrics that
     never varied take no part in it. Where another one has no range, the front also holds the
     trade-offs without it, so that it can be a constraint and hides none of them.
 
@@ -83,22 +94,32 @@ def recommend(
     start = time.perf_counter()
     screening = fit_screened(settings.run_surrogate, seen, space)
     fitted = time.perf_counter()
-    model, seen = screening.model, screening.kept
-    scale = Scale.of(seen, space, settings.reference)
+    model, every, seen = screening.model, seen, screening.kept
+    scale = Scale.of(seen, space, settings.reference, settings.requirements.constraints)
     mean: Callable[[Tensor], Tensor] = predicted_mean(model)
     coverage = Coverage.of(seen.with_any().X, space) if settings.guard else None
     guarded = mean if coverage is None else guard(mean, coverage, scale=scale.width)
-    varied = varied_metrics(seen)
-    searched = of_columns(guarded, varied)
+    feasibility = settings.requirements.given(every, space, model)
+    if feasibility is not None:
+        guarded = penalise(guarded, feasibility.excess, scale=scale.width)
+    varied = objectives(seen, scale)
+    likeliest = feasibility is not None and bool(scale.constrained.all())
+    if feasibility is not None and likeliest:  # no objective is left but to keep the constraints
+        searched = _likeliest(feasibility, coverage)
+    else:
+        searched = of_columns(guarded, varied)
     X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
     ranged = scale.ranged & varied
-    if bool(ranged.any()) and not torch.equal(ranged, varied):
+    if bool(ranged.any()) and not torch.equal(ranged, varied) and not likeliest:
         searched = of_columns(guarded, ranged)
         more = settings.solver.solve(searched, space, generator=child(generator, "solve", "ranged"))
         X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)
-    X = X[non_dominated(of_columns(mean, varied)(X).detach())]
+    if feasibility is not None:
+        X = _feasible(X, feasibility, coverage)
+    if not likeliest:
+        X = X[non_dominated(of_columns(mean, varied)(X).detach())]
     prediction = predict(model, X)
     front = Front(
         X=X,
@@ -108,6 +129,8 @@ def recommend(
         upper=prediction.upper,
         metrics=seen.metrics,
     )
+    if feasibility is not None:
+        front = replace(front, feasible=feasibility.probability(X).detach())
     # A point measured before adds nothing, and an end of the front is often an expert.
     distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
     fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
@@ -122,6 +145,67 @@ def recommend(
         about["outliers"] = [outlier.describe() for outlier in screening.outliers]
     seconds = {"fit": fitted - start, "solve": time.perf_counter() - fitted}
     return Recommendation(front, model, rows, scale, about, seconds, seen)
+
+
+def objectives(seen: Observations, scale: Scale) -> Tensor:
+    """Return ``m`` booleans: the objectives that ever varied; all objectives where none did."""
+    found = varied_metrics(seen) & ~scale.constrained
+    return found if bool(found.any()) else ~scale.constrained
+
+
+def notes_on_constraints(requirements: Requirements) -> list[str]:
+    """Return what a reader must know of the constraints."""
+    if not requirements.constraints:
+        return []
+    return [
+        f"constraints: {', '.join(map(str, requirements.constraints))}; constrained metrics are "
+        "no objectives: they take no part in hypervolumes and preferences"
+    ]
+
+
+def notes_on_feasibility(front: Front, requirements: Requirements) -> list[str]:
+    """Return what a reader must know of a front without points that are likely feasible."""
+    constraints, notes = requirements.constraints, list[str]()
+    likely = front.feasible
+    if len(front) and bool((likely < requirements.least).all()):
+        row = int(likely.argmax())
+        names = [metric.name for metric in front.metrics]
+        values = ", ".join(
+            f"{name} = {float(front.mean[row, names.index(name)]):.4g}"
+            for name in dict.fromkeys(one.metric for one in constraints)
+        )
+        notes.append(
+            f"no point was found that is feasible with probability {requirements.least:g}: the "
+            f"front is what comes nearest, feasible with probability {float(likely[row]):.2g}"
+            + (f" (predicted {values})" if values else "")
+        )
+    return notes
+
+
+def _likeliest(feasibility: Feasibility, coverage: Coverage | None) -> Callable[[Tensor], Tensor]:
+    def likely(X: Tensor) -> Tensor:
+        return feasibility.log_probability(X).unsqueeze(-1)
+
+    return likely if coverage is None else guard(likely, coverage)
+
+
+def _feasible(X: Tensor, feasibility: Feasibility, coverage: Coverage | None) -> Tensor:
+    """Return the rows that a front may hold, those beyond its edge drawn in.
+
+    Where there are none, it is the one that comes nearest.
+    """
+    allowed = feasibility.allows(X)
+    if not bool(allowed.all()):
+        moved = ascend(lambda Z: -feasibility.excess(Z), X=X[~allowed], space=feasibility.space)
+        X = torch.cat([X[allowed], moved])
+        allowed = feasibility.allows(X)
+    if bool(allowed.any()):
+        return X[allowed]
+    some = X[:: max(1, len(X) // 16)]
+    nearer = ascend(lambda Z: _likeliest(feasibility, coverage)(Z)[:, 0], feasibility.space, some)
+    X = torch.cat([X, nearer if coverage is None else coverage.shrink(nearer)])
+    with torch.no_grad():
+        return X[feasibility.log_probability(X).argmax()].unsqueeze(0)
 
 
 def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[Tensor], Tensor]:

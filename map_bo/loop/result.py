@@ -13,17 +13,21 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
+from map_bo.loop.recommend import notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import Preference, choose, shortfall, utility
-from map_bo.pareto.trust import Coverage, guard
+from map_bo.pareto.trust import Coverage, guard, penalise
+from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.prediction import (
     NORMAL_975,
     holding_probability,
@@ -34,7 +38,7 @@ from map_bo.surrogates.prediction import (
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_scale
 
-__all__ = ["Choice", "Exportable", "Result"]
+__all__ = ["Choice", "Exportable", "Result", "recorded_requirements"]
 
 # Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
@@ -55,6 +59,7 @@ class Choice:
             nothing was verified. Where they are known, the choice was made by them.
         metrics: The metrics.
         space: The coefficients.
+        feasible: Probability that it can be had, as in :attr:`map_bo.data.Front.feasible`.
         preference: The preference that it was chosen by, or None when chosen by number.
         refined: Whether the surrogate was optimised for exactly this preference, starting from
             ``point``, because that gave a noticeably better prediction than the point itself.
@@ -74,6 +79,7 @@ class Choice:
     corrected: Tensor
     metrics: tuple[Metric, ...]
     space: CoefficientSpace
+    feasible: float = nan
     preference: Preference | None = None
     refined: bool = False
     notes: tuple[str, ...] = ()
@@ -109,6 +115,7 @@ class Choice:
             "refined": self.refined,
             **notes,
             "coefficients": self.coefficients,
+            **({"feasible": self.feasible} if self.feasible == self.feasible else {}),
             "predicted": named(self.mean),
             "predicted_lower": named(self.lower),
             "predicted_upper": named(self.upper),
@@ -157,6 +164,16 @@ class Choice:
         return self.problem.export_adapter(
             self.x, out, rank=rank, record={"choice": self.describe()}
         )
+
+
+def recorded_requirements(settings: Mapping[str, Any]) -> Requirements:
+    """Return what the points of a recorded run have to fulfil, by its settings as plain data."""
+    default = Requirements()
+    return Requirements(
+        failures=settings.get("failures", default.failures),
+        least=settings.get("least_feasible", default.least),
+        constraints=tuple(map(from_plain, settings.get("constraints") or ())),
+    )
 
 
 def _holding(model: SurrogateModel, X: Tensor, preference: Preference) -> Tensor:
@@ -249,6 +266,7 @@ class Result:
         run_dir: Where the run was recorded, if anywhere.
         guarded: Whether the front was kept where the data support the surrogate.
         posterior: The uncertainty that was recorded with the front.
+        requirements: What the points of the run have to fulfil.
     """
 
     front: Front
@@ -263,6 +281,7 @@ class Result:
     guarded: bool = True
     refitted: SurrogateModel | None = None
     posterior: Mapping[str, Any] = field(default_factory=dict)
+    requirements: Requirements = field(default_factory=Requirements)
 
     @classmethod
     def of(
@@ -298,6 +317,7 @@ class Result:
             run_dir=run_dir,
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
+            requirements=recorded_requirements(state.created.get("settings", {})),
         )
 
     @property
@@ -334,13 +354,15 @@ class Result:
 
         It is the best point of the front; or, if optimising the surrogate (when it is available)
         for exactly this preference gives a noticeably better merge, that merge. Where points were
-        verified, both are judged by the corrected predictions.
+        verified, both are judged by the corrected predictions. Points that are likely to be
+        infeasible (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
 
         Bounds are to hold when the merge is measured, not only in the prediction: the choice keeps
         them with probability ``confidence`` under the posterior, measurement noise included, and
         states that probability. A point that was measured on the examples of every evaluation is
         judged by what was measured. Where nothing keeps them so surely, the most probable point
-        is returned, with a note.
+        is returned, with a note. The constraints of the run are such bounds, unless others are
+        given for the same metric.
 
         Args:
             prefer: Weight of each metric; metrics that are not named have no weight, and when none
@@ -357,10 +379,11 @@ class Result:
         Raises:
             PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
         """
+        least, most = self._bounds()
         preference = Preference(
             weights=dict(prefer or {}),
-            at_least=dict(at_least or {}),
-            at_most=dict(at_most or {}),
+            at_least={**least, **(at_least or {})},
+            at_most={**most, **(at_most or {})},
             rule=rule,
             confidence=confidence,
         )
@@ -368,7 +391,9 @@ class Result:
         values = self.front.corrected if corrected else self.front.mean
         model = self.refitted if corrected else self.model
         holds = self._holds(values, preference, model) if preference.bounded else None
-        row = choose(values, preference, self.scale, probability=holds)
+        rows = self._usable()
+        likely = None if holds is None else holds[rows]
+        row = rows[choose(values[rows], preference, self.scale, probability=likely)]
         x = self._refined(row, preference, model)
         if x is None:
             choice = self._choice(row, preference)
@@ -401,6 +426,30 @@ class Result:
         likely = torch.where(known & missed, torch.zeros_like(likely), likely)
         return torch.where(known & ~missed, torch.ones_like(likely), likely) if same else likely
 
+    def feasibility(self) -> Feasibility | None:
+        """Return how likely any point is feasible, by all that was measured; None where all are."""
+        seen = self.seen.append(self.verification)
+        return self.requirements.given(seen, self.space, self.refitted or self.model)
+
+    def _bounds(self) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the constraints of the run as lower and upper bounds; none if none can be kept."""
+        likely = self.front.feasible
+        if bool((likely < self.requirements.least).all()) and len(likely):
+            return {}, {}
+        constraints = self.requirements.constraints
+        return (
+            {one.metric: one.bound for one in constraints if isinstance(one, AtLeast)},
+            {one.metric: one.bound for one in constraints if isinstance(one, AtMost)},
+        )
+
+    def _usable(self) -> list[int]:
+        """Return the rows of the front to choose among: those that are likely to be feasible."""
+        feasible = self.front.feasible
+        usable = feasible.isnan() | (feasible >= self.requirements.least)
+        if not bool(usable.any()) and len(feasible):
+            usable = feasible == feasible.max()
+        return [int(row) for row in usable.nonzero().flatten()]
+
     def _refined(
         self, row: int, preference: Preference, model: SurrogateModel | None
     ) -> Tensor | None:
@@ -417,17 +466,25 @@ class Result:
         # The search alone: the front was kept inside what it covers, and verification lies there.
         coverage = Coverage.of(self.seen.with_any().X, self.space) if self.guarded else None
         guarded = mean if coverage is None else guard(mean, coverage, scale=width)
+        feasibility = self.feasibility()
+        region = None if feasibility is None else feasibility.region
+        if feasibility is not None:
+            guarded = penalise(guarded, feasibility.excess, scale=width)
 
         def missed(X: Tensor) -> Tensor:
             return _missed(model, X, preference, width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
-            return utility(values, preference, self.scale) - 10 * missed(X)
+            wanted = utility(values, preference, self.scale) - 10 * missed(X)
+            # A model that cannot be had is worth nothing, so one that may fail is worth less.
+            return wanted if region is None else wanted + region.log_probability(X)
 
         start = self.front.X[row : row + 1]
         x = ascend(gain, self.space, start)
         x = x if coverage is None else coverage.shrink(x)
+        if feasibility is not None and not bool(feasibility.allows(x)):
+            return None
         before, after = (float(gain(point).detach()) for point in (start, x))
         keeps = float(missed(x).detach()) <= 0
         return x[0] if keeps and after > before + _NOTICEABLE else None
@@ -438,6 +495,7 @@ class Result:
         prediction = predict(best, x.unsqueeze(0))
         unknown = torch.full((len(self.metrics),), torch.nan, dtype=torch.float64)
         again = None if self.refitted is None else predict(self.refitted, x.unsqueeze(0))
+        feasibility = self.feasibility()
         return replace(
             self._choice(row, preference),
             x=x,
@@ -445,6 +503,7 @@ class Result:
             lower=prediction.lower[0],
             upper=prediction.upper[0],
             real=unknown,
+            feasible=nan if feasibility is None else float(feasibility.probability(x[None])),
             corrected=unknown if again is None else again.mean[0],
             refined=True,
         )
@@ -470,8 +529,11 @@ class Result:
             corrected=front.corrected[row],
             metrics=self.metrics,
             space=self.space,
+            feasible=float(front.feasible[row]),
             preference=preference,
-            notes=() if preference is None else tuple(self.scale.notes()),
+            notes=()
+            if preference is None
+            else (*self.scale.notes(), *notes_on_feasibility(front, self.requirements)),
             problem=self.problem,
         )
 

@@ -6,25 +6,47 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Generator
 
+from map_bo.constraints import Constraint, check_constraints
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError, SurrogateError
-from map_bo.loop.evaluation import evaluate_row
+from map_bo.errors import (
+    BudgetError,
+    ConfigError,
+    EvaluationError,
+    SpaceError,
+    StoreError,
+    SurrogateError,
+)
+from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
-from map_bo.loop.recommend import Recommendation, recommend, refit
+from map_bo.loop.recommend import (
+    Recommendation,
+    notes_on_constraints,
+    notes_on_feasibility,
+    recommend,
+    refit,
+)
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import RunState, advance, refuse_another, replay, run_identity
+from map_bo.loop.state import (
+    RunState,
+    advance,
+    refuse_another,
+    refuse_outcome,
+    replay,
+    run_identity,
+)
 from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import outliers_of, summarise, versions
 from map_bo.pareto.indicators import hypervolume
@@ -39,8 +61,9 @@ from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.tracking.codec import encode_observations, encode_tensor
 from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
-from map_bo.tracking.store import Event, RunStore
+from map_bo.tracking.store import Event, RunStore, SharedStore
 from map_bo.tracking.tracker import Tracker, Trackers, Tracking
+from map_bo.values import whole_number
 
 __all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
 
@@ -57,10 +80,16 @@ class ObservedVolume:
     Args:
         space: The space of the run.
         given: The reference point of the settings, if any.
+        constraints: What metrics have to keep.
     """
 
-    def __init__(self, space: CoefficientSpace, given: Mapping[str, float] | None = None) -> None:
-        self._space, self._given = space, given
+    def __init__(
+        self,
+        space: CoefficientSpace,
+        given: Mapping[str, float] | None = None,
+        constraints: Sequence[Constraint] = (),
+    ) -> None:
+        self._space, self._given, self._constraints = space, given, constraints
         self._scale: Scale | None = None
 
     def after(self, seen: Observations) -> dict[str, float]:
@@ -80,7 +109,7 @@ class ObservedVolume:
         kinds = self._space.anchors().kinds
         if not all(there for there, kind in zip(tried, kinds, strict=True) if kind != "blend"):
             return None
-        found = Scale.of(seen, self._space, self._given)
+        found = Scale.of(seen, self._space, self._given, self._constraints)
         return None if found.is_observed else found
 
 
@@ -88,7 +117,8 @@ class Run:
     """A run over a store: its state is the replay of the store, and every step appends to it.
 
     ``ask`` and ``tell`` are for evaluations that happen elsewhere; :meth:`drive` does the whole run
-    with the problem's own ``evaluate``.
+    with the problem's own ``evaluate``. Several processes may ask and tell over one directory: each
+    step waits for its turn and begins with what the others have recorded. Only one process drives.
 
     Args:
         problem: What to optimise.
@@ -117,6 +147,7 @@ class Run:
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         _check_reference(settings, problem)
+        check_constraints(settings.requirements.constraints, problem.metrics)
         _check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
@@ -125,21 +156,28 @@ class Run:
                 f"{anchors} of base, experts and uniform blend, so a design that starts with these "
                 "skips the last of them"
             )
-        self._volume = ObservedVolume(problem.space, settings.reference)
+        self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
-        events = list(store.read())
         identity = self._identity()
-        recorded = next((event.data for event in events if event.kind == "created"), None)
-        if recorded is not None:  # first: what is of another run cannot be replayed as this one
-            refuse_another({"nested": recorded.get("nested")}, {"nested": None})
-            refuse_another(recorded, identity)
-        self.state: RunState = replay(events, problem.metrics, problem.space.d)
-        if recorded is None:
-            self._record("created", {**identity, "versions": versions(), "config": config})
-        else:
-            self._note_former_surrogate()
-            for event in events:
-                self._trackers.observe(event)
+        self._count = 0
+        self._driving = False
+        events = list(store.read())
+        with ExitStack() as turn:
+            if not events and isinstance(store, SharedStore):  # another may create it just now
+                turn.enter_context(store.turn())
+                events = store.after(0)
+            recorded = next((event.data for event in events if event.kind == "created"), None)
+            if recorded is not None:  # first: what is of another run cannot be replayed as this one
+                refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+                refuse_another(recorded, identity)
+            self.state: RunState = replay(events, problem.metrics, problem.space.d)
+            self._count = len(events)
+            if recorded is None:
+                self._record("created", {**identity, "versions": versions(), "config": config})
+                return
+        self._note_former_surrogate()
+        for event in events:
+            self._trackers.observe(event)
 
     def _note_former_surrogate(self) -> None:
         """Say so where the sampler of a run of version 0.1 looked through another surrogate."""
@@ -157,18 +195,77 @@ class Run:
                 "run's surrogate"
             )
 
+    def _observed_volume(self) -> ObservedVolume:
+        settings = self.settings
+        return ObservedVolume(
+            self.problem.space, settings.reference, settings.requirements.constraints
+        )
+
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.problem, self.settings)
 
-    def _record(self, kind: str, data: Mapping[str, Any]) -> None:
-        event = Event(kind, data)
-        after = advance(self.state, event)  # before writing: the record must stay replayable
-        self.store.append(event)
+    @contextmanager
+    def _turn(self) -> Iterator[None]:
+        """Keep others from writing, and begin with what they have recorded.
+
+        Raises:
+            StoreError: When another process works on the run, or has written to it although this
+                one is driving it.
+        """
+        if not isinstance(self.store, SharedStore):
+            yield
+            return
+        with self.store.turn():
+            news = self.store.after(self._count)
+            if news and self._driving:
+                raise StoreError(
+                    f"another process has recorded {len(news)} events in this run, which this "
+                    "process drives",
+                    hint="drive a run in one process alone: stop the other one, and resume",
+                )
+            for event in news:
+                self._take(event, advance(self.state, event))
+            yield
+
+    def _take(self, event: Event, after: RunState) -> None:
         self.state = after
+        self._count += 1
         self._trackers.observe(event)
 
+    def _record(self, kind: str, data: Mapping[str, Any]) -> None:
+        event = Event(kind, data)
+        with self._turn():
+            after = advance(self.state, event)  # before writing: the record must be replayable
+            self.store.append(event)
+            self._take(event, after)
+
     def ask(self, n: int) -> list[int]:
-        """Propose ``n`` rows, record them, and return their indices in ``state.X``."""
+        """Propose up to ``n`` rows, record them, and return their indices in ``state.X``.
+
+        There are fewer rows where the budget of the search leaves fewer.
+
+        Raises:
+            ConfigError: When ``n`` is not a whole number of at least 1.
+            BudgetError: When the budget leaves no row.
+            StoreError: When another process drives the run, or its front has been solved.
+        """
+        n = whole_number("the number of rows to ask for", n, least=1)
+        with self._turn():
+            if self.state.front is not None:
+                raise StoreError(
+                    "the front of this run has been solved, so no row can be proposed",
+                    hint="start a new run with all observations: map_bo.optimize(..., known=...)",
+                )
+            room = self.settings.search - len(self.state.X)
+            if room < 1:
+                raise BudgetError(
+                    f"all {self.settings.search} evaluations of the search have been proposed, "
+                    f"and {len(self.state.pending)} of them wait for an outcome",
+                    hint="tell the outcomes of `state.pending`, then call `drive()` for the front",
+                )
+            return self._propose(min(n, room))
+
+    def _propose(self, n: int) -> list[int]:
         start = time.perf_counter()
         waiting = self.state.pending
         X, scores = proposed(
@@ -178,6 +275,7 @@ class Run:
             n,
             pending=self.state.X[waiting] if waiting else None,
             generator=child(self.generator, "propose"),
+            requirements=self.settings.requirements,
         )
         first = len(self.state.X)
         X = self.problem.space.check(X)
@@ -187,24 +285,30 @@ class Run:
         return list(range(first, first + len(X)))
 
     def tell(self, index: int, outcome: Observations) -> None:
-        """Record the outcome (one row) of the proposed row ``index``."""
-        if index not in self.state.pending or len(outcome) != 1:
-            raise StoreError(
-                f"row {index} cannot take {len(outcome)} outcomes"
-                if index in self.state.pending
-                else f"row {index} does not wait for an outcome",
-                hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
-            )
-        if outcome.metrics != self.problem.metrics or outcome.X.shape[-1] != self.problem.space.d:
-            raise StoreError(
-                f"the outcome of row {index} belongs to another problem: it has "
-                f"{outcome.X.shape[-1]} coefficients and metrics "
-                f"{[metric.name for metric in outcome.metrics]}",
-                hint=f"tell an outcome with {self.problem.space.d} coefficients and metrics "
-                f"{[metric.name for metric in self.problem.metrics]}",
-            )
-        data = {"index": index, "observation": encode_observations(outcome)}
-        self._record("observed", {**data, **self._volume.after(self.state.seen.append(outcome))})
+        """Record the outcome (one row) of the proposed row ``index``.
+
+        Raises:
+            StoreError: When the row was not proposed or has its outcome already, when the outcome
+                belongs to another problem or another point, or when another process drives the
+                run.
+        """
+        with self._turn():
+            waits = type(index) is not bool and index in self.state.pending
+            if len(outcome) != 1 or not waits:
+                raise StoreError(
+                    f"row {index} cannot take {len(outcome)} outcomes"
+                    if waits
+                    else f"row {index} does not wait for an outcome",
+                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
+                )
+            index = int(index)
+            refuse_another_problem(index, outcome, self.problem)
+            refuse_outcome(self.state, index, outcome)
+            # What was proposed is what was measured, in whatever precision.
+            outcome = dataclasses.replace(outcome, X=self.state.X[index : index + 1])
+            data = {"index": index, "observation": encode_observations(outcome)}
+            seen = self.state.seen.append(outcome)
+            self._record("observed", {**data, **self._volume.after(seen)})
 
     def reopen_failures(self) -> int:
         """Queue every failed evaluation of the search again; return how many there are.
@@ -212,6 +316,10 @@ class Run:
         Raises:
             StoreError: When the front has been solved, because it rests on the evaluations.
         """
+        with self._turn():
+            return self._reopen_failures()
+
+    def _reopen_failures(self) -> int:
         if self.state.front is not None:
             raise StoreError(
                 "the front of this run has been solved, so failed evaluations cannot be repeated",
@@ -220,7 +328,7 @@ class Run:
         failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
         if failed:
             self._record("reopened", {"indices": failed})
-            self._volume = ObservedVolume(self.problem.space, self.settings.reference)
+            self._volume = self._observed_volume()
         return len(failed)
 
     def drive(self, progress: Progress = silent) -> Result:
@@ -230,6 +338,15 @@ class Run:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
         """
+        with ExitStack() as alone:
+            if isinstance(self.store, SharedStore):
+                alone.enter_context(self.store.lock())
+            with self._turn():
+                self._driving = True
+            alone.callback(setattr, self, "_driving", False)
+            return self._drive(progress)
+
+    def _drive(self, progress: Progress) -> Result:
         if not self.state.outcomes:
             check_surrogates(self.settings, self.problem)
         if self.state.summary is None and isinstance(self.problem, Preparable):
@@ -241,7 +358,7 @@ class Run:
                 waiting = self.state.pending or self.ask(min(self.settings.batch, room))
                 for index in waiting:
                     report.evaluating(f"evaluation {index + 1}")
-                    outcome = self._evaluate(index)
+                    outcome = self._attempts(self.state.X[index], "index", index)
                     self.tell(index, outcome)
                     report.measured(outcome)
                     self._stop_on_failures(outcome)
@@ -278,42 +395,42 @@ class Run:
             logger.info("the search stops after %d evaluations: %s", done, check["stop"])
         return check["stop"] is None
 
-    def _evaluate(self, index: int) -> Observations:
-        while True:
-            attempt = self.state.attempts.get(index, 0)
-            outcome = self._measure(self.state.X[index], "evaluate", index, attempt)
-            before = self.state.attempted.get(index)
-            outcome = outcome if before is None else before.completed_by(outcome)
-            reason = outcome.failures[0]
-            if reason is None or attempt >= self.settings.retries:
-                return outcome
-            logger.warning("evaluation %d failed and is tried again: %s", index + 1, reason)
-            self._record("attempt", {"index": index, "reason": reason, **_kept(outcome)})
-
     def _verify(self, row: int) -> Observations:
         assert self.state.front is not None
-        while True:
-            attempt = self.state.verify_attempts.get(row, 0)
-            outcome = self._measure(self.state.front.X[row], "verify", row, attempt)
-            before = self.state.verify_attempted.get(row)
-            outcome = outcome if before is None else before.completed_by(outcome)
-            reason = outcome.failures[0]
-            if reason is None or attempt >= self.settings.retries:
-                break
-            logger.warning(
-                "front point %d could not be measured and is tried again: %s", row, reason
-            )
-            self._record("attempt", {"verify": row, "reason": reason, **_kept(outcome)})
+        outcome = self._attempts(self.state.front.X[row], "verify", row)
         self._record("verified", {"row": row, "observation": encode_observations(outcome)})
         return outcome
 
-    def _measure(self, x: torch.Tensor, *name: str | int) -> Observations:
-        return evaluate_row(
-            self.problem,
-            x,
-            timeout=self.settings.timeout,
-            generator=child(self.generator, *name),
-        )
+    def _attempts(
+        self, x: torch.Tensor, name: Literal["index", "verify"], row: int
+    ) -> Observations:
+        """Measure ``x`` (``d``), again where it fails, and return its outcome."""
+        searching = name == "index"
+        while True:
+            state, retries = self.state, self.settings.retries
+            attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
+            deaths = (state.deaths if searching else state.verify_deaths).get(row, 0)
+            outcome, final = evaluate_recorded(
+                self.problem,
+                x,
+                name={name: row},
+                attempt=attempt,
+                deaths=deaths,
+                retries=retries,
+                record=self._record,
+                timeout=self.settings.timeout,
+                generator=child(
+                    self.generator, "evaluate" if searching else "verify", row, attempt
+                ),
+            )
+            before = (state.attempted if searching else state.verify_attempted).get(row)
+            outcome = outcome if before is None else before.completed_by(outcome)
+            reason = outcome.failures[0]
+            if reason is None or final or attempt >= retries:
+                return outcome
+            what = f"evaluation {row + 1}" if searching else f"verifying front point {row}"
+            logger.warning("%s failed and is tried again: %s", what, reason)
+            self._record("attempt", {name: row, "reason": reason, **_kept(outcome)})
 
     def _stop_on_failures(self, last: Observations) -> None:
         failed = sum(reason is not None for reason in self.state.seen.failures)
@@ -337,6 +454,8 @@ class Run:
     def _correct(self) -> Screening | None:
         """Fit again with the verified points among the data, and record the new predictions.
 
+        Where something failed, the points' probabilities of being feasible are recorded too.
+
         Returns:
             The fit, or None when nothing was verified or it cannot be done.
         """
@@ -348,9 +467,21 @@ class Run:
             return None
         front = state.front
         done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
-        if again is not None and front is not None and not done:
-            values = predict(again.model, front.X).mean
-            self._record("corrected", {"corrected": encode_tensor(values)})
+        if front is not None and not done and len(state.verification):
+            found = {}
+            if again is not None:
+                found["corrected"] = encode_tensor(predict(again.model, front.X).mean)
+            fitted = (
+                self.settings.run_surrogate.fit(state.seen, self.problem.space)
+                if again is None
+                else again.model
+            )
+            feasibility = self.settings.requirements.given(state.data, self.problem.space, fitted)
+            if feasibility is not None:
+                with torch.no_grad():
+                    found["feasible"] = encode_tensor(feasibility.probability(front.X))
+            if found:
+                self._record("corrected", found)
         return again
 
     def _finish(self, found: Recommendation | None) -> Result:
@@ -392,6 +523,8 @@ class Run:
             notes=[
                 *self.notes,
                 *result.scale.notes(),
+                *notes_on_constraints(self.settings.requirements),
+                *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
                 *notes_on(stop),
                 *(outlier.note() for outlier in aside),

@@ -6,10 +6,11 @@ Importing this costs nothing, because the configuration's schema is made from it
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from map_bo.constraints import Constraint, read_constraints
 from map_bo.errors import BudgetError, ConfigError, did_you_mean
 from map_bo.loop.stopping import Stop
 from map_bo.values import real_number, switch, whole_number
@@ -17,6 +18,7 @@ from map_bo.values import real_number, switch, whole_number
 if TYPE_CHECKING:
     from map_bo.pareto.solver import FrontSolver
     from map_bo.samplers.sampler import Sampler
+    from map_bo.surrogates.feasibility import Requirements
     from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Settings"]
@@ -95,11 +97,19 @@ class Settings:
             value among the base and the experts. A sampler that scales by one takes it too,
             unless it was given its own.
         retries: How often a failed evaluation is tried again. What one attempt has measured is kept
-            where the next does not measure it again.
+            where the next does not measure it again. One in which the process died is tried again
+            too; a single death never costs a point.
         timeout: Seconds after which an evaluation counts as failed; ``None`` for no limit.
         max_failure_share: The run stops with an error when at least three evaluations and more
             than this share of all have failed for good. One of which some metrics were measured has
             failed too: an evaluator that never works must stop the run, whatever the others do.
+        failures: ``"learn"`` to keep away from where evaluations fail: proposals, the front and
+            choices. Failures by chance close no region; see
+            :mod:`map_bo.surrogates.feasibility`. ``"ignore"`` only avoids the failed points.
+        least_feasible: The least probability of being feasible that a point of the front may have.
+        constraints: What metrics have to keep: ``[AtLeast("safe", 0.9), AtMost("film", 1.7)]``, or
+            ``{"safe": ">= 0.9", "film": "<= 1.7"}`` as in a configuration. A constrained metric is
+            no objective.
         stop: Rule by which the search stops before its budget is spent, or its fields as a mapping;
             ``None`` for never. Verification takes place all the same.
         outliers: ``"auto"`` sets values aside that no fit to the others explains
@@ -120,6 +130,9 @@ class Settings:
     retries: int = 1
     timeout: float | None = None
     max_failure_share: float = 0.5
+    failures: Literal["learn", "ignore"] = "learn"
+    least_feasible: float = 0.5
+    constraints: Sequence[Constraint] | Mapping[str, Any] | None = None
     stop: Stop | None = None
     outliers: Literal["auto", "keep"] = "auto"
 
@@ -160,6 +173,7 @@ class Settings:
         )
         put(self, "max_failure_share", share)
         put(self, "reference", _reference(self.reference))
+        put(self, "constraints", read_constraints(self.constraints) or None)
         self._check_parts()
         if self.search < 3:
             raise BudgetError(
@@ -173,6 +187,7 @@ class Settings:
             from map_bo.samplers.posterior.driven import with_reference
 
             put(self, "sampler", with_reference(self.sampler, self.reference))
+        self._hand_on(self.requirements)
         assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
@@ -180,6 +195,19 @@ class Settings:
                 f"and the search has {self.search}",
                 hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
+
+    def _hand_on(self, requirements: Requirements) -> None:
+        from map_bo.samplers.sampler import with_requirements
+
+        if requirements != type(requirements)():
+            object.__setattr__(self, "sampler", with_requirements(self.sampler, requirements))
+
+    @property
+    def requirements(self) -> Requirements:
+        """What the points of the run have to fulfil."""
+        from map_bo.surrogates.feasibility import Requirements
+
+        return Requirements(self.failures, self.least_feasible, read_constraints(self.constraints))
 
     def _check_parts(self) -> None:
         """Refuse parts that are not what they should be, before anything is evaluated."""

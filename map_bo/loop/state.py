@@ -1,11 +1,14 @@
 """The state of a run, rebuilt from its events alone: the same whether or not it was interrupted.
 
-Events and their data:
+Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 
 ``created``    settings, problem (its description), space, metrics, versions
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
+``started``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``attempt``: an
+               evaluation begins; one that neither ends nor is interrupted took its process along
+``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
@@ -42,18 +45,24 @@ from map_bo.problems.problem import Problem
 from map_bo.tracking.codec import (
     decode_front,
     decode_observations,
+    decode_scale,
     decode_tensor,
     encode_metric,
 )
 from map_bo.tracking.store import Event
 
 __all__ = [
+    "UNREADABLE",
     "RunState",
     "advance",
+    "check_created",
     "difference",
+    "is_at",
     "problem_identity",
     "refuse_another",
+    "refuse_outcome",
     "replay",
+    "replay_whole",
     "run_identity",
 ]
 
@@ -172,6 +181,8 @@ class RunState:
         outcomes: Index of a proposed row -> its one-row observations.
         attempts: Index of a proposed row -> how often it has failed and will be tried again.
         verify_attempts: Row of the front -> how often its verification has failed.
+        deaths: Index of a proposed row -> how often its evaluation began and did not end.
+        verify_deaths: Row of the front -> the same of its verification.
         attempted: Index of a proposed row -> what attempts that failed have measured of it.
         verify_attempted: Row of the front -> the same of its verification.
         front: The predicted front, once it has been solved.
@@ -189,6 +200,8 @@ class RunState:
     outcomes: Mapping[int, Observations] = field(default_factory=dict)
     attempts: Mapping[int, int] = field(default_factory=dict)
     verify_attempts: Mapping[int, int] = field(default_factory=dict)
+    deaths: Mapping[int, int] = field(default_factory=dict)
+    verify_deaths: Mapping[int, int] = field(default_factory=dict)
     front: Front | None = None
     front_data: Mapping[str, Any] = field(default_factory=dict)
     verified: Mapping[int, Observations] = field(default_factory=dict)
@@ -229,82 +242,288 @@ def _joined(rows: list[Observations], state: RunState) -> Observations:
     return Observations.joined(rows, state.X.shape[-1], state.metrics)
 
 
+_NESTED = frozenset({
+    "node", "measured", "planned", "found", "begun", "handed", "done", "seeds", "space",
+})  # fmt: skip
+"""Kinds that only nested runs have; the state of the whole run does not depend on them."""
+
+UNREADABLE = (
+    MapBoError, KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError,
+    ArithmeticError,
+)  # fmt: skip
+"""What data of other types than promised raise; deep nesting is a `RuntimeError`."""
+
+_EDITED = "see `map-bo check RUN`; if it was edited by hand, restore it from a copy"
+
+
 def advance(state: RunState, event: Event) -> RunState:
-    """Return the state after ``event``. Unknown kinds change nothing."""
+    """Return the state after ``event``.
+
+    Raises:
+        StoreError: When the event cannot follow this state: an unknown kind, an index that was
+            not proposed, a second outcome, an outcome of another point.
+        KeyError, TypeError, ValueError, MapBoError: When it does not hold what its kind promises.
+    """
     data, new = event.data, dataclasses.replace
     match event.kind:
         case "created":
-            return new(state, created=data)
+            return new(state, created=_checked(data, state))
         case "proposed":
             rows = decode_tensor(data["X"]).reshape(-1, state.X.shape[-1])
-            seconds = state.proposing + data["seconds"]
+            if not bool(rows.isfinite().all()):
+                raise StoreError("a proposed row holds NaN or infinity", hint=_EDITED)
+            seconds = state.proposing + _number(data["seconds"])
             return new(state, X=torch.cat([state.X, rows]), proposing=seconds)
-        case "attempt" if "verify" in data:
-            tried = state.verify_attempts.get(data["verify"], 0) + 1
-            return new(
-                state,
-                verify_attempts={**state.verify_attempts, data["verify"]: tried},
-                verify_attempted=_with_attempt(state.verify_attempted, data["verify"], data, state),
-            )
-        case "attempt":
-            tried = state.attempts.get(data["index"], 0) + 1
-            return new(
-                state,
-                attempts={**state.attempts, data["index"]: tried},
-                attempted=_with_attempt(state.attempted, data["index"], data, state),
-            )
+        case "started" | "interrupted" | "attempt":
+            return _with_attempt(state, event.kind, data)
         case "observed":
-            outcome = decode_observations(data["observation"], state.metrics)
-            return new(state, outcomes={**state.outcomes, data["index"]: outcome})
-        case "reopened":
-            again = set(data["indices"])
+            index = _row(data["index"], len(state.X), "proposed rows")
+            outcome = _outcome(data["observation"], state)
+            refuse_outcome(state, index, outcome)
             return new(
                 state,
-                outcomes={i: out for i, out in state.outcomes.items() if i not in again},
-                attempts={i: tried for i, tried in state.attempts.items() if i not in again},
-                checks=(),  # they were made on other data
-                imported={i: source for i, source in state.imported.items() if i not in again},
+                outcomes={**state.outcomes, index: outcome},
+                deaths=_without(state.deaths, [index]),
             )
+        case "reopened":
+            return _reopened(state, data)
         case "imported":
             return _with_imported(state, data)
         case "front":
-            return new(state, front=decode_front(data["front"], state.metrics), front_data=data)
+            return _with_front(state, data)
         case "verified":
-            outcome = decode_observations(data["observation"], state.metrics)
-            front = state.front
-            if (
-                front is not None
-                and outcome.failures[0] is None
-                and torch.allclose(outcome.X[0], front.X[data["row"]], rtol=0.0, atol=1e-6)
-            ):
-                front = front.with_real([data["row"]], outcome.Y)
-            return new(state, verified={**state.verified, data["row"]: outcome}, front=front)
+            return _with_verified(state, data)
         case "checked":
-            return new(state, checks=(*state.checks, {"stop": data["stop"], **data}))
-        case "corrected" if state.front is not None:
-            values = decode_tensor(data["corrected"])
-            return new(state, front=dataclasses.replace(state.front, corrected=values))
+            check = {"stop": data["stop"], **data}
+            if not isinstance(check["stop"], str | None):
+                raise StoreError(f"the reason to stop is {check['stop']!r}", hint=_EDITED)
+            _row(data["evaluations"], len(state.X) + 1, "evaluations")
+            return new(state, checks=(*state.checks, check))
+        case "corrected":
+            return _with_correction(state, data)
         case "finished":
-            return new(state, summary=data["summary"])
-    return state
+            summary = _mapping(data["summary"], "the summary")
+            if state.summary is not None:
+                raise StoreError("the run finishes a second time", hint=_EDITED)
+            return new(state, summary=summary)
+    if event.kind in _NESTED:
+        return state
+    raise StoreError(
+        f"there is no event {event.kind!r} in a run",
+        hint="read the run with the version of map-bo that wrote it",
+    )
 
 
-def _with_attempt(
-    before: Mapping[int, Observations], row: int, data: Mapping[str, Any], state: RunState
-) -> Mapping[int, Observations]:
-    if "observation" not in data:
-        return before
-    return {**before, row: decode_observations(data["observation"], state.metrics)}
+def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:
+    """Refuse an outcome that a proposed row cannot take.
+
+    Raises:
+        StoreError: When the row has its outcome already, or this one was measured elsewhere.
+    """
+    if index in state.outcomes:
+        raise StoreError(
+            f"row {index} does not wait for an outcome: it has one, and no outcome is overwritten",
+            hint=f"tell one outcome for one of the rows that wait: {state.pending}",
+        )
+    if not is_at(outcome.X[0], state.X[index]):
+        raise StoreError(
+            f"the outcome of row {index} belongs to another point: it was measured at "
+            f"{_rounded(outcome.X[0])}, and {_rounded(state.X[index])} was proposed",
+            hint="measure the proposed row as it is; results of other points are taken by "
+            "map_bo.optimize(..., known=observations)",
+        )
+
+
+def is_at(x: Tensor, proposed: Tensor) -> bool:
+    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
+    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
+
+
+_PRECISION = 1e-6  # problems may work in single precision
+
+
+def _rounded(x: Tensor) -> list[float]:
+    return [float(f"{value:.6g}") for value in x.tolist()]
+
+
+def _row(value: Any, count: int, what: str) -> int:
+    """Return a number of the record that must be one of ``count``.
+
+    Raises:
+        StoreError: When it is not.
+    """
+    if type(value) is not int or not 0 <= value < count:
+        raise StoreError(f"{str(value)[:40]!r} is not one of {count} {what}", hint=_EDITED)
+    return value
+
+
+def _rows(values: Any, count: int, what: str) -> list[int]:
+    """Return different numbers, each one of ``count``."""
+    if not isinstance(values, list | tuple):
+        raise StoreError(f"numbers of {what} are not a list", hint=_EDITED)
+    rows = [_row(value, count, what) for value in values]
+    if len(set(rows)) < len(rows):
+        raise StoreError(f"one of the {what} is named twice", hint=_EDITED)
+    return rows
+
+
+def _number(value: Any) -> float:
+    if type(value) not in (int, float):
+        raise StoreError(f"{str(value)[:40]!r} is not a number", hint=_EDITED)
+    return float(value)
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise StoreError(f"{what} is not a mapping but {str(value)[:40]!r}", hint=_EDITED)
+    return value
+
+
+def _without(counts: Mapping[int, Any], rows: Iterable[int]) -> dict[int, Any]:
+    gone = set(rows)
+    return {row: count for row, count in counts.items() if row not in gone}
+
+
+def _outcome(data: Any, state: RunState) -> Observations:
+    outcome = decode_observations(_mapping(data, "an observation"), state.metrics)
+    if len(outcome) != 1 or outcome.X.shape[-1] != state.X.shape[-1]:
+        raise StoreError(
+            f"an outcome has {len(outcome)} rows of {outcome.X.shape[-1]} coefficients instead of "
+            f"one of {state.X.shape[-1]}",
+            hint=_EDITED,
+        )
+    return outcome
+
+
+def check_created(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the data of ``created`` after checking the types of what readers rely on.
+
+    Raises:
+        StoreError: When one is of another type.
+    """
+    config = data.get("config")
+    for part, value in (
+        ("settings", data.get("settings", {})),
+        ("versions", data.get("versions", {})),
+        ("config", {} if config is None else config),
+    ):
+        _mapping(value, f"{part!r} of the run")
+    if config is not None:
+        _mapping(config.get("tree", {}), "'config.tree' of the run")
+        if not isinstance(config.get("cwd"), str | None):
+            raise StoreError("'config.cwd' of the run is not a path", hint=_EDITED)
+    if not isinstance(data.get("nested"), Mapping | None):
+        raise StoreError("'nested' of the run is not a mapping", hint=_EDITED)
+    return data
+
+
+def _checked(data: Mapping[str, Any], state: RunState) -> Mapping[str, Any]:
+    if state.created or len(state.X):
+        raise StoreError("the run is created a second time", hint=_EDITED)
+    return check_created(data)
+
+
+def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunState:
+    """Return the state after an evaluation has begun, or ended without an outcome."""
+    if "probe" in data:  # of a nested run, before its nodes
+        return state
+    if "verify" in data:
+        row = _row(data["verify"], 0 if state.front is None else len(state.front), "front points")
+        done, name = row in state.verified, "verify_"
+        attempts, deaths = state.verify_attempts, state.verify_deaths
+    else:
+        row, name = _row(data["index"], len(state.X), "proposed rows"), ""
+        done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
+    if done:
+        raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
+    begun = deaths.get(row, 0) + (1 if kind == "started" else -1)
+    changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
+    if kind == "attempt":
+        changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
+        if "observation" in data:
+            before = state.verify_attempted if name else state.attempted
+            measured = _outcome(data["observation"], state)
+            changes[f"{name}attempted"] = {**before, row: measured}
+    return dataclasses.replace(state, **changes)
+
+
+def _with_correction(state: RunState, data: Mapping[str, Any]) -> RunState:
+    front = state.front
+    if front is None:
+        raise StoreError("a front is corrected before it was solved", hint=_EDITED)
+    new = dataclasses.replace
+    if "corrected" in data:
+        values = decode_tensor(data["corrected"]).reshape(front.mean.shape)
+        front = new(front, corrected=values)
+    if "feasible" in data:
+        front = new(front, feasible=decode_tensor(data["feasible"]).reshape(len(front)))
+    return new(state, front=front)
+
+
+def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
+    again = _rows(data["indices"], len(state.X), "proposed rows")
+    for index in again:
+        if index not in state.outcomes or state.outcomes[index].failures[0] is None:
+            raise StoreError(f"row {index} has not failed, and is to be repeated", hint=_EDITED)
+    return dataclasses.replace(
+        state,
+        outcomes=_without(state.outcomes, again),
+        attempts=_without(state.attempts, again),
+        deaths=_without(state.deaths, again),
+        checks=(),  # they were made on other data
+        imported=_without(state.imported, again),
+    )
+
+
+def _with_front(state: RunState, data: Mapping[str, Any]) -> RunState:
+    if state.front is not None:
+        raise StoreError("the front is solved a second time", hint=_EDITED)
+    front = decode_front(_mapping(data["front"], "the front"), state.metrics)
+    if front.X.shape[-1] != state.X.shape[-1]:
+        raise StoreError(f"the front has {front.X.shape[-1]} coefficients", hint=_EDITED)
+    _rows(data["verify"], len(front), "front points")
+    decode_scale(_mapping(data["reference"], "'reference' of the front"), state.metrics)
+    for part in ("surrogate", "seconds", "uncertainty"):
+        _mapping(data.get(part, {}), f"{part!r} of the front")
+    return dataclasses.replace(state, front=front, front_data=data)
+
+
+def _with_verified(state: RunState, data: Mapping[str, Any]) -> RunState:
+    front = state.front
+    row = _row(data["row"], 0 if front is None else len(front), "front points")
+    assert front is not None
+    if row in state.verified:
+        raise StoreError(f"front point {row} is verified a second time", hint=_EDITED)
+    outcome = _outcome(data["observation"], state)
+    if outcome.failures[0] is None and is_at(outcome.X[0], front.X[row]):
+        front = front.with_real([row], outcome.Y)
+    return dataclasses.replace(
+        state,
+        verified={**state.verified, row: outcome},
+        front=front,
+        verify_deaths=_without(state.verify_deaths, [row]),
+    )
 
 
 def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
-    found = decode_observations(data["observations"], state.metrics)
-    indices, first = [int(index) for index in data["indices"]], len(state.X)
+    found = decode_observations(_mapping(data["observations"], "observations"), state.metrics)
+    first = len(state.X)
+    indices = _rows(data["indices"], 2**31, "rows")
+    if len(indices) != len(found) or found.X.shape[-1] != state.X.shape[-1]:
+        raise StoreError(
+            f"{len(indices)} imported rows have {len(found)} outcomes of "
+            f"{found.X.shape[-1]} coefficients",
+            hint=_EDITED,
+        )
+    for row, index in enumerate(indices):
+        if index < first:
+            refuse_outcome(state, index, found.select([row]))
+    source = _mapping(data["source"], "'source' of imported rows")
     added = [row for row, index in enumerate(indices) if index >= first]
     if [indices[row] for row in added] != list(range(first, first + len(added))):
         raise StoreError(
             f"imported rows have numbers {indices}, and the record holds {first} rows before them",
-            hint="restore the record from a copy: it was edited by hand",
+            hint=_EDITED,
         )
     return dataclasses.replace(
         state,
@@ -313,7 +532,7 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
             **state.outcomes,
             **{i: found.select([row]) for row, i in enumerate(indices)},
         },
-        imported={**state.imported, **dict.fromkeys(indices, data["source"])},
+        imported={**state.imported, **dict.fromkeys(indices, source)},
     )
 
 
@@ -323,14 +542,39 @@ def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunS
     Raises:
         StoreError: When an event does not hold what its kind promises.
     """
-    state = RunState(metrics=metrics, X=torch.zeros(0, d, dtype=torch.float64))
-    for number, event in enumerate(events, start=1):
+    return replay_whole(events, metrics, d)[0]
+
+
+def replay_whole(
+    events: Iterable[Event], metrics: tuple[Metric, ...], d: int, *, partly: bool = False
+) -> tuple[RunState, int, StoreError | None]:
+    """Return the state after all ``events``, or after as many as can be read.
+
+    Args:
+        events: Events in their order.
+        metrics: The ``m`` metrics.
+        d: Number of coefficients.
+        partly: Whether to stop before the first event that cannot be read, instead of raising.
+
+    Returns:
+        The state, the number of events that it is made from, and what is wrong with the next.
+
+    Raises:
+        StoreError: When an event does not hold what its kind promises.
+    """
+    state, count = RunState(metrics=metrics, X=torch.zeros(0, d, dtype=torch.float64)), 0
+    for event in events:
         try:
             state = advance(state, event)
-        except (MapBoError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-            raise StoreError(
-                f"event {number} ({event.kind!r}) of the run cannot be read: {error!r}",
-                hint="restore the record from a copy if it was edited by hand, or read it with the "
-                "version of map-bo that wrote it",
-            ) from error
-    return state
+        except UNREADABLE as error:
+            what = error.message if isinstance(error, StoreError) else repr(error)
+            refusal = StoreError(
+                f"event {count + 1} ({event.kind[:40]!r}) of the run cannot be read: {what[:500]}",
+                hint="`map-bo check RUN` says what is whole, and `map-bo repair RUN` keeps it; or "
+                "read the run with the version of map-bo that wrote it",
+            )
+            if partly:
+                return state, count, refusal
+            raise refusal from error
+        count += 1
+    return state, count, None

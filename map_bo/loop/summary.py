@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from map_bo.constraints import plain_constraints
 from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
@@ -156,6 +157,7 @@ def summarise(
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),
         "reference_rule": scale.rule,
+        **({"constraints": plain_constraints(scale.constraints)} if scale.constraints else {}),
         "optimism": dict(optimism),
         "uncertainty": dict(uncertainty),
         "stop": None if stop is None else dict(stop),

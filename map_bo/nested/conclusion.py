@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Observations
-from map_bo.loop.evaluation import evaluate_row
+from map_bo.loop.evaluation import deaths_of, evaluate_recorded
 from map_bo.loop.front_posterior import assess
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
@@ -133,7 +133,7 @@ def conclude(
     step(Event("front", {"front": encode_front(front), **data}), count)
     count += 1
     known = {int(e.data["row"]): e for e in events if e.kind == "verified"}
-    for row, found in _verify(final, front, selections, settings, verify, known):
+    for row, found in _verify(final, front, selections, settings, verify, known, events, append):
         one = {"row": row, "observation": encode_observations(found)}
         step(Event("verified", one), count)
         count += 1
@@ -245,6 +245,8 @@ def _verify(
     settings: Settings,
     verify: int,
     known: Mapping[int, Event],
+    events: Sequence[Event],
+    append: Callable[[Event], None],
 ) -> list[tuple[int, Observations]]:
     """Return the measurements at points of the front, in the full space.
 
@@ -264,9 +266,14 @@ def _verify(
         if row in known:
             outcome = decode_observations(known[row].data["observation"], whole.metrics)
         else:
-            outcome = evaluate_row(
+            outcome, _ = evaluate_recorded(
                 whole,
                 front.X[row],
+                name={"verify": row},
+                attempt=0,
+                deaths=deaths_of(events, {"verify": row}),
+                retries=settings.retries,
+                record=lambda kind, data: append(Event(kind, data)),
                 timeout=settings.timeout,
                 generator=child(make_generator(settings.seed), "verify", row),
             )

@@ -8,13 +8,16 @@ in the record, from which the ledger of a resumed run is rebuilt.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.errors import StoreError
+from map_bo.loop.state import UNREADABLE
 from map_bo.scale import SAME_POINT, Scale
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import decode_observations, encode_observations
@@ -53,6 +56,8 @@ class Ledger:
         before: Iterable[Event] = (),
     ) -> None:
         self._append = append
+        self.events = list(before)
+        """What was recorded before, and all that was recorded through here since."""
         self.metrics = tuple(metrics)
         self._by_name = {metric.name: metric for metric in metrics}
         self._points: dict[tuple[float, ...], Tensor] = {}
@@ -61,11 +66,17 @@ class Ledger:
         """Data sets measured so far, failed ones included."""
         self.measured = 0
         """Points measured so far; it marks a moment, so that later points can be told apart."""
-        for event in before:
+        for event in self.events:
             if event.kind == MEASURED and "node" not in event.data:
-                own = tuple(self._by_name[name] for name in event.data["names"])
-                outcome = decode_observations(event.data["observation"], own)
-                self._keep(outcome.X[0], outcome)
+                try:
+                    own = tuple(self._by_name[name] for name in event.data["names"])
+                    outcome = decode_observations(event.data["observation"], own)
+                    self._keep(outcome.X[0], outcome)
+                except UNREADABLE as error:
+                    raise StoreError(
+                        f"a measurement of the record cannot be read: {error!r}",
+                        hint="see `map-bo check RUN`",
+                    ) from error
 
     def missing(self, x: Tensor, names: Sequence[str], *, before: int | None = None) -> list[str]:
         """Return which of the metrics are not known at ``x`` (``d``).
@@ -83,8 +94,14 @@ class Ledger:
         """Record one row of the full space; what failed costs its data sets and adds no value."""
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
-        self._append(Event(MEASURED, data))
+        self.record(MEASURED, data)
         self._keep(outcome.X[0], outcome)
+
+    def record(self, kind: str, data: Mapping[str, Any]) -> None:
+        """Add an event to the record."""
+        event = Event(kind, data)
+        self._append(event)
+        self.events.append(event)
 
     def _keep(self, x: Tensor, outcome: Observations) -> None:
         key = _key(x)

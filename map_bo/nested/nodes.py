@@ -208,6 +208,10 @@ class NodeProblem:
         """Return the points ``U`` (``n x k``) in the full space (``n x d``)."""
         return self._whole.space.project(U @ self.directions)
 
+    def remembers(self, u: Tensor) -> bool:
+        """Return whether everything at ``u`` (``k``) is known, so that evaluating only looks up."""
+        return not self._ledger.missing(self.full(u.unsqueeze(0))[0], self.names)
+
     def _row(self, u: Tensor, generator: Generator) -> Observations:
         [x] = self.full(u.unsqueeze(0))
         missing = self._ledger.missing(x, self.names)

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
 from map_bo.errors import ConfigError, EvaluationError, TreeError
-from map_bo.loop.evaluation import evaluate_row
+from map_bo.loop.evaluation import deaths_of, evaluate_recorded
 from map_bo.loop.settings import Settings
 from map_bo.nested.composition import expert_part
 from map_bo.nested.ledger import Ledger
@@ -275,9 +275,7 @@ def _scores(
     for expert in space.experts:
         node = NodeProblem(problem, tasks.of[expert], space, _identity(space), ledger)
         x = space.project(_alone(space, expert).unsqueeze(0))[0]
-        outcome = evaluate_row(
-            node, x, timeout=settings.timeout, generator=child(generator, expert)
-        )
+        outcome = _measure(node, x, expert, settings, ledger, child(generator, expert))
         if outcome.failures[0] is not None:
             raise EvaluationError(
                 f"expert {expert} could not be measured: {outcome.failures[0]}",
@@ -302,11 +300,32 @@ def _probe(
     count = probe_count(nested, len(space.experts))
     X = Sobol().propose(seen, space, count, generator=child(generator, "probe"))
     for i, x in enumerate(X):
-        outcome = evaluate_row(
-            node, x, timeout=settings.timeout, generator=child(generator, "probe", i)
-        )
+        outcome = _measure(node, x, str(i), settings, ledger, child(generator, "probe", i))
         seen = seen.append(outcome)
     return seen
+
+
+def _measure(
+    node: NodeProblem,
+    x: Tensor,
+    name: str,
+    settings: Settings,
+    ledger: Ledger,
+    generator: Generator,
+) -> Observations:
+    """Measure ``x`` (``d``) before the nodes run; ``name`` tells it apart in the record."""
+    outcome, _ = evaluate_recorded(
+        node,
+        x,
+        name={"probe": name},
+        attempt=0,
+        deaths=deaths_of(ledger.events, {"probe": name}),
+        retries=settings.retries,
+        record=ledger.record,
+        timeout=settings.timeout,
+        generator=generator,
+    )
+    return outcome
 
 
 def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) -> Tensor:

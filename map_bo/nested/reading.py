@@ -14,10 +14,10 @@ from map_bo.foreign import understood
 from map_bo.loop.reading import as_in_run, load_state, recorded_surrogate
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
-from map_bo.loop.state import replay
+from map_bo.loop.state import UNREADABLE, replay
 from map_bo.nested.composition import subspace
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.record import NodeStore
+from map_bo.nested.record import NodeStore, check_nested_event
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.tree import Group
 from map_bo.plain import Trust, modernise, name_of
@@ -80,6 +80,8 @@ def _load(
         raise StoreError(
             f"the run in {run_dir} is not nested", hint="read it with map_bo.load_result"
         )
+    for event in events:
+        check_nested_event(event)
     flat = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
     try:
         tree = Group.of(next(e.data["tree"] for e in events if e.kind == "planned"))
@@ -100,7 +102,7 @@ def _load(
         node_space = CoefficientSpace.from_description(about["space"])
         metrics = tuple(decode_metric(metric) for metric in about["metrics"])
         node_state = replay(own, metrics, node_space.d)
-    except (KeyError, StopIteration, IndexError, TypeError) as error:
+    except (StopIteration, *UNREADABLE) as error:
         raise StoreError(
             f"the record in {run_dir} cannot be read as that of a nested run: {error!r}",
             hint=_HINT,

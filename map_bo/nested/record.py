@@ -10,18 +10,49 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from map_bo.errors import StoreError
 from map_bo.loop.result import Result
-from map_bo.loop.state import refuse_another
+from map_bo.loop.state import check_created, refuse_another
 from map_bo.loop.summary import versions
 from map_bo.nested.ledger import Ledger
 from map_bo.nested.tree import NodePath
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers
 
-__all__ = ["NODE", "NodeStore", "Record"]
+__all__ = ["NODE", "NodeStore", "Record", "check_nested_event"]
 
 NODE = "node"
 """Kind of the events that hold an event of a node: ``node`` (its key), ``kind`` and ``data``."""
+
+
+_HELD: Mapping[str, Mapping[str, type]] = {
+    NODE: {"node": str, "kind": str, "data": Mapping},
+    "measured": {"names": list, "observation": Mapping},
+    "planned": {"tree": list},
+    "found": {"node": str, "free": int, "measured": int},
+    "begun": {"node": str, "spent": int, "evaluations": int},
+    "handed": {"node": str, "parts": list},
+    "done": {"node": str, "data_sets": int, "evaluations": int},
+    "seeds": {"points": list},
+    "space": {"space": Mapping},
+}
+"""Kind of an event that only nested runs have -> its data and their types."""
+
+
+def check_nested_event(event: Event) -> None:
+    """Refuse an event of a nested run that does not hold what its kind promises.
+
+    Raises:
+        StoreError: When a part is missing or of another type.
+    """
+    for name, kind in _HELD.get(event.kind, {}).items():
+        value = event.data.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise StoreError(
+                f"an event {event.kind!r} of the record holds {name} = {str(value)[:40]!r}, which "
+                f"is not a {kind.__name__}",
+                hint="see `map-bo check RUN`; if it was edited by hand, restore it from a copy",
+            )
 
 
 class NodeStore:
@@ -82,8 +113,14 @@ class Record:
         if not before:
             self._record("created", **identity, versions=versions(), config=config)
             return
-        refuse_another(before[0].data, identity)
+        if before[0].kind != "created":
+            raise StoreError(
+                f"the record does not begin with a run but with {before[0].kind!r}",
+                hint="see `map-bo check RUN`",
+            )
+        refuse_another(check_created(before[0].data), identity)
         for event in before:
+            check_nested_event(event)
             self._events.append(event)
             self._trackers.observe(event)
 

@@ -152,6 +152,12 @@ class NestedRun(Record):
         self.tasks = Tasks.assign(space.experts, problem.metrics, nested.tasks)
         for number, preference in enumerate(nested.preferences, start=1):
             self.tasks.check_preference(preference, number)
+        if settings.constraints:
+            raise ConfigError(
+                "a nested run cannot keep constraints: its nodes measure some of the metrics, and "
+                "none of them sees what its merge becomes at the root",
+                hint="merge all experts at once (without nested=...), or give bounds to `choose`",
+            )
         if settings.reference is not None and set(settings.reference) != set(self.tasks.metrics):
             raise ConfigError(
                 f"the reference point must name every metric, got {sorted(settings.reference)}",

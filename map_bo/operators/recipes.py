@@ -86,6 +86,7 @@ def merge_again(
     shard_size: int | str = "5GB",
     progress: bool = True,
     trust: Collection[str] = (),
+    code: bool = False,
 ) -> Path:
     """Merge what a recipe says, from the same inputs; see `merge_checkpoints`.
 
@@ -96,6 +97,7 @@ def merge_again(
         shard_size: See `merge_checkpoints`.
         progress: Show a progress bar.
         trust: Packages whose operators the recipe may name; see `map_bo.plain.from_plain`.
+        code: See `merge_checkpoints`.
 
     Returns:
         The absolute path of the folder.
@@ -145,6 +147,7 @@ def merge_again(
         operator=operator,
         max_memory=max_memory,
         shard_size=shard_size,
+        code=code,
         ties=ties,
         task=task,
         check_base=False,  # it was checked, or waived, when the recipe was made

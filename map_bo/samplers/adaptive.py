@@ -14,6 +14,7 @@ from map_bo.samplers.posterior.driven import PosteriorDriven
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Requirements
 from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = ["Adaptive"]
@@ -47,6 +48,10 @@ class Adaptive:
     def with_reference(self, reference: Mapping[str, float]) -> Adaptive:
         """Return the sampler with this reference point, unless it has one of its own."""
         return replace(self, acquisition=self.acquisition.with_reference(reference))
+
+    def with_requirements(self, requirements: Requirements) -> Adaptive:
+        """Return the sampler that keeps to these requirements; see `HasRequirements`."""
+        return replace(self, acquisition=self.acquisition.with_requirements(requirements))
 
     def with_surrogate(self, surrogate: Surrogate) -> Adaptive:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""

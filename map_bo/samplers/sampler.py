@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
+from map_bo.scale import anchor_rows
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Requirements
 from map_bo.surrogates.surrogate import Surrogate
 
 __all__ = [
+    "FillsSpace",
+    "HasRequirements",
     "Sampler",
     "SeesThroughSurrogate",
     "StartsWithDesign",
     "TellsFit",
+    "design_points",
     "looking_through",
     "proposed",
+    "with_requirements",
 ]
+
+_PATIENCE = 64  # points of a design in a row that are left out before the likeliest is taken
 
 
 @runtime_checkable
@@ -118,6 +127,59 @@ class TellsFit(Protocol):
         ...
 
 
+@runtime_checkable
+class HasRequirements(Protocol):
+    """A sampler that keeps to what the points of a run have to fulfil."""
+
+    def with_requirements(self, requirements: Requirements) -> Sampler:
+        """Return the sampler that keeps to these requirements."""
+        ...
+
+
+def with_requirements(sampler: Sampler, requirements: Requirements) -> Sampler:
+    """Return ``sampler`` with the run's requirements, or as it is where it takes none."""
+    if isinstance(sampler, HasRequirements):
+        return sampler.with_requirements(requirements)
+    return sampler
+
+
+@runtime_checkable
+class FillsSpace(Protocol):
+    """A design: what was measured has no say in its points, so any of them can be left out."""
+
+    fills_space: ClassVar[bool]
+
+
+def design_points(
+    design: Sampler,
+    seen: Observations,
+    space: CoefficientSpace,
+    n: int,
+    *,
+    pending: Tensor | None,
+    generator: Generator,
+    requirements: Requirements,
+) -> Tensor:
+    """Return a sampler's next ``n x d`` points; a design leaves out those that are to fail.
+
+    Anchors are never left out, as the scale of a run is made of them. Where a design has nothing
+    but points that are to fail, the likeliest to work are taken.
+    """
+    region = requirements.region(seen, space) if isinstance(design, FillsSpace) and n else None
+    if region is None:
+        return design.propose(seen, space, n, pending=pending, generator=generator)
+    waiting = seen.X[:0] if pending is None else pending.to(torch.float64)
+    kept = left_out = seen.X[:0]
+    while len(kept) < n and len(left_out) < _PATIENCE:
+        passed = torch.cat([waiting, kept, left_out])
+        X = design.propose(seen, space, n - len(kept), pending=passed, generator=generator)
+        works = region.probability(X) >= requirements.least
+        works = works | anchor_rows(X, space).any(0)
+        kept, left_out = torch.cat([kept, X[works]]), torch.cat([left_out, X[~works]])
+    likeliest = region.probability(left_out).argsort(descending=True, stable=True)
+    return torch.cat([kept, left_out[likeliest[: n - len(kept)]]])
+
+
 def proposed(
     sampler: Sampler,
     seen: Observations,
@@ -126,8 +188,22 @@ def proposed(
     *,
     pending: Tensor | None,
     generator: Generator,
+    requirements: Requirements | None = None,
 ) -> tuple[Tensor, Mapping[str, Any]]:
-    """Return a sampler's proposal, and what it tells of its fit, if it tells anything."""
+    """Return a sampler's proposal, and what it tells of its fit, if it tells anything.
+
+    Samplers that look at what was measured keep to the requirements that they have
+    (:class:`HasRequirements`); designs leave out what is to fail (:func:`design_points`).
+    """
     if isinstance(sampler, TellsFit):
         return sampler.propose_and_tell(seen, space, n, pending=pending, generator=generator)
-    return sampler.propose(seen, space, n, pending=pending, generator=generator), {}
+    points = design_points(
+        sampler,
+        seen,
+        space,
+        n,
+        pending=pending,
+        generator=generator,
+        requirements=Requirements() if requirements is None else requirements,
+    )
+    return points, {}

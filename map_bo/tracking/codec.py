@@ -22,12 +22,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from map_bo.constraints import plain_constraints, read_constraints
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
 from map_bo.scale import Scale
+from map_bo.tracking.chain import Link, seal
 from map_bo.tracking.store import Event
 
 __all__ = [
+    "DEEPEST",
     "SCHEMA",
     "decode_event",
     "decode_front",
@@ -37,18 +40,23 @@ __all__ = [
     "decode_tensor",
     "encode_event",
     "encode_front",
+    "encode_line",
     "encode_metric",
     "encode_observations",
     "encode_scale",
     "encode_tensor",
 ]
 
-SCHEMA = 1
-"""Version of the lines' format; a reader refuses lines of a newer one."""
+SCHEMA = 2
+"""Version of the lines' format; a reader refuses lines of a newer one. 1 had no checksums."""
+
+DEEPEST = 200
+"""How many lists and mappings of an event may stand in each other."""
 
 Nested: TypeAlias = "float | str | list[Nested] | None"
 
 _FLOAT_KEY = "$float"
+_LATEST = 1e12  # seconds since the epoch
 _NAMED = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -85,21 +93,33 @@ def decode_tensor(data: Any) -> Tensor:
             return math.nan
         if isinstance(value, str) and value in _NAMED:
             return _NAMED[value]
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or (isinstance(value, float) and not math.isfinite(value))  # such as 1e999
+        ):
             raise DataError(
-                f"a recorded tensor holds {value!r}, which is not a number",
+                f"a recorded tensor holds {_short(value)}, which is not a number",
                 hint="restore the record from a copy: it was edited by hand",
             )
         return value
 
-    numbers = number(data)
     try:
-        return torch.tensor(numbers, dtype=torch.float64)
-    except (ValueError, TypeError) as error:
+        return torch.tensor(number(data), dtype=torch.float64)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:
         raise DataError(
             f"recorded numbers do not form a tensor: {error}",
             hint="restore the record from a copy: it was edited by hand",
         ) from error
+
+
+def _short(value: Any) -> str:
+    """Return what a value looks like, for an error; a digit or a million of them take one line."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # too many digits, or too deep
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def encode_scale(scale: Scale) -> dict[str, Any]:
@@ -114,6 +134,8 @@ def encode_scale(scale: Scale) -> dict[str, Any]:
         data["unit"] = encode_tensor(scale.unit)
     if scale.rangeless:
         data["rangeless"] = list(scale.rangeless)
+    if scale.constraints:
+        data["constraints"] = plain_constraints(scale.constraints)
     return data
 
 
@@ -133,7 +155,8 @@ def decode_scale(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Scale:
     scale = Scale(tuple(metrics), point, best, str(data["rule"]), unit)
     names = data.get("rangeless", ())
     told = torch.tensor([metric.name in names for metric in metrics], dtype=torch.bool)
-    return replace(scale, ranged=scale.ranged & ~told)
+    constraints = read_constraints(data.get("constraints"))
+    return replace(scale, ranged=scale.ranged & ~told, constraints=constraints)
 
 
 def encode_metric(metric: Metric) -> dict[str, Any]:
@@ -215,7 +238,9 @@ def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
 
 def encode_front(front: Front) -> dict[str, Any]:
     """Return ``front`` as plain data without the metrics, predicted and real values apart."""
-    fields = ("X", "mean", "std", "lower", "upper", "real", "corrected", "probability")
+    fields = ["X", "mean", "std", "lower", "upper", "real", "corrected", "probability"]
+    # Only where something is known, so that all other records stay as they were.
+    fields += ["feasible"] if bool(front.feasible.isfinite().any()) else []
     return {
         "d": front.X.shape[-1],
         **{name: encode_tensor(getattr(front, name)) for name in fields},
@@ -233,12 +258,12 @@ def decode_front(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Front:
     """
     fields = ["mean", "std", "lower", "upper", "real"]
     fields += ["corrected"] if "corrected" in data else []
-    later = {"probability": decode_tensor(data["probability"])} if "probability" in data else {}
+    later = [name for name in ("probability", "feasible") if name in data]
     return Front(
         X=_matrix(data["X"], int(data["d"])),
         metrics=tuple(metrics),
         **{name: _matrix(data[name], len(metrics)) for name in fields},
-        **later,
+        **{name: decode_tensor(data[name]) for name in later},
     )
 
 
@@ -247,21 +272,36 @@ def _matrix(data: Any, columns: int) -> Tensor:
 
 
 def encode_event(event: Event) -> bytes:
-    """Return ``event`` as one line of strict ASCII JSON, its newline included.
+    """Return ``event`` as one line of strict ASCII JSON, its newline included, as the first line.
+
+    Raises:
+        StoreError: When the data hold something that JSON cannot express.
+    """
+    return encode_line(event, Link())[0]
+
+
+def encode_line(event: Event, link: Link) -> tuple[bytes, Link]:
+    """Return ``event`` as the line that follows ``link``, and where the chain stands after it.
 
     Raises:
         StoreError: When the data hold something that JSON cannot express.
     """
     line = {
         "v": SCHEMA,
+        "seq": link.lines + 1,
         "kind": event.kind,
         "time": _plain(event.time, "time"),
         "data": _plain(event.data, "data"),
     }
-    return json.dumps(line, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    return seal(json.dumps(line, allow_nan=False, separators=(",", ":")).encode("ascii"), link)
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
+    if depth > DEEPEST:
+        raise StoreError(
+            f"data of an event are nested more than {DEEPEST} deep, which cannot be recorded",
+            hint="record flatter data",
+        )
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -271,10 +311,10 @@ def _plain(value: Any, where: str) -> Any:
     if isinstance(value, Mapping):
         wrong = next((key for key in value if not isinstance(key, str)), None)
         if wrong is None and set(value) != {_FLOAT_KEY}:
-            return {key: _plain(part, f"{where}.{key}") for key, part in value.items()}
+            return {key: _plain(part, f"{where}.{key}", depth + 1) for key, part in value.items()}
         what = f"the key {(_FLOAT_KEY if wrong is None else wrong)!r}"
     elif isinstance(value, list | tuple):
-        return [_plain(part, f"{where}[{i}]") for i, part in enumerate(value)]
+        return [_plain(part, f"{where}[{i}]", depth + 1) for i, part in enumerate(value)]
     else:
         what = f"a {type(value).__name__}"
     raise StoreError(
@@ -284,29 +324,54 @@ def _plain(value: Any, where: str) -> Any:
 
 
 def decode_event(line: bytes) -> Event:
-    """Return the event that :func:`encode_event` wrote.
+    """Return the event that :func:`encode_event` wrote; its checksum is not looked at.
 
     Raises:
         ValueError: When the line is not JSON.
         StoreError: When it is JSON but not an event, or was written by a newer version.
     """
-    content = json.loads(line.decode("utf-8"), object_hook=_special, parse_constant=_refuse)
-    if not isinstance(content, dict) or not isinstance(content.get("v"), int):
+    try:
+        content = json.loads(line.decode("utf-8"), object_hook=_special, parse_constant=_refuse)
+    except RecursionError:
+        raise StoreError(f"it is nested more than {DEEPEST} deep") from None
+    if not isinstance(content, dict) or type(content.get("v")) is not int or content["v"] < 1:
         raise StoreError("it is not an event of a run")
     if content["v"] > SCHEMA:
         raise StoreError(
-            f"its format is {content['v']}, and this version of map-bo reads up to {SCHEMA}",
+            f"its format is {_short(content['v'])}, and this version of map-bo reads up to "
+            f"{SCHEMA}",
             hint="update map-bo",
         )
     kind, data, time = content.get("kind"), content.get("data"), content.get("time")
-    if not isinstance(kind, str) or not isinstance(data, dict) or not isinstance(time, int | float):
+    if (
+        not isinstance(kind, str)
+        or not isinstance(data, dict)
+        or isinstance(time, bool)
+        or not isinstance(time, int | float)
+        or not 0 <= time <= _LATEST
+    ):
         raise StoreError("it is not an event of a run")
+    if _depth(data) > DEEPEST:
+        raise StoreError(f"it is nested more than {DEEPEST} deep")
     return Event(kind, data, float(time))
+
+
+def _depth(data: Any) -> int:
+    """Return how many lists and mappings stand in each other, without recursion."""
+    depth, level = 0, [data]
+    while level:
+        depth += 1
+        inner = (part.values() if isinstance(part, dict) else part for part in level)
+        level = [part for parts in inner for part in parts if isinstance(part, dict | list)]
+    return depth
 
 
 def _special(mapping: dict[str, Any]) -> Any:
     if mapping.keys() == {_FLOAT_KEY}:
-        return _NAMED.get(mapping[_FLOAT_KEY], mapping)
+        name = mapping[_FLOAT_KEY]
+        if not isinstance(name, str) or name not in _NAMED:
+            raise StoreError(f"it holds {_FLOAT_KEY} with {_short(name)}")
+        return _NAMED[name]
     return mapping
 
 

@@ -13,7 +13,7 @@ from map_bo.tracking.jsonl import JsonlStore
 __all__ = ["leaving_nothing", "remove_hydra_files"]
 
 # What is recorded before anything was measured; all else may have cost an evaluation.
-_FREE = {"created", "planned", "begun", "proposed", "started"}
+_FREE = {"created", "planned", "begun", "proposed", "started", "interrupted"}
 
 
 @contextmanager

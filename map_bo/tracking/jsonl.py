@@ -2,26 +2,49 @@
 
 from __future__ import annotations
 
+import errno
+import logging
 import os
+import shutil
 import socket
+import sys
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from filelock import FileLock, Timeout
 
 from map_bo.errors import StoreError
-from map_bo.tracking.codec import decode_event, encode_event
+from map_bo.tracking.chain import Link
+from map_bo.tracking.codec import decode_event, encode_line
+from map_bo.tracking.examine import DamageError, Line, examine, walk
 from map_bo.tracking.store import Event
 
 __all__ = ["JsonlStore", "MemoryStore"]
 
+logger = logging.getLogger(__name__)
+
 _EVENTS = "events.jsonl"
 _LOCK = "run.lock"
 _OWNER = "run.owner"
-_CHUNK = 1 << 16
+_STEP = ", for one step"  # ends the owner's name while it holds the lock for a moment only
+_TAIL = 64  # bytes at the end of the file by which it is recognised: the last checksum among them
+_LONGEST_STEP = 600.0  # seconds to wait for the step of another process, such as a slow proposal
+_SETTLES = 0.3  # seconds in which the name of the lock's owner may still be that of the one before
+
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_PASSING = (*_FULL, errno.EIO)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
+
+_MEASUREMENTS = frozenset({"observed", "verified", "measured"})
+_NOT_AWAITED = frozenset({"started"})
+"""Kinds of events that need not outlive a power loss: that an evaluation had begun is of interest
+when its process dies and the machine lives on, and then what was written is there."""
 
 
 class MemoryStore:
@@ -29,6 +52,8 @@ class MemoryStore:
 
     def __init__(self) -> None:
         self._lines: list[bytes] = []
+        self._link = Link()
+        self._thread_lock = threading.RLock()
 
     def append(self, event: Event) -> None:
         """Add one event.
@@ -36,33 +61,75 @@ class MemoryStore:
         Raises:
             StoreError: When its data are not plain data.
         """
-        self._lines.append(encode_event(event))
+        with self._thread_lock:
+            line, self._link = encode_line(event, self._link)
+            self._lines.append(line)
 
     def read(self) -> Iterator[Event]:
         """Yield all events in the order they were appended."""
         return (decode_event(line) for line in tuple(self._lines))
 
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep other threads from appending; see :class:`map_bo.tracking.store.SharedStore`."""
+        with self._thread_lock:
+            yield
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Do nothing: no other process can write here."""
+        return nullcontext()
+
+    def after(self, count: int) -> list[Event]:
+        """Return the events after the first ``count``."""
+        return [decode_event(line) for line in self._lines[count:]]
+
+
+@dataclass(frozen=True)
+class _Left:
+    """How this handle left the file, or found it when it last read all of it."""
+
+    link: Link
+    size: int
+    file: tuple[int, int]  # device and inode
+    tail: bytes
+
 
 class JsonlStore:
     """The events of a run, one per line, in ``DIRECTORY/events.jsonl``.
 
-    An event is durable when :meth:`append` returns, and not written at all when it raises. A line
-    that a killed process left unfinished was never acknowledged: readers skip it and the next
-    writer cuts it off. Any other line that cannot be read is an error that names the line.
+    An event is durable when :meth:`append` returns, and not written at all when it raises. Every
+    line carries its number and a checksum over itself and all lines before it
+    (:mod:`map_bo.tracking.chain`), so a line that is not what was written is an error that names
+    it; lines of version 0.1 have no checksum and are covered by that of the first line added to
+    them. Two things at the end of the file are no errors: a last line without its newline, which
+    a killed process never acknowledged, is skipped by readers and cut off by the next writer; and
+    a damaged last line, which readers refuse, is copied to a file beside the record by the next
+    writer, which says so and goes on without it.
 
-    Only the holder of the lock writes. :meth:`append` takes the lock for its own duration when
-    :meth:`lock` is not held around it; reading needs no lock.
+    Only the holder of the lock writes: :meth:`lock` for a process that drives the run,
+    :meth:`turn` for one step of several processes that ask and tell. :meth:`append` takes a turn
+    where neither is held; reading needs no lock. Where locks do not work, a handle still notices
+    before it writes that the file is not as it left it.
 
     Args:
         directory: The run's directory; :meth:`create` and :meth:`open` check it.
+
+    Attributes:
+        patience: Seconds for which an event that finds no room on the disk is kept and tried
+            again, before it is printed and given up.
     """
+
+    patience = 30.0
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
-        self._path = self.directory / _EVENTS
-        self._file_lock = FileLock(self.directory / _LOCK, thread_local=False)
+        # An evaluator may change the working directory.
+        self._path = self.directory.absolute() / _EVENTS
+        self._owner = self._path.with_name(_OWNER)
+        self._file_lock = FileLock(self._path.with_name(_LOCK), thread_local=False)
         self._thread_lock = threading.RLock()
-        self._repaired = False
+        self._left: _Left | None = None
+        self._half_written = False
 
     @classmethod
     def create(cls, directory: Path) -> JsonlStore:
@@ -106,112 +173,342 @@ class JsonlStore:
             )
         return store
 
+    # Whose turn it is
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep other processes from writing to this run; the lock of a killed process is free.
 
         Raises:
-            StoreError: Immediately, when another process holds the lock or it cannot be taken.
+            StoreError: When another process drives the run, when the lock cannot be taken, or
+                when the record is damaged before its last line.
         """
-        owner = self.directory / _OWNER
+        with self._locked(step=False):
+            with self._thread_lock:
+                if self._left is None:
+                    self._look()
+            yield
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Keep others from writing for one step, after waiting for those who are at one.
+
+        Raises:
+            StoreError: As :meth:`lock`, or when the turn did not come in ten minutes.
+        """
+        with self._thread_lock, self._locked(step=True):
+            yield
+
+    @contextmanager
+    def _locked(self, *, step: bool) -> Iterator[None]:
+        if self._file_lock.is_locked:  # by this handle
+            with self._file_lock:
+                yield
+            return
+        self._wait_for_lock()
         try:
-            self._file_lock.acquire(blocking=False)
-        except Timeout:
-            raise StoreError(
-                f"another process ({_owner(owner)}) is working on this run: {self.directory}",
-                hint="wait until it has finished, or stop it",
-            ) from None
-        except (OSError, NotImplementedError) as error:
-            raise StoreError(
-                f"the run in {self.directory} cannot be locked: {_reason(error)}",
-                hint="free some disk space or make the directory writable, and resume; no "
-                "measurement is lost",
-            ) from error
-        outermost = self._file_lock.lock_counter == 1
-        try:
-            if outermost:
-                # It is only used in the message above, so a full disk does not matter here.
-                with suppress(OSError):
-                    owner.write_text(f"pid {os.getpid()}, host {socket.gethostname()}")
-                self._repaired = False
+            # It is only used in messages and to wait, so a full disk does not matter here.
+            with suppress(OSError):
+                name = f"pid {os.getpid()}, host {socket.gethostname()}"
+                self._owner.write_text(name + (_STEP if step else ""))
             yield
         finally:
-            if outermost:
-                with suppress(OSError):
-                    owner.unlink()
+            with suppress(OSError):
+                self._owner.unlink()
             self._file_lock.release()
+
+    def _wait_for_lock(self) -> None:
+        begun, pause = time.monotonic(), 0.01
+        while True:
+            try:
+                self._file_lock.acquire(blocking=False)
+                return
+            except Timeout:
+                owner, waited = self._owner_name(), time.monotonic() - begun
+                if waited > (_LONGEST_STEP if owner.endswith(_STEP) else _SETTLES):
+                    raise StoreError(
+                        f"another process ({owner}) is working on this run: {self.directory}",
+                        hint="wait until it has finished, or stop it",
+                    ) from None
+                time.sleep(pause)
+                pause = min(2 * pause, 0.2)
+            except (OSError, NotImplementedError) as error:
+                number = error.errno if isinstance(error, OSError) else errno.ENOSYS
+                if number in _NO_LOCKS:
+                    hint = "its file system has no locks: put the run on a local disk, or on a "
+                    hint += "network file system that is mounted with locks"
+                else:
+                    hint = _hint(error)
+                raise StoreError(
+                    f"the run in {self.directory} cannot be locked: {_reason(error)}",
+                    hint=f"{hint}; no measurement is lost",
+                ) from error
+
+    def _owner_name(self) -> str:
+        with suppress(OSError):
+            if text := self._owner.read_text().strip():
+                return text
+        return "unknown"
+
+    # Writing
 
     def append(self, event: Event) -> None:
         """Write one event as one line and wait until it is on disk.
 
-        Raises:
-            StoreError: When it cannot be written (the file is then as it was before, and the
-                event may be appended again later), when another process is writing, when its
-                data are not plain data, or when the file is corrupt.
-        """
-        line = encode_event(event)
-        with self._thread_lock:
-            if self._file_lock.is_locked:
-                self._append(line)
-            else:
-                with self.lock():
-                    self._append(line)
+        Where the disk is full or fails, it is tried again for :attr:`patience` seconds.
 
-    def _append(self, line: bytes) -> None:
-        try:
-            with open(self._path, "r+b", buffering=0) as file:
-                if not self._repaired:
-                    _cut_torn_line(file)
-                    self._repaired = True
-                before = file.seek(0, os.SEEK_END)
+        Raises:
+            StoreError: When it cannot be written (the file is then as it was before, a measurement
+                is printed, and the event may be appended again later), when another process is
+                writing or has written since this handle last read or wrote, when its data are not
+                plain data, or when the file is damaged before its last line.
+        """
+        with self.turn():
+            left = self._look() if self._left is None else self._left
+            line, link = encode_line(event, left.link)
+            self._write(line, event, left)
+            self._left = _Left(link, left.size + len(line), left.file, line[-_TAIL:])
+
+    def _write(self, line: bytes, event: Event, left: _Left) -> None:
+        begun, pause = time.monotonic(), 0.25
+        awaited = event.subject not in _NOT_AWAITED
+        while True:
+            try:
+                return self._try_to_write(line, left, sync=awaited)
+            except OSError as error:
+                waited = time.monotonic() - begun
+                if error.errno not in _PASSING or waited >= self.patience:
+                    self._print(line, event)
+                    raise StoreError(
+                        f"an event cannot be written to {self._path}: {_reason(error)}",
+                        hint=f"{_hint(error)} and resume; no earlier measurement is lost",
+                    ) from error
+                if pause == 0.25:
+                    logger.warning(
+                        "%s: %s; the event in hand (%s) is kept and tried again for %g s",
+                        self._path, _reason(error), event.subject, self.patience,
+                    )  # fmt: skip
                 try:
-                    _write_all(file.fileno(), line)
-                    os.fsync(file.fileno())
+                    time.sleep(min(pause, self.patience - waited))
                 except BaseException:
-                    self._repaired = False
-                    file.truncate(before)
-                    os.fsync(file.fileno())
+                    self._print(line, event)
                     raise
+                pause = min(2 * pause, 5.0)
+
+    def _try_to_write(self, line: bytes, left: _Left, *, sync: bool) -> None:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_APPEND)
+        try:
+            if self._half_written:
+                os.ftruncate(descriptor, left.size)
+                self._half_written = False
+            self._check(descriptor, left)
+            try:
+                self._half_written = True
+                _write_all(descriptor, line)
+                if sync:
+                    os.fsync(descriptor)
+                end = os.fstat(descriptor).st_size
+            except BaseException:
+                os.ftruncate(descriptor, left.size)
+                os.fsync(descriptor)
+                self._half_written = False
+                raise
+            self._half_written = False
+            if end != left.size + len(line):  # locks do not work, and another wrote just now
+                if os.pread(descriptor, len(line), end - len(line)) == line:
+                    os.ftruncate(descriptor, end - len(line))
+                raise self._changed("another process wrote at the same moment")
+        finally:
+            os.close(descriptor)
+
+    def _check(self, descriptor: int, left: _Left) -> None:
+        """Refuse to go on when the file is not as this handle left it."""
+        now = os.fstat(descriptor)
+        if (now.st_dev, now.st_ino) != left.file:
+            raise self._changed("another file is in its place")
+        if now.st_size != left.size:
+            raise self._changed(f"it has {now.st_size} bytes and had {left.size}")
+        if os.pread(descriptor, _TAIL, max(0, left.size - _TAIL)) != left.tail:
+            raise self._changed("its last line is another one")
+
+    def _changed(self, how: str) -> StoreError:
+        return StoreError(
+            f"{self._path} is not as this process left it: {how}",
+            hint="another process is writing to the run, so this one stops; nothing was "
+            "overwritten. Resume the run once, in one process (`map-bo check RUN` tells whether "
+            "the record is whole)",
+        )
+
+    def _print(self, line: bytes, event: Event) -> None:
+        """Print a measurement that could not be written, so that it is not lost."""
+        if event.subject not in _MEASUREMENTS:
+            return
+        with suppress(OSError):
+            sys.stderr.write(
+                "a measurement could not be recorded; save the next line in a file and add it "
+                f"with `map-bo repair {self.directory} --append FILE`:\n{line.decode('ascii')}"
+            )
+            sys.stderr.flush()
+
+    def _look(self) -> _Left:
+        """Read the file in a turn, cut off what is unfinished, and set a damaged last line aside.
+
+        Raises:
+            StoreError: When the file cannot be read, or is damaged before its last line.
+        """
+        self._left, _ = self._walk_on(None)
+        return self._left
+
+    def _walk_on(self, left: _Left | None) -> tuple[_Left, list[Event]]:
+        """Return how the file is now and the events since ``left``; see :meth:`_look`."""
+        link, end = (Link(), 0) if left is None else (left.link, left.size)
+        events: list[Event] = []
+        try:
+            with open(self._path, "r+b", buffering=1 << 16) as file:
+                line: Line
+                try:
+                    for line in walk(file, link, end):
+                        events.append(line.event)
+                        link, end = line.link, line.end
+                except DamageError as damage:
+                    if not damage.last or damage.hint is not None:
+                        raise self._damaged(damage) from damage
+                    self._set_aside(damage)
+                size = file.seek(0, os.SEEK_END)
+                if size > end:
+                    file.truncate(end)
+                    os.fsync(file.fileno())
+                file.seek(max(0, end - _TAIL))
+                tail = file.read(_TAIL)
+                status = os.fstat(file.fileno())
         except OSError as error:
             raise StoreError(
-                f"an event cannot be written to {self._path}: {_reason(error)}",
-                hint="free some disk space and resume; no earlier measurement is lost",
+                f"{self._path} cannot be opened for writing: {_reason(error)}", hint=_hint(error)
             ) from error
+        return _Left(link, end, (status.st_dev, status.st_ino), tail), events
+
+    def _set_aside(self, damage: DamageError) -> None:
+        """Copy the damaged last line to a file beside the record, and say so."""
+        with open(self._path, "rb") as file:
+            file.seek(damage.start)
+            line = file.read()
+        path = _new_name(self._path.with_name(f"events.line-{damage.number}.damaged"))
+        with open(path, "xb") as copy:
+            copy.write(line)
+            copy.flush()
+            os.fsync(copy.fileno())
+        logger.warning(
+            "the last line (%d) of %s is damaged: %s; it was moved to %s, and the run goes on "
+            "without it", damage.number, self._path, damage.reason, path,
+        )  # fmt: skip
+
+    # Reading
 
     def read(self) -> Iterator[Event]:
         """Yield all events in the order they were appended, one line in memory at a time.
 
         Raises:
-            StoreError: When a line other than an unfinished last one cannot be read.
+            StoreError: When a line is not what was written, other than an unfinished last one.
         """
         try:
             with open(self._path, "rb") as file:
-                line, number = file.readline(), 1
-                while line.endswith(b"\n"):
-                    following = file.readline()
-                    try:
-                        event = decode_event(line)
-                    except ValueError as error:
-                        if not following:
-                            return
-                        raise self._corrupt(number, f"it is not JSON ({error})", None) from error
-                    except StoreError as error:
-                        raise self._corrupt(number, error.message, error.hint) from error
-                    yield event
-                    line, number = following, number + 1
+                for line in walk(file):
+                    yield line.event
+        except DamageError as damage:
+            raise self._damaged(damage) from damage
         except OSError as error:
             raise StoreError(
                 f"{self._path} cannot be read: {_reason(error)}",
                 hint="make the file readable, or name another run",
             ) from error
 
-    def _corrupt(self, number: int, reason: str, hint: str | None) -> StoreError:
+    def after(self, count: int) -> list[Event]:
+        """Return the events after the first ``count``; to be called in a turn.
+
+        From then on this handle appends to what it has returned.
+
+        Raises:
+            StoreError: When the file is damaged, or does not continue what this handle knows.
+        """
+        with self.turn():
+            left = self._left
+            if left is None:
+                self._left, events = self._walk_on(None)
+                return events[count:]
+            news = self._news(left)
+            if count < left.link.lines:
+                return list(self.read())[count:]
+            return news[count - left.link.lines :]
+
+    def _news(self, left: _Left) -> list[Event]:
+        try:
+            now = os.stat(self._path)
+            if (now.st_dev, now.st_ino) != left.file:
+                raise self._changed("another file is in its place")
+            if now.st_size < left.size:
+                raise self._changed(f"it has {now.st_size} bytes and had {left.size}")
+            with open(self._path, "rb") as file:
+                file.seek(max(0, left.size - _TAIL))
+                if file.read(min(_TAIL, left.size)) != left.tail:
+                    raise self._changed("its last line is another one")
+        except OSError as error:
+            raise StoreError(
+                f"{self._path} cannot be read: {_reason(error)}", hint=_hint(error)
+            ) from error
+        if now.st_size == left.size:
+            return []
+        self._left, events = self._walk_on(left)
+        return events
+
+    def _damaged(self, damage: DamageError) -> StoreError:
+        before = damage.number - 1
+        hint = "no line before it is whole, so nothing can be saved: restore the file from a copy"
+        if before:
+            hint = f"lines 1 to {before} are whole; `map-bo check {self.directory}` says what they "
+            hint += f"hold, and `map-bo repair {self.directory}` keeps them and puts a copy of the "
+            hint += "file beside it"
         return StoreError(
-            f"line {number} of {self._path} cannot be read: {reason}",
-            hint=hint
-            or "restore the file from a copy, or delete that line in a copy of the directory "
-            "to continue without what it recorded",
+            f"line {damage.number} of {self._path} cannot be read: {damage.reason}",
+            hint=damage.hint or hint,
         )
+
+    def keep(self, lines: int) -> Path:
+        """Cut the record after its first ``lines``, which are whole, with a copy of it beside.
+
+        Returns:
+            The copy.
+
+        Raises:
+            StoreError: When the run is in use, when so many lines are not whole, or when the files
+                cannot be written; the record is then as it was.
+        """
+        with self._thread_lock, self._locked(step=True):
+            copy = _new_name(self._path.with_name("events.before-repair.jsonl"))
+            new = self._path.with_name(f".{_EVENTS}.{os.getpid()}.tmp")
+            try:
+                shutil.copyfile(self._path, copy)
+                _sync_file(copy)
+                with open(self._path, "rb") as old, open(new, "wb") as file:
+                    for line in old.readlines()[:lines]:
+                        file.write(line)
+                found = examine(new)
+                if found.link.lines != lines or found.damage is not None:
+                    new.unlink()
+                    copy.unlink()
+                    raise StoreError(
+                        f"the first {lines} lines of {self._path} are not whole",
+                        hint=f"see `map-bo check {self.directory}`",
+                    )
+                _sync_file(new)
+                new.replace(self._path)
+                _sync_directory(self._path.parent)
+            except OSError as error:
+                raise StoreError(
+                    f"the record in {self.directory} cannot be repaired: {_reason(error)}",
+                    hint=_hint(error),
+                ) from error
+            self._left = None
+            return copy
 
 
 def _write_all(descriptor: int, line: bytes) -> None:
@@ -220,38 +517,18 @@ def _write_all(descriptor: int, line: bytes) -> None:
         rest = rest[os.write(descriptor, rest) :]
 
 
-def _cut_torn_line(file: BinaryIO) -> None:
-    """Truncate ``file`` after its last line that was written whole."""
-    end = file.seek(0, os.SEEK_END)
-    if not end:
-        return
-    start = _line_start(file, end)
-    file.seek(start)
-    last = file.read(end - start)
-    if last.endswith(b"\n"):
-        try:
-            decode_event(last)
-        except ValueError:
-            pass
-        except StoreError:
-            return  # JSON of another kind was not torn: reading reports it
-        else:
-            return
-    file.truncate(start)
-    os.fsync(file.fileno())
+def _new_name(path: Path) -> Path:
+    """Return ``path``, with a number where that exists: nothing is overwritten."""
+    found, number = path, 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
+    return found
 
 
-def _line_start(file: BinaryIO, end: int) -> int:
-    """Return where the last line begins; a newline that ends the file belongs to that line."""
-    position = end - 1
-    while position > 0:
-        begin = max(0, position - _CHUNK)
-        file.seek(begin)
-        found = file.read(position - begin).rfind(b"\n")
-        if found >= 0:
-            return begin + found + 1
-        position = begin
-    return 0
+def _sync_file(path: Path) -> None:
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
 
 
 def _sync_directory(path: Path) -> None:
@@ -264,12 +541,21 @@ def _sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _owner(path: Path) -> str:
-    with suppress(OSError):
-        if text := path.read_text().strip():
-            return text
-    return "unknown"
-
-
 def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error)
+
+
+def _hint(error: BaseException) -> str:
+    """Return what to do about an error of the operating system."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL:
+        return "free some disk space"
+    if number == errno.EFBIG:
+        return "raise the limit on the size of files (ulimit -f)"
+    if number in _DENIED:
+        return "make the run directory and its files writable"
+    if number in _GONE:
+        return "put the run directory back where it was"
+    if number == errno.EIO:
+        return "look after the disk or the network file system"
+    return "see to the run directory and its file system"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
-__all__ = ["Event", "RunStore"]
+__all__ = ["Event", "RunStore", "SharedStore"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,12 @@ class Event:
     data: Mapping[str, Any]
     time: float = field(default_factory=time.time)
 
+    @property
+    def subject(self) -> str:
+        """The kind, or that of the event of a node of a nested run, which it holds."""
+        inner = self.data.get("kind") if self.kind == "node" else None
+        return inner if isinstance(inner, str) else self.kind
+
 
 @runtime_checkable
 class RunStore(Protocol):
@@ -39,4 +46,29 @@ class RunStore(Protocol):
 
     def read(self) -> Iterator[Event]:
         """Yield all events in the order they were appended."""
+        ...
+
+
+@runtime_checkable
+class SharedStore(RunStore, Protocol):
+    """A store that several handles and processes write to, one at a time."""
+
+    def turn(self) -> AbstractContextManager[None]:
+        """Return a context in which nobody else writes, after waiting for whoever does.
+
+        Raises:
+            StoreError: When another process is driving the run, or the turn does not come.
+        """
+        ...
+
+    def lock(self) -> AbstractContextManager[None]:
+        """Return a context for driving the run, in which other processes do not wait for a turn.
+
+        Raises:
+            StoreError: Immediately, when another process drives the run.
+        """
+        ...
+
+    def after(self, count: int) -> list[Event]:
+        """Return the events after the first ``count``; to be called in a turn."""
         ...

@@ -25,6 +25,7 @@ from map_bo.app.build import (
 )
 from map_bo.app.jobs import RENAMED
 from map_bo.app.schema import register
+from map_bo.constraints import AtLeast, AtMost
 from map_bo.errors import ConfigError, DataError, SamplerError
 from map_bo.loop.mirrors import Local
 from map_bo.loop.run import Run
@@ -34,6 +35,7 @@ from map_bo.nested.optimize import nested_run
 from map_bo.nested.settings import Nested
 from map_bo.plain import to_plain
 from map_bo.samplers.adaptive import Adaptive
+from map_bo.surrogates.feasibility import Requirements
 from map_bo.surrogates.outliers import Screened
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
@@ -135,6 +137,16 @@ def test_the_sampler_can_have_every_surrogate_that_a_run_can() -> None:
             for place in ("surrogate", "sampler/surrogate")
         )
         assert head == other  # what it is, in one line
+
+
+def test_constraints_are_written_as_one_reads_them() -> None:
+    settings = build_settings(composed("loop.constraints={safe: '>= 0.9', film: '<= 1.7'}"))
+    assert settings.constraints == (AtLeast("safe", 0.9), AtMost("film", 1.7))
+    listed = build_settings(composed("loop.constraints=['safe >= 0.9']", "loop.failures=ignore"))
+    assert listed.requirements == Requirements("ignore", constraints=(AtLeast("safe", 0.9),))
+    assert build_settings(composed()).constraints is None
+    with pytest.raises(ConfigError, match="failures must be"):
+        build_settings(composed("loop.failures=forget"))
 
 
 def test_a_surrogate_of_the_samplers_own_comes_before_that_of_the_run() -> None:

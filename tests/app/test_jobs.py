@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from map_bo.app.jobs import job_name, register_job_name, run_job
 from map_bo.app.schema import register
+from tests.unsealed import unseal
 
 TOLD = {"overrides": ["seed=0"], "choices": {"surrogate": "quadratic"}}
 SMALL = [
@@ -99,6 +100,7 @@ def test_a_job_of_version_0_1_is_not_repeated(
 ) -> None:
     job = tmp_path / "job"
     value = run_job(composed(), job, TOLD)
+    unseal(job)
     record = (job / "events.jsonl").read_text()
     old = record.replace("map_bo.samplers.designs.space_filling", "map_bo.samplers.space_filling")
     assert old != record

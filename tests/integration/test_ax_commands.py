@@ -29,12 +29,12 @@ def _ax() -> None:
 
 @pytest.fixture(scope="module")
 def cut(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run as a kill left it: nine events whole, of which the last proposal waits."""
+    """The run as a kill left it: four evaluations whole, and the last proposal waits."""
     directory = tmp_path_factory.mktemp("cut") / "run"
     directory.mkdir()
     lines = (finished / "events.jsonl").read_text().splitlines(keepends=True)
-    (directory / "events.jsonl").write_text("".join(lines[:10]))
-    assert json.loads(lines[9])["kind"] == "proposed"
+    (directory / "events.jsonl").write_text("".join(lines[:14]))
+    assert json.loads(lines[13])["kind"] == "proposed"
     return directory
 
 

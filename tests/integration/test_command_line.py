@@ -20,6 +20,7 @@ from tests.integration.conftest import SMALL, Shell
 from tests.integration.mistakes import failing
 from tests.loop.bowls import SafeBowls, quick
 from tests.tracking.wandb_reader import sessions
+from tests.unsealed import unseal
 
 
 def test_help_names_every_command(shell: Shell) -> None:
@@ -199,6 +200,7 @@ def test_merging_other_checkpoints_than_those_of_the_run_is_refused(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
+    unseal(copy)
     text = (copy / "events.jsonl").read_text()
     digest = json.loads(text.splitlines()[0])["data"]["problem"]["experts"]["flip"]["digest"]
     (copy / "events.jsonl").write_text(text.replace(digest, "0" * len(digest)))
@@ -291,10 +293,12 @@ def test_a_run_made_in_python_cannot_be_rebuilt_from_the_command_line(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(finished, copy)
+    unseal(copy)
     lines = (copy / "events.jsonl").read_text().splitlines()
     first = json.loads(lines[0])
     first["data"]["config"] = None
-    (copy / "events.jsonl").write_text("\n".join([json.dumps(first), *lines[1:]]) + "\n")
+    lines[0] = json.dumps(first, separators=(",", ":"))
+    (copy / "events.jsonl").write_text("\n".join(lines) + "\n")
     said = failing(capsys, "merge", str(copy), "--point", "0", "--out", str(tmp_path / "out"))
     assert "map_bo.optimize" in said
 

@@ -12,6 +12,7 @@ from map_bo.loop.run import optimize
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
 from tests.loop.bowls import Bowls
+from tests.unsealed import unseal
 
 
 def run(directory: Path, seed: int = 0, budget: int = 8, **config: object) -> Path:
@@ -141,11 +142,10 @@ def test_where_a_run_is_on_wandb_is_known(tmp_path: Path) -> None:
 @pytest.mark.parametrize("part", ["best", "reference"])
 def test_a_record_of_another_version_does_not_hide_the_others(tmp_path: Path, part: str) -> None:
     run(tmp_path / "good")
-    lines = (run(tmp_path / "old") / "events.jsonl").read_text().replace(f'"{part}"', '"other"')
-    (tmp_path / "old" / "events.jsonl").write_text(lines)
+    unseal(run(tmp_path / "old"), lambda text: text.replace(f'"{part}"', '"other"'))
     good, old = read_runs([tmp_path], beside=tmp_path)
     assert (good.status, old.status) == ("finished", "unreadable")
-    assert "another version" in old.reason
+    assert "('front') of the run cannot be read" in old.reason
 
 
 def test_a_store_that_cannot_be_read_does_not_hide_the_others(sweep: Path, tmp_path: Path) -> None:

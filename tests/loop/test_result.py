@@ -24,6 +24,7 @@ from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, SafeBowls, quick
+from tests.unsealed import unseal
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,7 @@ def test_the_old_name_of_the_scale_still_works(result: Result) -> None:
 def test_a_run_recorded_by_version_0_1_opens_with_its_scale(tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = Run(SafeBowls(), quick(10, verify=0), JsonlStore.create(run)).drive()
+    unseal(run)
     lines = []
     for line in (run / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
@@ -246,7 +248,7 @@ def test_a_run_recorded_by_version_0_1_opens_with_its_scale(tmp_path: Path) -> N
             reference = event["data"]["reference"]
             assert reference.pop("rangeless") == ["safe"]
             reference["best"][2] = 1.0 + 1e-9  # as it was written then
-        lines.append(json.dumps(event))
+        lines.append(json.dumps(event, separators=(",", ":")))
     (run / "events.jsonl").write_text("\n".join(lines) + "\n")
     read = load_result(run)
     assert read.scale.rangeless == ("safe",)

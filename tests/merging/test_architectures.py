@@ -151,7 +151,7 @@ class TestLanguageModels:
         words = inputs("gpt2")["input_ids"]
         if rows > int(words.max()):
             assert alike(live, outputs(resized, "gpt2")[..., :kept], "gpt2")
-        assert "was fitted to the base's vocabulary" in (out / "mergekit.yaml").read_text()
+        assert "was fitted to the base's names and shapes" in (out / "mergekit.yaml").read_text()
 
     def test_blocks_are_told_by_the_names_in_the_files(self, tmp_path: Path) -> None:
         """The experts of a mixture are one tensor live and one each in files, and for blocks."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.model import merge_checkpoints
@@ -155,8 +155,9 @@ class TestMergedByPieces:
         bare = transformers.AutoModel.from_pretrained(out)
         assert isinstance(bare, nn.Module)
 
-    def test_tied_embeddings_do_not_become_an_adapter(self, tmp_path: Path) -> None:
-        """Files of transformers have one of the two names, and peft would change that one alone."""
+    def test_tied_embeddings_stay_tied_in_an_adapter(self, tmp_path: Path) -> None:
+        """Files of transformers have one of the two names; the adapter has the value for both."""
+        peft = pytest.importorskip("peft")
         base, experts = self.family(tmp_path, "gpt2")
         problem = MergedModelProblem(
             base,
@@ -164,9 +165,15 @@ class TestMergedByPieces:
             experts={name: tmp_path / name for name in experts},
             evaluators={"one": lambda model: 1.0},
         )
-        with pytest.raises(MergeError, match=r"changes 'transformer\.wte\.weight', which is tied"):
-            problem.export_adapter(torch.tensor([0.5, 0.5]), tmp_path / "adapter", rank=4)
-        assert not (tmp_path / "adapter").exists()
+        result = problem.export_adapter(torch.tensor([0.5, 0.5]), tmp_path / "adapter", rank=24)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of Conv1D and tied weights
+            found = peft.PeftModel.from_pretrained(copy.deepcopy(base), result.path)
+            found = found.merge_and_unload()
+        assert found.lm_head.weight is found.transformer.wte.weight
+        merged = problem.merged(torch.tensor([0.5, 0.5]))
+        for name, tensor in merged.items():
+            torch.testing.assert_close(found.state_dict()[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def moved(model: nn.Module, seed: int) -> nn.Module:

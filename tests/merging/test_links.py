@@ -74,7 +74,7 @@ def test_a_link_out_of_the_base_is_not_exported(
 ) -> None:
     base = model(tmp_path / "base")
     link(base / name, secret)
-    with pytest.raises(CheckpointError, match=f"{name} was refused: it is a link out of the model"):
+    with pytest.raises(CheckpointError, match="was refused: it is a link out of the model"):
         merged(base, tmp_path)
     assert not (tmp_path / "out").exists()
     assert not list(tmp_path.glob(".out*"))
@@ -86,8 +86,8 @@ def test_a_folder_that_is_a_link_out_of_the_base_is_not_exported(
     base = model(tmp_path / "base")
     secret.rename(secret.with_suffix(".jinja"))
     (base / "additional_chat_templates").symlink_to(secret.parent)
-    with pytest.raises(CheckpointError, match="was refused: it is a link out of the model"):
-        merged(base, tmp_path)
+    out = merged(base, tmp_path)
+    assert SECRET not in [file.read_text("latin-1") for file in out.rglob("*") if file.is_file()]
 
 
 def test_links_within_the_base_and_a_base_that_is_a_link_are_exported(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.reading import load_nested
 from map_bo.nested.settings import Nested
 from tests.nested.hills import Hills, options, outcome, quick
+from tests.unsealed import unseal
 
 
 def test_the_record_is_that_of_a_run_and_reads_back(tmp_path: Path) -> None:
@@ -54,6 +55,7 @@ def test_a_flat_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_record_without_its_tree_is_refused(tmp_path: Path) -> None:
     optimize_nested(Hills(), 24, run_dir=tmp_path, progress=False, tracking="none", **options())
+    unseal(tmp_path)
     record = tmp_path / "events.jsonl"
     lines = record.read_text().splitlines(keepends=True)
     record.write_text("".join(line for line in lines if '"kind":"planned"' not in line))

@@ -135,7 +135,7 @@ def test_a_scale_comes_back_with_its_metrics_without_a_range() -> None:
     point, best = torch.tensor([0.1, 2.0, -3.0]), torch.tensor([0.9, 1.0, -3.0])
     few, unit = torch.tensor([True, False, False]), torch.tensor([0.5, 1.0, 3.0])
     for kwargs in ({}, {"ranged": few}, {"unit": unit}, {"ranged": few, "unit": unit}):
-        scale = Scale(METRICS, point, best, "given by the user", **kwargs)
+        scale = Scale(METRICS, point, best, "given by the user", **kwargs)  # type: ignore[arg-type]
         again = decode_scale(through_json(encode_scale(scale)), METRICS)
         assert identical(again.point, scale.point)
         assert identical(again.best, scale.best)
@@ -196,7 +196,7 @@ def test_json_that_is_no_event_is_refused(line: bytes) -> None:
 
 def test_a_newer_format_is_refused() -> None:
     line = b'{"v":99,"kind":"a","time":0,"data":{}}'
-    with pytest.raises(StoreError, match=r"format is 99.*up to 1") as caught:
+    with pytest.raises(StoreError, match=r"format is 99.*up to 2") as caught:
         decode_event(line)
     assert caught.value.hint == "update map-bo"
 
@@ -205,6 +205,44 @@ def test_a_newer_format_is_refused() -> None:
 def test_what_is_no_json_is_a_value_error(line: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         decode_event(line)
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested more than 200 deep"),
+        (b'{"x":' + b"[" * 300 + b"]" * 300 + b"}", "nested more than 200 deep"),
+        (b'{"x":{"$float":[]}}', r"\$float with \[\]"),
+        (b'{"x":{"$float":"nan"}}', r"\$float with 'nan'"),
+        (b"[]", "not an event"),
+    ],
+)
+def test_hostile_data_are_refused(data: bytes, said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        decode_event(b'{"v":1,"kind":"a","time":0,"data":' + data + b"}")
+
+
+@pytest.mark.parametrize("time", [b"1" + b"0" * 400, b"-1", b"true", b'"0"', b"1e999"])
+def test_a_time_that_is_none_is_refused(time: bytes) -> None:
+    with pytest.raises(StoreError, match="not an event"):
+        decode_event(b'{"v":1,"kind":"a","time":' + time + b',"data":{}}')
+
+
+def test_data_that_are_too_deep_to_be_read_again_are_not_written() -> None:
+    data: dict[str, Any] = {}
+    for _ in range(190):
+        data = {"x": data}
+    assert decode_event(encode_event(Event("a", data))).data == data
+    for _ in range(20):
+        data = {"x": data}
+    with pytest.raises(StoreError, match="nested more than 200 deep, which cannot be recorded"):
+        encode_event(Event("a", data))
+
+
+@pytest.mark.parametrize("bad", [10**400, [[10**400]], 1e999, True, "x", [1, [2]], {"a": 1}])
+def test_numbers_that_are_none_make_no_tensor(bad: object) -> None:
+    with pytest.raises(DataError, match=r"recorded (tensor holds|numbers do not form)"):
+        decode_tensor(bad)
 
 
 def test_gradients_are_written_only_when_there_are_any() -> None:
@@ -232,13 +270,18 @@ def test_a_front_comes_back_with_what_is_known_of_it_and_from_before_it_was() ->
     before = Front(
         mean[:, :2], mean, mean, mean, mean, METRICS,
         corrected=mean - 0.1, probability=torch.tensor([0.1, float("nan"), 1.0]),
+        feasible=torch.tensor([0.9, 0.5, 1.0]),
     )  # fmt: skip
     written = through_json(encode_front(before))
     after = decode_front(written, METRICS)
     assert identical(after.corrected, before.corrected)
     assert identical(after.probability, before.probability)
-    older = {name: written[name] for name in written if name not in ("corrected", "probability")}
+    assert identical(after.feasible, before.feasible)
+    later = ("corrected", "probability", "feasible")
+    older = {name: written[name] for name in written if name not in later}
     old = decode_front(older, METRICS)
     assert identical(old.mean, mean)
     assert bool(old.corrected.isnan().all())
     assert bool(old.probability.isnan().all())
+    assert bool(old.feasible.isnan().all())
+    assert "feasible" not in encode_front(old), "a run in which nothing failed is as it was"

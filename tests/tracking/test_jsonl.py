@@ -5,11 +5,15 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from map_bo.errors import StoreError
+from map_bo.tracking.codec import decode_event
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
 from tests.contracts.store_contract import StoreContract, strict
@@ -82,9 +86,7 @@ def test_reading_a_file_that_went_away_is_explained(run: Path) -> None:
 # Torn and corrupt lines
 
 
-@pytest.mark.parametrize(
-    "tail", [b'{"v":1,"kind":"d"', b"{", b"\0" * 70_000, b"\0" * 70_000 + b"\n", b'{"v":1,\n']
-)
+@pytest.mark.parametrize("tail", [b'{"v":2,"seq":4,"kind":"d"', b"{", b"\0" * 70_000])
 def test_a_torn_last_line_is_passed_over_and_cut_by_the_next_writer(run: Path, tail: bytes) -> None:
     whole = (run / "events.jsonl").read_bytes()
     (run / "events.jsonl").write_bytes(whole + tail)
@@ -92,8 +94,45 @@ def test_a_torn_last_line_is_passed_over_and_cut_by_the_next_writer(run: Path, t
     # Reading must not change the file: its writer may still be at work.
     assert (run / "events.jsonl").read_bytes() == whole + tail
     JsonlStore.open(run).append(Event("d", {}))
-    assert (run / "events.jsonl").read_bytes().startswith(whole + b'{"v":1,"kind":"d"')
+    assert (run / "events.jsonl").read_bytes().startswith(whole + b'{"v":2,"seq":4,"kind":"d"')
     assert kinds(run) == ["a", "b", "c", "d"]
+    assert not list(run.glob("*.damaged"))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [b"\0" * 70_000 + b"\n", b'{"v":1,\n', b"[1]\n", b'{"v":1,"kind":"d","time":0,"data":{}}\n'],
+)
+def test_a_damaged_last_line_is_refused_by_readers_and_set_aside_by_the_next_writer(
+    run: Path, bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = (run / "events.jsonl").read_bytes()
+    (run / "events.jsonl").write_bytes(whole + bad)
+    with pytest.raises(StoreError, match="line 4 of") as caught:
+        kinds(run)
+    assert "lines 1 to 3 are whole" in str(caught.value.hint)
+    JsonlStore.open(run).append(Event("d", {}))
+    assert kinds(run) == ["a", "b", "c", "d"]
+    assert (run / "events.line-4.damaged").read_bytes() == bad
+    assert "it was moved to" in caplog.text
+
+
+def test_a_newline_that_was_changed_is_not_the_mark_of_an_unfinished_line(run: Path) -> None:
+    path = run / "events.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"K")
+    with pytest.raises(StoreError, match=r"line 3 of .* its newline was changed"):
+        kinds(run)
+    path.write_bytes(whole[:-1])
+    assert kinds(run) == ["a", "b"], "a line without its newline was never acknowledged"
+
+
+def test_a_last_line_of_a_newer_version_is_left_where_it_is(run: Path) -> None:
+    path = run / "events.jsonl"
+    path.write_bytes(path.read_bytes() + b'{"v":99,"kind":"d","time":0,"data":{}}\n')
+    with pytest.raises(StoreError, match="format is 99"):
+        JsonlStore.open(run).append(Event("e", {}))
+    assert b'"v":99' in path.read_bytes()
 
 
 def test_a_file_with_nothing_but_a_torn_line(tmp_path: Path) -> None:
@@ -103,7 +142,7 @@ def test_a_file_with_nothing_but_a_torn_line(tmp_path: Path) -> None:
     assert kinds(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("bad", [b"not json\n", b"\n", b"[1]\n", b'{"v":2,"kind":"b"}\n'])
+@pytest.mark.parametrize("bad", [b"not json\n", b"\n", b"[1]\n", b'{"v":9,"kind":"b"}\n'])
 def test_a_corrupt_line_in_the_middle_is_named(run: Path, bad: bytes) -> None:
     lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
     (run / "events.jsonl").write_bytes(lines[0] + bad + lines[2])
@@ -112,15 +151,6 @@ def test_a_corrupt_line_in_the_middle_is_named(run: Path, bad: bytes) -> None:
     with pytest.raises(StoreError, match=r"line 2 of .*events.jsonl cannot be read") as caught:
         next(reader)
     assert caught.value.hint
-
-
-def test_a_whole_last_line_that_is_no_event_is_an_error_and_is_kept(run: Path) -> None:
-    with open(run / "events.jsonl", "ab") as file:
-        file.write(b"[1]\n")
-    with pytest.raises(StoreError, match="line 4"):
-        kinds(run)
-    JsonlStore.open(run).append(Event("d", {}))
-    assert b"[1]\n" in (run / "events.jsonl").read_bytes()
 
 
 def test_lines_are_strict_json(run: Path) -> None:
@@ -146,6 +176,7 @@ def test_a_failing_write_leaves_the_file_as_it_was(
         left[0] -= done
         return done
 
+    monkeypatch.setattr(JsonlStore, "patience", 0.0)
     with store.lock():
         monkeypatch.setattr(os, "write", fill)
         with pytest.raises(StoreError, match="No space left on device") as caught:
@@ -166,20 +197,59 @@ def test_short_writes_are_finished(run: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kinds(run) == ["a", "b", "c", "d"]
 
 
-def test_a_failing_fsync_takes_the_event_back(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("patience", [0.0, 5.0])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+def test_what_finds_no_room_is_kept_and_written_later_or_printed(
+    run: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    number: int,
+    patience: float,
+) -> None:
     before = (run / "events.jsonl").read_bytes()
     fsync, calls = os.fsync, []
 
     def fail_once(descriptor: int) -> None:
         calls.append(descriptor)
         if len(calls) == 1:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
+            raise OSError(number, os.strerror(number))
         fsync(descriptor)
 
+    monkeypatch.setattr(JsonlStore, "patience", patience)
     monkeypatch.setattr(os, "fsync", fail_once)
-    with pytest.raises(StoreError, match="Input/output error"):
-        JsonlStore.open(run).append(Event("d", {}))
+    measured = Event("node", {"node": "0", "kind": "observed", "data": {"index": 3}})
+    if patience:
+        JsonlStore.open(run).append(measured)
+        assert kinds(run) == ["a", "b", "c", "node"]
+        assert "the event in hand (observed) is kept" in caplog.text
+        return
+    with pytest.raises(StoreError, match=os.strerror(number)):
+        JsonlStore.open(run).append(measured)
     assert (run / "events.jsonl").read_bytes() == before
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert decode_event(line.encode()) == measured
+    (run / "events.jsonl").write_bytes(before + line.encode() + b"\n")
+    assert kinds(run) == ["a", "b", "c", "node"], "what was printed is the line itself"
+
+
+def test_a_half_line_that_could_not_be_cut_off_is_cut_off_later(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = JsonlStore.open(run)
+
+    def full(descriptor: int, size: int = 0) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with store.lock():
+        monkeypatch.setattr(JsonlStore, "patience", 0.0)
+        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(os, "ftruncate", full)
+        with pytest.raises(StoreError):
+            store.append(Event("d", {}))
+        monkeypatch.undo()
+        store.append(Event("e", {}))
+    assert kinds(run) == ["a", "b", "c", "e"]
 
 
 def test_an_interrupted_append_takes_the_event_back(
@@ -372,3 +442,127 @@ def test_a_lock_that_cannot_be_taken_is_explained(run: Path) -> None:
     with pytest.raises(StoreError, match="cannot be locked: Is a directory") as caught:
         JsonlStore.open(run).append(Event("d", {}))
     assert "no measurement is lost" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("number", "hint"),
+    [
+        (errno.ENOLCK, "its file system has no locks"),
+        (errno.EOPNOTSUPP, "its file system has no locks"),
+        (errno.ENOSPC, "free some disk space"),
+        (errno.EROFS, "make the run directory and its files writable"),
+    ],
+)
+def test_the_hint_fits_the_reason_why_there_is_no_lock(
+    run: Path, monkeypatch: pytest.MonkeyPatch, number: int, hint: str
+) -> None:
+    def refuse(self: FileLock, blocking: bool = True) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FileLock, "acquire", refuse)
+    with pytest.raises(StoreError, match="cannot be locked") as caught:
+        JsonlStore.open(run).append(Event("d", {}))
+    assert str(caught.value.hint).startswith(hint)
+
+
+# Several writers
+
+
+def test_a_handle_notices_that_another_has_written_and_overwrites_nothing(run: Path) -> None:
+    one, other = JsonlStore.open(run), JsonlStore.open(run)
+    one.append(Event("d", {}))
+    other.append(Event("e", {}))
+    whole = (run / "events.jsonl").read_bytes()
+    with pytest.raises(StoreError, match="is not as this process left it: it has") as caught:
+        one.append(Event("f", {}))
+    assert "another process is writing" in str(caught.value.hint)
+    assert (run / "events.jsonl").read_bytes() == whole
+    assert [event.kind for event in one.after(4)] == ["e"]
+    one.append(Event("f", {}))
+    assert kinds(run) == ["a", "b", "c", "d", "e", "f"]
+
+
+def replaced(path: Path) -> None:
+    path.with_name("new").write_bytes(path.read_bytes())
+    path.with_name("new").replace(path)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def rewritten(path: Path) -> None:
+    with open(path, "r+b") as file:
+        file.seek(-5, os.SEEK_END)
+        file.write(b"00")
+
+
+@pytest.mark.parametrize("change", [replaced, cut, rewritten, Path.unlink])
+def test_a_file_that_is_not_as_it_was_left_is_not_written_to(
+    run: Path, change: Callable[[Path], None]
+) -> None:
+    store = JsonlStore.open(run)
+    with store.lock():
+        store.append(Event("d", {}))
+        change(run / "events.jsonl")
+        before = {path.name: path.read_bytes() for path in run.glob("events*")}
+        with pytest.raises(StoreError, match=r"not as this process left it|cannot be written"):
+            store.append(Event("e", {}))
+        assert {path.name: path.read_bytes() for path in run.glob("events*")} == before
+
+
+def test_two_that_write_at_once_where_locks_lie_do_not_both_go_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = JsonlStore.open(run), JsonlStore.open(run)
+    write, others = os.write, [Event("other", {})]
+
+    def interrupted(descriptor: int, data: bytes) -> int:
+        if others:
+            event = others.pop()
+            monkeypatch.setattr(other, "_locked", lambda step: nullcontext())
+            other.append(event)
+        return write(descriptor, data)
+
+    monkeypatch.setattr(os, "write", interrupted)
+    with pytest.raises(StoreError, match="another process wrote at the same moment"):
+        one.append(Event("one", {}))
+    assert kinds(run) == ["a", "b", "c", "other"]
+
+
+STEPS = """
+import sys
+from pathlib import Path
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
+
+store, count = JsonlStore.open(Path(sys.argv[1])), 0
+for i in range(20):
+    with store.turn():
+        count += len(store.after(count))
+        store.append(Event("step", {"count": count}))
+        count += 1
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_take_turns_see_what_the_others_have_written(run: Path) -> None:
+    command = [sys.executable, "-c", STEPS, str(run)]
+    workers = [subprocess.Popen(command) for _ in range(2)]
+    assert [worker.wait(timeout=60) for worker in workers] == [0, 0]
+    steps = [event for event in JsonlStore.open(run).read() if event.kind == "step"]
+    assert [event.data["count"] for event in steps] == list(range(3, 43))
+
+
+def test_keeping_a_part_of_a_record_leaves_a_copy_of_all_of_it(run: Path) -> None:
+    whole = (run / "events.jsonl").read_bytes()
+    for number, copy in enumerate(["before-repair", "before-repair-2"], start=1):
+        beside = JsonlStore.open(run).keep(3 - number)
+        assert beside.name == f"events.{copy}.jsonl"
+    assert (run / "events.before-repair.jsonl").read_bytes() == whole
+    assert kinds(run) == ["a"]
+    with pytest.raises(StoreError, match=r"the first 2 lines of .* are not whole"):
+        JsonlStore.open(run).keep(2)
+    assert len(list(run.glob("*repair*"))) == 2
+    JsonlStore.open(run).append(Event("b", {}))
+    assert kinds(run) == ["a", "b"]

@@ -14,21 +14,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapters.lora import (
     LoraSettings,
-    Orientation,
-    OwnTensor,
     own_tensors,
-    place,
     read_settings,
 )
 from map_bo.merging.adapters.low_rank import LowRank
+from map_bo.merging.adapters.places import AdapterFiles, Factors, Kind, check_ties, find_places
 from map_bo.merging.checkpoints.checkpoint import (
     Checkpoint,
     CheckpointSource,
@@ -38,6 +35,7 @@ from map_bo.merging.checkpoints.checkpoint import (
 )
 from map_bo.merging.checkpoints.hub import fetch, hub_model
 from map_bo.merging.checkpoints.read_sharded import open_file, require_inside
+from map_bo.merging.checkpoints.saved_names import Saved
 from map_bo.merging.checkpoints.tensors import (
     Layout,
     TensorReader,
@@ -59,26 +57,7 @@ __all__ = [
     "wide",
 ]
 
-Kind = Literal["linear", "transposed", "embedding", "conv"]
-"""How a module uses its weight: ``out x in``, ``in x out`` (GPT-2's ``Conv1D``), a table of rows,
-or a convolution without groups."""
-
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class _Factors:
-    """The names of a pair of factors in the adapter's file."""
-
-    A: str
-    B: str
-    scale: float
-    kind: Kind
-
-    @property
-    def flipped(self) -> bool:
-        """Whether the base stores the transpose of what the factors multiply to."""
-        return self.kind in ("transposed", "embedding")
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,16 +77,20 @@ class Adapter:
         settings: Its configuration.
         prefix: What the names of the trained model begin with and the base's do not, and the
             other way round.
+        parts: Tensor -> what it is of the module's tensor, for those of ``values`` and ``biases``
+            that are not the whole of it.
     """
 
     source: str
-    factors: Mapping[str, _Factors]
+    factors: Mapping[str, Factors]
     values: Mapping[str, str]
     biases: Mapping[str, tuple[str, float]]
     base: Checkpoint
     reader: TensorReader = field(repr=False)
     settings: LoraSettings
     prefix: tuple[str, str] = ("", "")
+    parts: Mapping[str, Saved] = field(default_factory=dict)
+    _kept: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
     @cached_property
     def names(self) -> tuple[str, ...]:
@@ -126,12 +109,52 @@ class Adapter:
             MergeError: When a factor holds NaN or infinity.
         """
         pair = self.factors.get(name)
-        if pair is None:
+        if pair is None or pair.dense:
             return None
-        A, B = self._load(pair.A), self._load(pair.B)
-        if pair.flipped:
-            A, B = B.T.contiguous(), A.T.contiguous()
-        return LowRank(B.flatten(1), A.flatten(1), pair.scale)
+        change = self._matrix(pair, pair.index)
+        return change if pair.cut is None else change.cut(pair.cut)
+
+    def _matrix(self, pair: Factors, index: int) -> LowRank:
+        """Return the change of a module's matrix, or of one matrix of its stack."""
+        if pair.kind != "stack":
+            A, B = self._load(pair.A), self._load(pair.B)
+            if pair.flipped:
+                A, B = B.T.contiguous(), A.T.contiguous()
+            return LowRank(B.flatten(1), A.flatten(1), pair.scale)
+        A, B = self._keep(pair.A), self._keep(pair.B)
+        count = pair.shape[0]
+        # peft lays the ranks of one expert side by side in A, and the experts of one rank in B.
+        right = A.view(count, -1, A.shape[1])[index]
+        left = B.reshape(B.shape[0], -1, count)[:, :, index]
+        if pair.in_by_out:
+            left, right = right.T, left.T
+        return LowRank(left.contiguous(), right.contiguous(), pair.scale)
+
+    def _keep(self, own: str) -> Tensor:
+        """Load a factor of a stack, and keep it: the next tensors of the base want it too."""
+        found = self._kept.get(own)
+        if found is None:
+            found = self._load(own)
+            if len(self._kept) >= 4:
+                self._kept.clear()
+            self._kept[own] = found
+        return found
+
+    def _multiplied(self, pair: Factors) -> Tensor:
+        """Return the change of one of the base's tensors, multiplied out."""
+        if pair.kind == "stack":
+            whole = torch.stack([self._matrix(pair, i).dense() for i in range(pair.shape[0])])
+        else:
+            whole = self._matrix(pair, 0).dense().view(pair.shape)
+        return whole if pair.part is None else pair.part.of(whole.contiguous()).contiguous()
+
+    def _value(self, name: str) -> Tensor:
+        """Return the full new value of a tensor."""
+        return self._part(name, self._load(self.values[name]))
+
+    def _part(self, name: str, tensor: Tensor) -> Tensor:
+        part = self.parts.get(name)
+        return tensor if part is None else part.of(tensor.contiguous()).contiguous()
 
     def dense(self, name: str) -> Tensor | None:
         """Return the rest of a tensor's change, in the base's shape, or None where there is none.
@@ -141,13 +164,17 @@ class Adapter:
         """
         delta: Tensor | None = None
         if name in self.values:
-            value, pre = self._load(self.values[name]), self.base.load(name)
+            value, pre = self._value(name), self.base.load(name)
             both = torch.promote_types(value.dtype, wide(pre.dtype))
             delta = value.to(both) - pre.to(both)
         if name in self.biases:
             own, scale = self.biases[name]
-            shift = scale * self._load(own)
+            shift = scale * self._part(name, self._load(own))
             delta = shift if delta is None else delta + shift
+        pair = self.factors.get(name)
+        if pair is not None and pair.dense:
+            product = self._multiplied(pair)
+            delta = product if delta is None else delta + product
         return delta
 
     def delta(self, name: str) -> Tensor | None:
@@ -169,6 +196,10 @@ class Adapter:
 
     def _dense_piece(self, name: str, start: int, stop: int) -> Tensor | None:
         """Return a piece of `dense`; no more is read than that."""
+        pair = self.factors.get(name)
+        if name in self.parts or (pair is not None and pair.dense):
+            whole = self.dense(name)
+            return None if whole is None else whole.flatten()[start:stop]
         delta: Tensor | None = None
         if name in self.values:
             own = self.values[name]
@@ -201,11 +232,13 @@ class Adapter:
             if change is not None:
                 add(f"{name} B", change.B, change.scale)
                 add(f"{name} A", change.A)
+            elif (pair := self.factors.get(name)) is not None:
+                add(f"{name} change", self._multiplied(pair))
             if name in self.values:
-                add(name, self.reader.load(self.values[name]))
+                add(name, self._part(name, self.reader.load(self.values[name])))
             if name in self.biases:
                 own, scale = self.biases[name]
-                add(f"{name} added", self.reader.load(own), scale)
+                add(f"{name} added", self._part(name, self.reader.load(own)), scale)
         return total.hexdigest()
 
     def _load(self, own: str) -> Tensor:
@@ -227,13 +260,24 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return dtype if dtype == torch.float64 else torch.float32
 
 
-def open_adapter(source: str | Path, base: Checkpoint, *, label: str | None = None) -> Adapter:
+def open_adapter(
+    source: str | Path,
+    base: Checkpoint,
+    *,
+    label: str | None = None,
+    model: nn.Module | None = None,
+) -> Adapter:
     """Open a PEFT LoRA adapter over its base; names and shapes are checked, nothing is read yet.
 
     Read are plain LoRA factors of linear layers (GPT-2's ``Conv1D`` too), embeddings and
-    convolutions without groups; ranks and scales by module; rank-stabilised scaling; modules to
+    convolutions without groups; factors of bare parameters (``target_parameters``), among them
+    those of a mixture's experts; ranks and scales by module; rank-stabilised scaling; modules to
     save and trained biases, as full values; and ``lora_bias``. A base of another name than the
     adapter's configuration gives is only logged, since the same model has many names.
+
+    An adapter goes by the names of modules. Where the base's files have other names, or cut
+    tensors otherwise, these are translated through the model: the given one, or the one that the
+    base's ``config.json`` describes, see `map_bo.merging.checkpoints.skeleton.skeleton`.
 
     Args:
         source: The adapter's folder, or the file of weights in it. Weights are
@@ -241,6 +285,7 @@ def open_adapter(source: str | Path, base: Checkpoint, *, label: str | None = No
             running code.
         base: The base that it was trained from.
         label: What to call the source; by default the folder.
+        model: The model of the base, where it is known; its weights do not matter.
 
     Raises:
         CheckpointError: When files are missing or damaged, or the adapter is not plain LoRA.
@@ -267,28 +312,30 @@ def open_adapter(source: str | Path, base: Checkpoint, *, label: str | None = No
             hint="an adapter holds floating numbers; save it unquantised",
         )
     own = own_tensors(reader.layouts, str(folder))
-    placed, prefix = place(
-        dict.fromkeys(tensor.target for tensor in own.values()), base, str(folder)
-    )
+    found = find_places(own, settings, base, str(folder), model)
     _note_base(settings, base, folder)
-    _note_ties(placed, base, folder)
-    for name, tensor in own.items():
-        target = placed[tensor.target]
-        if not base.dtype(target).is_floating_point:
-            raise MergeError(
-                f"the adapter {folder} changes {target!r} by {name!r}, and the base's tensor is "
-                f"{base.dtype(target)}",
-                hint="quantised bases are expanded before merging",
-            )
+    check_ties(found, settings, base, str(folder), model)
+    for name, tensor in found.own.items():
+        for target, _ in found.parts(tensor.target):
+            if not base.dtype(target).is_floating_point:
+                raise MergeError(
+                    f"the adapter {folder} changes {target!r} by {name!r}, and the base's tensor "
+                    f"is {base.dtype(target)}",
+                    hint="quantised bases are expanded before merging",
+                )
+    files = AdapterFiles(found, settings, reader, base, folder)
+    values = files.values()
+    biases = files.biases()
     return Adapter(
         source=label or str(folder),
-        factors=_factors(own, placed, settings, reader, base, folder),
-        values=_values(own, placed, reader, base, folder),
-        biases=_biases(own, placed, settings, reader, base, folder),
+        factors=files.factors(),
+        values=values,
+        biases=biases,
         base=base,
         reader=reader,
         settings=settings,
-        prefix=prefix,
+        prefix=found.prefix,
+        parts=files.parts_of({*values, *biases}),
     )
 
 
@@ -297,143 +344,6 @@ def _note_base(settings: LoraSettings, base: Checkpoint, folder: Path) -> None:
     if named is not None and Path(named).name != Path(base.source).name:
         logger.warning(
             "the adapter %s was trained from %s; the base here is %s", folder, named, base.source
-        )
-
-
-def _note_ties(placed: Mapping[str, str], base: Checkpoint, folder: Path) -> None:
-    changed = list(placed.values())
-    for alias, name in base.ties.items():
-        if changed.count(name) == 1:
-            logger.warning(
-                "the adapter %s changes %s, which the base ties to %s: merged, both change, and "
-                "the adapter was trained with one of them changed",
-                folder,
-                name,
-                alias,
-            )
-
-
-def _factors(
-    own: Mapping[str, OwnTensor],
-    placed: Mapping[str, str],
-    settings: LoraSettings,
-    reader: TensorReader,
-    base: Checkpoint,
-    folder: Path,
-) -> dict[str, _Factors]:
-    pairs: dict[str, dict[str, str]] = {}
-    for name, tensor in own.items():
-        if tensor.role in ("A", "B", "embedding_A", "embedding_B"):
-            pairs.setdefault(tensor.module, {})[tensor.role] = name
-    found: dict[str, _Factors] = {}
-    square: list[tuple[str, str, str, float]] = []
-    orientation = Orientation(base, settings.fan_in_fan_out)
-    for module, pair in pairs.items():
-        target = placed[f"{module}.weight"]
-        embedded = "embedding_A" in pair
-        roles = ("embedding_A", "embedding_B") if embedded else ("A", "B")
-        if set(pair) != set(roles):
-            raise CheckpointError(
-                f"the adapter {folder} lacks a factor of module {module!r}: it has only "
-                f"{_factor_names(pair)}",
-                hint="factors come in pairs, lora_A and lora_B; save the adapter again",
-            )
-        if target in found or target in (other for other, *_ in square):
-            raise MergeError(
-                f"the adapter {folder} changes the tied tensor {target!r} under two names",
-                hint="merge it into its base first (peft: merge_and_unload) and give that",
-            )
-        A, B = (pair[role] for role in roles)
-        a, b, shape = reader.layouts[A].shape, reader.layouts[B].shape, base.shape(target)
-        rank, scale = settings.rank(module), settings.scale(module)
-        if embedded:
-            plain, flipped = False, len(shape) == 2 and shape == (a[-1], b[0])
-        else:
-            plain = shape == (b[0], *a[1:])
-            flipped = len(a) == 2 and shape == (a[1], b[0])
-        if not (plain or flipped) or a[0] != b[1:].numel():
-            raise MergeError(
-                f"the adapter {folder} changes {target!r}, which is {list(shape)}, by factors "
-                f"of {list(a)} and {list(b)}",
-                hint="give the base that the adapter was trained from; of convolutions only those "
-                "without groups are read",
-            )
-        if a[0] != rank:
-            raise CheckpointError(
-                f"the adapter {folder} has rank {a[0]} in {module!r}, and {rank} by its "
-                "configuration",
-                hint="the scale depends on it: give adapter_config.json and weights of one adapter",
-            )
-        if plain and flipped:
-            square.append((target, A, B, scale))
-        else:
-            kind: Kind = "embedding" if embedded else "conv" if len(a) > 2 else _linear(flipped)
-            found[target] = _Factors(A, B, scale, kind)
-            if kind in ("linear", "transposed"):
-                orientation.seen[target] = flipped
-    for target, A, B, scale in square:
-        found[target] = _Factors(A, B, scale, _linear(orientation.of_square(target)))
-    return found
-
-
-def _linear(flipped: bool) -> Kind:
-    return "transposed" if flipped else "linear"
-
-
-def _factor_names(pair: Mapping[str, str]) -> str:
-    """Return the names of the factors that there are, for an error."""
-    return " and ".join(f"lora_{role}" for role in sorted(pair))
-
-
-def _values(
-    own: Mapping[str, OwnTensor],
-    placed: Mapping[str, str],
-    reader: TensorReader,
-    base: Checkpoint,
-    folder: Path,
-) -> dict[str, str]:
-    values: dict[str, str] = {}
-    for name, tensor in own.items():
-        if tensor.role != "value":
-            continue
-        target = placed[tensor.target]
-        _require_shape(name, reader, target, base, folder)
-        if target in values and not torch.equal(reader.load(values[target]), reader.load(name)):
-            raise MergeError(
-                f"the adapter {folder} gives the tied tensor {target!r} two values, "
-                f"{values[target]!r} and {name!r}",
-                hint="untie the base's weights and save it again",
-            )
-        values.setdefault(target, name)
-    return values
-
-
-def _biases(
-    own: Mapping[str, OwnTensor],
-    placed: Mapping[str, str],
-    settings: LoraSettings,
-    reader: TensorReader,
-    base: Checkpoint,
-    folder: Path,
-) -> dict[str, tuple[str, float]]:
-    biases: dict[str, tuple[str, float]] = {}
-    for name, tensor in own.items():
-        if tensor.role == "bias":
-            target = placed[tensor.target]
-            _require_shape(name, reader, target, base, folder)
-            biases[target] = (name, settings.scale(tensor.module))
-    return biases
-
-
-def _require_shape(
-    own: str, reader: TensorReader, target: str, base: Checkpoint, folder: Path
-) -> None:
-    if reader.layouts[own].shape != base.shape(target):
-        raise MergeError(
-            f"the adapter {folder} has {own!r} of {list(reader.layouts[own].shape)}, and "
-            f"{target!r} is {list(base.shape(target))} in the base",
-            hint="give the base that the adapter was trained from; a resized embedding needs a "
-            "base of that size",
         )
 
 
@@ -504,14 +414,21 @@ class AdapterCheckpoint(Checkpoint):
         return self._digest[1]
 
 
-def adapter_checkpoint(source: str | Path, base: Checkpoint) -> AdapterCheckpoint:
+def adapter_checkpoint(
+    source: str | Path, base: Checkpoint, *, model: nn.Module | None = None
+) -> AdapterCheckpoint:
     """Open a PEFT LoRA adapter as the checkpoint of its base with it merged in.
+
+    Args:
+        source: See `open_adapter`.
+        base: The base.
+        model: See `open_adapter`.
 
     Raises:
         CheckpointError: When files are missing or damaged, or the adapter is not plain LoRA.
         MergeError: When it does not fit the base.
     """
-    return AdapterCheckpoint(open_adapter(source, base))
+    return AdapterCheckpoint(open_adapter(source, base, model=model))
 
 
 def adapter_over(base: Checkpoint, expert: Checkpoint) -> Adapter | None:
@@ -521,23 +438,28 @@ def adapter_over(base: Checkpoint, expert: Checkpoint) -> Adapter | None:
     return None
 
 
-def open_expert(source: CheckpointSource, base: Checkpoint) -> Checkpoint:
+def open_expert(
+    source: CheckpointSource, base: Checkpoint, *, model: nn.Module | None = None
+) -> Checkpoint:
     """Open an expert: whatever `open_checkpoint` takes, or a LoRA adapter's folder or hub name.
 
     Args:
         source: Where the expert is.
         base: The base, which an adapter is added to.
+        model: The model of the base, where it is known; see `open_adapter`.
 
     Raises:
         CheckpointError: When it cannot be read.
         MergeError: When an adapter does not fit the base.
     """
-    if isinstance(source, str) and (model := hub_model(source)) is not None:
-        snapshot = fetch(model)
+    if isinstance(source, str) and (named := hub_model(source)) is not None:
+        snapshot = fetch(named)
         if adapter_file(snapshot.folder) is not None:
-            return AdapterCheckpoint(open_adapter(snapshot.folder, base, label=snapshot.source))
+            return AdapterCheckpoint(
+                open_adapter(snapshot.folder, base, label=snapshot.source, model=model)
+            )
     elif isinstance(source, (str, Path)):
         path = absolute_path(source)
         if adapter_file(path) is not None:
-            return adapter_checkpoint(path, base)
+            return adapter_checkpoint(path, base, model=model)
     return open_checkpoint(source)

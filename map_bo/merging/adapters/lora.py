@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ __all__ = [
     "own_tensors",
     "place",
     "read_settings",
+    "with_parameters",
 ]
 
 CONFIG = "adapter_config.json"
@@ -42,7 +43,6 @@ _REFUSED = {
     "kasa_config": "is KaSA, which changes the base's weights too",
     "monteclora_config": "is MonteCLoRA, whose factors are random",
     "layer_replication": "replicates layers, so its model is not of the base's architecture",
-    "target_parameters": "adapts bare parameters (target_parameters), not modules",
     "trainable_token_indices": "trains single rows of the embedding (trainable_token_indices)",
 }
 # Initialisations that leave the base's weights as they are; the others change the base.
@@ -71,6 +71,10 @@ class LoraSettings:
             square weights need it; the shape tells of others.
         base: What the adapter was trained from, as the configuration calls it, or None.
         task: peft's name of the model's task, or None.
+        parameters: Parameters that have factors themselves, not as weights of linear modules
+            (``target_parameters``): the whole names or their ends.
+        tied: Whether an adapter of one of two tied modules is meant for both
+            (``ensure_weight_tying``).
     """
 
     r: int
@@ -81,6 +85,8 @@ class LoraSettings:
     fan_in_fan_out: bool = False
     base: str | None = None
     task: str | None = None
+    parameters: tuple[str, ...] = ()
+    tied: bool = False
 
     def rank(self, module: str) -> int:
         """Return the rank of the factors of a module."""
@@ -151,7 +157,18 @@ def _settings_of(path: Path, content: Mapping[str, Any]) -> LoraSettings:
         fan_in_fan_out=bool(content.get("fan_in_fan_out")),
         base=named if isinstance(named, str) and named else None,
         task=task if isinstance(task, str) else None,
+        parameters=_parameters(path, content),
+        tied=bool(content.get("ensure_weight_tying")),
     )
+
+
+def _parameters(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
+    found = content.get("target_parameters") or []
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise CheckpointError(
+            f"{path} has an unusable target_parameters", hint="it is a list of parameters' names"
+        )
+    return tuple(found)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -201,11 +218,14 @@ class OwnTensor:
         module: Name of the module that it changes, as the trained model called it.
         part: Name of the changed parameter in that module.
         role: A factor, the bias of the second factor, or a full new value.
+        depth: In how many layers of factors its own is wrapped: peft gives each bare parameter of
+            a module a layer, the first one's innermost.
     """
 
     module: str
     part: str
     role: Role
+    depth: int = 0
 
     @property
     def target(self) -> str:
@@ -234,7 +254,8 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
             if part == "bias" and side == "A":
                 raise _not_plain_error(name, origin)
             role: Role = "bias" if part == "bias" else "A" if side == "A" else "B"
-            found[name] = OwnTensor(module, part, role)
+            plain, depth = _unwrapped(module)
+            found[name] = OwnTensor(plain, part, role, depth)
             labels |= {label} if label else set()
         elif embedding:
             module, side, label = embedding.groups()
@@ -244,14 +265,59 @@ def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:
         elif ".lora_" in short or "token_adapter" in short:
             raise _not_plain_error(name, origin)
         elif ".original_module." not in short:  # the untrained twin of a module to save
-            plain = _SAVED.sub("", short.replace(".base_layer.", "."))
-            module, _, part = plain.rpartition(".")
+            while ".base_layer." in short:
+                short = short.replace(".base_layer.", ".")
+            module, _, part = _SAVED.sub("", short).rpartition(".")
             found[name] = OwnTensor(module, part, "value")
     if len(labels) > 1:
         raise CheckpointError(
             f"{origin} holds several adapters: {listed(sorted(labels))}",
             hint="save each in a folder of its own",
         )
+    return found
+
+
+def _unwrapped(module: str) -> tuple[str, int]:
+    depth = 0
+    while module.endswith(".base_layer"):
+        module, depth = module.removesuffix(".base_layer"), depth + 1
+    return module, depth
+
+
+def with_parameters(
+    own: Mapping[str, OwnTensor], settings: LoraSettings, known: Sequence[str], origin: str
+) -> dict[str, OwnTensor]:
+    """Return the tensors of an adapter with the bare parameters that their factors are of.
+
+    Args:
+        own: As `own_tensors` returns them.
+        settings: The adapter's settings; those without ``parameters`` change nothing.
+        known: Names of the model's tensors, in the order in which its modules register them.
+        origin: Where the adapter is, for errors.
+
+    Raises:
+        MergeError: When a factor's parameter cannot be told.
+    """
+    ends = tuple(f".{name}" for name in settings.parameters)
+    by_module: dict[str, list[str]] = {}
+    for name in known if ends else ():
+        if name in settings.parameters or name.endswith(ends):
+            module, _, part = name.rpartition(".")
+            by_module.setdefault(module, []).append(part)
+    found: dict[str, OwnTensor] = {}
+    for name, tensor in own.items():
+        parts = by_module.get(tensor.module, [])
+        if tensor.role not in ("A", "B") or not (parts or tensor.depth):
+            found[name] = tensor
+        elif tensor.depth < len(parts):
+            found[name] = replace(tensor, part=parts[len(parts) - 1 - tensor.depth])
+        else:
+            raise MergeError(
+                f"the adapter {origin} adapts bare parameters of {tensor.module!r} "
+                "(target_parameters), which are not known from the base",
+                hint="give the base as a folder with config.json, or merge the adapter into its "
+                "base first (peft: merge_and_unload, then save_pretrained)",
+            )
     return found
 
 
@@ -263,18 +329,23 @@ def _not_plain_error(name: str, origin: str) -> CheckpointError:
 
 
 def place(
-    targets: Iterable[str], base: Checkpoint, origin: str
+    targets: Iterable[str], known: Collection[str], origin: str
 ) -> tuple[dict[str, str], tuple[str, str]]:
-    """Find, for every target, the tensor of the base.
+    """Find, for every target, the tensor of the model.
 
-    The trained model may have called its modules with another prefix than the base's file does
-    (``model.layers`` against ``layers``). A target is the base's tensor of the same name, or the
-    only one whose name ends with it, or the one that its name ends with. All targets must need
-    the same change of prefix.
+    The trained model may have called its modules with another prefix than the known names have
+    (``model.layers`` against ``layers``). A target is the tensor of the same name, or the only one
+    whose name ends with it, or the one that its name ends with. All targets must need the same
+    change of prefix.
+
+    Args:
+        targets: What the adapter changes, as the trained model called it.
+        known: Names of the base's tensors, or of its model's.
+        origin: Where the adapter is, for errors.
 
     Returns:
-        Target -> canonical name in the base; and the prefixes of targets that the base's names
-        lack, and of the base's names that targets lack.
+        Target -> known name; and the prefixes of targets that the known names lack, and of the
+        known names that targets lack.
 
     Raises:
         MergeError: When a target is missing from the base, fits several of its tensors, or needs
@@ -282,11 +353,10 @@ def place(
     """
     placed: dict[str, str] = {}
     shifts: dict[tuple[str, str], str] = {}
-    known = set(base.names)
+    names = frozenset(known)
     for target in targets:
-        name, shift = _place_one(target, known, base, origin)
+        placed[target], shift = _place_one(target, names, origin)
         shifts.setdefault(shift, target)
-        placed[target] = base.ties.get(name, name)
     if len(shifts) > 1:
         raise MergeError(
             f"the adapter {origin} fits tensors of the base under different prefixes: "
@@ -296,13 +366,11 @@ def place(
     return placed, next(iter(shifts), ("", ""))
 
 
-def _place_one(
-    target: str, known: set[str], base: Checkpoint, origin: str
-) -> tuple[str, tuple[str, str]]:
-    """Return the base's name, and the prefixes that were taken off and put on."""
+def _place_one(target: str, known: frozenset[str], origin: str) -> tuple[str, tuple[str, str]]:
+    """Return the known name, and the prefixes that were taken off and put on."""
     if target in known:
         return target, ("", "")
-    ends = [name for name in base.names if name.endswith(f".{target}")]
+    ends = sorted(name for name in known if name.endswith(f".{target}"))
     if len(ends) > 1:
         raise MergeError(
             f"the adapter {origin} changes {target!r}, which could be {listed(ends)}",
@@ -318,7 +386,7 @@ def _place_one(
     raise MergeError(
         f"the adapter {origin} changes {target!r}, which the base lacks",
         hint=f"give the base that the adapter was trained from, tied tensors and heads included; "
-        f"it has, for example, {listed(base.names)}",
+        f"it has, for example, {listed(sorted(known))}",
     )
 
 

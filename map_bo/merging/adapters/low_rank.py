@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Generator, Tensor
 
-__all__ = ["AdaptedTensor", "LowRank", "approximate", "exact_products", "stack", "truncate"]
+__all__ = [
+    "AdaptedTensor",
+    "Cut",
+    "LowRank",
+    "approximate",
+    "cut_of",
+    "exact_products",
+    "stack",
+    "truncate",
+]
 
 # Up to this length of its shorter side a matrix is decomposed whole, in float64.
 _WHOLE = 512
@@ -60,6 +69,62 @@ class LowRank:
             A, where = A[:, where], slice(None)
         product = B @ A if exact_products(B.device) else (B.double() @ A.double()).to(B.dtype)
         return product.reshape(-1)[where]
+
+    def cut(self, cut: Cut) -> LowRank:
+        """Return the change of a part of the matrix."""
+        B, A = self.B[cut.rows], self.A[:, cut.columns]
+        if cut.flipped:
+            A, B = B.T, A.T
+        return LowRank(B.contiguous(), A.contiguous(), self.scale)
+
+    def put(self, cut: Cut, shape: Sequence[int]) -> LowRank:
+        """Return the change of a matrix of this shape of which this is the part's; see `cut`."""
+        A, B = (self.B.T, self.A.T) if cut.flipped else (self.A, self.B)
+        rows, columns = B.new_zeros(shape[0], B.shape[1]), A.new_zeros(A.shape[0], shape[1])
+        rows[cut.rows], columns[:, cut.columns] = B, A
+        return LowRank(rows, columns, self.scale)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A part of a matrix: some rows and columns.
+
+    Attributes:
+        rows: Which rows.
+        columns: Which columns.
+        flipped: Whether the part is seen transposed, with the columns first.
+    """
+
+    rows: slice
+    columns: slice
+    flipped: bool
+
+
+def cut_of(
+    shape: Sequence[int], part: Sequence[int], stride: Sequence[int], offset: int
+) -> Cut | None:
+    """Return which part of a matrix a view of its memory is, or None where it is none.
+
+    Args:
+        shape: ``rows x columns`` of the matrix, which lies row by row.
+        part: Shape of the view.
+        stride: Its strides.
+        offset: Index of its first number.
+    """
+    if len(part) != 2 or len(shape) != 2 or not all(part) or not all(shape):
+        return None
+    rows, columns = shape
+    top, left = divmod(offset, columns)
+    for flipped in (False, True):
+        (m, n), (down, right) = (reversed(part), reversed(stride)) if flipped else (part, stride)
+        # A single row or column may have any stride.
+        step, rest = divmod(down, columns) if m > 1 else (1, 0)
+        across = right if n > 1 else 1
+        last = (top + step * (m - 1), left + across * (n - 1))
+        if rest or step < 1 or across < 1 or last[0] >= rows or last[1] >= columns:
+            continue
+        return Cut(slice(top, last[0] + 1, step), slice(left, last[1] + 1, across), flipped)
+    return None
 
 
 def exact_products(device: torch.device) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
@@ -19,6 +20,7 @@ from map_bo.merging.adapters.adapter import Adapter, adapter_over
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.align.vocabulary import require_shapes
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.skeleton import says_tied
 from map_bo.merging.checkpoints.tensors import all_finite
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "fixed_tensors",
     "is_the_base",
     "not_finite",
+    "note_untied",
     "pieces_of",
     "require_alike",
     "require_distinct",
@@ -41,6 +44,10 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _HINT = "experts must be fine-tuned from this base, with the same architecture"
+_OUTPUT = re.compile(r"(^|\.)(lm_head|embed_out|output_projection|predictions\.decoder)\.weight$")
+_INPUT = re.compile(
+    r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$"
+)
 _MISSING = (
     "; missing='base' leaves such tensors as they are in the base (on the command line "
     "problem.missing=base)"
@@ -158,6 +165,32 @@ def require_tied(checkpoint: Checkpoint, ties: Mapping[str, str], label: str) ->
                 f"{canonical!r} and {alias!r} are one tensor in the model but differ in {label}",
                 hint="use checkpoints that keep them tied, or untie them in the base and model",
             )
+
+
+def note_untied(base: Checkpoint) -> list[str]:
+    """Say where a configuration ties an output layer to the embedding, and their weights differ.
+
+    Returns:
+        Sentences, which were logged; empty where there is nothing to say.
+    """
+    if not says_tied(base):
+        return []
+    heads = [name for name in base.names if _OUTPUT.search(name)]
+    inputs = [name for name in base.names if _INPUT.search(name)]
+    notes = [
+        f"The base's config.json says tie_word_embeddings, and {head} differs from {name} in its "
+        "files: which of them a library loads is its own affair. Set tie_word_embeddings to false "
+        "to keep both."
+        for head in heads
+        for name in inputs
+        if head not in base.ties
+        and name not in base.ties
+        and base.shape(head) == base.shape(name)
+        and not same_values(base, head, base, name)
+    ]
+    for note in notes:
+        logger.warning("%s", note)
+    return notes
 
 
 def require_same_fixed(

@@ -63,6 +63,10 @@ _KNOWN_FILES = (
     "model.safetensors.index.json",
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
+    # The same of diffusers.
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "diffusion_pytorch_model.bin",
 )
 _ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 _PLACES = (

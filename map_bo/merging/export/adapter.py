@@ -7,11 +7,10 @@ names, and a configuration.
 from __future__ import annotations
 
 import json
-import math
 import re
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,21 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
-from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter, wide
+from map_bo.merging.adapters.adapter import Adapter, Kind, adapter_over, open_adapter
 from map_bo.merging.adapters.lora import CONFIG
-from map_bo.merging.adapters.low_rank import LowRank, approximate, stack, truncate
-from map_bo.merging.align.experts import align_names
-from map_bo.merging.align.layout import is_variance
+from map_bo.merging.adapters.low_rank import LowRank
+from map_bo.merging.adapters.peft_check import load_with_peft
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
+from map_bo.merging.checkpoints.saved_names import ModuleTensors
+from map_bo.merging.checkpoints.skeleton import skeleton
 from map_bo.merging.checkpoints.tensors import Layout
-from map_bo.merging.export.bounded import check_weights
+from map_bo.merging.export.adapter_changes import ChangeMerger, whole_of
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.model import require_space
+from map_bo.merging.export.model_card import MODEL_CARD, AdapterFacts, model_card_text
 from map_bo.merging.export.recipe import RECIPE, plain, recipe_text
 from map_bo.merging.export.write_shards import writing
 from map_bo.merging.vectors.operator import Weights
-from map_bo.rng import make_generator
 
 __all__ = ["AdapterContent", "AdapterExport", "adapter_content", "export_adapter", "module_kinds"]
 
@@ -51,9 +51,10 @@ class AdapterExport:
     Attributes:
         path: Its folder.
         rank: Rank of its factors.
-        error: Frobenius norm of what was cut off, over that of the whole change, of all tensors
-            with factors together; rounding to float32 is not in it.
-        errors: Tensor -> the same of that tensor.
+        error: Frobenius norm of what the adapter, read back from its file, lacks of the change,
+            over that of the whole change, of all tensors with factors together.
+        errors: Tensor of the model's modules -> the same of that tensor, by what was cut off;
+            rounding to float32 is not in it.
     """
 
     path: Path
@@ -73,6 +74,7 @@ def export_adapter(
     rank: int | None = None,
     others: Literal["save", "refuse"] = "save",
     kinds: Mapping[str, Kind] | None = None,
+    model: nn.Module | None = None,
     merged: Checkpoint | None = None,
     ties: Mapping[str, str] | None = None,
     record: Mapping[str, Any] | None = None,
@@ -82,12 +84,19 @@ def export_adapter(
     Of adapters over this base the merged change of a tensor has at most the sum of their ranks,
     and goes through the small core of its factors, never multiplied out. Of whole models it is
     approximated by its singular value decomposition. Both are the nearest of their rank in the
-    Frobenius norm (the latter up to the randomised algorithm for large tensors).
+    Frobenius norm (the latter up to the randomised algorithm for large tensors). A stack of
+    matrices (the experts of a mixture) gets factors for each of them, as peft's
+    ``target_parameters``.
+
+    Names are those of the model's modules, which adapters go by; the base's files may have others,
+    and may have one tensor of a module in several pieces.
 
     What changes and has no factors (norms, biases, what an adapter saved whole) is saved as full
     values. The folder appears whole or not at all, as with `write_model`; it holds
-    ``adapter_config.json``, ``adapter_model.safetensors`` and ``recipe.yaml``, which records the
-    errors.
+    ``adapter_config.json``, ``adapter_model.safetensors``, ``recipe.yaml``, which records the
+    errors, and ``README.md``. Before it appears it is read back, and what it changes in every
+    tensor of the base is compared with what the merge changes; where peft is installed, it has
+    loaded the adapter over the model without weights.
 
     Args:
         out: Folder to create; it may exist only when it is empty.
@@ -99,29 +108,51 @@ def export_adapter(
         coefficients: Coefficient name -> value.
         rank: Largest rank. None keeps the merge of adapters exact; whole models need a rank.
         others: ``"save"``, or ``"refuse"`` to refuse a merge that needs full values.
-        kinds: Tensor -> kind of its module, where whole models are merged; see `module_kinds`.
+        kinds: Tensor -> kind of its module, where neither ``model`` nor the base's configuration
+            tells; see `module_kinds`.
+        model: The model of the base; its weights do not matter. By default the one that the base's
+            ``config.json`` describes, and where there is none, names are those of the base.
         merged: The merged model, where the merge is not linear.
         ties: Further ties of the model, alias -> canonical name; the base need not have both.
         record: Further plain data for the recipe.
 
     Raises:
-        MergeError: When the merge changes nothing or tied tensors, needs a rank or kinds that are
-            not given, or cannot be written; nothing is left behind.
+        MergeError: When the merge changes nothing, needs a rank, kinds or modules that are
+            not given, or cannot be written; when what was written is not what was meant. Nothing
+            is left behind.
     """
     target = refuse_existing(out)
     if rank is not None and rank < 1:
         raise MergeError(f"rank must be at least 1, got {rank}", hint="give a whole number from 1")
     further = plain(record or {})
-    tied = {*base.ties.values(), *(ties or {}), *(ties or {}).values()}
-    if merged is not None:
-        merging = _Changes(base, {"merged": merged}, _whole, rank, others, kinds, tied)
-    elif weights is not None:
-        merging = _Changes(base, experts, weights, rank, others, kinds, tied)
-    else:
+    if merged is None and weights is None:
         raise MergeError(
             "an adapter is written without weights and without a merged model",
             hint="give the weights of a linear merge, or merged=open_checkpoint(the merged model)",
         )
+    known = skeleton(base) if model is None else model
+    modules = None if known is None else ModuleTensors.of(known, base.names)
+    if modules is None:
+        if model is not None:
+            raise MergeError(
+                f"the model {type(model).__name__} has none of the base's tensors",
+                hint="give the model that the base was saved from",
+            )
+        known = None
+        modules = ModuleTensors.plain({name: base.shape(name) for name in base.names})
+    if known is not None and kinds is None:
+        kinds = module_kinds(known)
+    source: Mapping[str, Checkpoint] = experts if merged is None else {"merged": merged}
+    merging = ChangeMerger(
+        base,
+        source,
+        weights if merged is None and weights is not None else _whole,
+        rank,
+        others,
+        kinds,
+        {**base.ties, **(ties or {})},
+        modules,
+    )
     changes = merging.find()
     adapters = [a for e in experts.values() if (a := adapter_over(base, e)) is not None]
     content = adapter_content(
@@ -129,14 +160,14 @@ def export_adapter(
         changes.values,
         changes.kinds,
         base,
+        modules=modules,
+        layers=kinds,
+        tied=changes.tied,
         prefix=_prefix(adapters),
         base_name=_common([adapter.settings.base for adapter in adapters])
         or (str(base.directory) if base.directory else None),
         task=_common([adapter.settings.task for adapter in adapters]),
     )
-    cut, whole = (math.hypot(*changes.norms[i].values()) for i in (0, 1))
-    errors = {n: changes.norms[0][n] / changes.norms[1][n] for n in changes.factors}
-    result = AdapterExport(target, int(content.settings["r"]), cut / whole, errors)
 
     layouts = {name: Layout(t.shape, t.dtype) for name, t in content.tensors.items()}
     with writing(target):
@@ -150,25 +181,43 @@ def export_adapter(
                 writer.write(name, tensor)
             settings = json.dumps(content.settings, indent=2, ensure_ascii=False) + "\n"
             (draft / CONFIG).write_text(settings, encoding="utf-8")
+        written = open_adapter(draft, base, model=known)
+        error = merging.compare(written, changes)
+        by_peft = known is not None and load_with_peft(known, draft, content.tensors)
+        errors = {n: cut / whole for n, (cut, whole) in changes.norms.items()}
+        result = AdapterExport(target, int(content.settings["r"]), error, errors)
+        told = {
+            "rank": result.rank,
+            "relative_error": result.error,
+            "relative_errors": dict(errors),
+            "full_values": sorted(changes.values),
+        }
         recipe = recipe_text(
             base=base,
             experts=experts,
             operator=operator,
             coefficients=coefficients,
-            merged={
-                # Read back from the file, as for a whole model.
-                "sha256": open_adapter(draft, base).digest(),
-                "adapter": {
-                    "rank": result.rank,
-                    "relative_error": result.error,
-                    "relative_errors": dict(errors),
-                    "full_values": sorted(changes.values),
-                },
-            },
+            # Read back from the file, as for a whole model.
+            merged={"sha256": written.digest(), "adapter": told},
             record=further,
+        )
+        card = model_card_text(
+            base=base,
+            experts=experts,
+            operator=plain(operator),
+            coefficients=coefficients,
+            record=further,
+            adapter=AdapterFacts(
+                rank=result.rank,
+                error=error,
+                full_values=tuple(sorted(changes.values)),
+                parameters=tuple(content.settings.get("target_parameters") or ()),
+                loaded=by_peft,
+            ),
         )
         with writing(target):
             (draft / RECIPE).write_text(recipe, encoding="utf-8")
+            (draft / MODEL_CARD).write_text(card, encoding="utf-8")
             publish(draft, target)
     return result
 
@@ -188,19 +237,32 @@ class AdapterContent:
 
 @dataclass
 class _Modules:
-    """Which modules get factors, which are saved whole, and which biases are set."""
+    """How each change of a module is written.
 
-    factors: dict[str, str] = field(default_factory=dict)  # module -> tensor
+    Attributes:
+        factors: Tensor -> name of its factors' module in the file.
+        targets: Modules with factors.
+        parameters: Tensors with factors of their own.
+        saved: Modules that are saved whole.
+        single: Tensors whose value is set one by one -> their name in the file.
+    """
+
+    factors: dict[str, str] = field(default_factory=dict)
+    targets: list[str] = field(default_factory=list)
+    parameters: list[str] = field(default_factory=list)
     saved: set[str] = field(default_factory=set)
-    biases: set[str] = field(default_factory=set)
+    single: dict[str, str] = field(default_factory=dict)
 
 
 def adapter_content(
-    changes: Mapping[str, LowRank],
+    changes: Mapping[str, Sequence[LowRank]],
     values: Mapping[str, Tensor],
     kinds: Mapping[str, Kind],
     base: Checkpoint,
     *,
+    modules: ModuleTensors,
+    layers: Mapping[str, Kind] | None = None,
+    tied: Set[str] = frozenset(),
     prefix: tuple[str, str] = ("", ""),
     base_name: str | None = None,
     task: str | None = None,
@@ -209,44 +271,57 @@ def adapter_content(
 
     All factors are padded with zeros to the largest rank, with scale 1, so that no reader needs
     ranks or scales by module. Tensors with a full value are set by saving their whole module
-    (peft's ``modules_to_save``), and biases of other modules one by one (``bias="all"``).
+    (peft's ``modules_to_save``) where it has no modules inside and no factors, and one by one
+    otherwise, as peft does with trained biases.
 
     Args:
-        changes: Tensor of the base -> its change of low rank; at least one.
-        values: Tensor of the base -> its full new value.
+        changes: Tensor of a module -> its change of low rank; at least one tensor. A stack has one
+            for each of its matrices.
+        values: Tensor of a module -> its full new value.
         kinds: Tensor -> kind of its module, for all of ``changes``.
         base: The base.
-        prefix: What module names of the model begin with and the base's do not, and the other
-            way round.
+        modules: The tensors of the model's modules.
+        layers: The kinds that the model's own modules have, where it is known: what has factors and
+            is no such weight gets them as a bare parameter.
+        tied: Those of ``values`` that are one tensor with another: they are set one by one, so
+            that they stay one.
+        prefix: What module names of the trained model begin with and the base's do not, and the
+            other way round.
         base_name: What to call the base in the configuration.
         task: peft's name of the model's task.
 
     Raises:
-        MergeError: When there are no factors, a full value belongs to no module, or a module to
-            save has factors.
+        MergeError: When there are no factors, or peft cannot express them.
     """
     if not changes:
         raise MergeError(
             "no tensor changes by a product of low rank, and a LoRA adapter needs one",
             hint="export the merged model instead",
         )
-    modules = _sort_out(changes, values, base)
-    rank = max(change.rank for change in changes.values())
+    found = _sort_out(changes, values, kinds, modules, tied, layers)
+    flipped = [name for name in changes if kinds[name] == "transposed"]
+    if flipped and found.parameters:
+        raise MergeError(
+            f"{listed(flipped)} are stored in x out and {listed(found.parameters)} are bare "
+            "parameters, and peft takes both in no one adapter",
+            hint="export the merged model instead",
+        )
+    rank = max(part.rank for parts in changes.values() for part in parts)
     tensors: dict[str, Tensor] = {}
-    for module, name in modules.factors.items():
-        factors = _factors(changes[name], kinds[name], base.shape(name), rank)
+    for name, module in found.factors.items():
+        in_by_out = name.rpartition(".")[0] in modules.in_by_out
+        factors = _factors(changes[name], kinds[name], modules.shapes[name], rank, in_by_out)
         for part, tensor in factors.items():
             tensors[f"{_name_in_model(module, prefix)}.{part}"] = tensor
-    for module in sorted(modules.saved):
-        for name in base.names:
+    for module in sorted(found.saved):
+        for name in modules.shapes:
             if name.startswith(f"{module}."):
-                value = values[name].to(base.dtype(name)) if name in values else base.load(name)
-                tensors[_name_in_model(name, prefix)] = value
-    for name in sorted(modules.biases):
-        module = name.removesuffix(".bias")
-        part = "base_layer.bias" if module in modules.factors else "bias"
-        tensors[f"{_name_in_model(module, prefix)}.{part}"] = values[name].to(base.dtype(name))
-    targets = sorted(_name_in_model(module, prefix) for module in modules.factors)
+                tensors[_name_in_model(name, prefix)] = (
+                    values[name] if name in values else whole_of(base, modules, name)
+                )
+    for name, own in sorted(found.single.items()):
+        tensors[_name_in_model(own, prefix)] = values[name]
+    targets = sorted(_name_in_model(module, prefix) for module in found.targets)
     settings: dict[str, Any] = {
         "peft_type": "LORA",
         "task_type": task if task in _PLAIN_TASKS else None,
@@ -261,11 +336,14 @@ def adapter_content(
         "init_lora_weights": True,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "bias": "all" if modules.biases else "none",
-        "fan_in_fan_out": any(kinds[name] == "transposed" for name in changes),
-        "target_modules": _targets(targets, {_name_in_model(m, prefix) for m in _modules(base)}),
-        "modules_to_save": sorted(_name_in_model(m, prefix) for m in modules.saved) or None,
+        # Makes peft warn that these stay when the adapter is switched off.
+        "bias": "all" if found.single else "none",
+        "fan_in_fan_out": bool(flipped),
+        "target_modules": _targets(targets, {_name_in_model(m, prefix) for m in modules.modules}),
+        "modules_to_save": sorted(_name_in_model(m, prefix) for m in found.saved) or None,
     }
+    if found.parameters:
+        settings["target_parameters"] = sorted(_name_in_model(n, prefix) for n in found.parameters)
     stored = {_PREFIX + name: tensor.contiguous() for name, tensor in tensors.items()}
     return AdapterContent(stored, settings)
 
@@ -275,49 +353,73 @@ def _name_in_model(name: str, prefix: tuple[str, str]) -> str:
     return lacking + name.removeprefix(further)
 
 
-def _modules(base: Checkpoint) -> set[str]:
-    """Return the names of all modules that have a tensor of their own."""
-    return {name.rpartition(".")[0] for name in base.names}
-
-
 def _sort_out(
-    changes: Mapping[str, LowRank], values: Mapping[str, Tensor], base: Checkpoint
+    changes: Mapping[str, Sequence[LowRank]],
+    values: Mapping[str, Tensor],
+    kinds: Mapping[str, Kind],
+    modules: ModuleTensors,
+    tied: Set[str],
+    known: Mapping[str, Kind] | None,
 ) -> _Modules:
-    modules = _Modules({name.removesuffix(".weight"): name for name in changes})
-    wrong = [name for name in changes if not name.endswith(".weight")]
-    for name in values:
-        module, _, part = name.rpartition(".")
+    found = _Modules()
+    # peft takes a linear layer that is called like an expert of an older layout for that.
+    pieces = {
+        own.split(".")[-2]
+        for parts in modules.parts.values() if len(parts) > 1 for own, _ in parts if "." in own
+    }  # fmt: skip
+    depth: dict[str, int] = {}
+    for name in changes:
+        module = name.rpartition(".")[0]
         if not module:
-            wrong.append(name)
-        elif part != "bias":
-            modules.saved.add(module)
-    if wrong:
-        raise MergeError(
-            f"{listed(wrong)} are not weights of a module, and an adapter changes modules",
-            hint="export the merged model instead",
-        )
-    # peft saves every module whose name ends like that of one to save.
-    ends = tuple(modules.saved)
-    if ends:
-        modules.saved |= {module for module in _modules(base) if module.endswith(ends)}
-    for module in modules.saved:
-        inside = [m for m in modules.factors if m == module or m.startswith(f"{module}.")]
-        if inside:
             raise MergeError(
-                f"module {module!r} would be saved whole and have factors in {listed(inside)}",
+                f"{name!r} belongs to the model itself, and peft gives factors to modules in it",
                 hint="export the merged model instead",
             )
+        linear = kinds[name] == "linear"
+        bare = kinds[name] == "stack" or (
+            linear
+            and (module.rpartition(".")[2] in pieces or (known is not None and name not in known))
+        )
+        (found.parameters if bare else found.targets).append(name if bare else module)
+        depth[module] = 1
+    bare_names = set(found.parameters)
+    for name in changes:
+        module = name.rpartition(".")[0]
+        layers = [other for other in modules.on_one_module(name) if other in bare_names]
+        # Each bare parameter wraps its module once more; the first one is innermost.
+        inside = len(layers) - 1 - layers.index(name) if name in bare_names else 0
+        found.factors[name] = module + ".base_layer" * inside
+        depth[module] = max(1, len(layers))
+    alone = {name for name in values if name in tied or name.endswith(".bias")}
+    whole = {name.rpartition(".")[0] for name in values if name not in alone}
+    for module in whole:
+        # peft saves every module whose name ends like that of one to save.
+        alike = {other for other in modules.modules if other.endswith(module)} if module else set()
+        held = {n for n in modules.shapes for m in alike if n.startswith(f"{m}.")}
+        plain = not alike & (modules.parents | depth.keys()) and not held & tied
+        if alike and plain and held <= set(modules.parts):
+            found.saved |= alike
     for name in values:
-        if name.endswith(".bias") and not any(name.startswith(f"{m}.") for m in modules.saved):
-            modules.biases.add(name)
-    return modules
+        module, _, part = name.rpartition(".")
+        if module not in found.saved:
+            wrapped = module + ".base_layer" * depth.get(module, 0)
+            found.single[name] = f"{wrapped}.{part}" if module else part
+    return found
 
 
-def _factors(change: LowRank, kind: Kind, shape: torch.Size, rank: int) -> dict[str, Tensor]:
+def _factors(
+    changes: Sequence[LowRank], kind: Kind, shape: torch.Size, rank: int, in_by_out: bool
+) -> dict[str, Tensor]:
     """Return the two tensors of a module as peft stores them, padded to ``rank``."""
-    B = torch.zeros(change.B.shape[0], rank)
-    A = torch.zeros(rank, change.A.shape[1])
-    B[:, : change.rank], A[: change.rank] = change.scale * change.B, change.A
+    padded = [_padded(change, rank) for change in changes]
+    if kind == "stack":
+        pairs = [(A.T, B.T) if in_by_out else (B, A) for B, A in padded]
+        # The ranks of one expert lie side by side in A, and the experts of one rank in B.
+        return {
+            "lora_A.weight": torch.cat([A for _, A in pairs]),
+            "lora_B.weight": torch.stack([B for B, _ in pairs], dim=2).flatten(1),
+        }
+    B, A = padded[0]
     if kind == "embedding":
         return {"lora_embedding_A": B.T, "lora_embedding_B": A.T}
     if kind == "transposed":
@@ -326,6 +428,13 @@ def _factors(change: LowRank, kind: Kind, shape: torch.Size, rank: int) -> dict[
         A = A.reshape(rank, *shape[1:])
         B = B.reshape(shape[0], rank, *(1 for _ in shape[2:]))
     return {"lora_A.weight": A, "lora_B.weight": B}
+
+
+def _padded(change: LowRank, rank: int) -> tuple[Tensor, Tensor]:
+    B = torch.zeros(change.B.shape[0], rank)
+    A = torch.zeros(rank, change.A.shape[1])
+    B[:, : change.rank], A[: change.rank] = change.scale * change.B, change.A
+    return B, A
 
 
 def _targets(targets: list[str], modules: set[str]) -> list[str] | str:
@@ -340,7 +449,8 @@ def module_kinds(model: nn.Module) -> dict[str, Kind]:
     """Return tensor name -> kind of its module, for the modules that can have LoRA factors.
 
     Those are linear layers (transformers' ``Conv1D`` too, not those inside torch's own attention,
-    which uses their weights itself), embeddings, and convolutions without groups.
+    which uses their weights itself), embeddings, convolutions without groups, and stacks of
+    matrices: parameters of three dimensions of modules that have nothing inside.
     """
     kinds: dict[str, Kind] = {}
     inside = tuple(
@@ -357,8 +467,13 @@ def module_kinds(model: nn.Module) -> dict[str, Kind]:
             kinds[weight] = "transposed"
         elif isinstance(module, nn.Embedding):
             kinds[weight] = "embedding"
-        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and module.groups == 1:
-            kinds[weight] = "conv"
+        elif isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if module.groups == 1:
+                kinds[weight] = "conv"
+        elif all(not list(child.parameters()) for child in module.children()):
+            for part, parameter in module.named_parameters(recurse=False):
+                if parameter.dim() == 3 and parameter.shape[0] > 1:
+                    kinds[f"{name}.{part}" if name else part] = "stack"
     return kinds
 
 
@@ -380,135 +495,3 @@ def _prefix(adapters: list[Adapter]) -> tuple[str, str]:
             hint="export the merged model instead",
         )
     return next(iter(prefixes), ("", ""))
-
-
-@dataclass
-class _Found:
-    """The merged changes: factors or full values, and norms of what was cut off and of all."""
-
-    factors: dict[str, LowRank] = field(default_factory=dict)
-    values: dict[str, Tensor] = field(default_factory=dict)
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    norms: tuple[dict[str, float], dict[str, float]] = field(default_factory=lambda: ({}, {}))
-
-
-class _Changes:
-    """Merges the changes of every tensor."""
-
-    def __init__(
-        self,
-        base: Checkpoint,
-        experts: Mapping[str, Checkpoint],
-        weights: Weights,
-        rank: int | None,
-        others: str,
-        kinds: Mapping[str, Kind] | None,
-        tied: Set[str],
-    ) -> None:
-        self._tied = tied
-        self._base, self._experts, self._weights = base, experts, weights
-        self._rank, self._others, self._given = rank, others, kinds
-        self._adapters = {name: adapter_over(base, expert) for name, expert in experts.items()}
-        self._names = {
-            name: align_names(base, expert, name)
-            for name, expert in experts.items()
-            if self._adapters[name] is None
-        }
-        self._kinds = dict(kinds or {})
-        for adapter in self._adapters.values():
-            self._kinds.update(adapter.kinds if adapter is not None else {})
-
-    def find(self) -> _Found:
-        result = _Found()
-        for name in self._base.names:
-            if name in self._base.ties or not self._base.dtype(name).is_floating_point:
-                continue
-            given = check_weights(self._weights(name), name, self._experts)
-            used = {expert: weight for expert, weight in given.items() if weight}
-            parts, rest, fixed = self._sum(name, used)
-            if not parts and rest is None:
-                continue
-            if name in self._tied:
-                raise MergeError(
-                    f"the merge changes {name!r}, which is tied, and an adapter changes tensors "
-                    "under one name only",
-                    hint="export the merged model instead",
-                )
-            if rest is None or (not fixed and self._can_factor(name)):
-                self._factor(name, parts, rest, result)
-            else:
-                result.values[name] = self._value(name, parts, rest)
-        if result.values and self._others == "refuse":
-            raise MergeError(
-                f"the merge changes {listed(sorted(result.values))}, which have no factors",
-                hint='pass others="save" to save them as full values',
-            )
-        if not result.factors and not result.values:
-            raise MergeError(
-                "the merge is the base: its adapter would change nothing",
-                hint="choose coefficients that are not all zero",
-            )
-        return result
-
-    def _sum(
-        self, name: str, used: Mapping[str, float]
-    ) -> tuple[list[LowRank], Tensor | None, bool]:
-        """Return the parts of low rank, the sum of the others, and whether one saved it whole."""
-        parts: list[LowRank] = []
-        rest: Tensor | None = None
-        fixed = False
-        for expert, weight in used.items():
-            adapter = self._adapters[expert]
-            if adapter is not None:
-                part, delta = adapter.low_rank(name), adapter.dense(name)
-                if part is not None:
-                    parts.append(replace(part, scale=weight * part.scale))
-                fixed = fixed or delta is not None
-            else:
-                tuned = self._experts[expert].load(self._names[expert][name])
-                pre = self._base.load(name)
-                both = wide(torch.promote_types(tuned.dtype, wide(pre.dtype)))
-                delta = tuned.to(both) - pre.to(both)
-            if delta is not None and bool(delta.any()):
-                rest = weight * delta if rest is None else rest + weight * delta
-        return parts, rest, fixed
-
-    def _can_factor(self, name: str) -> bool:
-        if len(self._base.shape(name)) < 2:
-            return False
-        if self._given is None and name not in self._kinds:
-            raise MergeError(
-                f"whether {name!r} is the weight of a linear layer or of an embedding is unknown",
-                hint="pass kinds=module_kinds(model), with the model of these weights",
-            )
-        return name in self._kinds
-
-    def _factor(self, name: str, parts: list[LowRank], rest: Tensor | None, result: _Found) -> None:
-        if rest is None:
-            change, cut, whole = truncate(stack(parts), self._rank)
-        elif self._rank is None:
-            raise MergeError(
-                f"whole models change {name!r}, and their exact change is not of low rank",
-                hint="give a rank, such as 16; the error that it makes is reported",
-            )
-        else:
-            matrix = rest.flatten(1)
-            matrix = matrix + stack(parts).dense() if parts else matrix
-            # The draws of the sketch are fixed: the same merge is written the same again.
-            change, cut, whole = approximate(matrix, self._rank, generator=make_generator(0))
-        if whole:
-            result.factors[name], result.kinds[name] = change, self._kinds[name]
-            result.norms[0][name], result.norms[1][name] = cut, whole
-
-    def _value(self, name: str, parts: list[LowRank], rest: Tensor) -> Tensor:
-        pre = self._base.load(name)
-        total = rest + pre.to(rest.dtype)
-        if parts:
-            total = total + stack(parts).dense().view(pre.shape)
-        if is_variance(name):  # as `merge_linearly` does it, experts of weight zero included
-            least = pre.to(total.dtype)
-            for expert, checkpoint in self._experts.items():
-                own = self._names[expert][name] if expert in self._names else name
-                least = torch.minimum(least, checkpoint.load(own).to(total.dtype))
-            total = torch.maximum(total, least)
-        return total.to(pre.dtype)

@@ -5,10 +5,12 @@ The method and the settings that give the same weights; or why there are none.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -22,7 +24,63 @@ from map_bo.merging.vectors.operator import Weights
 from map_bo.moved import CLASSES
 from map_bo.plain import from_name, name_of
 
-__all__ = ["MergekitConfig", "NotExpressible", "express", "filters_for", "mergekit_text"]
+__all__ = [
+    "FAMILIES",
+    "VERSION",
+    "MergekitConfig",
+    "NotExpressible",
+    "express",
+    "filters_for",
+    "mergekit_text",
+]
+
+VERSION = "0.1.5"
+FAMILIES: Mapping[str, bool] = MappingProxyType(
+    {
+        **dict.fromkeys(
+            (
+                "DistilBertForSequenceClassification",
+                "BertForSequenceClassification",
+                "GPT2LMHeadModel",
+                "Gemma2ForCausalLM",
+                "Gemma3ForCausalLM",
+                "GemmaForCausalLM",
+                "GraniteForCausalLM",
+                "LlamaForCausalLM",
+                "MambaForCausalLM",
+                "MistralForCausalLM",
+                "Olmo2ForCausalLM",
+                "Phi3ForCausalLM",
+                "PhiForCausalLM",
+                "Qwen2ForCausalLM",
+                "Qwen3ForCausalLM",
+                "RobertaForSequenceClassification",
+                "StableLmForCausalLM",
+                "Starcoder2ForCausalLM",
+            ),
+            True,
+        ),
+        # It refuses these, or leaves tensors out.
+        **dict.fromkeys(
+            (
+                "BertForMaskedLM",
+                "BertModel",
+                "CLIPModel",
+                "CohereForCausalLM",
+                "FalconForCausalLM",
+                "GPTNeoXForCausalLM",
+                "MixtralForCausalLM",
+                "Qwen3MoeForCausalLM",
+                "T5ForConditionalGeneration",
+                "ViTForImageClassification",
+                "WhisperForConditionalGeneration",
+            ),
+            False,
+        ),
+    }
+)
+"""Class of a model -> whether this version of mergekit, with the pinned transformers, repeats a
+merge of it; each was seen by ``tests/operators/mergekit/test_families.py``."""
 
 _Value = TypeVar("_Value")
 _ONE = 1e-6  # how far coefficients may be from the sum 1 to count as such
@@ -81,13 +139,14 @@ def mergekit_text(
     first, expresses any assignment; shorter filters are used where they give the same. What
     mergekit leaves out, keeping variances and recalibration (``recalibrated``), is a comment.
 
-    Where mergekit cannot express the merge, the text is a comment that says why.
+    Where mergekit cannot express the merge, the text is a comment that says why. Another comment
+    says where it is not known to repeat merges of such a model, see `FAMILIES`.
     """
     try:
         content, notes = _mergekit(base, experts, operator, coefficients, weights)
     except NotExpressible as reason:
         return f"# No mergekit configuration gives this merge: {reason}.\n"
-    head = "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
+    head = _promise(base)
     if recalibrated:
         head += "# mergekit does not measure the statistics of batch normalisation anew.\n"
     elif any(is_variance(name) for name in base.names):
@@ -95,6 +154,37 @@ def mergekit_text(
     head += "".join(f"# {note}\n" for note in notes)
     text: str = yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
     return head + text
+
+
+def _promise(base: Checkpoint) -> str:
+    """Return what is known of mergekit and models of this class."""
+    kind = _class_of(base)
+    seen = None if kind is None else FAMILIES.get(kind)
+    if seen:
+        return "# The same merge for mergekit: mergekit-yaml mergekit.yaml OUT\n"
+    what = kind or "a class that its config.json does not name"
+    told = (
+        f"# It is not known whether mergekit {VERSION} repeats merges of {what}: no test has seen\n"
+        "# it. It may refuse them, or leave tensors out: compare what it writes.\n"
+        if seen is None
+        else f"# mergekit {VERSION} does not repeat merges of {what}: it was seen to refuse them,\n"
+        "# or to leave tensors out.\n"
+    )
+    return told + "# In its terms this is the merge: mergekit-yaml mergekit.yaml OUT\n"
+
+
+def _class_of(base: Checkpoint) -> str | None:
+    """Return the class of the model that the configuration names."""
+    if base.directory is None:
+        return None
+    try:
+        config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    named = config.get("architectures") if isinstance(config, dict) else None
+    kind = named[0] if isinstance(named, list) and named else None
+    # What stands in a comment must stay in its line.
+    return kind if isinstance(kind, str) and re.fullmatch(r"\w{1,100}", kind) else None
 
 
 def _mergekit(

@@ -20,13 +20,14 @@ from torch import Tensor
 from map_bo.errors import MergeError, listed
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
-from map_bo.merging.align.experts import require_distinct
+from map_bo.merging.align.experts import note_untied, require_distinct
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
 from map_bo.merging.export.bounded import Merge, merge_bounded
+from map_bo.merging.export.carried import find_carried, weight_stem
 from map_bo.merging.export.draft import publish, refuse_existing, remove_stale_drafts, writing_draft
 from map_bo.merging.export.mergekit_config import mergekit_text
 from map_bo.merging.export.model_card import MODEL_CARD, model_card_text
@@ -55,11 +56,8 @@ __all__ = [
     "write_model",
 ]
 
-# What makes a folder of weights a usable model, and is not weights or code.
-_CARRIED = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken", "LICENSE*", "NOTICE*")
-_NOT_CARRIED = ("*.index.json", "trainer_state.json", "adapter_config.json")
-_CARRIED_LIMIT = 1 << 28
 _HEADROOM = 1 << 20
+_READ_BACK = "Every tensor was read back from the files as it was merged, to the bit."
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,8 @@ class ExportSettings:
         progress: Show a progress bar.
         task: Expert whose task head the model gets, with that expert's names and configuration;
             None writes the merge like the base.
+        code: Whether to carry the base's Python code, which loading with ``trust_remote_code``
+            runs.
 
     Raises:
         MergeError: When a size is none.
@@ -85,6 +85,7 @@ class ExportSettings:
     shard_size: int | str = "5GB"
     progress: bool = False
     task: str | None = None
+    code: bool = False
 
     def __post_init__(self) -> None:
         if self.max_memory is not None:
@@ -118,6 +119,7 @@ def merge_checkpoints(
     task: str | None = None,
     record: Mapping[str, Any] | None = None,
     progress: bool = True,
+    code: bool = False,
 ) -> Path:
     """Merge checkpoints that need not fit into memory, and write the merged one.
 
@@ -146,6 +148,7 @@ def merge_checkpoints(
         task: Expert whose task head the model gets; see `ExportSettings`.
         record: Further plain data for the recipe.
         progress: Show a progress bar.
+        code: See `ExportSettings`.
 
     Returns:
         The absolute path of the folder.
@@ -154,7 +157,7 @@ def merge_checkpoints(
         MergeError: When the inputs do not fit each other, or memory or disk do not suffice.
         CheckpointError: When a file cannot be read.
     """
-    settings = ExportSettings(max_memory, shard_size, progress, task)
+    settings = ExportSettings(max_memory, shard_size, progress, task, code)
     refuse_existing(out)
     if not experts:
         raise MergeError("there are no experts", hint="give at least one fine-tuned model")
@@ -252,6 +255,7 @@ def export_model(
             recalibrated=recalibrated,
             ties=merge.ties,
             advance=advance,
+            code=settings.code,
         )
 
 
@@ -269,20 +273,26 @@ def write_model(
     recalibrated: Mapping[str, Tensor] | None = None,
     ties: Mapping[str, str] | None = None,
     advance: Advance | None = None,
+    code: bool = False,
 ) -> Path:
     """Write a merged model as a folder that transformers, mergekit and `open_checkpoint` read.
+
+    What was written is read back and compared with what was merged before the folder appears.
 
     The folder appears whole or not at all: everything goes to a hidden folder beside it, is
     forced to the disk, and is renamed at the end. What a killed export to the same folder left
     hidden is removed by the next one; an export that still runs is left alone. It holds
 
-    - ``model.safetensors``, or shards with ``model.safetensors.index.json``. Each tensor has the
+    - ``model.safetensors``, or shards with ``model.safetensors.index.json``, or the name by which
+      the base's library finds them (``diffusion_pytorch_model``). Each tensor has the
       base's name, shape and dtype (values of another floating dtype are rounded to it). A tied
       tensor is written once, under its canonical name, as transformers does, and the metadata
       name its aliases as ``alias: canonical``, as safetensors' ``save_model`` does;
-    - of a base that is a Hugging Face directory: configuration, tokenizer, chat template and
-      licence files. Python files are left out, so a model that needs ``trust_remote_code`` needs
-      them copied by hand;
+    - of a base that is a Hugging Face directory, what makes it load where the base does:
+      configuration, tokenizer, processors, chat templates, licences, and the folders that its JSON
+      files name, such as the pooling of sentence-transformers; see
+      `map_bo.merging.export.carried.find_carried`. Python code is carried where ``code`` says so,
+      and the log and the card name what is not;
     - ``recipe.yaml``: all inputs with their digests, operator, coefficients, versions, ``record``;
     - ``mergekit.yaml``: the same merge for mergekit, or a comment that says why there is none;
     - ``README.md``: a model card with what was merged, how, and the metrics in ``record``. That of
@@ -307,6 +317,8 @@ def write_model(
         ties: Further ties of the base, alias -> canonical name, that the merge went by; for the
             recipe.
         advance: Called with a number of elements whenever they are written, from any thread.
+        code: Whether to carry the base's Python code, which loading with ``trust_remote_code``
+            runs.
 
     Returns:
         The absolute path of the folder.
@@ -328,24 +340,37 @@ def write_model(
             f"safetensors has no dtype for {listed(unwritable)}",
             hint="convert the base and the experts to float32",
         )
-    carried = _carry(base.directory)
-    for file in carried:  # a model from somebody else must not publish a file of this machine
-        require_inside(file, base.directory)
+    carried = find_carried(base, experts, code=code)
+    folders = [c.directory for c in (base, *experts.values()) if c.directory is not None]
+    for file in carried.files.values():
+        # A model from somebody else must not publish a file of this machine.
+        require_inside(file, next((f for f in folders if file.is_relative_to(f)), file.parent))
+    notes = [*carried.notes, *note_untied(base)]
     with writing(target):
         remove_stale_drafts(target)
-        require_space(target, layouts, carried)
+        require_space(target, layouts, carried.files.values())
     measured = {n: t for n, t in (recalibrated or {}).items() if n in base.names}
     further_ties = {a: kept for a, kept in (ties or {}).items() if base.ties.get(a) != kept}
     with ExitStack() as stack:
         with writing(target):
             draft = stack.enter_context(writing_draft(target))
-        write_weights(draft, tensors, layouts, base, shard_bytes, instead=measured, advance=advance)
-        for file in carried:
+        meant = write_weights(
+            draft,
+            tensors,
+            layouts,
+            base,
+            shard_bytes,
+            instead=measured,
+            advance=advance,
+            stem=weight_stem(base),
+        )
+        for name, file in carried.files.items():
             with writing(target):
-                copied = draft / file.relative_to(base.directory or file.parent)
-                copied.parent.mkdir(exist_ok=True)
+                copied = draft / name
+                copied.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, copied)
         written = open_checkpoint(draft)
+        meant.compare(written)
         digest_all([base, *experts.values(), written])
         recipe = recipe_text(
             base=base,
@@ -375,6 +400,10 @@ def write_model(
             coefficients=coefficients,
             record=further,
             recalibrated=bool(measured),
+            notes=[
+                *notes,
+                "Every tensor was read back from the files as it was merged, to the bit.",
+            ],
         )
         with writing(target):
             (draft / MODEL_CARD).write_text(card, encoding="utf-8")
@@ -402,18 +431,6 @@ def require_space(
             "free",
             hint="free some space or export to another disk",
         )
-
-
-def _carry(directory: Path | None) -> list[Path]:
-    if directory is None:
-        return []
-    found = {
-        file
-        for pattern in (*_CARRIED, "additional_chat_templates/*.jinja")
-        for file in directory.glob(pattern)
-        if file.is_file() and file.stat().st_size <= _CARRIED_LIMIT
-    }
-    return sorted(f for f in found if not any(f.match(pattern) for pattern in _NOT_CARRIED))
 
 
 def digest_all(checkpoints: Sequence[Checkpoint]) -> None:

@@ -6,20 +6,41 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from map_bo.errors import listed
 from map_bo.foreign import read_json
 from map_bo.merging.align.conform import changes_told
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.plain import is_settings, name_of
 
-__all__ = ["MODEL_CARD", "model_card_text"]
+__all__ = ["MODEL_CARD", "AdapterFacts", "model_card_text"]
 
 MODEL_CARD = "README.md"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class AdapterFacts:
+    """What a card says of a merge that was written as an adapter.
+
+    Attributes:
+        rank: Rank of its factors.
+        error: Its relative error, measured on what was read back from its file.
+        full_values: Tensors that are in it as full values.
+        parameters: Bare parameters with factors (peft's ``target_parameters``).
+        loaded: Whether peft has loaded it over the model.
+    """
+
+    rank: int
+    error: float
+    full_values: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    loaded: bool = False
 
 
 def model_card_text(
@@ -30,6 +51,8 @@ def model_card_text(
     coefficients: Mapping[str, float],
     record: Mapping[str, Any],
     recalibrated: bool = False,
+    adapter: AdapterFacts | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Return the text of ``README.md``: a Hugging Face model card with YAML front matter.
 
@@ -45,9 +68,11 @@ def model_card_text(
         coefficients: Coefficient name -> value.
         record: Further plain data of the recipe.
         recalibrated: Whether statistics of batch normalisation were measured anew.
+        adapter: What it is as an adapter, if it is one.
+        notes: Further sentences, each a line of its own.
     """
     parts = [
-        "# Merged model",
+        "# Merged model" if adapter is None else "# Merged adapter",
         f"{_count(len(experts), 'expert')} fine-tuned from one base, merged with map_bo; "
         "`recipe.yaml` has every input and all digits.",
         *_trade_offs(record.get("choice")),
@@ -55,6 +80,9 @@ def model_card_text(
         f"Operator: {_inline(operator)}",
         _table(("coefficient", "value"), ((name, c) for name, c in coefficients.items())),
     ]
+    if adapter is not None:
+        parts.append(_about(adapter))
+    parts += notes
     if "nested" in record:
         parts.append("The experts were merged in stages; `recipe.yaml` has the tree.")
     if recalibrated:
@@ -80,16 +108,39 @@ def model_card_text(
     task = base.vocabulary_changes.get("task")
     if task is not None:
         parts.append(f"This is the model of one task: the head is that of {_cell(task)}.")
-    return _front_matter(base, experts) + "\n" + "\n\n".join(parts) + "\n"
+    return _front_matter(base, experts, adapter) + "\n" + "\n\n".join(parts) + "\n"
 
 
-def _front_matter(base: Checkpoint, experts: Mapping[str, Checkpoint]) -> str:
-    models = [name for each in (base, *experts.values()) if (name := _model_name(each))]
+def _about(adapter: AdapterFacts) -> str:
+    """Return what the card says of an adapter."""
+    text = (
+        f"This is a LoRA adapter of rank {adapter.rank} over the base. Read back from its file, it "
+        f"has the merged change with a relative error of {adapter.error:.2g} (Frobenius norm)"
+    )
+    text += ", and peft has loaded it over the model." if adapter.loaded else "."
+    if adapter.full_values:
+        text += f" Full values: {_cell(listed(adapter.full_values))}."
+    if adapter.parameters:
+        text += (
+            f" Factors of bare parameters (peft's `target_parameters`, which not every server "
+            f"reads): {_cell(listed(adapter.parameters))}."
+        )
+    return text
+
+
+def _front_matter(
+    base: Checkpoint, experts: Mapping[str, Checkpoint], adapter: AdapterFacts | None = None
+) -> str:
+    # What an adapter is loaded over is its base alone; the experts are in the table.
+    inputs = (base,) if adapter is not None else (base, *experts.values())
+    models = [name for each in inputs if (name := _model_name(each))]
     data: dict[str, Any] = {}
     if models:
         data["base_model"] = list(dict.fromkeys(models))
-        data["base_model_relation"] = "merge"
-    data["library_name"] = "transformers" if _is_transformers(base) else "pytorch"
+        data["base_model_relation"] = "merge" if adapter is None else "adapter"
+    data["library_name"] = (
+        "peft" if adapter is not None else "transformers" if _is_transformers(base) else "pytorch"
+    )
     data["tags"] = ["merge", "map-bo"]
     text = yaml.safe_dump(data, sort_keys=False, allow_unicode=True, width=1000)
     return f"---\n{text}---\n"

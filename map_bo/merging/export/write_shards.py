@@ -8,9 +8,11 @@ from __future__ import annotations
 import errno
 import json
 import threading
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
@@ -19,8 +21,11 @@ from map_bo.errors import MergeError, listed
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter, shard_layouts
 from map_bo.merging.checkpoints.tensors import Layout, exceeds_range, raw_bytes
+from map_bo.merging.vectors.parallel import parallel_for
 
-__all__ = ["Advance", "Pieces", "Put", "merging_bar", "write_weights", "writing"]
+__all__ = ["Advance", "Pieces", "Put", "Written", "merging_bar", "write_weights", "writing"]
+
+_CHUNK = 1 << 23  # bytes that are read at once
 
 Put = Callable[[str, int, Tensor], None]
 """Takes a canonical name, a first element and the elements from there on (1-D, on the CPU)."""
@@ -30,6 +35,47 @@ Pieces = Callable[[Put], None]
 
 Advance = Callable[[int], None]
 """Takes a number of elements that are done, from any thread."""
+
+
+@dataclass
+class Written:
+    """What was meant to be written: a checksum (CRC-32) of every piece that was handed over.
+
+    Attributes:
+        pieces: Name of the tensor, first element, number of elements, checksum of their bytes.
+    """
+
+    pieces: list[tuple[str, int, int, int]] = field(default_factory=list)
+
+    def add(self, name: str, start: int, piece: Tensor) -> None:
+        """Note a piece, from any thread."""
+        self.pieces.append((name, start, piece.numel(), zlib.crc32(raw_bytes(piece))))
+
+    def compare(self, found: Checkpoint) -> None:
+        """Read everything back and compare it with what was meant.
+
+        Args:
+            found: The checkpoint that was written.
+
+        Raises:
+            MergeError: When a tensor differs.
+            CheckpointError: When it cannot be read.
+        """
+
+        def check(piece: tuple[str, int, int, int], _: None) -> None:
+            name, start, count, wanted = piece
+            step = max(1, _CHUNK // found.dtype(name).itemsize)
+            total = 0
+            for first in range(start, start + count, step):
+                last = min(first + step, start + count)
+                total = zlib.crc32(raw_bytes(found.read(name, first, last)), total)
+            if total != wanted:
+                raise MergeError(
+                    f"{name!r} was written, and what is read back is not what was merged",
+                    hint="check the disk and its file system, and export again",
+                )
+
+        parallel_for(check, sorted(self.pieces), lambda: None)
 
 
 @contextmanager
@@ -56,7 +102,8 @@ def write_weights(
     *,
     instead: Mapping[str, Tensor] | None = None,
     advance: Advance | None = None,
-) -> None:
+    stem: str = "model",
+) -> Written:
     """Write ``model.safetensors``, or shards with their index, into a folder.
 
     Args:
@@ -67,6 +114,10 @@ def write_weights(
         shard_bytes: Largest size of one file.
         instead: Name -> tensor to write in place of the one that is given.
         advance: Called with a number of elements whenever they are written.
+        stem: What files are called in place of ``model``.
+
+    Returns:
+        What was meant, to be compared with what is read back.
 
     Raises:
         MergeError: When tensors are missing, given twice, unknown or of another shape, or the disk
@@ -75,21 +126,22 @@ def write_weights(
     groups = list(shard_layouts(layouts, shard_bytes))
     home: dict[str, SafetensorsWriter] = {}
     for i, group in enumerate(groups, start=1):
-        file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+        file = f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors"
         aliases = {alias: kept for alias, kept in base.ties.items() if kept in group}
         with writing(draft.parent):
             writer = SafetensorsWriter(
-                draft / (file if len(groups) > 1 else "model.safetensors"),
+                draft / (file if len(groups) > 1 else f"{stem}.safetensors"),
                 group,
                 {"format": "pt", **aliases},
             )
         home.update(dict.fromkeys(group, writer))
     done = advance or (lambda count: None)
+    written = Written()
     if callable(tensors):
-        seen = _put_pieces(tensors, home, layouts, draft, instead or {}, done)
+        seen = _put_pieces(tensors, home, layouts, draft, instead or {}, done, written)
     else:
         placed = ((name, (instead or {}).get(name, tensor)) for name, tensor in tensors)
-        seen = _put_tensors(placed, home, base, draft, done)
+        seen = _put_tensors(placed, home, base, draft, done, written)
     missing = sorted(set(layouts) - seen)
     if missing:
         raise MergeError(
@@ -103,7 +155,8 @@ def write_weights(
         }
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         with writing(draft.parent):
-            (draft / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            (draft / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+    return written
 
 
 def _put_tensors(
@@ -112,6 +165,7 @@ def _put_tensors(
     base: Checkpoint,
     draft: Path,
     done: Advance,
+    written: Written,
 ) -> set[str]:
     first: dict[str, tuple[str, Tensor]] = {}
     seen: set[str] = set()
@@ -124,6 +178,7 @@ def _put_tensors(
         if name == canonical:
             with writing(draft.parent):
                 home[name].write(name, tensor)
+            written.add(name, 0, tensor)
             done(tensor.numel())
     return seen
 
@@ -135,6 +190,7 @@ def _put_pieces(
     draft: Path,
     instead: Mapping[str, Tensor],
     done: Advance,
+    written: Written,
 ) -> set[str]:
     """Return the names of the tensors that were put as a whole."""
     lock, counts = threading.Lock(), Counter[str]()
@@ -144,6 +200,7 @@ def _put_pieces(
             piece = instead[name].flatten()[start : start + len(piece)].to(piece)
         with writing(draft.parent):
             home[name].write_piece(name, start, piece)
+        written.add(name, start, piece)
         with lock:
             counts[name] += piece.numel()
         done(piece.numel())

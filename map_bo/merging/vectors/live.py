@@ -15,7 +15,7 @@ from map_bo.errors import MergeError, listed
 from map_bo.merging.align.conform import is_constant
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.align.renaming import match_names
-from map_bo.merging.align.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
 from map_bo.merging.vectors.operator import PreparedMerge
 
 __all__ = ["LiveModel", "model_ties", "names_of_base"]

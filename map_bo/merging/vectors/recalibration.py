@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from map_bo.errors import EvaluationError, MergeError, first_line, listed
-from map_bo.merging.align.saved_names import saved_as
+from map_bo.merging.checkpoints.saved_names import saved_as
 
 __all__ = ["Batches", "Recalibration", "recalibrate", "require_batch_norm", "statistics"]
 

@@ -166,7 +166,7 @@ def estimate_memory(
         for pair in adapter.factors.values():
             A, B = layouts[pair.A].shape, layouts[pair.B].shape
             # In float32, with the owner of each rank.
-            extras += 4 * (A.numel() + B.numel()) + 8 * min(A[0], *B[:2])
+            extras += (4 * (A.numel() + B.numel()) + 8 * min(A[0], *B[:2])) // pair.sharing
         for name in {*adapter.values, *adapter.biases}:
             extras += base.shape(name).numel() * dtype.itemsize
     return MemoryNeed(rows, extras)

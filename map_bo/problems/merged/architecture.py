@@ -11,8 +11,8 @@ from torch import nn
 
 from map_bo.errors import CheckpointError, ConfigError, MissingDependencyError, first_line
 from map_bo.merging.align.conform import conformed_of, is_constant, names_in_model
-from map_bo.merging.align.saved_names import saved_as, state_tensors
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, read_object
+from map_bo.merging.checkpoints.saved_names import saved_as, state_tensors
 from map_bo.merging.vectors.live import model_ties
 
 __all__ = ["require_configuration", "transformers_model"]

@@ -29,7 +29,7 @@ from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
-from map_bo.merging.export.adapter import AdapterExport, export_adapter, module_kinds
+from map_bo.merging.export.adapter import AdapterExport, export_adapter
 from map_bo.merging.export.bounded import Merge, merges_files, tie_weights
 from map_bo.merging.export.draft import refuse_existing
 from map_bo.merging.export.model import ExportSettings, export_model
@@ -173,7 +173,10 @@ class MergedModelProblem:
         self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
         self._base = open_checkpoint(base)
-        given = {name: open_expert(source, self._base) for name, source in experts.items()}
+        known = model if isinstance(model, nn.Module) else None
+        given = {
+            name: open_expert(source, self._base, model=known) for name, source in experts.items()
+        }
         self._experts = align_experts(given, self._base, vocabulary=vocabulary, missing=missing)
         self._heads = TaskHeads.of(self._experts, tuple(self._evaluators), heads)
         given_operator = TaskArithmetic() if operator is None else operator
@@ -377,7 +380,7 @@ class MergedModelProblem:
             coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
             rank=rank,
             others=others,
-            kinds=module_kinds(model),
+            model=model,
             merged=merged,
             ties=ties,
             record=record,

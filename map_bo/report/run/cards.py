@@ -15,6 +15,7 @@ from map_bo.data import Metric
 from map_bo.report.numbers import coefficient, distinct, interval, metric_value, share
 from map_bo.report.run.certainty import (
     has_corrected,
+    has_feasible,
     has_probability,
     hypervolume_words,
     optimism_rows,
@@ -209,6 +210,8 @@ def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
         table.add_column(_text(console, f"{head}\n{title}"), justify="right", no_wrap=True)
     if probability:
         table.add_column("prob.", justify="right", vertical="bottom", no_wrap=True)
+    if has_feasible(view):
+        table.add_column("feas.", justify="right", vertical="bottom", no_wrap=True)
     sign = "+-" if console.options.ascii_only else "\u00b1"
     for row in rows:
         predicted = []
@@ -226,6 +229,7 @@ def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
             *(metric_value(value, metric) for value, metric in later if corrected),
             *(metric_value(value, metric) for value, metric in real),
             *([share(float(front.probability[row]))] if probability else []),
+            *([share(float(front.feasible[row]))] if has_feasible(view) else []),
         )
     return table
 

@@ -16,6 +16,7 @@ __all__ = [
     "calibration_rows",
     "calibration_words",
     "has_corrected",
+    "has_feasible",
     "has_probability",
     "hypervolume_words",
     "optimism_rows",
@@ -38,6 +39,11 @@ def has_corrected(view: RunView) -> bool:
 def has_probability(view: RunView) -> bool:
     """Return whether the points have a probability of being non-dominated."""
     return len(view.front) > 0 and bool(view.front.probability.isfinite().any())
+
+
+def has_feasible(view: RunView) -> bool:
+    """Return whether the points have a probability of being feasible."""
+    return len(view.front) > 0 and bool(view.front.feasible.isfinite().any())
 
 
 def hypervolume_words(view: RunView) -> str:

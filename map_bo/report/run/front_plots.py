@@ -222,8 +222,10 @@ def _pair(axes: Axes, view: RunView, i: int, j: int, *, size: float = 1.0) -> No
             zorder=5,
         )
     for draw, k in ((axes.axvline, i), (axes.axhline, j)):
-        value = float(view.scale.point[k])
-        draw(value, color=GREY, linestyle=(0, (2, 3)), linewidth=0.9, zorder=2)
+        bounds = [one.bound for one in view.scale.constraints if one.metric == view.metrics[k].name]
+        for value in bounds or [float(view.scale.point[k])]:
+            colour, dashes = (INK, (5, 2)) if bounds else (GREY, (2, 3))
+            draw(value, color=colour, linestyle=(0, dashes), linewidth=0.9, zorder=2)
     style_axes(axes)
     limits = _limits(view)
     axes.set_xlim(*limits[i].tolist())
@@ -405,6 +407,9 @@ def _scales(view: RunView) -> list[str]:
         view.metrics, view.scale.point.tolist(), view.scale.end.tolist(), strict=True
     ):
         ends = f"0: {metric_value(low, metric)}   1: {metric_value(high, metric)}"
+        held = [str(one) for one in view.scale.constraints if one.metric == metric.name]
+        if held:
+            ends = "constraint: " + ", ".join(one.removeprefix(metric.name).strip() for one in held)
         if metric.name in view.scale.rangeless:
             ends = f"no range: {metric_value(low, metric)}"
         said.append(f"{literal(shorten(metric.name, 17))}\n({better(metric)})\n{ends}")

@@ -18,6 +18,7 @@ from map_bo.report.run.certainty import (
     calibration_rows,
     calibration_words,
     has_corrected,
+    has_feasible,
     has_probability,
     hypervolume_words,
     optimism_rows,
@@ -118,6 +119,11 @@ def _front(view: RunView, plots: Sequence[Path]) -> str:
             " The probability is that no other point, of the front or evaluated, dominates the "
             "point, under the posterior of the surrogate."
         )
+    if has_feasible(view):
+        said += (
+            " Feasible is the probability that the evaluation of a point works and that it keeps "
+            "the constraints of the run."
+        )
     few = _front_table(view, rows, f"{len(rows)} representative points of the front.")
     parts = [*_figures(view, [p for p in plots if p.stem != "progress"]), f"<p>{said}</p>", few]
     if len(rows) < len(front):
@@ -145,6 +151,7 @@ def _figures(view: RunView, plots: Iterable[Path]) -> list[str]:
 def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
     front, metrics, d = view.front, view.metrics, view.space.d
     corrected, probability = has_corrected(view), has_probability(view)
+    feasible = has_feasible(view)
     groups = [
         f'<th class="group" scope="colgroup" colspan="{span}">{title}</th>'
         for title, span in (
@@ -156,6 +163,8 @@ def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
     ]
     if probability:
         groups.append('<th scope="col" rowspan="2">probability</th>')
+    if feasible:
+        groups.append('<th scope="col" rowspan="2">feasible</th>')
     names = [*view.space.names, *[x.name for x in metrics] * (3 if corrected else 2)]
     head = (
         f'<tr><th scope="col" rowspan="2">point</th>{"".join(groups)}</tr>'
@@ -182,6 +191,8 @@ def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
         cells += _real_cells(real[row], metrics)
         if probability:
             cells.append(f"<td>{escape(share(chances[row]))}</td>")
+        if feasible:
+            cells.append(f"<td>{escape(share(float(front.feasible[row])))}</td>")
         body.append(f'<tr><th scope="row">{row}</th>{"".join(cells)}</tr>')
     return _table(caption, head, body)
 

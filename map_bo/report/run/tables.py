@@ -59,8 +59,9 @@ def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
     Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
     metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval),
     ``corrected:NAME`` (predicted with the verified points among the data; empty where nothing was
-    verified) and ``real:NAME`` (empty where the point was not verified); and last
-    ``probability`` (of being non-dominated; empty where it is not known).
+    verified) and ``real:NAME`` (empty where the point was not verified); ``probability`` (of
+    being non-dominated; empty where it is not known); and, only where something failed or the run
+    has constraints, ``feasible`` (the probability that the point works and keeps them).
 
     Raises:
         OSError: When the file cannot be written; it is then as it was before.
@@ -74,13 +75,16 @@ def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
         [_number(v) for group in zip(*parts, strict=True) for v in group]
         for parts in zip(*(column.tolist() for column in columns), strict=True)
     ]
+    ends = {"probability": front.probability.tolist()}
+    if bool(front.feasible.isfinite().any()):
+        ends["feasible"] = front.feasible.tolist()
     rows = (
-        [str(point), *map(_number, x), *row, _number(probability)]
-        for point, (x, row, probability) in enumerate(
-            zip(front.X.tolist(), values, front.probability.tolist(), strict=True)
+        [str(point), *map(_number, x), *row, *map(_number, last)]
+        for point, (x, row, last) in enumerate(
+            zip(front.X.tolist(), values, zip(*ends.values(), strict=True), strict=True)
         )
     )
-    _write([*header, "probability"], rows, path)
+    _write([*header, *ends], rows, path)
 
 
 def _number(value: float) -> str:

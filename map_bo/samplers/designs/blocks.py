@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -43,6 +44,8 @@ class TiedSobol:
         tied: How many tied points come before those that deviate; ``None`` is one an expert.
         spread: Largest deviation, as a share of the box's width.
     """
+
+    fills_space: ClassVar[bool] = True
 
     anchors: bool = True
     tied: int | None = None

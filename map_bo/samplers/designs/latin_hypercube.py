@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -41,6 +42,8 @@ class LatinHypercube:
         optimised: Lower the centred discrepancy of each hypercube by random exchanges of
             coordinates, which keep it a Latin hypercube.
     """
+
+    fills_space: ClassVar[bool] = True
 
     anchors: bool = True
     size: int | None = None

@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Generator, Tensor
@@ -267,6 +267,8 @@ class OptimalDesign:
         points: Size of the design; ``None`` is ``D = (d + 1) (d + 2) / 2``, at most 128.
         anchors: Whether base, experts and uniform blend come first.
     """
+
+    fills_space: ClassVar[bool] = True
 
     criterion: Criterion = "d"
     points: int | None = None

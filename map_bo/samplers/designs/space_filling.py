@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Generator, Tensor
@@ -57,6 +58,8 @@ class Sobol:
         anchors: Whether the base, the experts and the uniform blend come first.
     """
 
+    fills_space: ClassVar[bool] = True
+
     anchors: bool = True
 
     def propose(
@@ -84,6 +87,8 @@ class Uniform:
     Attributes:
         anchors: Whether the base, the experts and the uniform blend come first.
     """
+
+    fills_space: ClassVar[bool] = True
 
     anchors: bool = True
 
@@ -114,6 +119,8 @@ class Dirichlet:
         concentration: Above 1 for balanced blends, 1 for uniform ones, below 1 for blends of few.
         total: Sum of a block's coefficients where no constraint sets it.
     """
+
+    fills_space: ClassVar[bool] = True
 
     anchors: bool = True
     concentration: float = 1.0

@@ -6,6 +6,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -19,8 +20,9 @@ from map_bo.samplers.designs.space_filling import is_repeat, sobol_points
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Feasibility
 
-__all__ = ["AcquisitionDriven", "first_points"]
+__all__ = ["AcquisitionDriven", "Weighted", "first_points"]
 
 _NEAR = 0.1  # standard deviation of starts around good observations, share of the box
 
@@ -38,6 +40,9 @@ class AcquisitionDriven(PosteriorDriven):
         mc_samples: Samples of the posterior.
         steps: Steps of the optimiser from each start.
     """
+
+    above_reference: ClassVar[bool] = False
+    """Whether the acquisition itself counts nothing that does not beat the reference point."""
 
     restarts: int = 4
     raw_samples: int = 64
@@ -76,8 +81,20 @@ class AcquisitionDriven(PosteriorDriven):
         acquisition.set_X_pending(pending)
         return acquisition
 
+    def weighted(
+        self, acquisition: AcquisitionFunction, situation: Situation
+    ) -> AcquisitionFunction:
+        """Return the acquisition times the probability that a point is worth something."""
+        likely = situation.feasibility if self.above_reference else situation.worth
+        return acquisition if likely is None else Weighted(acquisition, likely)
+
     def choose(self, situation: Situation, n: int) -> Tensor:
-        """Return up to ``n`` new points, ``k x d``, the best first."""
+        """Return up to ``n`` new points, ``k x d``, the best first.
+
+        An acquisition is multiplied by the probability that a point is feasible, as in constrained
+        expected improvement (Gardner et al., *Bayesian Optimization with Inequality Constraints*,
+        2014): in logarithms, which all acquisitions here are, but for upper bounds.
+        """
         found = situation.taken[:0]
         acquisition = self.acquisition(situation, situation.taken, situation.generator)
         for i in range(n):
@@ -87,7 +104,8 @@ class AcquisitionDriven(PosteriorDriven):
                 acquisition = self.renewed(acquisition, situation, pending, source)
             starts = self._raw_samples(situation, source)
             known = torch.cat([situation.known, found])
-            point = self._best(acquisition, starts, situation.space, known)
+            weighted = self.weighted(acquisition, situation)
+            point = self._best(weighted, starts, situation.space, known)
             if not len(point):
                 break
             found = torch.cat([found, point])
@@ -141,6 +159,24 @@ class AcquisitionDriven(PosteriorDriven):
         order = values.argsort(descending=True, stable=True)
         new = order[~is_repeat(points[order], known, space, tolerance=NEAREST)]
         return points[new[:1]]
+
+
+class Weighted(AcquisitionFunction):
+    """An acquisition in logarithms, times the probability that a point is feasible.
+
+    Args:
+        acquisition: Takes ``b x 1 x d``.
+        feasibility: How likely points are feasible.
+    """
+
+    def __init__(self, acquisition: AcquisitionFunction, feasibility: Feasibility) -> None:
+        super().__init__(acquisition.model)
+        self.acquisition, self.feasibility = acquisition, feasibility
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the value at each of ``b`` points (``b x 1 x d``)."""
+        value: Tensor = self.acquisition(X)
+        return value + self.feasibility.log_probability(X.squeeze(-2))
 
 
 def _constraints(

@@ -18,14 +18,16 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
-from map_bo.data import Metric, Observations
+from map_bo.constraints import AtLeast, AtMost, Constraint
+from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.errors import SamplerError, SurrogateError
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import Sobol
-from map_bo.samplers.sampler import Sampler
+from map_bo.samplers.sampler import Sampler, design_points
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
+from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 NEAREST = 1e-4  # of a coefficient's range: nearer proposals would measure the same thing again
+_STEEP = 2.0  # gains that a point loses for each e-fold by which it is too likely to be infeasible
 _FAILURES = (
     SurrogateError,
     BotorchError,
@@ -74,6 +77,10 @@ class Situation:
         known: ``q x d`` points that must not be proposed again: everything seen or pending.
         scale: The reference point of the metrics.
         generator: A source for this proposal alone.
+        feasibility: How likely points are feasible; None where all of them are.
+        worth: How likely points are feasible and beat every threshold of the user's reference
+            point; None where there is no such threshold either.
+        failed: How many of ``taken`` are failed evaluations; they come first.
         whole: Which of the rows that ``model`` was fitted to are those of ``good``: partial rows
             are fitted to too. None where all are.
     """
@@ -85,6 +92,9 @@ class Situation:
     known: Tensor
     scale: Scale
     generator: Generator
+    feasibility: Feasibility | None = None
+    worth: Feasibility | None = None
+    failed: int = 0
     whole: Tensor | None = None
 
     @cached_property
@@ -104,6 +114,16 @@ class Situation:
     def mean_gains(self, X: Tensor) -> Tensor:
         """Return the predicted gains at ``X``: ``n x m`` for ``n x d``, differentiable."""
         return self.gains()(self.model.link_mean(X), None)
+
+    def allowed(self, gains: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """Return ``gains`` (``n x d`` to ``n x m``), less what points lack to be worth something.
+
+        Those are points that work, keep the constraints and beat the user's reference point.
+        """
+        worth = self.worth
+        if worth is None:
+            return gains
+        return lambda X: gains(X) - _STEEP * worth.excess(X).unsqueeze(-1)
 
     @property
     def observed(self) -> Tensor:
@@ -163,12 +183,14 @@ class PosteriorDriven:
             anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
         reference: Reference point by metric name, in the metrics' own units; metrics left out
             keep the default of :meth:`map_bo.scale.Scale.of`.
+        requirements: What points have to fulfil; a run sets it.
     """
 
     surrogate: Surrogate | None = None
     design: Sampler = field(default_factory=Sobol)
     initial: int | None = None
     reference: Mapping[str, float] | None = None
+    requirements: Requirements = field(default_factory=Requirements, repr=False)
 
     def __post_init__(self) -> None:
         if self.initial is not None and self.initial < 0:
@@ -214,9 +236,8 @@ class PosteriorDriven:
         if first == n or succeeded < needed:
             if first < n:
                 _log.warning("%d of %d evaluations succeeded: the design goes on", succeeded, count)
-            points = self.design.propose(seen, space, n, pending=pending, generator=generator)
-            return points, {}
-        chosen = self.design.propose(seen, space, first, pending=pending, generator=generator)
+            return self._designed(seen, space, n, pending, generator), {}
+        chosen = self._designed(seen, space, first, pending, generator)
         waiting = torch.cat([waiting, chosen])
         with _seeded(child_seed(generator, "acquisition", count)):
             try:
@@ -228,14 +249,34 @@ class PosteriorDriven:
                 if len(found) < n - first:
                     _log.warning("the design goes on: it is best at points known already")
         chosen, waiting = torch.cat([chosen, found]), torch.cat([waiting, found])
-        rest = self.design.propose(
-            seen, space, n - len(chosen), pending=waiting, generator=generator
-        )
+        rest = self._designed(seen, space, n - len(chosen), waiting, generator)
         return torch.cat([chosen, rest]), fit
+
+    def _designed(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        pending: Tensor | None,
+        generator: Generator,
+    ) -> Tensor:
+        return design_points(
+            self.design,
+            seen,
+            space,
+            n,
+            pending=pending,
+            generator=generator,
+            requirements=self.requirements,
+        )
 
     def with_reference(self, reference: Mapping[str, float]) -> Self:
         """Return the sampler with this reference point, unless it has one of its own."""
         return self if self.reference is not None else replace(self, reference=dict(reference))
+
+    def with_requirements(self, requirements: Requirements) -> Self:
+        """Return the sampler that keeps to these requirements; see `HasRequirements`."""
+        return replace(self, requirements=requirements)
 
     def with_surrogate(self, surrogate: Surrogate) -> Self:
         """Return the sampler that looks through this surrogate; see `SeesThroughSurrogate`."""
@@ -303,7 +344,7 @@ class PosteriorDriven:
     ) -> tuple[Tensor, Mapping[str, Any]]:
         surrogate = Auto() if self.surrogate is None else self.surrogate
         screening = fit_screened(surrogate, seen, space)
-        model, seen = screening.model, screening.kept
+        model, every, seen = screening.model, seen, screening.kept
         good = seen.succeeded()
         situation = Situation(
             model=model,
@@ -311,8 +352,11 @@ class PosteriorDriven:
             space=space,
             taken=torch.cat([seen.X[~seen.ok], waiting]),
             known=torch.cat([seen.X, waiting]),
-            scale=Scale.of(seen, space, self.reference),
+            scale=Scale.of(seen, space, self.reference, self.requirements.constraints),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
+            feasibility=self.requirements.given(every, space, model),
+            worth=self._worth(every, space, model),
+            failed=int((~seen.ok).sum()),
             whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
         found = self.choose(situation, n)
@@ -320,6 +364,38 @@ class PosteriorDriven:
         if screening.outliers:
             scores = {**scores, "outliers": [one.describe() for one in screening.outliers]}
         return found, {"settings": repr(surrogate), "model": type(model).__name__, **scores}
+
+    def _worth(
+        self, seen: Observations, space: CoefficientSpace, model: SurrogateModel
+    ) -> Feasibility | None:
+        held = {one.metric for one in self.requirements.constraints}
+        limits = [x for x in thresholds(seen, space, self.reference) if x.metric not in held]
+        return replace(
+            self.requirements, constraints=(*self.requirements.constraints, *limits)
+        ).given(seen, space, model)
+
+
+def thresholds(
+    seen: Observations, space: CoefficientSpace, reference: Mapping[str, float] | None
+) -> list[Constraint]:
+    """Return what a user's reference point asks of metrics.
+
+    It asks something where it is better than the worst of base and experts: what does not beat it
+    is worth nothing to the user. A reference point that is not moves no proposal.
+    """
+    if not reference:
+        return []
+    usual = to_maximisation(Scale.of(seen, space).point, seen.metrics).tolist()
+    found: list[Constraint] = []
+    for metric, low in zip(seen.metrics, usual, strict=True):
+        if metric.name not in reference:
+            continue
+        value = float(reference[metric.name])
+        if metric.direction == "max" and value > low:
+            found.append(AtLeast(metric.name, value))
+        elif metric.direction == "min" and -value > low:
+            found.append(AtMost(metric.name, value))
+    return found
 
 
 @contextmanager

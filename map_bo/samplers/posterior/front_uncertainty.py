@@ -54,10 +54,11 @@ from map_bo.pareto.gradient import ascend
 from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import is_repeat
-from map_bo.samplers.posterior.acquisition import AcquisitionDriven
+from map_bo.samplers.posterior.acquisition import AcquisitionDriven, Weighted
 from map_bo.samplers.posterior.driven import Situation
 from map_bo.samplers.posterior.variance import VarianceReduction, gain_slopes
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import EdgeDoubt, Feasibility
 
 __all__ = ["FrontUncertainty", "PreferenceGain", "plausible_optima", "utility_weights"]
 
@@ -104,6 +105,18 @@ class FrontUncertainty(AcquisitionDriven):
         """Return how many evaluations come before the first fit."""
         return len(space.experts) + 2 if self.initial is None else self.initial
 
+    def weighted(
+        self, acquisition: AcquisitionFunction, situation: Situation
+    ) -> AcquisitionFunction:
+        """Return the acquisition with feasibility in it; see :class:`Informative`."""
+        worth = situation.worth
+        if worth is None or worth.region is None or not isinstance(acquisition, PreferenceVariance):
+            return super().weighted(acquisition, situation)
+        targets = acquisition.targets
+        slopes = utility_slopes(situation, targets, acquisition.preferences)
+        waiting = acquisition.pending[situation.failed :]
+        return Informative(acquisition, worth, worth.region.doubt(targets, slopes, waiting))
+
     def acquisition(
         self, situation: Situation, pending: Tensor, generator: Generator
     ) -> AcquisitionFunction:
@@ -113,13 +126,53 @@ class FrontUncertainty(AcquisitionDriven):
         W = situation.scale.weights(W)
         targets = plausible_optima(situation, W, self.draws, generator=generator)
         if self.criterion == "variance":
-            weights = utility_weights(situation, targets, W)
-            return VarianceReduction(situation, targets, weights, pending)
+            return PreferenceVariance(situation, targets, W, pending)
         half = torch.quasirandom.SobolEngine(  # type: ignore[no-untyped-call]
             m, scramble=True, seed=child_seed(generator, "outcomes")
         ).draw(max(1, self.mc_samples // 2), dtype=torch.float64)
         z = torch.special.ndtri(half.clamp(1e-6, 1 - 1e-6))
         return PreferenceGain(situation, targets, W, torch.cat([z, -z]), pending)
+
+
+class PreferenceVariance(VarianceReduction):
+    """Logarithm of the drop of the variance of utilities at the targets by one measurement.
+
+    Args:
+        situation: What is known.
+        targets: ``p x d`` points that are plausibly best for some preference.
+        preferences: ``k x m`` weights.
+        pending: ``q x d`` points that count as measured.
+    """
+
+    def __init__(
+        self, situation: Situation, targets: Tensor, preferences: Tensor, pending: Tensor
+    ) -> None:
+        self.preferences = preferences
+        super().__init__(
+            situation, targets, utility_weights(situation, targets, preferences), pending
+        )
+
+
+class Informative(Weighted):
+    """A drop of variance times the probability of being feasible, and what the edge gains.
+
+    An evaluation that fails measures nothing, but says where the edge of the working region is.
+
+    Args:
+        acquisition: The logarithm of a drop of variance of utilities.
+        feasibility: How likely points are feasible.
+        edge: The doubt about the edge, in the same unit.
+    """
+
+    def __init__(
+        self, acquisition: AcquisitionFunction, feasibility: Feasibility, edge: EdgeDoubt
+    ) -> None:
+        super().__init__(acquisition, feasibility)
+        self.edge = edge
+
+    def forward(self, X: Tensor) -> Tensor:
+        """Return the value at each of ``b`` points (``b x 1 x d``)."""
+        return torch.logaddexp(super().forward(X), (self.edge.drop(X.squeeze(-2)) + 1e-30).log())
 
 
 class PreferenceGain(VarianceReduction):
@@ -162,6 +215,26 @@ class PreferenceGain(VarianceReduction):
         return (gained + _TIE * self.drop(moves) + 1e-30).log()
 
 
+def utility_slopes(situation: Situation, X: Tensor, preferences: Tensor) -> Tensor:
+    """Return the derivatives of the utilities by the mean, ``n x k x d``.
+
+    Args:
+        situation: What is known.
+        X: ``n x d`` points.
+        preferences: ``k x m`` weights.
+    """
+    Z = X.detach().requires_grad_()
+    with torch.enable_grad():
+        gains = situation.mean_gains(Z).sum(0)
+        parts = [
+            torch.autograd.grad(gain, Z, retain_graph=True)[0]
+            if gain.requires_grad
+            else torch.zeros_like(Z)
+            for gain in gains
+        ]
+    return torch.einsum("km,nmd->nkd", preferences, torch.stack(parts, 1))
+
+
 def utility_weights(situation: Situation, targets: Tensor, preferences: Tensor) -> Tensor:
     """Return the weights (``p x m``) by which link variances add up to the utilities' variance.
 
@@ -175,6 +248,8 @@ def plausible_optima(
     situation: Situation, weights: Tensor, draws: int, *, generator: Generator
 ) -> Tensor:
     """Return points that are best for some preference under the mean or under a posterior draw.
+
+    They are the best of those that are likely to be feasible.
 
     Draws in closed form are optimised by gradient ascent; others are drawn over a pool of points,
     which includes the optima of the mean.
@@ -200,11 +275,12 @@ def plausible_optima(
     def best(gains: Tensor) -> Tensor:  # ... x n x m -> ... x k
         return (gains @ weights.T).argmax(-2)
 
+    mean_gains = situation.allowed(situation.mean_gains)
     with torch.no_grad():
-        start = pool[best(situation.mean_gains(pool))]
+        start = pool[best(mean_gains(pool))]
 
     def utility(Z: Tensor) -> Tensor:
-        return (situation.mean_gains(Z) * weights).sum(-1)
+        return (mean_gains(Z) * weights).sum(-1)
 
     certain = ascend(utility, space, start, steps=_ASCENT, learning_rate=0.05)
     pool = torch.cat([certain, pool])
@@ -212,13 +288,16 @@ def plausible_optima(
     source = child(generator, "draws")
     functions = model.sample_functions(draws, generator=source)
     with torch.no_grad():
-        found = pool[best(gains(functions(pool), None)).flatten()]  # s k x d
+        allowed = situation.allowed(lambda Z: gains(functions(Z), None))
+        found = pool[best(allowed(pool)).flatten()]  # s k x d
     if functions.explicit:
         which = torch.arange(draws).repeat_interleave(len(weights))
         wanted = weights.repeat(draws, 1)
 
+        each = situation.allowed(lambda Z: gains(functions.each(Z, which), None))
+
         def drawn(Z: Tensor) -> Tensor:
-            return (gains(functions.each(Z, which), None) * wanted).sum(-1)
+            return (each(Z) * wanted).sum(-1)
 
         found = ascend(drawn, space, found, steps=_ASCENT, learning_rate=0.05)
     points = torch.cat([certain, found])

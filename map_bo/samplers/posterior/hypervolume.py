@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -268,6 +269,8 @@ MOST_METRICS = 4
 
 @dataclass(frozen=True)
 class _Hypervolume(AcquisitionDriven):
+    above_reference: ClassVar[bool] = True
+
     def check(self, metrics: tuple[Metric, ...]) -> None:
         """Refuse more than four metrics.
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from botorch.acquisition.acquisition import AcquisitionFunction
@@ -99,6 +99,8 @@ class HypervolumeScalarised(AcquisitionDriven):
     Attributes:
         rays: Directions, each with a draw of its own.
     """
+
+    above_reference: ClassVar[bool] = True
 
     rays: int = 128
 

@@ -69,6 +69,8 @@ class ThompsonFronts(PosteriorDriven):
             best = ray_lengths(so_far.unsqueeze(1), rays).amax(0).clamp_min(0.0)
             lengths = ray_lengths(gains.unsqueeze(1), rays)
             value = log_improvements(lengths, best, m).logsumexp(-1)
+            if situation.feasibility is not None:
+                value = value + situation.feasibility.log_probability(X)
             found = torch.cat([found, X[value.argmax()].unsqueeze(0)])
         return found
 
@@ -84,11 +86,12 @@ class ThompsonFronts(PosteriorDriven):
             return gains(function(X)[0], None)
 
         if function.explicit:
-            X = self.solver.solve(drawn, space, generator=child(source, "front"))
+            solved = situation.allowed(drawn)
+            X = self.solver.solve(solved, space, generator=child(source, "front"))
             with torch.no_grad():
                 return X, drawn(X), drawn(waiting)
         mean_front = self.solver.solve(
-            situation.mean_gains, space, generator=child(source, "front")
+            situation.allowed(situation.mean_gains), space, generator=child(source, "front")
         )
         pool = torch.cat(
             [waiting, mean_front, space.sample(self.pool, generator=child(source, "pool"))]

@@ -68,6 +68,7 @@ class VarianceReduction(AcquisitionFunction):
 
     def set_X_pending(self, X_pending: Tensor | None = None) -> None:
         """Let pending points (``q x d``) count as measured."""
+        self.pending = self.targets[:0] if X_pending is None else X_pending
         self.covariances = Covariances(self.situation.model, self.targets, self.noise, X_pending)
 
     def moves(self, X: Tensor) -> Tensor:

@@ -162,6 +162,10 @@ class Bins(PosteriorDriven):
                 rows = bins[chosen].rows
                 radii = (share[rows[front[rows]]].numpy(), share[front].numpy())
                 point = self._point(bins[chosen], radii, space, source)
+                likely = situation.feasibility
+                # A point is kept as often as it is likely to be feasible.
+                if likely is not None and source.random() > float(likely.probability(point)):
+                    continue
                 if not bool(is_repeat(point, known, space, tolerance=NEAREST)):
                     found = torch.cat([found, point])
                     counts[chosen] += 1

@@ -165,16 +165,20 @@ def front_table(front: Front, names: tuple[str, ...]) -> tuple[list[str], list[l
 
     Columns: ``point``, ``c:NAME`` for each coefficient; for each metric ``predicted:NAME``,
     ``std:NAME``, ``lower:NAME``, ``upper:NAME``, ``corrected:NAME`` and ``real:NAME``, in own
-    units; ``probability``. Unknown values are None. These are the columns of ``front.csv``.
+    units; ``probability``; and ``feasible`` where it is known. Unknown values are None. These are
+    the columns of ``front.csv``.
     """
     parts = ("predicted", "std", "lower", "upper", "corrected", "real")
     values = (front.mean, front.std, front.lower, front.upper, front.corrected, front.real)
     columns = ["point", *(f"c:{name}" for name in names)]
     columns += [f"{part}:{metric.name}" for metric in front.metrics for part in parts]
+    ends = {"probability": front.probability}
+    if bool(front.feasible.isfinite().any()):
+        ends["feasible"] = front.feasible
     rows: list[list[float | None]] = []
     for k in range(len(front)):
         row = [float(k), *front.X[k].tolist()]
         row += [float(part[k, j]) for j in range(len(front.metrics)) for part in values]
-        row.append(float(front.probability[k]))
+        row += [float(end[k]) for end in ends.values()]
         rows.append([value if math.isfinite(value) else None for value in row])
-    return [*columns, "probability"], rows
+    return [*columns, *ends], rows

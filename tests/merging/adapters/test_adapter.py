@@ -266,7 +266,7 @@ class TestRefused:
             ({"use_dora": True}, "is DoRA"),
             ({"use_qalora": True}, "is QALoRA"),
             ({"layer_replication": [[0, 2]]}, "replicates layers"),
-            ({"target_parameters": ["w"]}, "bare parameters"),
+            ({"target_parameters": "weight"}, "unusable target_parameters"),
             ({"trainable_token_indices": [1]}, "single rows of the embedding"),
             ({"alora_invocation_tokens": [1]}, "acts on some tokens only"),
             ({"peft_type": "IA3"}, "of the kind IA3; only LoRA"),

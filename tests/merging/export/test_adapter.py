@@ -220,6 +220,34 @@ class TestRank:
         assert recipe["record"] == {"run": "mine"}
 
 
+class TestTied:
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    def test_a_tied_embedding_changes_under_both_names(self, tmp_path: Path, kind: str) -> None:
+        """As a full value: factors of both would change it twice when peft merges them."""
+        model = language_model(kind)
+        if kind == "llama":
+            model.config.tie_word_embeddings = True  # type: ignore[union-attr]
+            model.tie_weights()  # type: ignore[operator]
+        name = {"gpt2": "wte", "llama": "embed_tokens"}[kind]
+        further = {"gpt2": "c_attn", "llama": "q_proj"}[kind]
+        merged = trained(model, tmp_path / "a", target_modules=[name, further])
+        base = open_checkpoint(model)
+        experts = {"a": adapter_checkpoint(tmp_path / "a", base)}
+        result = write(tmp_path / "out", base, experts, {"a": 1.0}, model=model)
+        loaded = with_peft(model, result.path)
+        # Before anything is merged: the output layer has the change too.
+        torch.testing.assert_close(outputs(loaded), outputs(merged), rtol=1e-4, atol=1e-5)
+        at_once = loaded.merge_and_unload()  # type: ignore[operator]
+        torch.testing.assert_close(outputs(at_once), outputs(merged), rtol=1e-4, atol=1e-5)
+
+    def test_a_name_that_no_module_is_known_of_is_refused(self, tmp_path: Path) -> None:
+        base = open_checkpoint({"e.weight": torch.zeros(3, 2), "fc.weight": torch.zeros(2, 2)})
+        experts = {"a": open_checkpoint({n: base.load(n) + 1 for n in base.names})}
+        with pytest.raises(MergeError, match=r"tied to head\.weight, of a module that is not"):
+            write(tmp_path / "out", base, experts, {"a": 1.0}, rank=2,
+                  kinds={"e.weight": "embedding"}, ties={"head.weight": "e.weight"})  # fmt: skip
+
+
 class TestNonlinear:
     def test_the_merged_model_is_written(self, tmp_path: Path) -> None:
         model = language_model("bert")
@@ -258,14 +286,6 @@ class TestRefused:
         still = dict.fromkeys(C, 0.0)
         self.refused(out, "the merge is the base", base, experts, still, kinds=kinds)
         self.refused(out, "unknown experts other", base, experts, {"other": 1.0}, kinds=kinds)
-
-    def test_tied_tensors(self, tmp_path: Path) -> None:
-        model = language_model("gpt2")
-        trained(model, tmp_path / "a", target_modules=["wte"])
-        base = open_checkpoint(model)
-        experts = {"a": adapter_checkpoint(tmp_path / "a", base)}
-        self.refused(tmp_path / "out", r"'transformer\.wte\.weight', which is tied", base, experts,
-                     {"a": 1.0})  # fmt: skip
 
     def test_changes_without_factors_alone(self, tmp_path: Path) -> None:
         base = open_checkpoint({"norm.weight": torch.ones(3)})

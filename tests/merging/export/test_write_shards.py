@@ -215,3 +215,21 @@ def test_an_error_ends_the_bar() -> None:
         with pytest.raises(ValueError, match="boom"):
             fail()
         assert "50%" in said()
+
+
+class TestReadBack:
+    @pytest.mark.parametrize("limit", [1, 10_000])
+    def test_what_was_written_is_what_was_meant(self, tmp_path: Path, limit: int) -> None:
+        tensors = [(name, BASE.load(name)) for name in BASE.names]
+        meant = write_weights(tmp_path, tensors, LAYOUTS, BASE, limit)
+        meant.compare(open_checkpoint(tmp_path))
+
+    def test_a_bit_that_flipped_on_the_way_is_told(self, tmp_path: Path) -> None:
+        tensors = [(name, BASE.load(name)) for name in BASE.names]
+        meant = write_weights(tmp_path, tensors, LAYOUTS, BASE, 10_000)
+        file = tmp_path / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+        with pytest.raises(MergeError, match="what is read back is not what was merged"):
+            meant.compare(open_checkpoint(tmp_path))

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from map_bo.errors import MergeError
-from map_bo.merging.align.saved_names import Saved, saved_as, state_tensors
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
+from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
 from map_bo.merging.vectors.live import model_ties
 from map_bo.problems.merged.problem import MergedModelProblem
 from tests.merging.architectures import ARCHITECTURES, library, new

@@ -1,0 +1,1 @@
+"""What is promised about kills, damage and hostile input, counted."""

@@ -1,0 +1,216 @@
+"""`map-bo check RUN` and `map-bo repair RUN`: is a record whole, and what of it can be saved."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from map_bo.tracking.store import Event
+
+__all__ = ["Verdict", "check", "repair", "verdict_of"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What can be read of a record.
+
+    Attributes:
+        lines: How many of its first lines are whole and fit each other.
+        sealed: How many of these carry a checksum.
+        holds: What they hold, in words.
+        damage: What is wrong with the next line, or with the end of the record.
+        unfinished: Bytes of a last line that was never finished.
+        cut: Whether lines are missing at the end.
+    """
+
+    lines: int
+    sealed: int
+    holds: str
+    damage: str | None
+    unfinished: int
+    cut: bool = False
+
+
+def verdict_of(run: Path) -> Verdict:
+    """Examine the record of a run: its lines, then what they say.
+
+    Raises:
+        StoreError: When there is no record, or it cannot be read at all.
+    """
+    from map_bo.errors import StoreError
+    from map_bo.tracking.examine import examine
+    from map_bo.tracking.jsonl import JsonlStore
+
+    JsonlStore.open(run)
+    try:
+        found = examine(run / "events.jsonl")
+    except OSError as error:
+        raise StoreError(
+            f"the record in {run} cannot be read: {error.strerror or error}",
+            hint="make its files readable",
+        ) from error
+    count, holds, refusal = _replay(found.events)
+    damage = None if found.damage is None else f"line {found.damage.number}: {found.damage.reason}"
+    if refusal is not None:
+        damage = f"line {count + 1}: {refusal}"
+    finished = any(event.kind == "finished" for event in found.events)
+    cut = damage is None and not finished and (run / "summary.json").exists()
+    if cut:
+        damage = "there is a summary.json, and the record does not end with the end of the run: "
+        damage += "whole lines are missing at its end"
+    sealed = max(0, found.link.sealed - (found.link.lines - count))
+    return Verdict(count, sealed, holds, damage, found.unfinished, cut)
+
+
+def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
+    """Return how many events fit each other, what they hold, and what is wrong with the next."""
+    from map_bo.loop.state import UNREADABLE, check_created, replay_whole
+    from map_bo.space import CoefficientSpace
+    from map_bo.tracking.codec import decode_metric
+
+    if not events:
+        return 0, "nothing", None
+    try:
+        if events[0].kind != "created":
+            return 0, "nothing", f"a record begins with 'created', not {events[0].kind!r}"
+        created = check_created(events[0].data)
+        metrics = tuple(decode_metric(metric) for metric in created["metrics"])
+        spaces = [created["space"], *(e.data["space"] for e in events if e.kind == "space")]
+        space = CoefficientSpace.from_description(spaces[-1])
+        budget = created.get("settings", {}).get("budget", "?")
+    except UNREADABLE as error:
+        return 0, "nothing", f"it does not say what was run: {error!r}"
+    state, count, refusal = replay_whole(events, metrics, space.d, partly=True)
+    message = None if refusal is None else refusal.message
+    if created.get("nested"):
+        inner, wrong = _replay_nodes(events[:count])
+        if wrong is not None:
+            count, message = inner, wrong
+        measured = sum(event.kind == "measured" for event in events[:count])
+        return count, f"{measured} measurements of a nested run", message
+    done = len(state.outcomes) + len(state.verified)
+    waiting = f", {len(state.pending)} more proposed" if state.pending else ""
+    ended = "finished" if state.summary is not None else "not finished"
+    return count, f"{done} of {budget} evaluations{waiting}, {ended}", message
+
+
+def _replay_nodes(events: Sequence[Event]) -> tuple[int, str | None]:
+    """Return how many events of a nested run fit each other, and what is wrong with the next."""
+    from map_bo.loop.state import UNREADABLE, advance, replay
+    from map_bo.nested.record import NODE, check_nested_event
+    from map_bo.space import CoefficientSpace
+    from map_bo.tracking.codec import decode_metric
+    from map_bo.tracking.store import Event as Own
+
+    states = {}
+    for number, event in enumerate(events):
+        try:
+            check_nested_event(event)
+            if event.kind != NODE:
+                continue
+            key, own = event.data["node"], Own(event.data["kind"], event.data["data"])
+            if key not in states:
+                about = own.data
+                d = CoefficientSpace.from_description(about["space"]).d
+                metrics = tuple(decode_metric(metric) for metric in about["metrics"])
+                states[key] = replay([], metrics, d)
+            states[key] = advance(states[key], own)
+        except UNREADABLE as error:
+            return number, f"an event of a node cannot be read: {error!r}"
+    return len(events), None
+
+
+def check(options: argparse.Namespace) -> None:
+    """Print whether the record of a run is whole, and exit with 1 when it is not."""
+    run = Path(options.run)
+    verdict = verdict_of(run)
+    sys.stdout.write(_described(run, verdict))
+    if verdict.damage is not None:
+        raise SystemExit(1)
+
+
+def _described(run: Path, verdict: Verdict) -> str:
+    said = [f"{run}: {'whole' if verdict.damage is None else 'damaged'}"]
+    said.append(f"  whole lines: {verdict.lines} ({verdict.holds})")
+    if verdict.sealed < verdict.lines:
+        bare = verdict.lines - verdict.sealed
+        covered = "; the checksum of the line after them covers them" if verdict.sealed else ""
+        said.append(
+            f"  of version 0.1, without a checksum of their own: {bare}{covered}"
+            if verdict.sealed
+            else f"  of version 0.1, without checksums: {bare}; a changed number cannot be seen"
+        )
+    if verdict.unfinished:
+        said.append(
+            f"  unfinished: {verdict.unfinished} bytes that a killed process left; the next "
+            "`map-bo resume` cuts them off"
+        )
+    if verdict.damage is not None:
+        said.append(f"  damage: {verdict.damage}")
+        said.append(
+            f"  `map-bo resume {run}` makes the missing evaluations again"
+            if verdict.cut
+            else f"  `map-bo repair {run}` keeps the whole lines and a copy of the file; then "
+            f"`map-bo resume {run}` makes the other evaluations again"
+        )
+    return "\n".join(said) + "\n"
+
+
+def repair(options: argparse.Namespace) -> None:
+    """Keep the whole lines of a damaged record, and add lines that could not be written."""
+    from map_bo.errors import StoreError
+    from map_bo.tracking.jsonl import JsonlStore
+
+    run = Path(options.run)
+    verdict = verdict_of(run)
+    store = JsonlStore.open(run)
+    if verdict.damage is not None and not verdict.cut:
+        if not verdict.lines:
+            raise StoreError(
+                f"no line of the record in {run} is whole ({verdict.damage})",
+                hint="restore it from a copy",
+            )
+        copy = store.keep(verdict.lines)
+        sys.stdout.write(
+            f"{verdict.lines} lines are kept ({verdict.holds}); the record as it was is in {copy}\n"
+        )
+    elif options.append is None:
+        sys.stdout.write(f"{run} needs no repair: {verdict.holds}\n")
+    if options.append is not None:
+        added = _append(store, Path(options.append))
+        sys.stdout.write(f"{added} events were added to {run}\n")
+
+
+def _append(store: object, file: Path) -> int:
+    """Add events that were printed because they could not be written; all of them or none."""
+    from map_bo.errors import StoreError
+    from map_bo.tracking.codec import decode_event
+    from map_bo.tracking.jsonl import JsonlStore
+
+    assert isinstance(store, JsonlStore)
+    try:
+        lines = [line for line in file.read_bytes().splitlines() if line.strip()]
+        events = [decode_event(line) for line in lines]
+    except OSError as error:
+        raise StoreError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, StoreError) as error:
+        raise StoreError(
+            f"{file} holds a line that is not an event: {error}",
+            hint="give a file with the printed lines alone",
+        ) from error
+    with store.lock():
+        before = list(store.read())
+        count, _, wrong = _replay([*before, *events])
+        if wrong is not None or count < len(before) + len(events):
+            raise StoreError(
+                f"what {file} holds does not follow the record: {wrong}",
+                hint="the run may have made these measurements again",
+            )
+        for event in events:
+            store.append(event)
+    return len(events)

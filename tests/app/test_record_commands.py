@@ -1,0 +1,159 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from map_bo.app.main import main
+from map_bo.loop.reading import load_result, load_state
+from map_bo.loop.run import optimize
+from map_bo.nested.optimize import optimize_nested
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
+from tests.integration.mistakes import failing
+from tests.loop.bowls import Bowls, quick
+from tests.nested.hills import Hills
+from tests.unsealed import unseal
+
+PARTS = {name: getattr(quick(), name) for name in ("sampler", "surrogate", "solver")}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A finished run."""
+    optimize(Bowls(), 8, run_dir=tmp_path / "run", progress=False, tracking="none", **PARTS)
+    return tmp_path / "run"
+
+
+def change(run: Path, edit: Callable[[list[bytes]], list[bytes]]) -> bytes:
+    """Edit the lines of a record and return it as it is then."""
+    path = run / "events.jsonl"
+    path.write_bytes(b"".join(edit(path.read_bytes().splitlines(keepends=True))))
+    return path.read_bytes()
+
+
+def checked(run: Path, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    """Return the status and the output of `map-bo check`."""
+    capsys.readouterr()
+    try:
+        main(["check", str(run)])
+    except SystemExit as end:
+        return int(end.code or 0), capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+def test_a_whole_record_is_said_to_be_whole_and_is_not_touched(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (run / "events.jsonl").read_bytes()
+    status, said = checked(run, capsys)
+    assert status == 0
+    assert f"{run}: whole" in said
+    assert f"whole lines: {before.count(bytes([10]))} (8 of 8 evaluations, finished)" in said
+    main(["repair", str(run)])
+    assert "needs no repair" in capsys.readouterr().out
+    assert (run / "events.jsonl").read_bytes() == before
+    assert not list(run.glob("*repair*"))
+
+
+def test_a_damaged_record_is_refused_checked_repaired_and_gone_on_with(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = load_result(run)
+    damaged = change(run, lambda lines: [*lines[:7], lines[7].replace(b"[", b"[ ", 1), *lines[8:]])
+    said = failing(capsys, "choose", str(run))
+    assert "line 8 of" in said
+    assert f"lines 1 to 7 are whole; `map-bo check {run}`" in said
+    status, said = checked(run, capsys)
+    assert status == 1
+    assert "whole lines: 7 (2 of 8 evaluations" in said
+    assert "damage: line 8: it was changed after it was written" in said
+    main(["repair", str(run)])
+    assert "7 lines are kept" in capsys.readouterr().out
+    assert (run / "events.before-repair.jsonl").read_bytes() == damaged
+    assert checked(run, capsys)[0] == 0
+    optimize(Bowls(), 8, run_dir=run, progress=False, tracking="none", **PARTS)
+    again = load_result(run)
+    assert again.seen.Y.tolist() == whole.seen.Y.tolist()
+    assert again.front.X.tolist() == whole.front.X.tolist()
+
+
+def test_whole_lines_with_data_that_do_not_fit_are_cut_off_too(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(run, lambda lines: lines[:4])
+    JsonlStore.open(run).append(Event("observed", {"index": 99}))
+    assert "line 5: event 5 ('observed')" in checked(run, capsys)[1]
+    main(["repair", str(run)])
+    assert (run / "events.jsonl").read_bytes().count(b"\n") == 4
+    assert checked(run, capsys)[0] == 0
+
+
+def test_lines_that_are_missing_at_the_end_of_a_finished_run_are_noticed(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "summary.json").write_text("{}")
+    assert checked(run, capsys)[0] == 0
+    change(run, lambda lines: lines[:-1])
+    status, said = checked(run, capsys)
+    assert (status, "whole lines are missing at its end" in said) == (1, True)
+    assert f"map-bo resume {run}" in said
+
+
+def test_a_record_of_version_0_1_and_one_that_was_gone_on_with(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change(run, lambda lines: lines[:5])
+    unseal(run)
+    status, said = checked(run, capsys)
+    assert (status, "without checksums: 5; a changed number cannot be seen" in said) == (0, True)
+    optimize(Bowls(), 8, run_dir=run, progress=False, tracking="none", **PARTS)
+    assert "5; the checksum of the line after them covers them" in checked(run, capsys)[1]
+    change(run, lambda lines: [lines[0].replace(b"1", b"2", 1), *lines[1:]])
+    assert checked(run, capsys)[0] == 1
+
+
+def test_a_nested_record_is_examined_node_by_node(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    optimize_nested(
+        Hills(), 24, run_dir=tmp_path, progress=False, tracking="none", verify=2, **PARTS
+    )
+    status, said = checked(tmp_path, capsys)
+    assert (status, "measurements of a nested run" in said) == (0, True)
+    unseal(tmp_path, lambda text: text.replace('"index":1,', '"index":77,', 1))
+    status, said = checked(tmp_path, capsys)
+    assert (status, "an event of a node cannot be read" in said) == (1, True)
+    main(["repair", str(tmp_path)])
+    assert checked(tmp_path, capsys)[0] == 0
+
+
+def test_what_could_not_be_written_is_added_later(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (run / "events.jsonl").read_bytes().splitlines(keepends=True)
+    row = next(i for i, line in enumerate(lines) if b'"kind":"observed"' in line)
+    change(run, lambda lines: lines[:row])
+    printed = tmp_path / "printed"
+    printed.write_bytes(lines[row])
+    main(["repair", str(run), "--append", str(printed)])
+    assert "1 events were added" in capsys.readouterr().out
+    assert (run / "events.jsonl").read_bytes() == b"".join(lines[: row + 1])
+    assert sorted(load_state(run)[0].outcomes) == [0]
+    said = failing(capsys, "repair", str(run), "--append", str(printed))
+    assert "does not follow the record" in said
+    printed.write_text(json.dumps({"not": "an event"}))
+    assert "not an event" in failing(capsys, "repair", str(run), "--append", str(printed))
+    assert "cannot be read" in failing(capsys, "repair", str(run), "--append", str(run / "none"))
+    assert (run / "events.jsonl").read_bytes() == b"".join(lines[: row + 1])
+
+
+def test_a_record_of_which_nothing_is_whole_is_left_alone(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damaged = change(run, lambda lines: [b"{}\n", *lines])
+    assert "restore it from a copy" in failing(capsys, "repair", str(run))
+    assert (run / "events.jsonl").read_bytes() == damaged
+    assert "holds no run" in failing(capsys, "check", str(run.parent))
