@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _ROOT = "map_bo."
+_LONGEST = 100  # characters of a part of a name; file systems allow few hundred
 
 T = TypeVar("T")
 
@@ -279,6 +280,8 @@ def current_class(module: str, name: str) -> tuple[str, str]:
 
 def _moved(name: str) -> str:
     parts = name.removeprefix(_ROOT).split(".")
+    if not all(part.isidentifier() and len(part) <= _LONGEST for part in parts):
+        return name  # which a file made up
     for end in range(len(parts), 0, -1):
         old = ".".join(parts[:end])
         file = Path(__file__).parent.joinpath(*parts[:end]).with_suffix(".py")

@@ -39,17 +39,27 @@ from map_bo.extensions import is_registered
 from map_bo.moved import CLASSES, current, current_class, field_today
 
 __all__ = [
+    "EVERYTHING",
     "Described",
+    "Trust",
     "flat",
     "from_name",
     "from_plain",
     "identity_of",
     "is_settings",
+    "is_settings_class",
     "modernise",
     "name_of",
     "read_repr",
     "to_plain",
+    "trusted",
 ]
+
+Trust = bool | str | Collection[str]
+"""What of a file's code is trusted: packages by name; True is all that the file names."""
+
+EVERYTHING = "*"
+"""Stands for every package where packages are trusted by name."""
 
 _TAGS = frozenset(
     {"class", "fields", "mapping", "tuple", "path", "dtype", "tensor", "words", "_target_"}
@@ -123,12 +133,20 @@ def name_of(data: Any) -> str:
     return text.partition("(")[0].rpartition(".")[2] if isinstance(text, str) else ""
 
 
-def from_plain(data: Any, *, trust: Collection[str] = ()) -> Any:
+def trusted(trust: Trust) -> frozenset[str]:
+    """Return the names of the packages that are trusted; ``{"*"}`` is every one."""
+    if isinstance(trust, bool):
+        return frozenset({EVERYTHING} if trust else ())
+    names = frozenset({trust} if isinstance(trust, str) else trust)
+    return frozenset({EVERYTHING}) if EVERYTHING in names else names
+
+
+def from_plain(data: Any, *, trust: Trust = ()) -> Any:
     """Return what :func:`to_plain` wrote.
 
     Args:
         data: Plain data. A mapping with ``_target_``, as Hydra's configurations have, is read too.
-        trust: Names of packages or modules whose dataclasses may be built too.
+        trust: Names of packages or modules whose dataclasses may be built too; True for all.
 
     Raises:
         SettingsError: When the data name something that is not known or not trusted, which is
@@ -136,7 +154,7 @@ def from_plain(data: Any, *, trust: Collection[str] = ()) -> Any:
         MapBoError: When the settings refuse their values.
     """
     try:
-        return _built(data, frozenset(trust))
+        return _built(data, trusted(trust))
     except RecursionError as error:
         raise SettingsError(
             "the settings are nested too deeply",
@@ -245,7 +263,7 @@ def _tagged(data: Mapping[str, Any], trust: frozenset[str]) -> Any:
                     hint="give it in Python, as when the run was started; settings that are "
                     "dataclasses in a module of their own are recorded in full",
                 )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise SettingsError(
             f"a value of the settings cannot be read: {first_line(error)}",
             hint="the file was changed by hand, or was not written by map_bo",
@@ -330,6 +348,15 @@ def _class_named(name: Any, trust: frozenset[str]) -> Any:
     return found
 
 
+def is_settings_class(name: str) -> bool:
+    """Return whether ``module:Name`` is a class that is built from files without further trust."""
+    try:
+        _class_named(name, frozenset())
+    except SettingsError:
+        return False
+    return True
+
+
 def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == "map_bo"
 
@@ -343,8 +370,9 @@ def _refuse_untrusted(module: str, qualname: str, trust: frozenset[str]) -> None
             hint="the file was changed by hand, or was not written by map_bo",
         )
     above = module.split(".")
-    trusted = any(".".join(above[: i + 1]) in trust for i in range(len(above)))
-    if not (_is_ours(module) or trusted or is_registered(module, qualname)):
+    named = any(".".join(above[: i + 1]) in trust for i in range(len(above)))
+    given = named or EVERYTHING in trust
+    if not (_is_ours(module) or given or is_registered(module, qualname)):
         package = above[0]
         raise SettingsError(
             f"the settings {module}:{qualname} cannot be built: {package} is not a package whose "

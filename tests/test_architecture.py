@@ -25,6 +25,7 @@ FLOORS = [
         "plain",
         "moved",
         "extensions",
+        "foreign",
     },
     {"pareto", "merging", "surrogates", "tracking"},
     {"operators", "samplers", "evaluators", "report"},
@@ -50,7 +51,6 @@ ELSEWHERE = {  # modules without a test file of their own -> what tests them
     "app.schema": "app/test_configuration.py",
     "app.task": "integration/test_command_line.py",
     "pareto.solver": "contracts/solver_contract.py",  # a protocol
-    "report.page_style": "report/run/test_page.py",
     "samplers.posterior.driven": "contracts/sampler_contract.py",
     "tracking.store": "contracts/store_contract.py",  # a protocol
 }

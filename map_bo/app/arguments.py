@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from map_bo.app.merge import merge_options
 from map_bo.errors import ConfigError
 
-__all__ = ["Command", "pairs", "parser", "surrogate_of_sampler"]
+__all__ = ["Command", "pairs", "parser", "surrogate_of_sampler", "with_bare_trust"]
 
 Command = Callable[[argparse.Namespace], None]
 """Carries out a command with its options."""
@@ -54,6 +55,7 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     resume.add_argument(
         "--retry-failed", action="store_true", help="repeat the evaluations that failed"
     )
+    _trust_option(resume)
 
     choose = _command(
         commands, "choose", "choose a point of the front by preference", functions["choose"]
@@ -155,15 +157,41 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         default="weighted_sum",
         help="how the weighted metrics become one number (default: %(default)s)",
     )
+    _trust_option(parser)
+    parser.add_argument(
+        "--point", type=int, metavar="K", help="choose point K of front.csv instead of a preference"
+    )
+
+
+def _trust_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trust",
         action="append",
+        nargs="?",
+        const="*",
         default=[],
         metavar="PACKAGE",
-        help="package whose classes the files may name, and so whose code may be run (repeatable)",
+        help="package whose code the files may name, and so run (repeatable); without a name: all "
+        "that they name (see docs/security.md)",
     )
-    parser.add_argument(
-        "--point", type=int, metavar="K", help="choose point K of front.csv instead of a preference"
+
+
+def with_bare_trust(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which ``--trust`` alone does not take what follows for its package.
+
+    What follows is a package when it is a dotted name and not the directory of a run or recipe.
+    """
+    found = []
+    for this, after in zip(arguments, [*arguments[1:], ""], strict=True):
+        bare = this == "--trust" and not _is_package(after)
+        found.append("--trust=*" if bare else this)
+    return found
+
+
+def _is_package(text: str) -> bool:
+    folder = Path(text)
+    return all(map(str.isidentifier, text.split("."))) and not any(
+        (folder / name).exists() for name in ("events.jsonl", "recipe.yaml")
     )
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import inspect
 import os
-import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from hydra.errors import InstantiationException
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from map_bo.app.schema import Config
-from map_bo.errors import ConfigError, MapBoError, did_you_mean
+from map_bo.errors import ConfigError, MapBoError, did_you_mean, first_line
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
 from map_bo.nested.settings import Nested
@@ -64,9 +63,15 @@ def build_problem(config: DictConfig) -> Problem:
 
 def build_settings(config: DictConfig) -> Settings:
     """Build the settings of the run from ``config``."""
-    loop: dict[str, Any] = OmegaConf.to_container(config.loop, resolve=True)  # type: ignore[assignment]
+    loop: dict[str, Any] = _container(config, "loop")
+    reference = loop.get("reference")
+    if reference is not None and not _fits(reference, Mapping[str, float]):
+        raise ConfigError(
+            f"loop.reference must give a number per metric, got {reference!r:.80}",
+            hint="write it as loop.reference={METRIC: VALUE, ...}, or leave it out",
+        )
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
-    return Settings.checked(seed=config.seed, **loop, **parts)
+    return Settings.checked(seed=config.get("seed", Settings.seed), **loop, **parts)
 
 
 def build_nested(config: DictConfig) -> Nested | None:
@@ -97,6 +102,12 @@ def build_tracking(config: DictConfig) -> list[Tracking]:
     if "tracking" not in config:
         return [Local()]
     found = []
+    several: Any = config.tracking
+    if not isinstance(several, DictConfig | None):
+        raise ConfigError(
+            f"tracking must be a mapping, got {several!r:.80}",
+            hint="choose trackers with tracking=none, local, wandb or [local,wandb]",
+        )
     for name in config.tracking or {}:
         part = _build(config.tracking, name, f"tracking.{name}")
         if not isinstance(part, Tracking):
@@ -125,11 +136,8 @@ def working_directory(path: str | Path | None) -> Iterator[None]:
 
 def _build(config: DictConfig, key: str, group: str = "") -> Any:
     group = group or key
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # a user's own classes are in the working directory
-    node = config[key]
-    if node is None or "_target_" not in node:
+    node = config.get(key)
+    if not isinstance(node, DictConfig) or "_target_" not in node:
         raise ConfigError(
             f"the configuration of {group} has no _target_",
             hint=f"choose one with {group.partition('.')[0]}=NAME; `map-bo run --help` lists the "
@@ -137,18 +145,20 @@ def _build(config: DictConfig, key: str, group: str = "") -> Any:
         )
     try:
         OmegaConf.resolve(node)
-        _check_keys(node, group)
+        _check_keys(_plain(node), group)
         return instantiate(node, _convert_="all")
     except OmegaConfBaseException as error:
         raise ConfigError(
             f"{group} cannot be resolved: {error}",
             hint=f"see its options with `map-bo run {group.partition('.')[0]}=NAME --cfg job`",
         ) from error
-    except InstantiationException as error:
+    except MapBoError:
+        raise
+    except Exception as error:  # whatever a class makes of its values; Hydra wraps most of it
         cause = error.__cause__
         if isinstance(cause, MapBoError):
             raise cause from error
-        reason = next(iter(str(cause or error).splitlines()), "") or type(cause).__name__
+        reason = first_line(cause or error)
         raise ConfigError(
             f"{group} cannot be built: {reason}",
             hint=f"check the values below {group} in the configuration",
@@ -164,7 +174,14 @@ def _check_keys(node: Mapping[str, Any], path: str) -> None:
             f"{path}._target_ {node['_target_']!r} cannot be imported: {error}",
             hint="write it as package.module.Name",
         ) from error
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{path}._target_ {node['_target_']!r} cannot be called: {first_line(error)}",
+            hint="name a class or a function",
+        ) from error
+    hints = _hints(target)
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for key, value in node.items():
@@ -175,5 +192,95 @@ def _check_keys(node: Mapping[str, Any], path: str) -> None:
                 f"{path} has no option {key!r}",
                 hint=did_you_mean(key, parameters, before=f"{path}."),
             )
+        if not _fits(value, hints.get(key, Any)):
+            raise ConfigError(
+                f"{path}.{key} must be {_words(hints[key])}, got {value!r:.80}",
+                hint="give such a value, or leave it out for the default",
+            )
         if isinstance(value, Mapping) and "_target_" in value:
             _check_keys(value, f"{path}.{key}")
+
+
+def _hints(target: Any) -> Mapping[str, Any]:
+    """Return the types of a target's parameters; none where they cannot be told."""
+    plain = isinstance(target, type) and not is_dataclass(target)
+    try:
+        return get_type_hints(target.__init__ if plain else target)
+    except Exception:  # of types that are only there for type checkers
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Return whether plain data can be a value of a type, as far as it can be told.
+
+    Words of a `Literal` and the ranges of numbers are left to the classes, which say more.
+    """
+    if value is None or value == _LACKING:
+        return True  # which many take for a default, and others tell when they are built
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, part) for part in get_args(hint))
+    if hint in (None, NoneType):
+        return False
+    if get_origin(hint) is Literal:
+        return type(value) in {type(word) for word in get_args(hint)}
+    if hint in _PLAIN:
+        return isinstance(value, _PLAIN[hint]) and (hint is bool or not isinstance(value, bool))
+    kind = get_origin(hint) or hint
+    if not isinstance(kind, type) or (isinstance(value, Mapping) and "_target_" in value):
+        return True
+    if issubclass(kind, Mapping):
+        inside = (*get_args(hint), Any, Any)[1]
+        return isinstance(value, Mapping) and all(_fits(part, inside) for part in value.values())
+    if issubclass(kind, Collection):
+        inside = (*get_args(hint), Any)[0]
+        several = isinstance(value, list | tuple)
+        alike = kind is not tuple or get_args(hint)[1:] == (...,)
+        return several and (not alike or all(_fits(part, inside) for part in value))
+    return not kind.__module__.startswith("map_bo.")  # ours are built from nodes with a target
+
+
+def _words(hint: Any) -> str:
+    """Return what a value of a type is called."""
+    if get_origin(hint) in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_words(part) for part in get_args(hint)))
+    if hint in (None, NoneType):
+        return "null"
+    if get_origin(hint) is Literal:
+        return f"one of {', '.join(map(str, get_args(hint)))}"
+    kind = get_origin(hint) or hint
+    if hint in _WORDS:
+        return _WORDS[hint]
+    if not isinstance(kind, type):
+        return "another value"
+    if issubclass(kind, Mapping):
+        return "a mapping"
+    return "a list" if issubclass(kind, Collection) else "settings with a _target_"
+
+
+_PLAIN: Mapping[Any, Any] = {bool: bool, int: int, float: int | float, str: str, Path: str}
+_LACKING = "???"
+_WORDS: Mapping[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Path: "a path",
+}
+
+
+def _plain(node: DictConfig) -> dict[str, Any]:
+    found: Any = OmegaConf.to_container(node)
+    return {str(key): value for key, value in found.items()}
+
+
+def _container(config: DictConfig, key: str) -> dict[str, Any]:
+    try:
+        found = OmegaConf.to_container(config[key], resolve=True)
+    except (OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(
+            f"{key} cannot be resolved: {first_line(error)}",
+            hint=f"see the options of {key} with `map-bo run --cfg job`",
+        ) from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{key} must be a mapping, got {found!r:.80}", hint="leave it out")
+    return {str(name): value for name, value in found.items()}

@@ -44,16 +44,23 @@ def compare_directories(
         StoreError: When a directory holds no run, or ``out`` cannot be written.
         DataError: When no run finished, or the runs have no metric in common.
     """
-    from map_bo.errors import StoreError
+    from map_bo.errors import DataError, StoreError
+    from map_bo.foreign import understood
     from map_bo.loop.reading import read_runs
     from map_bo.report.comparison.comparison import compare
     from map_bo.report.comparison.files import write_comparison
 
-    records = read_runs(directories, beside=out)
     names = [Path(directory).resolve().name for directory in directories]
-    found = compare(records, title=" and ".join(names), baseline=baseline)
+    title = " and ".join(names)
     try:
-        write_comparison(found, Path(out))
+        with understood(
+            DataError,
+            f"what is recorded of {title}",
+            hint="leave out the run whose record was edited by hand, or restore it from a copy",
+        ):
+            records = read_runs(directories, beside=out)
+            found = compare(records, title=title, baseline=baseline)
+            write_comparison(found, Path(out))
     except OSError as error:
         raise StoreError(
             f"the report cannot be written to {out}: {error.strerror or error}",

@@ -120,6 +120,9 @@ def run_task(config: DictConfig) -> float:
     from hydra.types import RunMode
 
     hydra = HydraConfig.get()
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # a user's own classes and functions are in the working directory
     warn_of_old_names(hydra.runtime.choices)
     directory, choices = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:

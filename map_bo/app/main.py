@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NoReturn
 
-from map_bo.app.arguments import Command, pairs, parser, surrogate_of_sampler
-from map_bo.errors import ConfigError, MapBoError, SettingsError
-from map_bo.moved import with_current_targets
+from map_bo.app.arguments import (
+    Command,
+    pairs,
+    parser,
+    surrogate_of_sampler,
+    with_bare_trust,
+)
+from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
 
 __all__ = ["main"]
 
@@ -24,6 +31,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     checked and is damaged.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name in a file may be no text
+            stream.reconfigure(errors="backslashreplace")
     try:
         _dispatch(arguments)
     except MapBoError as error:
@@ -54,9 +64,12 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = parser(_FUNCTIONS).parse_args(arguments)
+        options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
         command: Command = options.command
         command(options)
+
+
+_EDITED = "restore it from a copy if it was edited by hand"
 
 
 def _choice_of(options: argparse.Namespace) -> Any:
@@ -139,6 +152,8 @@ def _choose(options: argparse.Namespace) -> None:
 
 def _merge(options: argparse.Namespace) -> None:
     from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.app.trust import recorded_configuration
+    from map_bo.loop.reading import created_of
     from map_bo.merging.export.draft import refuse_existing
 
     refuse_existing(options.out)  # first: before anything is read or fitted
@@ -147,18 +162,25 @@ def _merge(options: argparse.Namespace) -> None:
         _look_in(*([Path.cwd()] if options.trust else []))
         written = merge_recipe(recipe, options)
     else:
+        recorded = created_of(options.run).get("config")
+        run, trust = os.path.abspath(options.run), options.trust
+        with recorded_configuration(run, recorded, trust=trust, parts=("problem",)):
+            pass  # what is not trusted is refused before anything is fitted
         choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
-        written = merge_choice(choice, options, *_recorded_config(options.run))
+        out = os.path.abspath(options.out)
+        with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
+            written = merge_choice(choice, options, config, run=run, out=out)
     sys.stdout.write(written + "\n")
 
 
 def _resume(options: argparse.Namespace) -> None:
-    from map_bo.app.build import working_directory
     from map_bo.app.task import drive, show
+    from map_bo.app.trust import recorded_configuration
+    from map_bo.loop.reading import created_of
 
     directory, here = Path(options.run).absolute(), Path.cwd()
-    config, cwd = _recorded_config(options.run)
-    with working_directory(cwd):
+    recorded = created_of(directory).get("config")
+    with recorded_configuration(options.run, recorded, trust=options.trust) as config:
         result = drive(config, directory, retry_failed=options.retry_failed)
     show(result, here)
 
@@ -169,6 +191,8 @@ def _report(options: argparse.Namespace) -> None:
     if options.more or not is_run(options.run):
         _report_comparison(options)
         return
+    from map_bo.errors import DataError
+    from map_bo.foreign import understood
     from map_bo.loop.mirrors import view_of
     from map_bo.loop.reading import load_result
     from map_bo.report.run.artifacts import write_report
@@ -181,7 +205,9 @@ def _report(options: argparse.Namespace) -> None:
                 hint="name a sweep, or several runs",
             )
     out = options.out or options.run
-    write_report(view_of(load_result(options.run)), Path(out))
+    result = load_result(options.run)
+    with understood(DataError, f"the record in {options.run}", hint=_EDITED):
+        write_report(view_of(result), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
 
 
@@ -232,23 +258,6 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
-def _recorded_config(run: str) -> Any:
-    """Return the recorded configuration and working directory."""
-    from omegaconf import OmegaConf
-
-    from map_bo.loop.reading import created_of
-
-    recorded = created_of(run).get("config")
-    if recorded and "tree" in recorded:
-        return OmegaConf.create(with_current_targets(recorded["tree"])), recorded.get("cwd")
-    raise ConfigError(
-        f"the run in {run} was not started by `map-bo run`, so its record does not say how to "
-        "build its problem",
-        hint="continue in Python: map_bo.optimize(problem, ..., run_dir=...) with the same "
-        "problem and settings, then result.choose(...).export(...)",
-    )
-
-
 def _run(arguments: list[str]) -> None:
     """Call Hydra, and turn its exceptions for a wrong override into one clear error."""
     import hydra
@@ -260,6 +269,7 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
+    _refuse_pickles(arguments)
     register()
     announce_sweep()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
@@ -278,11 +288,41 @@ def _run(arguments: list[str]) -> None:
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
         _fail(text, "see the groups and their options with `map-bo run --help`")
+    except (MapBoError, OSError):
+        raise
+    except Exception as error:
+        if asked == "1" or _is_within(run_task, error):
+            raise
+        # Hydra composes the configuration before it calls the task, and trips over some values.
+        said = first_line(error)
+        if "Config group override must be" in said:
+            said = f"a group of the configuration must be chosen by a name ({said})"
+        _fail(
+            f"the options cannot be understood: {said}",
+            "choose groups by names, as in sampler=sobol; see them with `map-bo run --help`",
+        )
     finally:
         if asked is None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+def _is_within(function: Any, error: BaseException) -> bool:
+    """Return whether an error was raised inside of a function."""
+    frames = walk_tb(error.__traceback__)
+    return any(frame.f_code is function.__code__ for frame, _ in frames)
+
+
+def _refuse_pickles(arguments: Sequence[str]) -> None:
+    """Refuse Hydra's way of running a configuration again, which unpickles a file."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        if len(option) > len("--ex") and "--experimental-rerun".startswith(option):
+            raise ConfigError(
+                f"{option} reads a pickle, which could run any code",
+                hint="continue a run with `map-bo resume RUN`, or give its overrides again",
+            )
 
 
 def _complete(arguments: list[str]) -> None:

@@ -46,16 +46,19 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str | None) -> str:
+def merge_choice(
+    choice: Any, options: argparse.Namespace, config: Any, *, run: str, out: str
+) -> str:
     """Write the model of a choice, and return a message about it.
 
     Args:
         choice: The choice, without its problem.
         options: The options of the command.
-        config: The recorded configuration of the run.
-        cwd: The directory in which the run was started.
+        config: The recorded configuration of the run, which the user trusts.
+        run: Absolute path of the run's directory.
+        out: Absolute path of the folder to write.
     """
-    from map_bo.app.build import build_problem, working_directory
+    from map_bo.app.build import build_problem
     from map_bo.loop.reading import created_of
     from map_bo.loop.state import problem_identity, refuse_another
     from map_bo.merging.export.model import ExportSettings
@@ -69,27 +72,25 @@ def merge_choice(choice: Any, options: argparse.Namespace, config: Any, cwd: str
         task=options.task,
         code=options.code,
     )
-    out = os.path.abspath(options.out)
-    created = created_of(options.run)
-    with working_directory(cwd):
-        problem = build_problem(config)
-        # The coefficients are worth nothing for other checkpoints than those of the run.
-        now = json.loads(json.dumps(problem_identity(problem)))
-        refuse_another({"problem": created["problem"]}, {"problem": now})
-        exports = nested_exporter(problem, options.run) if is_nested(created) else None
-        whole = replace(choice, problem=problem, exports=exports)
-        if options.lora_rank is not None and options.task is not None:
-            raise ConfigError(
-                "--lora-rank and --task were both given, and an adapter has no task head",
-                hint="give one of them",
-            )
-        if options.lora_rank is not None:
-            written = whole.export_adapter(out, rank=options.lora_rank or None)
-            return (
-                f"adapter of rank {written.rank} written to {written.path}; its error is "
-                f"{written.error:.2%} of the change (relative Frobenius norm)"
-            )
-        return f"merged model written to {whole.export(out, settings=settings)}"
+    created = created_of(run)
+    problem = build_problem(config)
+    # The coefficients are worth nothing for other checkpoints than those of the run.
+    now = json.loads(json.dumps(problem_identity(problem)))
+    refuse_another({"problem": created["problem"]}, {"problem": now})
+    exports = nested_exporter(problem, run) if is_nested(created) else None
+    whole = replace(choice, problem=problem, exports=exports)
+    if options.lora_rank is not None and options.task is not None:
+        raise ConfigError(
+            "--lora-rank and --task were both given, and an adapter has no task head",
+            hint="give one of them",
+        )
+    if options.lora_rank is not None:
+        written = whole.export_adapter(out, rank=options.lora_rank or None)
+        return (
+            f"adapter of rank {written.rank} written to {written.path}; its error is "
+            f"{written.error:.2%} of the change (relative Frobenius norm)"
+        )
+    return f"merged model written to {whole.export(out, settings=settings)}"
 
 
 def recipe_at(path: str) -> Path | None:

@@ -45,7 +45,9 @@ def drive(
         build_tracking,
         refuse_unknown,
     )
+    from map_bo.app.trust import trust_words
     from map_bo.errors import ConfigError, StoreError
+    from map_bo.foreign import understood
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
@@ -54,13 +56,14 @@ def drive(
     from map_bo.tracking.jsonl import JsonlStore
 
     refuse_unknown(config)
-    settings, nested = build_settings(config), build_nested(config)
+    with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
+        settings, nested = build_settings(config), build_nested(config)
+        mirrors = trackers(build_tracking(config), directory)
     if nested is not None and config.get("start_from") is not None:
         raise ConfigError(
             "a nested run cannot start from an experiment: its nodes measure other points",
             hint="leave out start_from, or merge all experts at once with nested=none",
         )
-    mirrors = trackers(build_tracking(config), directory)
     problem = build_problem(config)  # before the store: an error here leaves no run behind
     begun = not fresh and _has_begun(directory)
     experiment = None if begun else _experiment(config.get("start_from"), problem)
@@ -86,6 +89,7 @@ def drive(
             return run.drive(RichProgress() if config.progress else silent)
         except KeyboardInterrupt:
             command = f"map-bo resume {shlex.quote(_relative(directory, Path.cwd()))}"
+            command += trust_words(plain)
             sys.stderr.write(
                 f"\ninterrupted; all measurements are kept; continue with `{command}`\n"
             )
@@ -133,6 +137,8 @@ def show(result: Result, here: Path) -> None:
 
 
 def _print_next_steps(console: Console, result: Result, here: Path) -> None:
+    from map_bo.app.trust import trust_words
+    from map_bo.loop.reading import created_of
     from map_bo.loop.result import Exportable
 
     assert result.run_dir is not None
@@ -146,7 +152,8 @@ def _print_next_steps(console: Console, result: Result, here: Path) -> None:
     run = shlex.quote(directory)
     commands = [f"map-bo choose {run} --prefer {first}"]
     if isinstance(result.problem, Exportable):
-        commands.append(f"map-bo merge {run} --prefer {first} --out merged")
+        trust = trust_words(created_of(result.run_dir).get("config"), parts=("problem",))
+        commands.append(f"map-bo merge {run} --prefer {first} --out merged{trust}")
     for command in commands:
         console.print(f"  {command}", highlight=False, soft_wrap=True, markup=False)
 

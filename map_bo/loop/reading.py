@@ -10,18 +10,19 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.foreign import read_json, understood
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
-from map_bo.loop.state import UNREADABLE, RunState, check_created, replay
-from map_bo.plain import flat, from_plain, read_repr
+from map_bo.loop.state import RunState, check_created, replay
+from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
@@ -49,15 +50,25 @@ _HYDRA = ".hydra"  # every job begins with it
 _IGNORED = ("progress", "tracking")  # groups and settings that do not change what a run finds
 
 
+def _reading(run_dir: str | Path) -> AbstractContextManager[None]:
+    return understood(
+        StoreError,
+        f"the record in {run_dir}",
+        hint="restore it from a copy if it was edited by hand, or read it with the version of "
+        "map-bo that wrote it",
+    )
+
+
 def created_of(run_dir: str | Path) -> dict[str, Any]:
     """Return the data of the ``created`` event of a run.
 
     Raises:
         StoreError: When the directory holds no run.
     """
-    for event in JsonlStore.open(Path(run_dir)).read():
-        if event.kind == "created":
-            return dict(check_created(event.data))
+    with _reading(run_dir):
+        for event in JsonlStore.open(Path(run_dir)).read():
+            if event.kind == "created":
+                return dict(check_created(event.data))
     raise StoreError(
         f"the record in {run_dir} does not begin with a run",
         hint="name a directory that `map-bo run` wrote",
@@ -67,19 +78,13 @@ def created_of(run_dir: str | Path) -> dict[str, Any]:
 def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
     """Return the state of a recorded run and its space."""
     created = created_of(run_dir)
-    events = list(JsonlStore.open(Path(run_dir)).read())
-    # The result of a nested run may have other coefficients than its experts.
-    spaces = [event.data["space"] for event in events if event.kind == "space"]
-    try:
+    with _reading(run_dir):
+        events = list(JsonlStore.open(Path(run_dir)).read())
+        # The result of a nested run may have other coefficients than its experts.
+        spaces = [event.data["space"] for event in events if event.kind == "space"]
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
         space = CoefficientSpace.from_description([created["space"], *spaces][-1])
-    except UNREADABLE as error:
-        raise StoreError(
-            f"the record in {run_dir} does not say what was run: {error!r}",
-            hint="restore it from a copy if it was edited by hand, or read it with the version of "
-            "map-bo that wrote it",
-        ) from error
-    return replay(events, metrics, space.d), space
+        return replay(events, metrics, space.d), space
 
 
 def load_result(
@@ -88,7 +93,7 @@ def load_result(
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
     refit: bool = False,
-    trust: Collection[str] = (),
+    trust: Trust = (),
 ) -> Result:
     """Return the result of a recorded run; no checkpoint is loaded and nothing is evaluated.
 
@@ -107,18 +112,19 @@ def load_result(
         SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
     state, space = load_state(run_dir)
-    if refit and surrogate is None:
-        surrogate = recorded_surrogate(state.created, trust=trust)
-    result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
-    if surrogate is None:
-        return result
-    surrogate = as_in_run(surrogate, state.created)
-    again = fit_again(state, space, surrogate) if result.is_corrected else None
-    return replace(
-        result,
-        model=surrogate.fit(state.seen, space),
-        refitted=None if again is None else again.model,
-    )
+    with _reading(run_dir):
+        if refit and surrogate is None:
+            surrogate = recorded_surrogate(state.created, trust=trust)
+        result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
+        if surrogate is None:
+            return result
+        surrogate = as_in_run(surrogate, state.created)
+        again = fit_again(state, space, surrogate) if result.is_corrected else None
+        return replace(
+            result,
+            model=surrogate.fit(state.seen, space),
+            refitted=None if again is None else again.model,
+        )
 
 
 def as_in_run(surrogate: Surrogate, created: Mapping[str, Any]) -> Surrogate:
@@ -134,9 +140,7 @@ def as_in_run(surrogate: Surrogate, created: Mapping[str, Any]) -> Surrogate:
     return screened(surrogate) if aside else surrogate
 
 
-def recorded_surrogate(
-    created: Mapping[str, Any], *, trust: Collection[str] = ()
-) -> Surrogate | None:
+def recorded_surrogate(created: Mapping[str, Any], *, trust: Trust = ()) -> Surrogate | None:
     """Return the surrogate settings of a run, built again from its record.
 
     Args:
@@ -258,7 +262,7 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
         return _read(job, RunRecord(name, link, sweep, "finished"), failure, refused)
     except MapBoError as error:
         reason = error.message
-    except (OSError, *UNREADABLE) as error:
+    except Exception as error:  # a report of many runs does not fail for one of them
         reason = f"the record was edited, or written by another version: {error!r}"
     return RunRecord(name, link, sweep, "unreadable", reason)
 
@@ -290,7 +294,7 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
 def _failure_of(job: Path) -> tuple[str, bool]:
     """Return why a job failed, and whether it was refused because of the run in its directory."""
     try:
-        failure = json.loads((job / _FAILURE).read_text(encoding="utf-8"))
+        failure = read_json(job / _FAILURE)
         hint = f" (hint: {failure['hint']})" if failure.get("hint") else ""
         return f"{failure['reason']}{hint}", bool(failure.get("refused"))
     except FileNotFoundError:

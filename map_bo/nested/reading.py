@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from map_bo.errors import StoreError
+from map_bo.foreign import understood
 from map_bo.loop.reading import as_in_run, load_state, recorded_surrogate
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
@@ -19,7 +20,7 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore, check_nested_event
 from map_bo.nested.result import NestedResult, NodeRecord
 from map_bo.nested.tree import Group
-from map_bo.plain import modernise, name_of
+from map_bo.plain import Trust, modernise, name_of
 from map_bo.problems.problem import Problem
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
@@ -29,6 +30,8 @@ from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event
 
 __all__ = ["is_nested", "load_nested"]
+
+_HINT = "finish the run with `map-bo resume`, unless its record was edited by hand"
 
 
 def is_nested(created: dict[str, Any]) -> bool:
@@ -42,7 +45,7 @@ def load_nested(
     problem: Problem | None = None,
     surrogate: Surrogate | None = None,
     refit: bool = False,
-    trust: Collection[str] = (),
+    trust: Trust = (),
 ) -> NestedResult:
     """Return the result of a recorded nested run; no model is loaded and nothing is evaluated.
 
@@ -58,6 +61,18 @@ def load_nested(
         StoreError: When there is no such run, or it has not finished.
         SettingsError: When the recorded surrogate cannot be built, or its package is not trusted.
     """
+    with understood(StoreError, f"the record in {run_dir}", hint=_HINT):
+        return _load(run_dir, problem=problem, surrogate=surrogate, refit=refit, trust=trust)
+
+
+def _load(
+    run_dir: str | Path,
+    *,
+    problem: Problem | None,
+    surrogate: Surrogate | None,
+    refit: bool,
+    trust: Trust,
+) -> NestedResult:
     state, space = load_state(run_dir)
     events = list(JsonlStore.open(Path(run_dir)).read())
     created = state.created
@@ -90,7 +105,7 @@ def load_nested(
     except (StopIteration, *UNREADABLE) as error:
         raise StoreError(
             f"the record in {run_dir} cannot be read as that of a nested run: {error!r}",
-            hint="finish the run with `map-bo resume`, unless its record was edited by hand",
+            hint=_HINT,
         ) from error
     if name_of(about["settings"]["surrogate"]) == "Informed":
         ledger = Ledger(state.metrics, before=events)

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.foreign import parse_json, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
 from map_bo.merging.checkpoints.safetensors_files import SafetensorsWriter
 from map_bo.merging.checkpoints.tensors import all_finite
@@ -250,16 +251,20 @@ def load_statistics(
             f"{path} holds no statistics of an expert",
             hint="make such files with `save_statistics`, from what `fisher` or `grams` returns",
         )
-    return Statistics(
-        record["kind"],
-        tensors,
-        model=record["model"],
-        examples=record["examples"],
-        settings=record["settings"],
-        data=record["data"],
-        ties=record["ties"],
-        _content=record["content"],
-    ).check(kind=kind, model=None if model is None else open_checkpoint(model).digest(), data=data)
+    with understood(CheckpointError, str(path), hint="compute the statistics again"):
+        found = Statistics(
+            record["kind"],
+            tensors,
+            model=record["model"],
+            examples=record["examples"],
+            settings=record["settings"],
+            data=record["data"],
+            ties=record["ties"],
+            _content=record["content"],
+        )
+    return found.check(
+        kind=kind, model=None if model is None else open_checkpoint(model).digest(), data=data
+    )
 
 
 def cached_statistics(
@@ -317,12 +322,13 @@ def _usable(path: Path) -> bool:
 def _record(path: Path) -> dict[str, Any] | None:
     try:
         with safe_open(str(path), framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get(_KEY, "null"))
+            record = parse_json((file.metadata() or {}).get(_KEY, "null"))
     except (OSError, SafetensorError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}") from error
-    if record is not None and record.get("version") != _VERSION:
+    version = record.get("version") if isinstance(record, dict) else None
+    if record is not None and version != _VERSION:
         raise CheckpointError(
-            f"{path} has statistics of version {record.get('version')}; this is {_VERSION}",
+            f"{path} has statistics of version {version}; this is {_VERSION}",
             hint="compute them again",
         )
     return record  # type: ignore[no-any-return]

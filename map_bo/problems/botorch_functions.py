@@ -16,10 +16,13 @@ from map_bo.errors import ConfigError, DataError
 from map_bo.evaluators.world import known_numerics
 from map_bo.problems.synthetic import noisy
 from map_bo.space import CoefficientSpace
+from map_bo.values import whole_number
 
 __all__ = ["BotorchProblem", "function_names"]
 
 _DEFAULT_DIM = 6
+_MOST_DIM = 10_000  # a larger one is built for minutes
+_MOST_METRICS = 100
 
 
 def function_names() -> tuple[str, ...]:
@@ -64,6 +67,10 @@ class BotorchProblem:
                 f"botorch has no unconstrained test function {self.name!r}",
                 hint=f"there are {', '.join(function_names())}",
             )
+        for setting, most in (("dim", _MOST_DIM), ("num_objectives", _MOST_METRICS)):
+            asked = getattr(self, setting)
+            if asked is not None:
+                whole_number(setting, asked, least=1, most=most, error=DataError)
         if not 0 <= self.noise_std < float("inf"):
             raise DataError(
                 f"noise_std must be finite and not negative, got {self.noise_std}",

@@ -29,6 +29,8 @@ _MARGIN = 0.1
 _SHARPNESS = 4.0
 _DENSE = 4000
 _PRIME = 1_000_003
+_MOST = 1_000_000  # of anything: a file can ask for more than any machine has
+_ENTRIES = 100_000_000  # of the matrices of curvature
 
 
 def noisy(
@@ -51,7 +53,10 @@ def noisy(
 
 def _check(settings: dict[str, int], *, noise: float = 0.0) -> None:
     for name, value in settings.items():
-        whole_number(name, value, least=1, error=DataError)
+        if whole_number(name, value, least=1, error=DataError) > _MOST:
+            raise DataError(
+                f"{name} must be at most {_MOST}, got {value}", hint="give a smaller number"
+            )
     hint = "give a standard deviation, or 0 for none"
     real_number("noise", noise, least=0, error=DataError, hint=hint)
 
@@ -96,6 +101,12 @@ class ConcaveQuadratics:
 
     def __post_init__(self) -> None:
         _check({"d": self.d, "m": self.m}, noise=self.noise)
+        if self.m * self.d**2 > _ENTRIES:
+            raise DataError(
+                f"{self.m} metrics of {self.d} coefficients have curvatures of "
+                f"{self.m * self.d**2} numbers",
+                hint=f"lower d or m: {_ENTRIES} are the most",
+            )
         if not 1 <= self.conditioning < float("inf"):
             raise DataError(
                 f"conditioning must be finite and at least 1, got {self.conditioning}",

@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
-__all__ = ["write_whole"]
+__all__ = ["remove_stale", "write_whole"]
+
+_TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<process>\d+)\.tmp")
+_WRITTEN = frozenset(
+    {
+        *("report.html", "report.md", "summary.json"),
+        *("evaluations.csv", "front.csv", "results.csv"),
+    }
+)
+_PLOTS = frozenset({"plots", "comparison"})  # folders of ours that hold pictures
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -20,6 +30,8 @@ def write_whole(path: Path, content: str | bytes) -> None:
     """
     data = content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with suppress(FileNotFoundError):
+        temporary.unlink()  # of a killed process that had our number, or a link of somebody else
     try:
         temporary.write_bytes(data)
         temporary.replace(path)
@@ -27,3 +39,32 @@ def write_whole(path: Path, content: str | bytes) -> None:
         with suppress(OSError):
             temporary.unlink()
         raise
+
+
+def remove_stale(*folders: Path) -> None:
+    """Remove the temporary files that killed reports left in folders.
+
+    They are known by their names and by that the process in them has ended; those of a process
+    that still runs, and everything else, stay. What cannot be removed stays too.
+    """
+    for folder in folders:
+        with suppress(OSError):
+            for path in list(folder.iterdir()):
+                found = _TEMPORARY.fullmatch(path.name)
+                if found is None:
+                    continue
+                plot = folder.name in _PLOTS and found["name"].endswith(".png")
+                ours = plot or found["name"] in _WRITTEN
+                if ours and path.is_file() and not _runs(int(found["process"])):
+                    with suppress(OSError):
+                        path.unlink()
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:  # it is somebody else's
+        return True
+    return True

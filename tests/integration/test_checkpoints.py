@@ -48,8 +48,14 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def overrides(project: Path, second: str = "pulls_up") -> list[str]:
+def own(project: Path) -> str:
+    """The name of the user's module."""
     (module,) = (path.stem for path in project.glob("own_task_*.py"))
+    return module
+
+
+def overrides(project: Path, second: str = "pulls_up") -> list[str]:
+    module = own(project)
     return [
         "problem=checkpoints",
         f"problem.model={module}:build_model",
@@ -67,10 +73,11 @@ def overrides(project: Path, second: str = "pulls_up") -> list[str]:
     ]
 
 
-def test_from_files_to_a_merged_model(project: Path, tmp_path: Path) -> None:
+def test_from_files_to_a_merged_model(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["run", *overrides(project)])
+    assert f"--out merged --trust {own(project)}\n" in capsys.readouterr().out
     main(["choose", "run", "--prefer", "left=1"])
-    main(["merge", "run", "--prefer", "left=1", "--out", "merged"])
+    main(["merge", "run", "--prefer", "left=1", "--out", "merged", "--trust", own(project)])
     merged = load_file("merged/model.safetensors")
     assert float(merged["weight"][0, 0]) < float(load_file("base.safetensors")["weight"][0, 0])
 
@@ -81,8 +88,8 @@ def test_relative_paths_mean_what_they_meant_at_the_start(
     main(["run", *overrides(project)])
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     monkeypatch.chdir(elsewhere)
-    main(["resume", str(project / "run")])
-    main(["merge", str(project / "run"), "--point", "0", "--out", "here"])
+    main(["resume", "--trust", own(project), str(project / "run")])
+    main(["merge", str(project / "run"), "--point", "0", "--out", "here", "--trust"])
     assert (elsewhere / "here" / "model.safetensors").exists()
 
 

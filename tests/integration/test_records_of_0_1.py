@@ -20,6 +20,7 @@ from map_bo.surrogates.quadratic import Quadratic
 
 KEPT = Path(__file__).parents[1] / "records_of_0_1"
 SOMEWHERE = "/home/somebody/project"  # where they were recorded
+TRUST = ["--trust", "recorded_task"]
 TASK = '''
 """What the recorded runs measured: a layer of four numbers, and how near it is to two targets."""
 
@@ -83,8 +84,8 @@ def test_the_surrogate_of_a_configured_run_is_known_by_its_old_name(project: Pat
 
 
 def test_merge_a_run(project: Path) -> None:
-    main(["merge", "configured", "--point", "0", "--out", "out"])
-    main(["merge", "nested", "--point", "0", "--out", "nested_out"])
+    main(["merge", "configured", "--point", "0", "--out", "out", *TRUST])
+    main(["merge", "nested", "--point", "0", "--out", "nested_out", *TRUST])
     assert (project / "out" / "model.safetensors").exists()
     told = (project / "out" / "recipe.yaml").read_text()
     assert "class: map_bo.operators.sparse:Ties" in told
@@ -112,14 +113,14 @@ def test_resume(run: str, kept: int, project: Path) -> None:
     assert len(events(project / run)) > kept
     cut(project / run, kept)
     before = events(project / run)
-    main(["resume", run])
+    main(["resume", run, *TRUST])
     assert events(project / run)[:kept] == before
     assert summary(project / run)
 
 
 def test_resume_a_finished_run(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = events(project / "configured")
-    main(["resume", "configured"])
+    main(["resume", "configured", *TRUST])
     assert events(project / "configured") == before
 
 

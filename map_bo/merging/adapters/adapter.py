@@ -34,7 +34,7 @@ from map_bo.merging.checkpoints.checkpoint import (
     open_checkpoint,
 )
 from map_bo.merging.checkpoints.hub import fetch, hub_model
-from map_bo.merging.checkpoints.read_sharded import open_file
+from map_bo.merging.checkpoints.read_sharded import open_file, require_inside
 from map_bo.merging.checkpoints.saved_names import Saved
 from map_bo.merging.checkpoints.tensors import (
     Layout,
@@ -301,6 +301,8 @@ def open_adapter(
             "adapter_config.json",
         )
     settings = read_settings(folder)
+    if file != path:  # a file that is given by name may be a link anywhere
+        require_inside(file)
     reader = open_file(file)
     refuse_odd_names(reader.layouts, str(folder))
     odd = [name for name, layout in reader.layouts.items() if not layout.dtype.is_floating_point]

@@ -6,16 +6,18 @@ their tensors.
 
 from __future__ import annotations
 
-import json
 import math
 import re
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.foreign import read_json, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 
 __all__ = [
     "CONFIG",
@@ -113,7 +115,13 @@ def read_settings(folder: Path) -> LoraSettings:
             sum of the base and low-rank products.
     """
     path = folder / CONFIG
-    content = _read(path)
+    require_inside(path)
+    with understood(CheckpointError, str(path), hint=_WHOLE):
+        return _settings_of(path, _read(path))
+
+
+def _settings_of(path: Path, content: Mapping[str, Any]) -> LoraSettings:
+    folder = path.parent
     kind = str(content.get("peft_type", "")).upper()
     if kind != "LORA":
         raise CheckpointError(
@@ -166,7 +174,7 @@ def _parameters(path: Path, content: Mapping[str, Any]) -> tuple[str, ...]:
 def _read(path: Path) -> dict[str, Any]:
     hint = f"an adapter is a folder with {CONFIG} and adapter_model.safetensors"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {first_line(error)}", hint=hint) from error
     if not isinstance(content, dict):
@@ -179,7 +187,9 @@ def _is_rank(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) <= sys.float_info.max  # which no infinity, NaN or huge integer is
 
 
 def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:

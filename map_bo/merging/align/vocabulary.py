@@ -8,7 +8,6 @@ are matched by the vocabularies of the tokenizers, which are read as plain JSON.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,9 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
+from map_bo.foreign import read_json, read_text, understood
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
 __all__ = [
@@ -48,6 +49,8 @@ _OUTPUT = re.compile(
 )
 _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and its kin
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
+
+_FETCH = "fetch the tokenizer's files again, or merge without a vocabulary rule"
 
 
 def fit_vocabularies(
@@ -292,8 +295,7 @@ def _sizes(checkpoint: Checkpoint) -> set[int]:
 def _configured_sizes(directory: Path | None) -> Iterator[int]:
     """Yield each ``vocab_size`` of a configuration, those of its parts included."""
     try:
-        text = "{}" if directory is None else (directory / "config.json").read_text("utf-8")
-        config = json.loads(text)
+        config = {} if directory is None else read_json(directory / "config.json")
     except (OSError, ValueError):
         return  # whoever needs the configuration says so; names still tell embeddings
     for part in (config, *config.values()) if isinstance(config, dict) else ():
@@ -432,6 +434,11 @@ def token_ids(folder: Path | None) -> dict[str, int] | None:
     """
     if folder is None:
         return None
+    with understood(CheckpointError, f"the vocabulary in {folder}", hint=_FETCH):
+        return _ids_in(folder)
+
+
+def _ids_in(folder: Path) -> dict[str, int] | None:
     ids = _fast_tokenizer_ids(folder)
     if ids is None:
         ids = _mapping_ids(folder / "vocab.json")
@@ -481,10 +488,11 @@ def _mapping_ids(file: Path) -> dict[str, int] | None:
 def _line_ids(file: Path) -> dict[str, int] | None:
     if not file.is_file():
         return None
+    require_inside(file)
     try:
-        # Not read_text and splitlines: a token may be any other separator of lines.
-        lines = file.read_bytes().decode("utf-8").removesuffix("\n").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
+        # Not splitlines: a token may be any other separator of lines.
+        lines = read_text(file).removesuffix("\n").split("\n")
+    except (OSError, ValueError) as error:
         raise _damage_error(file, error) from error
     return {token.removesuffix("\r"): number for number, token in enumerate(lines)}
 
@@ -492,8 +500,9 @@ def _line_ids(file: Path) -> dict[str, int] | None:
 def _read_json(file: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
+    require_inside(file)
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise _damage_error(file, error) from error
     if not isinstance(content, dict):
@@ -504,5 +513,5 @@ def _read_json(file: Path) -> dict[str, Any] | None:
 def _damage_error(file: Path, error: BaseException) -> CheckpointError:
     return CheckpointError(
         f"{file} cannot be read as a vocabulary: {first_line(error)}",
-        hint="fetch the tokenizer's files again, or merge without a vocabulary rule",
+        hint=_FETCH,
     )

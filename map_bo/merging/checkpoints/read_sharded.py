@@ -19,7 +19,7 @@ from map_bo.merging.checkpoints.safetensors_files import (
 )
 from map_bo.merging.checkpoints.tensors import Layout, TensorReader, name_problem
 
-__all__ = ["ShardedReader", "open_file"]
+__all__ = ["ShardedReader", "open_file", "require_inside"]
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 
@@ -65,7 +65,7 @@ class ShardedReader:
                     f"{index} names the shard {shard!r}, which is missing from {index.parent}",
                     hint="the download or copy is incomplete; fetch the missing file",
                 )
-            _require_inside(path)
+            require_inside(path)
             shards[shard] = open_file(path)
         home: dict[str, TensorReader] = {}
         ties: dict[str, str] = {}
@@ -150,12 +150,22 @@ def _shard_problem(shard: object) -> str | None:
     )
 
 
-def _require_inside(path: Path) -> None:
-    """Refuse a link that leads out of the folder it is in, and out of the hub cache around it."""
-    if not path.is_symlink():
+def require_inside(path: Path, root: Path | None = None) -> None:
+    """Refuse a file that links lead out of its model's folder, and of the hub cache around it.
+
+    Links of links are followed, and so are those of the folders between.
+
+    Args:
+        path: The file; it need not exist.
+        root: The folder that it must be in, which may be a link itself; by default the file's own.
+
+    Raises:
+        CheckpointError: When it is elsewhere, or cannot be followed.
+    """
+    if root is None and not path.is_symlink():
         return
     try:
-        folder, real = path.parent.resolve(strict=True), path.resolve()
+        folder, real = (root or path.parent).resolve(strict=True), path.resolve()
     except (OSError, RuntimeError) as error:
         _refuse_link(path, first_line(error), error)
     if not any(real.is_relative_to(root) for root in (folder, *_blobs_around(folder))):

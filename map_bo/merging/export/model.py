@@ -24,6 +24,7 @@ from map_bo.merging.align.experts import note_untied, require_distinct
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.align.vocabulary import VocabularyRule
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoints.read_sharded import require_inside
 from map_bo.merging.checkpoints.tensors import DTYPES, Layout
 from map_bo.merging.export.bounded import Merge, merge_bounded
 from map_bo.merging.export.carried import find_carried, weight_stem
@@ -340,6 +341,10 @@ def write_model(
             hint="convert the base and the experts to float32",
         )
     carried = find_carried(base, experts, code=code)
+    folders = [c.directory for c in (base, *experts.values()) if c.directory is not None]
+    for file in carried.files.values():
+        # A model from somebody else must not publish a file of this machine.
+        require_inside(file, next((f for f in folders if file.is_relative_to(f)), file.parent))
     notes = [*carried.notes, *note_untied(base)]
     with writing(target):
         remove_stale_drafts(target)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from map_bo.errors import listed
+from map_bo.foreign import read_json
 from map_bo.merging.align.conform import changes_told
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.plain import is_settings, name_of
@@ -161,7 +162,7 @@ def _is_transformers(base: Checkpoint) -> bool:
     if base.directory is None:
         return False
     try:
-        config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+        config = read_json(base.directory / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())

@@ -13,7 +13,8 @@ import torch
 import yaml
 from torch import Tensor
 
-from map_bo.errors import MergeError
+from map_bo.errors import MergeError, first_line
+from map_bo.foreign import read_yaml
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 
 __all__ = ["RECIPE", "plain", "read_recipe", "recipe_text"]
@@ -113,15 +114,15 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     file = Path(path).expanduser()
     file = file / RECIPE if file.is_dir() else file
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
     except OSError as error:
         raise MergeError(
             f"{file} cannot be read: {error.strerror}",
             hint="give the folder of a merged model, or its recipe.yaml",
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise MergeError(
-            f"{file} is not YAML: {str(error).splitlines()[0]}",
+            f"{file} is not YAML: {first_line(error)}",
             hint="recipes are written by map_bo beside each merged model",
         ) from error
     if not isinstance(content, dict) or content.get("recipe") not in (1, _FORMAT):

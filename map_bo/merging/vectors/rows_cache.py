@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
+from map_bo.foreign import parse_json
 from map_bo.merging.adapters.adapter import adapter_over
 from map_bo.merging.adapters.low_rank import AdaptedTensor
 from map_bo.merging.align.layout import FlatLayout
@@ -345,7 +346,7 @@ def read_extras(path: Path) -> tuple[dict[str, Any], Extras]:
     header = read_header(WeightFile(path))
     reader = SafetensorsReader(path)
     try:
-        about: dict[str, Any] = json.loads(header.metadata[_ABOUT])
+        about: dict[str, Any] = parse_json(header.metadata[_ABOUT])
         tensors = {name: reader.load(name) for name in reader.layouts}
         if _tensors_digest(tensors) != about["beside"]:
             raise ValueError("what is beside its rows has changed")

@@ -11,9 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, first_line
+from map_bo.foreign import read_yaml
 
 __all__ = ["Entries", "Recipe", "as_bool", "as_number", "blocks_of", "content_of", "entries"]
 
@@ -147,13 +146,15 @@ def content_of(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     file = Path(config).expanduser()
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file)
     except OSError as error:
         raise ConfigError(
             f"{file} cannot be read: {error.strerror}", hint="give the path of a mergekit recipe"
         ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{file} is not YAML: {str(error).splitlines()[0]}") from error
+    except ValueError as error:
+        raise ConfigError(
+            f"{file} is not YAML: {first_line(error)}", hint="give the path of a mergekit recipe"
+        ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"{file} is not a mergekit recipe", hint="it must say merge_method: ...")
     return content

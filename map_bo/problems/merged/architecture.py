@@ -96,12 +96,12 @@ def _candidates(
     for expert in with_head[:1]:
         assert expert.directory is not None
         for name in _named(expert):
-            if (kind := getattr(transformers, name, None)) is not None:
+            if (kind := _model_class(transformers, name)) is not None:
                 yield _maker(kind, _read(transformers, expert.directory))
     config = _read(transformers, folder)
     named = _named(base)
     for name in named:
-        kind = getattr(transformers, name, None)
+        kind = _model_class(transformers, name)
         if kind is not None:
             yield _maker(kind, config)
         else:
@@ -111,6 +111,13 @@ def _candidates(
             )
     if _has_class(transformers, config):
         yield lambda: transformers.AutoModel.from_config(config)
+
+
+def _model_class(transformers: Any, name: str) -> Any:
+    """Return the model class of a name in a file, which must not lead to anything else there."""
+    kind = getattr(transformers, name, None)
+    is_model = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return kind if is_model else None
 
 
 def _has_class(transformers: Any, config: Any) -> bool:

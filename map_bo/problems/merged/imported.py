@@ -15,7 +15,7 @@ from typing import Any, get_args
 import torch
 
 from map_bo.data import Metric
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.extensions import installed, origin
 from map_bo.merging.adapters.adapter import open_expert
@@ -192,12 +192,22 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
             f"{key} {where!r} is registered by {' and '.join(map(origin, points))}",
             hint="write it as module:function",
         )
-    found = import_callable(points[0].value, key)
-    return found() if isinstance(found, type) else found
+    try:
+        found: Any = points[0].load()
+    except Exception as error:  # whatever the import of another package raises
+        raise ConfigError(
+            f"{key} {where!r} of the package {origin(points[0])} cannot be imported: "
+            f"{first_line(error)}",
+            hint=f"repair or uninstall {origin(points[0])}",
+        ) from error
+    made: Evaluator = found() if isinstance(found, type) else found
+    return made
 
 
 def import_callable(where: str, key: str) -> Callable[..., Any]:
-    """Import ``module:attribute``, looking in the working directory first.
+    """Import ``module:attribute``, looking in the working directory too.
+
+    It is not called for what a file names, unless the user trusts the file.
 
     Raises:
         ConfigError: When there is no such thing, or it cannot be called.
@@ -209,7 +219,7 @@ def import_callable(where: str, key: str) -> Callable[..., Any]:
         )
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)
+        sys.path.append(here)
     try:
         found: Any = import_module(module)
         for part in attribute.split("."):

@@ -11,7 +11,7 @@ from map_bo.report.comparison.comparison import Comparison
 from map_bo.report.comparison.page import comparison_html, comparison_markdown
 from map_bo.report.comparison.plots import cost_figure, front_overlay, progress_bands
 from map_bo.report.comparison.runs import MEASURES
-from map_bo.report.files import write_whole
+from map_bo.report.files import remove_stale, write_whole
 
 __all__ = ["results_csv", "write_comparison"]
 
@@ -23,9 +23,10 @@ def write_comparison(found: Comparison, directory: Path) -> None:
         OSError: When a file cannot be written; the file is then as it was before.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_whole(directory / "results.csv", results_csv(found))
     folder = directory / "comparison"
     folder.mkdir(exist_ok=True)
+    remove_stale(directory, folder)
+    write_whole(directory / "results.csv", results_csv(found))
     plots = {}
     for name, draw in (
         ("progress", progress_bands),

@@ -22,7 +22,7 @@ from map_bo.report.comparison.tables import (
     varied_table,
     win_rate_tables,
 )
-from map_bo.report.page_style import STYLE
+from map_bo.report.page_style import STYLE, styled
 
 __all__ = ["PLOTS", "comparison_html", "comparison_markdown", "markdown_part", "sections"]
 
@@ -102,10 +102,11 @@ def comparison_html(found: Comparison, plots: Mapping[str, bytes]) -> str:
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{styled(STYLE + _EXTRA)}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
         f'<link rel="icon" href="data:,">\n<title>{title}</title>\n'
-        f"<style>{STYLE}{_EXTRA}</style>\n</head>\n<body>\n<header><h1>{title}</h1>\n"
+        f"</head>\n<body>\n<header><h1>{title}</h1>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f"<main>\n{body}</main>\n</body>\n</html>\n"
     )

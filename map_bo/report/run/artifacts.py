@@ -8,13 +8,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from map_bo.report.files import write_whole
+from map_bo.errors import DataError
+from map_bo.foreign import understood
+from map_bo.report.files import remove_stale, write_whole
 from map_bo.report.run.page import write_html
 from map_bo.report.run.plots import write_plots
 from map_bo.report.run.tables import write_evaluations_csv, write_front_csv
 from map_bo.report.view import RunView
 
 __all__ = ["write_report", "write_summary"]
+
+_HINT = "restore the record of the run from a copy if it was edited by hand"
 
 
 def write_report(view: RunView, directory: Path) -> None:
@@ -26,14 +30,17 @@ def write_report(view: RunView, directory: Path) -> None:
 
     Raises:
         OSError: When a file cannot be written; the file is then as it was before.
+        DataError: When the summary is of a form that map_bo does not write.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    write_evaluations_csv(view, view.space, directory / "evaluations.csv")
-    write_front_csv(view.front, view.space, directory / "front.csv")
-    write_summary(view.summary, directory / "summary.json")
-    plots = write_plots(view, directory / "plots")
-    write_html(view, directory / "report.html", plots)
+    remove_stale(directory, directory / "plots")
+    with understood(DataError, f"what is recorded of {view.title}", hint=_HINT):
+        write_evaluations_csv(view, view.space, directory / "evaluations.csv")
+        write_front_csv(view.front, view.space, directory / "front.csv")
+        write_summary(view.summary, directory / "summary.json")
+        plots = write_plots(view, directory / "plots")
+        write_html(view, directory / "report.html", plots)
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from map_bo.data import Metric
 from map_bo.report.files import write_whole
 from map_bo.report.numbers import coefficient, interval, metric_value, share, volume
-from map_bo.report.page_style import STYLE
+from map_bo.report.page_style import STYLE, styled
 from map_bo.report.run.certainty import (
     calibration_rows,
     calibration_words,
@@ -84,9 +84,10 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
     title = escape(f"Run {view.title}")
     page = (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f"{styled(STYLE)}"
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<meta name="color-scheme" content="light dark">\n'
-        f'<link rel="icon" href="data:,">\n<title>{title}</title>\n<style>{STYLE}</style>\n'
+        f'<link rel="icon" href="data:,">\n<title>{title}</title>\n'
         f"</head>\n<body>\n<header><h1>{title}</h1>\n"
         f'<nav aria-label="Sections"><ul>{links}</ul></nav></header>\n'
         f"<main>\n{body}</main>\n</body>\n</html>\n"

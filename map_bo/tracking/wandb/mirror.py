@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from map_bo.errors import ConfigError
+from map_bo.foreign import read_json
 from map_bo.tracking.store import Event
 from map_bo.tracking.tracker import Tracker
 from map_bo.tracking.wandb.numbers import Numbers, flat, front_table
@@ -201,7 +202,7 @@ class WandbMirror:
         path = self._state_path()
         if path is not None:
             with suppress(OSError, ValueError, TypeError):
-                self._state.update(json.loads(path.read_text()))
+                self._state.update(read_json(path))
 
     def observe(self, event: Event) -> None:
         """See :class:`map_bo.tracking.tracker.Tracker`."""

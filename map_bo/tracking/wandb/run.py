@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import netrc
 from collections.abc import Mapping
 from contextlib import suppress
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+from map_bo.foreign import read_json
 from map_bo.moved import current
 
 __all__ = ["STATE", "WandbRun", "has_key", "is_mirrored", "wandb_run_of"]
@@ -52,7 +52,7 @@ def wandb_run_of(directory: Path, config: Mapping[str, Any] | None = None) -> Wa
         config: The recorded configuration of the run, for what that file does not say.
     """
     try:
-        state = json.loads((directory / STATE).read_text(encoding="utf-8"))
+        state = read_json(directory / STATE)
         found = {**_settings(config or {}), **state}
         if found.get("mode") == "disabled" or not found.get("events"):
             return None
@@ -64,12 +64,12 @@ def wandb_run_of(directory: Path, config: Mapping[str, Any] | None = None) -> Wa
             prefix=str(found.get("prefix") or ""),
             offline=bool(found.get("offline")),
         )
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    tree = config.get("tree")
+    tree = config.get("tree") if isinstance(config, Mapping) else None
     group = tree.get("tracking") if isinstance(tree, Mapping) else None
     for node in (group if isinstance(group, Mapping) else {}).values():
         if isinstance(node, Mapping) and current(str(node.get("_target_"))) == _TARGET:
@@ -80,7 +80,7 @@ def _settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def is_mirrored(directory: Path) -> bool:
     """Return whether the run in ``directory`` is on Weights & Biases from start to end."""
     try:
-        return bool(json.loads((directory / STATE).read_text(encoding="utf-8"))["whole"])
+        return bool(read_json(directory / STATE)["whole"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

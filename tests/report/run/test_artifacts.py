@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from map_bo.errors import DataError
 from map_bo.report.run import artifacts
 from map_bo.report.run.artifacts import write_report, write_summary
 from tests.report.fake_views import make_view
@@ -42,7 +43,7 @@ def test_a_plot_that_cannot_be_drawn_costs_no_table(
         raise RuntimeError("no font")
 
     monkeypatch.setattr(artifacts, "write_plots", fail)
-    with pytest.raises(RuntimeError, match="no font"):
+    with pytest.raises(DataError, match="RuntimeError: no font"):
         write_report(make_view(2), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {
         "evaluations.csv", "front.csv", "summary.json",
