@@ -84,3 +84,15 @@ def main_status(arguments: list[str]) -> int:
     except SystemExit as error:
         return int(error.code or 0)
     return 0
+
+
+def test_every_test_that_a_promise_names_is_there() -> None:
+    root = Path(__file__).parents[1]
+    named = re.findall(
+        r"`((?:tests|benchmarks)/[^`]+)`", (root / "docs/reliability.md").read_text()
+    )
+    assert len(named) > 50
+    for name in named:
+        path, _, test = name.partition("::")
+        assert (root / path).exists(), name
+        assert not test or f"def {test}" in (root / path).read_text(), name
