@@ -1,127 +1,760 @@
-"""Kill test: a run killed with SIGKILL at random moments and resumed ends like one never killed.
+"""Kill test: what is killed with SIGKILL at random moments and gone on with ends like the rest.
 
-python -m benchmarks.quality.kill [--smoke] [--out FILE.json]
+python -m benchmarks.quality.kill [--smoke] [--kills N] [--only KIND ...] [--out FILE.json]
 
-Every trial starts the same run, kills its whole process at a random moment, resumes it, kills
-that too at a random moment, and so on until ``--kills`` kills have struck in all; each trial is
-then resumed to its end and compared with the run that nobody killed: the same evaluations, bit
-for bit, and the same front.
+Every trial starts a command, kills its whole process group at a random moment, goes on with it as
+a user would, kills that too, and so on; in the end it is left alone and compared with the same
+command that nobody killed. Meanwhile the evaluator itself dies in every 29th call, in turn by a
+segmentation fault, an abort and an `os._exit(0)`, and whatever died is resumed.
+
+    flat, batch             a run of points one by one, or three at a time
+    nested, materialised    a nested run: merges of fronts, or of models that have to be written
+    resume                  a run that was cut off anywhere, and whose every resume is killed
+    report, export          `map-bo report RUN`, `map-bo merge RUN --out FOLDER`
+
+Checked after every kill: the record is whole, all lines that were complete before are its first
+lines, byte by byte, and a report or an export that is there is whole. Checked at the end: `map-bo
+check`, every event (but that evaluations began, and seconds), evaluations, front, every file of a
+report, every file of an export, and that nothing else is left beside them. Apart from kills, one
+point at which the process always dies has to become a failed evaluation, and a killed joblib sweep
+has to end its workers.
+
+Most commands run in a process that is forked from one that has imported everything, so that a
+kill costs a second; every fifth trial starts the real command line.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import importlib
 import json
 import os
 import random
+import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.quality.deadly import WAYS, calls
 from benchmarks.record import finish
+from map_bo.app.record_commands import verdict_of
+from map_bo.errors import MapBoError
 from map_bo.loop.reading import load_state
 
-OVERRIDES = ["problem=digits", "problem.experts=3", "surrogate=quadratic", "progress=false"]
+PROBLEM = [
+    *("problem=digits", "problem._target_=benchmarks.quality.deadly.deadly_digits"),
+    *("problem.experts=4", "+problem.epochs=2", "surrogate=quadratic", "solver.points=30"),
+    *("sampler=thompson", "loop.budget=16", "loop.verify=2", "progress=false"),
+]
+RUNS: dict[str, list[str]] = {
+    "flat": [],
+    "batch": ["loop.batch=3"],
+    "nested": ["nested=fronts", "loop.budget=18", "sampler=sobol"],
+    "materialised": ["nested=fronts", "operator=ties", "loop.budget=18", "sampler=sobol"],
+}
+KINDS = {**dict.fromkeys(RUNS, 0.15), "resume": 0.16, "report": 0.12, "export": 0.12}
+"""Kind -> its share of the kills."""
+
+TRUST = ["--trust", "benchmarks"]
+PREFER = ["--prefer", "rot90=2", "--prefer", "flip=1"]
+MOST = 4  # kills of one trial
+EVERY = 29  # a call of the evaluator in so many is the end of its process
+PATIENCE = 30  # retries, so that no point is given up: its deaths and kills are fewer
+HANGS = 180.0  # seconds after which a command that nobody kills counts as one that hangs
+LIFE = 20.0  # seconds in which the workers of a killed sweep have to end
+FREE = ("started", "interrupted")  # events that a death repeats
+CHANCE = ("seconds", "time", "cost", "seq", "sum", "versions", "summary", "config")
 
 
-def command(kind: str, directory: Path, budget: int) -> list[str]:
-    start = [sys.executable, "-m", "map_bo.app.main"]
-    if kind == "run":
-        return [*start, "run", *OVERRIDES, f"loop.budget={budget}", f"hydra.run.dir={directory}"]
-    return [*start, "resume", str(directory)]
+@dataclass
+class Stand:
+    """Where trials take place.
+
+    Attributes:
+        root: A folder for everything.
+        draw: Random moments.
+        faults: What went wrong, in words.
+        deaths: Way of an evaluator to die -> how often it did.
+    """
+
+    root: Path
+    draw: random.Random
+    faults: list[str] = field(default_factory=list)
+    deaths: dict[str, int] = field(default_factory=dict)
+
+    def blame(self, what: str, log: Path | None = None) -> None:
+        """Note a fault."""
+        said = log.read_text(errors="replace")[-1500:] if log is not None and log.exists() else ""
+        self.faults.append(what)
+        print(f"FAULT {what}\n{said}", flush=True)
 
 
-def to_the_end(kind: str, directory: Path, budget: int) -> None:
-    done = subprocess.run(command(kind, directory, budget), capture_output=True, text=True)
-    if done.returncode != 0:
-        raise SystemExit(f"{kind} of {directory} failed:\n{done.stderr}")
+# Processes
 
 
-def killed(kind: str, directory: Path, budget: int, after: float) -> bool:
-    """Start and kill after so many seconds; return whether it was still running then."""
-    with subprocess.Popen(
-        command(kind, directory, budget),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    ) as process:
-        try:
-            process.wait(timeout=after)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            return True
-    return False
+def _environment(calls_to: Path, more: Mapping[str, str]) -> dict[str, str]:
+    return {"MAP_BO_DEADLY_CALLS": str(calls_to), "COLUMNS": "80", **more}
 
 
-def events(directory: Path) -> int:
+def start(argv: Sequence[str], log: Path, environment: Mapping[str, str], *, forked: bool) -> int:
+    """Start a command of map-bo in a process group of its own, and return its number."""
+    if not forked:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                [sys.executable, "-m", "map_bo.app.main", *argv],
+                stdout=file,
+                stderr=file,
+                env={**os.environ, **environment},
+                start_new_session=True,
+            ).pid
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        with suppress(OSError):
+            os.setpgid(child, child)
+        return child
+    code = 70
+    try:
+        os.setpgid(0, 0)
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        os.environ.update(environment)
+        code = _command(argv)
+    finally:
+        with suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _command(argv: Sequence[str]) -> int:
+    """Run a command of map-bo in this process, and return its exit status."""
+    import traceback
+
+    from map_bo.app.main import main
+
+    try:
+        main(argv)
+    except SystemExit as error:
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        return 71
+    return 0
+
+
+def wait(process: int, seconds: float) -> int | None:
+    """Return how a process ended, or None when it still runs after so many seconds."""
+    end = time.monotonic() + seconds
+    while True:
+        found, status = os.waitpid(process, os.WNOHANG)
+        if found:
+            return os.waitstatus_to_exitcode(status)
+        if time.monotonic() >= end:
+            return None
+        time.sleep(0.002)
+
+
+def kill(process: int) -> None:
+    """Kill a process and all that it started."""
+    with suppress(ProcessLookupError):
+        os.killpg(process, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(process, 0)
+
+
+# What there is
+
+
+def events(directory: Path) -> list[bytes]:
+    """Return the complete lines of a record."""
     path = directory / "events.jsonl"
-    return path.read_bytes().count(b"\n") if path.exists() else 0
+    text = path.read_bytes() if path.exists() else b""
+    return text[: text.rfind(b"\n") + 1].splitlines(keepends=True)
+
+
+def _plain(value: Any) -> Any:
+    """Return recorded data without times and numbers of lines."""
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items() if key not in CHANCE}
+    return [_plain(part) for part in value] if isinstance(value, list) else value
+
+
+def story(directory: Path) -> list[Any]:
+    """Return what happened in a run, without times, and without that evaluations began."""
+    told = [json.loads(line) for line in events(directory)]
+    kept = []
+    for event in told:
+        kind = event["data"].get("kind", "") if event["kind"] == "node" else event["kind"]
+        if kind not in FREE:
+            kept.append(_plain(event))
+    return kept
+
+
+def is_finished(directory: Path) -> bool:
+    """Return whether a run has recorded its end."""
+    lines = events(directory)
+    return bool(lines) and any(json.loads(line)["kind"] == "finished" for line in lines[-3:])
+
+
+def files(folder: Path) -> dict[str, str]:
+    """Return the files of a folder, by what is in them."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
 
 
 def same(one: Path, two: Path) -> dict[str, bool]:
+    """Compare the ends of two runs."""
     (a, _), (b, _) = load_state(one), load_state(two)
     assert a.front is not None
     assert b.front is not None
     return {
-        "same points": torch.equal(a.seen.X, b.seen.X),
-        "same metrics": torch.equal(a.seen.Y, b.seen.Y),
+        "same evaluations": torch.equal(a.seen.X, b.seen.X)
+        and torch.equal(a.seen.Y, b.seen.Y)
+        and torch.equal(a.verification.Y, b.verification.Y)
+        and a.seen.failures == b.seen.failures,
         "same front": torch.equal(a.front.X, b.front.X) and torch.equal(a.front.mean, b.front.mean),
-        "same verification": torch.equal(a.verification.Y, b.verification.Y),
+        "same events": story(one) == story(two),
     }
+
+
+# Trials of runs
+
+
+@dataclass
+class Whole:
+    """A command that nobody killed.
+
+    Attributes:
+        directory: What it wrote.
+        seconds: How long it took, forked and by the command line.
+        calls: How often it called an evaluator.
+    """
+
+    directory: Path
+    seconds: dict[bool, float]
+    calls: int = 0
+
+
+def run_words(kind: str, directory: Path, retries: int = PATIENCE) -> list[str]:
+    """Return the command of a run."""
+    more = [*PROBLEM, *RUNS[kind], f"loop.retries={retries}", f"hydra.run.dir={directory}"]
+    return ["run", *more]
+
+
+def next_words(kind: str, directory: Path) -> list[str]:
+    """Return the command with which a user goes on."""
+    if not events(directory):
+        return run_words(kind, directory)
+    return ["resume", str(directory), *TRUST]
+
+
+class Trial:
+    """One run that is killed again and again.
+
+    Args:
+        stand: Where.
+        kind: Of the run.
+        directory: Of the run.
+        whole: The same run that nobody killed.
+        forked: Whether its processes are forked.
+    """
+
+    def __init__(
+        self, stand: Stand, kind: str, directory: Path, whole: Whole, *, forked: bool
+    ) -> None:
+        self.stand, self.kind, self.directory, self.whole = stand, kind, directory, whole
+        self.forked = forked
+        self.log = directory.with_suffix(".log")
+        self.calls = directory.with_suffix(".calls")
+        self.kept = events(directory)
+        self.lost = self.killed = self.died = 0
+        self.moments: list[int] = []
+        self.environment = _environment(self.calls, {"MAP_BO_DEADLY_EVERY": str(EVERY)})
+
+    def look(self) -> None:
+        """Compare the record with what it held before."""
+        now = events(self.directory)
+        for before, after in zip(self.kept, [*now, *[b""] * len(self.kept)], strict=False):
+            self.lost += before != after
+        if now:
+            try:
+                damage = verdict_of(self.directory).damage
+            except MapBoError as error:
+                damage = error.message
+            if damage is not None:
+                self.stand.blame(f"{self.name}: the record is damaged: {damage}")
+        self.kept = now
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} in {self.directory.name}"
+
+    def strike(self) -> bool:
+        """Go on, and kill at a random moment; return whether it still ran then."""
+        words = next_words(self.kind, self.directory)
+        rest = 1.0 if not self.kept else max(0.15, 1.0 - len(self.kept) / len(self.whole_events))
+        after = self.stand.draw.uniform(0.02, 1.02) * rest * self.whole.seconds[self.forked]
+        process = start(words, self.log, self.environment, forked=self.forked)
+        code = wait(process, after)
+        if code is None:
+            kill(process)
+            self.killed += 1
+            self.look()
+            self.moments.append(len(self.kept))
+            return True
+        self.ended(code)
+        return False
+
+    @property
+    def whole_events(self) -> list[bytes]:
+        return events(self.whole.directory)
+
+    def ended(self, code: int) -> None:
+        """Take note of how a process ended that was not killed."""
+        ways = {-signal.SIGSEGV: "segfault", -signal.SIGABRT: "abort", 0: "exit"}
+        self.look()
+        if code == 0 and is_finished(self.directory):
+            return
+        if code in ways:
+            self.died += 1
+            self.stand.deaths[ways[code]] = self.stand.deaths.get(ways[code], 0) + 1
+        else:
+            self.stand.blame(f"{self.name}: ended with {code}", self.log)
+
+    def to_the_end(self) -> bool:
+        """Go on until it has ended; return whether it has."""
+        for _ in range(40):
+            words = next_words(self.kind, self.directory)
+            process = start(words, self.log, self.environment, forked=self.forked)
+            code = wait(process, HANGS)
+            if code is None:
+                kill(process)
+                self.stand.blame(f"{self.name}: hangs", self.log)
+                return False
+            before = len(self.stand.faults)
+            self.ended(code)
+            if len(self.stand.faults) > before:
+                return False
+            if code == 0 and is_finished(self.directory):
+                return True
+        self.stand.blame(f"{self.name}: does not end", self.log)
+        return False
+
+    def row(self) -> dict[str, Any]:
+        """End it and compare."""
+        row: dict[str, Any] = {
+            "kind": self.kind,
+            "by": "fork" if self.forked else "command line",
+            "kills": self.killed,
+        }
+        if not self.to_the_end():
+            return {**row, "ended": False}
+        process = start(["check", str(self.directory)], self.log, {}, forked=self.forked)
+        if wait(process, HANGS) != 0:
+            self.stand.blame(f"{self.name}: map-bo check", self.log)
+        if b"Traceback" in self.log.read_bytes():
+            self.stand.blame(f"{self.name}: a traceback", self.log)
+        found = same(self.whole.directory, self.directory)
+        names = [set(os.listdir(each)) for each in (self.whole.directory, self.directory)]
+        found["same files"] = names[0] == names[1]
+        for what, good in found.items():
+            if not good:
+                self.stand.blame(f"{self.name}: not the {what} {names[0] ^ names[1] or ''}")
+        if self.lost:
+            self.stand.blame(f"{self.name}: {self.lost} lines were lost or changed")
+        return {
+            **row,
+            "ended": True,
+            "at events": self.moments,
+            "deaths": self.died,
+            "lines lost": self.lost,
+            "measurements kept": sum(
+                any(f'"{kind}"'.encode() in line for kind in ("observed", "verified", "measured"))
+                for line in self.kept
+            ),
+            "calls repeated": calls(self.calls) - self.whole.calls if self.kind != "resume" else 0,
+            **found,
+        }
+
+
+def whole_run(stand: Stand, kind: str, *, shell: bool) -> Whole:
+    """Make a run that nobody kills, twice forked; the second has everything in caches."""
+    seconds: dict[bool, float] = {}
+    for name, forked in (("first", True), ("whole", True), *([("shell", False)] * shell)):
+        directory = stand.root / f"{kind}-{name}"
+        log, counted = directory.with_suffix(".log"), directory.with_suffix(".calls")
+        begun = time.perf_counter()
+        words = run_words(kind, directory)
+        code = wait(start(words, log, _environment(counted, {}), forked=forked), HANGS)
+        seconds[forked] = time.perf_counter() - begun
+        if code != 0:
+            stand.blame(f"{kind}: a run that nobody killed ended with {code}", log)
+            raise SystemExit(1)
+    whole = stand.root / f"{kind}-whole"
+    for name in ("first", *(["shell"] * shell)):
+        for what, good in same(whole, stand.root / f"{kind}-{name}").items():
+            if not good:
+                stand.blame(f"{kind}: the same run again ({name}) has not the {what}")
+    return Whole(whole, seconds, calls(whole.with_suffix(".calls")))
+
+
+def cut(whole: Path, directory: Path, draw: random.Random) -> None:
+    """Leave a run as one that was cut off in the middle of a line, or after one."""
+    lines = events(whole)
+    count = draw.randrange(1, len(lines))
+    rest = lines[count][: draw.randrange(len(lines[count]))] if draw.random() < 0.5 else b""
+    directory.mkdir()
+    (directory / "events.jsonl").write_bytes(b"".join(lines[:count]) + rest)
+
+
+def kill_runs(stand: Stand, kind: str, wanted: int, wholes: dict[str, Whole]) -> list[Any]:
+    """Kill runs of one kind until so many kills have struck."""
+    rows: list[Any] = []
+    struck = 0
+    while struck < wanted:
+        number = len(rows)
+        of = stand.draw.choice([name for name in RUNS if name in wholes])
+        of = of if kind == "resume" else kind
+        whole = wholes[of]
+        forked = number % 5 != 1 or False not in whole.seconds
+        directory = stand.root / f"{kind}-{number}"
+        if kind == "resume":
+            cut(whole.directory, directory, stand.draw)
+        trial = Trial(stand, of, directory, whole, forked=forked)
+        for _ in range(3 * MOST):
+            if trial.killed >= min(MOST, wanted - struck) or is_finished(directory):
+                break
+            trial.strike()
+        row = {**trial.row(), "kind": kind}
+        if kind == "resume":
+            row |= {"of": of}
+            hydra = "not the same files"  # there were none of Hydra's when it was cut
+            stand.faults = [fault for fault in stand.faults if hydra not in fault]
+            row["same files"] = True
+        struck += row["kills"]
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+# Trials of what is written from a run
+
+
+def _strike(
+    stand: Stand, words: list[str], log: Path, seconds: float, place: Path, *, forked: bool
+) -> int | None:
+    """Kill a command at a random moment, or shortly after it began to write in a folder."""
+    before = set(os.listdir(place))
+    process = start(words, log, _environment(stand.root / "none.calls", {}), forked=forked)
+    if stand.draw.random() < 0.4:
+        code = wait(process, stand.draw.uniform(0.02, 1.0) * seconds)
+    else:
+        end = time.monotonic() + 3 * seconds + 5.0
+        while set(os.listdir(place)) == before and time.monotonic() < end:
+            time.sleep(0.0005)
+            code = wait(process, 0.0)
+            if code is not None:
+                return code
+        code = wait(process, stand.draw.uniform(0.0, 0.05))
+    if code is None:
+        kill(process)
+    return code
+
+
+def _seconds(words: Callable[[Path], list[str]], stand: Stand, name: str) -> dict[bool, float]:
+    found = {}
+    for forked in (True, False):
+        out = stand.root / f"{name}-{'forked' if forked else 'shell'}"
+        begun = time.perf_counter()
+        log = out.with_suffix(".log")
+        environment = _environment(stand.root / "none.calls", {})
+        code = wait(start(words(out), log, environment, forked=forked), HANGS)
+        found[forked] = time.perf_counter() - begun
+        if code != 0:
+            stand.blame(f"{name}: ended with {code} although nobody killed it", log)
+            raise SystemExit(1)
+    return found
+
+
+def kill_writers(
+    stand: Stand, kind: str, wanted: int, of: str, whole: Whole, *, shell: bool
+) -> list[Any]:
+    """Kill reports or exports of a finished run until so many kills have struck."""
+    record = (whole.directory / "events.jsonl").read_bytes()
+
+    def words(out: Path) -> list[str]:
+        if kind == "report":
+            return ["report", str(whole.directory), "--out", str(out)]
+        return ["merge", str(whole.directory), *PREFER, "--out", str(out), *TRUST]
+
+    seconds = _seconds(words, stand, f"{kind}-{of}")
+    expected = files(stand.root / f"{kind}-{of}-forked")
+    if expected != files(stand.root / f"{kind}-{of}-shell"):
+        stand.blame(f"{kind}: made twice, it has other files")
+    rows: list[Any] = []
+    struck = tries = 0
+    while struck < wanted and tries < 5 * wanted:
+        number = len(rows)
+        forked = not shell or number % 5 != 1
+        place = stand.root / f"{kind}-{of}-{number}"
+        place.mkdir()
+        out, log, killed, seen = place / "out", place.with_suffix(".log"), 0, []
+        if kind == "report":
+            out.mkdir()
+        watched = out if kind == "report" else place
+        for _ in range(min(MOST, wanted - struck)):
+            tries += 1
+            code = _strike(stand, words(out), log, seconds[forked], watched, forked=forked)
+            killed += code is None
+            there = out.exists()
+            seen.append(sorted(set(os.listdir(watched))))
+            if kind == "report":
+                half = {n for n, h in files(out).items() if n in expected and expected[n] != h}
+            else:
+                half = {"out"} if there and files(out) != expected else set()
+            if half:
+                stand.blame(f"{kind}: {half} of {place.name} is there and not whole")
+            if code is not None and code != 0:
+                stand.blame(f"{kind} in {place.name}: ended with {code}", log)
+            if kind == "export" and there:
+                break  # it was finished before the kill
+        if kind == "report" or not out.exists():
+            code = wait(
+                start(words(out), log, _environment(stand.root / "none.calls", {}), forked=forked),
+                HANGS,
+            )
+            if code != 0:
+                stand.blame(f"{kind} in {place.name}: afterwards it ended with {code}", log)
+        found = {
+            "same files": files(out) == expected,
+            "nothing beside": os.listdir(place) == ["out"],
+            "same record": (whole.directory / "events.jsonl").read_bytes() == record,
+        }
+        for what, good in found.items():
+            if not good:
+                stand.blame(f"{kind} in {place.name}: not {what}: {os.listdir(place)}", log)
+        if log.exists() and b"Traceback" in log.read_bytes():
+            stand.blame(f"{kind} in {place.name}: a traceback", log)
+        by = "fork" if forked else "command line"
+        row = {"kind": kind, "of": of, "by": by, "kills": killed, "left": seen, **found}
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        struck += killed
+    return rows
+
+
+# A point at which the process always dies, and a killed sweep
+
+
+def given_up(stand: Stand, kind: str, how: str) -> dict[str, Any]:
+    """Resume a run whose evaluator dies at one point for ever, until the run has ended."""
+    directory = stand.root / f"always-{kind}-{how}"
+    log, counted = directory.with_suffix(".log"), directory.with_suffix(".calls")
+    more = {"MAP_BO_DEADLY_EXPERT": "invert", "MAP_BO_DEADLY_HOW": how}
+    processes = 0
+    while not is_finished(directory) and processes < 12:
+        words = next_words(kind, directory)
+        if words[0] == "run":
+            words = run_words(kind, directory, retries=1)
+        processes += 1
+        code = wait(start(words, log, _environment(counted, more), forked=True), HANGS)
+        if code is None or code not in (0, -signal.SIGSEGV, -signal.SIGABRT):
+            stand.blame(f"a point that always ends in {how} ({kind}): exit status {code}", log)
+            break
+    text = b"".join(events(directory)).decode()
+    row = {
+        "kind": kind,
+        "how": how,
+        "processes": processes,
+        "ended": is_finished(directory),
+        "failed evaluation": "the process ended during this evaluation 2 times" in text,
+    }
+    if not row["ended"] or not row["failed evaluation"]:
+        stand.blame(f"a point that always ends in {how} ({kind}): {row}", log)
+    return row
+
+
+def _at_work(mark: str) -> list[int]:
+    """Return the processes whose environment holds a mark."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            with suppress(OSError):
+                state = (entry / "stat").read_text().rpartition(")")[2].split()[0]
+                if state != "Z" and mark.encode() in (entry / "environ").read_bytes():
+                    found.append(int(entry.name))
+    return found
+
+
+def kill_sweep(stand: Stand) -> dict[str, Any]:
+    """Kill a joblib sweep's own process, look for orphans, and go on with it."""
+    sweep = stand.root / "sweep"
+    words = [
+        *("run", "-m", *PROBLEM, "seed=0,1,2,3", "loop.budget=12"),
+        *("hydra/launcher=joblib", "hydra.launcher.n_jobs=2", f"hydra.sweep.dir={sweep}"),
+    ]
+    log, counted = sweep.with_suffix(".log"), sweep.with_suffix(".calls")
+    process = start(words, log, _environment(counted, {}), forked=False)
+    end = time.monotonic() + HANGS
+    while calls(counted) < 20 and time.monotonic() < end:  # both workers are at their jobs
+        time.sleep(0.05)
+    workers = len(_at_work(str(counted))) - 1
+    os.kill(process, signal.SIGKILL)  # and not its group
+    os.waitpid(process, 0)
+    begun = time.monotonic()
+    while (left := _at_work(str(counted))) and time.monotonic() - begun < LIFE:
+        time.sleep(0.05)
+    gone = time.monotonic() - begun
+    kept = {path.parent.name: events(path.parent) for path in sweep.glob("*/events.jsonl")}
+    for orphan in left:
+        stand.blame(f"sweep: process {orphan} outlives it")
+        with suppress(OSError):
+            os.kill(orphan, signal.SIGKILL)
+    code = wait(start(words, log, _environment(counted, {}), forked=False), HANGS)
+    if code != 0:
+        stand.blame(f"sweep: gone on with, it ended with {code}", log)
+    lost = 0
+    for path in sorted(sweep.glob("*/events.jsonl")):
+        now, before = events(path.parent), kept.get(path.parent.name, [])
+        lost += now[: len(before)] != before
+        if not is_finished(path.parent) or verdict_of(path.parent).damage is not None:
+            stand.blame(f"sweep: {path.parent.name} has not ended or is damaged")
+    row = {
+        "workers": workers,
+        "orphans": len(left),
+        "seconds until they had ended": round(gone, 2),
+        "jobs": len(list(sweep.glob("*/events.jsonl"))),
+        "records with lost lines": lost,
+    }
+    if lost or row["jobs"] != 4 or workers < 2:
+        stand.blame(f"sweep: {row}", log)
+    return row
+
+
+# All of it
+
+
+def warm_up(stand: Stand) -> None:
+    """Import here what commands import, learnt from a process that ran them."""
+    told = stand.root / "modules"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            directory = stand.root / "warm"
+            os.environ.update(_environment(stand.root / "none.calls", {}))
+            words = run_words("flat", directory)
+            out = ["merge", str(directory), *PREFER, "--out", f"{directory}-out", *TRUST]
+            log = os.open(stand.root / "warm.log", os.O_WRONLY | os.O_CREAT)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            code = _command(words) or _command(["report", str(directory)]) or _command(out)
+            told.write_text("\n".join(sorted(sys.modules)))
+        finally:
+            os._exit(code)
+    if os.waitpid(child, 0)[1] != 0:
+        raise SystemExit(f"a first run failed:\n{(stand.root / 'warm.log').read_text()}")
+    for name in told.read_text().split("\n"):
+        with suppress(Exception):
+            importlib.import_module(name)
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return the table of what was killed."""
+    lines = [
+        "| killed | kills (by the command line) | deaths in the evaluator | trials "
+        "| measurements lost | same evaluations or files | same front |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind in (*KINDS, "all"):
+        of = [row for row in rows if kind in (row["kind"], "all")]
+        if not of:
+            continue
+        kills = sum(row["kills"] for row in of)
+        shell = sum(row["kills"] for row in of if row["by"] != "fork")
+        runs = [row for row in of if "same files" in row and "left" not in row]
+        equal = sum(
+            all(row.get(key, True) for key in ("same evaluations", "same events", "same files"))
+            and row.get("ended", True)
+            for row in of
+        )
+        front = f"{sum(row['same front'] for row in runs)}" if runs else "-"
+        died = f"{sum(row.get('deaths', 0) for row in of)}" if runs else "-"
+        lost = sum(row.get("lines lost", 0) for row in of)
+        name = {"materialised": "nested, materialised"}.get(kind, kind)
+        lines.append(
+            f"| {name} | {kills} ({shell}) | {died} | {len(of)} | {lost} | {equal} | {front} |"
+        )
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="two kills")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--budget", type=int, default=20)
+    parser.add_argument("--smoke", action="store_true", help="a kill of four kinds each")
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    kills = 2 if options.smoke else options.kills
-    draw = random.Random(options.seed)
-    rows: list[dict[str, Any]] = []
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)  # before any fork: a pool of threads would not survive it
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    smoke = options.smoke
+    kinds = [kind for kind in options.only if not smoke or kind in ("flat", "report", "export")]
+    begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        whole = Path(scratch) / "whole"
-        to_the_end("run", whole, options.budget)  # trains and caches the experts
-        second = Path(scratch) / "second"
-        start = time.perf_counter()
-        to_the_end("run", second, options.budget)
-        length = time.perf_counter() - start
-        rows.append({"trial": "never killed, again", "kills": 0, **same(whole, second)})
-        struck, trial = 0, 0
-        while struck < kills:
-            directory, moments = Path(scratch) / f"trial{trial}", []
-            for _ in range(min(4, kills - struck)):
-                kind = "resume" if events(directory) else "run"
-                if killed(kind, directory, options.budget, draw.uniform(0.3, 1.0) * length):
-                    moments.append(events(directory))
-                    struck += 1
-                else:
-                    break
-            to_the_end("resume" if events(directory) else "run", directory, options.budget)
-            outcome = same(whole, directory)
-            rows.append({"trial": trial, "kills": len(moments), "at events": moments, **outcome})
-            print(json.dumps(rows[-1]), flush=True)
-            trial += 1
-    good = all(value for row in rows for key, value in row.items() if key.startswith("same"))
-    total = sum(row["kills"] for row in rows)
-    lines = [
-        "| kills (SIGKILL) | trials | ended with the same evaluations | with the same front |",
-        "|---|---|---|---|",
-        f"| {total} | {trial} | {sum(r['same points'] and r['same metrics'] for r in rows[1:])} "
-        f"| {sum(r['same front'] for r in rows[1:])} |",
-    ]
-    finish("kill", lines, {"rows": rows, "seconds of a whole run": length}, options.out)
-    if not good:
-        raise SystemExit("a killed run ended differently from one never killed")
+        stand = Stand(Path(scratch), random.Random(options.seed))
+        warm_up(stand)
+        runs = [kind for kind in RUNS if kind in kinds or ("resume" in kinds)]
+        runs = runs or ["flat"]
+        wholes = {kind: whole_run(stand, kind, shell=not smoke) for kind in runs}
+        rows: list[Any] = []
+        for kind in kinds:
+            wanted = 1 if smoke else round(KINDS[kind] * options.kills)
+            if kind in ("report", "export"):
+                for of in list(wholes)[:: max(1, len(wholes) - 1)]:  # the first and the last
+                    part = wanted if len(wholes) == 1 else wanted // 2
+                    rows += kill_writers(stand, kind, part, of, wholes[of], shell=not smoke)
+            else:
+                rows += kill_runs(stand, kind, wanted, wholes)
+        always = [given_up(stand, kind, how) for kind in runs for how in WAYS] if not smoke else []
+        sweep = kill_sweep(stand) if not smoke and len(kinds) == len(KINDS) else None
+        for row in (*always, sweep):
+            print(json.dumps(row), flush=True)
+        lengths = {kind: whole.seconds for kind, whole in wholes.items()}
+        shutil.rmtree(scratch, ignore_errors=True)
+    data = {
+        "rows": rows,
+        "deaths in the evaluator": stand.deaths,
+        "points at which the process always dies": always,
+        "sweep": sweep,
+        "faults": stand.faults,
+        "seconds of a run that nobody kills": {
+            kind: {"fork" if forked else "command line": s for forked, s in each.items()}
+            for kind, each in lengths.items()
+        },
+        "seconds of all": time.perf_counter() - begun,
+    }
+    finish("kill", table(rows), data, options.out)
+    if stand.faults:
+        raise SystemExit(f"{len(stand.faults)} faults, the first: {stand.faults[0]}")
 
 
 if __name__ == "__main__":
