@@ -29,6 +29,7 @@ import argparse
 import hashlib
 import importlib
 import json
+import math
 import os
 import random
 import resource
@@ -57,14 +58,20 @@ PROBLEM = [
     *("problem.experts=4", "+problem.epochs=2", "surrogate=quadratic", "solver.points=30"),
     *("sampler=thompson", "loop.budget=16", "loop.verify=2", "progress=false"),
 ]
+QUICK = ["sampler=sobol", "tracking=none"]
 RUNS: dict[str, list[str]] = {
     "flat": [],
-    "batch": ["loop.batch=3"],
-    "nested": ["nested=fronts", "loop.budget=18", "sampler=sobol"],
-    "materialised": ["nested=fronts", "operator=ties", "loop.budget=18", "sampler=sobol"],
+    "batch": ["loop.batch=3", *QUICK],
+    "nested": ["nested=fronts", "loop.budget=18", *QUICK],
+    "materialised": ["nested=fronts", "operator=ties", "loop.budget=18", *QUICK],
 }
 KINDS = {**dict.fromkeys(RUNS, 0.15), "resume": 0.16, "report": 0.12, "export": 0.12}
 """Kind -> its share of the kills."""
+
+MORE = ("always", "sweep")
+ALWAYS = (*(("flat", how) for how in WAYS), ("nested", "segfault"), ("materialised", "segfault"))
+SHARDS = (("flat", "batch", "report", *MORE), ("nested", "materialised", "resume", "export"))
+"""What each of two processes does with ``--jobs 2``."""
 
 TRUST = ["--trust", "benchmarks"]
 PREFER = ["--prefer", "rot90=2", "--prefer", "flip=1"]
@@ -86,12 +93,14 @@ class Stand:
         draw: Random moments.
         faults: What went wrong, in words.
         deaths: Way of an evaluator to die -> how often it did.
+        until: When no further trial begins, by `time.monotonic`.
     """
 
     root: Path
     draw: random.Random
     faults: list[str] = field(default_factory=list)
     deaths: dict[str, int] = field(default_factory=dict)
+    until: float = math.inf
 
     def blame(self, what: str, log: Path | None = None) -> None:
         """Note a fault."""
@@ -307,12 +316,26 @@ class Trial:
         return f"{self.kind} in {self.directory.name}"
 
     def strike(self) -> bool:
-        """Go on, and kill at a random moment; return whether it still ran then."""
+        """Go on, and kill at a random moment; return whether it still ran then.
+
+        One moment in three is one of the time that the run takes; the others follow shortly after
+        a random line of the record, because on a busy machine most time is spent on starting.
+        """
         words = next_words(self.kind, self.directory)
-        rest = 1.0 if not self.kept else max(0.15, 1.0 - len(self.kept) / len(self.whole_events))
-        after = self.stand.draw.uniform(0.02, 1.02) * rest * self.whole.seconds[self.forked]
+        draw, length = self.stand.draw, self.whole.seconds[self.forked]
         process = start(words, self.log, self.environment, forked=self.forked)
-        code = wait(process, after)
+        if draw.random() < 1 / 3:
+            code = wait(process, draw.uniform(0.02, 1.0) * length)
+        else:
+            lines, code = draw.randint(len(self.kept), len(events(self.whole.directory))), None
+            end = time.monotonic() + HANGS
+            while len(events(self.directory)) < lines and code is None:
+                code = wait(process, 0.002)
+                if time.monotonic() > end:
+                    self.stand.blame(f"{self.name}: hangs", self.log)
+                    break
+            if code is None:
+                code = wait(process, draw.uniform(0.0, 0.03))
         if code is None:
             kill(process)
             self.killed += 1
@@ -321,10 +344,6 @@ class Trial:
             return True
         self.ended(code)
         return False
-
-    @property
-    def whole_events(self) -> list[bytes]:
-        return events(self.whole.directory)
 
     def ended(self, code: int) -> None:
         """Take note of how a process ended that was not killed."""
@@ -389,15 +408,15 @@ class Trial:
                 any(f'"{kind}"'.encode() in line for kind in ("observed", "verified", "measured"))
                 for line in self.kept
             ),
-            "calls repeated": calls(self.calls) - self.whole.calls if self.kind != "resume" else 0,
+            "calls repeated": calls(self.calls) - self.whole.calls,
             **found,
         }
 
 
 def whole_run(stand: Stand, kind: str, *, shell: bool) -> Whole:
-    """Make a run that nobody kills, twice forked; the second has everything in caches."""
+    """Make a run that nobody kills, forked, and again by the command line where trials are."""
     seconds: dict[bool, float] = {}
-    for name, forked in (("first", True), ("whole", True), *([("shell", False)] * shell)):
+    for name, forked in (("whole", True), *([("shell", False)] * shell)):
         directory = stand.root / f"{kind}-{name}"
         log, counted = directory.with_suffix(".log"), directory.with_suffix(".calls")
         begun = time.perf_counter()
@@ -408,10 +427,9 @@ def whole_run(stand: Stand, kind: str, *, shell: bool) -> Whole:
             stand.blame(f"{kind}: a run that nobody killed ended with {code}", log)
             raise SystemExit(1)
     whole = stand.root / f"{kind}-whole"
-    for name in ("first", *(["shell"] * shell)):
-        for what, good in same(whole, stand.root / f"{kind}-{name}").items():
-            if not good:
-                stand.blame(f"{kind}: the same run again ({name}) has not the {what}")
+    for what, good in same(whole, stand.root / f"{kind}-shell").items() if shell else ():
+        if not good:
+            stand.blame(f"{kind}: the same run again has not the {what}")
     return Whole(whole, seconds, calls(whole.with_suffix(".calls")))
 
 
@@ -421,6 +439,8 @@ def cut(whole: Path, directory: Path, draw: random.Random) -> None:
     count = draw.randrange(1, len(lines))
     rest = lines[count][: draw.randrange(len(lines[count]))] if draw.random() < 0.5 else b""
     directory.mkdir()
+    shutil.copytree(whole / ".hydra", directory / ".hydra")
+    shutil.copy(whole / "run.log", directory / "run.log")
     (directory / "events.jsonl").write_bytes(b"".join(lines[:count]) + rest)
 
 
@@ -428,7 +448,7 @@ def kill_runs(stand: Stand, kind: str, wanted: int, wholes: dict[str, Whole]) ->
     """Kill runs of one kind until so many kills have struck."""
     rows: list[Any] = []
     struck = 0
-    while struck < wanted:
+    while struck < wanted and time.monotonic() < stand.until:
         number = len(rows)
         of = stand.draw.choice([name for name in RUNS if name in wholes])
         of = of if kind == "resume" else kind
@@ -442,12 +462,9 @@ def kill_runs(stand: Stand, kind: str, wanted: int, wholes: dict[str, Whole]) ->
             if trial.killed >= min(MOST, wanted - struck) or is_finished(directory):
                 break
             trial.strike()
-        row = {**trial.row(), "kind": kind}
+        row = {**trial.row(), "kind": kind, "of": of}
         if kind == "resume":
-            row |= {"of": of}
-            hydra = "not the same files"  # there were none of Hydra's when it was cut
-            stand.faults = [fault for fault in stand.faults if hydra not in fault]
-            row["same files"] = True
+            row.pop("calls repeated", None)  # it began with measurements of another
         struck += row["kills"]
         rows.append(row)
         print(json.dumps(row), flush=True)
@@ -510,7 +527,7 @@ def kill_writers(
         stand.blame(f"{kind}: made twice, it has other files")
     rows: list[Any] = []
     struck = tries = 0
-    while struck < wanted and tries < 5 * wanted:
+    while struck < wanted and tries < 5 * wanted and time.monotonic() < stand.until:
         number = len(rows)
         forked = not shell or number % 5 != 1
         place = stand.root / f"{kind}-{of}-{number}"
@@ -705,56 +722,109 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
+def trials(
+    kinds: Sequence[str], kills: int, seed: int, *, smoke: bool, until: float
+) -> dict[str, Any]:
+    """Do the trials of some kinds and return what came of them.
+
+    Args:
+        kinds: Kinds of ``KINDS`` and ``MORE``.
+        kills: Kills of all kinds together.
+        seed: Of the random moments.
+        smoke: Whether to kill each kind once, and to leave out what is long.
+        until: When no further trial begins, by `time.monotonic`.
+    """
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        stand = Stand(Path(scratch), random.Random(seed), until=until)
+        warm_up(stand)
+        runs = [kind for kind in RUNS if kind in kinds or "resume" in kinds] or ["flat"]
+        wholes = {kind: whole_run(stand, kind, shell=not smoke) for kind in runs}
+        rows: list[Any] = []
+        for kind in kinds:
+            wanted = 1 if smoke else round(KINDS.get(kind, 0) * kills)
+            if kind == "report":
+                rows += kill_writers(stand, kind, wanted, "flat", wholes["flat"], shell=not smoke)
+            elif kind == "export":  # of the first and the last
+                ends = list(wholes)[:: max(1, len(wholes) - 1)]
+                for of in ends:
+                    part = wanted // len(ends)
+                    rows += kill_writers(stand, kind, part, of, wholes[of], shell=not smoke)
+            elif kind in KINDS:
+                rows += kill_runs(stand, kind, wanted, wholes)
+        always: list[Any] = []
+        if "always" in kinds:
+            always = [given_up(stand, kind, how) for kind, how in ALWAYS]
+        sweep = [kill_sweep(stand)] if "sweep" in kinds else []
+        for row in (*always, *sweep):
+            print(json.dumps(row), flush=True)
+        return {
+            "rows": rows,
+            "deaths": stand.deaths,
+            "always": always,
+            "sweep": sweep,
+            "faults": stand.faults,
+            "seconds of whole runs": {
+                kind: {"fork" if forked else "command line": s for forked, s in one.seconds.items()}
+                for kind, one in wholes.items()
+            },
+        }
+
+
+def in_shards(kills: int, seed: int) -> dict[str, Any]:
+    """Do the trials of all kinds in two processes at a time; return what came of them."""
+    with tempfile.TemporaryDirectory() as scratch:
+        outs = [Path(scratch) / f"{number}.json" for number in range(len(SHARDS))]
+        base = [sys.executable, "-m", "benchmarks.quality.kill", "--kills", str(kills)]
+        processes = [
+            subprocess.Popen([*base, "--seed", str(seed + i), "--only", *kinds, "--out", str(out)])
+            for i, (kinds, out) in enumerate(zip(SHARDS, outs, strict=True))
+        ]
+        for process in processes:
+            process.wait()
+        return joined(outs)
+
+
+def joined(parts: Sequence[Path]) -> dict[str, Any]:
+    """Return what came of the trials that several files record."""
+    data: dict[str, Any] = {}
+    for part in parts:
+        for key, value in json.loads(part.read_text())["data"].items():
+            if isinstance(value, list):
+                data[key] = data.get(key, []) + value
+            elif key == "deaths":
+                before = data.get(key, {})
+                data[key] = {how: before.get(how, 0) + value.get(how, 0) for how in WAYS}
+            elif isinstance(value, dict):
+                data[key] = {**data.get(key, {}), **value}
+    return data
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--smoke", action="store_true", help="a kill of four kinds each")
+    parser.add_argument("--smoke", action="store_true", help="one kill of three kinds each")
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--only", nargs="+", choices=[*KINDS, *MORE], default=[*KINDS, *MORE])
+    parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="processes at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no trial")
+    parser.add_argument("--join", nargs="+", type=Path, help="only join what these files record")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)  # before any fork: a pool of threads would not survive it
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    smoke = options.smoke
-    kinds = [kind for kind in options.only if not smoke or kind in ("flat", "report", "export")]
-    begun = time.perf_counter()
-    with tempfile.TemporaryDirectory() as scratch:
-        stand = Stand(Path(scratch), random.Random(options.seed))
-        warm_up(stand)
-        runs = [kind for kind in RUNS if kind in kinds or ("resume" in kinds)]
-        runs = runs or ["flat"]
-        wholes = {kind: whole_run(stand, kind, shell=not smoke) for kind in runs}
-        rows: list[Any] = []
-        for kind in kinds:
-            wanted = 1 if smoke else round(KINDS[kind] * options.kills)
-            if kind in ("report", "export"):
-                for of in list(wholes)[:: max(1, len(wholes) - 1)]:  # the first and the last
-                    part = wanted if len(wholes) == 1 else wanted // 2
-                    rows += kill_writers(stand, kind, part, of, wholes[of], shell=not smoke)
-            else:
-                rows += kill_runs(stand, kind, wanted, wholes)
-        always = [given_up(stand, kind, how) for kind in runs for how in WAYS] if not smoke else []
-        sweep = kill_sweep(stand) if not smoke and len(kinds) == len(KINDS) else None
-        for row in (*always, sweep):
-            print(json.dumps(row), flush=True)
-        lengths = {kind: whole.seconds for kind, whole in wholes.items()}
-        shutil.rmtree(scratch, ignore_errors=True)
-    data = {
-        "rows": rows,
-        "deaths in the evaluator": stand.deaths,
-        "points at which the process always dies": always,
-        "sweep": sweep,
-        "faults": stand.faults,
-        "seconds of a run that nobody kills": {
-            kind: {"fork" if forked else "command line": s for forked, s in each.items()}
-            for kind, each in lengths.items()
-        },
-        "seconds of all": time.perf_counter() - begun,
-    }
-    finish("kill", table(rows), data, options.out)
-    if stand.faults:
-        raise SystemExit(f"{len(stand.faults)} faults, the first: {stand.faults[0]}")
+    begun, until = time.perf_counter(), time.monotonic() + 60 * options.minutes
+    if options.join:
+        data = joined(options.join)
+    elif options.jobs > 1:
+        data = in_shards(options.kills, options.seed)
+    else:
+        kinds = ["flat", "report", "export"] if options.smoke else options.only
+        data = trials(kinds, options.kills, options.seed, smoke=options.smoke, until=until)
+    data.setdefault("seconds", []).append(time.perf_counter() - begun)
+    finish("kill", table(data["rows"]), data, options.out)
+    if data["faults"]:
+        raise SystemExit(f"{len(data['faults'])} faults, the first: {data['faults'][0]}")
 
 
 if __name__ == "__main__":
