@@ -78,7 +78,7 @@ PREFER = ["--prefer", "rot90=2", "--prefer", "flip=1"]
 MOST = 4  # kills of one trial
 EVERY = 29  # a call of the evaluator in so many is the end of its process
 PATIENCE = 30  # retries, so that no point is given up: its deaths and kills are fewer
-HANGS = 180.0  # seconds after which a command that nobody kills counts as one that hangs
+HANGS = 900.0  # seconds after which a command counts as one that hangs, on a busy machine too
 LIFE = 20.0  # seconds in which the workers of a killed sweep have to end
 FREE = ("started", "interrupted")  # events that a death repeats
 CHANCE = ("seconds", "time", "cost", "seq", "sum", "versions", "summary", "config")
@@ -737,13 +737,16 @@ def trials(
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         stand = Stand(Path(scratch), random.Random(seed), until=until)
         warm_up(stand)
-        runs = [kind for kind in RUNS if kind in kinds or "resume" in kinds] or ["flat"]
+        runs = [kind for kind in RUNS if kind in kinds or "resume" in kinds]
+        if not runs and not set(kinds) <= set(MORE):
+            runs = ["flat"]
         wholes = {kind: whole_run(stand, kind, shell=not smoke) for kind in runs}
         rows: list[Any] = []
         for kind in kinds:
             wanted = 1 if smoke else round(KINDS.get(kind, 0) * kills)
             if kind == "report":
-                rows += kill_writers(stand, kind, wanted, "flat", wholes["flat"], shell=not smoke)
+                of = next(iter(wholes))
+                rows += kill_writers(stand, kind, wanted, of, wholes[of], shell=not smoke)
             elif kind == "export":  # of the first and the last
                 ends = list(wholes)[:: max(1, len(wholes) - 1)]
                 for of in ends:

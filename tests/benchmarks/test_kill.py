@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,14 +18,21 @@ from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
 
 
-@pytest.fixture
-def trial(tmp_path: Path) -> Trial:
-    directory = tmp_path / "run"
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("runs") / "run"
     optimize(
         ConcaveQuadratics(3, 2), 8, seed=0, run_dir=directory, sampler=Sobol(),
         surrogate=Quadratic(), solver=GradientSolver(points=4), verify=0, progress=False,
         tracking="none",
     )  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def trial(recorded: Path, tmp_path: Path) -> Trial:
+    directory = tmp_path / "run"
+    shutil.copytree(recorded, directory)
     stand = Stand(tmp_path, random.Random(0))
     return Trial(stand, "flat", directory, Whole(directory, {}), forked=True)
 
@@ -47,7 +55,6 @@ def test_lines_that_are_lost_changed_or_damaged_are_seen(
     trial: Trial, how: Callable[[list[bytes]], list[bytes]], lost: int | None, damaged: bool
 ) -> None:
     path = trial.directory / "events.jsonl"
-    (trial.directory / "summary.json").unlink(missing_ok=True)
     path.write_bytes(b"".join(how(events(trial.directory))))
     trial.look()
     assert trial.lost == lost or (lost is None and trial.lost > 0)
