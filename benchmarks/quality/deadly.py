@@ -5,7 +5,7 @@ that does not are the same run:
 
     MAP_BO_DEADLY_CALLS   a file to which every call of an evaluator appends one byte
     MAP_BO_DEADLY_EVERY   the process dies in every call whose number is a multiple of this
-    MAP_BO_DEADLY_EXPERT  the process dies whenever the model is this expert, unmixed
+    MAP_BO_DEADLY_EXPERT  the process dies whenever the model is this expert (or the base), unmixed
     MAP_BO_DEADLY_HOW     how it dies then: segfault, abort or exit
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from map_bo.evaluators.evaluator import Evaluator, Measurement
 from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.problems.zoo.digits import digits_problem
+from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 
 __all__ = ["WAYS", "calls", "deadly_digits"]
 
@@ -80,7 +80,8 @@ def deadly_digits(**options: Any) -> MergedModelProblem:
     """Return `digits_problem` of these options, with evaluators in which the process may die."""
     problem = digits_problem(**options)
     name = os.environ.get("MAP_BO_DEADLY_EXPERT")
-    expert = load_file(problem.zoo.checkpoints().experts[name]) if name else None  # type: ignore[attr-defined]
+    files = DigitsZoo(options["experts"], epochs=options["epochs"]).checkpoints()
+    expert = load_file({"base": files.base, **files.experts}[name]) if name else None
     problem._evaluators = {
         task: _Deadly(inner, expert) for task, inner in problem._evaluators.items()
     }

@@ -69,7 +69,12 @@ KINDS = {**dict.fromkeys(RUNS, 0.15), "resume": 0.16, "report": 0.12, "export": 
 """Kind -> its share of the kills."""
 
 MORE = ("always", "sweep")
-ALWAYS = (*(("flat", how) for how in WAYS), ("nested", "segfault"), ("materialised", "segfault"))
+ALWAYS = (
+    *(("flat", how, "invert") for how in WAYS),
+    ("nested", "segfault", "invert"),
+    ("materialised", "segfault", "base"),  # TIES trims experts, so none is measured as it is
+)
+"""Kind of run, how its process dies, and at which model."""
 SHARDS = (("flat", "batch", "report", *MORE), ("nested", "materialised", "resume", "export"))
 """What each of two processes does with ``--jobs 2``."""
 
@@ -580,11 +585,11 @@ def kill_writers(
 # A point at which the process always dies, and a killed sweep
 
 
-def given_up(stand: Stand, kind: str, how: str) -> dict[str, Any]:
+def given_up(stand: Stand, kind: str, how: str, model: str) -> dict[str, Any]:
     """Resume a run whose evaluator dies at one point for ever, until the run has ended."""
     directory = stand.root / f"always-{kind}-{how}"
     log, counted = directory.with_suffix(".log"), directory.with_suffix(".calls")
-    more = {"MAP_BO_DEADLY_EXPERT": "invert", "MAP_BO_DEADLY_HOW": how}
+    more = {"MAP_BO_DEADLY_EXPERT": model, "MAP_BO_DEADLY_HOW": how}
     processes = 0
     while not is_finished(directory) and processes < 12:
         words = next_words(kind, directory)
@@ -723,7 +728,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def trials(
-    kinds: Sequence[str], kills: int, seed: int, *, smoke: bool, until: float
+    kinds: Sequence[str], kills: int, seed: int, *, smoke: bool, shell: bool, until: float
 ) -> dict[str, Any]:
     """Do the trials of some kinds and return what came of them.
 
@@ -731,7 +736,8 @@ def trials(
         kinds: Kinds of ``KINDS`` and ``MORE``.
         kills: Kills of all kinds together.
         seed: Of the random moments.
-        smoke: Whether to kill each kind once, and to leave out what is long.
+        smoke: Whether to kill each kind once.
+        shell: Whether every fifth trial starts the real command line.
         until: When no further trial begins, by `time.monotonic`.
     """
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -740,23 +746,23 @@ def trials(
         runs = [kind for kind in RUNS if kind in kinds or "resume" in kinds]
         if not runs and not set(kinds) <= set(MORE):
             runs = ["flat"]
-        wholes = {kind: whole_run(stand, kind, shell=not smoke) for kind in runs}
+        wholes = {kind: whole_run(stand, kind, shell=shell) for kind in runs}
         rows: list[Any] = []
         for kind in kinds:
             wanted = 1 if smoke else round(KINDS.get(kind, 0) * kills)
             if kind == "report":
                 of = next(iter(wholes))
-                rows += kill_writers(stand, kind, wanted, of, wholes[of], shell=not smoke)
+                rows += kill_writers(stand, kind, wanted, of, wholes[of], shell=shell)
             elif kind == "export":  # of the first and the last
                 ends = list(wholes)[:: max(1, len(wholes) - 1)]
                 for of in ends:
                     part = wanted // len(ends)
-                    rows += kill_writers(stand, kind, part, of, wholes[of], shell=not smoke)
+                    rows += kill_writers(stand, kind, part, of, wholes[of], shell=shell)
             elif kind in KINDS:
                 rows += kill_runs(stand, kind, wanted, wholes)
         always: list[Any] = []
         if "always" in kinds:
-            always = [given_up(stand, kind, how) for kind, how in ALWAYS]
+            always = [given_up(stand, *each) for each in ALWAYS]
         sweep = [kill_sweep(stand)] if "sweep" in kinds else []
         for row in (*always, *sweep):
             print(json.dumps(row), flush=True)
@@ -809,6 +815,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=[*KINDS, *MORE], default=[*KINDS, *MORE])
     parser.add_argument("--jobs", type=int, default=1, choices=(1, 2), help="processes at a time")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
+    parser.add_argument("--forked", action="store_true", help="no trial by the command line")
     parser.add_argument("--minutes", type=float, default=math.inf, help="then begin no trial")
     parser.add_argument("--join", nargs="+", type=Path, help="only join what these files record")
     parser.add_argument("--out", type=Path)
@@ -823,7 +830,14 @@ def main() -> None:
         data = in_shards(options.kills, options.seed)
     else:
         kinds = ["flat", "report", "export"] if options.smoke else options.only
-        data = trials(kinds, options.kills, options.seed, smoke=options.smoke, until=until)
+        data = trials(
+            kinds,
+            options.kills,
+            options.seed,
+            smoke=options.smoke,
+            shell=not (options.smoke or options.forked),
+            until=until,
+        )
     data.setdefault("seconds", []).append(time.perf_counter() - begun)
     finish("kill", table(data["rows"]), data, options.out)
     if data["faults"]:
