@@ -57,7 +57,7 @@ class _Deadly:
         number = _count()
         every = int(os.environ.get("MAP_BO_DEADLY_EVERY", "0"))
         if every and number % every == 0:
-            die(WAYS[number // every % len(WAYS)])
+            die(WAYS[(number // every - 1) % len(WAYS)])  # a segmentation fault first
         if self.expert is not None and _is(model, self.expert):
             die(os.environ["MAP_BO_DEADLY_HOW"])
         return self.inner(model)
