@@ -50,15 +50,15 @@ from map_bo.loop.state import (
 from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import (
     ObservedVolume,
+    last_set_aside,
     outliers_of,
-    outliers_of_proposal,
     summarise,
     versions,
 )
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
-from map_bo.surrogates.outliers import Outlier, Screening
+from map_bo.surrogates.outliers import Screening
 from map_bo.surrogates.prediction import predict
 from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.tracking.codec import encode_observations, encode_tensor
@@ -118,7 +118,6 @@ class Run:
                 "skips the last of them"
             )
         self._volume = self._observed_volume()
-        self._aside: tuple[Outlier, ...] = ()  # by the fit behind the last proposal
         self._trackers = Trackers([] if tracker is None else [tracker])
         identity = self._identity()
         self._count = 0
@@ -133,8 +132,7 @@ class Run:
                 refuse_another({"nested": recorded.get("nested")}, {"nested": None})
                 refuse_another(recorded, identity)
             self.state: RunState = replay(events, problem.metrics, problem.space.d)
-            for event in events:
-                self._note_outliers(event)
+            self._aside = last_set_aside(events)  # by the fit behind the last proposal
             self._count = len(events)
             if recorded is None:
                 self._record("created", {**identity, "versions": versions(), "config": config})
@@ -193,13 +191,9 @@ class Run:
 
     def _take(self, event: Event, after: RunState) -> None:
         self.state = after
-        self._note_outliers(event)
+        self._aside = last_set_aside([event], self._aside)
         self._count += 1
         self._trackers.observe(event)
-
-    def _note_outliers(self, event: Event) -> None:
-        if event.kind == "proposed":
-            self._aside = outliers_of_proposal(event)
 
     def _record(self, kind: str, data: Mapping[str, Any]) -> None:
         event = Event(kind, data)

@@ -27,8 +27,8 @@ __all__ = [
     "ObservedVolume",
     "commit",
     "comparison",
+    "last_set_aside",
     "outliers_of",
-    "outliers_of_proposal",
     "summarise",
     "versions",
 ]
@@ -199,9 +199,19 @@ def _notes_on_nothing(
     return notes
 
 
-def outliers_of_proposal(event: Event) -> tuple[Outlier, ...]:
-    """Return the values that the fit behind a proposal set aside, as they are recorded."""
-    fit = event.data.get("surrogate")
+def last_set_aside(
+    events: Sequence[Event], before: tuple[Outlier, ...] = ()
+) -> tuple[Outlier, ...]:
+    """Return the values that the fit behind the last proposal set aside, as they are recorded.
+
+    Args:
+        events: Of a run, in order.
+        before: The answer where there is no proposal among them.
+    """
+    proposals = [event for event in events if event.kind == "proposed"]
+    if not proposals:
+        return before
+    fit = proposals[-1].data.get("surrogate")
     recorded = fit.get("outliers") if isinstance(fit, Mapping) else None
     if not isinstance(recorded, list):
         return ()

@@ -5,7 +5,7 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.loop.run import ObservedVolume, Run
-from map_bo.loop.summary import outliers_of_proposal
+from map_bo.loop.summary import last_set_aside
 from map_bo.rng import make_generator
 from map_bo.samplers.posterior.variance import IntegratedVariance
 from map_bo.space import CoefficientSpace
@@ -121,5 +121,5 @@ def test_what_is_set_aside_has_to_be_there() -> None:
 
 @pytest.mark.parametrize("recorded", [None, 3, [3], [{}], [{"evaluation": "x"}], {"a": 1}])
 def test_a_record_without_sense_sets_nothing_aside(recorded: object) -> None:
-    assert outliers_of_proposal(Event("proposed", {"surrogate": {"outliers": recorded}})) == ()
-    assert outliers_of_proposal(Event("proposed", {"surrogate": recorded})) == ()
+    assert last_set_aside([Event("proposed", {"surrogate": {"outliers": recorded}})]) == ()
+    assert last_set_aside([Event("proposed", {"surrogate": recorded})]) == ()
