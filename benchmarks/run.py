@@ -3,7 +3,7 @@
 python -m benchmarks.run            all of them, then README.md and docs/evidence.md
 python -m benchmarks.run --smoke    tiny sizes, nothing written: do they run?
 python -m benchmarks.run --only merge kill
-python -m benchmarks.run --readme   only put the recorded tables into both documents
+python -m benchmarks.run --readme   only put the recorded tables into the documents
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from benchmarks.record import RESULTS
 
 README = Path(__file__).parents[1] / "README.md"
 NESTED = README.parent / "docs" / "nested.md"
+RELIABILITY = README.parent / "docs" / "reliability.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -34,6 +35,14 @@ FURTHER = {
 ARGUMENTS = {"merge": ("--peers",)}
 # Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
 STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
+# What docs/reliability.md promises, measured; run by themselves.
+PROMISES = {
+    "constraints": "benchmarks.quality.constraints",
+    "outliers": "benchmarks.quality.outliers",
+    "confidence": "benchmarks.quality.confidence",
+    "invariance": "benchmarks.quality.invariance",
+    "record_damage": "benchmarks.reliability.record_damage",
+}
 
 
 def filled(text: str, *, full: bool = False) -> str:
@@ -43,7 +52,12 @@ def filled(text: str, *, full: bool = False) -> str:
         text: That of README.md or of a document beside it.
         full: Whether to take the long form of a table, where there is one.
     """
-    recorded = [*MODULES, *STUDY, *(name for names in FURTHER.values() for name in names)]
+    recorded = [
+        *MODULES,
+        *STUDY,
+        *PROMISES,
+        *(name for names in FURTHER.values() for name in names),
+    ]
     for name in recorded:
         path = RESULTS / f"{name}.json"
         if not path.exists() or f"<!-- table:{name} -->" not in text:
@@ -59,10 +73,10 @@ def filled(text: str, *, full: bool = False) -> str:
 
 
 def main() -> None:
-    modules = {**MODULES, **STUDY}
+    modules = {**MODULES, **STUDY, **PROMISES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
-    parser.add_argument("--only", nargs="+", choices=sorted(modules), default=list(modules))
+    parser.add_argument("--only", nargs="+", choices=sorted(modules), default=[*MODULES, *STUDY])
     parser.add_argument("--readme", action="store_true", help="only rewrite the documents")
     options = parser.parse_args()
     if not options.readme:
@@ -76,6 +90,7 @@ def main() -> None:
     if not options.smoke:
         README.write_text(filled(README.read_text()))
         NESTED.write_text(filled(NESTED.read_text(), full=True))
+        RELIABILITY.write_text(filled(RELIABILITY.read_text()))
         evidence.write()
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.run import MODULES, filled
+from benchmarks.run import MODULES, PROMISES, RELIABILITY, filled
 from map_bo.app.jobs import RENAMED
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,14 @@ def test_the_python_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_tables_are_the_recorded_ones() -> None:
     assert filled(TEXT) == TEXT, "run `python -m benchmarks.run --readme`"
+
+
+def test_the_tables_of_the_promises_are_the_recorded_ones() -> None:
+    text = RELIABILITY.read_text()
+    assert filled(text) == text, "run `python -m benchmarks.run --readme`"
+    for name in (*PROMISES, "kill"):
+        assert f"<!-- table:{name} -->\n" in text
+        assert f"<!-- /table:{name} -->" in text
 
 
 def test_every_benchmark_has_its_table_and_its_record() -> None:

@@ -48,7 +48,13 @@ from map_bo.loop.state import (
     run_identity,
 )
 from map_bo.loop.stopping import notes_on, stop_record
-from map_bo.loop.summary import ObservedVolume, outliers_of, summarise, versions
+from map_bo.loop.summary import (
+    ObservedVolume,
+    last_set_aside,
+    outliers_of,
+    summarise,
+    versions,
+)
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
@@ -126,6 +132,7 @@ class Run:
                 refuse_another({"nested": recorded.get("nested")}, {"nested": None})
                 refuse_another(recorded, identity)
             self.state: RunState = replay(events, problem.metrics, problem.space.d)
+            self._aside = last_set_aside(events)  # by the fit behind the last proposal
             self._count = len(events)
             if recorded is None:
                 self._record("created", {**identity, "versions": versions(), "config": config})
@@ -184,6 +191,7 @@ class Run:
 
     def _take(self, event: Event, after: RunState) -> None:
         self.state = after
+        self._aside = last_set_aside([event], self._aside)
         self._count += 1
         self._trackers.observe(event)
 
@@ -265,7 +273,7 @@ class Run:
             outcome = dataclasses.replace(outcome, X=self.state.X[index : index + 1])
             data = {"index": index, "observation": encode_observations(outcome)}
             seen = self.state.seen.append(outcome)
-            self._record("observed", {**data, **self._volume.after(seen)})
+            self._record("observed", {**data, **self._volume.after(seen, self._aside)})
 
     @own_maths()
     def reopen_failures(self) -> int:

@@ -21,11 +21,13 @@ from map_bo.samplers.sampler import SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, without
+from map_bo.tracking.store import Event
 
 __all__ = [
     "ObservedVolume",
     "commit",
     "comparison",
+    "last_set_aside",
     "outliers_of",
     "summarise",
     "versions",
@@ -38,6 +40,10 @@ class ObservedVolume:
     It begins once the base and the experts have been evaluated, because no later evaluation moves
     the scale; earlier hypervolumes would not be comparable. A run whose design leaves them out has
     none.
+
+    One thing moves it later. That the value of an expert diverged cannot be seen in the anchors
+    alone; once the sampler's fit sets it aside, the scale is that of the others, as in the summary,
+    and hypervolumes from then on are. Those recorded before stay as they were.
 
     Args:
         space: The space of the run.
@@ -53,9 +59,22 @@ class ObservedVolume:
     ) -> None:
         self._space, self._given, self._constraints = space, given, constraints
         self._scale: Scale | None = None
+        self._aside: set[tuple[int, str]] = set()
 
-    def after(self, seen: Observations) -> dict[str, float]:
-        """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known."""
+    def after(self, seen: Observations, outliers: Sequence[Outlier] = ()) -> dict[str, float]:
+        """Return ``hypervolume`` of all that was ``seen``; nothing before the scale is known.
+
+        Args:
+            seen: All evaluations so far.
+            outliers: Values that the last fit set aside; what is not (any more) among ``seen`` at
+                its place is passed over.
+        """
+        if outliers:
+            outliers = tuple(one for one in outliers if _is_there(one, seen))
+            seen = without(seen, outliers) if outliers else seen
+        aside = {(one.row, one.metric) for one in outliers}
+        if aside != self._aside:
+            self._scale, self._aside = None, aside
         if self._scale is None:
             self._scale = self._settled(seen)
         if self._scale is None:
@@ -73,6 +92,13 @@ class ObservedVolume:
             return None
         found = Scale.of(seen, self._space, self._given, self._constraints)
         return None if found.is_observed else found
+
+
+def _is_there(one: Outlier, seen: Observations) -> bool:
+    names = [metric.name for metric in seen.metrics]
+    if one.metric not in names or not 0 <= one.row < len(seen):
+        return False
+    return float(seen.Y[one.row, names.index(one.metric)]) == one.value
 
 
 def versions() -> dict[str, str]:
@@ -171,6 +197,28 @@ def _notes_on_nothing(
             f"the hypervolume of the {name} is 0: none is better than the reference point {beaten}"
         )
     return notes
+
+
+def last_set_aside(
+    events: Sequence[Event], before: tuple[Outlier, ...] = ()
+) -> tuple[Outlier, ...]:
+    """Return the values that the fit behind the last proposal set aside, as they are recorded.
+
+    Args:
+        events: Of a run, in order.
+        before: The answer where there is no proposal among them.
+    """
+    proposals = [event for event in events if event.kind == "proposed"]
+    if not proposals:
+        return before
+    fit = proposals[-1].data.get("surrogate")
+    recorded = fit.get("outliers") if isinstance(fit, Mapping) else None
+    if not isinstance(recorded, list):
+        return ()
+    try:
+        return tuple(Outlier.read(one) for one in recorded)
+    except (KeyError, TypeError, ValueError, OverflowError):  # edited; it is the picture alone
+        return ()
 
 
 def outliers_of(state: RunState, again: Sequence[Outlier] | None) -> tuple[Outlier, ...]:

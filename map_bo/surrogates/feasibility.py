@@ -62,7 +62,7 @@ _ROWS = 200  # evaluations that are looked at: the last failures and the last su
 _NEGLIGIBLE = 1e-3  # posterior weight below which an explanation is left out
 _LEAST = 1e-12
 _FAR = 1e5  # deviations from a bound beyond which it makes no difference
-_SURE = 0.75  # a front lies where evaluations work with this probability: they are wasted elsewhere
+_SURE = 0.85  # probability that a point of a front works, where a run knows what works for certain
 _SPARE = 0.2  # of the way from the least probability to 1, in logarithms
 
 
@@ -81,6 +81,7 @@ class WorkingRegion:
     weight: float
     _fits: _Fits
     _shares: Tensor
+    _worked: Tensor
 
     @classmethod
     def of(cls, seen: Observations, space: CoefficientSpace) -> WorkingRegion | None:
@@ -112,6 +113,7 @@ class WorkingRegion:
             weight=1 - float(shares[0]),
             _fits=fits.select(kept),
             _shares=shares[1:][kept],
+            _worked=seen.X[rows][y],
         )
 
     def probability(self, X: Tensor) -> Tensor:
@@ -122,6 +124,20 @@ class WorkingRegion:
         mean, variance = self._fits.latent(self.space.normalise(X))
         fails: Tensor = self._shares @ torch.special.ndtr(-mean / (1 + variance).sqrt())
         return 1 - fails
+
+    @cached_property
+    def sure(self) -> float:
+        """The probability that a point of a front should have, as far as the run can tell.
+
+        It is .85 times the square of the highest probability at a point that worked. Where that
+        is near 1 the edge is known: a little inside of it costs next to nothing, at it half of a
+        front may fail. Where no point is sure to work, a fixed probability would leave the
+        surroundings of a few evaluations, or not even these, and the best of what works outside.
+        """
+        if not len(self._worked):
+            return 0.0
+        with torch.no_grad():
+            return float(_SURE * self.probability(self._worked).amax().square())
 
     def log_probability(self, X: Tensor) -> Tensor:
         """Return the logarithm of :meth:`probability`, which is finite."""
@@ -298,7 +314,7 @@ class Feasibility:
         with torch.no_grad():
             allowed = self.probability(X) >= self.least
             if self.region is not None:
-                allowed &= self.region.probability(X) >= _SURE
+                allowed &= self.region.probability(X) >= self.region.sure
         return allowed
 
     def excess(self, X: Tensor) -> Tensor:
@@ -311,7 +327,7 @@ class Feasibility:
         works = total
         if self.region is not None:
             works = self.region.log_probability(X)
-            total = total + _over(works, max(self.least, _SURE))
+            total = total + _over(works, max(self.least, self.region.sure))
         if self.constraints:
             total = total + _over(works + self._log_keeps(X), self.least)
         return total

@@ -125,6 +125,27 @@ def test_a_front_may_lie_where_evaluations_work() -> None:
     assert Requirements("ignore").given(tried(X, below(X)), space_of(2), None) is None
 
 
+def test_a_front_is_as_sure_to_work_as_the_run_can_tell() -> None:
+    def ball(X: Tensor) -> Tensor:  # 39 % of the space
+        return (X - 0.4).square().sum(-1) < 0.3
+
+    known, unsure = points(80, 2, 1), points(12, 4, 2)
+    sharp = WorkingRegion.of(tried(known, below(known)), space_of(2))
+    vague = WorkingRegion.of(tried(unsure, ball(unsure)), space_of(4))
+    assert sharp is not None
+    assert vague is not None
+    assert 0.75 < sharp.sure < 0.85
+    assert vague.sure < 0.65
+    # Where nothing is sure to work, what did work is allowed, and not only its surroundings.
+    worked = unsure[ball(unsure)]
+    assert 3 <= len(worked) < len(unsure) / 2
+    allowed = Feasibility(space_of(4), vague).allows(worked)
+    assert float(allowed.double().mean()) > 0.5
+    nothing = WorkingRegion.of(tried(known, known[:, 0] < -1), space_of(2))
+    assert nothing is not None
+    assert nothing.sure == 0.0
+
+
 def test_the_doubt_about_the_edge_falls_most_at_the_edge() -> None:
     X = points(25, 2, 8)
     region = WorkingRegion.of(tried(X, below(X)), space_of(2))
