@@ -17,7 +17,7 @@ from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
-from map_bo.scale import Scale, farthest_rows, varied_metrics
+from map_bo.scale import Scale, farthest_rows, same_points, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.outliers import Screening, fit_screened
@@ -132,8 +132,8 @@ def recommend(
     if feasibility is not None:
         front = replace(front, feasible=feasibility.probability(X).detach())
     # A point measured before adds nothing, and an end of the front is often an expert.
-    distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
-    fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
+    measured = same_points(X, seen.succeeded().X, space, tolerance=0.01)
+    fresh = (~measured.any(-1)).nonzero().flatten()
     chosen = farthest_rows(scale.gains(front.mean[fresh]), settings.verifications)
     rows = [int(fresh[i]) for i in chosen]
     about: dict[str, Any] = {"settings": repr(settings.surrogate), "model": type(model).__name__}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
@@ -22,13 +22,14 @@ from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
-from map_bo.pareto.preferences import Preference, choose, shortfall, utility
+from map_bo.pareto.preferences import Preference, check_names, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements
+from map_bo.surrogates.outliers import Outlier
 from map_bo.surrogates.prediction import (
     NORMAL_975,
     holding_probability,
@@ -249,6 +250,16 @@ def _probability(value: float) -> str:
     return "above 0.999" if value > 0.999 else f"{value:.3f}"
 
 
+def _without_outliers(front: Front, state: RunState, outliers: Sequence[Outlier]) -> Front:
+    """Return a front without the real values that were set aside."""
+    done, searched = sorted(state.verified), len(state.outcomes)
+    names, real = [metric.name for metric in front.metrics], front.real.clone()
+    for outlier in outliers:
+        if searched <= outlier.row < searched + len(done) and outlier.metric in names:
+            real[done[outlier.row - searched], names.index(outlier.metric)] = nan
+    return replace(front, real=real)
+
+
 @dataclass(frozen=True, eq=False)
 class Result:
     """The outcome of a run.
@@ -294,8 +305,12 @@ class Result:
         model: SurrogateModel | None = None,
         refitted: SurrogateModel | None = None,
         run_dir: Path | None = None,
+        outliers: Sequence[Outlier] | None = None,
     ) -> Result:
         """Return the result of a run by its state.
+
+        A verified value that was set aside as an outlier is no real value of the front; it stays
+        among the measurements. Which these are is ``outliers``, or what the summary says.
 
         Raises:
             StoreError: When the run has no front yet.
@@ -305,8 +320,11 @@ class Result:
                 f"the run has no front yet: {len(state.outcomes)} evaluations are recorded",
                 hint="finish it with `map-bo resume`",
             )
+        if outliers is None:
+            listed = (state.summary or {}).get("outliers", ())
+            outliers = [Outlier.read(one) for one in listed]
         return cls(
-            front=state.front,
+            front=_without_outliers(state.front, state, outliers),
             seen=state.seen,
             verification=state.verification,
             scale=decode_scale(state.front_data["reference"], state.metrics),
@@ -389,6 +407,7 @@ class Result:
             rule=rule,
             confidence=confidence,
         )
+        check_names(preference, [metric.name for metric in self.metrics])
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
         model = self.refitted if corrected else self.model

@@ -15,7 +15,7 @@ from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.scale import Scale, widths
 from map_bo.values import real_number
 
-__all__ = ["Preference", "choose", "shortfall", "utility"]
+__all__ = ["Preference", "check_names", "choose", "shortfall", "utility"]
 
 Rule = Literal["weighted_sum", "chebyshev"]
 
@@ -116,7 +116,7 @@ def choose(
             constraints, or there is no point.
     """
     names = [metric.name for metric in scale.metrics]
-    _check_names(preference, names)
+    check_names(preference, names)
     if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
         raise PreferenceError(
             f"values must be a non-empty matrix of {len(names)} metrics, got shape "
@@ -183,7 +183,12 @@ def shortfall(
     return total
 
 
-def _check_names(preference: Preference, names: Sequence[str]) -> None:
+def check_names(preference: Preference, names: Sequence[str]) -> None:
+    """Refuse a preference that names an unknown metric.
+
+    Raises:
+        PreferenceError: When it does.
+    """
     given = [*preference.weights, *preference.at_least, *preference.at_most]
     unknown = sorted({name for name in given if name not in names})
     if unknown:
