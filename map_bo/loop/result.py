@@ -17,12 +17,19 @@ from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.evaluators.world import own_maths
-from map_bo.loop.recommend import notes_on_feasibility
+from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
-from map_bo.pareto.preferences import Preference, check_names, choose, shortfall, utility
+from map_bo.pareto.preferences import (
+    Preference,
+    check_names,
+    choose,
+    numbers_by_name,
+    shortfall,
+    utility,
+)
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
@@ -250,16 +257,6 @@ def _probability(value: float) -> str:
     return "above 0.999" if value > 0.999 else f"{value:.3f}"
 
 
-def _without_outliers(front: Front, state: RunState, outliers: Sequence[Outlier]) -> Front:
-    """Return a front without the real values that were set aside."""
-    done, searched = sorted(state.verified), len(state.outcomes)
-    names, real = [metric.name for metric in front.metrics], front.real.clone()
-    for outlier in outliers:
-        if searched <= outlier.row < searched + len(done) and outlier.metric in names:
-            real[done[outlier.row - searched], names.index(outlier.metric)] = nan
-    return replace(front, real=real)
-
-
 @dataclass(frozen=True, eq=False)
 class Result:
     """The outcome of a run.
@@ -324,7 +321,7 @@ class Result:
             listed = (state.summary or {}).get("outliers", ())
             outliers = [Outlier.read(one) for one in listed]
         return cls(
-            front=_without_outliers(state.front, state, outliers),
+            front=front_without_outliers(state, outliers),
             seen=state.seen,
             verification=state.verification,
             scale=decode_scale(state.front_data["reference"], state.metrics),
@@ -401,9 +398,9 @@ class Result:
         """
         least, most = self._bounds()
         preference = Preference(
-            weights=dict(prefer or {}),
-            at_least={**least, **(at_least or {})},
-            at_most={**most, **(at_most or {})},
+            weights=numbers_by_name("prefer", prefer),
+            at_least={**least, **numbers_by_name("at_least", at_least)},
+            at_most={**most, **numbers_by_name("at_most", at_most)},
             rule=rule,
             confidence=confidence,
         )

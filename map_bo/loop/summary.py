@@ -273,11 +273,15 @@ def summarise(
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "notes": [
-            *notes,
-            *notes_on_bounds(seen.append(verification)),
-            *_notes_on_nothing(volumes, front, kept, scale),
-        ],
+        "notes": list(
+            dict.fromkeys(
+                [
+                    *notes,
+                    *notes_on_bounds(seen.append(verification)),
+                    *_notes_on_nothing(volumes, front, kept, scale),
+                ]
+            )
+        ),
         "versions": versions(),
         "commit": commit(),
     }
