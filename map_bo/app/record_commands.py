@@ -152,6 +152,9 @@ def _described(run: Path, verdict: Verdict) -> str:
         )
     if verdict.damage is not None:
         said.append(f"  damage: {verdict.damage}")
+        if not verdict.lines:
+            said.append("  no line is whole, so nothing can be saved: restore it from a copy")
+            return "\n".join(said) + "\n"
         said.append(
             f"  `map-bo resume {run}` makes the missing evaluations again"
             if verdict.cut

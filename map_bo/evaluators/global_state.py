@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import locale
 import logging
@@ -14,7 +13,6 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
-from copy import copy
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -27,6 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from map_bo.errors import first_line
+from map_bo.evaluators.descriptors import Directory, Streams
 
 __all__ = [
     "Devices",
@@ -454,6 +453,21 @@ def _write_timers(found: tuple[float, list[tuple[float, float]]]) -> None:
             signal.setitimer(timer, max(due, 1e-3), interval)
 
 
+def _read_umask() -> int:
+    found = os.umask(0o077)  # it can only be read by setting it: to one that gives nothing away
+    os.umask(found)
+    return found
+
+
+def _read_printing() -> tuple[dict[str, Any], dict[str, Any]]:
+    return dict(vars(torch._tensor_str.PRINT_OPTS)), dict(np.get_printoptions())
+
+
+def _write_printing(found: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    vars(torch._tensor_str.PRINT_OPTS).update(found[0])
+    np.set_printoptions(**found[1])
+
+
 def _read_limits() -> list[tuple[int, tuple[int, int]]]:
     import resource
 
@@ -487,6 +501,8 @@ _PARTS = (
     _Part("the trace function", sys.gettrace, sys.settrace, of_thread=True),
     _Part("the profile function", sys.getprofile, sys.setprofile, of_thread=True),
     _Part("the switch interval", sys.getswitchinterval, sys.setswitchinterval),
+    _Part("the umask", _read_umask, os.umask),
+    _Part("print options", _read_printing, _write_printing),
     _Part("garbage collection", _read_garbage, _write_garbage),
     _Part("warning filters", _read_warnings, _write_warnings),
     _Part("logging", _read_logging, _write_logging),
@@ -497,47 +513,6 @@ _PARTS = (
     _Part("blocked signals", _read_mask, _write_mask, of_thread=True),
     _Part("timers", _read_timers, _write_timers, always=True, of_thread=True),
 )
-
-
-class _Directory:
-    """The working directory, found again also after it was renamed."""
-
-    _descriptor: int | None
-
-    def __init__(self) -> None:
-        self._descriptor = None
-        with contextlib.suppress(OSError):  # it is gone already, or may not be read
-            self._descriptor = os.open(".", os.O_RDONLY)
-            self._was = os.fstat(self._descriptor)
-
-    def copy(self) -> _Directory:
-        """Return the same directory, to be closed on its own."""
-        other = copy(self)
-        if self._descriptor is not None:
-            other._descriptor = os.dup(self._descriptor)
-        return other
-
-    def restore(self) -> str | None:
-        """Go back to it; return why that failed, if it did."""
-        if self._descriptor is None:
-            return None
-        try:
-            if self._was.st_nlink and not os.fstat(self._descriptor).st_nlink:
-                return "the working directory (it was deleted)"
-            if not self._is_current():
-                os.chdir(self._descriptor)
-        except OSError as error:
-            return f"the working directory ({error.strerror})"
-        finally:
-            os.close(self._descriptor)
-            self._descriptor = None
-        return None
-
-    def _is_current(self) -> bool:
-        try:
-            return os.path.samestat(os.stat("."), self._was)
-        except OSError:
-            return False
 
 
 class World:
@@ -555,7 +530,8 @@ class World:
         mine = self._inside.setdefault(thread, [])
         base = (mine or others)[0] if others else None
         self.grad = torch.is_grad_enabled()
-        self._directory: _Directory = _Directory() if base is None else base._directory.copy()
+        self._streams: Streams = Streams() if base is None else base._streams.copy()
+        self._directory: Directory = Directory() if base is None else base._directory.copy()
         self._found: list[Any] = [part.state() for part in _PARTS]
         if base is not None:
             self._found = [
@@ -570,6 +546,6 @@ class World:
         self._inside[thread].remove(self)
         if not self._inside[thread]:
             del self._inside[thread]
-        troubles = [self._directory.restore()]
+        troubles = [self._directory.restore(), self._streams.restore()]
         troubles += [part.restore(it) for part, it in zip(_PARTS, self._found, strict=True)]
         return [trouble for trouble in troubles if trouble is not None]

@@ -26,7 +26,7 @@ from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.outliers import screened
+from map_bo.surrogates.outliers import Outlier, screened
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
@@ -270,7 +270,7 @@ def _record(job: Path, name: str, sweep: str, beside: Path) -> RunRecord:
 def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord:
     created = created_of(job)
     settings, named = _settings(created)
-    state, _ = load_state(job)
+    state, space = load_state(job)
     known = replace(
         known, settings=settings, named=named, wandb=wandb_run_of(job, created.get("config"))
     )
@@ -281,12 +281,14 @@ def _read(job: Path, known: RunRecord, failure: str, refused: bool) -> RunRecord
         return replace(known, status="failed" if failure else "unfinished", reason=reason)
     if refused:  # another run has finished in this directory
         return replace(known, status="failed", reason=failure)
+    listed = state.summary.get("outliers", ())
     outcome = Outcome(
         seen=state.data,
-        front=state.front,
+        front=Result.of(state, space).front,
         scale=decode_scale(state.front_data["reference"], state.metrics),
         seconds={key: float(value) for key, value in state.summary["seconds"].items()},
         data_sets=(state.summary.get("nested") or {}).get("data_sets"),
+        outliers=tuple(Outlier.read(one) for one in listed),
     )
     return replace(known, outcome=outcome)
 

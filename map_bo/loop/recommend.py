@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,10 +17,10 @@ from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
-from map_bo.scale import Scale, farthest_rows, varied_metrics
+from map_bo.scale import Scale, farthest_rows, same_points, varied_metrics
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements
-from map_bo.surrogates.outliers import Screening, fit_screened
+from map_bo.surrogates.outliers import Outlier, Screening, fit_screened
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
@@ -28,6 +28,7 @@ from map_bo.tracking.codec import encode_front, encode_scale
 
 __all__ = [
     "Recommendation",
+    "front_without_outliers",
     "notes_on_constraints",
     "notes_on_feasibility",
     "objectives",
@@ -132,8 +133,8 @@ def recommend(
     if feasibility is not None:
         front = replace(front, feasible=feasibility.probability(X).detach())
     # A point measured before adds nothing, and an end of the front is often an expert.
-    distance = torch.cdist(space.normalise(X), space.normalise(seen.succeeded().X), p=torch.inf)
-    fresh = (distance.amin(-1) > 0.01).nonzero().flatten()
+    measured = same_points(X, seen.succeeded().X, space, tolerance=0.01)
+    fresh = (~measured.any(-1)).nonzero().flatten()
     chosen = farthest_rows(scale.gains(front.mean[fresh]), settings.verifications)
     rows = [int(fresh[i]) for i in chosen]
     about: dict[str, Any] = {"settings": repr(settings.surrogate), "model": type(model).__name__}
@@ -213,6 +214,17 @@ def of_columns(mean: Callable[[Tensor], Tensor], columns: Tensor) -> Callable[[T
     if bool(columns.all()):
         return mean
     return lambda X: mean(X)[:, columns]
+
+
+def front_without_outliers(state: RunState, outliers: Sequence[Outlier]) -> Front:
+    """Return the front of a run without the real values that were set aside."""
+    assert state.front is not None
+    front, done, searched = state.front, sorted(state.verified), len(state.outcomes)
+    names, real = [metric.name for metric in front.metrics], front.real.clone()
+    for outlier in outliers:
+        if searched <= outlier.row < searched + len(done) and outlier.metric in names:
+            real[done[outlier.row - searched], names.index(outlier.metric)] = torch.nan
+    return replace(front, real=real)
 
 
 def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> Screening | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
@@ -17,18 +17,26 @@ from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
 from map_bo.evaluators.world import own_maths
-from map_bo.loop.recommend import notes_on_feasibility
+from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
-from map_bo.pareto.preferences import Preference, choose, shortfall, utility
+from map_bo.pareto.preferences import (
+    Preference,
+    check_names,
+    choose,
+    numbers_by_name,
+    shortfall,
+    utility,
+)
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements
+from map_bo.surrogates.outliers import Outlier
 from map_bo.surrogates.prediction import (
     NORMAL_975,
     holding_probability,
@@ -294,8 +302,12 @@ class Result:
         model: SurrogateModel | None = None,
         refitted: SurrogateModel | None = None,
         run_dir: Path | None = None,
+        outliers: Sequence[Outlier] | None = None,
     ) -> Result:
         """Return the result of a run by its state.
+
+        A verified value that was set aside as an outlier is no real value of the front; it stays
+        among the measurements. Which these are is ``outliers``, or what the summary says.
 
         Raises:
             StoreError: When the run has no front yet.
@@ -305,8 +317,11 @@ class Result:
                 f"the run has no front yet: {len(state.outcomes)} evaluations are recorded",
                 hint="finish it with `map-bo resume`",
             )
+        if outliers is None:
+            listed = (state.summary or {}).get("outliers", ())
+            outliers = [Outlier.read(one) for one in listed]
         return cls(
-            front=state.front,
+            front=front_without_outliers(state, outliers),
             seen=state.seen,
             verification=state.verification,
             scale=decode_scale(state.front_data["reference"], state.metrics),
@@ -383,12 +398,13 @@ class Result:
         """
         least, most = self._bounds()
         preference = Preference(
-            weights=dict(prefer or {}),
-            at_least={**least, **(at_least or {})},
-            at_most={**most, **(at_most or {})},
+            weights=numbers_by_name("prefer", prefer),
+            at_least={**least, **numbers_by_name("at_least", at_least)},
+            at_most={**most, **numbers_by_name("at_most", at_most)},
             rule=rule,
             confidence=confidence,
         )
+        check_names(preference, [metric.name for metric in self.metrics])
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
         model = self.refitted if corrected else self.model

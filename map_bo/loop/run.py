@@ -51,6 +51,7 @@ from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.loop.summary import (
     ObservedVolume,
     last_set_aside,
+    notes_on_bounds,
     outliers_of,
     summarise,
     versions,
@@ -257,6 +258,11 @@ class Run:
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
+        if not isinstance(outcome, Observations):
+            raise StoreError(
+                f"an outcome is an Observations of one row, got {type(outcome).__name__}",
+                hint="tell map_bo.Observations(X=..., Y=..., metrics=...)",
+            )
         with self._turn():
             waits = type(index) is not bool and index in self.state.pending
             if len(outcome) != 1 or not waits:
@@ -328,6 +334,9 @@ class Run:
                     report.evaluating(f"evaluation {index + 1}")
                     outcome = self._attempts(self.state.X[index], "index", index)
                     self.tell(index, outcome)
+                    if len(self.state.outcomes) == 1:  # in time to do something about it
+                        for note in notes_on_bounds(outcome):
+                            logger.warning("%s", note)
                     report.measured(outcome)
                     self._stop_on_failures(outcome)
             recommendation = None
@@ -456,6 +465,7 @@ class Run:
         again = self._correct()
         state = self.state
         directory = self.store.directory if isinstance(self.store, JsonlStore) else None
+        aside = outliers_of(state, None if again is None else again.outliers)
         result = Result.of(
             state,
             self.problem.space,
@@ -465,10 +475,10 @@ class Run:
             else found.model,
             refitted=None if again is None else again.model,
             run_dir=directory,
+            outliers=aside,
         )
         if state.summary is not None:
             return result
-        aside = outliers_of(state, None if again is None else again.outliers)
         unused = self.settings.search - len(state.outcomes)
         stop = stop_record(self.settings.stop, state.checks, unused)
         summary = summarise(

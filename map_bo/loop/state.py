@@ -465,10 +465,14 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
     for index in again:
         if index not in state.outcomes or state.outcomes[index].failures[0] is None:
             raise StoreError(f"row {index} has not failed, and is to be repeated", hint=_EDITED)
+    # What they have measured all the same is kept, as between two attempts.
+    halves = {index: state.outcomes[index] for index in again}
+    kept = {index: row for index, row in halves.items() if bool(row.partial.any())}
     return dataclasses.replace(
         state,
         outcomes=_without(state.outcomes, again),
         attempts=_without(state.attempts, again),
+        attempted={**_without(state.attempted, again), **kept},
         deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
         imported=_without(state.imported, again),

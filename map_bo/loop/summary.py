@@ -28,6 +28,7 @@ __all__ = [
     "commit",
     "comparison",
     "last_set_aside",
+    "notes_on_bounds",
     "outliers_of",
     "summarise",
     "versions",
@@ -221,6 +222,32 @@ def last_set_aside(
         return ()
 
 
+def notes_on_bounds(seen: Observations) -> list[str]:
+    """Return which metrics have values that they cannot have, in a sentence each.
+
+    On its link such a value lies at the bound, so that a fit learns nothing from it.
+    """
+    notes = []
+    for metric, values, there in zip(seen.metrics, seen.Y.T, seen.measured.T, strict=True):
+        low, high = metric.lower, metric.upper
+        ends = [abs(end) for end in (low, high) if end is not None]
+        slack = 1e-6 * max([*ends, 1.0 if high is not None else 0.0], default=0.0)
+        out = torch.zeros_like(there)
+        if low is not None:
+            out |= values < low - slack
+        if high is not None:
+            out |= values > high + slack
+        if metric.kind != "unbounded" and bool((out & there).any()):
+            span = f"from {low:g} to {high:g}" if high is not None else f"of at least {low:g}"
+            notes.append(
+                f"metric {metric.name!r} is declared as a {metric.kind} {span}, and "
+                f"{int((out & there).sum())} of {int(there.sum())} values lie outside (such as "
+                f"{float(values[out & there][0]):.4g}): they are fitted as if they lay at the "
+                "bound; declare its bounds as they are, or kind='unbounded'"
+            )
+    return notes
+
+
 def outliers_of(state: RunState, again: Sequence[Outlier] | None) -> tuple[Outlier, ...]:
     """Return the values that were set aside, by the last judgement.
 
@@ -294,7 +321,15 @@ def summarise(
         "solver": repr(settings.solver),
         "guard": settings.guard,
         "seconds": {name: round(value, 4) for name, value in seconds.items()},
-        "notes": [*notes, *_notes_on_nothing(volumes, front, kept, scale)],
+        "notes": list(
+            dict.fromkeys(
+                [
+                    *notes,
+                    *notes_on_bounds(seen.append(verification)),
+                    *_notes_on_nothing(volumes, front, kept, scale),
+                ]
+            )
+        ),
         "versions": versions(),
         "commit": commit(),
     }

@@ -15,7 +15,7 @@ from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.scale import Scale, widths
 from map_bo.values import real_number
 
-__all__ = ["Preference", "choose", "shortfall", "utility"]
+__all__ = ["Preference", "check_names", "choose", "numbers_by_name", "shortfall", "utility"]
 
 Rule = Literal["weighted_sum", "chebyshev"]
 
@@ -116,7 +116,7 @@ def choose(
             constraints, or there is no point.
     """
     names = [metric.name for metric in scale.metrics]
-    _check_names(preference, names)
+    check_names(preference, names)
     if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
         raise PreferenceError(
             f"values must be a non-empty matrix of {len(names)} metrics, got shape "
@@ -183,7 +183,41 @@ def shortfall(
     return total
 
 
-def _check_names(preference: Preference, names: Sequence[str]) -> None:
+def numbers_by_name(what: str, given: object) -> dict[str, float]:
+    """Return what a caller gives per metric; nothing for None.
+
+    Args:
+        what: What it is, to begin an error with, such as ``"at_least"``.
+        given: A mapping from names to numbers, or None.
+
+    Raises:
+        PreferenceError: When it is not.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise PreferenceError(
+            f"{what} must map metrics to numbers, got {given!r}",
+            hint=f"write {what}={{'math': 0.5}}",
+        )
+    found = {}
+    for name, value in given.items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError):
+            raise PreferenceError(
+                f"{what} of {name} must be a number, got {value!r}",
+                hint=f"write {what}={{'{name}': 0.5}}",
+            ) from None
+    return found
+
+
+def check_names(preference: Preference, names: Sequence[str]) -> None:
+    """Refuse a preference that names an unknown metric.
+
+    Raises:
+        PreferenceError: When it does.
+    """
     given = [*preference.weights, *preference.at_least, *preference.at_most]
     unknown = sorted({name for name in given if name not in names})
     if unknown:

@@ -230,7 +230,10 @@ class JsonlStore:
         finally:
             with suppress(OSError):
                 self._owner.unlink()
-            self._file_lock.release()
+            try:
+                self._file_lock.release()
+            except OSError:  # an evaluator has closed its descriptor, and the lock went with it
+                self._file_lock = FileLock(self._path.with_name(_LOCK), thread_local=False)
 
     def _wait_for_lock(self) -> None:
         begun, pause = time.monotonic(), 0.01

@@ -150,6 +150,18 @@ def test_what_could_not_be_written_is_added_later(
     assert (run / "events.jsonl").read_bytes() == b"".join(lines[: row + 1])
 
 
+@pytest.mark.parametrize("content", [b"", b"{}\n"])
+def test_a_check_promises_no_repair_where_nothing_is_whole(
+    run: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    change(run, lambda lines: [content])
+    (run / "summary.json").write_text("{}")
+    status, said = checked(run, capsys)
+    assert status == 1
+    assert "restore it from a copy" in said
+    assert "map-bo re" not in said
+
+
 def test_a_record_of_which_nothing_is_whole_is_left_alone(
     run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

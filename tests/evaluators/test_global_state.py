@@ -116,3 +116,12 @@ def test_descriptors_are_not_used_up() -> None:
     for _ in range(20):
         World().restore()
     assert count() == before
+
+
+def test_the_umask_and_print_options_are_put_back() -> None:
+    world = World()
+    before = os.umask(0o777)
+    torch.set_printoptions(precision=1)  # type: ignore[no-untyped-call]
+    assert world.restore() == []
+    assert os.umask(before) == before
+    assert "1.2346" in str(torch.tensor([1.23456]))

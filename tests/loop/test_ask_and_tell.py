@@ -42,6 +42,15 @@ def test_only_whole_numbers_of_rows_are_asked_for(bowls: Bowls, n: Any) -> None:
     assert len(run.state.X) == 0
 
 
+@pytest.mark.parametrize("outcome", [None, [0.1, 0.2], torch.zeros(1, 2), {"near a": 0.1}])
+def test_what_is_no_observations_is_refused(bowls: Bowls, outcome: Any) -> None:
+    run = Run(bowls, quick(8), MemoryStore())
+    run.ask(1)
+    with pytest.raises(StoreError, match=f"one row, got {type(outcome).__name__}"):
+        run.tell(0, outcome)
+    assert run.state.pending == [0]
+
+
 def test_an_outcome_of_another_point_is_refused_and_single_precision_is_not(bowls: Bowls) -> None:
     run = Run(bowls, quick(8), MemoryStore())
     for index in run.ask(5):

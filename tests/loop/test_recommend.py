@@ -25,6 +25,18 @@ def test_what_was_measured_is_not_verified_again() -> None:
     assert float(gaps.min()) > 0.01
 
 
+def test_a_front_is_found_where_no_evaluation_has_every_metric() -> None:
+    problem = Bowls()
+    rows = torch.cat([SPACE.anchors().X, SPACE.sample(8, generator=make_generator(0))])
+    data = problem.evaluate(rows, generator=make_generator(0))
+    gone = torch.arange(len(rows)).unsqueeze(-1) % 2 == torch.arange(2)
+    found = recommend(
+        data.without(gone, "half"), SPACE, quick(20, verify=3), generator=make_generator(0)
+    )
+    assert len(found.front) > 0
+    assert len(found.verify) == min(3, len(found.front))
+
+
 def test_a_metric_that_never_varies_changes_no_front() -> None:
     rows = torch.cat([SPACE.anchors().X, SPACE.sample(6, generator=make_generator(0))])
     fronts = []

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import MergeError, PreferenceError, StoreError
-from map_bo.loop.reading import created_of, load_result
+from map_bo.loop.reading import created_of, load_result, read_runs
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.pareto.gradient import GradientSolver
@@ -44,6 +44,18 @@ def test_bounds_are_honoured_in_the_metrics_own_units(result: Result) -> None:
     assert float(choice.expected[1]) <= 0.6
     with pytest.raises(PreferenceError, match="far from b"):
         result.choose(at_most={"far from b": 0.01})
+
+
+@pytest.mark.parametrize("where", ["prefer", "at_least", "at_most"])
+@pytest.mark.parametrize("fitted", [True, False])
+def test_an_unknown_metric_is_refused_wherever_it_is_named(
+    result: Result, where: str, fitted: bool
+) -> None:
+    found = result if fitted else replace(result, model=None, refitted=None)
+    given: dict[str, Any] = {where: {"near b": 0.5}}
+    with pytest.raises(PreferenceError, match="there is no metric 'near b'") as caught:
+        found.choose(**given)
+    assert "near a" in str(caught.value.hint)
 
 
 def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None:
@@ -321,6 +333,32 @@ def test_verified_points_correct_the_predictions_and_overwrite_none(tmp_path: Pa
     scores = utility(result.front.mean, Preference(weights=wanted), result.scale)
     assert bare.choose(wanted, corrected=False).point == int(scores.argmax())
     assert result.choose(wanted).describe()["corrected"]["near a"] is not None
+
+
+def test_a_verified_value_that_was_set_aside_is_not_taken_for_real(tmp_path: Path) -> None:
+    class Diverges(Bowls):
+        def true_values(self, X: Tensor) -> Tensor:
+            Y = super().true_values(X)
+            if len(self.calls) == 18:
+                Y[0, 1] = 60.0
+            return Y
+
+    store = JsonlStore.create(tmp_path / "run")
+    result = Run(Diverges(noise=0.01), quick(20, verify=4), store).drive()
+    (outlier,) = result.summary["outliers"]
+    assert outlier["evaluation"] > 16, "one of the verification"
+    assert outlier["value"] == pytest.approx(60.0, abs=0.1)
+    measured = result.verification.Y[:, 1]
+    assert float(measured.max()) > 50, "the record keeps it"
+    for found in (result, load_result(tmp_path / "run", surrogate=Quadratic())):
+        real = found.front.real[:, 1]
+        assert int(real.isfinite().sum()) == 3
+        assert float(real[real.isfinite()].max()) < 5
+        assert abs(found.optimism()["far from b"] or 0) < 1
+    page = read_runs([tmp_path / "run"], beside=tmp_path)[0].outcome
+    assert page is not None
+    assert int(page.front.verified.sum()) == 3
+    assert len(page.outliers) == 1
 
 
 def test_optimism_is_told_as_estimated_measured_and_corrected() -> None:

@@ -54,6 +54,16 @@ def test_failed_rows_that_are_reopened_wait_again_and_lose_their_checks() -> Non
     assert (state.stopped, state.attempts, state.pending) == (None, {}, [0])
 
 
+def test_what_a_reopened_row_has_measured_is_kept() -> None:
+    both = (*METRICS, Metric("b"))
+    Y = torch.tensor([[0.5, torch.nan]])
+    half = Observations(torch.eye(2)[:1], Y, both, failures=("boom",))
+    events = [PROPOSED, Event("observed", {"index": 0, "observation": encode_observations(half)})]
+    state = advance(replay(events, both, 2), Event("reopened", {"indices": [0]}))
+    assert state.pending[0] == 0
+    assert state.attempted[0].Y[0, 0] == 0.5
+
+
 def test_imported_rows_must_continue_the_numbers_of_the_record() -> None:
     data = {"observations": outcome(0.5, 0), "source": {"from": "ax"}}
     state = replay([PROPOSED, Event("imported", {"indices": [2], **data})], METRICS, 2)

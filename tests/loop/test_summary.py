@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations
+from map_bo.data import Metric, Observations
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
+from map_bo.loop.summary import notes_on_bounds
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import Bowls, quick
 
@@ -46,3 +47,22 @@ def test_a_hypervolume_of_nothing_says_why(threshold: float) -> None:
     if zero:
         assert f"of far from b ({threshold:.4g})" in said[0]
         assert any("'far from b' (0.05) is not beaten by" in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("metric", "values", "said"),
+    [
+        (Metric("x"), [45.2, 0.5, 61.0], "a proportion from 0 to 1, and 2 of 3 values lie outside"),
+        (Metric("x", "min", "loss"), [-0.5, 0.1, 0.2], "a loss of at least 0, and 1 of 3"),
+        (Metric("x", upper=100), [45.2, 0.5, 101.0], "from 0 to 100, and 1 of 3"),
+        (Metric("x"), [1 + 1e-12, 1.0, -1e-9], None),
+        (Metric("x", kind="unbounded"), [45.2, -3.0, 0.0], None),
+    ],
+)
+def test_values_that_a_metric_cannot_have_are_told(
+    metric: Metric, values: list[float], said: str | None
+) -> None:
+    Y = torch.tensor(values).unsqueeze(-1)
+    notes = notes_on_bounds(Observations(torch.rand(3, 2), Y, (metric,)))
+    assert len(notes) == (said is not None)
+    assert said is None or said in notes[0]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from map_bo.data import Metric
 from map_bo.errors import PreferenceError
-from map_bo.pareto.preferences import Preference, choose
+from map_bo.pareto.preferences import Preference, choose, numbers_by_name
 from map_bo.scale import Scale
 
 METRICS = (Metric("math"), Metric("code"), Metric("loss", direction="min", kind="loss"))
@@ -186,3 +186,12 @@ class TestConfidence:
         with pytest.raises(PreferenceError, match="confidence must be") as caught:
             Preference(confidence=confidence)
         assert "0.9" in str(caught.value.hint)
+
+
+@pytest.mark.parametrize("given", [5, ["x"], [("x", 0.5)], {"x": None}, {"x": "high"}, {"x": [1]}])
+def test_what_is_no_mapping_to_numbers_is_refused(given: object) -> None:
+    with pytest.raises(PreferenceError, match=r"must (be a number|map metrics)") as caught:
+        numbers_by_name("at_least", given)
+    assert "at_least={'" in str(caught.value.hint)
+    assert numbers_by_name("at_least", None) == {}
+    assert numbers_by_name("at_least", {"x": 1}) == {"x": 1.0}

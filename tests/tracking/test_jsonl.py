@@ -429,6 +429,18 @@ def test_an_error_inside_lets_go_of_the_lock(run: Path) -> None:
     JsonlStore.open(run).append(Event("d", {}))
 
 
+def test_a_lock_whose_descriptor_was_closed_is_let_go_of(run: Path) -> None:
+    store = JsonlStore.open(run)
+    with store.lock():
+        descriptor = store._file_lock._context.lock_file_fd
+        assert descriptor is not None
+        os.close(descriptor)  # as os.closerange(3, 99) does
+        store.append(Event("d", {}))
+    with store.lock():  # the handle can take it again
+        store.append(Event("e", {}))
+    assert kinds(run) == ["a", "b", "c", "d", "e"]
+
+
 def test_an_unknown_owner_is_said_to_be_unknown(run: Path) -> None:
     with JsonlStore.open(run).lock():
         (run / "run.owner").unlink()

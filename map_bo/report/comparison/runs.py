@@ -14,6 +14,7 @@ from map_bo.data import Front, Metric, Observations, directions
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.indicators import hypervolume
 from map_bo.scale import Scale
+from map_bo.surrogates.outliers import Outlier, without
 from map_bo.tracking.wandb.run import WandbRun
 
 __all__ = [
@@ -45,6 +46,7 @@ class Outcome:
         seconds: Seconds spent on each phase.
         data_sets: Measurements of one metric at one point that it made; ``None`` for all metrics at
             every evaluation. A nested run also measures some metrics at points of its nodes.
+        outliers: Values of ``seen`` that were set aside; they earn no hypervolume.
     """
 
     seen: Observations
@@ -52,6 +54,7 @@ class Outcome:
     scale: Scale
     seconds: Mapping[str, float] = field(default_factory=dict)
     data_sets: int | None = None
+    outliers: Sequence[Outlier] = ()
 
     @property
     def evaluations(self) -> float:
@@ -174,14 +177,15 @@ def measure(record: RunRecord, variant: str, scale: Scale) -> ScaledRun:
     def gains(values: Tensor) -> Tensor:
         return scale.gains(values[:, columns])
 
-    observed = gains(seen.Y)
+    kept = without(seen, outcome.outliers) if outcome.outliers else seen
+    observed = gains(kept.Y)
     places = list(range(1, len(seen) + 1))
     if len(metrics) > _EXACT_METRICS and len(places) > _PLACES:
         places = sorted({round(place) for place in np.linspace(1, len(seen), _PLACES)})
-    volumes = [hypervolume(observed[:place][seen.ok[:place]], zero) for place in places]
+    volumes = [hypervolume(observed[:place][kept.ok[:place]], zero) for place in places]
     before = max(0, round(outcome.evaluations) - len(seen))
     places = [before + place for place in places]
-    rows = seen.ok.nonzero().flatten()
+    rows = kept.ok.nonzero().flatten()
     rows = rows[non_dominated(observed[rows])] if len(rows) else rows
     spent = outcome.seconds
     values = {

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from map_bo.data import to_maximisation
 from map_bo.pareto.indicators import hypervolume
 from map_bo.report.comparison.runs import MEASURES, columns_of, measure
+from map_bo.surrogates.outliers import Outlier
 from tests.report.fake_runs import record
 
 
@@ -31,6 +34,22 @@ def test_measures_are_those_of_the_values_on_the_common_scale() -> None:
     )
     assert found.values["optimism"] > 0  # the fake front is .012 too good, whatever the direction
     assert set(found.values) == {measure.name for measure in MEASURES}
+
+
+def test_a_value_that_was_set_aside_earns_no_hypervolume() -> None:
+    run = record({"seed": "0"}, m=2, evaluations=12)
+    outcome = run.outcome
+    assert outcome is not None
+    clean = measure(run, "v", outcome.scale)
+    name = outcome.seen.metrics[0].name
+    Y = outcome.seen.Y.clone()
+    Y[6, 0] = 50.0
+    wild = replace(outcome, seen=replace(outcome.seen, Y=Y))
+    aside = replace(wild, outliers=(Outlier(6, name, 50.0, 0.5, 0.1),))
+    wrong, found = (measure(replace(run, outcome=o), "v", o.scale) for o in (wild, aside))
+    assert wrong.volumes[-1] > 2 * clean.volumes[-1]
+    assert found.volumes[-1] <= clean.volumes[-1]
+    assert found.values["failures"] == 0
 
 
 def test_without_verification_there_is_nothing_real_to_say_of_the_front() -> None:
