@@ -436,6 +436,12 @@ def _weights_in(folder: Path) -> Path:
             )
         if found:
             return found[0]
+    inner = sorted(file.parent.name for name in _ADAPTER_FILES for file in folder.glob(f"*/{name}"))
+    if inner:
+        raise CheckpointError(
+            f"{folder} holds no weights, but adapters in folders of it: {', '.join(inner[:5])}",
+            hint=f"give one of these folders as an expert, such as {folder / inner[0]}",
+        )
     raise CheckpointError(
         f"{folder} holds no weights",
         hint=f"expected {', '.join(_KNOWN_FILES)} or one other safetensors file; "

@@ -365,6 +365,12 @@ class TestRefusals:
         save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
         self.refused(tmp_path, "holds an adapter")
 
+    def test_a_folder_of_several_adapters(self, tmp_path: Path) -> None:
+        for name in ("math", "code"):
+            (tmp_path / name).mkdir()
+            save_file({"a": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
+        self.refused(tmp_path, "adapters in folders of it: code, math")
+
     def test_tensors_that_cannot_be_merged(self) -> None:
         self.refused(nn.Linear(2, 2, device="meta"), "'weight' has no data")
         self.refused({"s": torch.eye(2).to_sparse()}, "'s' is sparse_coo")
