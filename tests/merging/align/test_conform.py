@@ -187,13 +187,13 @@ class TestSinusoidalPositions:
     @pytest.mark.parametrize("name", ["encoder.embed_positions.weight", "pos_embed"])
     def test_they_come_from_the_base_whoever_has_them(self, name: str) -> None:
         table = self.table()
-        base, (found,) = align(state(**{name: table}), state(1))
+        base, (found,) = align(state() | {name: table}, state(1))
         assert found.names == base.names
         assert torch.equal(found.load(name), table)
-        base, (found,) = align(state(), state(1, **{name: table}))
+        base, (found,) = align(state(), state(1) | {name: table})
         assert found.names == base.names
 
     def test_trained_positions_are_missing(self) -> None:
         table = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
-        _, (found,) = align(state(**{"embed_positions.weight": table}), state(1))
+        _, (found,) = align(state() | {"embed_positions.weight": table}, state(1))
         assert "embed_positions.weight" not in found.names  # and whoever merges refuses it
