@@ -6,7 +6,9 @@ common forms of colour blindness.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,7 @@ __all__ = [
     "KINDS",
     "Mark",
     "axis_label",
+    "default_style",
     "legend_handles",
     "literal",
     "points_by_kind",
@@ -37,6 +40,19 @@ __all__ = [
 INK = "#262626"
 GREY = "#8c8c8c"
 _LINES = "#e4e4e4"
+
+
+@contextmanager
+def default_style() -> Iterator[None]:
+    """Draw with matplotlib's own defaults: a ``matplotlibrc`` of a run's folder is of others."""
+    import matplotlib
+
+    own = {k: v for k, v in matplotlib.rcParamsDefault.items() if not k.startswith("backend")}
+    with warnings.catch_warnings(), matplotlib.rc_context():
+        # Characters that the font lacks are drawn as boxes; the tables hold them in full.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        matplotlib.rcParams.update(own)
+        yield
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,20 @@
 from __future__ import annotations
 
+import matplotlib
 import pytest
 import torch
 from matplotlib.figure import Figure
 
 from map_bo.data import Metric
-from map_bo.report.marks import KINDS, axis_label, legend_handles, literal, points_by_kind, title_of
+from map_bo.report.marks import (
+    KINDS,
+    axis_label,
+    default_style,
+    legend_handles,
+    literal,
+    points_by_kind,
+    title_of,
+)
 from tests.report.fake_views import make_view
 
 
@@ -78,3 +87,11 @@ def test_marks_draw_what_they_are_given() -> None:
     for mark in KINDS.values():
         mark.scatter(axes, [0.0, 1.0], [0.0, 1.0])
     assert len(axes.collections) == len(KINDS)
+
+
+def test_settings_from_a_folder_of_others_are_not_used() -> None:
+    with matplotlib.rc_context({"text.usetex": True, "savefig.dpi": 5}):
+        with default_style():
+            assert not matplotlib.rcParams["text.usetex"]
+            assert matplotlib.rcParams["savefig.dpi"] == "figure"
+        assert matplotlib.rcParams["text.usetex"]

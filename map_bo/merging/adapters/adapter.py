@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.adapters.lora import (
     LoraSettings,
+    is_counter,
     own_tensors,
     read_settings,
+    require_quick_patterns,
 )
 from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.adapters.places import AdapterFiles, Factors, Kind, check_ties, find_places
@@ -305,13 +307,15 @@ def open_adapter(
         require_inside(file)
     reader = open_file(file)
     refuse_odd_names(reader.layouts, str(folder))
-    odd = [name for name, layout in reader.layouts.items() if not layout.dtype.is_floating_point]
+    taken = {n: layout for n, layout in reader.layouts.items() if not is_counter(n, layout.dtype)}
+    odd = [name for name, layout in taken.items() if not layout.dtype.is_floating_point]
     if odd:
         raise CheckpointError(
             f"tensor {odd[0]!r} of the adapter {folder} is {reader.layouts[odd[0]].dtype}",
             hint="an adapter holds floating numbers; save it unquantised",
         )
-    own = own_tensors(reader.layouts, str(folder))
+    own = own_tensors(taken, str(folder))
+    require_quick_patterns(settings, {tensor.target for tensor in own.values()}, str(folder))
     found = find_places(own, settings, base, str(folder), model)
     _note_base(settings, base, folder)
     check_ties(found, settings, base, str(folder), model)

@@ -14,8 +14,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from map_bo.errors import CheckpointError, MergeError, first_line, listed
 from map_bo.foreign import read_json, understood
+from map_bo.merging.adapters.patterns import ending_pattern, require_quick
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.read_sharded import require_inside
 
@@ -24,9 +27,11 @@ __all__ = [
     "LoraSettings",
     "Orientation",
     "OwnTensor",
+    "is_counter",
     "own_tensors",
     "place",
     "read_settings",
+    "require_quick_patterns",
     "with_parameters",
 ]
 
@@ -53,6 +58,9 @@ Role = Literal["A", "B", "embedding_A", "embedding_B", "bias", "value"]
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.([^.]+))?\.(weight|bias)")
 _EMBEDDING = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.([^.]+))?")
+_COUNTER = re.compile(
+    r"(.*\.)?(num_batches_tracked|position_ids|token_type_ids|relative_position_index)"
+)
 _SAVED = re.compile(r"\.modules_to_save(\.[^.]+)?(?=\.)")
 
 
@@ -99,10 +107,29 @@ class LoraSettings:
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
+def require_quick_patterns(settings: LoraSettings, modules: Collection[str], origin: str) -> None:
+    """Refuse settings whose expressions could take for ever to compare with the modules' names.
+
+    Raises:
+        CheckpointError: When they could.
+    """
+    for key, pattern in (
+        ("rank_pattern", settings.rank_pattern),
+        ("alpha_pattern", settings.alpha_pattern),
+    ):
+        try:
+            require_quick(pattern, modules)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{key} of the adapter {origin} is not used: {error}",
+                hint="write the modules' names there, or simple regular expressions of them",
+            ) from None
+
+
 def _match_pattern(pattern: Mapping[str, float], module: str, default: float) -> float:
     """Return the first entry whose expression matches the end of a module's name."""
     for key, value in pattern.items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if ending_pattern(key).match(module):
             return value
     return default
 
@@ -195,12 +222,20 @@ def _is_number(value: object) -> bool:
 def _pattern(path: Path, content: Mapping[str, Any], key: str) -> dict[str, Any]:
     pattern = content.get(key) or {}
     valid = isinstance(pattern, dict) and all(map(_is_number, pattern.values()))
+    if valid:
+        try:
+            require_quick(pattern, ())  # before any is compiled, which takes its time too
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} has an unusable {key}: {error}",
+                hint="write the modules' names there, or simple regular expressions of them",
+            ) from None
     if valid and key == "rank_pattern":
         valid = all(map(_is_rank, pattern.values()))
     try:
         for text in pattern if valid else ():
-            re.compile(text)
-    except re.error:
+            ending_pattern(text)
+    except (re.error, RecursionError, OverflowError):
         valid = False
     if not valid:
         raise CheckpointError(
@@ -231,6 +266,14 @@ class OwnTensor:
     def target(self) -> str:
         """The tensor that it changes, as the trained model called it."""
         return f"{self.module}.{self.part}" if self.module else self.part
+
+
+def is_counter(name: str, dtype: torch.dtype) -> bool:
+    """Return whether a tensor of an adapter is a counter of a module that was saved whole.
+
+    A saved BatchNorm has one. It is the base's, as in every merge.
+    """
+    return not dtype.is_floating_point and bool(_COUNTER.fullmatch(name))
 
 
 def own_tensors(names: Iterable[str], origin: str) -> dict[str, OwnTensor]:

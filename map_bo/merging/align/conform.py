@@ -40,7 +40,7 @@ MissingRule = Literal["refuse", "base"]
 # Buffers that follow from the configuration: no training changes them, and many are not saved.
 _CONSTANT = re.compile(
     r"(^|[._])(position_ids|token_type_ids|num_batches_tracked|masked_bias|(attn|attention|causal)?_?"
-    r"mask|relative_position_index|relative_coords_table|freqs_cis)$"
+    r"mask|relative_position_index|relative_coords_table|freqs_cis|embed_positions\.weights|_float_tensor)$"
 )
 _ROTARY = re.compile(r"(^|\.)(\w*inv_freq|\w*(cos|sin)_cached|\w*(cos|sin)_cache)$")
 _CAUSAL = re.compile(r"(^|\.)attn(ention)?\.bias$")  # GPT-2 and its kin: 1 x 1 x n x n
@@ -49,6 +49,7 @@ _HEAD = re.compile(
     r"regressor|projector|out|output|output_layer|logits_proj|summary|linear|last_linear|"
     r"seq_relationship|\w+_head|head_\w+)(?=\.|$)"
 )
+_POSITIONS = re.compile(r"(^|[._])(embed_positions|position_embeddings?|pos_embed)(\.weight)?$")
 _POOLER = re.compile(r"pooler|pooling|classifier|score|head|\w+_head|qa_outputs|lm_head")
 _SMALL = 1 << 24  # numbers of a tensor that is compared whole
 _CLOSE = 1e-2  # relative: bfloat16 keeps two to three digits
@@ -138,6 +139,24 @@ def is_constant(name: str, shape: torch.Size) -> bool:
     return bool(_CONSTANT.search(name) or _ROTARY.search(name))
 
 
+def _is_sinusoidal(checkpoint: Checkpoint, name: str) -> bool:
+    """Return whether a tensor is a table of sines and cosines of positions, which nothing trains.
+
+    Every row has the squared norm of half its length (Vaswani et al., arXiv 1706.03762, section
+    3.5); that of a padding position is zero.
+    """
+    layout = checkpoint.layout(name)
+    if not _POSITIONS.search(name) or len(layout.shape) != 2 or layout.shape[1] < 2:
+        return False
+    if not layout.dtype.is_floating_point or layout.shape.numel() > _SMALL:
+        return False
+    squares = checkpoint.load(name).double().square().sum(1) / (layout.shape[1] // 2)
+    padding = squares == 0
+    return bool(((squares - 1).abs() < _CLOSE).logical_or(padding).all()) and bool(
+        padding.sum() <= 2 and len(squares) > padding.sum() + 2
+    )
+
+
 def names_in_model(names: Iterable[str], base: Checkpoint, shapes: Mapping[str, Any]) -> Renaming:
     """Return how the names of a model's tensors are those of the base.
 
@@ -205,6 +224,7 @@ def _plan(expert: Checkpoint, base: Checkpoint, label: str) -> _Plan:
             is_constant(canonical, layout.shape)
             or not (layout.dtype.is_floating_point or layout.dtype.is_complex)
             or canonical in base.masks
+            or _is_sinusoidal(base, canonical)
         ):
             plan.buffers.append(canonical)
         else:
@@ -285,7 +305,11 @@ def _place_rest(plan: _Plan, base: Checkpoint, own: str, shown: str) -> None:
             return
         plan.names[shown] = own  # `require_shapes` says what differs
         return
-    if is_constant(shown, layout.shape) or not layout.dtype.is_floating_point:
+    if (
+        is_constant(shown, layout.shape)
+        or not layout.dtype.is_floating_point
+        or _is_sinusoidal(expert, own)
+    ):
         plan.dropped.append(own)
     elif is_output_layer(shown) and _is_copy(plan, own):
         plan.copies.append(own)

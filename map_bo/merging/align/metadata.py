@@ -11,12 +11,16 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
-from map_bo.errors import CheckpointError, MergeError, listed
+from map_bo.errors import CheckpointError, MapBoError, MergeError, first_line, listed
+from map_bo.foreign import read_json, read_text
 from map_bo.merging.adapters.adapter import AdapterCheckpoint
+from map_bo.merging.align.pieces import piece_files, piece_ids
 from map_bo.merging.align.vocabulary import VocabularyRule, token_ids
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, read_object
+from map_bo.merging.checkpoints.read_sharded import require_inside
 
 __all__ = ["check_metadata", "setting_differences"]
 
@@ -63,10 +67,19 @@ _TELLING = re.compile(
     r"|\w*softcapping"
 )
 _DEFAULTS: Mapping[str, object] = {"rope_theta": 10000.0}
-_PREPROCESSING = ("preprocessor_config.json", "1_Pooling/config.json")
+_PREPROCESSING = (
+    "preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json",
+    "1_Pooling/config.json", "sentence_bert_config.json",
+)  # fmt: skip
+# Settings of tokenizers that change which tokens a text becomes.
+_TOKENIZING = (
+    "do_lower_case", "lowercase", "strip_accents", "tokenize_chinese_chars", "add_prefix_space",
+    "add_bos_token", "add_eos_token", "split_special_tokens", "legacy", "word_delimiter_token",
+)  # fmt: skip
+_STEPS = ("normalizer", "pre_tokenizer", "post_processor")
 _PREPARED = re.compile(
     r"(image|rescale|crop|size|do|resample|patch|feature|sampling|n|hop|num|padding|pooling|word|return"
-    r")\w*|mean|std|max_pixels|min_pixels"
+    r")\w*|mean|std|max_pixels|min_pixels|max_seq_length|video\w*|feature_extractor"
 )
 _DEFAULT_LABEL = re.compile(r"LABEL_\d+")
 _HINT = (
@@ -102,6 +115,7 @@ def check_metadata(
     for label, expert in whole.items():
         _check_settings(label, expert, base)
         _check_preprocessing(label, expert, base)
+        _check_tokenizing(label, expert, base)
     _check_labels(whole, base, heads)
     if vocabulary is None:
         _check_tokens(whole, base)
@@ -230,9 +244,87 @@ def _check_preprocessing(label: str, expert: Checkpoint, base: Checkpoint) -> No
             )
 
 
+def _check_tokenizing(label: str, expert: Checkpoint, base: Checkpoint) -> None:
+    """Say where the expert's tokenizer or its chat template makes other tokens of a text."""
+    if expert.directory is None or base.directory is None:
+        return
+    one, two = _tokenizer_facts(expert.directory), _tokenizer_facts(base.directory)
+    different = [
+        f"{key} is {_shown(one[key])} against {_shown(two[key])}"
+        for key in sorted(one.keys() & two.keys())
+        if not _same(one[key], two[key])
+    ]
+    if different:
+        logger.warning(
+            "expert %r reads texts otherwise than the base, whose tokenizer the merged model gets: "
+            "%s",
+            label,
+            listed(different, 8),
+        )
+    mine, theirs = _chat_template(expert.directory), _chat_template(base.directory)
+    if mine is not None and mine != theirs:
+        logger.warning(
+            "expert %r has %s; the merged model gets the base's files",
+            label,
+            "a chat template and the base has none"
+            if theirs is None
+            else "another chat template than the base",
+        )
+
+
+def _tokenizer_facts(folder: Path) -> dict[str, Any]:
+    settings = _object(folder / "tokenizer_config.json")
+    fast = _object(folder / "tokenizer.json")
+    model = fast.get("model")
+    merges = model.get("merges") if isinstance(model, Mapping) else None
+    return (
+        {key: settings[key] for key in _TOKENIZING if key in settings}
+        | {f"{key} of tokenizer.json": fast[key] for key in _STEPS if key in fast}
+        | ({} if merges is None else {"merges of tokenizer.json": _as_pairs(merges)})
+    )
+
+
+def _as_pairs(merges: object) -> object:
+    """Return merges in the form of older files: both parts in one text."""
+    if not isinstance(merges, list):
+        return merges
+    return [" ".join(map(str, pair)) if isinstance(pair, list) else str(pair) for pair in merges]
+
+
+def _chat_template(folder: Path) -> object:
+    """Return the chat template of a folder, where later versions keep it first; None for none."""
+    file = folder / "chat_template.jinja"
+    try:
+        if file.is_file():
+            require_inside(file)
+            return read_text(file).strip()
+    except (MapBoError, OSError, ValueError):
+        return None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        found = _object(folder / name).get("chat_template")
+        if found:
+            return found.strip() if isinstance(found, str) else found
+    return None
+
+
+def _object(file: Path) -> Mapping[str, Any]:
+    """Return what a file of JSON says; nothing where it cannot be read, which others tell."""
+    try:
+        if not file.is_file():
+            return {}
+        require_inside(file)
+        content = read_json(file)
+    except (MapBoError, OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
 def _labels(checkpoint: Checkpoint) -> dict[int, str] | None:
     """Return the labels by index; None where there are none, or only the defaults."""
-    given = (checkpoint.configuration or {}).get("id2label")
+    config = checkpoint.configuration or {}
+    given, back = config.get("id2label"), config.get("label2id")
+    if not isinstance(given, Mapping) and isinstance(back, Mapping):
+        given = {number: name for name, number in back.items()}
     if not isinstance(given, Mapping):
         return None
     found = {int(k): str(v) for k, v in given.items() if str(k).isdecimal()}
@@ -275,6 +367,8 @@ def _check_tokens(experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
 
     A token of the base that an expert replaced by another one at the same id is logged.
     """
+    for label, expert in experts.items():
+        _check_pieces(label, expert, base)
     pre = _tokens(base, "the base") if experts else None
     known = {} if pre is None else pre
     at = {number: token for token, number in known.items()}
@@ -302,6 +396,30 @@ def _check_tokens(experts: Mapping[str, Checkpoint], base: Checkpoint) -> None:
             before, other = tokens.setdefault(number, (token, label))
             if before != token:
                 raise _moved(label, [f"id {number} is {token!r} against {before!r}"], other)
+
+
+def _check_pieces(label: str, expert: Checkpoint, base: Checkpoint) -> None:
+    """Refuse pieces of sentencepiece and its like at other places than in the base's file."""
+    mine, theirs = expert.directory, base.directory
+    if mine is None or theirs is None:
+        return
+    for name in sorted(set(piece_files(mine)) & set(piece_files(theirs))):
+        try:
+            one, two = piece_ids(mine / name), piece_ids(theirs / name)
+        except (CheckpointError, OSError, ValueError) as error:
+            logger.warning(
+                "%s of expert %r and the base were not compared: %s", name, label, first_line(error)
+            )
+            continue
+        moved = [piece for piece, place in two.items() if one.get(piece, place) != place]
+        if moved:
+            texts = [f"{piece!r} is {one[piece]} against {two[piece]}" for piece in moved]
+            raise MergeError(
+                f"the tokens of expert {label!r} have other ids than those of the base by {name}: "
+                f"{listed(texts, 3)}",
+                hint="rows of embeddings stand for different tokens; save both tokenizers with a "
+                "tokenizer.json, and vocabulary='tokens' matches the rows by token",
+            )
 
 
 def _tokens(checkpoint: Checkpoint, label: str) -> dict[str, int] | None:

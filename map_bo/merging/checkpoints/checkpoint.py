@@ -400,7 +400,7 @@ def _open_snapshot(model: HubModel) -> Checkpoint:
 
 def _reader(path: Path) -> TensorReader:
     file = _weights_in(path) if path.is_dir() else path
-    return ShardedReader(file) if file.name.endswith(".index.json") else open_file(file)
+    return ShardedReader(file) if _INDEX.fullmatch(file.name) else open_file(file)
 
 
 def adapter_file(path: Path) -> Path | None:
@@ -426,7 +426,8 @@ def _weights_in(folder: Path) -> Path:
             hint="give it as an expert beside its base, or merge it first (peft: "
             "merge_and_unload, then save_pretrained)",
         )
-    for pattern in ("*.safetensors.index.json", "*.safetensors"):
+    # Libraries have variants of a model beside it: model.safetensors.index.fp16.json.
+    for pattern in ("*.safetensors.index.json", "*.safetensors.index.*.json", "*.safetensors"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(file.name for file in found[:5])
@@ -436,6 +437,12 @@ def _weights_in(folder: Path) -> Path:
             )
         if found:
             return found[0]
+    inner = sorted(file.parent.name for name in _ADAPTER_FILES for file in folder.glob(f"*/{name}"))
+    if inner:
+        raise CheckpointError(
+            f"{folder} holds no weights, but adapters in folders of it: {', '.join(inner[:5])}",
+            hint=f"give one of these folders as an expert, such as {folder / inner[0]}",
+        )
     raise CheckpointError(
         f"{folder} holds no weights",
         hint=f"expected {', '.join(_KNOWN_FILES)} or one other safetensors file; "
@@ -451,6 +458,7 @@ def _any(layout: Layout) -> bool:
     return True
 
 
+_INDEX = re.compile(r".*\.index(\.[\w-]+)?\.json")
 # Names that only a scheme of quantisation gives, and what their tensors must be.
 _MARKS: tuple[tuple[str, re.Pattern[str], Callable[[Layout], bool]], ...] = (
     ("bitsandbytes", re.compile(r".*\.(?:nested_)?absmax|.*\.quant_state\..*"), _any),

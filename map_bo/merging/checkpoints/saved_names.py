@@ -7,6 +7,7 @@ that a merged model can be read by whatever reads the base; the live model goes 
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError, listed
 
-__all__ = ["ModuleTensors", "Saved", "saved_as", "state_tensors"]
+__all__ = ["ModuleTensors", "Saved", "left_out_of_files", "saved_as", "state_tensors"]
 
 
 @dataclass(frozen=True)
@@ -181,6 +182,19 @@ def _reverter(model: nn.Module) -> Callable[..., Mapping[str, Tensor]] | None:
         return None
     revert: Callable[..., Mapping[str, Tensor]] = revert_weight_conversion
     return revert
+
+
+def left_out_of_files(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Return those of a model's tensors that its library does not save, since they are computed.
+
+    A model of transformers says so itself (the sinusoidal positions of Marian).
+    """
+    library: Any = sys.modules.get("transformers")
+    kind = getattr(library, "PreTrainedModel", None)
+    if kind is None or not isinstance(model, kind):
+        return set()
+    patterns = [str(each) for each in model._keys_to_ignore_on_save or ()]
+    return {n for n in names if any(re.search(each, n) for each in patterns)}
 
 
 class _Uncopied(Tensor):

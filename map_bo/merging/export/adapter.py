@@ -42,6 +42,10 @@ _PREFIX = "base_model.model."
 _PLAIN_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
 
 _WEIGHTS = "adapter_model.safetensors"
+# Kind of model -> modules that peft does not adapt, since a fused kernel reads their weights.
+_FUSED = dict.fromkeys(
+    ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h"), ("out_proj", "conv1d")
+)
 
 
 @dataclass(frozen=True)
@@ -450,16 +454,20 @@ def module_kinds(model: nn.Module) -> dict[str, Kind]:
 
     Those are linear layers (transformers' ``Conv1D`` too, not those inside torch's own attention,
     which uses their weights itself), embeddings, convolutions without groups, and stacks of
-    matrices: parameters of three dimensions of modules that have nothing inside.
+    matrices: parameters of three dimensions of modules that have nothing inside. Mamba's output
+    layers, whose weights a fused kernel reads, are not among them: peft refuses them.
     """
     kinds: dict[str, Kind] = {}
+    config = vars(model).get("config")
+    kind = vars(type(config)).get("model_type")  # transformers has it on the class
+    fused = _FUSED.get(kind, ()) if isinstance(kind, str) else ()
     inside = tuple(
         f"{name}." for name, module in model.named_modules()
         if isinstance(module, nn.MultiheadAttention)
     )  # fmt: skip
     for name, module in model.named_modules():
         weight = f"{name}.weight"
-        if inside and name.startswith(inside):
+        if (inside and name.startswith(inside)) or name.rpartition(".")[2] in fused:
             continue
         if isinstance(module, nn.Linear):
             kinds[weight] = "linear"

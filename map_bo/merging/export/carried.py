@@ -44,6 +44,7 @@ _PAGE = (
     ".pdf", ".ipynb", ".csv", ".tsv", ".parquet", ".arrow", ".zip", ".gz", ".tar", ".7z", ".whl",
 )  # fmt: skip
 _OF_TRANSFORMERS = re.compile(r"(model|pytorch_model)[-.].*(safetensors|bin|index\.json)$")
+_INDEX = re.compile(r".*\.index\.[\w-]+\.json")  # of a variant
 _MAIN = re.compile(r"(\w*model|consolidated)[-.].*")  # weights of whole models, of any library
 _CODE = (".py", ".pyc", ".so", ".pyd", ".dll", ".dylib", ".sh", ".bat", ".exe", ".js")
 # Where tokenizers look without being told.
@@ -173,7 +174,7 @@ def _kind(name: str, *, root: bool) -> str:
         return "training"
     if lower.endswith(_CODE):
         return "code"
-    if lower.endswith(_WEIGHTS):
+    if lower.endswith(_WEIGHTS) or _INDEX.fullmatch(lower):
         return "weights"
     return "page" if lower.endswith(_PAGE) else "other"
 

@@ -155,7 +155,7 @@ def write_weights(
         }
         text = json.dumps(index, indent=2, ensure_ascii=False) + "\n"
         with writing(draft.parent):
-            (draft / f"{stem}.safetensors.index.json").write_text(text, encoding="utf-8")
+            (draft / _index_name(stem)).write_text(text, encoding="utf-8")
     return written
 
 
@@ -296,3 +296,11 @@ def merging_bar(base: Checkpoint, *, shown: bool) -> Iterator[Advance | None]:
                     bar.update(task, description="hashing inputs and result")
 
         yield advance
+
+
+def _index_name(stem: str) -> str:
+    """Return what libraries call the index of shards; a variant (``model.fp16``) stands behind."""
+    name, _, variant = stem.partition(".")
+    if variant and name in ("model", "pytorch_model", "diffusion_pytorch_model"):
+        return f"{name}.safetensors.index.{variant}.json"
+    return f"{stem}.safetensors.index.json"

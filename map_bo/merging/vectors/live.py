@@ -16,7 +16,12 @@ from map_bo.errors import MergeError, listed
 from map_bo.merging.align.conform import is_constant
 from map_bo.merging.align.layout import FlatLayout, Slot
 from map_bo.merging.align.renaming import match_names
-from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.checkpoints.saved_names import (
+    Saved,
+    left_out_of_files,
+    saved_as,
+    state_tensors,
+)
 from map_bo.merging.vectors.module_state import (
     ModuleState,
     TensorHooks,
@@ -535,12 +540,13 @@ def _match(
         groups.setdefault(ties.get(name, name), []).append(name)
     result: dict[str, Slot] = {}
     missing: list[str] = []
+    computed = left_out_of_files(model, named)
     for canonical, group in groups.items():
         tensor = named[canonical]
         # A name that the checkpoint leaves out is found under the name that it is tied to.
         found = {layout.ties.get(name, name) for name in group} & (slots.keys() | {*layout.fixed})
         if not found:
-            constant = is_constant(canonical, tensor.shape)
+            constant = is_constant(canonical, tensor.shape) or canonical in computed
             if tensor.is_floating_point() and not constant and not heads & set(group):
                 missing.append(canonical)
             continue

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import warnings
 from pathlib import Path
 
 from map_bo.report.comparison.comparison import Comparison
@@ -12,6 +11,7 @@ from map_bo.report.comparison.page import comparison_html, comparison_markdown
 from map_bo.report.comparison.plots import cost_figure, front_overlay, progress_bands
 from map_bo.report.comparison.runs import MEASURES
 from map_bo.report.files import remove_stale, write_whole
+from map_bo.report.marks import default_style
 
 __all__ = ["results_csv", "write_comparison"]
 
@@ -34,9 +34,7 @@ def write_comparison(found: Comparison, directory: Path) -> None:
         ("cost", cost_figure),
     ):
         image = io.BytesIO()
-        with warnings.catch_warnings():
-            # Characters that the font lacks are drawn as boxes; the tables hold them in full.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        with default_style():
             draw(found).savefig(image, format="png")
         plots[name] = image.getvalue()
         write_whole(folder / f"{name}.png", plots[name])

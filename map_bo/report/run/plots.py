@@ -8,7 +8,6 @@ after each evaluation, is here.
 from __future__ import annotations
 
 import io
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,7 +16,7 @@ import torch
 
 from map_bo.pareto.indicators import hypervolume
 from map_bo.report.files import write_whole
-from map_bo.report.marks import GREY, INK, KINDS, style_axes, title_of
+from map_bo.report.marks import GREY, INK, KINDS, default_style, style_axes, title_of
 from map_bo.report.numbers import better
 from map_bo.report.run.front_plots import front_figure
 from map_bo.report.run.tree_plot import nested_of, tree_figure, tree_words
@@ -134,9 +133,7 @@ def write_plots(view: RunView, directory: Path) -> list[Path]:
     written = []
     for name, draw in figures:
         image = io.BytesIO()
-        with warnings.catch_warnings():
-            # Characters that the font lacks are drawn as boxes; the tables hold them in full.
-            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        with default_style():
             draw(view).savefig(image, format="png")
         written.append(directory / f"{name}.png")
         write_whole(written[-1], image.getvalue())

@@ -216,6 +216,23 @@ class TestConvolutions:
             adapter_checkpoint(folder, base)
 
 
+def test_the_counter_of_a_batchnorm_that_was_saved_whole_is_the_bases(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(3, 4), nn.BatchNorm1d(4)
+
+    base = Net()
+    merged = trained(base, tmp_path, target_modules=["fc"], modules_to_save=["norm"])
+    assert "base_model.model.norm.num_batches_tracked" in load_file(
+        tmp_path / "adapter_model.safetensors"
+    )
+    found = adapter_checkpoint(tmp_path, open_checkpoint(base))
+    for name in ("fc.weight", "norm.weight", "norm.running_mean"):
+        close(found.load(name), open_checkpoint(merged).load(name))
+    assert found.load("norm.num_batches_tracked") == 0
+
+
 class TestPrecision:
     def test_a_bfloat16_base_does_not_round_the_change_away(self, tmp_path: Path) -> None:
         base = {"fc.weight": torch.full((2, 3), 100.0, dtype=torch.bfloat16),
@@ -280,6 +297,9 @@ class TestRefused:
             ({"rank_pattern": {"(": 1}}, "unusable rank_pattern"),
             ({"rank_pattern": {"fc": 0}}, "unusable rank_pattern"),
             ({"alpha_pattern": ["fc"]}, "unusable alpha_pattern"),
+            ({"alpha_pattern": {"(?i)fc": 1}}, "unusable alpha_pattern"),
+            ({"rank_pattern": {"(a+)+b": 1}}, "unusable rank_pattern.*repeats what holds"),
+            ({"alpha_pattern": {"(a|.)" * 40: 1}}, "matched in too many ways"),
         ],
     )
     def test_settings(self, tmp_path: Path, settings: dict[str, Any], message: str) -> None:

@@ -175,3 +175,25 @@ def test_constant_names() -> None:
     assert not is_constant("h.0.attn.bias", flat)  # a parameter of other models
     assert is_constant("bert.embeddings.position_ids", flat)
     assert not is_constant("emb.position_embeddings.weight", square)
+
+
+class TestSinusoidalPositions:
+    """Older files have them, newer ones of the same model leave them out."""
+
+    def table(self) -> Tensor:
+        angles = torch.arange(12.0)[:, None] / 10_000 ** (torch.arange(4) / 4)
+        return torch.cat([angles.sin(), angles.cos()], 1)
+
+    @pytest.mark.parametrize("name", ["encoder.embed_positions.weight", "pos_embed"])
+    def test_they_come_from_the_base_whoever_has_them(self, name: str) -> None:
+        table = self.table()
+        base, (found,) = align(state() | {name: table}, state(1))
+        assert found.names == base.names
+        assert torch.equal(found.load(name), table)
+        base, (found,) = align(state(), state(1) | {name: table})
+        assert found.names == base.names
+
+    def test_trained_positions_are_missing(self) -> None:
+        table = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
+        _, (found,) = align(state() | {"embed_positions.weight": table}, state(1))
+        assert "embed_positions.weight" not in found.names  # and whoever merges refuses it

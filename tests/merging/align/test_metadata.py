@@ -173,3 +173,55 @@ def test_preprocessing_and_damaged_files_are_logged(
         check_metadata({"e": expert}, base)
     assert "image_mean is [0.1] against [0.5]" in caplog.text
     assert "were not compared" in caplog.text
+
+
+def test_how_texts_become_tokens_is_compared(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, expert = folder(tmp_path / "base"), folder(tmp_path / "e")
+    for path, lower, template, rest in (
+        (tmp_path / "base", True, "A {{ x }}", {"normalizer": {"type": "NFC"}}),
+        (tmp_path / "e", False, "B {{ x }}", {"normalizer": None}),
+    ):
+        said = {"do_lower_case": lower, "chat_template": template, "padding_side": str(lower)}
+        (path / "tokenizer_config.json").write_text(json.dumps(said))
+        vocab = {"model": {"vocab": {"a": 0}, "merges": [["a", "b"]] if lower else ["a b"]}}
+        (path / "tokenizer.json").write_text(json.dumps(vocab | rest))
+    (tmp_path / "e" / "processor_config.json").write_text('{"image_processor": {"image_mean": 1}}')
+    (tmp_path / "base" / "processor_config.json").write_text(
+        '{"image_processor": {"image_mean": 2}}'
+    )
+    with caplog.at_level(logging.WARNING, "map_bo"):
+        check_metadata({"e": expert}, base)
+    assert "do_lower_case is false against true" in caplog.text
+    assert "normalizer of tokenizer.json is null" in caplog.text
+    assert "another chat template than the base" in caplog.text
+    assert "image_processor.image_mean is 1 against 2" in caplog.text
+    assert "padding_side" not in caplog.text
+    assert "merges" not in caplog.text  # the same in two forms
+    caplog.clear()
+    check_metadata({"e": base}, base)
+    assert not caplog.text
+
+
+def test_moved_pieces_are_refused_without_a_tokenizer_json(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    base, expert = folder(tmp_path / "base"), folder(tmp_path / "e")
+    (tmp_path / "base" / "own.tiktoken").write_text("YQ== 0\nYg== 1\n")
+    (tmp_path / "e" / "own.tiktoken").write_text("Yg== 0\nYQ== 1\n")
+    with pytest.raises(MergeError, match=r"by own\.tiktoken: 'YQ==' is 1 against 0"):
+        check_metadata({"e": expert}, base)
+    (tmp_path / "e" / "own.tiktoken").write_text("\0")
+    with caplog.at_level(logging.WARNING, "map_bo"):
+        check_metadata({"e": expert}, base)
+    assert "own.tiktoken of expert 'e' and the base were not compared" in caplog.text
+
+
+def test_labels_are_known_by_their_ids_too(tmp_path: Path) -> None:
+    configs = [
+        LLAMA | {"label2id": {n: i for i, n in enumerate(names)}} for names in ("abc", "cba")
+    ]
+    base, expert = (folder(tmp_path / str(i), config) for i, config in enumerate(configs))
+    with pytest.raises(MergeError, match="other labels"):
+        check_metadata({"e": expert}, base)

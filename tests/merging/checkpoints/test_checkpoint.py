@@ -275,6 +275,16 @@ class TestTies:
         assert not checkpoint.ties
 
 
+def test_a_variant_beside_a_model_of_no_name(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.fp16-00001-of-00002.safetensors")
+    save_file({"b": torch.zeros(3)}, tmp_path / "model.fp16-00002-of-00002.safetensors")
+    places = {n: f"model.fp16-0000{i}-of-00002.safetensors" for i, n in enumerate("ab", start=1)}
+    index = tmp_path / "model.safetensors.index.fp16.json"
+    index.write_text(json.dumps({"weight_map": places}))
+    for source in (tmp_path, index):
+        assert open_checkpoint(source).names == ("a", "b")
+
+
 class TestRefusals:
     def refused(self, source: Any, *parts: str) -> None:
         with pytest.raises(CheckpointError) as caught:
@@ -364,6 +374,12 @@ class TestRefusals:
     def test_an_adapter(self, tmp_path: Path) -> None:
         save_file({"a": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
         self.refused(tmp_path, "holds an adapter")
+
+    def test_a_folder_of_several_adapters(self, tmp_path: Path) -> None:
+        for name in ("math", "code"):
+            (tmp_path / name).mkdir()
+            save_file({"a": torch.zeros(1)}, tmp_path / name / "adapter_model.safetensors")
+        self.refused(tmp_path, "adapters in folders of it: code, math")
 
     def test_tensors_that_cannot_be_merged(self) -> None:
         self.refused(nn.Linear(2, 2, device="meta"), "'weight' has no data")

@@ -10,7 +10,12 @@ from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.merging.checkpoints.saved_names import Saved, saved_as, state_tensors
+from map_bo.merging.checkpoints.saved_names import (
+    Saved,
+    left_out_of_files,
+    saved_as,
+    state_tensors,
+)
 from map_bo.merging.vectors.live import model_ties
 from map_bo.problems.merged.problem import MergedModelProblem
 from tests.merging.architectures import ARCHITECTURES, library, new
@@ -98,3 +103,27 @@ class TestComputed:
         with pytest.raises(MergeError, match=r"hold what is computed .*Wqkv\.weight") as caught:
             tested.prepare()
         assert "models in memory" in str(caught.value.hint)
+
+
+def test_what_a_library_computes_is_not_asked_of_the_base(tmp_path: Path) -> None:
+    transformers = library()
+    config = transformers.MarianConfig(
+        d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, vocab_size=12,
+        pad_token_id=0, decoder_start_token_id=0, max_position_embeddings=8,
+    )  # fmt: skip
+    models = []
+    for seed in range(2):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(seed)
+            models.append(transformers.MarianMTModel(config))
+        models[-1].save_pretrained(tmp_path / str(seed))
+    positions = {f"model.{side}.embed_positions.weight" for side in ("encoder", "decoder")}
+    assert left_out_of_files(models[0], models[0].state_dict()) == positions
+    assert left_out_of_files(nn.Linear(1, 1), ["weight"]) == set()
+    tested = MergedModelProblem(
+        models[0], base=tmp_path / "0", experts={"e": tmp_path / "1"},
+        evaluators={"m": lambda model: 0.5}, check_base=False,
+    )  # fmt: skip
+    with tested.load(torch.ones(1)) as model:
+        torch.testing.assert_close(model.state_dict(), models[1].state_dict())

@@ -311,3 +311,29 @@ class TestRefused:
         monkeypatch.setattr(SafetensorsWriter, "write", full)
         c = {"math": 1.0, "code": 0.0, "chat": 0.0}
         self.refused(tmp_path / "out", "cannot be written: No space left", base, experts, c)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "resnet"])
+def test_layers_that_peft_refuses_and_counters_are_written_as_full_values(
+    tmp_path: Path, kind: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        if kind == "mamba":
+            config = transformers.MambaConfig(
+                hidden_size=8, num_hidden_layers=1, vocab_size=11, state_size=2, time_step_rank=2
+            )
+            model: nn.Module = transformers.MambaForCausalLM(config)
+        else:
+            config = transformers.ResNetConfig(
+                embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], num_labels=3
+            )
+            model = transformers.ResNetForImageClassification(config)
+    base = open_checkpoint(model)
+    expert = open_checkpoint(moved(model, 1))
+    write(tmp_path / "out", base, {"e": expert}, {"e": 0.5}, rank=8, model=model)
+    found = with_peft(model, tmp_path / "out").merge_and_unload()  # type: ignore[operator]
+    wanted = dict(merge_linearly(base, {"e": expert}, lambda _: {"e": 0.5}))
+    for name, tensor in found.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-4, atol=1e-5)

@@ -233,3 +233,9 @@ class TestWithTheirLibraries:
         found = library.UNet2DModel.from_pretrained(out).state_dict()
         for name, tensor in model.state_dict().items():
             torch.testing.assert_close(found[name], tensor)
+
+
+def test_the_index_of_a_variant_is_weights(tmp_path: Path) -> None:
+    made = folder(tmp_path / "b", config={}, weights="model.safetensors")
+    (tmp_path / "b" / "model.safetensors.index.fp16.json").write_text("{}")
+    assert "model.safetensors.index.fp16.json" not in find_carried(made).files

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.progress import Progress
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
@@ -233,3 +233,19 @@ class TestReadBack:
         file.write_bytes(content)
         with pytest.raises(MergeError, match="what is read back is not what was merged"):
             meant.compare(open_checkpoint(tmp_path))
+
+
+def test_shards_of_a_variant_have_the_index_that_diffusers_looks_for(tmp_path: Path) -> None:
+    stem = "diffusion_pytorch_model.fp16"
+    for seed, name in enumerate(("base", "e")):
+        (tmp_path / name).mkdir()
+        tensors = {n: torch.full((1000,), 1.0 + seed / 10) for n in ("a", "b")}
+        save_file(tensors, tmp_path / name / f"{stem}.safetensors")
+        (tmp_path / name / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    out = tmp_path / "out"
+    merge_checkpoints(
+        tmp_path / "base", {"e": tmp_path / "e"}, {"e": 1.0}, out, shard_size="5kB", progress=False
+    )
+    assert (out / "diffusion_pytorch_model.safetensors.index.fp16.json").is_file()
+    assert (out / f"{stem}-00001-of-00002.safetensors").is_file()
+    torch.testing.assert_close(open_checkpoint(out).load("b"), torch.full((1000,), 1.1))
