@@ -22,7 +22,7 @@ from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.pareto.gradient import ascend
-from map_bo.pareto.preferences import Preference, choose, shortfall, utility
+from map_bo.pareto.preferences import Preference, check_names, choose, shortfall, utility
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.plain import from_plain
 from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
@@ -389,6 +389,7 @@ class Result:
             rule=rule,
             confidence=confidence,
         )
+        check_names(preference, [metric.name for metric in self.metrics])
         corrected = corrected and self.is_corrected
         values = self.front.corrected if corrected else self.front.mean
         model = self.refitted if corrected else self.model

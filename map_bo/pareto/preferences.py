@@ -15,7 +15,7 @@ from map_bo.errors import PreferenceError, did_you_mean
 from map_bo.scale import Scale, widths
 from map_bo.values import real_number
 
-__all__ = ["Preference", "choose", "shortfall", "utility"]
+__all__ = ["Preference", "check_names", "choose", "shortfall", "utility"]
 
 Rule = Literal["weighted_sum", "chebyshev"]
 
@@ -116,7 +116,7 @@ def choose(
             constraints, or there is no point.
     """
     names = [metric.name for metric in scale.metrics]
-    _check_names(preference, names)
+    check_names(preference, names)
     if values.dim() != 2 or values.shape[-1] != len(names) or len(values) == 0:
         raise PreferenceError(
             f"values must be a non-empty matrix of {len(names)} metrics, got shape "
@@ -131,6 +131,21 @@ def choose(
             return int(probability.masked_fill(~allowed, -math.inf).argmax())
         allowed = sure
     return int(score.masked_fill(~allowed, -math.inf).argmax())
+
+
+def check_names(preference: Preference, names: Sequence[str]) -> None:
+    """Refuse a preference that names other metrics than ``names``.
+
+    Raises:
+        PreferenceError: When a weight or a bound is for an unknown metric.
+    """
+    given = [*preference.weights, *preference.at_least, *preference.at_most]
+    unknown = sorted({name for name in given if name not in names})
+    if unknown:
+        raise PreferenceError(
+            f"there is no metric {', '.join(repr(name) for name in unknown)}",
+            hint=did_you_mean(unknown[0], names),
+        )
 
 
 def utility(values: Tensor, preference: Preference, scale: Scale) -> Tensor:
@@ -172,8 +187,12 @@ def shortfall(
         metrics: The ``m`` metrics.
         preference: The bounds.
         width: ``m`` widths to measure the misses in; own units when None.
+
+    Raises:
+        PreferenceError: When a bound is for an unknown metric.
     """
     names = [metric.name for metric in metrics]
+    check_names(preference, names)
     unit = torch.ones(len(names), dtype=torch.float64) if width is None else width
     total = torch.zeros(len(values), dtype=torch.float64)
     for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
@@ -181,16 +200,6 @@ def shortfall(
             column = names.index(name)
             total = total + (side * (bound - values[:, column])).clamp_min(0.0) / unit[column]
     return total
-
-
-def _check_names(preference: Preference, names: Sequence[str]) -> None:
-    given = [*preference.weights, *preference.at_least, *preference.at_most]
-    unknown = sorted({name for name in given if name not in names})
-    if unknown:
-        raise PreferenceError(
-            f"there is no metric {', '.join(repr(name) for name in unknown)}",
-            hint=did_you_mean(unknown[0], names),
-        )
 
 
 def _allowed(values: Tensor, names: Sequence[str], preference: Preference) -> Tensor:

@@ -46,6 +46,15 @@ def test_bounds_are_honoured_in_the_metrics_own_units(result: Result) -> None:
         result.choose(at_most={"far from b": 0.01})
 
 
+@pytest.mark.parametrize("where", ["prefer", "at_least", "at_most"])
+@pytest.mark.parametrize("alone", [False, True])
+def test_unknown_metrics_are_refused(result: Result, where: str, alone: bool) -> None:
+    chosen = replace(result, model=None, refitted=None) if alone else result
+    with pytest.raises(PreferenceError, match="there is no metric 'near c'") as caught:
+        chosen.choose(**{where: {"near c": 0.5}})
+    assert caught.value.hint == "did you mean 'near a'?"
+
+
 def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None:
     coarse = Run(
         Bowls(), quick(12, solver=GradientSolver(points=4, steps=20)), MemoryStore()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from map_bo.data import Metric
 from map_bo.errors import PreferenceError
-from map_bo.pareto.preferences import Preference, choose
+from map_bo.pareto.preferences import Preference, choose, shortfall
 from map_bo.scale import Scale
 
 METRICS = (Metric("math"), Metric("code"), Metric("loss", direction="min", kind="loss"))
@@ -186,3 +186,8 @@ class TestConfidence:
         with pytest.raises(PreferenceError, match="confidence must be") as caught:
             Preference(confidence=confidence)
         assert "0.9" in str(caught.value.hint)
+
+
+def test_a_shortfall_of_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(PreferenceError, match="there is no metric 'maths'"):
+        shortfall(VALUES, METRICS, Preference(at_most={"maths": 1.0}))
