@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import pytest
 import torch
@@ -50,8 +50,9 @@ def test_bounds_are_honoured_in_the_metrics_own_units(result: Result) -> None:
 @pytest.mark.parametrize("alone", [False, True])
 def test_unknown_metrics_are_refused(result: Result, where: str, alone: bool) -> None:
     chosen = replace(result, model=None, refitted=None) if alone else result
+    options: dict[str, Any] = {where: {"near c": 0.5}}
     with pytest.raises(PreferenceError, match="there is no metric 'near c'") as caught:
-        chosen.choose(**{where: {"near c": 0.5}})
+        chosen.choose(**options)
     assert caught.value.hint == "did you mean 'near a'?"
 
 
