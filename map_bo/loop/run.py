@@ -19,6 +19,7 @@ from map_bo.data import Observations
 from map_bo.errors import (
     BudgetError,
     ConfigError,
+    DataError,
     EvaluationError,
     StoreError,
     SurrogateError,
@@ -245,10 +246,17 @@ class Run:
         """Record the outcome (one row) of the proposed row ``index``.
 
         Raises:
+            DataError: When the outcome is not :class:`~map_bo.data.Observations`.
             StoreError: When the row was not proposed or has its outcome already, when the outcome
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
+        if not isinstance(outcome, Observations):
+            raise DataError(
+                f"an outcome must be Observations, got {type(outcome).__name__}",
+                hint="tell what problem.evaluate(X[index : index + 1]) returns, or "
+                "map_bo.Observations(X, Y, Yvar, metrics)",
+            )
         with self._turn():
             waits = type(index) is not bool and index in self.state.pending
             if len(outcome) != 1 or not waits:
@@ -256,7 +264,9 @@ class Run:
                     f"row {index} cannot take {len(outcome)} outcomes"
                     if waits
                     else f"row {index} does not wait for an outcome",
-                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
+                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}"
+                    if self.state.pending
+                    else "no row waits for an outcome: ask for rows first",
                 )
             index = int(index)
             refuse_another_problem(index, outcome, self.problem)

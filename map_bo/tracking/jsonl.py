@@ -184,7 +184,7 @@ class JsonlStore:
         if not store._path.is_file():
             raise StoreError(
                 f"{store.directory} holds no run: there is no {_EVENTS} in it",
-                hint="name a directory that `map-bo run` wrote",
+                hint="name a directory that `map-bo run` wrote, or begin one: JsonlStore.create",
             )
         return store
 
