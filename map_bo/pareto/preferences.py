@@ -81,9 +81,7 @@ class Preference:
                 f"there is no rule {self.rule!r}", hint="choose weighted_sum or chebyshev"
             )
         if self.confidence is not None:
-            hint = (
-                "give a probability such as 0.9, or None (--confidence 0) to bound predictions"
-            )
+            hint = "give a probability such as 0.9, or None (--confidence 0) to bound predictions"
             value = real_number("confidence", self.confidence, error=PreferenceError, hint=hint)
             if not 0 < value < 1:
                 raise PreferenceError(
