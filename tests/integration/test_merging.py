@@ -106,12 +106,16 @@ def of_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_in(tmp_path_factory.mktemp("runs") / "models", "models", "operator=ties")
 
 
+TRUST = ("--trust", "merging_task_models", "--trust", "merging_task_adapters")
+"""The packages of the models and metrics that the records name."""
+
+
 class TestRuns:
     def test_a_model_in_small_files_within_bounded_memory(
         self, of_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         out = tmp_path / "m"
-        arguments = ["merge", str(of_models), "--point", "0", "--out", str(out)]
+        arguments = ["merge", str(of_models), *TRUST, "--point", "0", "--out", str(out)]
         main([*arguments, "--max-memory", "20GB", "--shard-size", "100B"])
         said = capsys.readouterr()
         assert said.out == f"merged model written to {out}\n"
@@ -125,7 +129,7 @@ class TestRuns:
         self, of_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: str
     ) -> None:
         out = tmp_path / "a"
-        arguments = ["merge", str(of_models), "--point", "0", "--out", str(out)]
+        arguments = ["merge", str(of_models), *TRUST, "--point", "0", "--out", str(out)]
         main([*arguments, "--lora-rank", rank])
         assert f"adapter of rank {rank} written to {out}; its error is" in capsys.readouterr().out
         assert json.loads((out / "adapter_config.json").read_text())["r"] == int(rank)
@@ -138,10 +142,10 @@ class TestRuns:
     ) -> None:
         assert float(load_result(of_adapters).front.X[0].min()) > 0.1
         for rank in ("4", "0"):
-            arguments = ["merge", str(of_adapters), "--point", "0"]
+            arguments = ["merge", str(of_adapters), *TRUST, "--point", "0"]
             main([*arguments, "--out", str(tmp_path / f"a{rank}"), "--lora-rank", rank])
             assert "its error is 0.00%" in capsys.readouterr().out
-        main(["merge", str(of_adapters), "--point", "0", "--out", str(tmp_path / "m")])
+        main(["merge", str(of_adapters), *TRUST, "--point", "0", "--out", str(tmp_path / "m")])
         base = of_adapters.parent / "base.safetensors"
         merge_checkpoints(
             base, {"a": tmp_path / "a4"}, {"a": 1.0}, tmp_path / "whole", progress=False
@@ -169,7 +173,7 @@ class TestRuns:
         message: str,
     ) -> None:
         out = tmp_path / "new" / "m"
-        said = failing(capsys, "merge", str(of_models), "--point", "0", "--out", str(out),
+        said = failing(capsys, "merge", str(of_models), *TRUST, "--point", "0", "--out", str(out),
                        *(f"{arguments[0]}={arguments[1]}",))  # fmt: skip
         assert message in said
         assert "hint: " in said
@@ -178,7 +182,7 @@ class TestRuns:
     def test_exact_factors_of_whole_models_are_refused(
         self, of_models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        arguments = ["merge", str(of_models), "--point", "0", "--out", str(tmp_path / "a")]
+        arguments = ["merge", str(of_models), *TRUST, "--point", "0", "--out", str(tmp_path / "a")]
         assert "give a rank" in failing(capsys, *arguments, "--lora-rank", "0")
         assert everything(tmp_path) == []
 

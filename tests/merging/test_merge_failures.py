@@ -101,7 +101,7 @@ class TestDisk:
         tensors = {f"w{i}": torch.ones(10_000) for i in range(4)}
         error = refused(
             "m cannot be written: No space left|cannot be written: " + os.strerror(errno.ENOSPC),
-            family=(tensors, {"e": tensors}),
+            family=(tensors, {"e": {name: 1.5 * value for name, value in tensors.items()}}),
             coefficients={},
             out=small_disk / "new" / "m",
         )
@@ -115,7 +115,7 @@ class TestMemory:
         tensors = {"w": torch.ones(30, 20, dtype=torch.float64)}
         refused(
             "max_memory is 50 MB",
-            family=(tensors, {"e": tensors}),
+            family=(tensors, {"e": {name: 1.5 * value for name, value in tensors.items()}}),
             coefficients={},
             max_memory="50MB",
         )
