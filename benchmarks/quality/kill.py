@@ -142,9 +142,9 @@ def start(argv: Sequence[str], log: Path, environment: Mapping[str, str], *, for
     code = 70
     try:
         os.setpgid(0, 0)
-        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        os.dup2(file, 1)
-        os.dup2(file, 2)
+        output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
         os.environ.update(environment)
         code = _command(argv)
     finally:

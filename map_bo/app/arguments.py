@@ -105,13 +105,13 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     _command(
         commands,
         "check",
-        "say whether the record of a run is whole, and what of it is",
+        "check the record of a run for damage, and say what can be saved",
         functions["check"],
     )
     repair = _command(
         commands,
         "repair",
-        "keep the whole lines of a damaged record, with a copy of all of it beside",
+        "keep the whole lines of a damaged record, and a copy of the damaged file",
         functions["repair"],
     )
     repair.add_argument(
@@ -149,7 +149,7 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         metavar="P",
         help="probability with which the bounds are to hold when the merge is measured (default: "
-        "%(default)s; 0 looks at the prediction alone)",
+        "%(default)s; 0 uses the prediction alone)",
     )
     parser.add_argument(
         "--rule",

@@ -213,13 +213,14 @@ def read_runs(directories: Sequence[str | Path], *, beside: str | Path) -> list[
     """
     records = []
     several = len(directories) > 1
-    titles = _titles([Path(directory) for directory in directories])
-    for title, directory in zip(titles, map(Path, directories), strict=True):
-        if not directory.is_dir():
+    for directory in directories:
+        if not os.path.isdir(directory):  # any name; pathlib raises on a long one
             raise StoreError(
                 f"{directory} is not a directory",
                 hint="name the directory of a run (map-bo run) or of a sweep (map-bo run -m)",
             )
+    titles = _titles([Path(directory) for directory in directories])
+    for title, directory in zip(titles, map(Path, directories), strict=True):
         found = list(_jobs(directory))
         if not found:
             raise StoreError(

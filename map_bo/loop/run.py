@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,7 +17,7 @@ from map_bo.constraints import check_constraints
 from map_bo.data import Observations
 from map_bo.errors import (
     BudgetError,
-    ConfigError,
+    DataError,
     EvaluationError,
     StoreError,
     SurrogateError,
@@ -108,7 +107,7 @@ class Run:
         self.store = store
         self.generator: Generator = make_generator(settings.seed)
         self.notes: list[str] = []
-        _check_reference(settings, problem)
+        settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
         problem.space.refuse_single_point()
         anchors = len(problem.space.anchors())
@@ -254,14 +253,16 @@ class Run:
         """Record the outcome (one row) of the proposed row ``index``.
 
         Raises:
+            DataError: When the outcome is not :class:`~map_bo.data.Observations`.
             StoreError: When the row was not proposed or has its outcome already, when the outcome
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
         if not isinstance(outcome, Observations):
-            raise StoreError(
-                f"an outcome is an Observations of one row, got {type(outcome).__name__}",
-                hint="tell map_bo.Observations(X=..., Y=..., metrics=...)",
+            raise DataError(
+                f"an outcome must be Observations, got {type(outcome).__name__}",
+                hint="tell what problem.evaluate(X[index : index + 1]) returns, or "
+                "map_bo.Observations(X, Y, Yvar, metrics)",
             )
         with self._turn():
             waits = type(index) is not bool and index in self.state.pending
@@ -270,7 +271,9 @@ class Run:
                     f"row {index} cannot take {len(outcome)} outcomes"
                     if waits
                     else f"row {index} does not wait for an outcome",
-                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}",
+                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}"
+                    if self.state.pending
+                    else "no row waits for an outcome: ask for rows first",
                 )
             index = int(index)
             refuse_another_problem(index, outcome, self.problem)
@@ -532,15 +535,6 @@ def check_surrogates(settings: Settings, problem: Problem) -> None:
     for surrogate in used:
         if is_foreign(surrogate):
             rehearse(surrogate, problem.space, problem.metrics)
-
-
-def _check_reference(settings: Settings, problem: Problem) -> None:
-    given, names = settings.reference, {metric.name for metric in problem.metrics}
-    if given is not None and (set(given) != names or not all(map(math.isfinite, given.values()))):
-        raise ConfigError(
-            f"the reference point must give one finite value per metric, got {dict(given)}",
-            hint=f"metrics are {', '.join(sorted(names))}",
-        )
 
 
 @own_maths()

@@ -230,6 +230,19 @@ class Settings:
                     f"line and configurations ({name}=...)",
                 )
 
+    def check_reference(self, names: Sequence[str]) -> None:
+        """Refuse a reference point that does not give one value for each of the metrics.
+
+        Raises:
+            ConfigError: When it does not.
+        """
+        given = self.reference
+        if given is not None and set(given) != set(names):
+            raise ConfigError(
+                f"the reference point must give one finite value per metric, got {dict(given)}",
+                hint=f"metrics are {', '.join(sorted(names))}",
+            )
+
     @classmethod
     def checked(cls, **values: Any) -> Settings:
         """Return settings from keyword arguments, with a clear error for an unknown one."""

@@ -81,7 +81,7 @@ class Preference:
                 f"there is no rule {self.rule!r}", hint="choose weighted_sum or chebyshev"
             )
         if self.confidence is not None:
-            hint = "give a probability such as 0.9, or None for bounds on the prediction alone"
+            hint = "give a probability such as 0.9, or None (--confidence 0) to bound predictions"
             value = real_number("confidence", self.confidence, error=PreferenceError, hint=hint)
             if not 0 < value < 1:
                 raise PreferenceError(
@@ -133,6 +133,21 @@ def choose(
     return int(score.masked_fill(~allowed, -math.inf).argmax())
 
 
+def check_names(preference: Preference, names: Sequence[str]) -> None:
+    """Refuse a preference that names other metrics than ``names``.
+
+    Raises:
+        PreferenceError: When a weight or a bound is for an unknown metric.
+    """
+    given = [*preference.weights, *preference.at_least, *preference.at_most]
+    unknown = sorted({name for name in given if name not in names})
+    if unknown:
+        raise PreferenceError(
+            f"there is no metric {', '.join(repr(name) for name in unknown)}",
+            hint=did_you_mean(unknown[0], names),
+        )
+
+
 def utility(values: Tensor, preference: Preference, scale: Scale) -> Tensor:
     """Return what a preference thinks of each point (``k``, larger is better), bounds aside.
 
@@ -172,8 +187,12 @@ def shortfall(
         metrics: The ``m`` metrics.
         preference: The bounds.
         width: ``m`` widths to measure the misses in; own units when None.
+
+    Raises:
+        PreferenceError: When a bound is for an unknown metric.
     """
     names = [metric.name for metric in metrics]
+    check_names(preference, names)
     unit = torch.ones(len(names), dtype=torch.float64) if width is None else width
     total = torch.zeros(len(values), dtype=torch.float64)
     for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
@@ -210,21 +229,6 @@ def numbers_by_name(what: str, given: object) -> dict[str, float]:
                 hint=f"write {what}={{'{name}': 0.5}}",
             ) from None
     return found
-
-
-def check_names(preference: Preference, names: Sequence[str]) -> None:
-    """Refuse a preference that names an unknown metric.
-
-    Raises:
-        PreferenceError: When it does.
-    """
-    given = [*preference.weights, *preference.at_least, *preference.at_most]
-    unknown = sorted({name for name in given if name not in names})
-    if unknown:
-        raise PreferenceError(
-            f"there is no metric {', '.join(repr(name) for name in unknown)}",
-            hint=did_you_mean(unknown[0], names),
-        )
 
 
 def _allowed(values: Tensor, names: Sequence[str], preference: Preference) -> Tensor:

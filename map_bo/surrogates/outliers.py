@@ -114,8 +114,9 @@ class Outlier:
     def note(self) -> str:
         """Return the sentence that a reader of the run is told."""
         return (
-            f"evaluation {self.row + 1}: {self.metric} = {self.value:.4g} is {_REASON} (expected "
-            f"{self.expected:.3g} +- {2 * self.deviation:.2g})"
+            f"evaluation {self.row + 1}: {self.metric} = {self.value:.4g} is {_REASON}: the "
+            f"other evaluations predict {self.expected:.3g} +- {2 * self.deviation:.2g}; "
+            "outliers=keep fits it all the same"
         )
 
 

@@ -181,10 +181,10 @@ class JsonlStore:
             StoreError: When the directory holds no events file.
         """
         store = cls(directory)
-        if not store._path.is_file():
+        if not os.path.isfile(store._path):  # any name; pathlib raises on a long one
             raise StoreError(
                 f"{store.directory} holds no run: there is no {_EVENTS} in it",
-                hint="name a directory that `map-bo run` wrote",
+                hint="name a directory that `map-bo run` wrote, or begin one: JsonlStore.create",
             )
         return store
 

@@ -357,3 +357,19 @@ def test_the_working_directory_is_restored(tmp_path: Path) -> None:
     assert Path.cwd() == before
     with working_directory(tmp_path / "gone"):
         assert Path.cwd() == before
+
+
+@pytest.mark.parametrize(
+    ("problem", "key"),
+    [
+        *((problem, "fixed") for problem in ("digits", "images", "checkpoints")),
+        *(("checkpoints", key) for key in ("metrics", "heads")),
+    ],
+)
+@pytest.mark.parametrize("form", ["problem.{}={{math: 1}}", "+problem.{}.math=1"])
+def test_mappings_of_problems_are_given_whole_or_by_entry(
+    problem: str, key: str, form: str
+) -> None:
+    overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem == "checkpoints")]
+    config = compose("config", overrides=[*overrides, form.format(key)])
+    assert config.problem[key] == {"math": 1}

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from map_bo.data import Observations
-from map_bo.errors import BudgetError, ConfigError, StoreError
+from map_bo.errors import BudgetError, ConfigError, DataError, StoreError
 from map_bo.loop.run import Run
 from map_bo.tracking.codec import encode_line
 from map_bo.tracking.examine import examine
@@ -32,6 +32,18 @@ def test_asking_keeps_to_the_budget_and_proposes_nothing_twice(bowls: Bowls) -> 
     with pytest.raises(BudgetError, match=r"all 7 .* proposed, and 7 of them wait") as caught:
         run.ask(1)
     assert "tell the outcomes" in str(caught.value.hint)
+
+
+def test_an_outcome_is_observations_of_a_row_that_waits(bowls: Bowls) -> None:
+    run = Run(bowls, quick(8), MemoryStore())
+    outcome: Any = 0.5
+    with pytest.raises(StoreError, match="row 0 does not wait") as caught:
+        run.tell(0, Observations.failed(bowls.space.anchors().X[:1], bowls.metrics, "broken"))
+    assert caught.value.hint == "no row waits for an outcome: ask for rows first"
+    run.ask(1)
+    with pytest.raises(DataError, match="must be Observations, got float"):
+        run.tell(0, outcome)
+    assert run.state.pending == [0]
 
 
 @pytest.mark.parametrize("n", [0, -1, True, "x", 1.5, None])

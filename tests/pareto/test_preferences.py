@@ -10,7 +10,7 @@ from torch import Tensor
 
 from map_bo.data import Metric
 from map_bo.errors import PreferenceError
-from map_bo.pareto.preferences import Preference, choose, numbers_by_name
+from map_bo.pareto.preferences import Preference, choose, numbers_by_name, shortfall
 from map_bo.scale import Scale
 
 METRICS = (Metric("math"), Metric("code"), Metric("loss", direction="min", kind="loss"))
@@ -195,3 +195,8 @@ def test_what_is_no_mapping_to_numbers_is_refused(given: object) -> None:
     assert "at_least={'" in str(caught.value.hint)
     assert numbers_by_name("at_least", None) == {}
     assert numbers_by_name("at_least", {"x": 1}) == {"x": 1.0}
+
+
+def test_a_shortfall_of_an_unknown_metric_is_refused() -> None:
+    with pytest.raises(PreferenceError, match="there is no metric 'maths'"):
+        shortfall(VALUES, METRICS, Preference(at_most={"maths": 1.0}))

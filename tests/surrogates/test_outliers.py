@@ -185,7 +185,10 @@ def test_validation_is_about_what_was_fitted() -> None:
 
 def test_an_outlier_says_itself_and_is_read_back() -> None:
     one = Outlier(5, "x", 50.0, 0.42, 0.025)
-    assert one.note() == ("evaluation 6: x = 50 is set aside as an outlier (expected 0.42 +- 0.05)")
+    assert one.note() == (
+        "evaluation 6: x = 50 is set aside as an outlier: the other evaluations predict "
+        "0.42 +- 0.05; outliers=keep fits it all the same"
+    )
     assert Outlier.read(one.describe()) == one
     seen = without(evaluations(8), [one])
     assert seen.partial.tolist() == [False] * 5 + [True] + [False] * 2

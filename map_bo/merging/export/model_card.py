@@ -210,6 +210,9 @@ def _trade_offs(choice: object) -> Iterator[str]:
     if isinstance(preference, Mapping):
         given = {name: value for name, value in preference.items() if value}
         yield f"Chosen by the preference {_inline(given)}"
+    said = choice.get("notes")
+    for note in said if isinstance(said, list | tuple) else ():
+        yield f"Note: {_cell(note)}"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -111,8 +112,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
     Raises:
         MergeError: When there is no recipe, or the file is none.
     """
-    file = Path(path).expanduser()
-    file = file / RECIPE if file.is_dir() else file
+    file = Path(os.path.expanduser(path))  # unlike pathlib's, no error for any name
+    file = file / RECIPE if os.path.isdir(file) else file
     try:
         content = read_yaml(file)
     except OSError as error:

@@ -6,6 +6,7 @@ Parameters are numbers, or lists of filters on tensor names.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,7 +145,7 @@ def content_of(config: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
     """
     if isinstance(config, Mapping):
         return config
-    file = Path(config).expanduser()
+    file = Path(os.path.expanduser(config))  # unlike pathlib's, no error for any name
     try:
         content = read_yaml(file)
     except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -114,7 +115,7 @@ def _fill(
     patterns: dict[str, str] | None, rows: list[list[float]], sources: Sequence[str]
 ) -> tuple[dict[str, str] | None, list[list[float]]]:
     """Leave out blocks without tensors, where one of the models is here to look at."""
-    here = next((Path(source) for source in sources if Path(source).exists()), None)
+    here = next((Path(source) for source in sources if os.path.exists(source)), None)
     if patterns is None or here is None:
         return patterns, rows
     checkpoint, blocks = open_checkpoint(here), Blocks(patterns)

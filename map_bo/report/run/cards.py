@@ -192,6 +192,9 @@ def _print_points(view: RunView, console: Console) -> None:
         where = "prob." if wide_enough else "Under a point's number"
         text = "the probability that no other point, of the front or evaluated, dominates it."
         console.print(_text(console, f"{where}: {text}"))
+    if has_feasible(view):
+        text = "the probability that its evaluation works and keeps the constraints."
+        console.print(_text(console, f"feas.: {text}"))
 
 
 def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
@@ -237,7 +240,7 @@ def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
 def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
     """Return one block of lines per point, for runs too wide for one line per point.
 
-    The probability is under the number of the point. Where there are corrected values, the
+    The probabilities are under the number of the point. Where there are corrected values, the
     prediction is followed by half its interval, and the interval has no column.
     """
     front, table = view.front, _table(console)
@@ -256,6 +259,7 @@ def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
             for name, value in zip(titles, front.X[row].tolist(), strict=True)
         ]
         left = [str(row), *([share(float(front.probability[row]))] if probability else [])]
+        left += ["feas.", share(float(front.feasible[row]))] if has_feasible(view) else []
         for line in range(max(len(scales), len(names), len(left))):
             cells = [""] * 4
             if line < len(names):

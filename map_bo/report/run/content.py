@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from map_bo.constraints import plain_constraints
 from map_bo.report.numbers import better, difference, metric_value, seconds
 from map_bo.report.run.certainty import stop_words
 from map_bo.report.view import RunView
@@ -87,20 +88,22 @@ def _name(settings: Any) -> str:
 
 
 def metric_rows(view: RunView) -> list[tuple[str, str, str, str, str]]:
-    """Return for each metric: name, direction, reference point, best expert, optimism.
+    """Return for each metric: name, direction or bounds, reference point, best expert, optimism.
 
+    A constrained metric has its bounds where others have the direction.
     Optimism is the mean of predicted minus real over the verified points; it is positive when the
     prediction was too good, whatever the direction, and empty where nothing was verified.
     """
     optimism = view.summary.get("optimism") or {}
     low, high = view.scale.point, view.scale.best
+    bounds = plain_constraints(view.scale.constraints)
     rows = []
     for metric, a, b in zip(view.metrics, low.tolist(), high.tolist(), strict=True):
         gap = optimism.get(metric.name)
         rows.append(
             (
                 metric.name,
-                better(metric),
+                " and ".join(bounds.get(metric.name) or [better(metric)]),
                 metric_value(a, metric),
                 metric_value(b, metric),
                 "" if gap is None else difference(gap),
@@ -116,7 +119,9 @@ def hypervolume_scale(view: RunView) -> str:
         "best expert."
     )
     names = ", ".join(view.scale.rangeless)
-    return f"{said} Without a range, and not counted: {names}." if names else said
+    said = f"{said} Without a range, and not counted: {names}." if names else said
+    kept = ", ".join(plain_constraints(view.scale.constraints))
+    return f"{said} Constraints, and not counted: {kept}." if kept else said
 
 
 def hypervolume_rows(view: RunView) -> list[tuple[str, str, float | None]]:

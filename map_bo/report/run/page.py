@@ -289,14 +289,18 @@ def _evaluations_table(view: RunView) -> str:
     )
     rows = []
     partial = seen.partial.tolist()
+    aside = {(one["evaluation"], one["metric"]) for one in view.summary.get("outliers") or ()}
     data = zip(seen.X.tolist(), seen.Y.tolist(), seen.cost.tolist(), seen.failures, strict=True)
     for i, (x, y, cost, failure) in enumerate(data):
         what = anchors.get(i, "verification" if checked[i] else "search")
         cells = "".join(f"<td>{coefficient(value)}</td>" for value in x)
+        shown = [
+            cell.replace("</td>", " (outlier)</td>") if (i + 1, metric.name) in aside else cell
+            for cell, metric in zip(_real_cells(y, metrics), metrics, strict=True)
+        ]
         if failure is None:
-            cells += "".join(_real_cells(y, metrics))
+            cells += "".join(shown)
         elif partial[i]:
-            shown = _real_cells(y, metrics)
             cells += "".join(
                 "<td>failed</td>" if math.isnan(value) else cell
                 for value, cell in zip(y, shown, strict=True)

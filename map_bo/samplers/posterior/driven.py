@@ -237,7 +237,12 @@ class PosteriorDriven:
         needed = max(2, min(self.initial_points(space), len(space.experts) + 2))
         if first == n or succeeded < needed:
             if first < n:
-                _log.warning("%d of %d evaluations succeeded: the design goes on", succeeded, count)
+                _log.warning(
+                    "%d of %d evaluations succeeded and a fit needs %d: the design goes on",
+                    succeeded,
+                    count,
+                    needed,
+                )
             return self._designed(seen, space, n, pending, generator), {}
         chosen = self._designed(seen, space, first, pending, generator)
         waiting = torch.cat([waiting, chosen])

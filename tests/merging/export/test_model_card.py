@@ -51,6 +51,12 @@ def rows(body: str, section: str) -> list[list[str]]:
     return [[c.strip() for c in re.split(r"(?<!\\)\|", line)[1:-1]] for line in lines]
 
 
+def test_notes_of_the_choice_are_in_the_card() -> None:
+    note = "the bounds hold with probability 0.985 when measured"
+    assert f"Note: {note}" in card(record={"choice": {**CHOICE, "notes": [note]}})[1]
+    assert "Note:" not in card(record={"choice": {**CHOICE, "notes": None}})[1]
+
+
 class TestFrontMatter:
     def test_folders_are_named(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", config=json.dumps({"model_type": "gpt2"}))

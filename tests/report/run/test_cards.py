@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import pytest
 import torch
@@ -134,6 +135,16 @@ def test_what_is_sure_stands_with_the_numbers() -> None:
     assert "Nothing was verified, so optimism was neither measured nor corrected." in " ".join(
         unverified.split()
     )
+
+
+@pytest.mark.parametrize("width", [60, 120])
+def test_how_likely_points_are_feasible_is_shown_and_explained(width: int) -> None:
+    view = make_view(2, points=3, verify=1, certain=True)
+    assert "feas." not in printed(view, width)
+    likely = torch.full((3,), 0.37, dtype=torch.float64)
+    text = printed(replace(view, front=replace(view.front, feasible=likely)), width)
+    assert text.count("0.37") == 3
+    assert "feas.: the probability that its evaluation works" in " ".join(text.split())
 
 
 def test_plus_or_minus_is_ascii_where_the_output_is() -> None:

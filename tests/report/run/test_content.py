@@ -4,6 +4,7 @@ import dataclasses
 
 import torch
 
+from map_bo.constraints import AtLeast
 from map_bo.report.run.content import (
     facts,
     failure_rows,
@@ -83,6 +84,14 @@ def test_the_scale_names_the_metrics_without_a_range() -> None:
     scale = dataclasses.replace(view.scale, ranged=torch.tensor([True, False]))
     without = dataclasses.replace(view, scale=scale)
     assert hypervolume_scale(without).endswith("Without a range, and not counted: invert.")
+
+
+def test_constrained_metrics_are_told_with_their_bounds() -> None:
+    view = make_view(2)
+    scale = dataclasses.replace(view.scale, constraints=(AtLeast("invert", 0.5),))
+    kept = dataclasses.replace(view, scale=scale)
+    assert [row[1] for row in metric_rows(kept)] == ["higher is better", ">= 0.5"]
+    assert hypervolume_scale(kept).endswith("Constraints, and not counted: invert.")
 
 
 def test_failures_are_numbered_from_one() -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -163,6 +164,16 @@ def test_an_unverified_front_says_so_and_a_short_one_is_not_repeated(tmp_path: P
     assert "No evaluation failed." in page.text
     assert "Optimism is" not in page.text
     assert len(page.all("table")) == 4
+
+
+def test_outliers_are_marked_among_the_evaluations(tmp_path: Path) -> None:
+    view = make_view(2, points=1, verify=0)
+    assert "(outlier)" not in page_of(view, tmp_path)[0].text
+    one = {"evaluation": 4, "metric": view.metrics[1].name, "value": 0.0}
+    summary = {**view.summary, "outliers": [one]}
+    marked, _ = page_of(replace(view, summary=summary), tmp_path)
+    assert marked.text.count(" (outlier)") == 1
+    assert f"{float(view.seen.Y[3, 1]):.3f} (outlier)" in marked.text
 
 
 def test_without_plots_there_are_no_figures(tmp_path: Path) -> None:
