@@ -261,8 +261,7 @@ class Run:
         if not isinstance(outcome, Observations):
             raise DataError(
                 f"an outcome must be Observations, got {type(outcome).__name__}",
-                hint="tell what problem.evaluate(X[index : index + 1]) returns, or "
-                "map_bo.Observations(X, Y, Yvar, metrics)",
+                hint="tell map_bo.Observations(X=..., Y=..., metrics=...) of the one row",
             )
         with self._turn():
             waits = type(index) is not bool and index in self.state.pending

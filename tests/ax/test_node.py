@@ -374,6 +374,7 @@ def test_an_experiment_without_objective_is_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_axs_own_strategy_goes_on_with_a_run(tmp_path: Path) -> None:
     unfinished(tmp_path / "run", rows=10)
     file = exported(tmp_path / "run", tmp_path / "ax.db")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from botorch.models.gp_regression import SingleTaskGP
 from botorch.models.transforms.input import Normalize
 from torch import Tensor
@@ -19,7 +20,9 @@ class PlainModel(SingleTaskGP, SurrogateModel):  # type: ignore[misc]  # botorch
     """BoTorch's process with the hyperparameters that it begins with."""
 
     def __init__(self, seen: Observations, Z: Tensor, space: CoefficientSpace) -> None:
-        super().__init__(seen.X, Z, input_transform=Normalize(space.d, bounds=space.bounds))
+        low = space.bounds[0]  # the widths are positive, also where a coefficient is fixed
+        cube = Normalize(space.d, bounds=torch.stack([low, low + space.width]))
+        super().__init__(seen.X, Z, input_transform=cube)
         self.metrics, self.links = seen.metrics, links_for(seen.metrics)
         self.eval()
 

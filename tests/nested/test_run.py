@@ -13,6 +13,7 @@ from map_bo.errors import (
     ConfigError,
     EvaluationError,
     SpaceError,
+    StoreError,
     TreeError,
 )
 from map_bo.nested.result import NestedResult
@@ -65,8 +66,11 @@ def test_a_node_measures_only_the_tasks_below_it() -> None:
     assert len(first) > len(others)
 
 
-class CrashError(BaseException):
-    """Stands for SIGKILL: nothing catches it."""
+class CrashError(StoreError):
+    """Stands for SIGKILL: nothing takes it for a failed evaluation, and nothing is written on."""
+
+    def __init__(self) -> None:
+        super().__init__("the process was killed")
 
 
 class CrashingStore:

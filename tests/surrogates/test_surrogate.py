@@ -22,8 +22,6 @@ from tests.contracts.surrogate_contract import SurrogateContract, mixed_observat
 
 
 class TestTheSmallestSurrogate(SurrogateContract):
-    takes_fixed = False
-
     @pytest.fixture
     def surrogate(self) -> Surrogate:
         return Plain()
