@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.quality.kill import Stand, Trial, Whole, events, files, story, table
+from benchmarks.quality.kill import Trial, table
+from benchmarks.quality.kill_stand import Stand, Whole, events, files, story
 from map_bo.loop.run import optimize
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.problems.synthetic import ConcaveQuadratics

@@ -58,7 +58,7 @@ def test_only_whole_numbers_of_rows_are_asked_for(bowls: Bowls, n: Any) -> None:
 def test_what_is_no_observations_is_refused(bowls: Bowls, outcome: Any) -> None:
     run = Run(bowls, quick(8), MemoryStore())
     run.ask(1)
-    with pytest.raises(StoreError, match=f"one row, got {type(outcome).__name__}"):
+    with pytest.raises(DataError, match=f"must be Observations, got {type(outcome).__name__}"):
         run.tell(0, outcome)
     assert run.state.pending == [0]
 
