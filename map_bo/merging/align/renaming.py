@@ -122,7 +122,7 @@ def match_names(own: Sequence[str], theirs: Sequence[str], fits: Fits, label: st
         return found
 
     def inner(short: str, removed: str, added: str) -> str:
-        # A head stands beside what has the prefix.
+        # A head lies outside what has the prefix.
         changed = added + short[len(removed) :] if short.startswith(removed) else short
         return changed if changed in of_theirs else short
 
