@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
+    from map_bo.evaluators.metrics import SeveralMetrics
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run, optimize
@@ -71,6 +72,7 @@ __all__ = [
     "Result",
     "Run",
     "Settings",
+    "SeveralMetrics",
     "Slerp",
     "TableProblem",
     "TaskArithmetic",
@@ -112,6 +114,7 @@ _HOME = {
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",
+    "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
