@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "SeveralMetrics": "map_bo.evaluators.metrics",
+    "TorchLoader": "map_bo.evaluators.loaders.torch_loader",
     "accuracy": "map_bo.evaluators.evaluator",
     "mean_loss": "map_bo.evaluators.evaluator",
     "mean_probability": "map_bo.evaluators.evaluator",
