@@ -6,10 +6,8 @@ This is what a configuration can say; in Python use
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +16,7 @@ import torch
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.kinds import import_callable
 from map_bo.evaluators.metrics import DeclaresMetrics, metrics_of
 from map_bo.extensions import installed, origin
 from map_bo.merging.adapters.adapter import open_expert
@@ -221,36 +220,3 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
         ) from error
     made: Evaluator = found() if isinstance(found, type) else found
     return made
-
-
-def import_callable(where: str, key: str) -> Callable[..., Any]:
-    """Import ``module:attribute``, looking in the working directory too.
-
-    It is not called for what a file names, unless the user trusts the file.
-
-    Raises:
-        ConfigError: When there is no such thing, or it cannot be called.
-    """
-    module, separator, attribute = str(where).partition(":")
-    if not separator or not module or not attribute:
-        raise ConfigError(
-            f"{key} must name a function, got {where!r}", hint="write it as module:function"
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{key} {where!r} cannot be imported: {error}",
-            hint="modules are looked for in the working directory and the installed packages",
-        ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"{key} must name a function, got a {type(found).__name__} ({where})",
-            hint="name a function or a class",
-        )
-    return found  # type: ignore[no-any-return]
