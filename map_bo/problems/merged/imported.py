@@ -43,8 +43,8 @@ _DTYPES: dict[str, StorageDtype] = {
 def imported_problem(
     model: str | None,
     *,
-    base: str,
-    experts: Mapping[str, str],
+    base: str | Checkpoint,
+    experts: Mapping[str, str | Checkpoint],
     evaluators: Mapping[str, str | Evaluator],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
@@ -69,7 +69,7 @@ def imported_problem(
             for a Hugging Face directory or a model of its hub, whose ``config.json`` names it; see
             `map_bo.problems.merged.architecture.transformers_model`.
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
-            `map_bo.open_checkpoint`).
+            `map_bo.open_checkpoint`), or one that is open.
         experts: The experts by name, likewise.
         evaluators: ``module:callable`` by metric name, or the name of an evaluator that an
             installed package registers (see :mod:`map_bo.extensions`); each takes the model and
@@ -138,12 +138,11 @@ def imported_problem(
                 "the coefficients with lower and upper instead",
             )
         space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
-    opened: str | Checkpoint = base
+    opened = base
     sources: dict[str, CheckpointSource] = dict(experts)
     if model is None:
-        folder = Path(base).expanduser()
-        if folder.exists():  # before weights are looked for
-            require_configuration(folder, base)
+        if isinstance(base, str) and Path(base).expanduser().exists():
+            require_configuration(Path(base).expanduser(), base)  # before weights are looked for
         opened = open_checkpoint(base)
         aligned = {name: open_expert(source, opened) for name, source in experts.items()}
         aligned = align_experts(aligned, opened, vocabulary=vocabulary, missing=missing)
