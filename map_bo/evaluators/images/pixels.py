@@ -412,16 +412,16 @@ def _decoded(examples: Examples, row: int, folder: Path) -> Image | NDArray[np.g
                 value = value.transpose(1, 2, 0)
             return Image.fromarray(value[..., 0] if value.shape[2:] == (1,) else value)
         if isinstance(value, EncodedImage):
-            opened: Image.Image = Image.open(io.BytesIO(value.content))
+            content = value.content
         elif isinstance(value, str | Path):
             where = str(path := folder / value)
-            opened = Image.open(path)
+            content = path.read_bytes()
         else:
             raise EvaluationError(
                 f"{where} is a {type(value).__name__}, not an image",
                 hint="choose the column of images: columns={'image': ...}",
             )
-        return _plain(ImageOps.exif_transpose(opened))
+        return _plain(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
     except FileNotFoundError as error:
         raise EvaluationError(
             f"there is no image {where}", hint=f"paths are relative to {folder}"
