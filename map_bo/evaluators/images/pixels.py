@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -23,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from map_bo.cached import cache_root
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean, first_line, require
 from map_bo.evaluators.data import Examples
 from map_bo.evaluators.isolation.quiet import quiet
@@ -33,7 +33,16 @@ from map_bo.values import real_number, switch, whole_number
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CLIP_MEAN", "CLIP_STD", "Pixels", "Processor", "Resize", "find_steps", "read_pixels"]
+__all__ = [
+    "CLIP_MEAN",
+    "CLIP_STD",
+    "Pixels",
+    "Processor",
+    "Resize",
+    "Steps",
+    "find_steps",
+    "read_pixels",
+]
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 """Mean of the images that CLIP was trained on (Radford et al., 2021), red, green and blue."""
@@ -261,7 +270,7 @@ class Pixels:
 
 
 def read_pixels(
-    examples: Examples, steps: Steps | None, *, folder: Path, cache: str | Path | None = None
+    examples: Examples, steps: Steps | None, *, folder: Path, cache_dir: str | Path | None = None
 ) -> Pixels:
     """Read and prepare the images of examples; at once where that was done and is in use.
 
@@ -273,8 +282,8 @@ def read_pixels(
         steps: How images are prepared. Without, only arrays can be used: whole numbers are divided
             by 255 and get a channel where they have none.
         folder: What paths that are text are relative to.
-        cache: Folder of the file that many images are mapped from; by default the environment
-            variable ``MAP_BO_CACHE``, or the user's cache.
+        cache_dir: Folder above that of the files which many images are mapped from; see
+            `map_bo.cached.cache_root`.
 
     Raises:
         EvaluationError: When an image cannot be read, or images come out in several shapes.
@@ -284,19 +293,14 @@ def read_pixels(
     with _lock:
         found = _known.get(digest)
     if found is None:
-        found = Pixels(_prepared(examples, steps, folder, _file(cache, digest)), digest)
+        found = Pixels(_prepared(examples, steps, folder, _file(cache_dir, digest)), digest)
         with _lock:
             found = _known.setdefault(digest, found)
     return found
 
 
-def _file(cache: str | Path | None, digest: str) -> Path:
-    chosen = cache or os.environ.get("MAP_BO_CACHE")
-    if not chosen:
-        from platformdirs import user_cache_dir
-
-        chosen = user_cache_dir("map_bo")
-    return Path(chosen).expanduser() / "pixels" / f"{digest[:32]}.npy"
+def _file(cache_dir: str | Path | None, digest: str) -> Path:
+    return cache_root(cache_dir) / "pixels" / f"{digest[:32]}.npy"
 
 
 def _prepared(examples: Examples, steps: Steps | None, folder: Path, file: Path) -> Tensor:

@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean, first_line, require
 from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import device_of, evaluating
-from map_bo.evaluators.images.inputs import ImageEvaluator
+from map_bo.evaluators.images.inputs import (
+    ImageEvaluator,
+    ImagesAndText,
+    TransformersClip,
+    image_features,
+    pooled,
+)
 from map_bo.evaluators.images.pixels import CLIP_MEAN, CLIP_STD, Processor, Resize
 from map_bo.evaluators.isolation.quiet import quiet
 
@@ -22,31 +28,6 @@ __all__ = ["ZeroShot"]
 TEMPLATES = ("a photo of a {}.",)
 
 Source = Literal["auto", "base", "candidate"]
-
-
-@runtime_checkable
-class _Transformers(Protocol):
-    """A model of images and text as transformers has it."""
-
-    config: Any
-
-    def get_image_features(self, pixel_values: Tensor) -> Any: ...
-
-    def get_text_features(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any: ...
-
-
-@runtime_checkable
-class _OpenClip(Protocol):
-    """A model of images and text as open_clip has it."""
-
-    def encode_image(self, image: Tensor) -> Tensor: ...
-
-    def encode_text(self, text: Tensor) -> Tensor: ...
-
-
-@runtime_checkable
-class _HasPooled(Protocol):
-    pooler_output: Tensor
 
 
 @runtime_checkable
@@ -89,10 +70,11 @@ class ZeroShot(ImageEvaluator):
             that of each candidate; ``auto``: with that of the base as long as the candidate's is
             the same, so that merges of vision towers alone pay for the texts once, and merges of
             whole models are measured as they will be used.
-        score: ``accuracy``, ``probability`` or ``cross_entropy``.
+        metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class).
         labelled: Whether the data have classes; without, it gives logits alone.
         batch_size: Images per forward pass, and texts.
-        cache: Folder for many images.
+        cache_dir: Folder above that of many images, which are kept on disk; by default the user's
+            cache.
 
     Raises:
         ConfigError: When a setting is not possible.
@@ -107,18 +89,18 @@ class ZeroShot(ImageEvaluator):
         processor: Processor | Mapping[str, Any] | None = None,
         tokenizer: str | None = None,
         prototypes: Source = "auto",
-        score: str = "accuracy",
+        metrics: str | Sequence[str] = "accuracy",
         labelled: bool = True,
         batch_size: int = 32,
-        cache: str | None = None,
+        cache_dir: str | Path | None = None,
     ) -> None:
         super().__init__(
             data=data,
             processor=processor,
-            score=score,
+            metrics=metrics,
             labelled=labelled,
             batch_size=batch_size,
-            cache=cache,
+            cache_dir=cache_dir,
         )
         self.templates = (templates,) if isinstance(templates, str) else tuple(templates)
         wrong = [one for one in self.templates if not isinstance(one, str) or "{}" not in one]
@@ -185,10 +167,10 @@ class ZeroShot(ImageEvaluator):
     def classifier(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return what gives the logits of images, with the prototypes for this model."""
         prototypes = self._prototypes_of(model).to(device_of(model))
-        scale = _scale(model)
+        known, scale = _require(model), _scale(model)
 
         def classify(items: Tensor) -> Tensor:
-            features = _image_features(model, self.pixels(items, model)).float()
+            features = image_features(known, self.pixels(items, model)).float()
             return scale * nn.functional.normalize(features, dim=-1) @ prototypes.T
 
         return classify
@@ -258,9 +240,9 @@ class ZeroShot(ImageEvaluator):
         return names
 
 
-def _require(model: nn.Module) -> _Transformers | _OpenClip:
+def _require(model: nn.Module) -> ImagesAndText:
     """Return a model of images and text, or refuse another."""
-    if isinstance(model, _Transformers | _OpenClip):
+    if isinstance(model, ImagesAndText):
         return model
     raise EvaluationError(
         f"the model is a {type(model).__name__}, which has no image and text features",
@@ -280,24 +262,10 @@ def _scale(model: nn.Module) -> Tensor:
     return found.detach().float().exp()
 
 
-def _pooled(output: object) -> Tensor:
-    if isinstance(output, Tensor):
-        return output
-    assert isinstance(output, _HasPooled)
-    return output.pooler_output
-
-
-def _image_features(model: nn.Module, pixels: Tensor) -> Tensor:
-    known = _require(model)
-    if isinstance(known, _Transformers):
-        return _pooled(known.get_image_features(pixel_values=pixels))
-    return known.encode_image(pixels)
-
-
 def _text_features(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     known = _require(model)
-    if isinstance(known, _Transformers):
-        return _pooled(known.get_text_features(**batch))
+    if isinstance(known, TransformersClip):
+        return pooled(known.get_text_features(**batch))
     return known.encode_text(batch["input_ids"])
 
 
@@ -314,7 +282,7 @@ def _text_tower(model: nn.Module) -> dict[str, Tensor]:
 def _resize_of(model: nn.Module) -> Resize | None:
     """Return how a model of open_clip says that images are prepared; None for others."""
     known = _require(model)
-    if isinstance(known, _Transformers):
+    if isinstance(known, TransformersClip):
         return None
     visual = dict(model.named_children()).get("visual")
     if not isinstance(visual, _Sized):
@@ -331,7 +299,7 @@ def _resize_of(model: nn.Module) -> Resize | None:
 def _tokenise(model: nn.Module, texts: Sequence[str], tokenizer: str | None) -> dict[str, Tensor]:
     """Return what the text tower takes: ``n x length`` tokens, and their mask where it has one."""
     known = _require(model)
-    if isinstance(known, _Transformers):
+    if isinstance(known, TransformersClip):
         return _tokenise_for_transformers(known, texts, tokenizer)
     if not isinstance(known, _Vocabulary):
         raise EvaluationError(
@@ -359,7 +327,7 @@ _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "spiece.
 
 
 def _tokenise_for_transformers(
-    known: _Transformers, texts: Sequence[str], tokenizer: str | None
+    known: TransformersClip, texts: Sequence[str], tokenizer: str | None
 ) -> dict[str, Tensor]:
     settings = known.config.get_text_config().to_dict()
     longest = settings.get("max_position_embeddings")

@@ -52,7 +52,7 @@ def ready(place: Path, model: nn.Module, **more: Any) -> ZeroShot:
 class TestContract(ExampleEvaluatorContract):
     @pytest.fixture
     def evaluator(self, place: Path) -> ExampleEvaluator:
-        return ZeroShot(**settings(place, score="cross_entropy", batch_size=5))
+        return ZeroShot(**settings(place, metrics=["loss", "accuracy"], batch_size=5))
 
     @pytest.fixture
     def model(self) -> nn.Module:
@@ -163,7 +163,7 @@ def test_classes_can_be_named(place: Path) -> None:
         ({"templates": []}, "no templates"),
         ({"prototypes": "bse"}, "prototypes must be"),
         ({"classes": "red"}, "classes must be names"),
-        ({"score": "acuracy"}, "no score 'acuracy'"),
+        ({"metrics": "acuracy"}, "no metric 'acuracy'"),
         ({"batch_size": 0}, "batch_size must be"),
         ({"processor": {"sizes": 3}}, "no setting 'sizes'"),
     ],
@@ -221,7 +221,7 @@ def test_two_merged_experts_are_measured(place: Path) -> None:
         experts=experts,
         evaluators={
             "colours": ZeroShot(**settings(place)),
-            "loss": ZeroShot(**settings(place, score="cross_entropy")),
+            "loss": ZeroShot(**settings(place, metrics="loss")),
         },
         check_base=False,
     )
