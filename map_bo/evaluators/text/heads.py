@@ -156,7 +156,7 @@ def fit_head(
         weight = weight / scale
         bias = bias - weight @ centre
         return {
-            "weight": torch.from_numpy(weight).float(),
+            "weight": torch.from_numpy(weight).float().contiguous(),
             "bias": torch.from_numpy(bias).float(),
         }
 
