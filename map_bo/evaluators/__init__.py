@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Data": "map_bo.evaluators.data",
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "accuracy": "map_bo.evaluators.evaluator",
