@@ -13,6 +13,7 @@ _HOME = {
     "Data": "map_bo.evaluators.data",
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "SeveralMetrics": "map_bo.evaluators.metrics",
+    "TorchLoader": "map_bo.evaluators.loaders.torch_loader",
     "accuracy": "map_bo.evaluators.evaluator",
     "mean_loss": "map_bo.evaluators.evaluator",
     "mean_probability": "map_bo.evaluators.evaluator",
