@@ -27,7 +27,11 @@ from map_bo.extensions import installed, origin
 
 __all__ = ["KINDS", "code_in", "evaluator_from", "import_callable", "known_kinds", "refuse_all"]
 
-KINDS: Mapping[str, str] = MappingProxyType({})
+KINDS: Mapping[str, str] = MappingProxyType(
+    {
+        "torch": "map_bo.evaluators.loaders.torch_loader:TorchLoader",
+    }
+)
 """Kind -> ``module:Class`` of map_bo, imported when it is first asked for."""
 
 _FUNCTION = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
