@@ -12,6 +12,8 @@ from typing import Any
 _HOME = {
     "Data": "map_bo.evaluators.data",
     "ExampleEvaluator": "map_bo.evaluators.examples",
+    "Generation": "map_bo.evaluators.generation",
+    "Perplexity": "map_bo.evaluators.perplexity",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "accuracy": "map_bo.evaluators.evaluator",
     "mean_loss": "map_bo.evaluators.evaluator",
