@@ -12,6 +12,8 @@ from typing import Any
 _HOME = {
     "Data": "map_bo.evaluators.data",
     "ExampleEvaluator": "map_bo.evaluators.examples",
+    "Generation": "map_bo.evaluators.generation",
+    "Perplexity": "map_bo.evaluators.perplexity",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "TorchLoader": "map_bo.evaluators.loaders.torch_loader",
     "accuracy": "map_bo.evaluators.evaluator",
