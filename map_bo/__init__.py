@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from map_bo.nested.settings import Nested
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
-    from map_bo.operators.fisher import Fisher
-    from map_bo.operators.regmean import RegMean
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+    from map_bo.operators.statistics.fisher import Fisher
+    from map_bo.operators.statistics.regmean import RegMean
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
@@ -98,7 +98,7 @@ _HOME = {
     "Dare": "map_bo.operators.sparse",
     "Della": "map_bo.operators.sparse",
     "ExportSettings": "map_bo.merging.export.model",
-    "Fisher": "map_bo.operators.fisher",
+    "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
@@ -110,7 +110,7 @@ _HOME = {
     "NestedResult": "map_bo.nested.result",
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
-    "RegMean": "map_bo.operators.regmean",
+    "RegMean": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",

@@ -55,7 +55,7 @@ from map_bo.merging.vectors.recalibration import (
 )
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
-from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
