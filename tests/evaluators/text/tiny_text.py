@@ -17,6 +17,7 @@ __all__ = [
     "GOOD_AND_BAD",
     "WORDS",
     "drawn",
+    "readable_bert",
     "reviews",
     "rows_file",
     "tiny_bert",
@@ -86,6 +87,12 @@ def tiny_bert(seed: int = 0, **settings: Any) -> Any:
     """Return a BERT without a head."""
     transformers = pytest.importorskip("transformers")
     return drawn(transformers.BertModel(_settings(**settings)), seed)
+
+
+def readable_bert(seed: int = 0) -> Any:
+    """Return a BERT whose features say which words a text holds: a head can be fitted on them."""
+    transformers = pytest.importorskip("transformers")
+    return drawn(transformers.BertModel(_settings(hidden_size=64)), seed, scale=0.1)
 
 
 def tiny_classifier(seed: int = 0, classes: Sequence[str] | int = 2, **settings: Any) -> Any:
