@@ -84,7 +84,8 @@ def embedded(model: Any, text: object) -> torch.Tensor:
     with torch.inference_mode():
         hidden = model(**word_tokenizer()(text, return_tensors="pt")).last_hidden_state[0]
     mean: torch.Tensor = hidden.mean(0)
-    return mean / torch.linalg.vector_norm(mean)
+    unit: torch.Tensor = mean / torch.linalg.vector_norm(mean)
+    return unit
 
 
 def test_outcomes_are_cosines_and_their_ranks_are_compared(similar: str) -> None:
