@@ -30,6 +30,7 @@ __all__ = ["KINDS", "code_in", "evaluator_from", "import_callable", "known_kinds
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
+        "entropy": "map_bo.evaluators.entropy:Entropy",
         "images": "map_bo.evaluators.images.classification:ImageClassification",
         "regression": "map_bo.evaluators.text.regression:Regression",
         "text_classification": "map_bo.evaluators.text.classification:TextClassification",

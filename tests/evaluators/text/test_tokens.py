@@ -21,7 +21,11 @@ pytest.importorskip("transformers", reason="the extra `huggingface` is not insta
 
 
 def tokens(*texts: list[str], **settings: Any) -> Tokens:
-    given: dict[str, Any] = {"max_length": 8, "where": "a.csv", "rows": range(len(texts[0]))} | settings
+    given: dict[str, Any] = {
+        "max_length": 8,
+        "where": "a.csv",
+        "rows": range(len(texts[0])),
+    } | settings
     return tokenise(word_tokenizer(), *texts, **given)
 
 
