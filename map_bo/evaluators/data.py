@@ -421,6 +421,8 @@ def _looks_like_a_file(text: str) -> bool:
     """Return whether a path that does not exist was meant to be one."""
     if text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1:
         return not text.startswith("hf://")
+    if "/" in text and Path(text.partition("/")[0]).is_dir():
+        return True
     ending = Path(text.removesuffix(".gz")).suffix.lower()
     return ending in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".npz", ".txt")
 

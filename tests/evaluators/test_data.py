@@ -101,6 +101,17 @@ def test_a_missing_file_is_told_from_a_name_of_the_hub(tmp_path: Path) -> None:
         data("absent.csv").read(ROLES)
 
 
+def test_a_path_below_a_folder_that_exists_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "sst2.csv").write_text("text\na\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaluationError, match="there is no file sets/sst2") as found:
+        data("sets/sst2").read(["text"])
+    assert found.value.hint == "did you mean 'sst2.csv'?"
+
+
 def labels(tmp_path: Path, values: list[str], **settings: Any) -> Examples:
     path = tmp_path / "l.jsonl"
     path.write_text("".join(f'{{"text": "a", "label": {value}}}\n' for value in values))
