@@ -35,6 +35,8 @@ if TYPE_CHECKING:
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+    from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+    from map_bo.operators.spectral.tsv import TSVM
     from map_bo.operators.statistics.fisher import Fisher
     from map_bo.operators.statistics.regmean import RegMean
     from map_bo.pareto.preferences import Preference
@@ -46,6 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "TSVM",
     "AtLeast",
     "AtMost",
     "Breadcrumbs",
@@ -57,6 +60,8 @@ __all__ = [
     "ExportSettings",
     "Fisher",
     "Front",
+    "IsoC",
+    "IsoCTS",
     "LinearConstraint",
     "Magnitude",
     "MapBoError",
@@ -98,6 +103,8 @@ _HOME = {
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
+    "IsoC": "map_bo.operators.spectral.isotropic",
+    "IsoCTS": "map_bo.operators.spectral.isotropic",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
     "MapBoError": "map_bo.errors",
@@ -113,6 +120,7 @@ _HOME = {
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",
     "Slerp": "map_bo.operators.averages",
+    "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
     "Ties": "map_bo.operators.sparse",
