@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from map_bo.operators.consensus import Consensus
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+    from map_bo.operators.spectral.knots import KnOTS
     from map_bo.operators.spectral.tsv import TSVM
     from map_bo.operators.statistics.fisher import Fisher
     from map_bo.operators.statistics.regmean import RegMean
@@ -62,6 +63,7 @@ __all__ = [
     "Front",
     "IsoC",
     "IsoCTS",
+    "KnOTS",
     "LinearConstraint",
     "Magnitude",
     "MapBoError",
@@ -105,6 +107,7 @@ _HOME = {
     "Front": "map_bo.data",
     "IsoC": "map_bo.operators.spectral.isotropic",
     "IsoCTS": "map_bo.operators.spectral.isotropic",
+    "KnOTS": "map_bo.operators.spectral.knots",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
     "MapBoError": "map_bo.errors",

@@ -13,6 +13,7 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
 
@@ -28,6 +29,7 @@ OPERATORS: dict[str, MergeOperator] = {
     "tsv-m": TSVM(),
     "iso-c": IsoC(),
     "iso-cts": IsoCTS(),
+    "knots": KnOTS(),
 }
 
 

@@ -21,6 +21,7 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
 from map_bo.operators.statistics.fisher import Fisher
 from map_bo.operators.statistics.regmean import RegMean
@@ -68,6 +69,10 @@ OPERATORS: dict[str, MergeOperator] = {
     "tsv-m in blocks": TSVM(share=0.5, others="sum", blocks=BLOCKS),
     "iso-c": IsoC(),
     "iso-c in blocks": IsoC(skip="embed", blocks=BLOCKS),
+    "knots": KnOTS(density=0.5),
+    "knots searched": KnOTS(
+        trim="tensor", weighted=False, search=["density", "scale"], blocks=BLOCKS
+    ),
     "iso-cts": IsoCTS(),
     "iso-cts in blocks": IsoCTS(common=0.5, blocks=BLOCKS),
 }

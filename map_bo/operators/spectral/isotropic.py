@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,7 +13,8 @@ from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.operators.searchable import share
-from map_bo.operators.spectral.matrices import ReadyOperator, SpectralOperator
+from map_bo.operators.spectral.matrices import ReadyOperator, SpectralOperator, matrices_of
+from map_bo.operators.spectral.shared_results import KEPT, SharedResults
 from map_bo.operators.spectral.singular import (
     Change,
     add_changes,
@@ -29,7 +28,6 @@ from map_bo.operators.spectral.singular import (
 __all__ = ["IsoC", "IsoCTS", "common_and_specific", "flatten"]
 
 _PIECE = 1 << 18  # numbers of a task vector that are in float64 at once
-_KEPT = 8  # roots that the pieces of a tensor share; threads are at neighbouring tensors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +76,9 @@ def flatten(change: Tensor) -> Tensor:
 class _Flattened(Kernel):
     def __init__(self, operator: IsoC, deltas: Deltas) -> None:
         self._deltas = deltas
-        self._matrices = operator.matrices(deltas.layout)
+        self._matrices = matrices_of(deltas.layout, operator.skip)
         self._others = operator.share_of_others(len(deltas.experts))
-        self._roots = _Shared()
+        self._roots: SharedResults[Tensor] = SharedResults()
 
     def whole(self, slot: int) -> bool:
         return slot in self._matrices and not self._is_tall(slot)
@@ -90,7 +88,7 @@ class _Flattened(Kernel):
 
     def overhead(self, threads: int) -> int:
         sides = (min(self._shape(slot)) for slot in self._matrices)
-        return 8 * max(sides, default=0) ** 2 * (_KEPT + 6 * threads) + 64 * _PIECE * threads
+        return 8 * max(sides, default=0) ** 2 * (KEPT + 6 * threads) + 64 * _PIECE * threads
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         if slot not in self._matrices:
@@ -129,31 +127,6 @@ def _weighted(deltas: Tensor, c: Tensor) -> Tensor:
     for row, weight in zip(deltas, c.tolist(), strict=True):
         result.add_(row, alpha=weight)
     return result
-
-
-class _Shared:
-    """The last few results, each made once: other threads that want it wait for it."""
-
-    def __init__(self) -> None:
-        self._found: dict[tuple[float, ...], Future[Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[float, ...], make: Callable[[], Tensor]) -> Tensor:
-        with self._lock:
-            future = self._found.get(key)
-            mine = future is None
-            if future is None:
-                future = self._found[key] = Future()
-                while len(self._found) > _KEPT:
-                    self._found.pop(next(iter(self._found)))
-        if mine:
-            try:
-                future.set_result(make())
-            except BaseException as error:
-                with self._lock:
-                    self._found.pop(key, None)
-                future.set_exception(error)
-        return future.result()
 
 
 @dataclass(frozen=True, kw_only=True)

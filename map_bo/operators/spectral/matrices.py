@@ -33,7 +33,15 @@ from map_bo.operators.searchable import SearchableOperator, one_of
 from map_bo.operators.spectral.singular import Change
 from map_bo.plain import to_plain
 
-__all__ = ["OTHERS", "ReadyOperator", "SpectralOperator", "changes_of"]
+__all__ = [
+    "OTHERS",
+    "ReadyOperator",
+    "SpectralOperator",
+    "changes_of",
+    "is_matrix",
+    "matrices_of",
+    "require_pattern",
+]
 
 OTHERS = ("mean", "sum")
 _FORMAT = 1  # to be raised whenever the same task vectors are made ready in another way
@@ -59,33 +67,40 @@ class SpectralOperator(SearchableOperator):
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that are not possible; see `SearchableOperator`."""
         one_of("others", settings["others"], OTHERS)
-        skip = settings["skip"]
-        if skip is None:
-            return
-        if not isinstance(skip, str):
-            raise MergeError(
-                f"skip must be a regular expression, got {skip!r}", hint="give text, such as embed"
-            )
-        try:
-            re.compile(skip)
-        except re.error as error:
-            raise MergeError(
-                f"skip is not a regular expression: {skip!r}: {error}",
-                hint="give one that is searched for in names of tensors, such as embed|lm_head",
-            ) from error
-
-    def is_matrix(self, slot: Slot) -> bool:
-        """Return whether a tensor is merged by its singular vectors."""
-        named = self.skip is not None and re.search(self.skip, slot.name) is not None
-        return len(slot.shape) == 2 and slot.numel > 0 and not named
-
-    def matrices(self, layout: FlatLayout) -> frozenset[int]:
-        """Return the indices of the tensors that are merged by their singular vectors."""
-        return frozenset(i for i, slot in enumerate(layout.slots) if self.is_matrix(slot))
+        require_pattern("skip", settings["skip"])
 
     def share_of_others(self, experts: int) -> float:
         """Return the factor of the task vectors of all else."""
         return 1.0 / experts if self.others == "mean" else 1.0
+
+
+def require_pattern(name: str, value: object) -> None:
+    """Refuse a setting that is neither None nor a regular expression.
+
+    Raises:
+        MergeError: Naming the setting.
+    """
+    hint = "give one that is searched for in names of tensors, such as embed|lm_head"
+    if value is None:
+        return
+    if not isinstance(value, str):
+        raise MergeError(f"{name} must be a regular expression, got {value!r}", hint=hint)
+    try:
+        re.compile(value)
+    except re.error as error:
+        message = f"{name} is not a regular expression: {value!r}: {error}"
+        raise MergeError(message, hint=hint) from error
+
+
+def is_matrix(slot: Slot, skip: str | None = None) -> bool:
+    """Return whether a tensor is a matrix, and its name does not have the pattern ``skip``."""
+    named = skip is not None and re.search(skip, slot.name) is not None
+    return len(slot.shape) == 2 and slot.numel > 0 and not named
+
+
+def matrices_of(layout: FlatLayout, skip: str | None = None) -> frozenset[int]:
+    """Return the indices of the tensors that `is_matrix` tells."""
+    return frozenset(i for i, slot in enumerate(layout.slots) if is_matrix(slot, skip))
 
 
 def changes_of(deltas: Deltas, index: int, rows: Tensor | None = None) -> list[Change]:
@@ -167,7 +182,7 @@ class _Anew(Kernel):
     deltas: Deltas
 
     def whole(self, slot: int) -> bool:
-        return self.operator.is_matrix(self.deltas.layout.slots[slot])
+        return is_matrix(self.deltas.layout.slots[slot], self.operator.skip)
 
     def room(self, experts: int) -> int:
         # In float64: the vectors of all experts on both sides, their orthogonal factors, and of one
@@ -209,7 +224,7 @@ def _make_ready(operator: ReadyOperator, vectors: TaskVectors) -> TaskVectors:
 
 def _fill(operator: ReadyOperator, vectors: TaskVectors, put: Put) -> dict[int, AdaptedTensor]:
     """Put base and ready rows of the experts that have one, and return what adapters change."""
-    matrices = operator.matrices(vectors.layout)
+    matrices = matrices_of(vectors.layout, operator.skip)
     share = operator.share_of_others(len(vectors.experts))
     row_of = {expert: 1 + row for row, expert in enumerate(vectors.dense_experts)}
     adapted: dict[int, AdaptedTensor] = {}

@@ -1,13 +1,9 @@
 from __future__ import annotations
 
-import threading
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapters.low_rank import LowRank
@@ -15,7 +11,6 @@ from map_bo.merging.vectors.operator import HasDerivatives, MergeOperator
 from map_bo.operators.spectral.isotropic import (
     IsoC,
     IsoCTS,
-    _Shared,
     common_and_specific,
     flatten,
 )
@@ -195,35 +190,3 @@ def test_common_is_a_share() -> None:
     ) as caught:
         IsoCTS(common=2.0)
     assert caught.value.hint
-
-
-class TestShared:
-    def test_one_thread_makes_it_and_the_others_wait(self) -> None:
-        shared, begun, calls = _Shared(), threading.Event(), []
-
-        def make() -> Tensor:
-            begun.set()
-            calls.append(1)
-            threading.Event().wait(0.05)
-            return torch.ones(1)
-
-        with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(lambda _: shared.get((0, 1.0), make), range(4)))
-        assert len(calls) == 1
-        assert all(each is found[0] for each in found)
-
-    def test_a_failure_reaches_the_caller_and_is_not_kept(self) -> None:
-        shared = _Shared()
-
-        def fail() -> Tensor:
-            raise MergeError("no", hint="none")
-
-        with pytest.raises(MergeError, match="no"):
-            shared.get((0, 1.0), fail)
-        assert torch.equal(shared.get((0, 1.0), lambda: torch.ones(1)), torch.ones(1))
-
-    def test_few_are_kept(self) -> None:
-        shared = _Shared()
-        for i in range(20):
-            shared.get((i, 0.0), lambda: torch.zeros(1))
-        assert len(shared._found) == 8

@@ -16,7 +16,7 @@ from map_bo.merging.vectors.operator import HasDerivatives, HasFactors
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.spectral import matrices
 from map_bo.operators.spectral.isotropic import IsoCTS
-from map_bo.operators.spectral.matrices import ReadyOperator, changes_of
+from map_bo.operators.spectral.matrices import ReadyOperator, changes_of, matrices_of
 from map_bo.operators.spectral.tsv import TSVM
 from tests.contracts.operator_contract import example_vectors
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
@@ -107,7 +107,7 @@ def test_changes_are_factors_wherever_adapters_are(tmp_path: Path) -> None:
 
 def test_which_tensors_are_matrices() -> None:
     layout = TaskVectors.load(small_base(), {"a": _moved()}).layout
-    names = [layout.slots[i].name for i in sorted(TSVM(skip="head").matrices(layout))]
+    names = [layout.slots[i].name for i in sorted(matrices_of(layout, "head"))]
     assert names == ["layers.0.fc.weight", "layers.1.fc.weight"]
     assert TSVM().share_of_others(4) == 0.25
     assert TSVM(others="sum").share_of_others(4) == 1.0
