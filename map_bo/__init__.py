@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
     from map_bo.operators.spectral.knots import KnOTS
     from map_bo.operators.spectral.tsv import TSVM
+    from map_bo.operators.statistics.data_free import DataFreeRegMean
     from map_bo.operators.statistics.fisher import Fisher
-    from map_bo.operators.statistics.regmean import RegMean
+    from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
@@ -57,6 +58,7 @@ __all__ = [
     "CoefficientSpace",
     "Consensus",
     "Dare",
+    "DataFreeRegMean",
     "Della",
     "ExportSettings",
     "Fisher",
@@ -75,6 +77,7 @@ __all__ = [
     "Observations",
     "Preference",
     "RegMean",
+    "RegMeanPlusPlus",
     "Result",
     "Run",
     "Settings",
@@ -101,6 +104,7 @@ _HOME = {
     "CoefficientSpace": "map_bo.space",
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
+    "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
@@ -119,6 +123,7 @@ _HOME = {
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
     "RegMean": "map_bo.operators.statistics.regmean",
+    "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",

@@ -15,6 +15,7 @@ from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
 from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
 
 OPERATORS: dict[str, MergeOperator] = {
@@ -29,6 +30,7 @@ OPERATORS: dict[str, MergeOperator] = {
     "tsv-m": TSVM(),
     "iso-c": IsoC(),
     "iso-cts": IsoCTS(),
+    "regmean without data": DataFreeRegMean(),
     "knots": KnOTS(),
 }
 

@@ -23,6 +23,7 @@ from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
 from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.operators.statistics.fisher import Fisher
 from map_bo.operators.statistics.regmean import RegMean
 from map_bo.operators.statistics.statistics import save_statistics, statistics_of
@@ -73,6 +74,8 @@ OPERATORS: dict[str, MergeOperator] = {
     "knots searched": KnOTS(
         trim="tensor", weighted=False, search=["density", "scale"], blocks=BLOCKS
     ),
+    "regmean without data": DataFreeRegMean(),
+    "regmean without data searched": DataFreeRegMean(search=["alpha", "ridge"], blocks=BLOCKS),
     "iso-cts": IsoCTS(),
     "iso-cts in blocks": IsoCTS(common=0.5, blocks=BLOCKS),
 }

@@ -149,7 +149,7 @@ def test_wherever_task_vectors_are(kind: str, search: list[str], tmp_path: Path)
         "dense on disk": OnDiskVectors(base, whole),
     }
     operator = KnOTS(density=0.5, search=search)
-    c = [0.8, 0.3, 0.5] + [0.4] * len(search)
+    c = [0.8, 0.3, 0.5, 0.4][: 3 + len(search)]
     expected = merge(operator, vectors, c)
     assert not torch.allclose(expected, vectors.base, atol=1e-2)
     result = write(chunked(operator.prepare(found[kind]), 20), vectors, c)
