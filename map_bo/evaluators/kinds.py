@@ -30,10 +30,12 @@ __all__ = ["KINDS", "code_in", "evaluator_from", "import_callable", "known_kinds
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
+        "images": "map_bo.evaluators.images.classification:ImageClassification",
         "regression": "map_bo.evaluators.text.regression:Regression",
         "text_classification": "map_bo.evaluators.text.classification:TextClassification",
         "text_pairs": "map_bo.evaluators.text.classification:TextPairs",
         "torch": "map_bo.evaluators.loaders.torch_loader:TorchLoader",
+        "zero_shot": "map_bo.evaluators.images.zero_shot:ZeroShot",
     }
 )
 """Kind -> ``module:Class`` of map_bo, imported when it is first asked for."""
