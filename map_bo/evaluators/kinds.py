@@ -38,8 +38,12 @@ __all__ = [
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
+        "embeddings": "map_bo.evaluators.embeddings:Embeddings",
         "generation": "map_bo.evaluators.generation:Generation",
         "perplexity": "map_bo.evaluators.perplexity:Perplexity",
+        "regression": "map_bo.evaluators.text.regression:Regression",
+        "text_classification": "map_bo.evaluators.text.classification:TextClassification",
+        "text_pairs": "map_bo.evaluators.text.classification:TextPairs",
         "torch": "map_bo.evaluators.loaders.torch_loader:TorchLoader",
     }
 )
