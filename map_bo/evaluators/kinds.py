@@ -40,11 +40,13 @@ KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
         "generation": "map_bo.evaluators.generation:Generation",
+        "images": "map_bo.evaluators.images.classification:ImageClassification",
         "perplexity": "map_bo.evaluators.perplexity:Perplexity",
         "regression": "map_bo.evaluators.text.regression:Regression",
         "text_classification": "map_bo.evaluators.text.classification:TextClassification",
         "text_pairs": "map_bo.evaluators.text.classification:TextPairs",
         "torch": "map_bo.evaluators.loaders.torch_loader:TorchLoader",
+        "zero_shot": "map_bo.evaluators.images.zero_shot:ZeroShot",
     }
 )
 """Kind -> ``module:Class`` of map_bo, imported when it is first asked for."""
