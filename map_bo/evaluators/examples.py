@@ -173,14 +173,15 @@ class ExampleEvaluator(ABC):
             )
         return part
 
-    def summary(self, outcomes: Tensor) -> dict[str, Measurement]:
-        """Return what all outcomes make, by the evaluator's own names of its metrics.
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        """Return what outcomes make, by the evaluator's own names of its metrics.
 
         Each metric is the mean over the examples, with the variance of that mean; a proportion of
         right and wrong answers has its count in place of it.
 
         Args:
             outcomes: As `score` returns them.
+            items: The examples that they belong to; None for all of them in order.
         """
         table = outcomes.unsqueeze(-1) if outcomes.dim() == 1 else outcomes
         return {

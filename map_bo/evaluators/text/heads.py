@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -27,7 +27,7 @@ from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.text.pooling import Pooling, all_features, encoder_of
 from map_bo.evaluators.text.tokens import Tokens
 
-__all__ = ["FitMethod", "Head", "fit_head", "read_head"]
+__all__ = ["FitMethod", "Head", "fit_head", "fit_to_features", "read_head"]
 
 FitMethod = Literal["logistic", "ridge"]
 """How a head is fitted: logistic regression, or least squares with a penalty."""
@@ -132,17 +132,52 @@ def fit_head(
     Raises:
         EvaluationError: When features are not finite.
     """
-    settings = [_VERSION, classes, method, penalty, pooling, batch_size]
-    content = [
-        digest_of(_weights(encoder_of(model))),
-        type(model).__name__,
-        tokens.digest,
-        list(targets),
-    ]
-    key = hashlib.sha256(json.dumps([settings, content]).encode()).hexdigest()
+    return fit_to_features(
+        lambda: all_features(model, tokens, pooling, batch_size),
+        model=encoder_of(model),
+        inputs=tokens.digest,
+        targets=targets,
+        classes=classes,
+        method=method,
+        penalty=penalty,
+        settings=[type(model).__name__, pooling, batch_size],
+        cache_dir=cache_dir,
+    )
+
+
+def fit_to_features(
+    features: Callable[[], Tensor],
+    *,
+    model: nn.Module,
+    inputs: str,
+    targets: Sequence[float],
+    classes: int | None,
+    method: FitMethod,
+    penalty: float,
+    settings: Sequence[object],
+    cache_dir: str | Path | None = None,
+) -> Head:
+    """Fit a head to features, or find it where it was fitted before; see `fit_head`.
+
+    Args:
+        features: Returns them, ``n x width``; only called where the head is not known.
+        model: What they are of, with the weights of the base.
+        inputs: A digest of what the model was given.
+        targets: ``n`` class indices, or numbers.
+        classes: The number of classes; None for numbers.
+        method: How; numbers are always fitted by ridge regression.
+        penalty: How strongly weights are drawn to 0.
+        settings: Whatever else the features depend on, as plain data.
+        cache_dir: Folder above that of the heads.
+
+    Raises:
+        EvaluationError: When features are not finite.
+    """
+    content = [_VERSION, classes, method, penalty, *settings, digest_of(_weights(model)), inputs]
+    key = hashlib.sha256(json.dumps([content, list(targets)]).encode()).hexdigest()
 
     def make() -> dict[str, Tensor]:
-        X = all_features(model, tokens, pooling, batch_size).double().numpy()
+        X = features().double().numpy()
         if not np.isfinite(X).all():
             raise EvaluationError(
                 "the features of the base hold NaN or infinity, and no head can be fitted on them",

@@ -13,9 +13,9 @@ from typing import Any
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.kinds import evaluator_from, refuse_all
-from map_bo.merging.adapters.adapter import open_expert
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
-from map_bo.merging.align.vocabulary import VocabularyRule
+from map_bo.merging.align.vocabulary import VocabularyRule, require_shapes
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.problems.merged.imported import imported_problem
@@ -147,21 +147,29 @@ def _open(
             found[name] = open_expert(source, opened)
         except MapBoError as error:
             troubles.append(_at(f"problem.experts.{name}", error))
+    together: MapBoError | None = None
+    aligned: dict[str, Checkpoint] = {}
     try:
-        return opened, align_experts(found, opened, vocabulary=vocabulary, missing=missing)
+        aligned = align_experts(found, opened, vocabulary=vocabulary, missing=missing)
     except MapBoError as error:
         together = error
-    aligned: dict[str, Checkpoint] = {}
-    before = len(troubles)
+    fitting: dict[str, Checkpoint] = {}
     for name, expert in found.items():
         try:
-            one = align_experts({name: expert}, opened, vocabulary=vocabulary, missing=missing)
-            aligned |= one
+            one = (
+                aligned.get(name)
+                or align_experts({name: expert}, opened, vocabulary=vocabulary, missing=missing)[
+                    name
+                ]
+            )
+            if not isinstance(one, AdapterCheckpoint):
+                require_shapes(opened, one, name, {n: n for n in opened.names if n in one.names})
+            fitting[name] = one
         except MapBoError as error:
             troubles.append(_at(f"problem.experts.{name}", error))
-    if len(troubles) == before:  # each fits the base, and they do not fit each other
-        troubles.append(_at("problem.experts", together))
-    return opened, aligned
+    if together is not None and len(fitting) == len(found):
+        troubles.append(_at("problem.experts", together))  # they do not fit each other
+    return opened, fitting
 
 
 def _at(key: str, error: MapBoError) -> MapBoError:

@@ -37,7 +37,7 @@ class Noisy(TensorDataset):
     """A data set that draws from all global generators."""
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        x, y = super().__getitem__(index)
+        x, y = (tensor[index] for tensor in self.tensors)
         return x + torch.randn(()) + float(np.random.rand()) + random.random(), y  # noqa: NPY002
 
 
@@ -67,10 +67,11 @@ def test_a_shuffling_loader_has_one_order_in_every_process() -> None:
 
 
 def test_global_generators_are_left_as_they_were() -> None:
-    before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()  # type: ignore[index,call-overload] # noqa: NPY002
+    drawn_next = np.random.get_state(legacy=False)  # noqa: NPY002
+    before = torch.get_rng_state(), str(drawn_next), random.getstate()
     LoadedBatches.read(DataLoader(Noisy(*data().tensors), 3, shuffle=True))
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.random.get_state()[1].tolist() == before[1]  # type: ignore[index,call-overload] # noqa: NPY002
+    assert str(np.random.get_state(legacy=False)) == before[1]  # noqa: NPY002
     assert random.getstate() == before[2]
 
 
