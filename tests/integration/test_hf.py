@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,15 @@ def test_from_init_to_a_merge_that_scores_the_same(
     row = ["run", "--prefer", "cats=2"]
     assert status("choose", *row, "--json") == 0
     assert status("merge", *row, "--out", "merged") == 0
+    capsys.readouterr()
+    assert status("choose", "run", "--at-least", "cats=0.9", "--normalised", "--json") == 0
+    chosen = json.loads(capsys.readouterr().out)
+    assert chosen["normalised"]["cats"] >= 0.9
+    assert status("choose", "run", "--at-least", "cats=0.9", "--normalised") == 0
+    assert "Where less is better (cats, dogs)" in capsys.readouterr().out
+    assert status("report", "run", "--normalised") == 0
+    assert "normalised:cats" in Path("run/front.csv").read_text()
+    capsys.readouterr()
     tasks = yaml.safe_load(Path("map_bo.yaml").read_text())["problem"]["tasks"]
     recipe = yaml.safe_load(Path("merged/recipe.yaml").read_text())
     again = [value_of(scored(Path("merged"), tasks[name])) for name in tasks]
