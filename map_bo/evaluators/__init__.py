@@ -13,6 +13,7 @@ _HOME = {
     "Data": "map_bo.evaluators.data",
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "Generation": "map_bo.evaluators.generation",
+    "LMEval": "map_bo.evaluators.lm_eval",
     "Perplexity": "map_bo.evaluators.perplexity",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "accuracy": "map_bo.evaluators.evaluator",
