@@ -60,6 +60,7 @@ class Examples:
         rows: Where each example stands in the split, from 0.
         where: What was read, for errors.
         sources: Role -> column.
+        numbered: Whether nothing but the order of their names says which class has which index.
     """
 
     columns: Mapping[str, tuple[object, ...]]
@@ -69,6 +70,7 @@ class Examples:
     rows: tuple[int, ...]
     where: str
     sources: Mapping[str, str]
+    numbered: bool = False
 
     def texts(self, role: str) -> list[str]:
         """Return the texts of a role.
@@ -282,6 +284,9 @@ class Data:
             rows=tuple(rows[i] for i in order),
             where=table.where,
             sources=sources,
+            numbered=names is not None
+            and self.labels is None
+            and sources["label"] not in table.classes,
         )
 
     def _column(self, role: str, roles: Sequence[str], table: Table) -> str:

@@ -22,14 +22,13 @@ from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.language.decoding import Drawing, RefusesNaN, Stopping, ends_of, greedy
 from map_bo.evaluators.language.grading import Grading, Which, texts_of
 from map_bo.evaluators.language.models import (
-    check_vocabulary,
-    load_tokenizer,
     longest_input,
     pad_id,
     plain_ids,
     pretrained,
     starts_with_bos,
 )
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.plain import identity_of
 from map_bo.rng import child, make_generator
 from map_bo.values import real_number, switch, whole_number

@@ -33,7 +33,8 @@ from map_bo.evaluators.language.harness import (
     outcome_of,
     require_harness,
 )
-from map_bo.evaluators.language.models import check_vocabulary, load_tokenizer, pretrained
+from map_bo.evaluators.language.models import pretrained
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.values import real_number, switch, whole_number
 
 if TYPE_CHECKING:

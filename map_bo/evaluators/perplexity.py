@@ -19,13 +19,12 @@ from map_bo.evaluators.evaluator import Measurement, device_of, logits_of
 from map_bo.evaluators.examples import ExampleEvaluator, mean_of, ratio_estimate
 from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.language.models import (
-    check_vocabulary,
-    load_tokenizer,
     longest_input,
     pad_id,
     plain_ids,
     pretrained,
 )
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.values import switch, whole_number
 
 __all__ = ["Perplexity", "Window", "windows"]

@@ -26,7 +26,7 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.moved import under_old_name
-from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.cache import (
     cache_root,
     read_network,
@@ -302,7 +302,9 @@ def digits_problem(
     if isinstance(operator, NeedsStatistics) and not operator.statistics:
         folder = zoo.folder(cache_dir) / "statistics"
         operator = operator.with_statistics(
-            digits_statistics(arch, files.experts, operator.statistics_kind, folder)
+            digits_statistics(
+                arch, files.experts, operator.statistics_kind, folder, base=files.base
+            )
         )
     space = None
     if sum_at_most is not None:
