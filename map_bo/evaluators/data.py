@@ -300,7 +300,9 @@ class Data:
         wanted = given if given is not None else role
         hint = did_you_mean(wanted, table.names)
         if given is None:
-            hint = f"say which column is the {role}: columns={{{role!r}: {table.names[-1]!r}}}"
+            others = {self.columns.get(one, one) for one in roles}
+            free = [name for name in table.names if name not in others] or list(table.names)
+            hint = f"say which column is the {role}: columns={{{role!r}: {free[0]!r}}}"
         raise EvaluationError(
             f"{table.where} has no column {wanted!r}; it has {listed(table.names, 20)}", hint=hint
         )
