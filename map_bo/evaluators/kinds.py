@@ -25,13 +25,25 @@ from map_bo.errors import ConfigError, MapBoError, did_you_mean, first_line
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.extensions import installed, origin
 
-__all__ = ["KINDS", "code_in", "evaluator_from", "import_callable", "known_kinds", "refuse_all"]
+__all__ = [
+    "KINDS",
+    "code_in",
+    "evaluator_from",
+    "import_callable",
+    "known_kinds",
+    "main_setting",
+    "refuse_all",
+    "settings_of",
+]
 
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
         "entropy": "map_bo.evaluators.entropy:Entropy",
+        "generation": "map_bo.evaluators.generation:Generation",
         "images": "map_bo.evaluators.images.classification:ImageClassification",
+        "lm_eval": "map_bo.evaluators.lm_eval:LMEval",
+        "perplexity": "map_bo.evaluators.perplexity:Perplexity",
         "regression": "map_bo.evaluators.text.regression:Regression",
         "text_classification": "map_bo.evaluators.text.classification:TextClassification",
         "text_pairs": "map_bo.evaluators.text.classification:TextPairs",
@@ -48,6 +60,17 @@ _LIKELY_MISSED = "write it as module:function"
 def known_kinds() -> list[str]:
     """Return the kinds of map_bo, and those that installed packages bring."""
     return sorted({*KINDS, *installed()["evaluator"]})
+
+
+def settings_of(kind: str) -> list[str]:
+    """Return the names of the settings that a kind of map_bo takes."""
+    return list(inspect.signature(_of_map_bo(kind)).parameters)
+
+
+def main_setting(kind: str) -> str | None:
+    """Return the setting that a kind of map_bo is of no use without: its data, as a rule."""
+    names = settings_of(kind)
+    return "data" if "data" in names else _alone(_of_map_bo(kind))
 
 
 def evaluator_from(

@@ -116,6 +116,7 @@ def test_experts_are_scored_as_their_own_models_are(folder: Path, tmp_path: Path
     assert torch.equal(again.evaluate(torch.eye(2).double(), generator=make_generator(0)).Y, seen.Y)
 
 
+@pytest.mark.slow
 def test_a_run_finds_a_front(folder: Path, tmp_path: Path) -> None:
     given = evaluators(folder, tmp_path)
     merged = problem(folder, {name: given[name] for name in ("topic", "similar")})
