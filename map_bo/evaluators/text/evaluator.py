@@ -195,6 +195,11 @@ class TextEvaluator(ExampleEvaluator):
         return self._state
 
     @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return self.head.head is None
+
+    @property
     def size(self) -> int:
         """The number of examples."""
         return len(self.ready.tokens)
