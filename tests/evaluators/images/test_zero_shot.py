@@ -181,7 +181,7 @@ def test_settings_that_are_not_possible(place: Path, more: Mapping[str, Any], me
         ({"classes": {"red": "red"}}, "do not name"),
         ({"classes": ["red", "green", "red"]}, "'red' and 'red' have the same embedding"),
         ({"classes": ["lilac", "mauve", "red"]}, "'lilac' and 'mauve' have the same embedding"),
-        ({"labelled": False}, "no names in the data"),
+        ({"metrics": "entropy"}, "no names in the data"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer of '/nowhere/at/all' cannot be used"),
         ({"tokenizer": None}, "no tokenizer was given"),
         ({"processor": None}, "nothing says how the images are prepared"),
