@@ -17,6 +17,7 @@ from map_bo.rng import make_generator
 from tests.evaluators.images import tiny as images
 from tests.evaluators.text.tiny_text import WORDS, drawn, rows_file, tiny_gpt2, word_tokenizer
 from tests.evaluators.tiny_language import tiny_encoder_decoder, tiny_tokenizer
+from tests.merging.peft_models import trained
 from tests.integration.hf_models import moved, save, write_tower
 
 transformers = pytest.importorskip("transformers")
@@ -109,18 +110,12 @@ def test_flan_t5_on_glue(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["flan_t5_glue_lora", "flan_t5_large_glue_lora"])
 def test_flan_t5_with_adapters(name: str, tmp_path: Path) -> None:
-    peft = pytest.importorskip("peft")
+    pytest.importorskip("peft")
     config = composed(name, tmp_path)
     tokenizer = tiny_tokenizer()
     save(tiny_encoder_decoder(len(tokenizer)), place(tmp_path, config.problem.base), tokenizer)
     for seed, expert in enumerate(config.problem.experts.values()):
-        lora = peft.LoraConfig(r=2, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM")
-        model = peft.get_peft_model(tiny_encoder_decoder(len(tokenizer)), lora)
-        generator = make_generator(seed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if "lora_" in key:
-                    parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-        save(model, place(tmp_path, expert))
+        base = tiny_encoder_decoder(len(tokenizer))
+        trained(base, place(tmp_path, expert), seed, target_modules=["q", "v"])
     glue(tmp_path, config)
     assert [metric.name for metric in evaluate(config).metrics] == list(config.problem.tasks)
