@@ -17,8 +17,8 @@ from map_bo.rng import make_generator
 from tests.evaluators.images import tiny as images
 from tests.evaluators.text.tiny_text import WORDS, drawn, rows_file, tiny_gpt2, word_tokenizer
 from tests.evaluators.tiny_language import tiny_encoder_decoder, tiny_tokenizer
-from tests.merging.peft_models import trained
 from tests.integration.hf_models import moved, save, write_tower
+from tests.merging.peft_models import trained
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("PIL")
