@@ -17,6 +17,10 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.plain import to_plain
 from map_bo.rng import make_generator
 
@@ -45,6 +49,10 @@ SIGNED: tuple[SearchableOperator, ...] = (
     Della(joining="sum", search=["drop_rate", "epsilon", "scale"]),
     Consensus(),
     Consensus(agreement=1, search=["strictness"]),
+    TSVM(),
+    IsoC(others="sum", skip="layer.1"),
+    IsoCTS(common=0.6),
+    KnOTS(trim="tensor", search=["density"]),
 )
 UNSIGNED: tuple[SearchableOperator, ...] = (
     WeightedAverage(),
@@ -52,6 +60,8 @@ UNSIGNED: tuple[SearchableOperator, ...] = (
     Slerp(norms="own"),
     Slerp(of="weights"),
     Slerp(of="weights", norms="own"),
+    DataFreeRegMean(),
+    DataFreeRegMean(search=["alpha", "ridge"]),
 )
 OPERATORS = SIGNED + UNSIGNED
 
