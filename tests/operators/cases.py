@@ -54,12 +54,15 @@ SIGNED: tuple[SearchableOperator, ...] = (
     IsoCTS(common=0.6),
     KnOTS(trim="tensor", search=["density"]),
 )
-UNSIGNED: tuple[SearchableOperator, ...] = (
+AVERAGES: tuple[SearchableOperator, ...] = (
     WeightedAverage(),
     Slerp(),
     Slerp(norms="own"),
     Slerp(of="weights"),
     Slerp(of="weights", norms="own"),
+)
+UNSIGNED: tuple[SearchableOperator, ...] = (
+    *AVERAGES,
     DataFreeRegMean(),
     DataFreeRegMean(search=["alpha", "ridge"]),
 )
