@@ -1,0 +1,140 @@
+"""PCB: the numbers of the task vectors compete, within each expert and between the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from map_bo.merging.vectors.kernel import Kernel
+from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.parallel import Empty, arena
+from map_bo.operators.searchable import SearchableOperator, share
+from map_bo.operators.thresholds import Scores, sketches, thresholds
+
+__all__ = ["Pcb", "competition"]
+
+_OUTLIERS = 1e-4  # share of the smallest and of the largest magnitudes that are limited
+_LARGEST = 1e-300  # a density of which one number remains
+
+Limits = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pcb(SearchableOperator):
+    r"""Parameter competition balancing.
+
+    Du et al., *Parameter Competition Balancing for Model Merging*, arXiv 2410.02396. Each number of
+    each task vector has a score: by its magnitude within the expert (intra-balancing) and by its
+    agreement with the others (inter-balancing). The ``density`` of the numbers with the highest
+    scores is kept, by expert over the whole task vector, and their scores become weights. As in the
+    authors' published code (github.com/duguodong7/pcb-merging):
+
+    ``beta_n = exp(N norm(|v_n|)^2) tanh(v_n sum_k v_k)``, where ``norm`` takes the smallest
+    magnitude of the task vector to 0 and the largest to 1; ``w_n`` is ``beta_n`` with the lowest
+    score that the density keeps taken to 0 and the highest to 1; and the merge is
+    ``theta_0 + sum_n c_n w_n v_n / sum_n w_n``. The smallest and the largest 0.01 % of the
+    magnitudes are limited first. Scores below 0, of numbers against the sum, are never kept.
+
+    Coefficients are the paper's ``lambda_n``, which it searches too; all equal they are its
+    ``lambda``. The merge is linear in them.
+
+    Attributes:
+        density: Share of each task vector's numbers that is kept, the paper's ``r``.
+    """
+
+    name: ClassVar[str] = "pcb"
+    searchable: ClassVar[Mapping[str, tuple[float, float]]] = {"density": (0.02, 0.5)}
+
+    density: float = 0.1
+
+    def check(self, settings: Mapping[str, Any]) -> None:
+        """Refuse settings that are not possible; see `SearchableOperator`."""
+        share("density", settings["density"])
+
+    def kernel(self, deltas: Deltas) -> Kernel:
+        """Find the limits of magnitudes and scores, or sketches of the scores."""
+        if not deltas.layout.slots:
+            return _Competing((), (), (), (), None)
+        low = thresholds(deltas, 1 - _OUTLIERS, "global")[0]
+        high = thresholds(deltas, _OUTLIERS, "global")[0]
+
+        def score(rows: Tensor) -> Tensor:
+            return competition(rows[1:], low, high)
+
+        scores = Scores(deltas, deltas.experts, score)
+        best = thresholds(scores, _LARGEST, "global")[0]
+        if "density" in self.search:
+            found = sketches(scores, "global")[0]
+
+            def limits(density: float) -> Limits:
+                return tuple(sketch.threshold(density) for sketch in found)
+
+            return _Competing(low, high, limits(self.density), best, limits)
+        return _Competing(low, high, thresholds(scores, self.density, "global")[0], best, None)
+
+
+@dataclass(frozen=True)
+class _Competing(Kernel):
+    low: Limits
+    high: Limits
+    limits: Limits
+    best: Limits
+    find: Callable[[float], Limits] | None
+
+    def at(self, settings: Mapping[str, float]) -> Kernel:
+        if self.find is None or "density" not in settings:
+            return self
+        return replace(self, limits=self.find(settings["density"]))
+
+    def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        deltas, size, device = rows[1:], rows.shape[1], rows.device
+        weights = competition(deltas, self.low, self.high, empty=arena.empty)
+        limited = arena.empty(*deltas.shape, device=device)
+        for n, (row, weight, out) in enumerate(zip(deltas, weights, limited, strict=True)):
+            span = self.best[n] - self.limits[n]
+            if span > 0:
+                weight.sub_(self.limits[n]).clamp_min_(0.0).div_(span)
+            else:  # one number is kept, or several that are alike
+                torch.ge(weight, max(self.limits[n], _TINY), out=weight)
+            _limit(row, self.low[n], self.high[n], out)
+        total = arena.empty(size, device=device)
+        torch.mv(weights.t(), torch.ones(len(deltas), device=device), out=total)
+        limited.mul_(weights)
+        out = torch.mv(limited.t(), c.to(rows), out=arena.empty(size, device=device))
+        return out.div_(total.clamp_min_(_TINY)).add_(rows[0])
+
+
+_TINY = float(torch.finfo(torch.float32).tiny)
+
+
+def competition(rows: Tensor, low: Limits, high: Limits, *, empty: Empty = torch.empty) -> Tensor:
+    """Return the scores of ``N x n`` numbers in their competition; see `Pcb`.
+
+    Args:
+        rows: ``N x n`` task vectors.
+        low: Of each task vector the smallest magnitude that counts; smaller ones count as it.
+        high: The largest magnitude that counts.
+        empty: Where new tensors come from.
+
+    Returns:
+        ``N x n`` scores times ``exp(-N)``, which no weight depends on; 0 where they were negative.
+    """
+    like: dict[str, Any] = {"dtype": rows.dtype, "device": rows.device}
+    result, spare = empty(*rows.shape, **like), empty(rows.shape[1], **like)
+    total = torch.mv(rows.t(), torch.ones(len(rows), **like), out=empty(rows.shape[1], **like))
+    for n, (row, out) in enumerate(zip(rows, result, strict=True)):
+        torch.abs(row, out=out).clamp_(low[n], high[n]).sub_(low[n])
+        out.div_(max(high[n] - low[n], _TINY)).square_().sub_(1.0).mul_(len(rows)).exp_()
+        torch.mul(row, total, out=spare).tanh_().clamp_min_(0.0)
+        out.mul_(spare)
+    return result
+
+
+def _limit(row: Tensor, low: float, high: float, out: Tensor) -> None:
+    """Write a row with its magnitudes limited; zeros stay."""
+    torch.abs(row, out=out).clamp_(low, high)
+    out.mul_(torch.sign(row))
