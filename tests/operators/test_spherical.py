@@ -61,8 +61,8 @@ def by_tangents(X: Tensor, w: Tensor) -> Tensor:
     tangents = units - (units @ pole)[:, None] * pole
     step = (w[:, None] * tangents).sum(0)
     size = step.norm()
-    turned = pole * size.cos() + step * torch.sinc(size / torch.pi)
-    return turned * (w @ lengths)
+    result: Tensor = pole * size.cos() + step * torch.sinc(size / torch.pi)
+    return result * (w @ lengths)
 
 
 @given(st.integers(0, 100), st.integers(2, 6))
