@@ -11,14 +11,18 @@ from torch import Tensor
 
 from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.merging.vectors.parallel import Empty, arena
+from map_bo.merging.vectors.parallel import Empty, arena, parallel_for
 from map_bo.operators.searchable import SearchableOperator, share
+from map_bo.operators.sparsify import KeptEffects
 from map_bo.operators.thresholds import Scores, sketches, thresholds
 
 __all__ = ["Pcb", "competition"]
 
 _OUTLIERS = 1e-4  # share of the smallest and of the largest magnitudes that are limited
-_LARGEST = 1e-300  # a density of which one number remains
+_LINEAR = 2e-4  # below, tanh(x) is x to a relative 1.4e-8
+_FEW = 0.25  # densities up to which what is kept takes less memory than the task vectors
+_PIECE = 1 << 18
+_TINY = float(torch.finfo(torch.float32).tiny)
 
 Limits = tuple[float, ...]
 
@@ -37,10 +41,14 @@ class Pcb(SearchableOperator):
     magnitude of the task vector to 0 and the largest to 1; ``w_n`` is ``beta_n`` with the lowest
     score that the density keeps taken to 0 and the highest to 1; and the merge is
     ``theta_0 + sum_n c_n w_n v_n / sum_n w_n``. The smallest and the largest 0.01 % of the
-    magnitudes are limited first. Scores below 0, of numbers against the sum, are never kept.
+    magnitudes are limited for the scores, the largest also in the merge. Scores below 0, of numbers
+    against the sum, are never kept.
 
     Coefficients are the paper's ``lambda_n``, which it searches too; all equal they are its
     ``lambda``. The merge is linear in them.
+
+    Where task vectors are resident and the density is fixed and at most a quarter, what each number
+    adds is kept (8 bytes for each that is kept), and a candidate adds it up.
 
     Attributes:
         density: Share of each task vector's numbers that is kept, the paper's ``r``.
@@ -66,7 +74,7 @@ class Pcb(SearchableOperator):
             return competition(rows[1:], low, high)
 
         scores = Scores(deltas, deltas.experts, score)
-        best = thresholds(scores, _LARGEST, "global")[0]
+        best = _largest(scores)
         if "density" in self.search:
             found = sketches(scores, "global")[0]
 
@@ -74,7 +82,10 @@ class Pcb(SearchableOperator):
                 return tuple(sketch.threshold(density) for sketch in found)
 
             return _Competing(low, high, limits(self.density), best, limits)
-        return _Competing(low, high, thresholds(scores, self.density, "global")[0], best, None)
+        kernel = _Competing(low, high, thresholds(scores, self.density, "global")[0], best, None)
+        if deltas.resident and self.density <= _FEW:
+            return KeptEffects(deltas, kernel.effects)
+        return kernel
 
 
 @dataclass(frozen=True)
@@ -91,24 +102,29 @@ class _Competing(Kernel):
         return replace(self, limits=self.find(settings["density"]))
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
-        deltas, size, device = rows[1:], rows.shape[1], rows.device
+        shares, total = self._weighted(rows[1:])
+        out = torch.mv(shares.t(), c.to(rows), out=arena.empty(rows.shape[1], device=rows.device))
+        return out.div_(total).add_(rows[0])
+
+    def effects(self, rows: Tensor, slot: int) -> Tensor:
+        """Return what each expert adds for a coefficient of 1, ``N x n``."""
+        shares, total = self._weighted(rows[1:])
+        return shares.div_(total)
+
+    def _weighted(self, deltas: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the task vectors times their weights (``N x n``), and the sums of weights."""
         weights = competition(deltas, self.low, self.high, empty=arena.empty)
-        limited = arena.empty(*deltas.shape, device=device)
-        for n, (row, weight, out) in enumerate(zip(deltas, weights, limited, strict=True)):
+        result = arena.empty(*deltas.shape, device=deltas.device)
+        for n, (row, weight, out) in enumerate(zip(deltas, weights, result, strict=True)):
             span = self.best[n] - self.limits[n]
-            if span > 0:
-                weight.sub_(self.limits[n]).clamp_min_(0.0).div_(span)
+            if span > _TINY:
+                weight.sub_(self.limits[n]).clamp_min_(0.0).mul_(1 / span)
             else:  # one number is kept, or several that are alike
                 torch.ge(weight, max(self.limits[n], _TINY), out=weight)
-            _limit(row, self.low[n], self.high[n], out)
-        total = arena.empty(size, device=device)
-        torch.mv(weights.t(), torch.ones(len(deltas), device=device), out=total)
-        limited.mul_(weights)
-        out = torch.mv(limited.t(), c.to(rows), out=arena.empty(size, device=device))
-        return out.div_(total.clamp_min_(_TINY)).add_(rows[0])
-
-
-_TINY = float(torch.finfo(torch.float32).tiny)
+            torch.clamp(row, -self.high[n], self.high[n], out=out)
+        total = arena.empty(deltas.shape[1], device=deltas.device)
+        torch.mv(weights.t(), torch.ones(len(deltas), device=deltas.device), out=total)
+        return result.mul_(weights), total.clamp_min_(_TINY)
 
 
 def competition(rows: Tensor, low: Limits, high: Limits, *, empty: Empty = torch.empty) -> Tensor:
@@ -128,13 +144,25 @@ def competition(rows: Tensor, low: Limits, high: Limits, *, empty: Empty = torch
     total = torch.mv(rows.t(), torch.ones(len(rows), **like), out=empty(rows.shape[1], **like))
     for n, (row, out) in enumerate(zip(rows, result, strict=True)):
         torch.abs(row, out=out).clamp_(low[n], high[n]).sub_(low[n])
-        out.div_(max(high[n] - low[n], _TINY)).square_().sub_(1.0).mul_(len(rows)).exp_()
-        torch.mul(row, total, out=spare).tanh_().clamp_min_(0.0)
+        out.mul_(len(rows) ** 0.5 / max(high[n] - low[n], _TINY)).square_().sub_(len(rows)).exp_()
+        torch.mul(row, total, out=spare).clamp_min_(0.0)
+        # Task vectors are mostly so small that the tangent changes no digit, and it is dear.
+        if spare.numel() and float(spare.amax()) > _LINEAR:
+            spare.tanh_()
         out.mul_(spare)
     return result
 
 
-def _limit(row: Tensor, low: float, high: float, out: Tensor) -> None:
-    """Write a row with its magnitudes limited; zeros stay."""
-    torch.abs(row, out=out).clamp_(low, high)
-    out.mul_(torch.sign(row))
+def _largest(scores: Scores) -> Limits:
+    """Return the largest of each expert's scores."""
+    slots = scores.layout.slots
+    best = torch.zeros(len(slots), len(scores.experts))
+
+    def find(slot: int, _: None) -> None:
+        for start in range(0, slots[slot].numel, _PIECE):
+            part = scores.read(slot, start, min(start + _PIECE, slots[slot].numel))[1:]
+            best[slot] = torch.maximum(best[slot], part.amax(1).cpu())
+
+    order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
+    parallel_for(find, order, lambda: None, threads=scores.threads)
+    return tuple(best.amax(0).tolist())

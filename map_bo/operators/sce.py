@@ -14,11 +14,13 @@ from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import Empty, arena, parallel_for
 from map_bo.operators.searchable import SearchableOperator, share
+from map_bo.operators.sparsify import KeptEffects
 from map_bo.operators.thresholds import MagnitudeSketch, Scores, sketches, thresholds
 
 __all__ = ["Sce", "energy_shares", "erased_sum", "variances"]
 
 _PIECE = 1 << 18
+_FEW = 0.25  # densities up to which what is kept takes less memory than the task vectors
 _LEAST = 1e-30  # below every sum of shares that somebody has
 
 
@@ -60,7 +62,10 @@ class Sce(SearchableOperator):
             return kernel.at({"density": self.density})
         limits = tuple(row[0] for row in thresholds(scores, self.density, "tensor", counts=counts))
         limits = _bounded(limits, counts, self.density)
-        return _Selected(deltas, counts, None, limits, energy_shares(deltas, limits))
+        kernel = _Selected(deltas, counts, None, limits, energy_shares(deltas, limits))
+        if deltas.resident and self.density <= _FEW:
+            return KeptEffects(deltas, kernel.effects)
+        return kernel
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,12 +92,24 @@ class _Selected(Kernel):
         out = arena.empty(rows.shape[1], device=rows.device)
         if limit == math.inf:
             return out.copy_(rows[0])
-        chosen = rows[1:]
-        if limit > 0:
-            mask = variances(chosen, empty=empty)
-            torch.ge(mask, limit, out=mask)
-            chosen = torch.mul(chosen, mask, out=arena.empty(*chosen.shape, device=rows.device))
+        chosen = self._chosen(rows[1:], limit)
         return torch.add(erased_sum(chosen, c, self.shares[slot], empty=empty), rows[0], out=out)
+
+    def effects(self, rows: Tensor, slot: int) -> Tensor:
+        """Return what each expert adds for a coefficient of 1, ``N x n``."""
+        if self.limits[slot] == math.inf:
+            return torch.zeros_like(rows[1:])
+        chosen = self._chosen(rows[1:], self.limits[slot])
+        experts = torch.eye(len(chosen), dtype=torch.float64)
+        parts = [erased_sum(chosen, each, self.shares[slot]) for each in experts]
+        return torch.stack(parts)
+
+    def _chosen(self, deltas: Tensor, limit: float) -> Tensor:
+        if limit <= 0:
+            return deltas
+        mask = variances(deltas, empty=arena.empty)
+        torch.ge(mask, limit, out=mask)
+        return torch.mul(deltas, mask, out=arena.empty(*deltas.shape, device=deltas.device))
 
 
 def variances(rows: Tensor, *, empty: Empty = torch.empty) -> Tensor:

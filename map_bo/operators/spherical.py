@@ -10,6 +10,7 @@ from the base to that mean.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,22 +112,22 @@ class _Lines(Kernel):
 
     def __init__(self, grams: Sequence[Tensor], of: str, widths: Sequence[int], rows: bool) -> None:
         self._grams, self._of, self._widths, self._rows = grams, of, widths, rows
+        # A tensor has one coefficient vector at a time, and is merged in several pieces.
+        self._locks = [threading.Lock() for _ in grams]
+        self._found: list[tuple[tuple[float, ...], Tensor] | None] = [None] * len(grams)
 
     def unit(self, slot: int) -> int:
         return self._widths[slot]
 
     def overhead(self, threads: int) -> int:
-        return sum(gram.nbytes for gram in self._grams)
+        return 2 * sum(gram.nbytes for gram in self._grams)
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
-        width, grams = self._widths[slot], self._grams[slot]
-        size = rows.shape[1]
+        width, size = self._widths[slot], rows.shape[1]
+        weights = self._weights(slot, c)
         if self._rows:
-            grams = grams[start // width : (start + size) // width]
-        total = c.sum()
-        mean = total * arc_mean(grams, c / total)
-        base = 1 - total + mean.sum(-1) if self._of == "weights" else mean.new_ones(len(mean))
-        weights = torch.cat([base[:, None], mean], dim=1).to(rows)
+            weights = weights[start // width : (start + size) // width]
+        weights = weights.to(rows)
         # Of rows one weight each, of columns the same weights in each row.
         shaped = weights[:, None] if self._rows else weights[None]
         parts = rows.view(len(rows), -1, width)
@@ -135,6 +136,20 @@ class _Lines(Kernel):
         for n, part in enumerate(parts[1:], start=1):
             out.addcmul_(part, shaped[..., n])
         return out.view(-1)
+
+    def _weights(self, slot: int, c: Tensor) -> Tensor:
+        """Return the weights of base and task vectors for each line of a tensor."""
+        asked = tuple(c.tolist())
+        with self._locks[slot]:
+            known = self._found[slot]
+            if known is None or known[0] != asked:
+                total = c.sum()
+                mean = total * arc_mean(self._grams[slot], c / total)
+                ones = mean.new_ones(len(mean))
+                base = ones - total + mean.sum(-1) if self._of == "weights" else ones
+                known = (asked, torch.cat([base[:, None], mean], dim=1))
+                self._found[slot] = known
+            return known[1]
 
 
 def line_width(shape: Sequence[int], along: str) -> int:
@@ -173,9 +188,13 @@ def line_products(deltas: Deltas, along: str) -> list[Tensor]:
                 lines = part.transpose(0, 1)
                 first = start // width
                 result[slot][first : first + len(lines)] = (lines @ lines.mT).cpu()
-            else:
-                lines = part.permute(2, 0, 1)
-                result[slot] += (lines @ lines.mT).cpu()
+                continue
+            for i in range(count):
+                for j in range(i + 1):
+                    found = (part[i] * part[j]).sum(0).cpu()
+                    result[slot][:, i, j] += found
+                    if i != j:
+                        result[slot][:, j, i] += found
 
     order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
     parallel_for(measure, order, lambda: None, threads=deltas.threads)

@@ -17,9 +17,10 @@ from tests.operators.cases import flat_vectors, hard_vectors, label, merge
 
 
 class TestPcb(OperatorContract):
+    same_bits_mapped = False  # what resident task vectors add is kept
     storage_error = 5e-2  # which numbers are kept may change
 
-    @pytest.fixture(params=[Pcb(density=0.3), Pcb(search=["density"])], ids=label)
+    @pytest.fixture(params=[Pcb(), Pcb(density=0.3), Pcb(search=["density"])], ids=label)
     def operator(self, request: pytest.FixtureRequest) -> MergeOperator:
         made: MergeOperator = request.param
         return made
@@ -29,12 +30,13 @@ def by_sorting(deltas: Tensor, c: list[float], density: float) -> Tensor:
     """Return what PCB adds to the base: scores in full, sorted, in float64."""
     v = deltas.double()
     experts, size = v.shape
-    magnitudes = v.abs()
+    magnitudes, limited = v.abs(), v.clone()
     for n in range(experts):
         order = magnitudes[n].sort().values
         low = float(order[size - max(1, int(size * (1 - 1e-4)))])
         high = float(order[size - max(1, int(size * 1e-4))])
         magnitudes[n].clamp_(low, high)
+        limited[n].clamp_(-high, high)
     least, most = magnitudes.amin(1, keepdim=True), magnitudes.amax(1, keepdim=True)
     own = torch.exp(experts * ((magnitudes - least) / (most - least)) ** 2)
     scores = own * torch.tanh(v * v.sum(0))
@@ -43,7 +45,6 @@ def by_sorting(deltas: Tensor, c: list[float], density: float) -> Tensor:
         kept = float(scores[n].sort(descending=True).values[max(1, int(density * size)) - 1])
         kept = max(kept, 0.0) if density < 1 else 0.0
         weights[n] = ((scores[n] - kept) / (scores[n].max() - kept)).clamp_min(0)
-    limited = magnitudes * v.sign()
     total = weights.sum(0)
     joined = (torch.tensor(c).double()[:, None] * weights * limited).sum(0)
     return torch.where(total > 0, joined / total.clamp_min(1e-300), 0.0)

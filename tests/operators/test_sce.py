@@ -16,9 +16,10 @@ from tests.operators.cases import flat_vectors, hard_vectors, label, merge
 
 
 class TestSce(OperatorContract):
+    same_bits_mapped = False  # what resident task vectors add is kept
     storage_error = 1e-1  # ranks, and signs of sums, may change
 
-    @pytest.fixture(params=[Sce(density=0.4), Sce(search=["density"])], ids=label)
+    @pytest.fixture(params=[Sce(), Sce(density=0.4), Sce(search=["density"])], ids=label)
     def operator(self, request: pytest.FixtureRequest) -> MergeOperator:
         made: MergeOperator = request.param
         return made
