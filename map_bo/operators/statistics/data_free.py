@@ -93,7 +93,7 @@ class DataFreeRegMean(SearchableOperator):
 
         def make(index: int) -> Layer:
             grams = products_of_changes(deltas, index, sides[index][1], normalise=self.normalise)
-            return Layer.of(grams, self.ridge, transposed=sides[index][1])
+            return Layer.of(grams.float(), self.ridge, transposed=sides[index][1])
 
         if not deltas.resident:
             anew: SharedResults[Layer] = SharedResults(_ANEW)
