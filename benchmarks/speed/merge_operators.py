@@ -47,7 +47,11 @@ from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
 from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.operators.stock import ModelStock
 
 __all__ = ["CASES", "Case", "measure"]
@@ -68,6 +72,8 @@ class Case:
         peer: mergekit's method of that kind.
         parameters: Its parameters.
         same: Whether it merges to the same model.
+        elementwise: Whether a candidate is made number by number, which the goal is for; others
+            multiply and decompose matrices.
     """
 
     label: str
@@ -76,6 +82,7 @@ class Case:
     peer: str | None = None
     parameters: dict[str, float] = field(default_factory=dict)
     same: bool = False
+    elementwise: bool = True
 
 
 CASES = (
@@ -113,6 +120,17 @@ CASES = (
     Case("Consensus", Consensus(), "strictness"),
     Case("Slerp", Slerp()),
     Case("Magnitude", Magnitude(), "density"),
+    Case("TSV-M", TSVM()),
+    Case("Iso-C", IsoC(), elementwise=False),
+    Case("Iso-CTS", IsoCTS()),
+    # A basis of two large embeddings is not what it is made for.
+    Case(
+        "KnOTS, without embeddings",
+        KnOTS(skip="embed|lm_head"),
+        "density",
+        elementwise=False,
+    ),
+    Case("RegMean without data", DataFreeRegMean(), "ridge", elementwise=False),
     Case("MultiSlerp", MultiSlerp()),
     Case("NuSlerp, rows", NuSlerp()),
     Case("ModelStock", ModelStock()),
@@ -139,7 +157,8 @@ def measure(options: Options) -> Outcome:
             rows.append({"operator": case.label, "experts": experts, **found})
             if options.peers and experts == few and case.peer is not None:
                 rows[-1]["mergekit"] = _peer_seconds(case, vectors, out)
-            lines.append(_line(rows[-1], goal if experts == few else None))
+            asked = experts == few and case.elementwise
+            lines.append(_line(rows[-1], goal if asked else None))
             gc.collect()
     million = shape.parameters / 1e6
     note = (

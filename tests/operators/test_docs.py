@@ -16,7 +16,11 @@ from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
 from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.operators.stock import ModelStock
 
 TEXT = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
@@ -29,6 +33,11 @@ CLASSES: tuple[type[SearchableOperator], ...] = (
     Dare,
     Della,
     Consensus,
+    TSVM,
+    IsoC,
+    IsoCTS,
+    KnOTS,
+    DataFreeRegMean,
     MultiSlerp,
     NuSlerp,
     ModelStock,
@@ -39,7 +48,10 @@ CLASSES: tuple[type[SearchableOperator], ...] = (
 )
 TITLES = {
     "Dare": "DARE",
+    "DataFreeRegMean": "RegMean without data",
     "Della": "DELLA",
+    "IsoC": "Iso-C",
+    "IsoCTS": "Iso-CTS",
     "ModelStock": "Model Stock",
     "MultiSlerp": "Multi-SLERP",
     "NearSwap": "Nearswap",
@@ -48,6 +60,7 @@ TITLES = {
     "Ram": "RAM",
     "Sce": "SCE",
     "Slerp": "SLERP",
+    "TSVM": "TSV-M",
     "Ties": "TIES",
 }
 
