@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from map_bo.errors import MergeError
+from map_bo.evaluators.evaluator import mean_probability
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.export.model import merge_checkpoints
 from map_bo.merging.vectors.blocks import HasBlocks, with_known_blocks
@@ -17,8 +18,10 @@ from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.depth import DepthProfile
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import EXPERTS, OperatorContract
+from tests.merging.small_models import build, family
 
 LAYERS = 4
 NAMES = ["embed.weight", *(f"h.{k}.weight" for k in range(LAYERS)), "ln_f.weight", "head.weight"]
@@ -177,3 +180,43 @@ def test_positions_may_be_numbers_as_yaml_reads_them() -> None:
 def test_wrong_coefficients_are_told() -> None:
     with pytest.raises(MergeError, match=r"must have shape \(6,\)"):
         DepthProfile(blocks={"0": "a", "1": "*"}).weights(EXPERTS, torch.zeros(3))
+
+
+def problem(operator: MergeOperator, *, gradients: bool = False) -> MergedModelProblem:
+    base, experts = family("mlp")
+    x = torch.randn(40, 5, generator=make_generator(3))
+    evaluator = mean_probability(x, torch.arange(40) % 3, batch_size=8)
+    return MergedModelProblem(
+        build("mlp", 5),
+        base=base,
+        experts=experts,
+        evaluators={"p": evaluator},
+        operator=operator,
+        gradients=gradients,
+    )
+
+
+class TestInAProblem:
+    def test_gradients_by_both_ends_sum_to_those_of_task_arithmetic(self) -> None:
+        X = torch.tensor([[0.1, 0.2, 0.15]], dtype=torch.float64)
+        ends = X.repeat_interleave(2, dim=1)
+        generator = make_generator(0)
+        own = problem(DepthProfile(), gradients=True).evaluate(ends, generator=generator)
+        known = problem(TaskArithmetic(), gradients=True).evaluate(X, generator=make_generator(0))
+        assert own.gradients is not None
+        assert known.gradients is not None
+        torch.testing.assert_close(own.Y, known.Y)
+        both = own.gradients.reshape(*known.gradients.shape, 2).sum(-1)
+        torch.testing.assert_close(both, known.gradients, rtol=1e-4, atol=1e-6)
+
+    def test_merges_compose_and_are_written_from_the_files(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        c = torch.tensor([0.1, 0.9, 0.4, 0.2, 0.0, 0.5], dtype=torch.float64)
+        merging = problem(DepthProfile())
+        assert merging.composes
+        wanted = merging.merged(c)
+        monkeypatch.setattr(TaskVectors, "load", lambda *_, **__: pytest.fail("loaded"))
+        out = problem(DepthProfile()).export(c, tmp_path / "m")
+        for name, tensor in wanted.items():
+            torch.testing.assert_close(open_checkpoint(out).load(name), tensor)
