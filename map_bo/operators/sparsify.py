@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _RANKED = 1 << 18  # numbers that are ranked at once
+_ADDED = 1 << 14  # kept numbers that are added at once, so that temporary memory is bounded
 
 Limits = Callable[[float], Thresholds]
 """Share of the largest numbers -> the magnitudes from which they are kept."""
@@ -429,6 +430,7 @@ class KeptEffects(Kernel):
         for (where, values), factor in zip(self._kept[slot], c.tolist(), strict=True):
             ends = torch.tensor([start, start + size], dtype=where.dtype, device=where.device)
             first, last = torch.searchsorted(where, ends).tolist()
-            if factor and last > first:
-                out.index_add_(0, where[first:last] - start, values[first:last], alpha=factor)
+            for at in range(first, last, _ADDED) if factor else ():
+                part = slice(at, min(at + _ADDED, last))
+                out.index_add_(0, where[part] - start, values[part], alpha=factor)
         return out

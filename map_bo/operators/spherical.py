@@ -112,7 +112,8 @@ class _Lines(Kernel):
 
     def __init__(self, grams: Sequence[Tensor], of: str, widths: Sequence[int], rows: bool) -> None:
         self._grams, self._of, self._widths, self._rows = grams, of, widths, rows
-        # A tensor has one coefficient vector at a time, and is merged in several pieces.
+        # A row is of one piece; columns are of all pieces of a tensor, which has one coefficient
+        # vector at a time.
         self._locks = [threading.Lock() for _ in grams]
         self._found: list[tuple[tuple[float, ...], Tensor] | None] = [None] * len(grams)
 
@@ -124,10 +125,11 @@ class _Lines(Kernel):
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         width, size = self._widths[slot], rows.shape[1]
-        weights = self._weights(slot, c)
         if self._rows:
-            weights = weights[start // width : (start + size) // width]
-        weights = weights.to(rows)
+            grams = self._grams[slot][start // width : (start + size) // width]
+            weights = self._weights(grams, c).to(rows)
+        else:
+            weights = self._known(slot, c).to(rows)
         # Of rows one weight each, of columns the same weights in each row.
         shaped = weights[:, None] if self._rows else weights[None]
         parts = rows.view(len(rows), -1, width)
@@ -137,19 +139,23 @@ class _Lines(Kernel):
             out.addcmul_(part, shaped[..., n])
         return out.view(-1)
 
-    def _weights(self, slot: int, c: Tensor) -> Tensor:
-        """Return the weights of base and task vectors for each line of a tensor."""
+    def _known(self, slot: int, c: Tensor) -> Tensor:
+        """Return the weights for the columns of a tensor, found once for all of its pieces."""
         asked = tuple(c.tolist())
         with self._locks[slot]:
             known = self._found[slot]
             if known is None or known[0] != asked:
-                total = c.sum()
-                mean = total * arc_mean(self._grams[slot], c / total)
-                ones = mean.new_ones(len(mean))
-                base = ones - total + mean.sum(-1) if self._of == "weights" else ones
-                known = (asked, torch.cat([base[:, None], mean], dim=1))
-                self._found[slot] = known
+                known = self._found[slot] = (asked, self._weights(self._grams[slot], c))
             return known[1]
+
+    def _weights(self, grams: Tensor, c: Tensor) -> Tensor:
+        """Return the weights of base and task vectors, ``L x (1 + N)``, for ``L`` lines."""
+        total = c.sum()
+        mean = total * arc_mean(grams, c / total)
+        base = mean.new_ones(len(mean))
+        if self._of == "weights":
+            base = base - total + mean.sum(-1)
+        return torch.cat([base[:, None], mean], dim=1)
 
 
 def line_width(shape: Sequence[int], along: str) -> int:

@@ -61,8 +61,9 @@ def by_tangents(X: Tensor, w: Tensor) -> Tensor:
     tangents = units - (units @ pole)[:, None] * pole
     step = (w[:, None] * tangents).sum(0)
     size = step.norm()
-    result: Tensor = pole * size.cos() + step * torch.sinc(size / torch.pi)
-    return result * (w @ lengths)
+    turned = pole * size.cos() + step * torch.sinc(size / torch.pi)
+    result: Tensor = turned * (w @ lengths)
+    return result
 
 
 @given(st.integers(0, 100), st.integers(2, 6))
