@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
+    from map_bo.evaluators.metrics import SeveralMetrics
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run, optimize
@@ -96,6 +97,7 @@ __all__ = [
     "Run",
     "Sce",
     "Settings",
+    "SeveralMetrics",
     "Slerp",
     "TableProblem",
     "TaskArithmetic",
@@ -150,6 +152,7 @@ _HOME = {
     "Run": "map_bo.loop.run",
     "Sce": "map_bo.operators.sce",
     "Settings": "map_bo.loop.settings",
+    "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
     "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",

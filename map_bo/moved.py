@@ -137,7 +137,7 @@ MODULES: Mapping[str, str] = MappingProxyType(
         "problems.image_training": "problems.zoo.image_training",
         "problems.image_zoo": "problems.zoo.images",
         "problems.imported": "problems.merged.imported",
-        "problems.measured_metrics": "evaluators.evaluator",
+        "problems.measured_metrics": "evaluators.metrics",
         "problems.merged": "problems.merged.problem",
         "problems.merged_checks": "problems.merged.parts",
         "problems.merged_description": "problems.merged.parts",

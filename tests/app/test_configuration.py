@@ -78,7 +78,7 @@ def test_every_file_composes(group: str, name: str) -> None:
         assert "_target_" in config[group]
 
 
-@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints", "images"}))
+@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints", "hf", "images"}))
 def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
     small = ["problem.epochs=1"] if name == "digits" else []
     problem = build_problem(composed(f"problem={name}", *(f"+{key}" for key in small)))
@@ -362,14 +362,14 @@ def test_the_working_directory_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "key"),
     [
-        *((problem, "fixed") for problem in ("digits", "images", "checkpoints")),
-        *(("checkpoints", key) for key in ("metrics", "heads")),
+        *((problem, "fixed") for problem in ("digits", "images", "checkpoints", "hf")),
+        *((problem, key) for problem in ("checkpoints", "hf") for key in ("metrics", "heads")),
     ],
 )
 @pytest.mark.parametrize("form", ["problem.{}={{math: 1}}", "+problem.{}.math=1"])
 def test_mappings_of_problems_are_given_whole_or_by_entry(
     problem: str, key: str, form: str
 ) -> None:
-    overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem == "checkpoints")]
+    overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem in ("checkpoints", "hf"))]
     config = compose("config", overrides=[*overrides, form.format(key)])
     assert config.problem[key] == {"math": 1}

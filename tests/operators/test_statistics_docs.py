@@ -44,10 +44,8 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
     (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    exec(code, {"math_batches": batches(1), "code_batches": batches(2)})
     (further,) = re.findall(r"<!-- merged inputs -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    names = {"math_batches": batches(1), "code_batches": batches(2)}
-    exec(further, {**names, "torch": torch, **vars(transformers)})
+    exec(f"{code}\n{further}", {"math_batches": batches(1), "code_batches": batches(2)})
     for kind, suffix, operator in (
         ("fisher", "fisher", Fisher),
         ("grams", "grams", RegMean),

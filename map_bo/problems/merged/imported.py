@@ -6,9 +6,8 @@ This is what a configuration can say; in Python use
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
-from importlib import import_module
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,6 +16,8 @@ import torch
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.kinds import import_callable
+from map_bo.evaluators.metrics import DeclaresMetrics, metrics_of
 from map_bo.extensions import installed, origin
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
@@ -42,8 +43,8 @@ _DTYPES: dict[str, StorageDtype] = {
 def imported_problem(
     model: str | None,
     *,
-    base: str,
-    experts: Mapping[str, str],
+    base: str | Checkpoint,
+    experts: Mapping[str, str | Checkpoint],
     evaluators: Mapping[str, str | Evaluator],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
@@ -68,7 +69,7 @@ def imported_problem(
             for a Hugging Face directory or a model of its hub, whose ``config.json`` names it; see
             `map_bo.problems.merged.architecture.transformers_model`.
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
-            `map_bo.open_checkpoint`).
+            `map_bo.open_checkpoint`), or one that is open.
         experts: The experts by name, likewise.
         evaluators: ``module:callable`` by metric name, or the name of an evaluator that an
             installed package registers (see :mod:`map_bo.extensions`); each takes the model and
@@ -108,12 +109,6 @@ def imported_problem(
             f"the problem names no {lacking}",
             hint=f"give them as +problem.{lacking}.NAME=..., one for each name",
         )
-    extra = sorted(set(metrics or {}) - set(evaluators))
-    if extra:
-        raise ConfigError(
-            f"metrics without an evaluator: {', '.join(extra)}",
-            hint=f"evaluators are {', '.join(evaluators)}",
-        )
     if dtype not in _DTYPES:
         raise ConfigError(
             f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}",
@@ -129,7 +124,10 @@ def imported_problem(
             f"missing must be one of {', '.join(get_args(MissingRule))}, got {missing!r}",
             hint="set problem.missing to one of them",
         )
-    described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
+    measures = {
+        name: _evaluator(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+    }
+    described = _described(measures, metrics or {})
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
@@ -140,12 +138,11 @@ def imported_problem(
                 "the coefficients with lower and upper instead",
             )
         space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
-    opened: str | Checkpoint = base
+    opened = base
     sources: dict[str, CheckpointSource] = dict(experts)
     if model is None:
-        folder = Path(base).expanduser()
-        if folder.exists():  # before weights are looked for
-            require_configuration(folder, base)
+        if isinstance(base, str) and Path(base).expanduser().exists():
+            require_configuration(Path(base).expanduser(), base)  # before weights are looked for
         opened = open_checkpoint(base)
         aligned = {name: open_expert(source, opened) for name, source in experts.items()}
         aligned = align_experts(aligned, opened, vocabulary=vocabulary, missing=missing)
@@ -157,10 +154,7 @@ def imported_problem(
         architecture,
         base=opened,
         experts=sources,
-        evaluators={
-            name: _evaluator(where, f"problem.evaluators.{name}")
-            for name, where in evaluators.items()
-        },
+        evaluators=measures,
         metrics=described,
         operator=operator,
         lower=lower,
@@ -178,6 +172,29 @@ def imported_problem(
         else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
+    )
+
+
+def _described(
+    evaluators: Mapping[str, Evaluator], given: Mapping[str, Mapping[str, Any]]
+) -> tuple[Metric, ...]:
+    """Return the metrics of evaluators, with what a configuration says of them."""
+    declared = {metric.name: metric for metric in metrics_of(evaluators, None)}
+    extra = sorted(set(given) - set(declared))
+    if extra:
+        raise ConfigError(
+            f"metrics without an evaluator: {', '.join(extra)}",
+            hint=f"metrics are {', '.join(declared)}",
+        )
+    plain = {name for name in evaluators if not isinstance(evaluators[name], DeclaresMetrics)}
+    return tuple(
+        metric
+        if name not in given
+        # With a kind, all is said anew: the bounds that were declared are of another.
+        else Metric(name, **given[name])
+        if name in plain or "kind" in given[name]
+        else replace(metric, **given[name])
+        for name, metric in declared.items()
     )
 
 
@@ -202,36 +219,3 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
         ) from error
     made: Evaluator = found() if isinstance(found, type) else found
     return made
-
-
-def import_callable(where: str, key: str) -> Callable[..., Any]:
-    """Import ``module:attribute``, looking in the working directory too.
-
-    It is not called for what a file names, unless the user trusts the file.
-
-    Raises:
-        ConfigError: When there is no such thing, or it cannot be called.
-    """
-    module, separator, attribute = str(where).partition(":")
-    if not separator or not module or not attribute:
-        raise ConfigError(
-            f"{key} must name a function, got {where!r}", hint="write it as module:function"
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{key} {where!r} cannot be imported: {error}",
-            hint="modules are looked for in the working directory and the installed packages",
-        ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"{key} must name a function, got a {type(found).__name__} ({where})",
-            hint="name a function or a class",
-        )
-    return found  # type: ignore[no-any-return]
