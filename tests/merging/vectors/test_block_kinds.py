@@ -94,6 +94,7 @@ TOWER = {  # alone: a tower is a model like any other
     "vision_model.encoder.layers.0.mlp.fc1.weight": "mlp",
     "vision_model.post_layernorm.weight": "norm",
 }
+CLASSIFIER = {**TOWER, "classifier.weight": "head"}
 QWEN_AUDIO = {
     "audio_tower.layers.0.fc1.weight": "audio",
     "multi_modal_projector.linear.weight": "connector",
@@ -108,6 +109,7 @@ MODELS = {
     "qwen_vl": QWEN_VL,
     "clip": CLIP,
     "a tower alone": TOWER,
+    "a tower with a head": CLASSIFIER,
     "qwen_audio": QWEN_AUDIO,
 }
 
