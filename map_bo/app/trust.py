@@ -54,7 +54,7 @@ _DATA = frozenset(  # of an imported problem: text that names no code, whatever 
 )
 _OPTIONS = frozenset({"_target_", "_convert_", "_recursive_"})
 _PATHS = ("base", "cache_dir", "root", "experts", "statistics")  # what may be relative paths
-_PATHS_OF_TASKS = ("data", "path", "tokenizer", "processor", "head")  # ... where they are text
+_PATHS_OF_TASKS = ("data", "train", "path", "tokenizer", "processor", "head")  # ... where they are text
 _DEEPEST = 50
 
 

@@ -19,17 +19,16 @@ from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import device_of, evaluating
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.quiet import quiet
-from map_bo.evaluators.language.decoding import Drawing, Stopping, ends_of, greedy
+from map_bo.evaluators.language.decoding import Drawing, RefusesNaN, Stopping, ends_of, greedy
 from map_bo.evaluators.language.grading import Grading, Which, texts_of
 from map_bo.evaluators.language.models import (
-    check_vocabulary,
-    load_tokenizer,
     longest_input,
     pad_id,
     plain_ids,
     pretrained,
     starts_with_bos,
 )
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.plain import identity_of
 from map_bo.rng import child, make_generator
 from map_bo.values import real_number, switch, whole_number
@@ -357,12 +356,12 @@ class Generation(ExampleEvaluator):
         lengths = stopping.lengths(found)
         return [Answer(text, length, seconds) for text, length in zip(texts, lengths, strict=True)]
 
-    def _processors(self, items: Tensor) -> list[Drawing]:
+    def _processors(self, items: Tensor) -> list[RefusesNaN | Drawing]:
         if not self.temperature:
-            return []
+            return [RefusesNaN()]
         parent = make_generator(self.seed)
         generators = [child(parent, "example", item) for item in items.tolist()]
-        return [Drawing(generators, self.temperature, self.top_k, self.top_p)]
+        return [RefusesNaN(), Drawing(generators, self.temperature, self.top_k, self.top_p)]
 
 
 @dataclass(frozen=True, eq=False)

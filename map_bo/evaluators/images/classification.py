@@ -107,6 +107,11 @@ class ImageClassification(ImageEvaluator):
         self._rows: Tensor | None = None  # the output of each class of the data
 
     @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return self.head.head is None
+
+    @property
     def digest(self) -> str:
         """A digest of the images, their classes and the head."""
         frozen = None if self._frozen is None else [self._frozen.digest, self.head.pooling]

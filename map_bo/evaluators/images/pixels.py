@@ -72,6 +72,8 @@ class Resize:
         grey: Whether images have one channel in place of red, green and blue.
         flat: Whether an image is a row of numbers, as for a multi-layer perceptron.
         resample: How pixels in between are found.
+        halves: Where the centre begins when the margin is odd: rounded ``down``, as transformers
+            does, or to an ``even`` number, as torchvision and so open_clip do.
 
     Raises:
         ConfigError: When a setting is not possible.
@@ -84,6 +86,7 @@ class Resize:
     grey: bool = False
     flat: bool = False
     resample: Literal["bilinear", "bicubic"] = "bicubic"
+    halves: Literal["down", "even"] = "down"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -96,7 +99,11 @@ class Resize:
                 hint="such as size=224",
             )
         put(self, "size", tuple(whole_number("size", one, least=1) for one in sizes))
-        for name, words in (("fit", ("crop", "squash", "none")), ("resample", tuple(_RESAMPLE))):
+        for name, words in (
+            ("fit", ("crop", "squash", "none")),
+            ("resample", tuple(_RESAMPLE)),
+            ("halves", ("down", "even")),
+        ):
             value = vars(self)[name]
             if value not in words:
                 raise ConfigError(
@@ -157,7 +164,8 @@ class Resize:
             else:
                 wide, high = max(width, int(height * wide / high)), height
             image = image.resize((wide, high), resample=resample)
-            left, top = (wide - width) // 2, (high - height) // 2
+            margins = (wide - width, high - height)
+            left, top = (m // 2 if self.halves == "down" else round(m / 2) for m in margins)
             image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
         values = values / np.float32(255)
@@ -224,6 +232,7 @@ def _of_open_clip(path: Path) -> Resize:
             mean=about.get("mean", CLIP_MEAN),
             std=about.get("std", CLIP_STD),
             resample=about.get("interpolation", "bicubic"),
+            halves="even",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(

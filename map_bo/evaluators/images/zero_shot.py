@@ -293,6 +293,7 @@ def _resize_of(model: nn.Module) -> Resize | None:
         mean=told.get("mean", CLIP_MEAN),
         std=told.get("std", CLIP_STD),
         fit="squash" if told.get("resize_mode") == "squash" else "crop",
+        halves="even",
     )
 
 
@@ -310,7 +311,7 @@ def _tokenise(model: nn.Module, texts: Sequence[str], tokenizer: str | None) -> 
         require("open_clip", by="the tokenizer of open_clip", extra="open-clip")
         import open_clip
 
-        make: Callable[..., Tensor] = open_clip.SimpleTokenizer(known.context_length)
+        make: Callable[..., Tensor] = open_clip.SimpleTokenizer(context_length=known.context_length)
         ids = make(list(texts))
     else:
         ids = _encode(tokenizer, texts, known.context_length, padding="max_length")["input_ids"]

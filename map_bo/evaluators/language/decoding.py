@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
+from map_bo.errors import EvaluationError
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Drawing", "Stopping", "ends_of", "greedy"]
+__all__ = ["Drawing", "RefusesNaN", "Stopping", "ends_of", "greedy"]
 
 
 class Stopping:
@@ -70,6 +72,23 @@ class Stopping:
             cuts = [at for one in self._stop if (at := text.find(one)) >= 0]
             texts.append(text[: min(cuts)] if cuts else text)
         return texts
+
+
+class RefusesNaN:
+    """Stops a model whose outputs are NaN: the largest of them would still be some token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (``b x tokens``) as they are; see ``LogitsProcessor``.
+
+        Raises:
+            EvaluationError: When one is NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise EvaluationError(
+                "the model's outputs hold NaN",
+                hint="these coefficients break the model; narrow the bounds if many do",
+            )
+        return scores
 
 
 class Drawing:

@@ -23,8 +23,17 @@ from map_bo.problems.merged.problem import MergedModelProblem
 
 __all__ = ["hf_problem"]
 
-OF_THE_BASE = ("tokenizer", "processor")
-"""Settings of evaluators that are the base's folder where they are not given."""
+_BESIDE_WEIGHTS: Mapping[str, tuple[str, ...]] = {  # setting of evaluators -> files it is read from
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+    ),
+    "processor": ("preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
+}
 
 
 def hf_problem(
@@ -52,8 +61,9 @@ def hf_problem(
     """Return the problem of merging models that are measured by ready evaluators.
 
     Args:
-        base: The base: a folder, a weight file, or a model of the Hugging Face hub. Its folder is
-            the tokenizer and the processor of every task that needs one and names no other.
+        base: The base: a folder, a weight file, or a model of the Hugging Face hub. Its folder has
+            the tokenizer and the processor of every task that needs one and names no other; where
+            it has none, that is the folder of the task's expert.
         experts: The experts by name, likewise, or LoRA adapters.
         tasks: Task name -> ``{kind: ..., data: ..., ...}``; see
             :func:`map_bo.evaluators.kinds.evaluator_from`. A task is measured with the head of
@@ -91,12 +101,13 @@ def hf_problem(
                 )
             )
     opened, aligned = _open(base, experts or {}, vocabulary, missing, troubles)
-    place = base if opened is None or opened.directory is None else str(opened.directory)
     evaluators: dict[str, Evaluator] = {}
     for name, settings in (tasks or {}).items():
         try:
             evaluators[name] = evaluator_from(
-                f"problem.tasks.{name}", settings, defaults=dict.fromkeys(OF_THE_BASE, place)
+                f"problem.tasks.{name}",
+                settings,
+                defaults=_beside(opened, aligned.get((heads or {}).get(name, name))),
             )
         except MapBoError as error:
             troubles.append(error)
@@ -170,6 +181,17 @@ def _open(
     if together is not None and len(fitting) == len(found):
         troubles.append(_at("problem.experts", together))  # they do not fit each other
     return opened, fitting
+
+
+def _beside(base: Checkpoint | None, expert: Checkpoint | None) -> dict[str, str]:
+    """Return what evaluators read beside the weights, of the base or else of the expert."""
+    folders = [one.directory for one in (base, expert) if one is not None and one.directory]
+    found: dict[str, str] = {}
+    for setting, files in _BESIDE_WEIGHTS.items():
+        having = [folder for folder in folders if any((folder / file).is_file() for file in files)]
+        if having or folders:
+            found[setting] = str((having or folders)[0])
+    return found
 
 
 def _at(key: str, error: MapBoError) -> MapBoError:

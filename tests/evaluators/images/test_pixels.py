@@ -58,6 +58,19 @@ def test_images_are_squashed_or_cut() -> None:
     assert of(image, grey=True, fit="none").shape == (1, 2, 8)
 
 
+def test_an_odd_margin_is_rounded_as_told() -> None:
+    image = Image.fromarray(np.arange(5, dtype=np.uint8)[None].repeat(2, 0) * 30)
+    assert of(image, size=2, grey=True)[0, 0].mul(255 / 30).round().tolist() == [1, 2]
+    wide = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(3, 0) * 30)
+    assert of(wide, size=3, grey=True)[0, 0].mul(255 / 30).round().tolist() == [2, 3, 4]
+    even = of(wide, size=3, grey=True, halves="even")
+    assert even[0, 0].mul(255 / 30).round().tolist() == [2, 3, 4]
+    longer = Image.fromarray(np.arange(10, dtype=np.uint8)[None].repeat(3, 0) * 20)
+    assert of(longer, size=3, grey=True)[0, 0].mul(255 / 20).round().tolist() == [3, 4, 5]
+    even = of(longer, size=3, grey=True, halves="even")
+    assert even[0, 0].mul(255 / 20).round().tolist() == [4, 5, 6]
+
+
 def test_mean_and_deviation_are_by_channel() -> None:
     image = Image.new("RGB", (2, 2), (255, 0, 51))
     found = of(image, size=2, mean=(0.5, 0.0, 0.2), std=(0.5, 1.0, 0.1))
@@ -179,7 +192,7 @@ def test_an_open_clip_folder_says_how(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
     steps = find_steps(str(tmp_path))
     assert steps is not None
-    assert steps.make == Resize(size=6, fit="squash", mean=[0.1, 0.2, 0.3])
+    assert steps.make == Resize(size=6, fit="squash", mean=[0.1, 0.2, 0.3], halves="even")
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(EvaluationError, match="does not say how images are prepared"):
         find_steps(str(tmp_path))

@@ -16,6 +16,7 @@ from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.images.tiny import (
     COLOURS,
+    SIDE,
     WORDS,
     clip,
     draw,
@@ -237,3 +238,60 @@ def test_two_merged_experts_are_measured(place: Path) -> None:
     )
     loss = torch.nn.functional.cross_entropy(wanted, labels)
     assert float(seen.Y[0, 1]) == pytest.approx(float(loss), rel=1e-4)
+
+
+def open_clip_model() -> Any:
+    """Return a tiny model of open_clip with open_clip's own vocabulary."""
+    try:
+        model = pytest.importorskip("open_clip.model", exc_type=ImportError)
+    except RuntimeError as error:  # of a torchvision that was built for another torch
+        pytest.skip(f"open_clip cannot be imported: {error}")
+    made = model.CLIP(
+        embed_dim=8,
+        vision_cfg={"layers": 1, "width": 16, "head_width": 8, "patch_size": 4, "image_size": SIDE},
+        text_cfg={"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+    ).eval()
+    draw(made, 0)
+    return made
+
+
+class TestOpenClip(ExampleEvaluatorContract):
+    @pytest.fixture
+    def evaluator(self, place: Path) -> ExampleEvaluator:
+        return ZeroShot(data=str(place / "images"), templates=TEMPLATES, batch_size=5)
+
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        model: nn.Module = open_clip_model()
+        return model
+
+
+def test_a_model_of_open_clip_needs_nothing_else(place: Path) -> None:
+    model = open_clip_model()
+    import open_clip
+    from PIL import Image
+
+    made = ZeroShot(data=str(place / "images"), templates=TEMPLATES)
+    made.prepare(model)
+    tokenize = open_clip.SimpleTokenizer(context_length=12)
+    prototypes = []
+    for name in ("dark blue", "green", "red"):
+        each = model.encode_text(tokenize([one.replace("{}", name) for one in TEMPLATES]))
+        mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
+        prototypes.append(mean / mean.norm())
+    prepare = open_clip.image_transform(SIDE, is_train=False)
+    paths = sorted((place / "images").glob("*/*.png"))
+    pixels = torch.stack([prepare(Image.open(path)) for path in paths])
+    images = model.encode_image(pixels)
+    images = images / images.norm(dim=-1, keepdim=True)
+    wanted = model.logit_scale.exp() * images @ torch.stack(prototypes).T
+    with torch.inference_mode():
+        logits = made.classifier(model)(torch.arange(12))
+    torch.testing.assert_close(logits.clone(), wanted.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_open_clip_takes_a_tokenizer_of_a_folder(place: Path) -> None:
+    model = open_clip_model()
+    made = ZeroShot(**settings(place))
+    made.prepare(model)  # with the words of this folder, which are fewer
+    assert made.size == 12
