@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.generation import Generation, fill
+from map_bo.evaluators.kinds import code_in, evaluator_from
 from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.surroundings import surroundings
@@ -248,3 +250,18 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, model: nn.Module, path: st
 def test_settings_that_are_not_possible_are_refused(settings: Any, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         Generation(data="questions.jsonl", **settings)
+
+
+def test_a_configuration_makes_one(path: str) -> None:
+    settings = {
+        "kind": "generation",
+        "data": {"path": path, "limit": 3},
+        "grader": "statistics:correlation",
+        "stop": ["x"],
+        "metrics": ["score"],
+    }
+    assert list(code_in("t", settings)) == [("t.grader", "statistics:correlation")]
+    evaluator = evaluator_from("t", settings)
+    assert isinstance(evaluator, Generation)
+    assert evaluator.grading.grader is statistics.correlation
+    assert evaluator.data.limit == 3

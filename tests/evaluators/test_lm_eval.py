@@ -15,6 +15,7 @@ from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, MissingDependencyError
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator, listening
+from map_bo.evaluators.kinds import evaluator_from
 from map_bo.evaluators.lm_eval import LMEval
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.harness_tasks import write_tasks
@@ -371,3 +372,17 @@ def test_without_the_harness_the_install_line_is_told(monkeypatch: pytest.Monkey
 
 def test_making_one_reads_nothing(tmp_path: Path) -> None:
     LMEval(tasks="arc_easy", include_path=str(tmp_path / "nothing"))
+
+
+def test_a_configuration_makes_one() -> None:
+    settings = {
+        "kind": "lm_eval",
+        "tasks": ["arc_easy", "wikitext"],
+        "metrics": {"arc_easy": "acc_norm"},
+        "samples": {"arc_easy": [0, 2]},
+    }
+    evaluator = evaluator_from("t", settings)
+    assert isinstance(evaluator, LMEval)
+    assert evaluator.tasks == ("arc_easy", "wikitext")
+    assert evaluator.wanted == {"arc_easy": ("acc_norm",)}
+    assert evaluator.samples == {"arc_easy": (0, 2)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.examples import ExampleEvaluator
+from map_bo.evaluators.kinds import evaluator_from
 from map_bo.evaluators.perplexity import Perplexity, windows
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.tiny_language import tiny_decoder, tiny_encoder_decoder, tiny_tokenizer
@@ -230,3 +231,11 @@ def test_the_digest_follows_what_decides_the_outcomes(
         digests.append(evaluator.digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_a_configuration_makes_one() -> None:
+    evaluator = evaluator_from(
+        "t", {"kind": "perplexity", "data": "texts.txt", "unit": "document", "bos": False}
+    )
+    assert isinstance(evaluator, Perplexity)
+    assert (evaluator.data.path, evaluator.unit, evaluator.bos) == ("texts.txt", "document", False)
