@@ -15,6 +15,7 @@ from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, MissingDependencyError
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator, listening
+from map_bo.evaluators.kinds import evaluator_from
 from map_bo.evaluators.lm_eval import LMEval
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.harness_tasks import write_tasks
@@ -190,6 +191,21 @@ def test_documents_can_be_chosen(folder: str, tokenizer: Any, model: nn.Module) 
 
 
 @needs_harness
+def test_prompts_follow_the_settings(folder: str, model: nn.Module) -> None:
+    def asked(task: str, **settings: Any) -> tuple[Any, ...]:
+        tokenizer = tiny_tokenizer(chat=True)
+        found = prepared(folder, tokenizer, model, tasks=task, **settings)._known.leaves[0]
+        arguments: tuple[Any, ...] = found.requests[0][0].arguments
+        return arguments
+
+    assert asked("answer")[0] == "the cat sat?"
+    chat = asked("answer", chat_template=True, system="no")
+    assert chat[0] == "[system]no[user]the cat sat?[assistant]"
+    assert asked("answer")[1]["max_gen_toks"] == 4
+    assert asked("answer", generation={"max_gen_toks": 2})[1]["max_gen_toks"] == 2
+
+
+@needs_harness
 def test_groups_are_averaged_as_they_say(folder: str, tokenizer: Any, model: nn.Module) -> None:
     tasks = prepared(
         folder, tokenizer, model, tasks=["choice", "choice_few"],
@@ -287,6 +303,7 @@ def test_it_can_be_sent_to_another_process(folder: str, tokenizer: Any, model: n
         ({"tasks": "empty"}, "the task 'empty'", ""),
         ({"tasks": "no_tasks"}, "the group 'no_tasks' has no tasks", "themselves"),
         ({"tasks": "corpus"}, "no metric of 'corpus' can be measured .mcc", "mean over documents"),
+        ({"tasks": "unsafe"}, "'unsafe' runs code that the model writes", "unsafe_code=True"),
         ({"tasks": "lost"}, "task 'lost' cannot be loaded: UndefinedError", "templates"),
         ({"tasks": ["choice", "by_size"]}, "'choice' is in 'choice' and in 'by_size'", "leave one"),
         ({"tasks": "choice", "metrics": {"choice": "ac"}}, "no metric 'ac'", "did you mean 'acc'"),
@@ -371,3 +388,17 @@ def test_without_the_harness_the_install_line_is_told(monkeypatch: pytest.Monkey
 
 def test_making_one_reads_nothing(tmp_path: Path) -> None:
     LMEval(tasks="arc_easy", include_path=str(tmp_path / "nothing"))
+
+
+def test_a_configuration_makes_one() -> None:
+    settings = {
+        "kind": "lm_eval",
+        "tasks": ["arc_easy", "wikitext"],
+        "metrics": {"arc_easy": "acc_norm"},
+        "samples": {"arc_easy": [0, 2]},
+    }
+    evaluator = evaluator_from("t", settings)
+    assert isinstance(evaluator, LMEval)
+    assert evaluator.tasks == ("arc_easy", "wikitext")
+    assert evaluator.wanted == {"arc_easy": ("acc_norm",)}
+    assert evaluator.samples == {"arc_easy": (0, 2)}

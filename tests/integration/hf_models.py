@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from map_bo.rng import make_generator
-from tests.evaluators.images import tiny as images
 from tests.evaluators.text.tiny_text import (
     reviews,
     rows_file,
@@ -21,7 +19,7 @@ from tests.evaluators.text.tiny_text import (
 )
 from tests.evaluators.tiny_language import WORDS, tiny_decoder, tiny_tokenizer
 
-__all__ = ["CLASSES", "moved", "save", "write_classifiers", "write_clips", "write_decoders"]
+__all__ = ["CLASSES", "moved", "save", "write_classifiers", "write_decoders", "write_tower"]
 
 CLASSES = {"film": ["bad", "good"], "topic": ["acting", "plot", "music"]}
 DOMAINS = {"cats": WORDS[:5], "dogs": WORDS[5:]}
@@ -86,18 +84,15 @@ def write_classifiers(folder: Path) -> None:
         rows_file(folder / f"{name}.jsonl", rows)
 
 
-def write_clips(folder: Path, names: Sequence[str]) -> None:
-    """Write a CLIP, its image tower fine-tuned by each name, and images of three classes."""
+def write_tower(base: Any, folder: Path, seed: int) -> None:
+    """Write the image tower of a CLIP, moved a little, with the names of the files of the hub."""
     transformers = pytest.importorskip("transformers")
-    base = images.clip()
-    save(base, folder / "base")
-    images.write_tokenizer(folder / "base")
-    images.write_processor(folder / "base")
-    for seed, name in enumerate(names):
-        tower = transformers.CLIPVisionModel(base.config.vision_config)
-        state = {
-            f"vision_model.{key}": value for key, value in base.vision_model.state_dict().items()
-        }
-        tower.load_state_dict(state, strict=False)
-        save(moved(tower, tower, seed), folder / name)
-        images.write_images(folder / "data" / name, each=3)
+    safetensors = pytest.importorskip("safetensors.torch")
+    tower = transformers.CLIPVisionModel(base.config.vision_config)
+    tower.load_state_dict(base.vision_model.state_dict())
+    state = {f"vision_model.{key}": v for key, v in moved(tower, tower, seed).state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file(state, folder / "model.safetensors")
+    tower.config.architectures = ["CLIPVisionModel"]
+    tower.config.projection_dim = base.config.projection_dim
+    tower.config.save_pretrained(folder)

@@ -149,6 +149,7 @@ class TextEvaluator(ExampleEvaluator):
         data: The examples; see :class:`~map_bo.evaluators.data.Data`.
         roles: Roles of their texts: one, or two for pairs.
         target: Role of what is predicted.
+        labelled: Whether that is read; a head may be fitted to it in any case.
         head: Which head.
         tokenizer: Its folder or hub id, or a tokenizer.
         max_length: Longer texts are cut to so many tokens.
@@ -162,6 +163,7 @@ class TextEvaluator(ExampleEvaluator):
         data: Data | Mapping[str, Any] | str,
         roles: tuple[str, ...],
         target: str,
+        labelled: bool = True,
         head: HeadSettings,
         tokenizer: object,
         max_length: int | None,
@@ -170,7 +172,7 @@ class TextEvaluator(ExampleEvaluator):
     ) -> None:
         super().__init__(batch_size=batch_size)
         self.data = Data.of(data)
-        self.roles, self.target = roles, target
+        self.roles, self.target, self.labelled = roles, target, labelled
         self.head = head
         self.tokenizer = tokenizer
         self.max_length = (
@@ -245,7 +247,7 @@ class TextEvaluator(ExampleEvaluator):
             EvaluationError: When data, tokenizer, head and model do not fit each other.
             MissingDependencyError: Without a package that is needed.
         """
-        examples = self.data.read((*self.roles, self.target))
+        examples = self.data.read((*self.roles, self.target) if self.labelled else self.roles)
         tokenizer = load_tokenizer(self.tokenizer, model)
         check_vocabulary(tokenizer, model)
         longest = longest_text(tokenizer, model, self.max_length)

@@ -8,6 +8,7 @@ Everything that is wrong with it is said at once, before anything is evaluated.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from map_bo.errors import ConfigError, MapBoError
@@ -23,6 +24,7 @@ from map_bo.problems.merged.problem import MergedModelProblem
 
 __all__ = ["hf_problem"]
 
+_PLACES = ("data", "train", "path", "tokenizer", "processor")  # settings of tasks
 _BESIDE_WEIGHTS: Mapping[str, tuple[str, ...]] = {  # setting of evaluators -> files it is read from
     "tokenizer": (
         "tokenizer.json",
@@ -41,6 +43,7 @@ def hf_problem(
     base: str,
     experts: Mapping[str, str],
     tasks: Mapping[str, Any],
+    root: str | None = None,
     model: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
@@ -68,6 +71,9 @@ def hf_problem(
         tasks: Task name -> ``{kind: ..., data: ..., ...}``; see
             :func:`map_bo.evaluators.kinds.evaluator_from`. A task is measured with the head of
             the expert of its name, where that has one.
+        root: Folder in which models and data sets of the hub lie, each in the folder of its name
+            (``root/organisation/name``) or of its last part (``root/name``). What does not lie
+            there is fetched from the hub.
         model: As for :func:`~map_bo.problems.merged.imported.imported_problem`, like all that
             follow.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where what the evaluators
@@ -100,6 +106,11 @@ def hf_problem(
                     hint=f"give them as +problem.{name}.NAME=..., one for each name",
                 )
             )
+    if root is not None:
+        folder = Path(root).expanduser()
+        base = _in_folder(base, folder)
+        experts = {name: _in_folder(one, folder) for name, one in (experts or {}).items()}
+        tasks = {name: _with_folder(one, folder) for name, one in (tasks or {}).items()}
     opened, aligned = _open(base, experts or {}, vocabulary, missing, troubles)
     evaluators: dict[str, Evaluator] = {}
     for name, settings in (tasks or {}).items():
@@ -181,6 +192,27 @@ def _open(
     if together is not None and len(fitting) == len(found):
         troubles.append(_at("problem.experts", together))  # they do not fit each other
     return opened, fitting
+
+
+def _in_folder(place: str, root: Path) -> str:
+    """Return a place in the folder, where it is there, or as it was given."""
+    name = place.partition("@")[0]
+    for path in (root / name, root / name.rpartition("/")[2]):
+        if path.exists():
+            return str(path)
+    return place
+
+
+def _with_folder(settings: Any, root: Path) -> Any:
+    """Return the settings of a task whose data, tokenizer and processor lie in the folder."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        key: _in_folder(value, root)
+        if key in _PLACES and isinstance(value, str)
+        else _with_folder(value, root)
+        for key, value in settings.items()
+    }
 
 
 def _beside(base: Checkpoint | None, expert: Checkpoint | None) -> dict[str, str]:

@@ -7,25 +7,12 @@ from torch import Tensor, nn
 from map_bo.errors import EvaluationError
 from map_bo.evaluators.images.classification import ImageClassification
 from map_bo.evaluators.images.inputs import (
-    METRICS,
     ImagesAndText,
     TransformersClip,
     call_on_pixels,
     image_features,
-    outcomes_of_logits,
 )
 from tests.evaluators.images.tiny import SIDE, clip, vit
-
-
-def test_outcomes_of_logits() -> None:
-    logits = torch.tensor([[2.0, 0.0], [0.0, 1.0], [torch.nan, 0.0]])
-    found = outcomes_of_logits(tuple(METRICS), logits, torch.tensor([0, 0, 0]))
-    chance = logits.softmax(-1)[:2, 0].double()
-    torch.testing.assert_close(
-        found[:2], torch.stack([torch.tensor([1.0, 0.0]).double(), -chance.log(), chance], -1)
-    )
-    assert bool(found[2].isnan().all())  # a model that is broken is not simply wrong
-    assert outcomes_of_logits(["accuracy"], logits[:2], torch.tensor([0, 0])).tolist() == [1, 0]
 
 
 class Plain(nn.Module):

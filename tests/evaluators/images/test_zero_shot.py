@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -139,6 +140,13 @@ def test_whose_texts_are_used_where_their_tower_is_merged(place: Path, prototype
     assert not torch.allclose(logits, other, atol=1e-2)
 
 
+def test_a_prepared_one_can_be_sent_to_other_processes(place: Path) -> None:
+    model = clip()
+    made = ready(place, model, metrics="loss")
+    again = pickle.loads(pickle.dumps(made))
+    assert torch.equal(again.score(model, torch.arange(12)), made.score(model, torch.arange(12)))
+
+
 def test_the_digest_is_of_images_and_texts(place: Path) -> None:
     model = clip()
     digests = [
@@ -181,7 +189,7 @@ def test_settings_that_are_not_possible(place: Path, more: Mapping[str, Any], me
         ({"classes": {"red": "red"}}, "do not name"),
         ({"classes": ["red", "green", "red"]}, "'red' and 'red' have the same embedding"),
         ({"classes": ["lilac", "mauve", "red"]}, "'lilac' and 'mauve' have the same embedding"),
-        ({"labelled": False}, "no names in the data"),
+        ({"metrics": "entropy"}, "no names in the data"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer of '/nowhere/at/all' cannot be used"),
         ({"tokenizer": None}, "no tokenizer was given"),
         ({"processor": None}, "nothing says how the images are prepared"),
