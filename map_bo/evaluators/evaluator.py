@@ -142,7 +142,8 @@ class ItemEvaluator(Protocol):
             items: ``n`` indices of examples, integers in ``[0, size)``.
 
         Returns:
-            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics.
+            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
+            example says nothing of a metric, as a document of another task does.
         """
         ...
 

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.evaluators.data import Data
-from map_bo.evaluators.evaluator import device_of, evaluating
+from map_bo.evaluators.evaluator import Measurement, device_of, evaluating
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.language.decoding import Drawing, RefusesNaN, Stopping, ends_of, greedy
@@ -265,14 +265,15 @@ class Generation(ExampleEvaluator):
                     )
         ids = self._tokenise(prompts, tokenizer, encoder=network.config.is_encoder_decoder)
         limit = longest_input(network)
-        if limit is not None and not network.config.is_encoder_decoder:
-            room = limit - self.max_new_tokens
+        if limit is not None:
+            # An encoder reads the prompt alone, and its decoder the answer.
+            room = limit - self.max_new_tokens * (not network.config.is_encoder_decoder)
             rows = [row for row, one in zip(examples.rows, ids, strict=True) if len(one) > room]
             if rows:
                 raise EvaluationError(
                     f"{len(rows)} of {len(ids)} prompts of {examples.where} are longer than "
                     f"{room} tokens, such as row {rows[0] + 1}: the model reads {limit} tokens, "
-                    f"and {self.max_new_tokens} are for the answer",
+                    f"and answers have up to {self.max_new_tokens}",
                     hint="shorten the prompts, or lower max_new_tokens",
                 )
         self._prompts = _Prompts(
@@ -296,6 +297,18 @@ class Generation(ExampleEvaluator):
             ]
         columns = [torch.tensor(found[name], dtype=torch.float64) for name in self._measured]
         return columns[0] if len(columns) == 1 else torch.stack(columns, -1)
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        """Return the means of outcomes; see the base class.
+
+        Where all answers are equally long, as those that were cut off are, the noise of their
+        length is not known.
+        """
+        found = super().summary(outcomes, items)
+        return {
+            name: replace(seen, variance=None) if seen.variance == 0 else seen
+            for name, seen in found.items()
+        }
 
     def answers(self, model: nn.Module, items: Sequence[int] | Tensor) -> list[Answer]:
         """Return what the model writes for some examples, to read it.

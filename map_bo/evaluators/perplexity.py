@@ -19,10 +19,10 @@ from map_bo.evaluators.evaluator import Measurement, device_of, logits_of
 from map_bo.evaluators.examples import ExampleEvaluator, mean_of, ratio_estimate
 from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.language.models import (
+    causal,
     longest_input,
     pad_id,
     plain_ids,
-    pretrained,
 )
 from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.values import switch, whole_number
@@ -179,13 +179,7 @@ class Perplexity(ExampleEvaluator):
             EvaluationError: When there are none, one has no token to predict, the model is not a
                 causal language model, or the tokenizer is of another vocabulary.
         """
-        network = pretrained(model, by="perplexity")
-        if network.config.is_encoder_decoder:
-            raise EvaluationError(
-                f"perplexity needs a causal language model, and {type(network).__name__} has an "
-                "encoder",
-                hint="use the evaluator of kind generation",
-            )
+        network = causal(model, by="perplexity")
         tokenizer = load_tokenizer(self.tokenizer, network)
         check_vocabulary(tokenizer, network)
         limit = longest_input(network)
@@ -234,8 +228,6 @@ class Perplexity(ExampleEvaluator):
             pad=pad_id(tokenizer),
             measure=self.measure,
         )
-        with quiet("transformers"), torch.inference_mode():
-            self._losses(model, [(0, Window(0, 2, 1))])  # refuses a model without logits
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the measure of each document (``b``)."""

@@ -77,6 +77,7 @@ def write_tasks(folder: Path) -> str:
     )
     task("brier", choices, **{**choice, "metric_list": [{"metric": "brier_score"}]})
     task("empty", [], **choice)
+    task("unsafe", choices, **choice, unsafe_code=True)
     task("lost", choices, **{**choice, "doc_to_text": "{{question.nothing.at.all}}"})
     for name, by_size in (("by_size", True), ("by_task", False)):
         group = {

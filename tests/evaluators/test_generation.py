@@ -12,6 +12,7 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
+from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.generation import Generation, fill
 from map_bo.evaluators.kinds import code_in, evaluator_from
@@ -147,6 +148,14 @@ def test_one_call_measures_score_and_tokens(tokenizer: Any, tmp_path: Path) -> N
     alone = Generation(data=path, tokenizer=tokenizer, metrics="score")
     alone.prepare(model)
     assert alone.score(model, torch.tensor([1, 0])).tolist() == [0.0, 1.0]
+
+
+def test_answers_of_one_length_do_not_say_that_it_is_exact(
+    tokenizer: Any, model: nn.Module, path: str
+) -> None:
+    evaluator = Generation(data=path, tokenizer=tokenizer, max_new_tokens=3)
+    evaluator.prepare(model)
+    assert evaluator(model)["tokens"] == Measurement(3.0, count=5)
 
 
 def test_draws_are_those_of_the_distribution(tokenizer: Any, tmp_path: Path) -> None:

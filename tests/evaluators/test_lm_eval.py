@@ -191,6 +191,21 @@ def test_documents_can_be_chosen(folder: str, tokenizer: Any, model: nn.Module) 
 
 
 @needs_harness
+def test_prompts_follow_the_settings(folder: str, model: nn.Module) -> None:
+    def asked(task: str, **settings: Any) -> tuple[Any, ...]:
+        tokenizer = tiny_tokenizer(chat=True)
+        found = prepared(folder, tokenizer, model, tasks=task, **settings)._known.leaves[0]
+        arguments: tuple[Any, ...] = found.requests[0][0].arguments
+        return arguments
+
+    assert asked("answer")[0] == "the cat sat?"
+    chat = asked("answer", chat_template=True, system="no")
+    assert chat[0] == "[system]no[user]the cat sat?[assistant]"
+    assert asked("answer")[1]["max_gen_toks"] == 4
+    assert asked("answer", generation={"max_gen_toks": 2})[1]["max_gen_toks"] == 2
+
+
+@needs_harness
 def test_groups_are_averaged_as_they_say(folder: str, tokenizer: Any, model: nn.Module) -> None:
     tasks = prepared(
         folder, tokenizer, model, tasks=["choice", "choice_few"],
@@ -288,6 +303,7 @@ def test_it_can_be_sent_to_another_process(folder: str, tokenizer: Any, model: n
         ({"tasks": "empty"}, "the task 'empty'", ""),
         ({"tasks": "no_tasks"}, "the group 'no_tasks' has no tasks", "themselves"),
         ({"tasks": "corpus"}, "no metric of 'corpus' can be measured .mcc", "mean over documents"),
+        ({"tasks": "unsafe"}, "'unsafe' runs code that the model writes", "unsafe_code=True"),
         ({"tasks": "lost"}, "task 'lost' cannot be loaded: UndefinedError", "templates"),
         ({"tasks": ["choice", "by_size"]}, "'choice' is in 'choice' and in 'by_size'", "leave one"),
         ({"tasks": "choice", "metrics": {"choice": "ac"}}, "no metric 'ac'", "did you mean 'acc'"),

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "causal",
     "longest_input",
     "pad_id",
     "plain_ids",
@@ -44,9 +45,29 @@ def pretrained(model: nn.Module, *, by: str) -> PreTrainedModel:
     return model
 
 
+def causal(model: nn.Module, *, by: str) -> PreTrainedModel:
+    """Return the model, where it is a causal language model of transformers.
+
+    Raises:
+        EvaluationError: When it is not.
+        MissingDependencyError: Without transformers.
+    """
+    network = pretrained(model, by=by)
+    if network.config.is_encoder_decoder or not network.can_generate():
+        kind = type(network).__name__
+        raise EvaluationError(
+            f"{by} needs a causal language model, and {kind} is not one",
+            hint="give one of AutoModelForCausalLM; models with an encoder are for the kind "
+            "generation",
+        )
+    return network
+
+
 def longest_input(model: PreTrainedModel) -> int | None:
     """Return how many tokens a model can read at once; None where it does not say."""
     settings: dict[str, Any] = model.config.get_text_config(decoder=True).to_dict()
+    if "relative_attention_num_buckets" in settings:
+        return None  # T5 and its kin read texts of any length
     lengths = [settings[name] for name in _LENGTHS if isinstance(settings.get(name), int)]
     return lengths[0] if lengths and lengths[0] > 0 else None
 

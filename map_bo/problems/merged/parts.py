@@ -31,7 +31,13 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.live import LiveModel
-from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
+from map_bo.merging.vectors.operator import (
+    HasDerivatives,
+    Linear,
+    MergeOperator,
+    PreparedMerge,
+    PreparesDerivatives,
+)
 from map_bo.merging.vectors.storage import Storage, StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.plain import identity_of
@@ -106,10 +112,12 @@ def check_gradients(
     """Refuse gradients where metrics are not a differentiable function of the coefficients.
 
     Raises:
-        MergeError: For an operator that is not linear in its coefficients, and with recalibration.
+        MergeError: For an operator that is not linear in its coefficients and prepares no
+            derivatives, and with recalibration.
         EvaluationError: For an evaluator without gradients.
     """
-    if not isinstance(operator, Linear):
+    known = isinstance(operator, PreparesDerivatives) and operator.prepares_derivatives()
+    if not known and not isinstance(operator, Linear):
         raise MergeError(
             f"gradients were asked for, and {type(operator).__name__} is not linear in its "
             "coefficients",

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -178,10 +179,23 @@ def test_many_images_are_mapped_from_a_file(
     (file,) = (tmp_path / "cache" / "pixels").iterdir()
     assert torch.equal(found.values, wanted)
     assert np.load(file).shape == (12, 3, 4, 4)
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000  # other processes map it too
+    assert torch.equal(pickle.loads(sent).values, wanted)
     del found
     before = file.stat().st_mtime_ns
     read(data, Resize(size=4, mean=0.0), cache_dir=tmp_path / "cache")
     assert file.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(path=write_images(tmp_path / "set"))
+    monkeypatch.setattr(module, "IN_MEMORY", 10)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(EvaluationError, match="images cannot be kept in"):
+        read(data, Resize(size=4), cache_dir=tmp_path / "cache")
 
 
 def test_an_open_clip_folder_says_how(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,13 @@ def test_whose_texts_are_used_where_their_tower_is_merged(place: Path, prototype
     torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-4)
     other = by_transformers(merged(1, text=prototypes == "base"), place)[1]
     assert not torch.allclose(logits, other, atol=1e-2)
+
+
+def test_a_prepared_one_can_be_sent_to_other_processes(place: Path) -> None:
+    model = clip()
+    made = ready(place, model, metrics="loss")
+    again = pickle.loads(pickle.dumps(made))
+    assert torch.equal(again.score(model, torch.arange(12)), made.score(model, torch.arange(12)))
 
 
 def test_the_digest_is_of_images_and_texts(place: Path) -> None:
