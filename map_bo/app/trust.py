@@ -55,7 +55,7 @@ _DATA = frozenset(  # of an imported problem: text that names no code, whatever 
 _OPTIONS = frozenset({"_target_", "_convert_", "_recursive_"})
 _PATHS = ("base", "cache_dir", "root", "experts", "statistics")  # what may be relative paths
 # ... where they are text
-_PATHS_OF_TASKS = ("data", "path", "tokenizer", "processor", "head", "include_path")
+_PATHS_OF_TASKS = ("data", "train", "path", "tokenizer", "processor", "head", "include_path")
 _OF_HARNESS = ("include_path", "unsafe_code")  # tasks in a folder may name functions there
 _DEEPEST = 50
 

@@ -12,6 +12,7 @@ from typing import Any
 _HOME = {
     "Data": "map_bo.evaluators.data",
     "Embeddings": "map_bo.evaluators.embeddings",
+    "Entropy": "map_bo.evaluators.entropy",
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "Generation": "map_bo.evaluators.generation",
     "ImageClassification": "map_bo.evaluators.images.classification",

@@ -26,6 +26,7 @@ __all__ = [
     "MeanProbability",
     "Measurement",
     "Prepares",
+    "ReadsHead",
     "accuracy",
     "binomial_variance",
     "call_model",
@@ -111,6 +112,16 @@ class Prepares(Protocol):
         Raises:
             EvaluationError: When it could not score such a model, with the reason.
         """
+        ...
+
+
+@runtime_checkable
+class ReadsHead(Protocol):
+    """An evaluator that may score the outputs of the model's own head."""
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it does, so that the model must have the head of its task."""
         ...
 
 

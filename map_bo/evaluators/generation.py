@@ -101,6 +101,7 @@ class Generation(ExampleEvaluator):
             beyond, with the pattern in the message.
         ignore_case: Whether upper and lower case are the same.
         ignore_punctuation: Whether punctuation is left out.
+        words: What stands for a target of the data: ``{0: "no", 1: "yes"}``; None for itself.
         grader: Function of the answer and the target that returns a number in [0, 1]; in a
             configuration ``module:function``.
         metrics: Which of ``score`` (a proportion), ``tokens`` (generated, to minimise) and
@@ -130,6 +131,7 @@ class Generation(ExampleEvaluator):
         pattern_seconds: float = 1.0,
         ignore_case: bool = False,
         ignore_punctuation: bool = False,
+        words: Mapping[Any, str] | None = None,
         grader: Callable[[str, Any], float] | None = None,
         metrics: str | Sequence[str] = ("score", "tokens"),
         temperature: float = 0.0,
@@ -165,6 +167,12 @@ class Generation(ExampleEvaluator):
         self.grading = Grading(
             pattern, which, pattern_seconds, ignore_case, ignore_punctuation, grader
         )
+        if words is not None and not (isinstance(words, Mapping) and words):
+            raise ConfigError(
+                f"words must map targets to texts, got {words!r}",
+                hint="such as words={0: 'no', 1: 'yes'}",
+            )
+        self.words = None if words is None else {str(key): str(w) for key, w in words.items()}
         self._measured = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name in self._measured:
             if name not in _METRICS:
@@ -238,6 +246,15 @@ class Generation(ExampleEvaluator):
             for row in zip(*columns.values(), strict=True)
         ]
         targets = examples.columns["target"]
+        if self.words is not None:
+            lacking = sorted({str(one) for one in targets} - set(self.words))
+            if lacking:
+                raise EvaluationError(
+                    f"{examples.where} holds the target {lacking[0]!r}, for which there is no "
+                    f"word; there are words for {', '.join(self.words)}",
+                    hint=f"add it: words={{..., {lacking[0]!r}: ...}}",
+                )
+            targets = tuple(self.words[str(one)] for one in targets)
         if self.grading.grader is None:
             for row, target in zip(examples.rows, targets, strict=True):
                 if not texts_of(target):

@@ -39,6 +39,7 @@ __all__ = [
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
+        "entropy": "map_bo.evaluators.entropy:Entropy",
         "generation": "map_bo.evaluators.generation:Generation",
         "images": "map_bo.evaluators.images.classification:ImageClassification",
         "lm_eval": "map_bo.evaluators.lm_eval:LMEval",
