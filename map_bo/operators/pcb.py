@@ -47,8 +47,8 @@ class Pcb(SearchableOperator):
     Coefficients are the paper's ``lambda_n``, which it searches too; all equal they are its
     ``lambda``. The merge is linear in them.
 
-    Where task vectors are resident and the density is fixed and at most a quarter, what each number
-    adds is kept (8 bytes for each that is kept), and a candidate adds it up.
+    Where task vectors are resident in float32 and the density is fixed and at most a quarter, what
+    each number adds is kept (8 bytes for each), and a candidate adds it up.
 
     Attributes:
         density: Share of each task vector's numbers that is kept, the paper's ``r``.
@@ -83,7 +83,8 @@ class Pcb(SearchableOperator):
 
             return _Competing(low, high, limits(self.density), best, limits)
         kernel = _Competing(low, high, thresholds(scores, self.density, "global")[0], best, None)
-        if deltas.resident and self.density <= _FEW:
+        # Adapters take far less memory than what they change, so pieces are merged as they are.
+        if deltas.resident and deltas.in_place and self.density <= _FEW:
             return KeptEffects(deltas, kernel.effects)
         return kernel
 

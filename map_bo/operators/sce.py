@@ -63,7 +63,8 @@ class Sce(SearchableOperator):
         limits = tuple(row[0] for row in thresholds(scores, self.density, "tensor", counts=counts))
         limits = _bounded(limits, counts, self.density)
         kernel = _Selected(deltas, counts, None, limits, energy_shares(deltas, limits))
-        if deltas.resident and self.density <= _FEW:
+        # Adapters take far less memory than what they change, so pieces are merged as they are.
+        if deltas.resident and deltas.in_place and self.density <= _FEW:
             return KeptEffects(deltas, kernel.effects)
         return kernel
 

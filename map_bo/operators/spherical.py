@@ -120,6 +120,14 @@ class _Lines(Kernel):
     def unit(self, slot: int) -> int:
         return self._widths[slot]
 
+    def room(self, experts: int) -> int:
+        # Some matrices of experts by experts in float64 for each row; columns are found together.
+        narrowest = min(
+            (w for w, g in zip(self._widths, self._grams, strict=True) if len(g) > 64), default=64
+        )
+        lines = 48 * (1 + experts) ** 2 // max(narrowest, 1) if self._rows else 0
+        return super().room(experts) + lines
+
     def overhead(self, threads: int) -> int:
         return 2 * sum(gram.nbytes for gram in self._grams)
 

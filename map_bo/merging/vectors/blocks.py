@@ -64,6 +64,7 @@ _MIXTURES = (
         r"\bexperts?(?:_\d+)?\b|block_sparse_moe\.(?:in|out)put_linear|\bmoe\.(?:in|out)put_linear",
     ),
 )
+_LANGUAGE = ("attention", "embedding")  # what a language model has beside towers, and no head has
 # What comes before the layers, whatever else its name says; and what comes after them.
 _BEFORE = (
     r"embed|\bwte\b|\bwpe\b|position|patch|(?:cls|class)_token|\bstem\b|pre_|ln_pre|pre_?layer"
@@ -315,24 +316,22 @@ def kind_blocks(names: Sequence[str]) -> dict[str, str]:
 
     They are embedding, norm, attention, mlp, head and other; of mixtures of experts router,
     shared_experts and experts; and of models with several modalities vision and audio for whole
-    towers, and connector for what joins them to the language model. A model that is a tower alone
-    has the kinds of its modules.
+    towers, and connector for what joins them to the language model. A model that is a tower alone,
+    with a head or without, has the kinds of its modules.
     """
     towers = {name: _first_kind(_TOWERS, name.lower()) for name in names}
-    single = set(towers.values()) <= {"vision", "connector"} or set(towers.values()) <= {
-        "audio",
-        "connector",
-    }
+    modules = {name: _module_kind(name) for name in names}
+    language = any(towers[name] is None and modules[name] in _LANGUAGE for name in names)
     kinds: dict[str, list[str]] = {}
     for name in names:
-        text = name.lower().replace("_", ".") + "." + name.lower()
-        kind = (
-            (None if single else towers[name])
-            or _first_kind(_MIXTURES, name.lower())
-            or _first_kind(_KINDS, text)
-        )
-        kinds.setdefault(kind or "other", []).append(name)
+        kind = (towers[name] if language else None) or modules[name]
+        kinds.setdefault(kind, []).append(name)
     return named_blocks({kind: kinds[kind] for kind in _ORDER if kind in kinds})
+
+
+def _module_kind(name: str) -> str:
+    text = name.lower().replace("_", ".") + "." + name.lower()
+    return _first_kind(_MIXTURES, name.lower()) or _first_kind(_KINDS, text) or "other"
 
 
 def _first_kind(patterns: Iterable[tuple[str, str]], text: str) -> str | None:

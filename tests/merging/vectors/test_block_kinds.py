@@ -94,9 +94,11 @@ TOWER = {  # alone: a tower is a model like any other
     "vision_model.encoder.layers.0.mlp.fc1.weight": "mlp",
     "vision_model.post_layernorm.weight": "norm",
 }
+CLASSIFIER = {**TOWER, "classifier.weight": "head"}
 QWEN_AUDIO = {
     "audio_tower.layers.0.fc1.weight": "audio",
     "multi_modal_projector.linear.weight": "connector",
+    "language_model.model.embed_tokens.weight": "embedding",
     "language_model.model.layers.0.mlp.up_proj.weight": "mlp",
 }
 MODELS = {
@@ -108,6 +110,7 @@ MODELS = {
     "qwen_vl": QWEN_VL,
     "clip": CLIP,
     "a tower alone": TOWER,
+    "a tower with a head": CLASSIFIER,
     "qwen_audio": QWEN_AUDIO,
 }
 
