@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from map_bo.errors import MergeError
@@ -195,6 +195,7 @@ def test_depths_of_real_names(depths: dict[str, float]) -> None:
     assert positions(list(depths)[::-1]) == pytest.approx(depths)
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.booleans())
 def test_layers_are_equally_far_apart(count: int, other: bool) -> None:
     names = [f"h.{k}.weight" for k in range(count)]
