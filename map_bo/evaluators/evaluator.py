@@ -26,6 +26,7 @@ __all__ = [
     "MeanProbability",
     "Measurement",
     "Prepares",
+    "ReadsHead",
     "accuracy",
     "binomial_variance",
     "call_model",
@@ -115,6 +116,16 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class ReadsHead(Protocol):
+    """An evaluator that may score the outputs of the model's own head."""
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it does, so that the model must have the head of its task."""
+        ...
+
+
+@runtime_checkable
 class ItemEvaluator(Protocol):
     """An evaluator that knows the outcome of each of its examples."""
 
@@ -131,7 +142,8 @@ class ItemEvaluator(Protocol):
             items: ``n`` indices of examples, integers in ``[0, size)``.
 
         Returns:
-            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics.
+            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
+            example says nothing of a metric, as a document of another task does.
         """
         ...
 

@@ -139,6 +139,10 @@ class ReadyOperator(SpectralOperator):
     def ready(self, changes: Sequence[Change]) -> list[LowRank]:
         """Return the ready matrices (float64) for the ``N`` changes of a matrix."""
 
+    def prepares_derivatives(self) -> bool:
+        """Return True; see `PreparesDerivatives`."""
+        return True
+
     def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
         """Make the task vectors ready, once; see `SearchableOperator`."""
         blocks = Blocks(self.blocks)
