@@ -272,5 +272,6 @@ def test_a_configuration_makes_one(path: str) -> None:
     assert list(code_in("t", settings)) == [("t.grader", "statistics:correlation")]
     evaluator = evaluator_from("t", settings)
     assert isinstance(evaluator, Generation)
-    assert evaluator.grading.grader is statistics.correlation
+    grader: object = evaluator.grading.grader
+    assert grader is statistics.correlation
     assert evaluator.data.limit == 3
