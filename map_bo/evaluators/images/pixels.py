@@ -450,7 +450,9 @@ def _decoded(examples: Examples, row: int, folder: Path) -> Image | NDArray[np.g
         if isinstance(value, EncodedImage):
             content = value.content
         elif isinstance(value, str | Path):
-            where = str(path := folder / value)
+            # A folder of images gives paths that lead there; what a table holds is relative to it.
+            path = value if isinstance(value, Path) else folder / value
+            where = str(path)
             content = path.read_bytes()
         else:
             raise EvaluationError(
