@@ -2,7 +2,7 @@
 
 An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
 task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
-here `Linear`, `HasDerivatives`, `ChecksValues` and `Followable`;
+here `Linear`, `HasDerivatives`, `ChecksValues`, `Chooses` and `Followable`;
 `~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
 with what they need.
 """
@@ -21,6 +21,7 @@ from map_bo.space import CoefficientSpace
 
 __all__ = [
     "ChecksValues",
+    "Chooses",
     "Deltas",
     "Followable",
     "HasDerivatives",
@@ -28,6 +29,7 @@ __all__ = [
     "MergeOperator",
     "PreparedMerge",
     "Weights",
+    "chosen_merge",
     "recipe_of",
 ]
 
@@ -163,6 +165,35 @@ class ChecksValues(Protocol):
             MergeError: Naming them.
         """
         ...
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """An operator whose coefficients say by which of several operators it merges."""
+
+    def chosen(
+        self, experts: tuple[str, ...], c: Tensor
+    ) -> tuple[MergeOperator, tuple[str, ...], Tensor]:
+        """Return the operator that merges with ``c`` (``d``), its coefficients' names and values.
+
+        Merging by that operator with these values is the same merge.
+
+        Args:
+            experts: ``N`` names, in the order of the space.
+            c: ``d`` coefficients.
+        """
+        ...
+
+
+def chosen_merge(
+    operator: MergeOperator, experts: tuple[str, ...], names: tuple[str, ...], c: Tensor
+) -> tuple[MergeOperator, tuple[str, ...], Tensor]:
+    """Return the one operator that merges with ``c`` (``d``), with names and values.
+
+    They are the given ones, unless the operator is a choice of several (:class:`Chooses`): what is
+    written, described and followed is the operator that was chosen.
+    """
+    return operator.chosen(experts, c) if isinstance(operator, Chooses) else (operator, names, c)
 
 
 @runtime_checkable

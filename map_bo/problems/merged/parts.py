@@ -83,7 +83,8 @@ def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
     Raises:
         MergeError: When names or owners differ.
     """
-    if (space.names, space.owner) != (natural.names, natural.owner):
+    given = (space.names, space.owner, space.choice)
+    if given != (natural.names, natural.owner, natural.choice):
         raise MergeError(
             f"the space has the coefficients {', '.join(space.names)}; the operator takes "
             f"{', '.join(natural.names)}",

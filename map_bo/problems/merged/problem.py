@@ -43,6 +43,7 @@ from map_bo.merging.vectors.operator import (
     MergeOperator,
     PreparedMerge,
     Weights,
+    chosen_merge,
     recipe_of,
 )
 from map_bo.merging.vectors.recalibration import (
@@ -54,6 +55,7 @@ from map_bo.merging.vectors.recalibration import (
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.searchable import each_operator
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
@@ -384,9 +386,12 @@ class MergedModelProblem:
         ties = self._model_ties(model)
         weights: Weights | None = None
         merged: Checkpoint | None = None
-        if isinstance(self._operator, Linear):
+        operator, names, c = chosen_merge(
+            self._operator, tuple(self._experts), self._space.names, row
+        )
+        if isinstance(operator, Linear):
             joined = join_ties(self._base, ties)
-            weights = tie_weights(self._operator.weights(tuple(self._experts), row), joined)
+            weights = tie_weights(operator.weights(tuple(self._experts), c), joined)
         else:
             merged = open_checkpoint(self.merged(row))
         return export_adapter(
@@ -394,8 +399,8 @@ class MergedModelProblem:
             base=self._base,
             experts=self._experts,
             weights=weights,
-            operator=recipe_of(self._operator),
-            coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
+            operator=recipe_of(operator),
+            coefficients=dict(zip(names, c.tolist(), strict=True)),
             rank=rank,
             others=others,
             model=model,
@@ -494,14 +499,17 @@ class MergedModelProblem:
 
     def _merge(self, row: Tensor) -> Merge:
         """Return the merge with ``row`` (``d``): what its files follow from."""
-        from_files = merges_files(self._base, self._operator)
-        matter = ties_matter(self._base, self._experts, self._operator, self._space)
+        operator, names, c = chosen_merge(
+            self._operator, tuple(self._experts), self._space.names, row
+        )
+        from_files = merges_files(self._base, operator)
+        matter = ties_matter(self._base, self._experts, operator, self._space)
         return Merge(
             base=self._base,
             experts=self._experts,
-            operator=self._operator,
-            names=self._space.names,
-            c=row,
+            operator=operator,
+            names=names,
+            c=c,
             ties=self._ties() if matter else {},
             check_base=self._check_base,
             tensors=None if from_files else self.merged(row),
@@ -548,8 +556,9 @@ class MergedModelProblem:
             cache=self._storage.cache,
             spare_memory=self._storage.spare_memory,
         )
-        if isinstance(self._operator, NeedsStatistics):
-            self._operator.check_experts(self._experts)
+        for one in each_operator(self._operator):
+            if isinstance(one, NeedsStatistics):
+                one.check_experts(self._experts)
         live = LiveModel(
             model,
             vectors.layout,

@@ -27,6 +27,7 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.moved import under_old_name
 from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.searchable import OperatorChoice
 from map_bo.problems.cache import (
     cache_root,
     read_network,
@@ -299,11 +300,21 @@ def digits_problem(
             )
         operator = TaskArithmetic(blocks=dict(blocks))
     files = zoo.checkpoints(cache_dir, progress=progress)
-    if isinstance(operator, NeedsStatistics) and not operator.statistics:
-        folder = zoo.folder(cache_dir) / "statistics"
-        operator = operator.with_statistics(
-            digits_statistics(arch, files.experts, operator.statistics_kind, folder)
+    folder = zoo.folder(cache_dir) / "statistics"
+
+    def with_statistics(one: MergeOperator) -> MergeOperator:
+        if not isinstance(one, NeedsStatistics) or one.statistics:
+            return one
+        kind = one.statistics_kind
+        found: MergeOperator = one.with_statistics(
+            digits_statistics(arch, files.experts, kind, folder)
         )
+        return found
+
+    if isinstance(operator, OperatorChoice):
+        operator = operator.with_each(with_statistics)
+    elif operator is not None:
+        operator = with_statistics(operator)
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
