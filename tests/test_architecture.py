@@ -22,6 +22,7 @@ FLOORS = [
         "choice",
         "space",
         "scale",
+        "ordering",
         "constraints",
         "plain",
         "moved",

@@ -176,7 +176,7 @@ def merge_checkpoints(
     operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
     c = _check_values(operator, space, coefficients)
-    operator, names, c = chosen_merge(operator, tuple(checkpoints), space.names, c)
+    operator, names, c = chosen_merge(operator, checkpoints, space.names, c)
     merge = Merge(
         base=opened,
         experts=checkpoints,

@@ -9,7 +9,7 @@ with what they need.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -186,14 +186,16 @@ class Chooses(Protocol):
 
 
 def chosen_merge(
-    operator: MergeOperator, experts: tuple[str, ...], names: tuple[str, ...], c: Tensor
+    operator: MergeOperator, experts: Iterable[str], names: tuple[str, ...], c: Tensor
 ) -> tuple[MergeOperator, tuple[str, ...], Tensor]:
     """Return the one operator that merges with ``c`` (``d``), with names and values.
 
     They are the given ones, unless the operator is a choice of several (:class:`Chooses`): what is
     written, described and followed is the operator that was chosen.
     """
-    return operator.chosen(experts, c) if isinstance(operator, Chooses) else (operator, names, c)
+    if isinstance(operator, Chooses):
+        return operator.chosen(tuple(experts), c)
+    return operator, names, c
 
 
 @runtime_checkable
