@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from map_bo.nested.settings import Nested
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
+    from map_bo.operators.searchable import OperatorChoice
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.operators.statistics.fisher import Fisher
     from map_bo.operators.statistics.regmean import RegMean
@@ -67,6 +68,7 @@ __all__ = [
     "Nested",
     "NestedResult",
     "Observations",
+    "OperatorChoice",
     "Preference",
     "RegMean",
     "Result",
@@ -109,6 +111,7 @@ _HOME = {
     "Nested": "map_bo.nested.settings",
     "NestedResult": "map_bo.nested.result",
     "Observations": "map_bo.data",
+    "OperatorChoice": "map_bo.operators.searchable",
     "Preference": "map_bo.pareto.preferences",
     "RegMean": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from map_bo.choice import ChoiceAxis
 from map_bo.data import Metric, Observations
@@ -51,3 +52,29 @@ def reordered(X: Tensor, order: list[int]) -> tuple[Tensor, CoefficientSpace]:
     moved[:, 2] = torch.tensor(order).double()[X[:, 2].round().long()]
     axis = ChoiceAxis("operator", tuple(names), {"ties.density": "ties"})
     return moved, replace(CHOICE, choice=axis)
+
+
+@dataclass(frozen=True)
+class Levels:
+    """A problem over the space with a choice; the options in ``broken`` fail."""
+
+    broken: tuple[str, ...] = ()
+
+    @property
+    def space(self) -> CoefficientSpace:
+        return CHOICE
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return METRICS
+
+    def describe(self) -> dict[str, Any]:
+        return {"type": "Levels", "broken": list(self.broken)}
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        X = CHOICE.check(X)
+        options = [str(CHOICE.named(x.tolist())["operator"]) for x in X]
+        failures = tuple("out of memory" if one in self.broken else None for one in options)
+        Y = truth(X)
+        Y[[reason is not None for reason in failures]] = torch.nan
+        return Observations(X, Y, METRICS, failures=failures)
