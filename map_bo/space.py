@@ -310,7 +310,7 @@ class CoefficientSpace:
         upper: float = 1.0,
         sum_at_most: float | None = None,
         simplex: bool = False,
-        fixed: Mapping[str, float] | None = None,
+        fixed: Mapping[str, float | str] | None = None,
     ) -> CoefficientSpace:
         """Return ``[lower, upper]`` for every expert, or for every expert and block of layers.
 

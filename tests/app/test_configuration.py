@@ -396,3 +396,9 @@ def test_a_wrong_key_of_an_option_is_told_with_its_place(zoo_cache: Path) -> Non
     config = composed("operator=choice", "+operator.options.ties.densty=0.3", "problem.experts=2")
     with pytest.raises(ConfigError, match=r"operator\.options\.ties has no option 'densty'"):
         build_problem(config)
+
+
+def test_an_option_is_fixed_by_name(zoo_cache: Path) -> None:
+    fixed = ("problem.fixed={operator: ties, rot90: 1}", "problem.experts=2", "+problem.epochs=1")
+    space = build_problem(composed("operator=choice", *fixed)).space
+    assert space.fixed == {"rot90": 1.0, "operator": 1.0}

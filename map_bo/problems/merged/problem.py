@@ -114,7 +114,7 @@ class MergedModelProblem:
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         fixed: Coefficients that are not searched, by expert or by name of the coefficient: with
-            ``{"math": 1.0}`` the others are added to base and math.
+            ``{"math": 1.0}`` the others are added to base and math; see `with_fixed`.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
             that differ); it must have the operator's coefficients in their order.
         dtype: Storage of the task vectors: float32 (default), bfloat16 or float16 (see
@@ -162,7 +162,7 @@ class MergedModelProblem:
         metrics: Sequence[Metric] | None = None,
         lower: float = 0.0,
         upper: float = 1.0,
-        fixed: Mapping[str, float] | None = None,
+        fixed: Mapping[str, float | str] | None = None,
         space: CoefficientSpace | None = None,
         dtype: StorageDtype | None = None,
         device: torch.device | str = "cpu",

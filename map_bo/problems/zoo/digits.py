@@ -245,7 +245,7 @@ def digits_problem(
     size: int | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     blocks: Mapping[str, str] | None = None,
     sum_at_most: float | None = None,
     operator: MergeOperator | None = None,
