@@ -41,8 +41,18 @@ from map_bo.merging.vectors.operator import PreparedMerge
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.statistics.data_free import DataFreeRegMean
+from map_bo.operators.stock import ModelStock
 
 __all__ = ["CASES", "Case", "measure"]
 
@@ -62,6 +72,8 @@ class Case:
         peer: mergekit's method of that kind.
         parameters: Its parameters.
         same: Whether it merges to the same model.
+        elementwise: Whether a candidate is made number by number, which the goal is for; others
+            multiply and decompose matrices.
     """
 
     label: str
@@ -70,6 +82,7 @@ class Case:
     peer: str | None = None
     parameters: dict[str, float] = field(default_factory=dict)
     same: bool = False
+    elementwise: bool = True
 
 
 CASES = (
@@ -107,6 +120,24 @@ CASES = (
     Case("Consensus", Consensus(), "strictness"),
     Case("Slerp", Slerp()),
     Case("Magnitude", Magnitude(), "density"),
+    Case("TSV-M", TSVM()),
+    Case("Iso-C", IsoC(), elementwise=False),
+    Case("Iso-CTS", IsoCTS()),
+    # A basis of two large embeddings is not what it is made for.
+    Case(
+        "KnOTS, without embeddings",
+        KnOTS(skip="embed|lm_head"),
+        "density",
+        elementwise=False,
+    ),
+    Case("RegMean without data", DataFreeRegMean(), "ridge", elementwise=False),
+    Case("MultiSlerp", MultiSlerp()),
+    Case("NuSlerp, rows", NuSlerp()),
+    Case("ModelStock", ModelStock()),
+    Case("NearSwap", NearSwap(), "strength"),
+    Case("Pcb", Pcb(), "density"),
+    Case("Sce", Sce(), "density"),
+    Case("Ram", Ram(), "rescale"),
 )
 
 
@@ -126,7 +157,8 @@ def measure(options: Options) -> Outcome:
             rows.append({"operator": case.label, "experts": experts, **found})
             if options.peers and experts == few and case.peer is not None:
                 rows[-1]["mergekit"] = _peer_seconds(case, vectors, out)
-            lines.append(_line(rows[-1], goal if experts == few else None))
+            asked = experts == few and case.elementwise
+            lines.append(_line(rows[-1], goal if asked else None))
             gc.collect()
     million = shape.parameters / 1e6
     note = (

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from map_bo.app.arguments import (
     parser,
     surrogate_of_sampler,
     with_bare_trust,
+    with_configuration,
 )
 from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
 
@@ -77,6 +79,8 @@ def _choice_of(options: argparse.Namespace) -> Any:
     at_least = pairs(options.at_least, "--at-least")
     at_most = pairs(options.at_most, "--at-most")
     result = _load(options.run)
+    if options.normalised:
+        at_least, at_most = _in_own_units(result, at_least, at_most)
     if options.point is not None:
         if prefer or at_least or at_most:
             raise ConfigError("--point and a preference were both given", hint="give one of them")
@@ -105,6 +109,22 @@ def _choice_of(options: argparse.Namespace) -> Any:
         return first
 
 
+def _in_own_units(
+    result: Any, at_least: Mapping[str, float], at_most: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return bounds on shares of the experts' own scores as bounds on the metrics."""
+    from map_bo.report.normalised import OwnScores
+
+    own = OwnScores.of(result.seen, result.space)
+    lower: dict[str, float] = {}
+    upper: dict[str, float] = {}
+    for given, more in ((at_least, True), (at_most, False)):
+        for name, share in given.items():
+            bounds = lower if more != own.is_minimised(name) else upper
+            bounds[name] = own.bound(name, share)
+    return lower, upper
+
+
 def _load(run: str, *, refit: bool = False, trust: Sequence[str] = ()) -> Any:
     from map_bo.loop.reading import created_of, load_result
     from map_bo.nested.reading import is_nested, load_nested
@@ -123,10 +143,21 @@ def _look_in(*folders: str | Path | None) -> None:
 
 def _choose(options: argparse.Namespace) -> None:
     choice = _choice_of(options)
+    own = None
+    if options.normalised:
+        from map_bo.report.normalised import OwnScores
+
+        result = _load(options.run)
+        own = OwnScores.of(result.seen, result.space)
     if options.json:
         import json
 
-        sys.stdout.write(json.dumps(choice.describe(), indent=2) + "\n")
+        said = choice.describe()
+        if own is not None:
+            names = [metric.name for metric in choice.metrics]
+            shares = zip(names, own.normalise(choice.mean).tolist(), strict=True)
+            said["normalised"] = {name: None if x != x else x for name, x in shares}
+        sys.stdout.write(json.dumps(said, indent=2) + "\n")
         return
     from rich.console import Console
 
@@ -145,6 +176,7 @@ def _choose(options: argparse.Namespace) -> None:
         upper=choice.upper,
         real=choice.real,
         corrected=choice.corrected,
+        own=own,
     )
     for note in choice.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -207,7 +239,7 @@ def _report(options: argparse.Namespace) -> None:
     out = options.out or options.run
     result = load_result(options.run)
     with understood(DataError, f"the record in {options.run}", hint=_EDITED):
-        write_report(view_of(result), Path(out))
+        write_report(view_of(result, normalised=options.normalised), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
 
 
@@ -258,8 +290,52 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
-def _run(arguments: list[str]) -> None:
-    """Call Hydra, and turn its exceptions for a wrong override into one clear error."""
+def _init(options: argparse.Namespace) -> None:
+    from map_bo.app.init import check_task, is_file, written_file
+    from map_bo.values import whole_number
+
+    examples = whole_number("--examples", options.examples, least=1)
+    if is_file(options.base):
+        if options.expert or options.task:
+            raise ConfigError(
+                f"{options.base} is a configuration, and experts or tasks were given as well",
+                hint="add them in the file, or name a base",
+            )
+        file = options.base
+    else:
+        file = str(written_file(options))
+        sys.stdout.write(f"{file} written\n")
+        if options.no_check:
+            sys.stdout.write(f"next: map-bo init {shlex.quote(file)}, which tries it out\n")
+            return
+
+    def task(config: Any) -> None:
+        check_task(config, file=file, examples=examples)
+
+    try:
+        _run([file, *_WITHOUT_A_RUN], task)
+    except MapBoError as error:
+        again = f"correct {file}, then try it out with `map-bo init {shlex.quote(file)}`"
+        hint = f"{error.hint}\nhint: {again}" if error.hint else again
+        raise type(error)(error.message, hint=hint) from error
+
+
+_WITHOUT_A_RUN = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "~hydra.callbacks.refuse_existing_run",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def _run(arguments: list[str], task: Any = None) -> None:
+    """Call Hydra, and turn its exceptions for a wrong override into one clear error.
+
+    Args:
+        arguments: The arguments after ``run``.
+        task: Function of the composed configuration; the run by default.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -269,7 +345,9 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
+    job = run_task if task is None else task
     _refuse_pickles(arguments)
+    arguments = with_configuration(arguments)
     register()
     announce_sweep()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
@@ -279,9 +357,7 @@ def _run(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["map-bo", *map(surrogate_of_sampler, arguments)]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
-            run_task
-        )()
+        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             raise
@@ -291,7 +367,7 @@ def _run(arguments: list[str]) -> None:
     except (MapBoError, OSError):
         raise
     except Exception as error:
-        if asked == "1" or _is_within(run_task, error):
+        if asked == "1" or _is_within(job, error):
             raise
         # Hydra composes the configuration before it calls the task, and trips over some values.
         said = first_line(error)
@@ -340,6 +416,7 @@ def _complete(arguments: list[str]) -> None:
 
 
 _FUNCTIONS: Mapping[str, Command] = {
+    "init": _init,
     "resume": _resume,
     "choose": _choose,
     "merge": _merge,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -25,6 +26,7 @@ __all__ = [
     "MeanProbability",
     "Measurement",
     "Prepares",
+    "ReadsHead",
     "accuracy",
     "binomial_variance",
     "call_model",
@@ -36,10 +38,12 @@ __all__ = [
     "mean_probability",
     "measure",
     "measurement_of",
+    "measuring",
     "number_of",
     "prepare_evaluators",
 ]
 
+_measuring: ContextVar[str | None] = ContextVar("measuring", default=None)
 _HINT = "return a float, or map_bo.Measurement(value, variance=..., count=...)"
 
 
@@ -112,6 +116,16 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class ReadsHead(Protocol):
+    """An evaluator that may score the outputs of the model's own head."""
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it does, so that the model must have the head of its task."""
+        ...
+
+
+@runtime_checkable
 class ItemEvaluator(Protocol):
     """An evaluator that knows the outcome of each of its examples."""
 
@@ -128,7 +142,8 @@ class ItemEvaluator(Protocol):
             items: ``n`` indices of examples, integers in ``[0, size)``.
 
         Returns:
-            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics.
+            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
+            example says nothing of a metric, as a document of another task does.
         """
         ...
 
@@ -186,6 +201,7 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
 
 def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
     """Call an evaluator; what it raises becomes an `EvaluationError`, as `measure` says."""
+    token = _measuring.set(name)
     try:
         return evaluator(model)
     except BaseException as error:
@@ -198,6 +214,13 @@ def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
         raise EvaluationError(
             reason.rstrip(": "), hint=hint or "call it on the base model to find out why"
         ) from error
+    finally:
+        _measuring.reset(token)
+
+
+def measuring() -> str | None:
+    """Return the name of the evaluator that is being called; None outside of one."""
+    return _measuring.get()
 
 
 def measurement_of(what: str, result: object) -> Measurement:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,20 @@ from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Measurement, evaluating
 from map_bo.values import whole_number
 
-__all__ = ["ExampleEvaluator", "ProgressListener", "listening", "mean_of"]
+__all__ = [
+    "ExampleEvaluator",
+    "ProgressListener",
+    "check_items",
+    "listening",
+    "mean_of",
+    "ratio_estimate",
+    "tell_progress",
+]
 
 ProgressListener = Callable[[int, int], None]
 """Is told how many examples have been scored, and of how many."""
+
+T = TypeVar("T")
 
 _listener: ContextVar[ProgressListener | None] = ContextVar("listener", default=None)
 
@@ -37,6 +48,37 @@ def listening(listener: ProgressListener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+def tell_progress(done: int, of: int) -> None:
+    """Tell the listener, where there is one, how many examples have been scored."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(done, of)
+
+
+def check_items(items: Tensor, size: int) -> Tensor:
+    """Return indices of examples, on the CPU, or refuse them.
+
+    Args:
+        items: ``n`` indices.
+        size: The number of examples.
+
+    Raises:
+        EvaluationError: When there are none, or one is not possible.
+    """
+    items = torch.as_tensor(items, device="cpu")
+    if items.dim() != 1 or not len(items) or items.is_floating_point():
+        raise EvaluationError(
+            f"items must be one or more indices, got {items.dtype} of shape {tuple(items.shape)}",
+            hint=f"give integers from 0 to {size - 1}",
+        )
+    if not (0 <= int(items.min()) and int(items.max()) < size):
+        raise EvaluationError(
+            f"there are {size} examples, got items from {int(items.min())} to {int(items.max())}",
+            hint=f"give integers from 0 to {size - 1}",
+        )
+    return items
 
 
 class ExampleEvaluator(ABC):
@@ -113,52 +155,58 @@ class ExampleEvaluator(ABC):
         Raises:
             EvaluationError: For an index that is not possible, and outcomes that are not finite.
         """
-        items = torch.as_tensor(items, device="cpu")
-        if items.dim() != 1 or not len(items) or items.is_floating_point():
-            raise EvaluationError(
-                f"items must be one or more indices, got {items.dtype} of shape "
-                f"{tuple(items.shape)}",
-                hint=f"give integers from 0 to {self.size - 1}",
-            )
-        if not (0 <= int(items.min()) and int(items.max()) < self.size):
-            raise EvaluationError(
-                f"there are {self.size} examples, got items from {int(items.min())} to "
-                f"{int(items.max())}",
-                hint=f"give integers from 0 to {self.size - 1}",
-            )
-        listener = _listener.get()
-        parts: list[Tensor] = []
-        with evaluating(model), torch.inference_mode():
-            for start in range(0, len(items), self.batch_size):
-                batch = items[start : start + self.batch_size]
-                part = self.outcomes(model, batch).double().cpu()
-                wanted = (
-                    (len(batch),) if len(self.metrics) == 1 else (len(batch), len(self.metrics))
-                )
-                if part.shape != wanted:
-                    raise EvaluationError(
-                        f"the outcomes of {len(batch)} examples have shape {tuple(part.shape)}",
-                        hint=f"return {' x '.join(map(str, wanted))}",
-                    )
-                if not bool(torch.isfinite(part).all()):
-                    bad = int((~torch.isfinite(part)).reshape(len(batch), -1).any(-1).sum())
-                    raise EvaluationError(
-                        f"the outcomes of {bad} of {len(batch)} examples are NaN or infinite",
-                        hint="these coefficients break the model; narrow the bounds if many do",
-                    )
-                parts.append(part)
-                if listener is not None:
-                    listener(min(start + self.batch_size, len(items)), len(items))
+        parts = self.each_batch(
+            model, items, lambda batch: self._checked(self.outcomes(model, batch), len(batch))
+        )
         return torch.cat(parts).clone()  # not an inference tensor
 
-    def summary(self, outcomes: Tensor) -> dict[str, Measurement]:
-        """Return what all outcomes make, by the evaluator's own names of its metrics.
+    def each_batch(
+        self, model: nn.Module, items: Tensor, function: Callable[[Tensor], T]
+    ) -> list[T]:
+        """Return what a function returns for each batch, and tell the listener how far it is.
+
+        Args:
+            model: The model; it is in evaluation mode meanwhile, and gradients are off.
+            items: ``n`` indices of examples.
+            function: Called with the indices of each batch in turn, at most ``batch_size``.
+
+        Raises:
+            EvaluationError: For an index that is not possible.
+        """
+        items = check_items(items, self.size)
+        parts: list[T] = []
+        with evaluating(model), torch.inference_mode():
+            for start in range(0, len(items), self.batch_size):
+                parts.append(function(items[start : start + self.batch_size]))
+                tell_progress(min(start + self.batch_size, len(items)), len(items))
+        return parts
+
+    def _checked(self, outcomes: Tensor, n: int) -> Tensor:
+        """Return the outcomes of ``n`` examples in float64 on the CPU, or refuse them."""
+        part = outcomes.double().cpu()
+        wanted = (n,) if len(self.metrics) == 1 else (n, len(self.metrics))
+        if part.shape != wanted:
+            raise EvaluationError(
+                f"the outcomes of {n} examples have shape {tuple(part.shape)}",
+                hint=f"return {' x '.join(map(str, wanted))}",
+            )
+        if not bool(torch.isfinite(part).all()):
+            bad = int((~torch.isfinite(part)).reshape(n, -1).any(-1).sum())
+            raise EvaluationError(
+                f"the outcomes of {bad} of {n} examples are NaN or infinite",
+                hint="these coefficients break the model; narrow the bounds if many do",
+            )
+        return part
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        """Return what outcomes make, by the evaluator's own names of its metrics.
 
         Each metric is the mean over the examples, with the variance of that mean; a proportion of
         right and wrong answers has its count in place of it.
 
         Args:
             outcomes: As `score` returns them.
+            items: The examples that they belong to; None for all of them in order.
         """
         table = outcomes.unsqueeze(-1) if outcomes.dim() == 1 else outcomes
         return {
@@ -182,3 +230,26 @@ def mean_of(outcomes: Tensor, metric: Metric) -> Measurement:
     if metric.kind == "proportion":  # a count would say that outcomes are right or wrong
         return Measurement(value, variance=variance)
     return Measurement(value, variance=variance, count=n)
+
+
+def ratio_estimate(totals: Tensor, sizes: Tensor) -> tuple[float, float | None]:
+    """Return the ratio of two sums over ``n`` units, and the variance of that ratio.
+
+    The ratio is ``R = sum(y) / sum(x)``, and its variance ``n / (n - 1) * sum((y - R x)^2) /
+    sum(x)^2``: the ratio estimator (Cochran 1977, Sampling Techniques, equation 6.13, without the
+    correction for finite populations). The units are what is sampled independently: documents, not
+    their tokens.
+
+    Args:
+        totals: ``n`` sums ``y``, such as the loss of all tokens of a document.
+        sizes: ``n`` sizes ``x``, such as the number of those tokens.
+
+    Returns:
+        The ratio; its variance, None of a single unit.
+    """
+    n, size = len(totals), sizes.sum()
+    ratio = totals.sum() / size
+    if n < 2:
+        return float(ratio), None
+    spread = (totals - ratio * sizes).square().sum()
+    return float(ratio), float(spread / size.square() * (n / (n - 1)))

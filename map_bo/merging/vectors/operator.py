@@ -2,7 +2,8 @@
 
 An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
 task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
-here `Linear`, `HasDerivatives`, `ChecksValues`, `Chooses` and `Followable`;
+here `Linear`, `HasDerivatives`, `PreparesDerivatives`, `ChecksValues`, `Chooses` and
+`Followable`;
 `~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
 with what they need.
 """
@@ -15,6 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
@@ -25,9 +27,11 @@ __all__ = [
     "Deltas",
     "Followable",
     "HasDerivatives",
+    "HasFactors",
     "Linear",
     "MergeOperator",
     "PreparedMerge",
+    "PreparesDerivatives",
     "Weights",
     "chosen_merge",
     "recipe_of",
@@ -96,6 +100,23 @@ class Deltas(Protocol):
 
 
 @runtime_checkable
+class HasFactors(Protocol):
+    """Task vectors, some of which are known as factors of low rank."""
+
+    def factors(self, slot: int) -> Mapping[int, LowRank]:
+        """Return the changes of a tensor that are factors alone.
+
+        Args:
+            slot: Index of the tensor in ``layout.slots``.
+
+        Returns:
+            Index of the expert -> its change, of rank 0 where it is an adapter that leaves the
+            tensor as it is. Experts that are whole models are not in it.
+        """
+        ...
+
+
+@runtime_checkable
 class PreparedMerge(Protocol):
     """An operator bound to task vectors, with everything precomputed that no coefficient changes.
 
@@ -151,6 +172,15 @@ class HasDerivatives(Protocol):
             gradient: ``P`` in float32 on the task vectors' device: the gradient of a metric by the
                 merged numbers.
         """
+        ...
+
+
+@runtime_checkable
+class PreparesDerivatives(Protocol):
+    """An operator that is not `Linear` in task vectors, and whose merges have derivatives."""
+
+    def prepares_derivatives(self) -> bool:
+        """Return whether what it prepares from task vectors in memory is `HasDerivatives`."""
         ...
 
 

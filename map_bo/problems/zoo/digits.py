@@ -307,7 +307,7 @@ def digits_problem(
             return one
         kind = one.statistics_kind
         found: MergeOperator = one.with_statistics(
-            digits_statistics(arch, files.experts, kind, folder)
+            digits_statistics(arch, files.experts, kind, folder, base=files.base)
         )
         return found
 
