@@ -220,7 +220,7 @@ def images_problem(
     size: int = SIZE,
     lower: float = 0.0,
     upper: float = 1.0,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
