@@ -220,7 +220,7 @@ def tokenise(
         cache_dir: Folder above that of the tokens; see `map_bo.cached.cache_root`.
 
     Raises:
-        EvaluationError: For a text of which no token is left.
+        EvaluationError: For a text of which no token is left, and where texts cannot be cut.
     """
 
     def make() -> dict[str, Tensor]:
@@ -249,6 +249,12 @@ def tokenise(
         raise EvaluationError(
             f"row {rows[empty[0]] + 1} of {where} is a text without any token",
             hint="leave blank texts out",
+        )
+    if int(tokens.lengths.max()) > max_length:
+        raise EvaluationError(
+            f"max_length is {max_length}, which leaves no room beside the tokens that the tokenizer "
+            "adds",
+            hint="raise max_length",
         )
     full = int((tokens.lengths >= max_length).sum())
     if full:
@@ -297,7 +303,7 @@ def _positions(model: nn.Module) -> int | None:
         size = settings.get(name)
         if isinstance(size, int) and size > 0:
             kind = str(settings.get("model_type", ""))
-            shifted = any(kind.endswith(one) for one in _SHIFTED)
+            shifted = any(one in kind for one in _SHIFTED)
             padding = settings.get("pad_token_id")
             # These count positions from the number of the padding token on.
             return size - (int(padding) + 1 if shifted and isinstance(padding, int) else 0)

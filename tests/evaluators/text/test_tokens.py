@@ -54,6 +54,11 @@ def test_long_texts_are_cut_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 2 texts of a.csv have 6 tokens" in caplog.text
 
 
+def test_texts_that_cannot_be_cut_so_short_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="max_length is 2, which leaves no room"):
+        tokens(["good film", "bad"], ["a plot", "the"], max_length=2)
+
+
 def test_a_text_without_tokens_is_refused() -> None:
     bare = word_tokenizer()
     bare.backend_tokenizer.post_processor = None  # adds no tokens of its own
