@@ -252,8 +252,7 @@ def tokenise(
         )
     if int(tokens.lengths.max()) > max_length:
         raise EvaluationError(
-            f"max_length is {max_length}, which leaves no room beside the tokens that the tokenizer "
-            "adds",
+            f"max_length is {max_length}, which leaves no room beside what the tokenizer adds",
             hint="raise max_length",
         )
     full = int((tokens.lengths >= max_length).sum())
