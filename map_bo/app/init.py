@@ -407,7 +407,7 @@ def _print(
         ("other experts", "right"),
         ("s per evaluation", "right"),
     ):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+        table.add_column(title, justify=justify, no_wrap=title == "metric")  # type: ignore[arg-type]
     notes: list[str] = []
     for task in trial.tasks:
         tried = "whole" if task.size is None else f"{task.tried} of {task.size}"
