@@ -27,6 +27,7 @@ __all__ = [
     "Measurement",
     "Prepares",
     "ReadsHead",
+    "Returned",
     "accuracy",
     "binomial_variance",
     "call_model",
@@ -90,7 +91,10 @@ class Measurement:
             put(self, "count", int(count))
 
 
-Evaluator = Callable[[nn.Module], float | Measurement | Mapping[str, float | Measurement]]
+Returned = float | Measurement | Mapping[str, float | Measurement]
+"""What an evaluator returns: one metric, or several by the names that it declares."""
+
+Evaluator = Callable[[nn.Module], Returned]
 """Measures one metric on a model, or several under the names that it declares
 (`DeclaresMetrics`). The model is in evaluation mode; gradients are not switched off. What it does
 to the model, to torch and to the process is undone afterwards."""

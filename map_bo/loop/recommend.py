@@ -15,6 +15,7 @@ from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
+from map_bo.pareto.solver import solve_front
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, same_points, varied_metrics
@@ -109,11 +110,12 @@ def recommend(
         searched = _likeliest(feasibility, coverage)
     else:
         searched = of_columns(guarded, varied)
-    X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
+    X = solve_front(settings.solver, searched, space, generator=child(generator, "solve"))
     ranged = scale.ranged & varied
     if bool(ranged.any()) and not torch.equal(ranged, varied) and not likeliest:
         searched = of_columns(guarded, ranged)
-        more = settings.solver.solve(searched, space, generator=child(generator, "solve", "ranged"))
+        source = child(generator, "solve", "ranged")
+        more = solve_front(settings.solver, searched, space, generator=source)
         X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)

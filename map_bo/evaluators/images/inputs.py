@@ -22,6 +22,7 @@ from map_bo.evaluators.images.pixels import (
     Resize,
     Steps,
     find_steps,
+    folder_of,
     read_pixels,
 )
 from map_bo.evaluators.logits import LOGIT_METRICS, need_labels, outcomes_of_logits
@@ -183,9 +184,7 @@ class ImageEvaluator(ExampleEvaluator):
 
     def prepared(self, data: Data, examples: Examples) -> Pixels:
         """Return the images of examples as a model takes them; after `read` has found how."""
-        folder = Path(data.path).expanduser()
-        folder = folder if folder.is_dir() else folder.parent
-        return read_pixels(examples, self._steps, folder=folder, cache_dir=self.cache_dir)
+        return read_pixels(examples, self._steps, folder=folder_of(data), cache_dir=self.cache_dir)
 
     def pixels(self, items: Tensor, model: nn.Module) -> Tensor:
         """Return images as a model takes them, on its device: ``b x ...``."""
