@@ -7,9 +7,9 @@ score a few examples with base and experts, and says what an evaluation and the 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -379,7 +379,7 @@ def check_task(config: DictConfig, *, file: str, examples: int = _EXAMPLES) -> N
             hint="choose problem=hf or problem=checkpoints",
         )
     trial = try_out(problem, examples=examples)
-    width = None if sys.stdout.isatty() else max(100, int(os.environ.get("COLUMNS", "0") or 0))
+    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
     _print(Console(width=width), problem, settings, trial, file)
 
 
