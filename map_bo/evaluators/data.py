@@ -446,7 +446,10 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
     found = []
     for folder, _, names in os.walk(path):
         for name in names:
-            seen = (Path(folder) / name).stat()
+            try:
+                seen = (Path(folder) / name).stat()
+            except OSError:  # a link to nothing, which is refused only where it is data
+                continue
             found.append((f"{folder}/{name}", seen.st_size, seen.st_mtime_ns))
     return sorted(found)
 

@@ -244,10 +244,9 @@ class Embeddings(ExampleEvaluator):
         cosines = own @ documents.T
         answers = torch.zeros(cosines.shape, dtype=torch.bool)
         queries, found = ready.truth.unbind(1)
-        rows = {int(item): row for row, item in enumerate(items)}
-        mine = torch.isin(queries, items)
-        places = torch.tensor([rows[int(query)] for query in queries[mine]])
-        answers[places, found[mine]] = True
+        # A query may be asked for twice, as when examples are drawn anew.
+        places, pairs = (queries == items.unsqueeze(-1)).nonzero(as_tuple=True)
+        answers[places, found[pairs]] = True
         best = cosines.masked_fill(~answers, -torch.inf).amax(1, keepdim=True)
         # Documents that answer do not compete with each other; ties count against the query.
         before = ((cosines >= best) & ~answers).sum(1)

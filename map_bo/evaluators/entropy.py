@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.evaluators.data import Data
+from map_bo.evaluators.evaluator import ReadsHead
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.images.classification import ImageClassification
 from map_bo.evaluators.images.pixels import Processor
@@ -143,6 +144,11 @@ class Entropy(ExampleEvaluator):
         if self._classes is None:
             return (Metric("entropy", "min", "loss"),)
         return (Metric("entropy", "min", lower=0.0, upper=math.log(self._classes)),)
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return isinstance(self._task, ReadsHead) and self._task.reads_head
 
     @property
     def size(self) -> int:

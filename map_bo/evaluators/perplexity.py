@@ -157,8 +157,8 @@ class Perplexity(ExampleEvaluator):
 
     @property
     def digest(self) -> str:
-        """Digest of the documents' tokens and of the settings that decide the outcomes."""
-        return self._known.digest
+        """Digest of the documents' tokens and of the settings that decide what is measured."""
+        return hashlib.sha256(f"{self._known.digest} {self.unit}".encode()).hexdigest()
 
     @property
     def tokens(self) -> Tensor:
