@@ -180,9 +180,7 @@ def prepare_evaluators(
             cause = error
     if len(troubles) == 1:
         (name, message, hint) = troubles[0]
-        raise EvaluationError(
-            f"evaluator {name!r} cannot be used: {message}", hint=hint
-        ) from cause
+        raise EvaluationError(f"evaluator {name!r} cannot be used: {message}", hint=hint) from cause
     if troubles:
         lines = [
             f"{name!r}: {message}" + (f" ({hint})" if hint else "")

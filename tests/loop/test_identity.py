@@ -131,7 +131,7 @@ def test_a_run_does_not_go_on_with_other_examples() -> None:
     store = MemoryStore()
     Run(of_examples(0.0)[0], settings, store)
     Run(of_examples(0.0)[0], settings, store)
-    with pytest.raises(AnotherRunError, match="examples.signs was"):
+    with pytest.raises(AnotherRunError, match=r"examples\.signs was"):
         Run(of_examples(0.1)[0], settings, store)
     result = Run(of_examples(0.0)[0], settings, store).drive()
     later, unread = of_examples(0.1)
