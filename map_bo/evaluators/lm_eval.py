@@ -244,12 +244,14 @@ class LMEval(ExampleEvaluator):
 
         Args:
             outcomes: As `score` returns them.
-            items: The documents that they belong to; None is all, in their order.
+            items: The documents that they belong to; None is all, in their order. Metrics of which
+                none of them says anything are left out.
 
         Raises:
             EvaluationError: When there are more or fewer outcomes than documents, or none at all
-                of a metric.
+                of a metric among all documents.
         """
+        some = items is not None
         items = torch.arange(self.size) if items is None else torch.as_tensor(items)
         if len(items) != len(outcomes):
             raise EvaluationError(
@@ -263,6 +265,8 @@ class LMEval(ExampleEvaluator):
         columns = [(unit, column) for unit in self._plan.units for column in unit.columns]
         for j, ((unit, column), metric) in enumerate(zip(columns, self.metrics, strict=True)):
             there = table[:, j].isfinite()
+            if some and not bool(there.any()):
+                continue
             if not bool(there.any()):
                 raise EvaluationError(
                     f"no document has an outcome of {metric.name!r}",
