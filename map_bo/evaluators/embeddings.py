@@ -212,6 +212,13 @@ class Embeddings(ExampleEvaluator):
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._state = _Ready(first, second, truth, pooling, digest)
 
+    def check_data(self) -> None:
+        """Read the texts; see `ExampleEvaluator`."""
+        similar = self.task == "similarity"
+        self.data.read(("first", "second", "score") if similar else ("query", "document"))
+        if self.corpus is not None:
+            self.corpus.read(("document",))
+
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcome of each of some pairs or queries; see `ExampleEvaluator.score`.
 

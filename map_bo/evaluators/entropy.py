@@ -170,6 +170,10 @@ class Entropy(ExampleEvaluator):
         self.batch_size = self._task.batch_size
         self._check(self._task.score(model, torch.zeros(1, dtype=torch.long)))
 
+    def check_data(self) -> None:
+        """Read the inputs; see the kind."""
+        self._task.check_data()
+
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the entropy of each prediction: ``n``, float64."""
         found = self._task.score(model, items)

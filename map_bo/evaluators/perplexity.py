@@ -230,6 +230,10 @@ class Perplexity(ExampleEvaluator):
             measure=self.measure,
         )
 
+    def check_data(self) -> None:
+        """Read the documents; see `ExampleEvaluator`."""
+        self.data.read(["text"])
+
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the measure of each document (``b``)."""
         known = self._known

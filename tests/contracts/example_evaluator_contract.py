@@ -38,6 +38,7 @@ class ExampleEvaluatorContract:
         assert metrics_of({"task": evaluator}, None)
 
     def test_nothing_is_known_before_it_is_prepared(self, evaluator: ExampleEvaluator) -> None:
+        evaluator.check_data()  # which reads, and gets nothing ready
         with pytest.raises(EvaluationError):
             _ = evaluator.size
         with pytest.raises(EvaluationError):
