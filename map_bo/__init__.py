@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
+    from map_bo.evaluators.metrics import SeveralMetrics
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run, optimize
@@ -34,9 +35,9 @@ if TYPE_CHECKING:
     from map_bo.nested.settings import Nested
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
-    from map_bo.operators.fisher import Fisher
-    from map_bo.operators.regmean import RegMean
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+    from map_bo.operators.statistics.fisher import Fisher
+    from map_bo.operators.statistics.regmean import RegMean
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
@@ -71,6 +72,7 @@ __all__ = [
     "Result",
     "Run",
     "Settings",
+    "SeveralMetrics",
     "Slerp",
     "TableProblem",
     "TaskArithmetic",
@@ -96,7 +98,7 @@ _HOME = {
     "Dare": "map_bo.operators.sparse",
     "Della": "map_bo.operators.sparse",
     "ExportSettings": "map_bo.merging.export.model",
-    "Fisher": "map_bo.operators.fisher",
+    "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
@@ -108,10 +110,11 @@ _HOME = {
     "NestedResult": "map_bo.nested.result",
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
-    "RegMean": "map_bo.operators.regmean",
+    "RegMean": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",
+    "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",

@@ -14,7 +14,7 @@ from map_bo.loop.reading import load_result, read_runs
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.operators.mergekit.recipes import from_mergekit
 from map_bo.operators.recipes import merge_again
-from map_bo.operators.statistics import load_statistics
+from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.tracking.jsonl import JsonlStore
 from tests.fuzz.readers import CORPUS
 

@@ -39,6 +39,11 @@ def test_every_old_module_has_a_home() -> None:
             "map_bo.samplers.posterior.driven.PosteriorDriven",
         ),
         ("map_bo.problems.zoo.data.digits", "map_bo.problems.zoo.data.digits"),
+        ("map_bo.operators.regmean.RegMean", "map_bo.operators.statistics.regmean.RegMean"),
+        (
+            "map_bo.operators.statistics.Statistics",
+            "map_bo.operators.statistics.statistics.Statistics",
+        ),
         ("map_bo.ax.plain", "map_bo.plain"),
         ("somebody.samplers.bins.Bins", "somebody.samplers.bins.Bins"),
     ],
@@ -109,6 +114,8 @@ def test_what_only_looks_like_an_old_option_stays(same: object) -> None:
         "from map_bo.samplers.bins import Bins",
         "from map_bo.problems.merged import MergedModelProblem",  # today a package of this name
         "from map_bo.tracking.wandb import Wandb",
+        "from map_bo.operators.fisher import Fisher",
+        "from map_bo.operators.statistics import load_statistics",
         "import map_bo.merging.task_arithmetic",
     ],
 )

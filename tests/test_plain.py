@@ -20,6 +20,7 @@ from map_bo.loop.stopping import Stop
 from map_bo.moved import CLASSES
 from map_bo.nested.settings import Nested
 from map_bo.operators.sparse import Ties
+from map_bo.operators.statistics.fisher import Fisher
 from map_bo.plain import (
     flat,
     from_name,
@@ -195,7 +196,7 @@ class TestTrust:
         path.write_text("precious")
         for name in (
             "map_bo.merging.checkpoints.safetensors_files:SafetensorsWriter",
-            "map_bo.operators.statistics:SafetensorsWriter",
+            "map_bo.operators.statistics.statistics:SafetensorsWriter",
         ):
             fields = {"path": {"path": str(path)}, "layouts": {}, "metadata": {}}
             with pytest.raises(SettingsError, match="cannot be built"):
@@ -212,7 +213,10 @@ class TestTrust:
             ({"class": "map_bo.rng:make_generator", "fields": {"seed": 1}}, "rng has no settings"),
             ({"class": "map_bo.operators.sparse:number", "fields": {}}, "not a dataclass"),
             # What one of our modules only imported is not ours.
-            ({"class": "map_bo.operators.statistics:Path", "fields": {}}, "not a dataclass"),
+            (
+                {"class": "map_bo.operators.statistics.statistics:Path", "fields": {}},
+                "not a dataclass",
+            ),
             ({"class": "map_bo.operators.sparse:torch.Tensor", "fields": {}}, "not a dataclass"),
             ({"class": "map_bo.operators.sparse:Ties.name", "fields": {}}, "not a dataclass"),
             ({"class": "map_bo.operators.sparse:Ties.__init__", "fields": {}}, "not a dataclass"),
@@ -405,6 +409,12 @@ class TestRecordsOfVersion01:
         assert modernise(old, now) == now
         other = {"class": "mine:Sobol", "fields": {"anchors": True}}
         assert modernise(other, now) != now
+
+    def test_operators_that_moved_are_built(self) -> None:
+        now = Fisher(floor=0.5)
+        told = identity_of(now)
+        assert told["class"] == "map_bo.operators.statistics.fisher:Fisher"
+        assert from_plain({**told, "class": "map_bo.operators.fisher:Fisher"}) == now
 
     def test_words(self) -> None:
         assert modernise("mine.Sampler", {"words": "mine.Sampler"}) == {"words": "mine.Sampler"}

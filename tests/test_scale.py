@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from map_bo.constraints import AtLeast
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, SurrogateError
 from map_bo.pareto.indicators import hypervolume
@@ -421,6 +422,19 @@ def test_a_shared_scale_keeps_the_widest_unit_apart_from_thresholds() -> None:
     assert both.point.tolist() == pytest.approx([0.7, 5.0])
     assert both.width.tolist() == pytest.approx([1.0, 3.0])
     assert both.select([1]).width.tolist() == pytest.approx([3.0])
+
+
+def test_the_scale_of_one_is_that_scale() -> None:
+    held = (AtLeast("up", 0.5),)
+    one = Scale(
+        METRICS, torch.tensor([0.2, 5.0]), torch.tensor([0.9, 1.0]), "one", constraints=held
+    )
+    same = Scale.common([one], "one")
+    assert same.point.tolist() == one.point.tolist()
+    assert same.best.tolist() == one.best.tolist()
+    assert same.unit is None
+    assert same.constraints == held
+    assert same.constrained.tolist() == [True, False]
 
 
 def test_several_scales_share_the_worst_points_and_the_best_ends() -> None:

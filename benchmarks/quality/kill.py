@@ -128,7 +128,10 @@ class Trial:
         if draw.random() < 1 / 3:
             code = wait(process, draw.uniform(0.02, 1.0) * length)
         else:
-            lines, code = draw.randint(len(self.kept), len(events(self.whole.directory))), None
+            # A killed run records its interruptions as well, so it may be the longer one.
+            written = len(self.kept)
+            lines = draw.randint(written, max(written, len(events(self.whole.directory))))
+            code = None
             end = time.monotonic() + HANGS
             while len(events(self.directory)) < lines and code is None:
                 code = wait(process, 0.002)

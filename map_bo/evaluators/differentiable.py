@@ -24,7 +24,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Evaluator, Measurement, measure
-from map_bo.evaluators.world import callers_world, known_numerics
+from map_bo.evaluators.isolation.world import callers_world, known_numerics
+from map_bo.evaluators.metrics import metric_names
 from map_bo.merging.align.layout import Slot
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.merging.vectors.operator import HasDerivatives
@@ -64,8 +65,13 @@ def check_differentiable(name: str, evaluator: Evaluator) -> Differentiable:
     """Return an evaluator that gradients can be had from.
 
     Raises:
-        EvaluationError: When it is not :class:`Differentiable`.
+        EvaluationError: When it is not :class:`Differentiable`, or measures several metrics.
     """
+    if len(metric_names(name, evaluator)) > 1:
+        raise EvaluationError(
+            f"gradients were asked for, and evaluator {name!r} measures several metrics",
+            hint="give an evaluator for each metric, or pass gradients=False",
+        )
     if not isinstance(evaluator, Differentiable):
         kind = getattr(evaluator, "__name__", type(evaluator).__name__)
         raise EvaluationError(

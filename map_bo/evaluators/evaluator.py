@@ -3,35 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from numbers import Real
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from map_bo.data import Metric, check_metrics
-from map_bo.errors import DataError, EvaluationError, MapBoError, MergeError, did_you_mean
-from map_bo.evaluators.world import stops_the_process
+from map_bo.errors import EvaluationError, MapBoError
+from map_bo.evaluators.isolation.world import stops_the_process
 
 __all__ = [
     "Accuracy",
     "Evaluator",
+    "Inputs",
+    "ItemEvaluator",
     "MeanLoss",
     "MeanProbability",
     "Measurement",
+    "Prepares",
     "accuracy",
     "binomial_variance",
-    "check_names",
-    "entry_of",
+    "call_model",
+    "called",
+    "device_of",
+    "evaluating",
+    "logits_of",
     "mean_loss",
     "mean_probability",
     "measure",
-    "metrics_of",
-    "select_metrics",
+    "measurement_of",
+    "number_of",
+    "prepare_evaluators",
 ]
 
 _HINT = "return a float, or map_bo.Measurement(value, variance=..., count=...)"
@@ -80,13 +86,89 @@ class Measurement:
             put(self, "count", int(count))
 
 
-Evaluator = Callable[[nn.Module], float | Measurement]
-"""Measures one metric on a model. The model is in evaluation mode; gradients are not switched
-off. What it does to the model, to torch and to the process is undone afterwards."""
+Evaluator = Callable[[nn.Module], float | Measurement | Mapping[str, float | Measurement]]
+"""Measures one metric on a model, or several under the names that it declares
+(`DeclaresMetrics`). The model is in evaluation mode; gradients are not switched off. What it does
+to the model, to torch and to the process is undone afterwards."""
+
+
+@runtime_checkable
+class Prepares(Protocol):
+    """An evaluator with work to do once, before anything is evaluated.
+
+    It reads its data, fits a head on the frozen base, and refuses what does not fit the model.
+    """
+
+    def prepare(self, model: nn.Module) -> None:
+        """Get ready.
+
+        Args:
+            model: The model with the weights of the base, in evaluation mode.
+
+        Raises:
+            EvaluationError: When it could not score such a model, with the reason.
+        """
+        ...
+
+
+@runtime_checkable
+class ItemEvaluator(Protocol):
+    """An evaluator that knows the outcome of each of its examples."""
+
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        ...
+
+    def score(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Score some examples.
+
+        Args:
+            model: The model, in evaluation mode.
+            items: ``n`` indices of examples, integers in ``[0, size)``.
+
+        Returns:
+            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics.
+        """
+        ...
+
+
+def prepare_evaluators(
+    evaluators: Mapping[str, Evaluator], model: Callable[[str], nn.Module]
+) -> None:
+    """Let every evaluator get ready, and refuse all that cannot at once.
+
+    Args:
+        evaluators: Name -> evaluator; those that do not prepare are left alone.
+        model: Returns the model with the weights of the base, for the evaluator of a name.
+
+    Raises:
+        EvaluationError: Naming every evaluator that cannot be used, each with its reason.
+    """
+    troubles: list[tuple[str, str, str | None]] = []
+    for name, evaluator in evaluators.items():
+        if not isinstance(evaluator, Prepares):
+            continue
+        try:
+            evaluator.prepare(model(name))
+        except MapBoError as error:
+            troubles.append((name, error.message, error.hint))
+    if len(troubles) == 1:
+        (name, message, hint) = troubles[0]
+        raise EvaluationError(f"evaluator {name!r} cannot be used: {message}", hint=hint)
+    if troubles:
+        lines = [
+            f"{name!r}: {message}" + (f" ({hint})" if hint else "")
+            for name, message, hint in troubles
+        ]
+        raise EvaluationError(
+            f"{len(troubles)} evaluators cannot be used: {'; '.join(lines)}",
+            hint="nothing was evaluated; correct them all and run again",
+        )
 
 
 def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
-    """Call an evaluator and check what it returns.
+    """Call an evaluator of one metric and check what it returns.
 
     Args:
         name: The evaluator's name, for errors.
@@ -99,8 +181,13 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
             what it raised is the cause), or returns anything else, NaN or infinity. What is meant
             for the process, such as ``KeyboardInterrupt``, passes through.
     """
+    return measurement_of(f"evaluator {name!r}", called(name, evaluator, model))
+
+
+def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
+    """Call an evaluator; what it raises becomes an `EvaluationError`, as `measure` says."""
     try:
-        result = evaluator(model)
+        return evaluator(model)
     except BaseException as error:
         if stops_the_process(error):
             raise
@@ -111,11 +198,15 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
         raise EvaluationError(
             reason.rstrip(": "), hint=hint or "call it on the base model to find out why"
         ) from error
+
+
+def measurement_of(what: str, result: object) -> Measurement:
+    """Return what was returned as a `Measurement`, or raise when it is no finite number."""
     if isinstance(result, Measurement):
         return result
-    value = _number(result, f"evaluator {name!r}", verb="returned")
+    value = _number(result, what, verb="returned")
     if not math.isfinite(value):
-        raise EvaluationError(f"evaluator {name!r} returned {value}", hint=_HINT)
+        raise EvaluationError(f"{what} returned {value}", hint=_HINT)
     return Measurement(value)
 
 
@@ -146,22 +237,82 @@ def _number(value: Any, what: str, *, verb: str = "is") -> float:
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, Real):
         text = "None" if value is None else f"a {type(value).__name__}"
-        raise EvaluationError(f"{what} {verb} {text}, not a number", hint=_HINT)
+        hint = _HINT
+        if isinstance(value, Mapping):
+            hint = "map_bo.SeveralMetrics(function, metrics=[...]) says which metrics it returns"
+        raise EvaluationError(f"{what} {verb} {text}, not a number", hint=hint)
     return float(value)
+
+
+Inputs = Tensor | Mapping[str, Tensor]
+"""What a model is called with: a tensor, or tensors by keyword, with one example per row."""
+
+
+def number_of(inputs: Inputs) -> int:
+    """Return the number of examples.
+
+    Raises:
+        EvaluationError: When the tensors of a mapping disagree, or there are none.
+    """
+    if isinstance(inputs, Tensor):
+        return len(inputs)
+    sizes = {name: len(tensor) for name, tensor in inputs.items()}
+    if len(set(sizes.values())) != 1:
+        raise EvaluationError(
+            f"inputs must be tensors with one row per example, got {sizes or 'none'}",
+            hint="give each input the same number of rows",
+        )
+    return next(iter(sizes.values()))
+
+
+def call_model(
+    model: nn.Module, inputs: Inputs, rows: slice | Tensor, device: torch.device
+) -> object:
+    """Call a model on some rows of its inputs, moved to a device; return what it returns."""
+    if isinstance(inputs, Tensor):
+        return model(inputs[rows].to(device))
+    return model(**{name: tensor[rows].to(device) for name, tensor in inputs.items()})
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model's parameters are; the CPU for one without any."""
+    return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
+
+
+@runtime_checkable
+class _HasLogits(Protocol):
+    logits: Tensor
+
+
+def logits_of(output: object) -> Tensor:
+    """Return the logits of a model's output: the output itself, or what it has as ``logits``.
+
+    Raises:
+        EvaluationError: When it is no tensor and has none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, _HasLogits):
+        return output.logits
+    raise EvaluationError(
+        f"the model returned a {type(output).__name__}, which has no logits",
+        hint="evaluate a model with a classification head",
+    )
 
 
 @dataclass(frozen=True, eq=False)
 class _Classification:
     """Labelled examples that a classifier is scored on, batch by batch."""
 
-    inputs: Tensor
+    inputs: Inputs
     labels: Tensor
     batch_size: int = 256
 
     def __post_init__(self) -> None:
-        if len(self.inputs) != len(self.labels) or not len(self.labels):
+        sizes = number_of(self.inputs)
+        if sizes != len(self.labels) or not len(self.labels):
             raise EvaluationError(
-                f"there must be one label per input, got {len(self.inputs)} inputs and "
+                f"there must be one label per input, got {sizes} inputs and "
                 f"{len(self.labels)} labels",
                 hint="give as many labels as inputs, and at least one",
             )
@@ -179,14 +330,13 @@ class _Classification:
 
     def _batches(self, model: nn.Module, *, graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits (``b x classes``, float32) and labels (``b``) of each batch."""
-        device = next((tensor.device for tensor in model.parameters()), self.inputs.device)
-        with _evaluating(model):
+        device = device_of(model)
+        with evaluating(model):
             for start in range(0, len(self.labels), self.batch_size):
                 batch = slice(start, start + self.batch_size)
                 # Not around the yield: a generator's modes would reach whoever consumes it.
                 with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
-                    output = model(self.inputs[batch].to(device))
-                    logits = getattr(output, "logits", output).float()
+                    logits = logits_of(call_model(model, self.inputs, batch, device)).float()
                 if not bool(torch.isfinite(logits).all()):
                     raise EvaluationError(
                         "the model's outputs hold NaN or infinity",
@@ -196,7 +346,8 @@ class _Classification:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Hold a model in evaluation mode, and put the modes of its modules back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -262,14 +413,16 @@ class MeanProbability(_MeanOverExamples):
         return Measurement(seen.value, variance=seen.variance)
 
 
-def accuracy(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> Accuracy:
+def accuracy(inputs: Inputs, labels: Tensor, batch_size: int = 256) -> Accuracy:
     """Return an evaluator: the share of examples that a classifier gets right.
 
     The model runs in evaluation mode without gradients, and its mode is put back. Its output is
     the logits, or has them as ``.logits``.
 
     Args:
-        inputs: ``n x ...`` model inputs; they are moved to the model's device batch by batch.
+        inputs: ``n x ...`` model inputs, or a mapping of several (such as a ``BatchEncoding`` of
+            transformers), which the model is called with by keyword; they are moved to the
+            model's device batch by batch.
         labels: ``n`` class indices.
         batch_size: Examples per forward pass.
 
@@ -280,7 +433,7 @@ def accuracy(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> Accuracy:
     return Accuracy(inputs, labels, batch_size)
 
 
-def mean_loss(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> MeanLoss:
+def mean_loss(inputs: Inputs, labels: Tensor, batch_size: int = 256) -> MeanLoss:
     """Return an evaluator: the mean cross-entropy of a classifier, in nats; smaller is better.
 
     Give the problem ``Metric(name, direction="min", kind="loss")`` with it. Otherwise as
@@ -289,88 +442,10 @@ def mean_loss(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> MeanLoss
     return MeanLoss(inputs, labels, batch_size)
 
 
-def mean_probability(inputs: Tensor, labels: Tensor, batch_size: int = 256) -> MeanProbability:
+def mean_probability(inputs: Inputs, labels: Tensor, batch_size: int = 256) -> MeanProbability:
     """Return an evaluator: the mean probability that a classifier gives to the right class.
 
     A proportion in [0, 1] to maximise, smooth where an accuracy has steps. Otherwise as
     `accuracy`.
     """
     return MeanProbability(inputs, labels, batch_size)
-
-
-def metrics_of(
-    evaluators: Mapping[str, Evaluator], metrics: Sequence[Metric] | None
-) -> tuple[Metric, ...]:
-    """Return one metric for each evaluator, or raise when names differ."""
-    if metrics is None:
-        return tuple(Metric(name, resampling="same") for name in evaluators)
-    given = check_metrics(metrics)
-    names = {metric.name for metric in given}
-    if names != set(evaluators):
-        raise DataError(
-            f"metrics are {', '.join(sorted(names))}; evaluators are "
-            f"{', '.join(sorted(evaluators))}",
-            hint="give one metric for each evaluator, with its name",
-        )
-    # An evaluator is given a model and no source of chance, so it has examples of its own to use.
-    return tuple(
-        replace(metric, resampling="same") if metric.resampling is None else metric
-        for metric in given
-    )
-
-
-def select_metrics(metrics: Sequence[Metric], names: Sequence[str]) -> tuple[Metric, ...]:
-    """Return the metrics of these names, in their order.
-
-    Raises:
-        DataError: When there is no such metric.
-    """
-    known = {metric.name: metric for metric in metrics}
-    for name in names:
-        if name not in known:
-            raise DataError(f"there is no metric {name!r}", hint=did_you_mean(name, known))
-    return tuple(known[name] for name in names)
-
-
-def entry_of(seen: Measurement, metric: Metric) -> tuple[float, float, float]:
-    """Return value, variance and count as `Observations` keeps them, or raise out of bounds."""
-    low = -torch.inf if metric.lower is None else metric.lower
-    high = torch.inf if metric.upper is None else metric.upper
-    slack = 1e-6 * max([1.0, *(abs(x) for x in (low, high) if math.isfinite(x))])
-    if not low - slack <= seen.value <= high + slack:
-        raise EvaluationError(
-            f"evaluator {metric.name!r} returned {seen.value}, outside the metric's bounds "
-            f"[{low}, {high}]",
-            hint="give the metric its own kind and bounds: metrics=[Metric(name, ...)]",
-        )
-    value = min(max(seen.value, low), high)
-    variance = torch.nan if seen.variance is None else seen.variance
-    count = torch.nan
-    if seen.count is not None and metric.kind == "proportion":
-        count = float(seen.count)
-        if seen.variance is None:
-            variance = binomial_variance(value, count, lower=low, upper=high)
-    return value, variance, count
-
-
-def check_names(given: object, kind: str) -> None:
-    """Refuse what is not a mapping from names to experts or to evaluators."""
-    error = MergeError if kind == "expert" else EvaluationError
-    if not isinstance(given, Mapping):
-        raise error(
-            f"{kind}s must be a mapping, got a {type(given).__name__}",
-            hint=f"give a mapping from {kind} names to {kind}s",
-        )
-    if not given:
-        raise error(f"there are no {kind}s", hint=f"give at least one {kind}")
-    for name, value in given.items():
-        if not isinstance(name, str) or not name.strip():
-            raise error(
-                f"the name of an {kind} must be text, got {name!r}",
-                hint="give it a name that is not empty",
-            )
-        if kind == "evaluator" and not callable(value):
-            raise error(
-                f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",
-                hint="give a function that takes the model and returns a number",
-            )

@@ -21,8 +21,8 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError, StoreError
-from map_bo.evaluators.global_state import World
-from map_bo.evaluators.world import (
+from map_bo.evaluators.isolation.global_state import World
+from map_bo.evaluators.isolation.world import (
     TimeLimitExceededError,
     isolated,
     known_numerics,
@@ -105,7 +105,7 @@ def evaluate_row(
 
     The problem finds the caller's world, with global random numbers seeded by ``generator``, and
     what it changes in torch or in the process is put back; see
-    :func:`map_bo.evaluators.world.isolated`.
+    :func:`map_bo.evaluators.isolation.world.isolated`.
 
     What stops a process (``KeyboardInterrupt`` and the like, not ``sys.exit()``) passes through,
     and so do errors of the set-up (a checkpoint that does not fit, a point outside the space),

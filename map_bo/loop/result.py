@@ -16,7 +16,7 @@ from torch import Tensor
 from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
 from map_bo.errors import MergeError, PreferenceError, StoreError
-from map_bo.evaluators.world import own_maths
+from map_bo.evaluators.isolation.world import own_maths
 from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.merging.export.adapter import AdapterExport

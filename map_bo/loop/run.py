@@ -22,7 +22,7 @@ from map_bo.errors import (
     StoreError,
     SurrogateError,
 )
-from map_bo.evaluators.world import callers_world, own_maths
+from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty

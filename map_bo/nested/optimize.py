@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from map_bo.evaluators.world import own_maths
+from map_bo.evaluators.isolation.world import own_maths
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
 from map_bo.loop.settings import Settings

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
-from map_bo.evaluators.world import callers_world, own_maths
+from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop.progress import Progress, Reporter, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import check_surrogates

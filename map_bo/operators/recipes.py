@@ -15,8 +15,8 @@ from map_bo.merging.export.draft import refuse_existing
 from map_bo.merging.export.model import ExportSettings, digest_all, merge_checkpoints
 from map_bo.merging.export.recipe import plain, read_recipe
 from map_bo.merging.vectors.operator import MergeOperator
-from map_bo.operators.known_statistics import NeedsStatistics
-from map_bo.operators.statistics import load_statistics
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.plain import from_name, from_plain, is_settings, name_of
 
 __all__ = ["merge_again", "operator_of"]

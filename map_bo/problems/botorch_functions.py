@@ -13,7 +13,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, DataError
-from map_bo.evaluators.world import known_numerics
+from map_bo.evaluators.isolation.world import known_numerics
 from map_bo.problems.synthetic import noisy
 from map_bo.space import CoefficientSpace
 from map_bo.values import whole_number

@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
-from map_bo.evaluators.world import known_numerics
+from map_bo.evaluators.isolation.world import known_numerics
 from map_bo.pareto.dominance import non_dominated
 from map_bo.rng import child, make_generator
 from map_bo.scale import widths

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError
-from map_bo.evaluators.world import known_numerics
+from map_bo.evaluators.isolation.world import known_numerics
 from map_bo.space import CoefficientSpace
 
 __all__ = ["TableProblem"]

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from map_bo.errors import DataError, EvaluationError
 from map_bo.evaluators.evaluator import (
+    Evaluator,
     Measurement,
     accuracy,
     binomial_variance,
     mean_loss,
     measure,
+    prepare_evaluators,
 )
 from map_bo.rng import make_generator
 
@@ -202,3 +204,62 @@ def test_examples_that_do_not_fit_are_refused(make: Any) -> None:
         make(x, torch.zeros(3, 1, dtype=torch.long))
     with pytest.raises(EvaluationError, match=r"batch_size must .* got 0"):
         make(x, torch.zeros(3, dtype=torch.long), batch_size=0)
+
+
+class Keyword(nn.Module):
+    """A classifier that is called by keyword, as those of transformers are."""
+
+    def forward(self, *, input_ids: Tensor, scale: Tensor) -> Any:
+        return SimpleNamespace(logits=input_ids * scale)
+
+
+def test_inputs_may_be_a_mapping() -> None:
+    inputs = {"input_ids": torch.eye(3), "scale": torch.tensor([[1.0], [1.0], [-1.0]])}
+    seen = accuracy(inputs, torch.tensor([0, 1, 2]), batch_size=2)(Keyword())
+    assert (seen.value, seen.count) == (2 / 3, 3)
+
+
+def test_inputs_of_a_mapping_must_have_one_row_per_example() -> None:
+    with pytest.raises(EvaluationError, match="one row per example"):
+        accuracy({"a": torch.eye(3), "b": torch.eye(2)}, torch.tensor([0, 1, 2]))
+
+
+def test_an_output_without_logits_is_refused() -> None:
+    class Texts(nn.Module):
+        def forward(self, x: Tensor) -> str:
+            return "text"
+
+    with pytest.raises(EvaluationError, match="returned a str, which has no logits"):
+        accuracy(torch.eye(3), torch.tensor([0, 1, 2]))(Texts())
+
+
+class Ready:
+    """An evaluator that prepares, or cannot."""
+
+    def __init__(self, trouble: str | None = None) -> None:
+        self.trouble, self.seen = trouble, 0
+
+    def prepare(self, model: nn.Module) -> None:
+        self.seen += 1
+        if self.trouble is not None:
+            raise EvaluationError(self.trouble, hint="a way out")
+
+    def __call__(self, model: nn.Module) -> float:
+        return 1.0
+
+
+def test_evaluators_that_cannot_be_used_are_refused_together() -> None:
+    last = Ready()
+    evaluators: dict[str, Evaluator] = {
+        "a": Ready("no column"),
+        "b": Ready(),
+        "c": Ready("no row"),
+        "d": last,
+    }
+    with pytest.raises(EvaluationError, match="2 evaluators cannot be used") as found:
+        prepare_evaluators(evaluators, lambda name: MODEL)
+    assert "'a': no column (a way out); 'c': no row (a way out)" in found.value.message
+    assert last.seen == 1
+    with pytest.raises(EvaluationError, match="evaluator 'a' cannot be used: no column") as found:
+        prepare_evaluators({"a": Ready("no column")}, lambda name: MODEL)
+    assert found.value.hint == "a way out"

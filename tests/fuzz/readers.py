@@ -28,7 +28,7 @@ from map_bo.moved import current, with_current_targets
 from map_bo.nested.reading import is_nested, load_nested
 from map_bo.operators.mergekit.recipes import from_mergekit
 from map_bo.operators.recipes import merge_again
-from map_bo.operators.statistics import load_statistics
+from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.plain import from_plain, read_repr
 from map_bo.report.run.artifacts import write_report
 from map_bo.tracking.jsonl import JsonlStore

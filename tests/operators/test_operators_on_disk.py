@@ -19,10 +19,10 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
-from map_bo.operators.fisher import Fisher
-from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
-from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.operators.statistics.fisher import Fisher
+from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.statistics import save_statistics, statistics_of
 from map_bo.plain import to_plain
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import (

@@ -21,11 +21,11 @@ from map_bo.merging.export.model import merge_checkpoints, write_model
 from map_bo.merging.vectors.operator import recipe_of
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
-from map_bo.operators.fisher import Fisher
 from map_bo.operators.recipes import merge_again, operator_of
-from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Dare, Ties
-from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.operators.statistics.fisher import Fisher
+from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.statistics import save_statistics, statistics_of
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import everything, hard_family, loaded, opened, saved
 from tests.operators.expert_statistics import fishers, inputs

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from map_bo.errors import MergeError
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.parallel import arena
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
@@ -234,3 +235,27 @@ def test_weighted_sum() -> None:
     c = torch.tensor([0.5, -2.0, 0.1], dtype=torch.float64)
     expected = (c[:, None] * rows.double()).sum(0).float()
     assert torch.allclose(weighted_sum(rows, c), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rate", "epsilon"), [(0.1, 0.2), (0.5, 0.98), (0.9, 0.19), (0.0, 0.0)])
+def test_drop_rates_of_della_within_the_unit_interval_are_taken(
+    rate: float, epsilon: float
+) -> None:
+    assert Della(drop_rate=rate, epsilon=epsilon).epsilon == epsilon
+
+
+@pytest.mark.parametrize(
+    ("rate", "epsilon", "message"),
+    [
+        (0.1, 0.25, "drop rates from -0.025 to 0.225 are not in"),
+        (0.75, 0.5, "drop rates from 0.5 to 1 are not in"),
+        (0.9, 0.5, "drop rates from 0.65 to 1.15 are not in"),
+        (0.5, -0.1, "epsilon must"),
+        (0.5, 1.5, "epsilon must"),
+    ],
+)
+def test_drop_rates_of_della_beyond_it_are_refused(
+    rate: float, epsilon: float, message: str
+) -> None:
+    with pytest.raises(MergeError, match=message):
+        Della(drop_rate=rate, epsilon=epsilon)

@@ -229,3 +229,48 @@ def test_masks_of_seeds_and_experts_differ() -> None:
     for i, first in enumerate(masks[:6]):
         for second in masks[:i]:
             assert 0.4 < float((first == second).double().mean()) < 0.6
+
+
+def rank_drop_of(rate: float, epsilon: float) -> tuple[RankDrop, Tensor]:
+    vectors = hard_vectors(shapes={"a": (6, 40)}, zeros=0.0)
+    widths = tuple(row_width(slot.shape) for slot in vectors.layout.slots)
+    ranks = rank_all(vectors, widths)
+    made = RankDrop(element_keys(vectors, 3), widths, ranks, rate, epsilon)
+    return made, vectors.read(0, 0, 240)[1:]
+
+
+@pytest.mark.parametrize(
+    ("searched", "rate", "epsilon"),
+    [
+        ({"drop_rate": 0.8}, 0.8, 0.1),
+        ({"epsilon": 0.4}, 0.4, 0.4),
+        ({"drop_rate": 0.7, "epsilon": 0.2}, 0.7, 0.2),
+        ({}, 0.4, 0.1),
+    ],
+)
+def test_searched_drop_rates_are_those_of_a_fixed_one(
+    searched: dict[str, float], rate: float, epsilon: float
+) -> None:
+    made, rows = rank_drop_of(0.4, 0.1)
+    fixed, _ = rank_drop_of(rate, epsilon)
+    arena.reset()
+    wanted = fixed.apply(rows, 0, 0).clone()
+    arena.reset()
+    assert torch.equal(made.at(searched).apply(rows, 0, 0), wanted)
+
+
+def test_seeds_of_della_tell_masks_apart() -> None:
+    vectors = hard_vectors(shapes={"a": (6, 40)}, zeros=0.0)
+    rows = vectors.read(0, 0, 240)[1:]
+    found = []
+    for seed in (0, 0, 1):
+        arena.reset()
+        found.append(Della(seed=seed).sparsifier(vectors).apply(rows, 0, 0).clone())
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_ranks_are_kept_in_two_bytes() -> None:
+    vectors = hard_vectors(shapes={"a": (6, 40)})
+    (ranks,) = rank_all(vectors, [40]).values()
+    assert (ranks.dtype, ranks.shape) == (torch.int16, (len(vectors.experts), 240))

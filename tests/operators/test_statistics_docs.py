@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.operators.fisher import Fisher
-from map_bo.operators.regmean import RegMean
-from map_bo.operators.statistics import load_statistics
+from map_bo.operators.statistics.fisher import Fisher
+from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 

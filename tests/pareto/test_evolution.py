@@ -70,6 +70,23 @@ def test_direct_search_spends_exactly_its_budget(algorithm: Any, name: str) -> N
     assert space.contains(X).all()
 
 
+def test_each_algorithm_searches_in_its_own_way() -> None:
+    space = SPACES["box"]
+
+    def found(algorithm: Any) -> Tensor:
+        return direct_search(
+            peaks(space, 3),
+            space,
+            evaluations=120,
+            population=40,
+            generator=make_generator(0),
+            algorithm=algorithm,
+        )[0]
+
+    assert torch.equal(found("nsga2")[:40], found("nsga3")[:40])
+    assert not torch.equal(found("nsga2"), found("nsga3"))
+
+
 def test_direct_search_with_less_than_one_population() -> None:
     space = SPACES["box"]
     X, Y = direct_search(peaks(space, 2), space, evaluations=7, generator=make_generator(0))

@@ -145,6 +145,12 @@ class TestDistances:
                 indicator(torch.ones(2, 3), self.truth)
             with pytest.raises(DataError, match="cannot be compared"):
                 indicator(torch.ones(0, 2), self.truth)
+            with pytest.raises(DataError, match="cannot be compared"):
+                indicator(self.truth, torch.ones(3, 3))
+            with pytest.raises(DataError, match="values must be a matrix"):
+                indicator(torch.ones(2), self.truth)
+            with pytest.raises(DataError, match="values must be a matrix"):
+                indicator(self.truth, torch.ones(2))
 
 
 class TestWinRates:

@@ -181,3 +181,10 @@ def test_constants_have_the_unit_of_their_magnitude() -> None:
     assert target_units(shift, tensor(0.0, 0.0, 0.0, 0.0), links).tolist() == [2e7, 1e-300, 1, 1]
     spread = tensor(1e-3, 1e-305, 1e-300, 1e-3)
     assert target_units(shift, spread, links).tolist() == spread.tolist()
+
+
+def test_losses_stay_as_far_from_their_bound_as_is_asked() -> None:
+    y = torch.tensor([0.0, 0.1, 3.0], dtype=torch.float64)
+    far = torch.full_like(y, 0.25)
+    for link in (LogLink(0.0, 0.0), SoftplusLink(0.0, 0.0)):
+        assert link.inside(y, far).tolist() == [0.25, 0.25, 3.0]

@@ -25,7 +25,6 @@ from map_bo.merging.checkpoints.tensors import Layout, buffer_for
 
 __all__ = [
     "VocabularyRule",
-    "fit_vocabularies",
     "fit_vocabulary",
     "is_output_layer",
     "require_shapes",
@@ -51,22 +50,6 @@ _ACROSS = re.compile(r"(^|\.)final_logits_bias$")  # 1 x vocabulary, in BART and
 _ARCHITECTURE = "experts must be fine-tuned from this base, with the same architecture"
 
 _FETCH = "fetch the tokenizer's files again, or merge without a vocabulary rule"
-
-
-def fit_vocabularies(
-    experts: Mapping[str, Checkpoint], base: Checkpoint, rule: VocabularyRule | None
-) -> dict[str, Checkpoint]:
-    """Return every expert fitted to the base's vocabulary, or as it is without a rule.
-
-    Raises:
-        MergeError: For an unknown rule, and whatever `fit_vocabulary` refuses.
-        CheckpointError: When a tokenizer's file is damaged.
-    """
-    if rule is None:
-        return dict(experts)
-    return {
-        name: fit_vocabulary(expert, base, rule, label=name) for name, expert in experts.items()
-    }
 
 
 def is_output_layer(name: str, *, inputs: bool = False) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
@@ -17,6 +18,7 @@ import torch
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.metrics import DeclaresMetrics, metrics_of
 from map_bo.extensions import installed, origin
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
@@ -108,12 +110,6 @@ def imported_problem(
             f"the problem names no {lacking}",
             hint=f"give them as +problem.{lacking}.NAME=..., one for each name",
         )
-    extra = sorted(set(metrics or {}) - set(evaluators))
-    if extra:
-        raise ConfigError(
-            f"metrics without an evaluator: {', '.join(extra)}",
-            hint=f"evaluators are {', '.join(evaluators)}",
-        )
     if dtype not in _DTYPES:
         raise ConfigError(
             f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}",
@@ -129,7 +125,10 @@ def imported_problem(
             f"missing must be one of {', '.join(get_args(MissingRule))}, got {missing!r}",
             hint="set problem.missing to one of them",
         )
-    described = tuple(Metric(name, **dict((metrics or {}).get(name, {}))) for name in evaluators)
+    measures = {
+        name: _evaluator(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
+    }
+    described = _described(measures, metrics or {})
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator
@@ -157,10 +156,7 @@ def imported_problem(
         architecture,
         base=opened,
         experts=sources,
-        evaluators={
-            name: _evaluator(where, f"problem.evaluators.{name}")
-            for name, where in evaluators.items()
-        },
+        evaluators=measures,
         metrics=described,
         operator=operator,
         lower=lower,
@@ -178,6 +174,29 @@ def imported_problem(
         else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
+    )
+
+
+def _described(
+    evaluators: Mapping[str, Evaluator], given: Mapping[str, Mapping[str, Any]]
+) -> tuple[Metric, ...]:
+    """Return the metrics of evaluators, with what a configuration says of them."""
+    declared = {metric.name: metric for metric in metrics_of(evaluators, None)}
+    extra = sorted(set(given) - set(declared))
+    if extra:
+        raise ConfigError(
+            f"metrics without an evaluator: {', '.join(extra)}",
+            hint=f"metrics are {', '.join(declared)}",
+        )
+    plain = {name for name in evaluators if not isinstance(evaluators[name], DeclaresMetrics)}
+    return tuple(
+        metric
+        if name not in given
+        # With a kind, all is said anew: the bounds that were declared are of another.
+        else Metric(name, **given[name])
+        if name in plain or "kind" in given[name]
+        else replace(metric, **given[name])
+        for name, metric in declared.items()
     )
 
 

@@ -20,15 +20,18 @@ from torch import nn
 from map_bo.data import Metric
 from map_bo.errors import EvaluationError, MergeError, listed
 from map_bo.evaluators.differentiable import check_differentiable
-from map_bo.evaluators.evaluator import Evaluator
-from map_bo.evaluators.world import isolated
+from map_bo.evaluators.evaluator import Evaluator, Prepares, prepare_evaluators
+from map_bo.evaluators.isolation.world import callers_world, isolated
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
 from map_bo.merging.vectors.storage import Storage, StorageDtype
+from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
+from map_bo.problems.merged.heads import TaskHeads
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_metric
 
@@ -40,6 +43,7 @@ __all__ = [
     "check_space",
     "choose_storage",
     "describe_problem",
+    "prepare_on_base",
     "require_derivatives",
     "ties_matter",
     "watched",
@@ -246,6 +250,36 @@ def describe_problem(
         "dtype": str(dtype).removeprefix("torch."),
         **{name: True for name, on in switches.items() if on},
     }
+
+
+def prepare_on_base(
+    evaluators: Mapping[str, Evaluator], live: LiveModel, vectors: TaskVectors, heads: TaskHeads
+) -> None:
+    """Let the evaluators that have to get ready see the base, before anything is evaluated.
+
+    Args:
+        evaluators: Name -> evaluator.
+        live: The live model, not entered.
+        vectors: The task vectors.
+        heads: Task heads; the model has that of the evaluator's task.
+
+    Raises:
+        EvaluationError: Naming every evaluator that cannot be used, each with its reason.
+    """
+    if not any(isinstance(evaluator, Prepares) for evaluator in evaluators.values()):
+        return
+    base = TaskArithmetic().prepare(vectors)
+    origin = torch.zeros(len(vectors.experts), dtype=torch.float64)
+
+    def with_head(key: str) -> nn.Module:
+        model = live.write(base, origin)
+        head = heads.of_metric(key)
+        if head is not None:
+            live.put_head(head.tensors, head.labels)
+        return model
+
+    with live, callers_world():
+        prepare_evaluators(evaluators, with_head)
 
 
 @contextmanager

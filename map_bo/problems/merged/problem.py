@@ -16,15 +16,17 @@ from torch import Generator, Tensor, nn
 from map_bo.data import Metric, Observations
 from map_bo.errors import EvaluationError, MergeError
 from map_bo.evaluators.differentiable import measure_with_gradient
-from map_bo.evaluators.evaluator import (
-    Evaluator,
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.isolation.world import callers_dtype, callers_world, known_numerics
+from map_bo.evaluators.metrics import (
     check_names,
-    entry_of,
-    measure,
+    entries_of,
+    evaluator_of,
+    evaluators_of,
+    measure_all,
     metrics_of,
     select_metrics,
 )
-from map_bo.evaluators.world import callers_dtype, callers_world, known_numerics
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
@@ -53,7 +55,7 @@ from map_bo.merging.vectors.recalibration import (
 )
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
-from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
@@ -63,6 +65,7 @@ from map_bo.problems.merged.parts import (
     check_space,
     choose_storage,
     describe_problem,
+    prepare_on_base,
     require_derivatives,
     ties_matter,
     watched,
@@ -93,7 +96,7 @@ class MergedModelProblem:
     The model may be in use elsewhere: outside `evaluate` and `load` it has its own weights.
     Evaluators get it in evaluation mode, with gradients as the caller has them. The weights are
     written anew before each evaluator, and what one does to the model, to torch or to the process
-    is undone, so it reaches no other; see :func:`map_bo.evaluators.world.isolated`.
+    is undone, so it reaches no other; see :func:`map_bo.evaluators.isolation.world.isolated`.
 
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
@@ -101,7 +104,8 @@ class MergedModelProblem:
         base: The model that the experts were fine-tuned from; see `map_bo.open_checkpoint`.
         experts: Expert name -> checkpoint, or the folder of a LoRA adapter over the base.
         evaluators: Metric name -> callable that takes the model and returns a float or a
-            `Measurement`. The names need not be those of experts.
+            `Measurement`, or a mapping where it declares several metrics; see
+            :mod:`map_bo.evaluators.metrics`. The names need not be those of experts.
         operator: How to merge; task arithmetic by default.
         metrics: One for each evaluator, by name. By default each is a proportion in [0, 1] of
             which more is better. Evaluators are taken to use the same examples every time; one
@@ -174,8 +178,8 @@ class MergedModelProblem:
         check_names(evaluators, "evaluator")
         check_model(model)
         self._source = model
-        self._evaluators = dict(evaluators)
         self._metrics = metrics_of(evaluators, metrics)
+        self._evaluators = evaluators_of(evaluators, self._metrics)
         self._base = open_checkpoint(base)
         known = model if isinstance(model, nn.Module) else None
         given = {
@@ -262,6 +266,7 @@ class MergedModelProblem:
         """
         X = self._space.check(X)
         n, m = len(X), len(self._metrics)
+        columns = {metric.name: (j, metric) for j, metric in enumerate(self._metrics)}
         Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
         gradients, noise = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
         cost = torch.zeros(n, dtype=torch.float64)
@@ -272,20 +277,26 @@ class MergedModelProblem:
         with loaded.live as live:
             for i, x in enumerate(X):
                 start, reasons = time.perf_counter(), []
-                for j, metric in enumerate(self._metrics):
+                for key, evaluator in self._evaluators.items():
                     try:
-                        model = self._write(x, metric.name)
-                        with watched(metric.name, live, child_seed(generator, metric.name, i)):
-                            evaluator = self._evaluators[metric.name]
+                        model = self._write(x, key)
+                        with watched(key, live, child_seed(generator, key, i)):
                             if loaded.derivatives is None:
-                                seen = measure(metric.name, evaluator, model)
+                                found = measure_all(key, evaluator, model)
                             else:
+                                j = columns[key][0]
                                 seen, gradients[i, j], noise[i, j] = measure_with_gradient(
-                                    metric.name, evaluator, live, loaded.derivatives
+                                    key, evaluator, live, loaded.derivatives
                                 )
-                        Y[i, j], Yvar[i, j], counts[i, j] = entry_of(seen, metric)
+                                found = {key: seen}
                     except EvaluationError as error:
                         reasons.append(error.reason)
+                        continue
+                    entries, wrong = entries_of(found, columns)
+                    reasons += wrong
+                    for name, entry in entries.items():
+                        j = columns[name][0]
+                        Y[i, j], Yvar[i, j], counts[i, j] = entry
                 failures[i] = "; ".join(reasons) or None
                 cost[i] = time.perf_counter() - start
         return Observations(
@@ -305,7 +316,7 @@ class MergedModelProblem:
         with known_numerics():
             row = self._row(x)
             with self._load().live:
-                model = self._write(row, metric)
+                model = self._write(row, metric and evaluator_of(metric, self._evaluators))
                 with callers_world():
                     yield model
 
@@ -416,7 +427,7 @@ class MergedModelProblem:
         self._load()
         part = copy.copy(self)
         part._metrics = metrics
-        part._evaluators = {name: self._evaluators[name] for name in names}
+        part._evaluators = evaluators_of(self._evaluators, metrics)
         return part
 
     @property
@@ -453,8 +464,7 @@ class MergedModelProblem:
                 name: self._experts.get(of, of) if isinstance(of, str) else of
                 for name, of in experts.items()
             },
-            evaluators={name: self._evaluators[name] for name in names},
-            metrics=metrics,
+            evaluators=evaluators_of(self._evaluators, metrics),
             operator=self._operator,
             lower=low,
             upper=high,
@@ -466,6 +476,7 @@ class MergedModelProblem:
             cache_dir=self._cache_dir,
             missing=self._missing,
         )
+        problem._metrics = metrics  # of an evaluator of several, perhaps not all
         problem._heads = self._heads  # merges of experts have none of their own
         return problem
 
@@ -508,14 +519,11 @@ class MergedModelProblem:
             recalibrated=self._statistics(row),
         )
 
-    def _write(self, x: Tensor, metric: str | None = None) -> nn.Module:
-        """Merge ``x`` (``d``) into the live model, which is entered, and recalibrate it.
-
-        The model gets the head of the task that a metric measures, if there is one.
-        """
+    def _write(self, x: Tensor, key: str | None = None) -> nn.Module:
+        """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any."""
         loaded = self._load()
         model = loaded.live.write(loaded.prepared, x)
-        head = None if metric is None else self._heads.of_metric(metric)
+        head = None if key is None else self._heads.of_metric(key)
         if head is not None:
             loaded.live.put_head(head.tensors, head.labels)
         if self._recalibration is not None:
@@ -568,6 +576,7 @@ class MergedModelProblem:
             live.require_whole()
         prepared = self._operator.prepare(vectors)
         derivatives = require_derivatives(prepared, self._operator) if self._gradients else None
+        prepare_on_base(self._evaluators, live, vectors, self._heads)
         self._loaded = _Loaded(vectors, prepared, live, derivatives)
         return self._loaded
 

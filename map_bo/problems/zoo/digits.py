@@ -26,7 +26,7 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.moved import under_old_name
-from map_bo.operators.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.cache import (
     cache_root,
     read_network,

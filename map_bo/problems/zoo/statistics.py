@@ -9,9 +9,9 @@ import torch
 
 from map_bo.errors import CheckpointError, DataError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from map_bo.operators.fisher_information import fisher
-from map_bo.operators.input_products import grams
-from map_bo.operators.statistics import Statistics, cached_statistics
+from map_bo.operators.statistics.fisher_information import fisher
+from map_bo.operators.statistics.input_products import grams
+from map_bo.operators.statistics.statistics import Statistics, cached_statistics
 from map_bo.problems.cache import CACHE_VARIABLE
 from map_bo.problems.zoo.data import digits_split, transform
 from map_bo.problems.zoo.training import as_inputs, network

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from map_bo.errors import CheckpointError, MergeError
-from map_bo.merging.align.vocabulary import fit_vocabularies, fit_vocabulary, token_ids
+from map_bo.merging.align.vocabulary import fit_vocabulary, token_ids
 from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.export.bounded import merge_linearly
 from map_bo.merging.export.recipe import read_recipe
@@ -119,14 +119,10 @@ class TestByPosition:
 
     def test_merges_in_memory_and_on_disk_take_it(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", weights(6))
-        experts = fit_vocabularies(
-            {
-                "more": folder(tmp_path / "more", weights(8, 1)),
-                "fewer": folder(tmp_path / "fewer", weights(4, 2)),
-            },
-            base,
-            "base",
-        )
+        experts = {
+            "more": fit_vocabulary(folder(tmp_path / "more", weights(8, 1)), base, "base"),
+            "fewer": fit_vocabulary(folder(tmp_path / "fewer", weights(4, 2)), base, "base"),
+        }
         coefficients = {"more": 0.5, "fewer": 0.25}
         vectors = TaskVectors.load(base, experts, check_base=False)
         flat = vectors.base + torch.tensor([0.5, 0.25]) @ vectors.deltas
@@ -355,8 +351,10 @@ class TestRefusals:
     def test_other_shapes_stay_an_error_and_come_first(self, rule: Any) -> None:
         base = open_checkpoint(weights(6))
         wide = {"model.layers.0.mlp.weight": torch.ones(7, WIDTH)}
-        experts = fit_vocabularies({"x": open_checkpoint(weights(8, 1, **wide))}, base, rule)
-        for error in self.refused(experts["x"], base):
+        expert = open_checkpoint(weights(8, 1, **wide))
+        if rule is not None:
+            expert = fit_vocabulary(expert, base, rule)
+        for error in self.refused(expert, base):
             assert "than the base: model.layers.0.mlp.weight [7, 3] against" in error.message
             assert "only its vocabulary" not in error.message
             assert "same architecture" in str(error.hint)

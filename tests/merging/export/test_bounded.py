@@ -29,8 +29,8 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import Deltas, PreparedMerge
 from map_bo.merging.vectors.storage import resident_bytes
-from map_bo.operators.regmean import RegMean
 from map_bo.operators.sparse import Della, Ties
+from map_bo.operators.statistics.regmean import RegMean
 from map_bo.space import CoefficientSpace
 from tests.merging.checkpoint_files import (
     BASE,

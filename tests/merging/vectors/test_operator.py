@@ -22,10 +22,10 @@ from map_bo.merging.vectors.operator import (
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
-from map_bo.operators.fisher import Fisher
-from map_bo.operators.regmean import RegMean
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.statistics.fisher import Fisher
+from map_bo.operators.statistics.regmean import RegMean
 from tests.merging.small_models import family
 
 KINDS = (

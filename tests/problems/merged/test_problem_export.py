@@ -20,9 +20,9 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
-from map_bo.operators.fisher import Fisher
 from map_bo.operators.recipes import merge_again
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.statistics.fisher import Fisher
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from tests.merging.adapter_files import SHAPES, write_adapter

@@ -8,9 +8,9 @@ import torch
 from map_bo.errors import DataError, MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.vectors.operator import MergeOperator
-from map_bo.operators.fisher import Fisher
-from map_bo.operators.regmean import RegMean
-from map_bo.operators.statistics import load_statistics
+from map_bo.operators.statistics.fisher import Fisher
+from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.zoo import statistics as zoo_statistics
 from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
@@ -88,7 +88,7 @@ def test_an_export_has_the_statistics_in_its_recipe(tmp_path: Path) -> None:
     problem = digits_problem(2, epochs=1, size=50, operator=RegMean())
     out = problem.export(torch.tensor([0.4, 0.6]), tmp_path / "merged")
     text = (out / "recipe.yaml").read_text()
-    assert "class: map_bo.operators.regmean:RegMean" in text
+    assert "class: map_bo.operators.statistics.regmean:RegMean" in text
     assert "training images" in text
     assert "no method for the operator regmean" in (out / "mergekit.yaml").read_text()
     merged, written = problem.merged(torch.tensor([0.4, 0.6])), open_checkpoint(out)

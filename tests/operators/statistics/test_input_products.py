@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.operators.input_products import grams, linear_layers
+from map_bo.operators.statistics.input_products import grams, linear_layers
 from map_bo.rng import make_generator
 from tests.merging.small_models import build
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.evaluators.global_state import World
+from map_bo.evaluators.isolation.global_state import World
 
 
 def test_a_directory_is_found_again_where_all_descriptors_were_closed(

@@ -15,9 +15,9 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
-from map_bo.operators.known_statistics import NeedsStatistics
-from map_bo.operators.regmean import RegMean, scaled_products
-from map_bo.operators.statistics import Statistics, save_statistics, statistics_of
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.regmean import RegMean, scaled_products
+from map_bo.operators.statistics.statistics import Statistics, save_statistics, statistics_of
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.operators.expert_statistics import inputs, products

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.operators.fisher_information import fisher, next_tokens
-from map_bo.operators.statistics import Statistics
+from map_bo.operators.statistics.fisher_information import fisher, next_tokens
+from map_bo.operators.statistics.statistics import Statistics
 from map_bo.rng import make_generator
 from tests.merging.small_models import build
 

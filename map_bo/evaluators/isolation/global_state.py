@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 
 from map_bo.errors import first_line
-from map_bo.evaluators.descriptors import Directory, Streams
+from map_bo.evaluators.isolation.descriptors import Directory, Streams
 
 __all__ = [
     "Devices",

@@ -9,7 +9,7 @@ from torch import Tensor
 from map_bo.errors import MergeError
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.operators.known_statistics import (
+from map_bo.operators.statistics.known_statistics import (
     check_experts,
     load_statistic,
     match_statistics,
@@ -17,7 +17,7 @@ from map_bo.operators.known_statistics import (
     require_statistics,
     statistics_by_expert,
 )
-from map_bo.operators.statistics import Statistics
+from map_bo.operators.statistics.statistics import Statistics
 
 BASE = open_checkpoint({"a.weight": torch.ones(2, 3), "b.weight": torch.ones(4)})
 LAYOUT = FlatLayout.of(BASE, {})

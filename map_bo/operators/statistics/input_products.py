@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from map_bo.errors import MergeError, listed
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.merging.vectors.live import model_ties
-from map_bo.operators.batches import call, digest_of, each_batch, evaluating
-from map_bo.operators.statistics import Statistics, finish_statistics
+from map_bo.operators.statistics.batches import call, digest_of, each_batch, evaluating
+from map_bo.operators.statistics.statistics import Statistics, finish_statistics
 
 __all__ = ["grams", "is_transposed", "linear_layers"]
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.operators.batches import call, digest_of, each_batch, evaluating, targets_of
+from map_bo.operators.statistics.batches import call, digest_of, each_batch, evaluating, targets_of
 
 CPU = torch.device("cpu")
 X, Y = torch.arange(12.0).view(6, 2), torch.arange(6)

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from map_bo.errors import EvaluationError
-from map_bo.evaluators.global_state import (
+from map_bo.evaluators.isolation.global_state import (
     Devices,
     World,
     read_anomaly,

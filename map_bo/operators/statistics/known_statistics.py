@@ -12,7 +12,7 @@ from map_bo.errors import MergeError, listed
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.checkpoints.tensors import all_finite
-from map_bo.operators.statistics import Statistics, StatisticsSource, statistics_of
+from map_bo.operators.statistics.statistics import Statistics, StatisticsSource, statistics_of
 from map_bo.plain import to_plain
 
 __all__ = [

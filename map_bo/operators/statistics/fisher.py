@@ -14,16 +14,16 @@ from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
-from map_bo.operators import known_statistics
-from map_bo.operators.known_statistics import (
+from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.statistics import known_statistics
+from map_bo.operators.statistics.known_statistics import (
     load_statistic,
     match_statistics,
     refuse_negative,
     require_statistics,
     statistics_by_expert,
 )
-from map_bo.operators.searchable import SearchableOperator
-from map_bo.operators.statistics import StatisticsSource
+from map_bo.operators.statistics.statistics import StatisticsSource
 from map_bo.space import CoefficientSpace
 
 __all__ = ["Fisher", "fisher_average"]

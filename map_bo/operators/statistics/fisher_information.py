@@ -18,7 +18,7 @@ from torch.func import functional_call, vjp, vmap
 from map_bo.errors import MergeError
 from map_bo.merging.checkpoints.checkpoint import CheckpointSource
 from map_bo.merging.vectors.live import model_ties
-from map_bo.operators.batches import (
+from map_bo.operators.statistics.batches import (
     Batch,
     call,
     digest_of,
@@ -27,7 +27,7 @@ from map_bo.operators.batches import (
     map_batch,
     targets_of,
 )
-from map_bo.operators.statistics import Statistics, finish_statistics
+from map_bo.operators.statistics.statistics import Statistics, finish_statistics
 
 __all__ = ["LogLikelihood", "fisher", "next_tokens"]
 

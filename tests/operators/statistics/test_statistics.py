@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 from map_bo.errors import CheckpointError, MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
-from map_bo.operators.fisher_information import fisher
-from map_bo.operators.input_products import grams
-from map_bo.operators.statistics import (
+from map_bo.operators.statistics.fisher_information import fisher
+from map_bo.operators.statistics.input_products import grams
+from map_bo.operators.statistics.statistics import (
     Statistics,
     cached_statistics,
     load_statistics,
@@ -98,7 +98,7 @@ def test_nothing_half_written_is_left(tmp_path: Path, monkeypatch: pytest.Monkey
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("map_bo.operators.statistics.SafetensorsWriter.write", full)
+    monkeypatch.setattr("map_bo.operators.statistics.statistics.SafetensorsWriter.write", full)
     with pytest.raises(CheckpointError, match="No space left"):
         save_statistics(path, made("after"))
     assert load_statistics(path).data == "before"

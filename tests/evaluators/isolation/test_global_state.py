@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from map_bo.evaluators import global_state
-from map_bo.evaluators.global_state import Devices, World, read_autocast, write_autocast
+from map_bo.evaluators.isolation import global_state
+from map_bo.evaluators.isolation.global_state import Devices, World, read_autocast, write_autocast
 
 
 def test_every_part_can_be_read_and_written_back() -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from map_bo.errors import EvaluationError
-from map_bo.evaluators import global_state
-from map_bo.evaluators.world import (
+from map_bo.evaluators.isolation import global_state
+from map_bo.evaluators.isolation.world import (
     TimeLimitExceededError,
     callers_dtype,
     callers_world,
@@ -105,7 +105,7 @@ def test_runs_take_turns_and_evaluators_do_not() -> None:
 def test_a_forked_process_is_not_locked_out() -> None:
     code = (
         "import os, threading, time\n"
-        "from map_bo.evaluators.world import own_maths\n"
+        "from map_bo.evaluators.isolation.world import own_maths\n"
         "def hold():\n"
         "    with own_maths(): time.sleep(1)\n"
         "threading.Thread(target=hold, daemon=True).start()\n"

@@ -16,9 +16,9 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
-from map_bo.operators.fisher import Fisher, fisher_average
-from map_bo.operators.known_statistics import NeedsStatistics
-from map_bo.operators.statistics import save_statistics, statistics_of
+from map_bo.operators.statistics.fisher import Fisher, fisher_average
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
+from map_bo.operators.statistics.statistics import save_statistics, statistics_of
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import EXPERTS, OperatorContract, example_vectors
 from tests.operators.expert_statistics import fishers

@@ -1,0 +1,184 @@
+"""Scoring a model example by example: what all ready-made evaluators share.
+
+An evaluator of this kind owns its examples. `ExampleEvaluator.score` gives the outcome of each of
+those that it is asked for, in batches of a fixed size, so that the outcomes of two models on the
+same examples can be compared one by one; calling it scores all of them and gives the metrics with
+their noise.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor, nn
+
+from map_bo.data import Metric
+from map_bo.errors import EvaluationError
+from map_bo.evaluators.evaluator import Measurement, evaluating
+from map_bo.values import whole_number
+
+__all__ = ["ExampleEvaluator", "ProgressListener", "listening", "mean_of"]
+
+ProgressListener = Callable[[int, int], None]
+"""Is told how many examples have been scored, and of how many."""
+
+_listener: ContextVar[ProgressListener | None] = ContextVar("listener", default=None)
+
+
+@contextmanager
+def listening(listener: ProgressListener) -> Iterator[None]:
+    """Tell a listener of the examples that are scored inside, after each batch."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+class ExampleEvaluator(ABC):
+    """An evaluator that scores its examples one by one.
+
+    It is an :class:`~map_bo.evaluators.evaluator.ItemEvaluator`, it declares its metrics, and it
+    prepares: what is read, tokenised or fitted is so once, before anything is evaluated. Making one
+    reads nothing, so that everything that does not fit is found together.
+
+    Args:
+        batch_size: Examples per forward pass. It is fixed because outcomes in reduced precision
+            depend on it.
+
+    Raises:
+        ConfigError: When the batch size is no whole number from 1.
+    """
+
+    def __init__(self, *, batch_size: int = 32) -> None:
+        self.batch_size = whole_number("batch_size", batch_size, least=1)
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[Metric, ...]:
+        """The metrics, under names of the evaluator's own; known before `prepare`."""
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The number of examples.
+
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A digest of the examples and of whatever else decides the outcomes, such as a head.
+
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+
+    @abstractmethod
+    def prepare(self, model: nn.Module) -> None:
+        """Get ready, once; see :class:`~map_bo.evaluators.evaluator.Prepares`.
+
+        Args:
+            model: The model with the weights of the base.
+
+        Raises:
+            EvaluationError: When the examples cannot be read or do not fit the model.
+        """
+
+    @abstractmethod
+    def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return the outcomes of one batch.
+
+        Args:
+            model: The model, in evaluation mode and without gradients.
+            items: ``b`` indices of examples, at most ``batch_size``.
+
+        Returns:
+            ``b``, or ``b x m`` with several metrics.
+        """
+
+    def score(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return the outcome of each example: ``n``, or ``n x m`` with ``m > 1`` metrics, float64.
+
+        Args:
+            model: The model; its mode is put back.
+            items: ``n`` indices of examples.
+
+        Raises:
+            EvaluationError: For an index that is not possible, and outcomes that are not finite.
+        """
+        items = torch.as_tensor(items, device="cpu")
+        if items.dim() != 1 or not len(items) or items.is_floating_point():
+            raise EvaluationError(
+                f"items must be one or more indices, got {items.dtype} of shape "
+                f"{tuple(items.shape)}",
+                hint=f"give integers from 0 to {self.size - 1}",
+            )
+        if not (0 <= int(items.min()) and int(items.max()) < self.size):
+            raise EvaluationError(
+                f"there are {self.size} examples, got items from {int(items.min())} to "
+                f"{int(items.max())}",
+                hint=f"give integers from 0 to {self.size - 1}",
+            )
+        listener = _listener.get()
+        parts: list[Tensor] = []
+        with evaluating(model), torch.inference_mode():
+            for start in range(0, len(items), self.batch_size):
+                batch = items[start : start + self.batch_size]
+                part = self.outcomes(model, batch).double().cpu()
+                wanted = (
+                    (len(batch),) if len(self.metrics) == 1 else (len(batch), len(self.metrics))
+                )
+                if part.shape != wanted:
+                    raise EvaluationError(
+                        f"the outcomes of {len(batch)} examples have shape {tuple(part.shape)}",
+                        hint=f"return {' x '.join(map(str, wanted))}",
+                    )
+                if not bool(torch.isfinite(part).all()):
+                    bad = int((~torch.isfinite(part)).reshape(len(batch), -1).any(-1).sum())
+                    raise EvaluationError(
+                        f"the outcomes of {bad} of {len(batch)} examples are NaN or infinite",
+                        hint="these coefficients break the model; narrow the bounds if many do",
+                    )
+                parts.append(part)
+                if listener is not None:
+                    listener(min(start + self.batch_size, len(items)), len(items))
+        return torch.cat(parts).clone()  # not an inference tensor
+
+    def summary(self, outcomes: Tensor) -> dict[str, Measurement]:
+        """Return what all outcomes make, by the evaluator's own names of its metrics.
+
+        Each metric is the mean over the examples, with the variance of that mean; a proportion of
+        right and wrong answers has its count in place of it.
+
+        Args:
+            outcomes: As `score` returns them.
+        """
+        table = outcomes.unsqueeze(-1) if outcomes.dim() == 1 else outcomes
+        return {
+            metric.name: mean_of(column, metric)
+            for metric, column in zip(self.metrics, table.unbind(-1), strict=True)
+        }
+
+    def __call__(self, model: nn.Module) -> Mapping[str, Measurement]:
+        """Score all examples; return the measurements by the evaluator's own names."""
+        return self.summary(self.score(model, torch.arange(self.size)))
+
+
+def mean_of(outcomes: Tensor, metric: Metric) -> Measurement:
+    """Return the mean of ``n`` outcomes as a measurement of a metric."""
+    n = len(outcomes)
+    value = float(outcomes.mean())
+    right_or_wrong = all(one in (metric.lower, metric.upper) for one in set(outcomes.tolist()))
+    if metric.kind == "proportion" and right_or_wrong:
+        return Measurement(value, count=n)
+    variance = float(outcomes.var()) / n if n > 1 else None
+    if metric.kind == "proportion":  # a count would say that outcomes are right or wrong
+        return Measurement(value, variance=variance)
+    return Measurement(value, variance=variance, count=n)

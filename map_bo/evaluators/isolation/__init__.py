@@ -1,0 +1,1 @@
+"""What surrounds an evaluation: what it changes outside the model is undone afterwards."""
