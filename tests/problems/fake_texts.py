@@ -73,14 +73,13 @@ def write_texts(root: Path, *, train: int = 24, test: int = 16) -> Path:
 
 
 def _tokenizer(begin: str | None) -> Any:
-    pytest.importorskip("transformers")
+    transformers: Any = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     vocabulary = {word: i for i, word in enumerate(("[PAD]", "[UNK]", "[BOS]", *WORDS))}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
+    return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", bos_token=begin
     )
 

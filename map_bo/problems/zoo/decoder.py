@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from map_bo.data import Metric
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.zoo.expert_training import BatchLoss, TunedProblem, TunedZoo, tuned_problem
@@ -63,11 +62,6 @@ class DecoderZoo(TunedZoo):
     def prepare(self, part: TextSelection, folder: Path, base: Path) -> None:
         """A domain needs nothing beside its expert."""
 
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        """One loss per domain, to minimise."""
-        return tuple(Metric(name, direction="min", kind="loss") for name in self.sets)
-
     def loss(self, part: TextSelection, folder: Path, base: Path) -> BatchLoss:
         """Return the mean negative log-likelihood per token."""
         tokens = _tokens(base, part.train)
@@ -79,7 +73,7 @@ class DecoderZoo(TunedZoo):
 
     def evaluator(self, part: TextSelection, folder: Path, base: Path, size: int) -> TokenLoss:
         """Return what measures the loss per token on ``size`` held-out texts."""
-        return TokenLoss(_tokens(base, part.test[:size]))
+        return TokenLoss(partial(_tokens, base, part.test[:size]))
 
 
 def decoder_problem(

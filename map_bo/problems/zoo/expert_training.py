@@ -22,7 +22,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
-from map_bo.data import Metric
 from map_bo.errors import DataError, did_you_mean, require
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
@@ -255,11 +254,6 @@ class TunedZoo(ABC):
         """Write what a set needs beside its expert, ``extra_files``, where it is missing."""
 
     @property
-    def metrics(self) -> tuple[Metric, ...] | None:
-        """The metrics in the order of the sets; None where they are proportions to maximise."""
-        return None
-
-    @property
     def data(self) -> tuple[TextSelection, ...]:
         """The texts of each set; they are read once per process."""
         return tuple(
@@ -384,7 +378,10 @@ class TunedZoo(ABC):
         def score(network: str, names: Sequence[str]) -> dict[str, float]:
             expert = None if network == "base" else folder / network
             model = expert_model(base, self.kind, expert)
-            return {name: evaluators[name](model).value for name in names}
+            for name in names:
+                evaluators[name].prepare(model)
+            found = {name: evaluators[name](model) for name in names}
+            return {name: next(iter(seen.values())).value for name, seen in found.items()}
 
         with training_shown({"scores": 1 + len(sets)}, progress=progress) as start:
             done = start("scores")
@@ -431,7 +428,6 @@ class TunedProblem(MergedModelProblem):
             base=base,
             experts=self.folders,
             evaluators=self._measures,
-            metrics=zoo.metrics,
             **settings,
         )
 

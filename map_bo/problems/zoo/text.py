@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -28,7 +28,7 @@ from map_bo.problems.zoo.pretrained import (
     load_tokenizer,
 )
 from map_bo.problems.zoo.text_sets import TEXT_SETS, TextSelection
-from map_bo.problems.zoo.token_scoring import HeadAccuracy, Tokens, features
+from map_bo.problems.zoo.token_scoring import BATCH, HeadAccuracy, Tokens, features
 
 __all__ = ["DEFAULT_SETS", "TextZoo", "text_problem"]
 
@@ -86,7 +86,8 @@ class TextZoo(TunedZoo):
     def evaluator(self, part: TextSelection, folder: Path, base: Path, size: int) -> HeadAccuracy:
         """Return what measures the accuracy under the set's head on ``size`` held-out texts."""
         labels = torch.tensor(part.test_labels[:size])
-        return HeadAccuracy(_tokens(base, part.test[:size]), labels, *_head(folder))
+        read = partial(_tokens, base, part.test[:size])
+        return HeadAccuracy(read, labels, *_head(folder))
 
 
 def text_problem(
@@ -160,14 +161,13 @@ def fit_head(model: nn.Module, tokens: Tokens, part: TextSelection) -> dict[str,
     """
     from sklearn.linear_model import LogisticRegression
 
-    rows = list(range(len(tokens)))
-    found: Tensor | None = None
+    rows = torch.tensor([len(text) for text in tokens.ids]).argsort(stable=True)
     with torch.inference_mode():
-        for places in tokens.batches(rows):
-            values = features(model, *tokens.padded(places)).double()
-            found = values.new_empty(len(rows), values.shape[1]) if found is None else found
-            found[places] = values
-    assert found is not None
+        parts = [
+            features(model, *tokens.padded(batch.tolist())).double()
+            for batch in torch.split(rows, BATCH)
+        ]
+    found = torch.cat(parts)[rows.argsort()]
     # Tight enough that the result does not hang on the number of iterations.
     fit = LogisticRegression(C=_PENALTY, max_iter=5000, tol=1e-6)
     fit.fit(found.numpy(), list(part.train_labels))

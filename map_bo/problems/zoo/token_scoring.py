@@ -1,24 +1,35 @@
 """What is measured on the text and decoder zoos: accuracy under a frozen head, loss per token.
 
-Both score examples one by one (`score`), so that a metric can be taken over any part of them.
+Both score texts one by one; see :mod:`map_bo.evaluators.examples`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import hashlib
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from map_bo.errors import DataError, EvaluationError
-from map_bo.evaluators.evaluator import Measurement
+from map_bo.data import Metric
+from map_bo.errors import EvaluationError
+from map_bo.evaluators.examples import ExampleEvaluator
 
-__all__ = ["HeadAccuracy", "TokenEvaluator", "TokenLoss", "Tokens", "features", "token_losses"]
+__all__ = [
+    "BATCH",
+    "HeadAccuracy",
+    "TokenEvaluator",
+    "TokenLoss",
+    "Tokens",
+    "features",
+    "token_losses",
+]
 
 BATCH = 32
+"""Texts per forward pass."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,15 +59,6 @@ class Tokens:
             mask[i, : len(text)] = 1
         return ids, mask
 
-    def batches(self, rows: Sequence[int], size: int = BATCH) -> Iterator[list[int]]:
-        """Yield places in ``rows``, at most ``size`` at once, with texts of like lengths together.
-
-        It takes the least padding, and the longest come first: what memory is needed shows at once.
-        """
-        order = sorted(range(len(rows)), key=lambda i: (-len(self.ids[rows[i]]), rows[i]))
-        for start in range(0, len(order), size):
-            yield order[start : start + size]
-
 
 def features(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     """Return an encoder's features of texts: its last hidden states, averaged (``b x width``)."""
@@ -77,120 +79,136 @@ def token_losses(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
     return (losses * predicted).sum(1) / predicted.sum(1)
 
 
-@dataclass(frozen=True, eq=False)
-class TokenEvaluator:
-    """Texts that a model is scored on.
+class TokenEvaluator(ExampleEvaluator):
+    """Texts that a model is scored on; batches hold texts of like lengths, to pad little.
 
-    Attributes:
-        tokens: ``n`` texts.
+    Args:
+        read: Returns ``n`` texts; it is called once, by `prepare`.
+        batch_size: Texts per forward pass.
     """
 
-    tokens: Tokens
+    def __init__(self, read: Callable[[], Tokens], *, batch_size: int = BATCH) -> None:
+        super().__init__(batch_size=batch_size)
+        self._read = read
+        self._tokens: Tokens | None = None
 
-    def __call__(self, model: nn.Module) -> Measurement:
-        """Return the mean outcome over all texts."""
-        return self.summary(self.score(model, torch.arange(self.size)))
+    @property
+    def tokens(self) -> Tokens:
+        """The texts.
 
-    def summary(self, outcomes: Tensor) -> Measurement:
-        """Return the measurement that some outcomes (``k``) make."""
-        raise NotImplementedError
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+        if self._tokens is None:
+            raise EvaluationError(
+                "the texts have not been read", hint="call prepare(model) of the evaluator first"
+            )
+        return self._tokens
 
     @property
     def size(self) -> int:
-        """Number of texts."""
+        """The number of texts."""
         return len(self.tokens)
 
+    @property
+    def digest(self) -> str:
+        """A digest of the texts, and of the labels and the head where there are any."""
+        return hashlib.sha256(json.dumps([self.tokens.ids, self._parts()]).encode()).hexdigest()
+
+    def prepare(self, model: nn.Module) -> None:
+        """Read the texts, once. A head was fitted when the zoo was trained."""
+        if self._tokens is None:
+            self._tokens = self._read()
+
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
-        """Return the outcome of each of some texts (``k``, float64).
+        """Return the outcome of each of some texts (``k``, float64); see `ExampleEvaluator`."""
+        items = torch.as_tensor(items, device="cpu")
+        if items.dim() != 1 or items.is_floating_point():
+            return super().score(model, items)  # which refuses them
+        lengths = torch.tensor([len(text) for text in self.tokens.ids])
+        inside = (items >= 0) & (items < self.size)
+        order = torch.where(inside, lengths[items.clamp(0, self.size - 1)], 0).argsort(
+            descending=True, stable=True
+        )
+        outcomes = super().score(model, items[order])
+        return torch.empty_like(outcomes).index_copy_(0, order, outcomes)
 
-        Args:
-            model: The model.
-            items: ``k`` numbers of texts, from 0.
-
-        Raises:
-            EvaluationError: When the model's outputs are not finite.
-        """
-        rows = [int(item) for item in items]
+    def _batch(self, model: nn.Module, items: Tensor) -> tuple[Tensor, Tensor]:
         device = next(iter(model.parameters())).device
-        outcomes = torch.empty(len(rows), dtype=torch.float64)
-        with _evaluating(model), torch.inference_mode():
-            for places in self.tokens.batches(rows):
-                batch = [rows[place] for place in places]
-                ids, mask = self.tokens.padded(batch)
-                values = self._outcomes(model, batch, ids.to(device), mask.to(device))
-                if not bool(torch.isfinite(values).all()):
-                    raise EvaluationError(
-                        "the model's outputs hold NaN or infinity",
-                        hint="these coefficients break the model; narrow the bounds if many do",
-                    )
-                outcomes[places] = values.double().cpu()
-        return outcomes
+        ids, mask = self.tokens.padded(items.tolist())
+        return ids.to(device), mask.to(device)
 
-    def _outcomes(self, model: nn.Module, rows: list[int], ids: Tensor, mask: Tensor) -> Tensor:
-        raise NotImplementedError
+    def _parts(self) -> list[object]:
+        return []
 
 
-@dataclass(frozen=True, eq=False)
 class HeadAccuracy(TokenEvaluator):
     """The share of texts that an encoder and a frozen head classify right.
 
-    Attributes:
-        tokens: ``n`` texts.
+    Args:
+        read: Returns ``n`` texts; it is called once, by `prepare`.
         labels: ``n`` classes.
         weight: The head's weights, ``classes x width``.
         bias: Its biases, ``classes``.
+        batch_size: Texts per forward pass.
     """
 
-    labels: Tensor
-    weight: Tensor
-    bias: Tensor
+    def __init__(
+        self,
+        read: Callable[[], Tokens],
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        *,
+        batch_size: int = BATCH,
+    ) -> None:
+        super().__init__(read, batch_size=batch_size)
+        self.labels, self.weight, self.bias = labels, weight, bias
 
-    def summary(self, outcomes: Tensor) -> Measurement:
-        """Return the accuracy in [0, 1] with the number of texts."""
-        return Measurement(float(outcomes.mean()), count=len(outcomes))
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """One proportion, to maximise."""
+        return (Metric("accuracy"),)
 
-    def _outcomes(self, model: nn.Module, rows: list[int], ids: Tensor, mask: Tensor) -> Tensor:
-        logits = F.linear(features(model, ids, mask), self.weight.to(ids.device)).float()
-        logits = logits + self.bias.to(ids.device)
-        right = (logits.argmax(-1).cpu() == self.labels[rows]).double()
-        # A head that is given NaN has an argmax all the same.
-        return torch.where(torch.isfinite(logits).all(-1).cpu(), right, torch.nan)
+    def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return 1 for a text that is classified right and 0 for another, ``b``."""
+        given = features(model, *self._batch(model, items))
+        logits = F.linear(given, self.weight.to(given), self.bias.to(given)).float().cpu()
+        right = (logits.argmax(-1) == self.labels[items]).double()
+        # Of NaN there is an argmax too.
+        return torch.where(torch.isfinite(logits).all(-1), right, torch.nan)
+
+    def _parts(self) -> list[object]:
+        return [self.labels.tolist(), self.weight.tolist(), self.bias.tolist()]
 
 
-@dataclass(frozen=True, eq=False)
 class TokenLoss(TokenEvaluator):
     """The mean over texts of a decoder's negative log-likelihood per token, in nats.
 
-    Give the problem ``Metric(name, direction="min", kind="loss")`` with it.
-
-    Raises:
-        DataError: When a text has fewer than two tokens, so that there is nothing to predict.
+    Args:
+        read: Returns ``n`` texts of two tokens or more; it is called once, by `prepare`.
+        batch_size: Texts per forward pass.
     """
 
-    def __post_init__(self) -> None:
+    def prepare(self, model: nn.Module) -> None:
+        """Read the texts, once.
+
+        Raises:
+            EvaluationError: When a text has fewer than two tokens: there is nothing to predict.
+        """
+        super().prepare(model)
         if short := [i for i, text in enumerate(self.tokens.ids) if len(text) < 2]:
-            raise DataError(
+            raise EvaluationError(
                 f"{len(short)} texts have fewer than two tokens, the first of them is text "
                 f"{short[0]}",
                 hint="leave such texts out: no token is predicted in them",
             )
 
-    def summary(self, outcomes: Tensor) -> Measurement:
-        """Return the mean, the variance of that mean, and the number of texts."""
-        n = len(outcomes)
-        variance = float(outcomes.var()) / n if n > 1 else None
-        return Measurement(float(outcomes.mean()), variance=variance, count=n)
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        """One loss, to minimise."""
+        return (Metric("loss", direction="min", kind="loss"),)
 
-    def _outcomes(self, model: nn.Module, rows: list[int], ids: Tensor, mask: Tensor) -> Tensor:
-        return token_losses(model, ids, mask)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return the mean negative log-likelihood per token of each text, ``b``."""
+        return token_losses(model, *self._batch(model, items))

@@ -1,12 +1,11 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from map_bo.errors import DataError, EvaluationError
+from map_bo.errors import EvaluationError
+from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.problems.zoo.pretrained import load_pretrained
 from map_bo.problems.zoo.token_scoring import (
     HeadAccuracy,
@@ -16,6 +15,7 @@ from map_bo.problems.zoo.token_scoring import (
     token_losses,
 )
 from map_bo.rng import make_generator
+from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.problems.fake_texts import tiny_decoder, tiny_encoder
 
 TOKENS = Tokens(((2, 5, 9), (2, 7), (2, 30, 31, 32, 33), (2, 8, 8)))
@@ -37,13 +37,6 @@ def test_padding_is_masked() -> None:
     assert mask.tolist() == [[1, 1, 0], [1, 1, 1]]
 
 
-def test_batches_hold_every_text_once_the_longest_first() -> None:
-    batches = list(TOKENS.batches([3, 1, 2], size=2))
-    assert batches == [[2, 0], [1]]  # places in what was asked for
-    rows = [row for batch in TOKENS.batches(range(4), size=3) for row in batch]
-    assert sorted(rows) == [0, 1, 2, 3]
-
-
 def test_features_and_losses_do_not_depend_on_the_padding(
     encoder: nn.Module, decoder: nn.Module
 ) -> None:
@@ -61,51 +54,86 @@ def test_the_loss_is_that_of_each_next_token(decoder: nn.Module) -> None:
         assert float(token_losses(decoder, *TOKENS.padded([0]))) == pytest.approx(float(expected))
 
 
-def head(encoder: nn.Module, labels: list[int]) -> HeadAccuracy:
-    weight = torch.randn(3, 16, generator=make_generator(1))
-    return HeadAccuracy(TOKENS, torch.tensor(labels), weight, torch.tensor([0.0, 0.3, -0.2]))
+def head(labels: list[int], *, scale: float = 1.0) -> HeadAccuracy:
+    weight = scale * torch.randn(3, 16, generator=make_generator(1))
+    bias = torch.tensor([0.0, 0.3, -0.2])
+    return HeadAccuracy(lambda: TOKENS, torch.tensor(labels), weight, bias, batch_size=2)
+
+
+class TestHeadAccuracy(ExampleEvaluatorContract):
+    @pytest.fixture
+    def evaluator(self) -> ExampleEvaluator:
+        return head([0, 1, 2, 0])
+
+    @pytest.fixture
+    def model(self, encoder: nn.Module) -> nn.Module:
+        return encoder
+
+
+class TestTokenLoss(ExampleEvaluatorContract):
+    @pytest.fixture
+    def evaluator(self) -> ExampleEvaluator:
+        return TokenLoss(lambda: TOKENS, batch_size=2)
+
+    @pytest.fixture
+    def model(self, decoder: nn.Module) -> nn.Module:
+        return decoder
 
 
 def test_accuracy_is_the_mean_of_its_outcomes(encoder: nn.Module) -> None:
+    given = head([0, 0, 0, 0])
     with torch.no_grad():
         own = features(encoder, *TOKENS.padded([0, 1, 2, 3]))
-        given = head(encoder, [0, 0, 0, 0])
-        classes = (own @ given.weight.T + given.bias).argmax(-1)
-    wrong = (int(classes[2]) + 1) % 3
-    evaluator = head(encoder, [int(classes[0]), int(classes[1]), wrong, int(classes[3])])
+        classes = (own @ given.weight.T + given.bias).argmax(-1).tolist()
+    evaluator = head([classes[0], classes[1], (classes[2] + 1) % 3, classes[3]])
+    evaluator.prepare(encoder)
     assert evaluator.score(encoder, torch.arange(4)).tolist() == [1, 1, 0, 1]
-    assert evaluator.score(encoder, torch.tensor([2, 3])).tolist() == [0, 1]
-    seen = evaluator(encoder)
+    assert evaluator.score(encoder, torch.tensor([3, 2])).tolist() == [1, 0]
+    seen = evaluator(encoder)["accuracy"]
     assert (seen.value, seen.count) == (0.75, 4)
 
 
 def test_loss_is_the_mean_of_its_outcomes(decoder: nn.Module) -> None:
-    evaluator = TokenLoss(TOKENS)
+    evaluator = TokenLoss(lambda: TOKENS)
+    evaluator.prepare(decoder)
     outcomes = evaluator.score(decoder, torch.arange(4))
-    some = evaluator.score(decoder, torch.tensor([3, 1]))
-    assert some.tolist() == pytest.approx(outcomes[[3, 1]].tolist(), abs=1e-6)
-    seen = evaluator(decoder)
+    with torch.no_grad():
+        alone = [float(token_losses(decoder, *TOKENS.padded([row]))) for row in range(4)]
+    assert outcomes.tolist() == pytest.approx(alone, abs=1e-5)
+    seen = evaluator(decoder)["loss"]
     assert seen.value == pytest.approx(float(outcomes.mean()))
     assert seen.variance == pytest.approx(float(outcomes.var() / 4))
-    assert seen.count == 4
+    assert evaluator.metrics[0].direction == "min"
 
 
-def test_scoring_leaves_the_model_as_it_was(encoder: nn.Module) -> None:
-    encoder.train()
-    head(encoder, [0, 0, 0, 0])(encoder)
-    assert all(module.training for module in encoder.modules())
-    encoder.eval()
+def test_texts_of_like_lengths_are_scored_together(decoder: nn.Module) -> None:
+    lengths: list[list[int]] = []
+
+    class Watching(TokenLoss):
+        def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
+            lengths.append([len(TOKENS.ids[i]) for i in items.tolist()])
+            return super().outcomes(model, items)
+
+    evaluator = Watching(lambda: TOKENS, batch_size=2)
+    evaluator.prepare(decoder)
+    evaluator.score(decoder, torch.arange(4))
+    assert lengths == [[5, 3], [3, 2]]
 
 
-def test_refuses_what_breaks(encoder: nn.Module, decoder: nn.Module, tmp_path: Path) -> None:
-    broken = load_pretrained(tiny_decoder(tmp_path), "decoder")
-    with torch.no_grad():
-        next(broken.parameters()).fill_(torch.nan)
-    with pytest.raises(EvaluationError, match="NaN or infinity"):
-        TokenLoss(TOKENS)(broken)
-    given = head(encoder, [0, 0, 0, 0])
-    nan = HeadAccuracy(TOKENS, given.labels, given.weight * torch.nan, given.bias)
-    with pytest.raises(EvaluationError, match="NaN or infinity"):
+def test_the_digest_tells_texts_labels_and_heads(encoder: nn.Module) -> None:
+    other = HeadAccuracy(
+        lambda: Tokens(TOKENS.ids[:3]), torch.tensor([0, 1, 2]), torch.ones(3, 16), torch.zeros(3)
+    )
+    evaluators = [head([0, 1, 2, 0]), head([0, 1, 2, 1]), head([0, 1, 2, 0], scale=2), other]
+    for evaluator in evaluators:
+        evaluator.prepare(encoder)
+    assert len({evaluator.digest for evaluator in evaluators}) == 4
+
+
+def test_refuses_what_breaks(encoder: nn.Module, decoder: nn.Module) -> None:
+    nan = head([0, 0, 0, 0], scale=torch.nan)
+    nan.prepare(encoder)
+    with pytest.raises(EvaluationError, match="NaN or infinite"):
         nan(encoder)
-    with pytest.raises(DataError, match=r"2 texts have fewer than two tokens, .* text 1"):
-        TokenLoss(Tokens(((1, 2), (1,), (2,))))
+    with pytest.raises(EvaluationError, match=r"2 texts have fewer than two tokens, .* text 1"):
+        TokenLoss(lambda: Tokens(((1, 2), (1,), (2,)))).prepare(decoder)
