@@ -78,7 +78,10 @@ def test_every_file_composes(group: str, name: str) -> None:
         assert "_target_" in config[group]
 
 
-@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - {"checkpoints", "images"}))
+OWN = {"checkpoints", "decoder", "images", "text"}  # problems that need data of the user's
+
+
+@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - OWN))
 def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
     small = ["problem.epochs=1"] if name == "digits" else []
     problem = build_problem(composed(f"problem={name}", *(f"+{key}" for key in small)))
@@ -362,7 +365,7 @@ def test_the_working_directory_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "key"),
     [
-        *((problem, "fixed") for problem in ("digits", "images", "checkpoints")),
+        *((problem, "fixed") for problem in ("digits", *sorted(OWN))),
         *(("checkpoints", key) for key in ("metrics", "heads")),
     ],
 )

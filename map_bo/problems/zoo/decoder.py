@@ -23,7 +23,7 @@ from map_bo.problems.zoo.pretrained import (
     decoder_folder,
     load_tokenizer,
 )
-from map_bo.problems.zoo.text_sets import TextSelection
+from map_bo.problems.zoo.text_sets import TextSelection, check_sets
 from map_bo.problems.zoo.token_scoring import TokenLoss, Tokens, token_losses
 
 __all__ = ["DEFAULT_DOMAINS", "DecoderZoo", "decoder_problem"]
@@ -124,7 +124,7 @@ def decoder_problem(
             cannot be written.
         MissingDependencyError: When an optional package is missing.
     """
-    zoo = DecoderZoo(tuple(sets), tuning, seed, epochs, root, model)
+    zoo = DecoderZoo(check_sets(sets), tuning, seed, epochs, root, model)
     return tuned_problem(
         zoo,
         size,

@@ -236,6 +236,7 @@ class TunedZoo(ABC):
                 hint=did_you_mean(self.tuning, TUNINGS),
             )
         whole_number("epochs", self.epochs, least=1, error=DataError)
+        whole_number("seed", self.seed, error=DataError)
 
     @abstractmethod
     def base(self, cache_dir: str | Path | None = None) -> Path:

@@ -27,7 +27,7 @@ from map_bo.problems.zoo.pretrained import (
     load_pretrained,
     load_tokenizer,
 )
-from map_bo.problems.zoo.text_sets import TEXT_SETS, TextSelection
+from map_bo.problems.zoo.text_sets import TEXT_SETS, TextSelection, check_sets
 from map_bo.problems.zoo.token_scoring import BATCH, HeadAccuracy, Tokens, features
 
 __all__ = ["DEFAULT_SETS", "TextZoo", "text_problem"]
@@ -138,7 +138,7 @@ def text_problem(
             cannot be written.
         MissingDependencyError: When an optional package is missing.
     """
-    zoo = TextZoo(tuple(sets), tuning, seed, epochs, root, model)
+    zoo = TextZoo(check_sets(sets), tuning, seed, epochs, root, model)
     return tuned_problem(
         zoo,
         size,

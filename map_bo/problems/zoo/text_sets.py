@@ -141,23 +141,24 @@ def _select(name: str, folder: str, examples: int) -> TextSelection:
     )
 
 
-def check_sets(sets: Sequence[str]) -> tuple[str, ...]:
+def check_sets(sets: object) -> tuple[str, ...]:
     """Return the names of the sets of a zoo, one expert each.
 
     Raises:
         DataError: When there are fewer than two, one is named twice, or there is no such set.
     """
-    if len(sets) < 2 or len(set(sets)) != len(sets):
+    names = list(sets) if isinstance(sets, Sequence) and not isinstance(sets, str) else [sets]
+    if len(names) < 2 or len({str(name) for name in names}) != len(names):
         raise DataError(
-            f"sets must be two or more different ones, got {', '.join(sets) or 'none'}",
+            f"sets must be two or more different ones, got {', '.join(map(str, names)) or 'none'}",
             hint="name the text sets to train experts on",
         )
-    for name in sets:
-        if name not in _READERS:
+    for name in names:
+        if not isinstance(name, str) or name not in _READERS:
             raise DataError(
                 f"there is no text set {name!r}", hint=f"text sets are {', '.join(TEXT_SETS)}"
             )
-    return tuple(sets)
+    return tuple(names)
 
 
 def text_folder(root: str | Path | None = None) -> Path:

@@ -131,9 +131,13 @@ def test_the_folder_may_be_the_one_above(root: Path, tmp_path: Path) -> None:
         (("trec",), "two or more different ones, got trec"),
         (("trec", "trec"), "two or more different ones, got trec, trec"),
         (("trec", "imdb"), "no text set 'imdb'"),
+        ("trec", "two or more different ones, got trec"),
+        (None, "two or more different ones, got None"),
+        ((), "two or more different ones, got none"),
+        (("trec", 3), "no text set 3"),
     ],
 )
-def test_a_zoo_has_two_sets_or_more(sets: tuple[str, ...], message: str) -> None:
+def test_a_zoo_has_two_sets_or_more(sets: object, message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_sets(sets)
 
