@@ -11,9 +11,10 @@ import shutil
 import struct
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,7 +110,8 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     transformers = _transformers("decoder")
     scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     try:
-        with _quiet():
+        # Not all of its bars heed the switch.
+        with _quiet(), redirect_stderr(StringIO()):
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 gguf.parent,
                 gguf_file=gguf.name,

@@ -158,7 +158,7 @@ def check_sets(sets: object) -> tuple[str, ...]:
             raise DataError(
                 f"there is no text set {name!r}", hint=f"text sets are {', '.join(TEXT_SETS)}"
             )
-    return tuple(names)
+    return tuple(str(name) for name in names)
 
 
 def text_folder(root: str | Path | None = None) -> Path:
