@@ -21,6 +21,7 @@ FLOORS = [
         "data",
         "space",
         "scale",
+        "ordering",
         "constraints",
         "plain",
         "moved",

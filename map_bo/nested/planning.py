@@ -30,6 +30,7 @@ from map_bo.nested.tree import Group, Tasks
 from map_bo.problems.problem import Problem
 from map_bo.rng import child
 from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.samplers.sampler import proposed
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import fit_screened
@@ -298,7 +299,7 @@ def _probe(
     node = NodeProblem(problem, tasks.metrics, space, _identity(space), ledger)
     seen = Observations.empty(space.d, node.metrics)
     count = probe_count(nested, len(space.experts))
-    X = Sobol().propose(seen, space, count, generator=child(generator, "probe"))
+    X, _ = proposed(Sobol(), seen, space, count, pending=None, generator=child(generator, "probe"))
     for i, x in enumerate(X):
         outcome = _measure(node, x, str(i), settings, ledger, child(generator, "probe", i))
         seen = seen.append(outcome)

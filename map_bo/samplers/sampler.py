@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
+from map_bo.ordering import Ordering
 from map_bo.scale import anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Requirements
@@ -194,7 +195,22 @@ def proposed(
 
     Samplers that look at what was measured keep to the requirements that they have
     (:class:`HasRequirements`); designs leave out what is to fail (:func:`design_points`).
+
+    Samplers see experts and metrics in the order of their names, so that the order in which they
+    were given changes nothing.
     """
+    order = Ordering.of(space, seen.metrics)
+    if not order.is_given:
+        X, scores = proposed(
+            sampler,
+            order.observations(seen),
+            order.space(space),
+            n,
+            pending=None if pending is None else order.points(pending),
+            generator=generator,
+            requirements=requirements,
+        )
+        return order.back(X), scores
     if isinstance(sampler, TellsFit):
         return sampler.propose_and_tell(seen, space, n, pending=pending, generator=generator)
     points = design_points(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -36,10 +34,13 @@ def check_same(truth: Truth, surrogate: str, budget: int = BUDGET) -> None:
     found = optimise(truth, surrogate, budget, solver=SOLVER)
     torch.testing.assert_close(found.X, plain.X, rtol=0.0, atol=1e-3)
     assert found.volume == pytest.approx(plain.volume, rel=2e-3)
-    assert found.inside == pytest.approx(plain.inside, abs=0.02)
+    # In another order, fits end within the tolerance of their optimiser, not of rounding.
+    same_order = truth.in_order(torch.arange(3.0)[None]).tolist() == [[0, 1, 2]]
+    same_order = same_order and truth.metric_order == (0, 1)
+    assert found.inside == pytest.approx(plain.inside, abs=0.02 if same_order else 0.1)
     weights = {metric.name: float(i + 1) for i, metric in enumerate(Truth().metrics)}
     one, other = (o.result.choose(weights).x for o in (plain, found))
-    torch.testing.assert_close(other, one, rtol=0.0, atol=0.02)
+    torch.testing.assert_close(truth.in_order(other[None])[0], one, rtol=0.0, atol=0.02)
 
 
 @pytest.mark.parametrize("surrogate", QUICK)
@@ -74,9 +75,8 @@ def test_an_error_rate_is_the_run_of_its_accuracy(kind: str, surrogate: str) -> 
 @pytest.mark.parametrize("surrogate", OURS)
 @pytest.mark.parametrize("kind", ["loss", "unbounded", "accuracy", "counts"])
 def test_every_writing_is_the_same_run(kind: str, surrogate: str) -> None:
-    for title, truth in variants(kind, FACTORS).items():
-        if "order" not in title:
-            check_same(truth, surrogate, 12)
+    for truth in variants(kind, FACTORS).values():
+        check_same(truth, surrogate, 12)
 
 
 def data(truth: Truth, count: int = 10) -> Observations:
@@ -89,7 +89,6 @@ def data(truth: Truth, count: int = 10) -> Observations:
 @pytest.mark.parametrize("surrogate", [name for name in OURS if name != "sparse"])
 @pytest.mark.parametrize("kind", ["loss", "unbounded", "counts"])
 def test_the_order_of_metrics_and_experts_changes_no_fit(kind: str, surrogate: str) -> None:
-    """What is promised of another order: all that is computed; random numbers go by position."""
     plain, other = Truth(kind), Truth(kind, metric_order=(1, 0), expert_order=(2, 0, 1))
     points = plain.space.sample(50, generator=make_generator(1))
     found = []
@@ -110,17 +109,11 @@ def test_the_order_of_metrics_and_experts_changes_no_fit(kind: str, surrogate: s
     assert row_2 == row
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(600)
-def test_the_order_of_metrics_and_experts_changes_no_statistics_of_runs() -> None:
-    def mean(truth: Truth) -> tuple[float, float]:
-        volumes = torch.tensor(
-            [optimise(truth, "hybrid", 12, seed, solver=SOLVER).volume for seed in range(8)]
-        )
-        return float(volumes.mean()), float(volumes.std()) / math.sqrt(len(volumes))
-
-    (a, ea), (b, eb) = (
-        mean(Truth("loss")),
-        mean(Truth("loss", metric_order=(1, 0), expert_order=(2, 0, 1))),
-    )
-    assert abs(a - b) < max(0.02 * a, 4 * math.hypot(ea, eb))
+@pytest.mark.parametrize("surrogate", QUICK)
+@pytest.mark.parametrize(
+    "orders", [{"metric_order": (1, 0)}, {"expert_order": (2, 0, 1)}], ids=["metrics", "experts"]
+)
+def test_the_order_of_metrics_and_experts_changes_no_run(
+    surrogate: str, orders: dict[str, tuple[int, ...]]
+) -> None:
+    check_same(Truth("loss", **orders), surrogate)  # type: ignore[arg-type]
