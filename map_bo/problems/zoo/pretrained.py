@@ -86,6 +86,8 @@ def decoder_folder(given: str | Path | None = None, cache_dir: str | Path | None
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / f".{folder.name}.lock"):
             if not folder.is_dir():
+                for stale in folder.parent.glob(f".{folder.name}.*-*"):  # of a process killed
+                    shutil.rmtree(stale)
                 convert_gguf(gguf, folder)
     except OSError as error:
         raise DataError(
@@ -108,7 +110,7 @@ def convert_gguf(gguf: Path, out: Path) -> None:
     """
     require("gguf", by="reading a GGUF file", extra="decoder")
     transformers = _transformers("decoder")
-    scratch = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    scratch = out.with_name(f".{out.name}.{uuid.uuid4()}")
     try:
         # Not all of its bars heed the switch.
         with _quiet(), redirect_stderr(StringIO()):

@@ -52,6 +52,7 @@ class TextZoo(TunedZoo):
     model: str | Path | None = None
 
     name: ClassVar[str] = "text"
+    model_name: ClassVar[str] = "all-MiniLM-L6-v2"
     kind: ClassVar[Kind] = "encoder"
     version: ClassVar[int] = 1
     train_examples: ClassVar[int] = 960

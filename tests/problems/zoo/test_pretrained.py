@@ -56,9 +56,12 @@ def test_the_gguf_file_is_converted_once(tmp_path: Path, monkeypatch: pytest.Mon
         out.mkdir()
 
     monkeypatch.setattr(pretrained, "convert_gguf", convert)
+    left = tmp_path / "cache" / "decoder" / ".SmolLM2-135M-Instruct-v1.0-1"  # by a kill
+    left.mkdir(parents=True)
     folder = decoder_folder(cache_dir=tmp_path / "cache")
     assert decoder_folder(cache_dir=tmp_path / "cache") == folder
     assert folder.is_dir()
+    assert not left.exists()
     assert converted == ["tiny.gguf"]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be kept") as caught:

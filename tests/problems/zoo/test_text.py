@@ -84,6 +84,7 @@ def test_the_datasheet_has_the_scores_of_base_and_experts(
     assert all(set(own) == set(sets) for own in sheet["scores"].values())
     assert sheet["sets"][sets[0]]["train"] == 24
     assert sheet["zoo"]["seed"] == 0
+    assert sheet["zoo"]["model"] == encoder.name
     # One more set: what is known stays, what is new is measured.
     before = folders["sst2"].joinpath("model.safetensors").stat().st_mtime_ns
     more = TextZoo((*PAIR, "subj"), root=texts, model=encoder, epochs=1)
@@ -217,6 +218,6 @@ def test_real_experts_are_better_at_their_set_than_the_base() -> None:
     zoo = TextZoo(("trec", "sst2"), root=folder)
     own = [path.name for path in zoo.experts().values()]
     scores = read_datasheet(zoo.folder())["scores"]
-    for name in own:
+    for name, other in (own, own[::-1]):
         assert scores[name][name] > scores["base"][name] + 0.03
-    assert scores[own[1]][own[0]] < scores["base"][own[0]]
+        assert scores[name][name] > scores[other][name] + 0.03
