@@ -36,8 +36,12 @@ if TYPE_CHECKING:
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+    from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+    from map_bo.operators.spectral.knots import KnOTS
+    from map_bo.operators.spectral.tsv import TSVM
+    from map_bo.operators.statistics.data_free import DataFreeRegMean
     from map_bo.operators.statistics.fisher import Fisher
-    from map_bo.operators.statistics.regmean import RegMean
+    from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
@@ -47,6 +51,7 @@ if TYPE_CHECKING:
 __version__ = "0.2.0"
 
 __all__ = [
+    "TSVM",
     "AtLeast",
     "AtMost",
     "Breadcrumbs",
@@ -54,10 +59,14 @@ __all__ = [
     "CoefficientSpace",
     "Consensus",
     "Dare",
+    "DataFreeRegMean",
     "Della",
     "ExportSettings",
     "Fisher",
     "Front",
+    "IsoC",
+    "IsoCTS",
+    "KnOTS",
     "LinearConstraint",
     "Magnitude",
     "MapBoError",
@@ -69,6 +78,7 @@ __all__ = [
     "Observations",
     "Preference",
     "RegMean",
+    "RegMeanPlusPlus",
     "Result",
     "Run",
     "Settings",
@@ -96,10 +106,14 @@ _HOME = {
     "CoefficientSpace": "map_bo.space",
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
+    "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
+    "IsoC": "map_bo.operators.spectral.isotropic",
+    "IsoCTS": "map_bo.operators.spectral.isotropic",
+    "KnOTS": "map_bo.operators.spectral.knots",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",
     "MapBoError": "map_bo.errors",
@@ -111,11 +125,13 @@ _HOME = {
     "Observations": "map_bo.data",
     "Preference": "map_bo.pareto.preferences",
     "RegMean": "map_bo.operators.statistics.regmean",
+    "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
     "Settings": "map_bo.loop.settings",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
+    "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
     "Ties": "map_bo.operators.sparse",

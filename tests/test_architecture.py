@@ -27,6 +27,7 @@ FLOORS = [
         "moved",
         "extensions",
         "foreign",
+        "cached",
     },
     {"pareto", "merging", "surrogates", "tracking"},
     {"operators", "samplers", "evaluators", "report"},

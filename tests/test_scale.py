@@ -425,16 +425,11 @@ def test_a_shared_scale_keeps_the_widest_unit_apart_from_thresholds() -> None:
 
 
 def test_the_scale_of_one_is_that_scale() -> None:
-    held = (AtLeast("up", 0.5),)
-    one = Scale(
-        METRICS, torch.tensor([0.2, 5.0]), torch.tensor([0.9, 1.0]), "one", constraints=held
-    )
+    ends = torch.tensor([0.2, 5.0]), torch.tensor([0.9, 1.0])
+    one = Scale(METRICS, *ends, "one", constraints=(AtLeast("up", 0.5),))
     same = Scale.common([one], "one")
-    assert same.point.tolist() == one.point.tolist()
-    assert same.best.tolist() == one.best.tolist()
-    assert same.unit is None
-    assert same.constraints == held
-    assert same.constrained.tolist() == [True, False]
+    assert (same.point.tolist(), same.best.tolist()) == (one.point.tolist(), one.best.tolist())
+    assert (same.unit, same.constraints) == (None, one.constraints)
 
 
 def test_several_scales_share_the_worst_points_and_the_best_ends() -> None:

@@ -43,6 +43,10 @@ from map_bo.operators.averages import Slerp
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 
 __all__ = ["CASES", "Case", "measure"]
 
@@ -62,6 +66,8 @@ class Case:
         peer: mergekit's method of that kind.
         parameters: Its parameters.
         same: Whether it merges to the same model.
+        elementwise: Whether a candidate is made number by number, which the goal is for; others
+            multiply and decompose matrices.
     """
 
     label: str
@@ -70,6 +76,7 @@ class Case:
     peer: str | None = None
     parameters: dict[str, float] = field(default_factory=dict)
     same: bool = False
+    elementwise: bool = True
 
 
 CASES = (
@@ -107,6 +114,17 @@ CASES = (
     Case("Consensus", Consensus(), "strictness"),
     Case("Slerp", Slerp()),
     Case("Magnitude", Magnitude(), "density"),
+    Case("TSV-M", TSVM()),
+    Case("Iso-C", IsoC(), elementwise=False),
+    Case("Iso-CTS", IsoCTS()),
+    # A basis of two large embeddings is not what it is made for.
+    Case(
+        "KnOTS, without embeddings",
+        KnOTS(skip="embed|lm_head"),
+        "density",
+        elementwise=False,
+    ),
+    Case("RegMean without data", DataFreeRegMean(), "ridge", elementwise=False),
 )
 
 
@@ -126,7 +144,8 @@ def measure(options: Options) -> Outcome:
             rows.append({"operator": case.label, "experts": experts, **found})
             if options.peers and experts == few and case.peer is not None:
                 rows[-1]["mergekit"] = _peer_seconds(case, vectors, out)
-            lines.append(_line(rows[-1], goal if experts == few else None))
+            asked = experts == few and case.elementwise
+            lines.append(_line(rows[-1], goal if asked else None))
             gc.collect()
     million = shape.parameters / 1e6
     note = (

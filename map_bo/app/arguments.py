@@ -7,10 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from map_bo.app.init import init_options, is_file
 from map_bo.app.merge import merge_options
 from map_bo.errors import ConfigError
 
-__all__ = ["Command", "pairs", "parser", "surrogate_of_sampler", "with_bare_trust"]
+__all__ = [
+    "Command",
+    "pairs",
+    "parser",
+    "surrogate_of_sampler",
+    "with_bare_trust",
+    "with_configuration",
+]
 
 Command = Callable[[argparse.Namespace], None]
 """Carries out a command with its options."""
@@ -20,6 +28,8 @@ _EPILOG = """\
 examples:
   map-bo run                                            four digit experts, no set-up needed
   map-bo run problem=digits problem.experts=6 loop.budget=30 seed=3
+  map-bo init BASE --expert math=MODEL --task math=KIND:DATA   your own models, without Python
+  map-bo run map_bo.yaml                                what `init` has written
   map-bo run -m surrogate=quadratic,gp seed=0,1,2       a sweep and the comparison of its runs
   map-bo report SWEEP                                   write that comparison again
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
@@ -49,7 +59,14 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"map-bo {__version__}")
     commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    commands.add_parser("run", help="find a front; takes Hydra overrides (see map-bo run --help)")
+    commands.add_parser(
+        "run", help="find a front; takes a FILE.yaml and Hydra overrides (see map-bo run --help)"
+    )
+
+    text = "write a configuration for your models and data, and try it out"
+    init = commands.add_parser("init", help=text, description=text)
+    init_options(init)
+    init.set_defaults(command=functions["init"])
 
     resume = _command(commands, "resume", "continue an interrupted run", functions["resume"])
     resume.add_argument(
@@ -193,6 +210,45 @@ def _is_package(text: str) -> bool:
     return all(map(str.isidentifier, text.split("."))) and not any(
         (folder / name).exists() for name in ("events.jsonl", "recipe.yaml")
     )
+
+
+def with_configuration(arguments: Sequence[str]) -> list[str]:
+    """Return arguments of ``run`` in which ``FILE.yaml`` is what Hydra begins with.
+
+    Raises:
+        ConfigError: When there is no such file, or it cannot be the beginning.
+    """
+    found = list(arguments)
+    for i, argument in enumerate(arguments):
+        before = arguments[i - 1] if i else ""
+        if is_file(argument) and "=" not in argument and not before.startswith(("-c", "--config")):
+            found[i : i + 1] = _as_primary(Path(argument))
+            break
+    return found
+
+
+def _as_primary(file: Path) -> list[str]:
+    """Return the options with which Hydra begins with a file."""
+    if not file.is_file():
+        raise ConfigError(
+            f"{file} does not exist",
+            hint="write one with `map-bo init BASE --expert NAME=PATH --task NAME=KIND:DATA`",
+        )
+    if file.stem in ("config", "base_config"):
+        raise ConfigError(
+            f"{file} is called like the configuration of map_bo itself",
+            hint="give the file another name, such as map_bo.yaml",
+        )
+    if file.suffix != ".yaml":
+        raise ConfigError(f"{file} must end in .yaml", hint="rename it")
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not any(line.split("#")[0].strip() in ("- config", "- /config") for line in lines):
+        raise ConfigError(
+            f"{file} does not begin with the configuration of map_bo",
+            hint="let its defaults begin with it, as in the files that `map-bo init` writes:\n"
+            "defaults:\n  - config\n  - override problem: hf\n  - _self_",
+        )
+    return ["--config-dir", str(file.absolute().parent), "--config-name", file.stem]
 
 
 def surrogate_of_sampler(override: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from map_bo.app.arguments import (
     parser,
     surrogate_of_sampler,
     with_bare_trust,
+    with_configuration,
 )
 from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
 
@@ -258,8 +260,52 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
-def _run(arguments: list[str]) -> None:
-    """Call Hydra, and turn its exceptions for a wrong override into one clear error."""
+def _init(options: argparse.Namespace) -> None:
+    from map_bo.app.init import check_task, is_file, written_file
+    from map_bo.values import whole_number
+
+    examples = whole_number("--examples", options.examples, least=1)
+    if is_file(options.base):
+        if options.expert or options.task:
+            raise ConfigError(
+                f"{options.base} is a configuration, and experts or tasks were given as well",
+                hint="add them in the file, or name a base",
+            )
+        file = options.base
+    else:
+        file = str(written_file(options))
+        sys.stdout.write(f"{file} written\n")
+        if options.no_check:
+            sys.stdout.write(f"next: map-bo init {shlex.quote(file)}, which tries it out\n")
+            return
+
+    def task(config: Any) -> None:
+        check_task(config, file=file, examples=examples)
+
+    try:
+        _run([file, *_WITHOUT_A_RUN], task)
+    except MapBoError as error:
+        again = f"correct {file}, then try it out with `map-bo init {shlex.quote(file)}`"
+        hint = f"{error.hint}\nhint: {again}" if error.hint else again
+        raise type(error)(error.message, hint=hint) from error
+
+
+_WITHOUT_A_RUN = (
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "~hydra.callbacks.refuse_existing_run",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
+
+
+def _run(arguments: list[str], task: Any = None) -> None:
+    """Call Hydra, and turn its exceptions for a wrong override into one clear error.
+
+    Args:
+        arguments: The arguments after ``run``.
+        task: Function of the composed configuration; the run by default.
+    """
     import hydra
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
@@ -269,7 +315,9 @@ def _run(arguments: list[str]) -> None:
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
+    job = run_task if task is None else task
     _refuse_pickles(arguments)
+    arguments = with_configuration(arguments)
     register()
     announce_sweep()
     if not any(argument in ("-sc", "--shell-completion") for argument in arguments):
@@ -279,9 +327,7 @@ def _run(arguments: list[str]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     sys.argv = ["map-bo", *map(surrogate_of_sampler, arguments)]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(
-            run_task
-        )()
+        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(job)()
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             raise
@@ -291,7 +337,7 @@ def _run(arguments: list[str]) -> None:
     except (MapBoError, OSError):
         raise
     except Exception as error:
-        if asked == "1" or _is_within(run_task, error):
+        if asked == "1" or _is_within(job, error):
             raise
         # Hydra composes the configuration before it calls the task, and trips over some values.
         said = first_line(error)
@@ -340,6 +386,7 @@ def _complete(arguments: list[str]) -> None:
 
 
 _FUNCTIONS: Mapping[str, Command] = {
+    "init": _init,
     "resume": _resume,
     "choose": _choose,
     "merge": _merge,

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from map_bo.app.build import working_directory
 from map_bo.errors import ConfigError, first_line, listed
+from map_bo.evaluators.kinds import code_in
 from map_bo.extensions import installed, is_registered
 from map_bo.moved import with_current_targets
 from map_bo.plain import EVERYTHING, Trust, is_settings_class, trusted
@@ -33,8 +34,10 @@ __all__ = ["Foreign", "foreign_code", "recorded_configuration", "trust_words"]
 _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _FUNCTION = re.compile(r"([A-Za-z_]\w*)(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _IMPORTED = "map_bo.problems.merged.imported.imported_problem"
+_HF = "map_bo.problems.merged.hf.hf_problem"
 _PARTS = frozenset(  # of map_bo that configurations build besides settings: problems and trackers
     {
+        _HF,
         _IMPORTED,
         "map_bo.loop.mirrors.Local",
         "map_bo.problems.zoo.decoder.decoder_problem",
@@ -53,6 +56,7 @@ _DATA = frozenset(  # of an imported problem: text that names no code, whatever 
 )
 _OPTIONS = frozenset({"_target_", "_convert_", "_recursive_"})
 _PATHS = ("base", "cache_dir", "root", "experts", "statistics")  # what may be relative paths
+_PATHS_OF_TASKS = ("data", "path", "tokenizer", "processor", "head")  # ... where they are text
 _DEEPEST = 50
 
 
@@ -139,13 +143,19 @@ def _in_mapping(node: Mapping[Any, Any], where: str, rule: str, left: int) -> It
             yield Foreign(here[:200], name[:80], "")
         if name != "_target_" and not (target in _GETTERS and name == "path"):
             yield from _below(value, here, _rule(target, name, rule), left - 1)
+            if target == _HF and name == "tasks" and isinstance(value, Mapping):
+                for task, settings in value.items():
+                    for place, text in code_in(f"{here}.{task}", settings):
+                        yield Foreign(place[:200], text[:80], _package(text))
 
 
 def _rule(target: Any, key: str, above: str) -> str:
     """Return what the text below a key may name."""
     if target is None:
         return above
-    if target == _IMPORTED:
+    if target == _HF and key == "tasks":
+        return ""  # what their kinds would import is found by the kinds
+    if target in (_IMPORTED, _HF):
         return "code" if key in _CODE else "" if key in _DATA or key == "operator" else "maybe"
     return "" if str(target).startswith("map_bo.") else "maybe"
 
@@ -284,13 +294,29 @@ def _located(tree: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any]:
     if folder is None or folder == Path.cwd():
         return tree
 
+    def there(value: str) -> str:
+        path = folder / value
+        return str(path) if value and os.path.lexists(path) else value
+
     def located(value: Any, inside: bool) -> Any:
         if isinstance(value, Mapping):
-            return {key: located(part, inside or key in _PATHS) for key, part in value.items()}
+            return {
+                key: of_task(part) if key == "tasks" else located(part, inside or key in _PATHS)
+                for key, part in value.items()
+            }
         if inside and isinstance(value, str) and not os.path.isabs(value):
-            there = folder / value
-            return str(there) if value and os.path.lexists(there) else value
+            return there(value)
         return value
+
+    def of_task(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        return {
+            key: there(part)
+            if key in _PATHS_OF_TASKS and isinstance(part, str) and not os.path.isabs(part)
+            else of_task(part)
+            for key, part in value.items()
+        }
 
     found = located({key: tree[key] for key in ("problem", "operator") if key in tree}, False)
     start = located({"experts": tree.get("start_from")}, False)["experts"]

@@ -10,8 +10,18 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Data": "map_bo.evaluators.data",
+    "Embeddings": "map_bo.evaluators.embeddings",
     "ExampleEvaluator": "map_bo.evaluators.examples",
+    "Generation": "map_bo.evaluators.generation",
+    "ImageClassification": "map_bo.evaluators.images.classification",
+    "Perplexity": "map_bo.evaluators.perplexity",
+    "Regression": "map_bo.evaluators.text.regression",
     "SeveralMetrics": "map_bo.evaluators.metrics",
+    "TextClassification": "map_bo.evaluators.text.classification",
+    "TextPairs": "map_bo.evaluators.text.classification",
+    "TorchLoader": "map_bo.evaluators.loaders.torch_loader",
+    "ZeroShot": "map_bo.evaluators.images.zero_shot",
     "accuracy": "map_bo.evaluators.evaluator",
     "mean_loss": "map_bo.evaluators.evaluator",
     "mean_probability": "map_bo.evaluators.evaluator",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
@@ -36,10 +37,12 @@ __all__ = [
     "mean_probability",
     "measure",
     "measurement_of",
+    "measuring",
     "number_of",
     "prepare_evaluators",
 ]
 
+_measuring: ContextVar[str | None] = ContextVar("measuring", default=None)
 _HINT = "return a float, or map_bo.Measurement(value, variance=..., count=...)"
 
 
@@ -186,6 +189,7 @@ def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:
 
 def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
     """Call an evaluator; what it raises becomes an `EvaluationError`, as `measure` says."""
+    token = _measuring.set(name)
     try:
         return evaluator(model)
     except BaseException as error:
@@ -198,6 +202,13 @@ def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
         raise EvaluationError(
             reason.rstrip(": "), hint=hint or "call it on the base model to find out why"
         ) from error
+    finally:
+        _measuring.reset(token)
+
+
+def measuring() -> str | None:
+    """Return the name of the evaluator that is being called; None outside of one."""
+    return _measuring.get()
 
 
 def measurement_of(what: str, result: object) -> Measurement:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ __all__ = ["ExampleEvaluator", "ProgressListener", "listening", "mean_of"]
 
 ProgressListener = Callable[[int, int], None]
 """Is told how many examples have been scored, and of how many."""
+
+T = TypeVar("T")
 
 _listener: ContextVar[ProgressListener | None] = ContextVar("listener", default=None)
 
@@ -113,6 +116,24 @@ class ExampleEvaluator(ABC):
         Raises:
             EvaluationError: For an index that is not possible, and outcomes that are not finite.
         """
+        parts = self.each_batch(
+            model, items, lambda batch: self._checked(self.outcomes(model, batch), len(batch))
+        )
+        return torch.cat(parts).clone()  # not an inference tensor
+
+    def each_batch(
+        self, model: nn.Module, items: Tensor, function: Callable[[Tensor], T]
+    ) -> list[T]:
+        """Return what a function returns for each batch, and tell the listener how far it is.
+
+        Args:
+            model: The model; it is in evaluation mode meanwhile, and gradients are off.
+            items: ``n`` indices of examples.
+            function: Called with the indices of each batch in turn, at most ``batch_size``.
+
+        Raises:
+            EvaluationError: For an index that is not possible.
+        """
         items = torch.as_tensor(items, device="cpu")
         if items.dim() != 1 or not len(items) or items.is_floating_point():
             raise EvaluationError(
@@ -127,38 +148,40 @@ class ExampleEvaluator(ABC):
                 hint=f"give integers from 0 to {self.size - 1}",
             )
         listener = _listener.get()
-        parts: list[Tensor] = []
+        parts: list[T] = []
         with evaluating(model), torch.inference_mode():
             for start in range(0, len(items), self.batch_size):
-                batch = items[start : start + self.batch_size]
-                part = self.outcomes(model, batch).double().cpu()
-                wanted = (
-                    (len(batch),) if len(self.metrics) == 1 else (len(batch), len(self.metrics))
-                )
-                if part.shape != wanted:
-                    raise EvaluationError(
-                        f"the outcomes of {len(batch)} examples have shape {tuple(part.shape)}",
-                        hint=f"return {' x '.join(map(str, wanted))}",
-                    )
-                if not bool(torch.isfinite(part).all()):
-                    bad = int((~torch.isfinite(part)).reshape(len(batch), -1).any(-1).sum())
-                    raise EvaluationError(
-                        f"the outcomes of {bad} of {len(batch)} examples are NaN or infinite",
-                        hint="these coefficients break the model; narrow the bounds if many do",
-                    )
-                parts.append(part)
+                parts.append(function(items[start : start + self.batch_size]))
                 if listener is not None:
                     listener(min(start + self.batch_size, len(items)), len(items))
-        return torch.cat(parts).clone()  # not an inference tensor
+        return parts
 
-    def summary(self, outcomes: Tensor) -> dict[str, Measurement]:
-        """Return what all outcomes make, by the evaluator's own names of its metrics.
+    def _checked(self, outcomes: Tensor, n: int) -> Tensor:
+        """Return the outcomes of ``n`` examples in float64 on the CPU, or refuse them."""
+        part = outcomes.double().cpu()
+        wanted = (n,) if len(self.metrics) == 1 else (n, len(self.metrics))
+        if part.shape != wanted:
+            raise EvaluationError(
+                f"the outcomes of {n} examples have shape {tuple(part.shape)}",
+                hint=f"return {' x '.join(map(str, wanted))}",
+            )
+        if not bool(torch.isfinite(part).all()):
+            bad = int((~torch.isfinite(part)).reshape(n, -1).any(-1).sum())
+            raise EvaluationError(
+                f"the outcomes of {bad} of {n} examples are NaN or infinite",
+                hint="these coefficients break the model; narrow the bounds if many do",
+            )
+        return part
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        """Return what outcomes make, by the evaluator's own names of its metrics.
 
         Each metric is the mean over the examples, with the variance of that mean; a proportion of
         right and wrong answers has its count in place of it.
 
         Args:
             outcomes: As `score` returns them.
+            items: The examples that they belong to; None for all of them in order.
         """
         table = outcomes.unsqueeze(-1) if outcomes.dim() == 1 else outcomes
         return {

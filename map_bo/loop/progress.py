@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
@@ -18,8 +21,20 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from map_bo.data import Observations
+from map_bo.evaluators.evaluator import measuring
+from map_bo.evaluators.examples import listening
 
-__all__ = ["Progress", "Reporter", "RichProgress", "Silent", "silent"]
+__all__ = [
+    "CountsExamples",
+    "Progress",
+    "Reporter",
+    "RichProgress",
+    "Silent",
+    "follow",
+    "silent",
+]
+
+logger = logging.getLogger(__name__)
 
 
 class Reporter(Protocol):
@@ -39,12 +54,36 @@ class Reporter(Protocol):
 
 
 @runtime_checkable
+class CountsExamples(Protocol):
+    """A reporter that is also told how far an evaluation has come."""
+
+    def scored(self, evaluator: str | None, done: int, total: int) -> None:
+        """An evaluator has scored ``done`` of its ``total`` examples."""
+        ...
+
+
+@runtime_checkable
 class Progress(Protocol):
     """Opens a reporter over a number of evaluations."""
 
     def over(self, total: int) -> AbstractContextManager[Reporter]:
         """Return a context in which progress towards ``total`` evaluations is reported."""
         ...
+
+
+@contextmanager
+def follow(progress: Progress, total: int) -> Iterator[Reporter]:
+    """Open a reporter over ``total`` evaluations, which hears of examples too where it counts them.
+
+    Examples that other processes score are not heard of.
+    """
+    with progress.over(total) as report:
+        if not isinstance(report, CountsExamples):
+            yield report
+            return
+        counting: CountsExamples = report
+        with listening(lambda done, total: counting.scored(measuring(), done, total)):
+            yield report
 
 
 class Silent:
@@ -69,11 +108,24 @@ silent = Silent()
 
 
 class RichProgress:
-    """A progress bar on standard error, with the last measured metrics and the time left."""
+    """A progress bar on standard error, with the last measured metrics and the time left.
+
+    Where standard error is no terminal, the log gets a line now and then.
+
+    Args:
+        interval: Seconds between two lines of the log, at least.
+    """
+
+    def __init__(self, *, interval: float = 60.0) -> None:
+        self._interval = interval
 
     @contextmanager
     def over(self, total: int) -> Iterator[Reporter]:
         """See :class:`Progress`."""
+        console = Console(file=sys.stderr)  # this one, whatever an evaluator makes of sys.stderr
+        if not console.is_terminal:
+            yield _LogReporter(total, self._interval)
+            return
         bar = Bar(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
@@ -81,23 +133,34 @@ class RichProgress:
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
+            TextColumn("{task.fields[examples]}", markup=False),
             TextColumn("{task.fields[last]}", markup=False),
-            console=Console(stderr=True),
+            console=console,
             transient=True,
         )
         with bar:
-            yield _BarReporter(bar, bar.add_task("starting", total=total, last=""))
+            task = bar.add_task("starting", total=total, last="", examples="")
+            yield _BarReporter(bar, task)
 
 
 class _BarReporter:
     def __init__(self, bar: Bar, task: TaskID) -> None:
         self._bar, self._task = bar, task
+        self._begun = time.monotonic()
 
     def done(self, count: int) -> None:
         self._bar.update(self._task, completed=count)
 
     def evaluating(self, what: str) -> None:
-        self._bar.update(self._task, description=what)
+        self._begun = time.monotonic()
+        self._bar.update(self._task, description=what, examples="")
+
+    def scored(self, evaluator: str | None, done: int, total: int) -> None:
+        left = (time.monotonic() - self._begun) * (total - done) / done
+        said = f"{evaluator or 'examples'} {done}/{total}"
+        self._bar.update(self._task, examples=f"{said}, {_duration(left)} left" if left else said)
+        if done == total:  # the next evaluator begins
+            self._begun = time.monotonic()
 
     def measured(self, outcome: Observations) -> None:
         if outcome.failures[0] is not None:
@@ -105,4 +168,46 @@ class _BarReporter:
         else:
             pairs = zip(outcome.metrics, outcome.Y[0].tolist(), strict=True)
             last = " ".join(f"{metric.name} {value:.4g}" for metric, value in list(pairs)[:4])
-        self._bar.update(self._task, advance=1, last=last)
+        self._bar.update(self._task, advance=1, last=last, examples="")
+
+
+class _LogReporter:
+    """Writes a line to the log where the last one is long enough ago."""
+
+    def __init__(self, total: int, interval: float) -> None:
+        self._total, self._interval = total, interval
+        self._begun = self._said = time.monotonic()
+        self._before = self._here = 0  # evaluations recorded earlier, and measured since
+        self._what = "starting"
+
+    def done(self, count: int) -> None:
+        self._before = count - self._here
+
+    def evaluating(self, what: str) -> None:
+        self._what = what
+        self._say("")
+
+    def scored(self, evaluator: str | None, done: int, total: int) -> None:
+        self._say(f", {evaluator or 'an evaluator'}: {done} of {total} examples")
+
+    def measured(self, outcome: Observations) -> None:
+        self._here += 1
+
+    def _say(self, more: str) -> None:
+        now = time.monotonic()
+        if now - self._said < self._interval:
+            return
+        self._said = now
+        done = self._before + self._here
+        left = ""
+        if self._here and done < self._total:
+            seconds = (now - self._begun) / self._here * (self._total - done)
+            left = f", about {_duration(seconds)} left"
+        logger.info("%s%s; %d of %d evaluations done%s", self._what, more, done, self._total, left)
+
+
+def _duration(seconds: float) -> str:
+    """Return a duration to read, such as ``40 s``, ``12 min`` or ``3.5 h``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

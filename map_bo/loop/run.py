@@ -28,7 +28,7 @@ from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
-from map_bo.loop.progress import Progress, Reporter, RichProgress, silent
+from map_bo.loop.progress import Progress, Reporter, RichProgress, follow, silent
 from map_bo.loop.recommend import (
     Recommendation,
     notes_on_constraints,
@@ -327,7 +327,7 @@ class Run:
         if self.state.summary is None and isinstance(self.problem, Preparable):
             with callers_world():
                 self.problem.prepare()
-        with progress.over(self.settings.search + self.settings.verifications) as report:
+        with follow(progress, self.settings.search + self.settings.verifications) as report:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self._searching(report):
                 room = self.settings.search - len(self.state.X)

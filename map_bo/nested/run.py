@@ -19,7 +19,7 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
-from map_bo.loop.progress import Progress, Reporter, silent
+from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import check_surrogates
 from map_bo.loop.settings import Settings
@@ -208,7 +208,7 @@ class NestedRun(Record):
         records: list[NodeRecord] = []
         finals: list[Final] = []
         total = sum(allocator.plan().values()) + self.nested.refine
-        with progress.over(total) as report:
+        with follow(progress, total) as report:
             totals = ProgressTotals(report)
             for path, group in tree.nodes():
                 begun = self._begin(path_name(path), allocator.allocate, path)

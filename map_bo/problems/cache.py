@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
-from torch import Tensor
 
+from map_bo.cached import CACHE_VARIABLE, cache_root
+from map_bo.cached import read_tensors as read_network
+from map_bo.cached import write_tensors as write_network
 from map_bo.errors import DataError
 
 __all__ = [
@@ -25,24 +22,7 @@ __all__ = [
     "write_network",
 ]
 
-CACHE_VARIABLE = "MAP_BO_CACHE"
-
 Report = Callable[[], None]
-
-
-def cache_root(given: str | Path | None = None) -> Path:
-    """Return the folder that trained networks are kept under.
-
-    Args:
-        given: The folder itself; otherwise the environment variable ``MAP_BO_CACHE``, and
-            otherwise the user's cache directory of this system.
-    """
-    chosen = given or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    from platformdirs import user_cache_dir
-
-    return Path(user_cache_dir("map_bo"))
 
 
 def trained_files(
@@ -111,37 +91,3 @@ def training_shown(
 
         yield start
         bar.update(task, description=done.format(count=len(steps)))
-
-
-def read_network(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a file, or None when it is missing, truncated or altered."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            digest = (file.metadata() or {}).get("digest")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError):
-        return None
-    return tensors if digest == _digest(tensors) else None
-
-
-def write_network(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file in one step: it is there complete, or not at all."""
-    content = save(dict(tensors), metadata={"digest": _digest(tensors)})
-    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with scratch.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
-    finally:
-        scratch.unlink(missing_ok=True)
-
-
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
-        total.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-        total.update(value.numpy().tobytes())
-    return total.hexdigest()

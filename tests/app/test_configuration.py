@@ -78,7 +78,7 @@ def test_every_file_composes(group: str, name: str) -> None:
         assert "_target_" in config[group]
 
 
-OWN = {"checkpoints", "decoder", "images", "text"}  # problems that need data of the user's
+OWN = {"checkpoints", "decoder", "hf", "images", "text"}  # problems that need data of the user's
 
 
 @pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - OWN))
@@ -366,13 +366,13 @@ def test_the_working_directory_is_restored(tmp_path: Path) -> None:
     ("problem", "key"),
     [
         *((problem, "fixed") for problem in ("digits", *sorted(OWN))),
-        *(("checkpoints", key) for key in ("metrics", "heads")),
+        *((problem, key) for problem in ("checkpoints", "hf") for key in ("metrics", "heads")),
     ],
 )
 @pytest.mark.parametrize("form", ["problem.{}={{math: 1}}", "+problem.{}.math=1"])
 def test_mappings_of_problems_are_given_whole_or_by_entry(
     problem: str, key: str, form: str
 ) -> None:
-    overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem == "checkpoints")]
+    overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem in ("checkpoints", "hf"))]
     config = compose("config", overrides=[*overrides, form.format(key)])
     assert config.problem[key] == {"math": 1}

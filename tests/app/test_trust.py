@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from map_bo.app.arguments import with_bare_trust
 from map_bo.app.main import main
-from map_bo.app.trust import foreign_code, recorded_configuration, trust_words
+from map_bo.app.trust import _located, foreign_code, recorded_configuration, trust_words
 from map_bo.errors import ConfigError
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event
@@ -50,6 +50,7 @@ def say(**node: Any) -> dict[str, Any]:
 
 
 IMPORTED = "map_bo.problems.merged.imported.imported_problem"
+HF = "map_bo.problems.merged.hf.hf_problem"
 CONCAVE = "map_bo.problems.synthetic.ConcaveQuadratics"
 FILES = {"base": "base", "experts": {"a": "a"}}
 HOSTILE: dict[str, Any] = {
@@ -86,6 +87,14 @@ HOSTILE: dict[str, Any] = {
     ),
     "dotted evaluator": say(target=IMPORTED, tasks={"x": "payload:score"}, **FILES),
     "batches": say(target=IMPORTED, recalibration="payload:score", **FILES),
+    "kind of a task": say(target=HF, tasks={"a": {"kind": "payload:score"}}, **FILES),
+    "task as text": say(target=HF, tasks={"a": "payload:score"}, **FILES),
+    "task as a class": say(target=HF, tasks={"a": say(target="payload.Problem")}, **FILES),
+    "deep in a task": say(
+        target=HF, tasks={"a": {"kind": "payload:score", "x": [say(target="os.abort")]}}, **FILES
+    ),
+    "environment in a task": say(target=HF, tasks={"a": {"kind": "${oc.env:HOME}"}}, **FILES),
+    "model of tasks": say(target=HF, model="payload:score", tasks={}, **FILES),
     "code of a model": say(target=IMPORTED, trust_remote_code=True, **FILES),
 }
 
@@ -268,6 +277,18 @@ def test_relative_paths_lead_to_where_the_run_was_started(
         assert config.problem.experts.x == "gone"
         assert config.problem.dtype == "a.safetensors"
         assert Path.cwd() == here
+
+
+def test_relative_paths_of_tasks_lead_there_too(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").touch()
+    block = {"path": "a.csv", "split": "a.csv"}
+    tasks = {"x": {"kind": "a.csv", "data": block}, "y": {"data": "a.csv", "tokenizer": "gone"}}
+    tree = {"problem": say(target=HF, base="b", experts={}, tasks=tasks)}
+    there = str(tmp_path / "a.csv")
+    assert _located(tree, tmp_path)["problem"]["tasks"] == {
+        "x": {"kind": "a.csv", "data": {"path": there, "split": "a.csv"}},
+        "y": {"data": there, "tokenizer": "gone"},
+    }
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,19 @@
 from __future__ import annotations
 
-import pytest
+import io
+import logging
+import sys
 
-from map_bo.loop.progress import RichProgress
+import pytest
+import torch
+from rich.console import Console
+from torch import Generator, Tensor, nn
+
+from map_bo.data import Metric, Observations
+from map_bo.evaluators.evaluator import measure
+from map_bo.evaluators.examples import ExampleEvaluator, mean_of
+from map_bo.loop import progress
+from map_bo.loop.progress import RichProgress, follow, silent
 from map_bo.loop.run import Run
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import Bowls, quick
@@ -46,3 +57,89 @@ def test_the_bar_writes_nothing_to_standard_output(capsys: pytest.CaptureFixture
     problem = Bowls(fails=lambda number, x: "[odd] markup" if number == 2 else None)
     Run(problem, quick(6), MemoryStore()).drive(RichProgress())
     assert capsys.readouterr().out == ""
+
+
+class Counted(ExampleEvaluator):
+    """Five examples, of which two at a time are scored."""
+
+    metrics = (Metric("right"),)
+    size = 5
+    digest = "five"
+
+    def __init__(self) -> None:
+        super().__init__(batch_size=2)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Nothing is read."""
+
+    def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
+        return (items % 2).double()
+
+
+class Scored(Bowls):
+    """Bowls that score examples on the way."""
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        evaluator = Counted()
+
+        def called(model: nn.Module) -> object:
+            return mean_of(evaluator.score(model, torch.arange(5)), evaluator.metrics[0])
+
+        measure("sst2", called, nn.Identity())  # type: ignore[arg-type]
+        return super().evaluate(X, generator=generator)
+
+
+class Counting(Listener):
+    def scored(self, evaluator: str | None, done: int, total: int) -> None:
+        self.heard.append(f"{evaluator} {done}/{total}")
+
+
+def test_a_reporter_that_counts_hears_of_examples() -> None:
+    listener = Counting()
+    Run(Scored(), quick(6), MemoryStore()).drive(listener)
+    first = listener.heard.index("evaluation 1")
+    counts = ["sst2 2/5", "sst2 4/5", "sst2 5/5"]
+    assert listener.heard[first + 1 : first + 5] == [*counts, "measured"]
+    plain = Listener()
+    Run(Scored(), quick(6), MemoryStore()).drive(plain)
+    assert not any("sst2" in text for text in plain.heard)
+    with follow(silent, 3) as report:
+        assert report is silent
+
+
+def test_without_a_terminal_the_log_says_now_and_then_how_far_it_is(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "map_bo"):
+        Run(Scored(), quick(6), MemoryStore()).drive(RichProgress())
+        assert not caplog.messages
+        Run(Scored(), quick(6), MemoryStore()).drive(RichProgress(interval=0.0))
+    assert "evaluation 1, sst2: 4 of 5 examples; 0 of 6 evaluations done" in caplog.messages
+    said = [text for text in caplog.messages if text.startswith("evaluation 3, sst2: 5 of 5")]
+    assert len(said) == 1
+    assert "2 of 6 evaluations done, about 0 s left" in said[0]
+
+
+def test_on_a_terminal_the_bar_shows_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+
+    def console(file: object) -> Console:
+        assert file is sys.stderr
+        return Console(file=shown, force_terminal=True, width=200)
+
+    monkeypatch.setattr(progress, "Console", console)
+    with follow(RichProgress(), 4) as report:
+        report.done(0)
+        report.evaluating("evaluation 1")
+        assert isinstance(report, progress.CountsExamples)
+        report.scored("sst2", 128, 500)
+        report.scored(None, 500, 500)
+    assert "evaluation 1" in shown.getvalue()
+    assert "examples 500/500" in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.2, "0 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
+)
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert progress._duration(seconds) == text

@@ -12,6 +12,10 @@ from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from tests.merging.adapter_files import as_dense, small_adapters, small_base
 
 OPERATORS: dict[str, MergeOperator] = {
@@ -23,6 +27,11 @@ OPERATORS: dict[str, MergeOperator] = {
     "consensus": Consensus(),
     "slerp": Slerp(),
     "average": WeightedAverage(),
+    "tsv-m": TSVM(),
+    "iso-c": IsoC(),
+    "iso-cts": IsoCTS(),
+    "regmean without data": DataFreeRegMean(),
+    "knots": KnOTS(),
 }
 
 

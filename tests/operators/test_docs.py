@@ -12,6 +12,10 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 
 TEXT = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
 CLASSES: tuple[type[SearchableOperator], ...] = (
@@ -23,6 +27,11 @@ CLASSES: tuple[type[SearchableOperator], ...] = (
     Dare,
     Della,
     Consensus,
+    TSVM,
+    IsoC,
+    IsoCTS,
+    KnOTS,
+    DataFreeRegMean,
 )
 
 
@@ -48,6 +57,8 @@ def test_the_table_says_what_can_be_searched(kind: type[SearchableOperator]) -> 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_defaults_are_those_of_the_class(kind: type[SearchableOperator]) -> None:
     title = {"Slerp": "SLERP", "Ties": "TIES", "Dare": "DARE", "Della": "DELLA"}
+    title |= {"TSVM": "TSV-M", "IsoC": "Iso-C", "IsoCTS": "Iso-CTS"}
+    title |= {"DataFreeRegMean": "RegMean without data"}
     heading = title.get(kind.__name__, kind.__name__)
     if kind is WeightedAverage:
         heading = "Weighted average"

@@ -20,6 +20,10 @@ from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.operators.statistics.fisher import Fisher
 from map_bo.operators.statistics.regmean import RegMean
 from map_bo.operators.statistics.statistics import save_statistics, statistics_of
@@ -62,6 +66,18 @@ OPERATORS: dict[str, MergeOperator] = {
     "della searched": Della(search=["drop_rate", "epsilon", "scale"], blocks=BLOCKS),
     "consensus": Consensus(),
     "consensus searched": Consensus(search=["strictness"], agreement=1, blocks=BLOCKS),
+    "tsv-m": TSVM(),
+    "tsv-m in blocks": TSVM(share=0.5, others="sum", blocks=BLOCKS),
+    "iso-c": IsoC(),
+    "iso-c in blocks": IsoC(skip="embed", blocks=BLOCKS),
+    "knots": KnOTS(density=0.5),
+    "knots searched": KnOTS(
+        trim="tensor", weighted=False, search=["density", "scale"], blocks=BLOCKS
+    ),
+    "regmean without data": DataFreeRegMean(),
+    "regmean without data searched": DataFreeRegMean(search=["alpha", "ridge"], blocks=BLOCKS),
+    "iso-cts": IsoCTS(),
+    "iso-cts in blocks": IsoCTS(common=0.5, blocks=BLOCKS),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from map_bo.operators.statistics.fisher import Fisher
-from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
 from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
@@ -44,10 +44,16 @@ def test_the_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}]
 
     (code,) = re.findall(r"<!-- example -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    exec(code, {"math_batches": batches(1), "code_batches": batches(2)})
-    for kind, operator in (("fisher", Fisher), ("grams", RegMean)):
-        files = {name: f"{name}-{kind}.safetensors" for name in ("math", "code")}
-        assert load_statistics(files["math"], kind=kind, model="math").data == "math train"
+    (further,) = re.findall(r"<!-- merged inputs -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    exec(f"{code}\n{further}", {"math_batches": batches(1), "code_batches": batches(2)})
+    for kind, suffix, operator in (
+        ("fisher", "fisher", Fisher),
+        ("grams", "grams", RegMean),
+        ("merged_grams", "merged", RegMeanPlusPlus),
+    ):
+        files = {name: f"{name}-{suffix}.safetensors" for name in ("math", "code")}
+        known = load_statistics(files["math"], kind=kind, model="math")
+        assert known.data == ("" if kind == "merged_grams" else "math train")
         problem = MergedModelProblem(
             transformers.LlamaForCausalLM(config),
             base="base",

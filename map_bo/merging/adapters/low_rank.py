@@ -269,6 +269,11 @@ class AdaptedTensor:
         """The experts that change this tensor, ascending."""
         return tuple(sorted({*self.owner.tolist(), *self.values}))
 
+    def change(self, expert: int) -> LowRank:
+        """Return the change of low rank by an expert, of rank 0 where there is none."""
+        mine = self._span(expert)
+        return LowRank(self.B[:, mine], self.A[mine])
+
     def add(self, weights: Tensor, target: Tensor, first: int = 0) -> None:
         """Add the weighted changes to some rows of the tensor.
 

@@ -355,10 +355,14 @@ def _check_labels(
 
 
 def _has_rows(base: Checkpoint, count: int, heads: Collection[str]) -> bool:
-    """Return whether the base has an output layer of so many rows that is merged."""
+    """Return whether the base has an output layer of so many rows that is merged.
+
+    Embeddings are none, such as those of BERT's two token types.
+    """
     return any(
         len(base.shape(name)) == 2 and base.shape(name)[0] == count and name not in heads
         for name in base.names
+        if "embed" not in name
     )
 
 

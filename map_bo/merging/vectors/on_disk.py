@@ -10,6 +10,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapters.adapter import adapter_over
+from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.align.experts import (
     align_names,
     not_finite,
@@ -120,6 +121,27 @@ class OnDiskVectors:
             else:
                 row.copy_(change)
         return rows
+
+    def factors(self, slot: int) -> dict[int, LowRank]:
+        """Return the changes of a tensor by adapters that are factors alone; see `HasFactors`.
+
+        Raises:
+            MergeError: When a factor holds NaN or infinity.
+        """
+        name, shape = self.layout.slots[slot].name, self.layout.slots[slot].shape
+        rows = shape[0] if shape else 1
+        columns = shape.numel() // max(rows, 1)
+        found: dict[int, LowRank] = {}
+        for index, label in enumerate(self.checkpoints):
+            adapter, own = self._adapters[label], self._names[label][name]
+            if adapter is None:
+                continue
+            own = self.base.ties.get(own, own)
+            change = adapter.low_rank(own)
+            if adapter.dense(own) is None:
+                nothing = LowRank(torch.zeros(rows, 0), torch.zeros(0, columns))
+                found[index] = nothing if change is None else change
+        return found
 
     def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
         """Raise a merged piece of a variance to the least of its models; see `Deltas`."""

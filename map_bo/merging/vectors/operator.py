@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.align.layout import FlatLayout
 from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
@@ -24,6 +25,7 @@ __all__ = [
     "Deltas",
     "Followable",
     "HasDerivatives",
+    "HasFactors",
     "Linear",
     "MergeOperator",
     "PreparedMerge",
@@ -90,6 +92,23 @@ class Deltas(Protocol):
 
     def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
         """Raise a merged piece of a variance to the least of its models; see `TaskVectors`."""
+        ...
+
+
+@runtime_checkable
+class HasFactors(Protocol):
+    """Task vectors, some of which are known as factors of low rank."""
+
+    def factors(self, slot: int) -> Mapping[int, LowRank]:
+        """Return the changes of a tensor that are factors alone.
+
+        Args:
+            slot: Index of the tensor in ``layout.slots``.
+
+        Returns:
+            Index of the expert -> its change, of rank 0 where it is an adapter that leaves the
+            tensor as it is. Experts that are whole models are not in it.
+        """
         ...
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import MergeError
-from map_bo.merging.adapters.low_rank import AdaptedTensor
+from map_bo.merging.adapters.low_rank import AdaptedTensor, LowRank
 from map_bo.merging.align.layout import FlatLayout, join_ties
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.row_filling import Extras, Put, adapters_among, dense_among, fill
@@ -111,6 +111,22 @@ class TaskVectors:
             assert adapted is not None
             adapted.read(expert, start, stop, out[1 + expert])
         return out
+
+    def factors(self, slot: int) -> dict[int, LowRank]:
+        """Return the changes of a tensor by adapters that are factors alone; see `HasFactors`."""
+        if self.dense is None:
+            return {}
+        known = self.adapted.get(slot)
+        others = set(self.dense) | set(known.values if known is not None else ())
+        shape = self.layout.slots[slot].shape
+        rows = shape[0] if shape else 1
+        columns = shape.numel() // max(rows, 1)
+        nothing = LowRank(self.rows.new_zeros(rows, 0), self.rows.new_zeros(0, columns))
+        return {
+            n: nothing if known is None else known.change(n)
+            for n in range(len(self.experts))
+            if n not in others
+        }
 
     def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
         """Raise a merged piece of a variance to the least of its models; see `Deltas`."""

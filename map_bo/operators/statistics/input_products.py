@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,7 +22,7 @@ from map_bo.merging.vectors.live import model_ties
 from map_bo.operators.statistics.batches import call, digest_of, each_batch, evaluating
 from map_bo.operators.statistics.statistics import Statistics, finish_statistics
 
-__all__ = ["grams", "is_transposed", "linear_layers"]
+__all__ = ["Products", "collect_products", "grams", "is_transposed", "linear_layers"]
 
 logger = logging.getLogger(__name__)
 
@@ -71,30 +71,8 @@ def grams(
             "the model has no linear layers" if only is None else f"no layer's weight has {only!r}",
             hint="RegMean is for models of nn.Linear, Conv1D and nn.Conv2d",
         )
-    products = _Products()
-    examples = 0
-    with ExitStack() as hooks, evaluating(model), torch.no_grad():
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(products.hook(name), with_kwargs=True)
-            hooks.callback(handle.remove)
-        where = next(model.parameters()).device
-        for batch, n in each_batch(batches, where, limit):
-            products.mask = batch.get("attention_mask") if isinstance(batch, dict) else None
-            (forward or call)(model, batch)
-            examples += n
+    products, examples = collect_products(model, layers, batches, forward, limit)
     inside = _inside_attention(model)
-    if examples and not products.sums:
-        if set(layers) <= inside:
-            raise MergeError(
-                "torch's MultiheadAttention uses the weights of its layers itself, so the inputs "
-                f"of {listed(sorted(layers))} are not seen",
-                hint="RegMean has nothing to merge by in this model; use another operator, or an "
-                "attention of linear layers that are called",
-            )
-        raise MergeError(
-            "no batch went through a linear layer",
-            hint="pass forward, a function (model, batch) that runs the model",
-        )
     unseen = sorted(inside & layers.keys() - products.sums.keys())
     if unseen:
         logger.warning(
@@ -104,7 +82,7 @@ def grams(
         )
     return finish_statistics(
         "grams",
-        {name: total / products.rows[name] for name, total in products.sums.items()},
+        products.means(),
         model=digest_of(model, of),
         examples=examples,
         settings={
@@ -115,6 +93,54 @@ def grams(
         data=data,
         ties=model_ties(model),
     )
+
+
+def collect_products(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: Iterable[Any],
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+    limit: int | None = None,
+) -> tuple[Products, int]:
+    """Run a model on batches and sum the outer products of what some of its layers take in.
+
+    Args:
+        model: The model, on the device to compute on.
+        layers: Weight name -> layer of the model; see `linear_layers`.
+        batches: See `grams`.
+        forward: See `grams`.
+        limit: See `grams`.
+
+    Returns:
+        The sums, in the order in which the layers were first called, and the number of examples.
+
+    Raises:
+        MergeError: When no batch went through any of them, or a batch cannot be used.
+    """
+    products = Products()
+    examples = 0
+    with ExitStack() as hooks, evaluating(model), torch.no_grad():
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(products.hook(name), with_kwargs=True)
+            hooks.callback(handle.remove)
+        where = next(model.parameters()).device
+        for batch, n in each_batch(batches, where, limit):
+            products.mask = batch.get("attention_mask") if isinstance(batch, dict) else None
+            (forward or call)(model, batch)
+            examples += n
+    if examples and not products.sums:
+        if set(layers) <= _inside_attention(model):
+            raise MergeError(
+                "torch's MultiheadAttention uses the weights of its layers itself, so the inputs "
+                f"of {listed(sorted(layers))} are not seen",
+                hint="RegMean has nothing to merge by in this model; use another operator, or an "
+                "attention of linear layers that are called",
+            )
+        raise MergeError(
+            "no batch went through a linear layer",
+            hint="pass forward, a function (model, batch) that runs the model",
+        )
+    return products, examples
 
 
 def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -152,8 +178,14 @@ def is_transposed(module: nn.Module) -> bool:
     return library is not None and isinstance(module, library.Conv1D)
 
 
-class _Products:
-    """Sums of the outer products of input rows, by layer."""
+class Products:
+    """Sums of the outer products of input rows, by layer.
+
+    Attributes:
+        sums: Weight name -> ``d x d``.
+        rows: Weight name -> number of rows.
+        mask: The attention mask of the batch that goes through the model, if it has one.
+    """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
@@ -161,6 +193,8 @@ class _Products:
         self.mask: Tensor | None = None
 
     def hook(self, name: str) -> Callable[..., None]:
+        """Return a hook that adds what a layer is given."""
+
         def add(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
             values = given[0] if given else next(iter(named.values()))
             rows = self._rows(module, values.detach())
@@ -172,6 +206,10 @@ class _Products:
                 self.sums[name], self.rows[name] = product, len(rows)
 
         return add
+
+    def means(self) -> dict[str, Tensor]:
+        """Return weight name -> the sum divided by the number of rows."""
+        return {name: total / self.rows[name] for name, total in self.sums.items()}
 
     def _rows(self, module: nn.Module, values: Tensor) -> Tensor:
         """Return the inputs as ``rows x d``, in float32."""

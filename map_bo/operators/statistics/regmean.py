@@ -6,7 +6,7 @@ import copy
 import math
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -30,7 +30,14 @@ from map_bo.operators.statistics.known_statistics import (
 from map_bo.operators.statistics.statistics import Statistics, StatisticsSource
 from map_bo.space import CoefficientSpace
 
-__all__ = ["RegMean", "scaled_products"]
+__all__ = [
+    "Layer",
+    "RegMean",
+    "RegMeanPlusPlus",
+    "RegressionKernel",
+    "check_ridge",
+    "scaled_products",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,12 +87,7 @@ class RegMean(SearchableOperator):
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse an alpha or a ridge that is not a share; see `SearchableOperator.check`."""
         share("alpha", settings["alpha"])
-        ridge = settings["ridge"]
-        if not (math.isfinite(ridge) and ridge >= 0):
-            raise MergeError(
-                f"ridge must be finite and not negative, got {ridge}",
-                hint="give a small share, such as 1e-6",
-            )
+        check_ridge(settings["ridge"])
 
     @property
     def statistics_kind(self) -> str:
@@ -98,7 +100,7 @@ class RegMean(SearchableOperator):
 
     def check_experts(self, experts: Mapping[str, Checkpoint]) -> None:
         """Check that the statistics belong to these weights; see `NeedsStatistics`."""
-        known_statistics.check_experts(self.statistics, experts, "grams")
+        known_statistics.check_experts(self.statistics, experts, self.statistics_kind)
 
     def space(self, experts: tuple[str, ...], *, lower: float, upper: float) -> CoefficientSpace:
         """Return a box with one coefficient for each expert, or each expert and block.
@@ -106,7 +108,7 @@ class RegMean(SearchableOperator):
         Raises:
             MergeError: When an expert has no statistics, or ``lower`` is negative.
         """
-        require_statistics(self.name, "grams", self.statistics, experts)
+        require_statistics(self.name, self.statistics_kind, self.statistics, experts)
         return super().space(experts, lower=lower, upper=upper)
 
     def kernel(self, deltas: Deltas) -> Kernel:
@@ -115,17 +117,59 @@ class RegMean(SearchableOperator):
         Raises:
             MergeError: When they do not fit the model.
         """
-        return _RegressionKernel(self, deltas)
+        layers = _layers_of(self, deltas)
+        sides = {index: (layer.inputs, layer.transposed) for index, layer in layers.items()}
+        return RegressionKernel(sides, layers.__getitem__, self.alpha)
 
     def describe(self) -> dict[str, Any]:
         """Return plain data in which statistics are told by their content, not by their files."""
-        told = known_statistics.describe(self.statistics, "grams")
+        told = known_statistics.describe(self.statistics, self.statistics_kind)
         return known_statistics.with_told(self, told)
 
     def recipe(self) -> dict[str, Any]:
         """Return the description and the files of the statistics; see `Followable`."""
-        told = known_statistics.recipe(self.statistics, "grams")
+        told = known_statistics.recipe(self.statistics, self.statistics_kind)
         return known_statistics.with_told(self, told)
+
+
+@dataclass(frozen=True, eq=False)
+class RegMeanPlusPlus(RegMean):
+    """RegMean by the inputs that layers have in the merged model.
+
+    Nguyen et al., *RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for
+    Model Merging*, arXiv 2508.03121: the inputs ``X_n`` of a block of layers are what the merged
+    blocks before it make of expert ``n``'s data, in place of what that expert's own blocks do. The
+    formula is that of `RegMean`, and the statistics are those of `merged_grams`, which merges block
+    after block. They belong to the coefficients that it merged with; with those this is the
+    paper's merge, and with others the same statistics are used.
+
+    Attributes:
+        statistics: Expert -> what `merged_grams` returned for it, or the file that it was saved in.
+        alpha: See `RegMean`; as `merged_grams` was given.
+        ridge: See `RegMean`; as `merged_grams` was given.
+        blocks: See `SearchableOperator`.
+        search: The same; ``alpha`` can be searched.
+    """
+
+    name: ClassVar[str] = "regmean++"
+
+    @property
+    def statistics_kind(self) -> str:
+        """``"merged_grams"``."""
+        return "merged_grams"
+
+
+def check_ridge(ridge: float) -> None:
+    """Refuse a ridge that is negative or not finite.
+
+    Raises:
+        MergeError: When it is.
+    """
+    if not (math.isfinite(ridge) and ridge >= 0):
+        raise MergeError(
+            f"ridge must be finite and not negative, got {ridge}",
+            hint="give a small share, such as 1e-6",
+        )
 
 
 def scaled_products(grams: Tensor, alpha: float, ridge: float) -> Tensor:
@@ -163,17 +207,43 @@ def _solve(factor: Tensor, right: Tensor) -> Tensor:
     return found
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A linear layer: its products, and its task vectors times them where they are kept."""
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A linear layer: its products, and its task vectors times them where they are kept.
 
-    grams: Tensor  # N x d x d
-    extra: float  # added to each diagonal
+    Attributes:
+        grams: ``N x d x d`` inner products of the inputs, for each expert.
+        extra: What is added to each diagonal.
+        mean: Mean of the diagonals of all experts, of which ``extra`` is a share.
+        transposed: Whether the weight is ``inputs x outputs``.
+        right: ``N x numel`` in float64: the task vectors times the products, in the order of the
+            tensor's elements; None where they are computed for each candidate.
+    """
+
+    grams: Tensor
+    extra: float
+    mean: float
     transposed: bool
-    right: Tensor | None = None  # N x numel in float64, in the order of the tensor's elements
+    right: Tensor | None = None
+
+    @classmethod
+    def of(cls, grams: Tensor, ridge: float, *, transposed: bool = False) -> Layer:
+        """Return the layer with a share ``ridge`` of its mean diagonal added to each."""
+        mean = float(grams.diagonal(dim1=1, dim2=2).mean(dtype=torch.float64))
+        return cls(grams, ridge * mean, mean, transposed)
+
+    def with_ridge(self, ridge: float) -> Layer:
+        """Return the layer with another share of its mean diagonal added to each."""
+        return replace(self, extra=ridge * self.mean)
+
+    def kept(self, deltas: Tensor) -> Layer:
+        """Return the layer with the products of its task vectors, ``N x numel``, kept."""
+        v = self.matrix(deltas)
+        return replace(self, right=self.flat(v.double() @ self.grams.double()))
 
     @property
     def inputs(self) -> int:
+        """How many inputs ``d`` it has."""
         return self.grams.shape[1]
 
     def left(self, c: Tensor, alpha: float) -> Tensor:
@@ -218,54 +288,64 @@ class _Layer:
         return ordered.reshape(*matrix.shape[:-2], -1)
 
 
-class _RegressionKernel(Kernel):
+class RegressionKernel(Kernel):
+    """Merges linear layers by regression, and all else by the weighted sum.
+
+    Args:
+        sides: Index of a linear layer's tensor -> its number of inputs, and whether its weight is
+            ``inputs x outputs``.
+        layer: Returns the layer of an index; asked for each piece.
+        alpha: What the products off the diagonal are multiplied by.
+        products: How many products of inputs are made anew and in memory at once.
+    """
+
     # Factors that pieces of one layer share; threads are at neighbouring layers.
     _KEPT = 8
 
-    def __init__(self, operator: RegMean, deltas: Deltas) -> None:
-        known = statistics_by_expert(operator.statistics, deltas.experts, "grams")
-        self._alpha = operator.alpha
-        self._layers: dict[int, _Layer] = {}
+    def __init__(
+        self,
+        sides: Mapping[int, tuple[int, bool]],
+        layer: Callable[[int], Layer],
+        alpha: float,
+        products: int = 0,
+    ) -> None:
+        self._products = products
+        self._sides = dict(sides)
+        self._layer = layer
+        self._alpha = alpha
+        self._ridge: float | None = None  # that of the layers
         self._factors: OrderedDict[tuple[object, ...], Tensor | None] = OrderedDict()
         self._lock = threading.Lock()
-        for index, names in match_statistics(deltas.layout, known).items():
-            slot = deltas.layout.slots[index]
-            _check_shapes(known, names, slot)
-            found = [
-                load_statistic(known[e], e, name) for e, name in zip(known, names, strict=True)
-            ]
-            grams = torch.stack(found).to(deltas.device)
-            diagonals = grams.diagonal(dim1=1, dim2=2)
-            extra = operator.ridge * float(diagonals.mean(dtype=torch.float64))
-            layer = _Layer(grams, extra, _is_transposed(known, names, slot))
-            if deltas.resident:
-                v = layer.matrix(deltas.read(index, 0, slot.numel)[1:])
-                layer = replace(layer, right=layer.flat(v.double() @ grams.double()))
-            self._layers[index] = layer
 
     def at(self, settings: Mapping[str, float]) -> Kernel:
-        if "alpha" not in settings:
+        """Return the kernel for another ``alpha`` and ``ridge``; see `Kernel`."""
+        if not settings:
             return self
         other = copy.copy(self)
-        other._alpha = settings["alpha"]
+        other._alpha = settings.get("alpha", self._alpha)
+        other._ridge = settings.get("ridge", self._ridge)
         return other
 
     def whole(self, slot: int) -> bool:
-        layer = self._layers.get(slot)
-        return layer is not None and layer.transposed
+        """Return whether the inputs are not along rows; see `Kernel`."""
+        return slot in self._sides and self._sides[slot][1]
 
     def unit(self, slot: int) -> int:
-        layer = self._layers.get(slot)
-        return 1 if layer is None else layer.inputs
+        """Return the number of inputs; see `Kernel`."""
+        return self._sides[slot][0] if slot in self._sides else 1
 
     def overhead(self, threads: int) -> int:
+        """Return what factors and products take; see `Kernel`."""
         # The factors that are kept, and for each thread products that it sums, scales or widens.
-        widest = max((layer.inputs for layer in self._layers.values()), default=0)
-        return 8 * widest**2 * (self._KEPT + 4 * threads)
+        widest = max((inputs for inputs, _ in self._sides.values()), default=0)
+        return 8 * widest**2 * (self._KEPT + 4 * threads + self._products)
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        """Merge a piece; see `Kernel`."""
         refuse_negative(c)
-        layer = self._layers.get(slot)
+        layer = self._layer(slot) if slot in self._sides else None
+        if layer is not None and self._ridge is not None:
+            layer = layer.with_ridge(self._ridge)
         factor = None if layer is None else self._factor(slot, layer, c)
         if layer is None or factor is None:
             return rows.t() @ torch.cat([c.new_ones(1), c]).to(rows)
@@ -273,8 +353,8 @@ class _RegressionKernel(Kernel):
         change = _solve(factor, right)
         return rows[0] + float(c.sum()) * layer.flat(change).float()
 
-    def _factor(self, slot: int, layer: _Layer, c: Tensor) -> Tensor | None:
-        key = (slot, self._alpha, *c.tolist())
+    def _factor(self, slot: int, layer: Layer, c: Tensor) -> Tensor | None:
+        key = (slot, self._alpha, self._ridge, *c.tolist())
         with self._lock:
             if key in self._factors:
                 return self._factors[key]
@@ -284,6 +364,22 @@ class _RegressionKernel(Kernel):
             while len(self._factors) > self._KEPT:
                 self._factors.popitem(last=False)
         return factor
+
+
+def _layers_of(operator: RegMean, deltas: Deltas) -> dict[int, Layer]:
+    """Return the layers by the index of their tensors."""
+    known = statistics_by_expert(operator.statistics, deltas.experts, operator.statistics_kind)
+    found: dict[int, Layer] = {}
+    for index, names in match_statistics(deltas.layout, known).items():
+        slot = deltas.layout.slots[index]
+        _check_shapes(known, names, slot)
+        loaded = [load_statistic(known[e], e, name) for e, name in zip(known, names, strict=True)]
+        grams = torch.stack(loaded).to(deltas.device)
+        layer = Layer.of(grams, operator.ridge, transposed=_is_transposed(known, names, slot))
+        if deltas.resident:
+            layer = layer.kept(deltas.read(index, 0, slot.numel)[1:])
+        found[index] = layer
+    return found
 
 
 def _check_shapes(known: Mapping[str, Statistics], names: list[str], slot: Slot) -> None:

@@ -34,7 +34,11 @@ __all__ = [
     "statistics_of",
 ]
 
-KINDS = {"fisher": "diagonal Fisher information", "grams": "inner products of layer inputs"}
+KINDS = {
+    "fisher": "diagonal Fisher information",
+    "grams": "inner products of layer inputs",
+    "merged_grams": "inner products of layer inputs in the merged model",
+}
 _KEY = "map_bo.statistics"
 _VERSION = 1
 
@@ -44,7 +48,7 @@ class Statistics:
     """What was computed for one expert on data. Made by `fisher` and `grams`, or read from a file.
 
     Attributes:
-        kind: ``"fisher"`` or ``"grams"``.
+        kind: ``"fisher"``, ``"grams"`` or ``"merged_grams"``.
         tensors: A tensor for each tensor of the model that has one, under its name; read lazily
             where they come from a file.
         model: Digest of the expert's weights (`Checkpoint.digest`); empty where it is not known.
@@ -103,7 +107,8 @@ class Statistics:
         if kind is not None and kind != self.kind:
             raise MergeError(
                 f"{source} holds {KINDS.get(self.kind, self.kind)}; {KINDS[kind]} are needed",
-                hint="Fisher takes what `fisher` returns, RegMean what `grams` returns",
+                hint="Fisher takes what `fisher` returns, RegMean what `grams` returns, and "
+                "RegMean++ what `merged_grams` returns",
             )
         if model and self.model and model != self.model:
             raise MergeError(
@@ -236,7 +241,7 @@ def load_statistics(
 
     Args:
         path: A file that `save_statistics` wrote.
-        kind: The kind that is needed: ``"fisher"`` or ``"grams"``.
+        kind: The kind that is needed: ``"fisher"``, ``"grams"`` or ``"merged_grams"``.
         model: The expert that they must belong to; its weights are read once, for their digest.
         data: What the data must be called.
 

@@ -6,10 +6,8 @@ This is what a configuration can say; in Python use
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +16,7 @@ import torch
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, first_line
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.kinds import import_callable
 from map_bo.evaluators.metrics import DeclaresMetrics, metrics_of
 from map_bo.extensions import installed, origin
 from map_bo.merging.adapters.adapter import open_expert
@@ -44,8 +43,8 @@ _DTYPES: dict[str, StorageDtype] = {
 def imported_problem(
     model: str | None,
     *,
-    base: str,
-    experts: Mapping[str, str],
+    base: str | Checkpoint,
+    experts: Mapping[str, str | Checkpoint],
     evaluators: Mapping[str, str | Evaluator],
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
@@ -70,7 +69,7 @@ def imported_problem(
             for a Hugging Face directory or a model of its hub, whose ``config.json`` names it; see
             `map_bo.problems.merged.architecture.transformers_model`.
         base: The base checkpoint: a path, or a model of the Hugging Face hub (see
-            `map_bo.open_checkpoint`).
+            `map_bo.open_checkpoint`), or one that is open.
         experts: The experts by name, likewise.
         evaluators: ``module:callable`` by metric name, or the name of an evaluator that an
             installed package registers (see :mod:`map_bo.extensions`); each takes the model and
@@ -139,12 +138,11 @@ def imported_problem(
                 "the coefficients with lower and upper instead",
             )
         space = merging.space(tuple(experts), lower=lower, upper=upper).with_sum(sum_at_most)
-    opened: str | Checkpoint = base
+    opened = base
     sources: dict[str, CheckpointSource] = dict(experts)
     if model is None:
-        folder = Path(base).expanduser()
-        if folder.exists():  # before weights are looked for
-            require_configuration(folder, base)
+        if isinstance(base, str) and Path(base).expanduser().exists():
+            require_configuration(Path(base).expanduser(), base)  # before weights are looked for
         opened = open_checkpoint(base)
         aligned = {name: open_expert(source, opened) for name, source in experts.items()}
         aligned = align_experts(aligned, opened, vocabulary=vocabulary, missing=missing)
@@ -221,36 +219,3 @@ def _evaluator(where: str | Evaluator, key: str) -> Evaluator:
         ) from error
     made: Evaluator = found() if isinstance(found, type) else found
     return made
-
-
-def import_callable(where: str, key: str) -> Callable[..., Any]:
-    """Import ``module:attribute``, looking in the working directory too.
-
-    It is not called for what a file names, unless the user trusts the file.
-
-    Raises:
-        ConfigError: When there is no such thing, or it cannot be called.
-    """
-    module, separator, attribute = str(where).partition(":")
-    if not separator or not module or not attribute:
-        raise ConfigError(
-            f"{key} must name a function, got {where!r}", hint="write it as module:function"
-        )
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found: Any = import_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            f"{key} {where!r} cannot be imported: {error}",
-            hint="modules are looked for in the working directory and the installed packages",
-        ) from error
-    if not callable(found):
-        raise ConfigError(
-            f"{key} must name a function, got a {type(found).__name__} ({where})",
-            hint="name a function or a class",
-        )
-    return found  # type: ignore[no-any-return]

@@ -124,22 +124,19 @@ class MergedModelProblem:
         gradients: Whether to measure the derivatives by the coefficients too, with one backward
             pass per batch (see :mod:`map_bo.evaluators.differentiable`). Every evaluator must be
             differentiable and the operator linear, as task arithmetic is.
-        vocabulary: What to do with experts whose embeddings have other rows than the base's:
-            refuse them (default), or match rows by position (``"base"``) or by token
-            (``"tokens"``); see `map_bo.merging.align.vocabulary.fit_vocabulary`.
+        vocabulary: What to do with experts whose embeddings have other rows than the base's: refuse
+            them (default), or match rows by position (``"base"``) or token (``"tokens"``).
         missing: What to do with experts that lack tensors of the base: refuse them (default), or
-            leave those tensors as they are in the base (``"base"``); see
-            `map_bo.merging.align.conform.align_experts`.
+            leave those as they are in the base (``"base"``); see `align_experts`.
         heads: Metric name -> name of the expert whose task head the model has for its evaluator;
             by default that of the expert which is called like the metric. Task heads are what only
             experts have; they are not merged.
         recalibration: Batches, or a function that returns them: after each merge the statistics of
-            BatchNorm layers are measured anew on them, in what is evaluated and in what is
-            exported; see `map_bo.merging.vectors.recalibration.recalibrate`. Not with gradients.
+            BatchNorm layers are measured anew on them, for evaluation and export; see `recalibrate`
+            in `map_bo.merging.vectors.recalibration`. Not with gradients.
         max_memory: Cap of the memory for task vectors, in bytes or such as ``"2GB"``: what does not
             fit is stored narrower or mapped from a file, as `Storage.of` says.
-        cache_dir: Where such files are, in ``rows``; by default in `cache_root`. Without a cap,
-            rows are mapped where it is given.
+        cache_dir: Where such files are; by default in `cache_root`. Given alone, rows are mapped.
 
     Raises:
         MergeError: When experts, model, operator and space do not fit each other; when gradients
@@ -236,6 +233,11 @@ class MergedModelProblem:
     def metrics(self) -> tuple[Metric, ...]:
         """The metrics, in the order of the evaluators."""
         return self._metrics
+
+    @property
+    def evaluators(self) -> Mapping[str, Evaluator]:
+        """The evaluators by name."""
+        return dict(self._evaluators)
 
     @known_numerics()
     def prepare(self) -> None:

@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["complete_datasheet", "read_datasheet", "versions"]
+__all__ = ["complete_datasheet", "lacks_scores", "read_datasheet", "versions", "write_text"]
 
 _PACKAGES = (
     *("map-bo", "torch", "transformers", "peft", "scikit-learn"),
@@ -76,8 +76,10 @@ def complete_datasheet(
         missing = [name for name in sets if name not in known]
         if missing:
             known.update(score(network, missing))
-            _write(folder / "datasheet.json", json.dumps(sheet, indent=1, sort_keys=True) + "\n")
-            _write(folder / "DATASHEET.md", _markdown(sheet))
+            write_text(
+                folder / "datasheet.json", json.dumps(sheet, indent=1, sort_keys=True) + "\n"
+            )
+            write_text(folder / "DATASHEET.md", _markdown(sheet))
         on_network(network)
     return sheet
 
@@ -118,7 +120,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
     ]
 
 
-def _write(path: Path, text: str) -> None:
+def write_text(path: Path, text: str) -> None:
+    """Write a file in one step: it is there complete, or not at all."""
     scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     scratch.write_text(text)
     os.replace(scratch, path)

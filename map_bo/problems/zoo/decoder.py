@@ -8,23 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from map_bo.evaluators.perplexity import Perplexity
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
-from map_bo.problems.zoo.expert_training import BatchLoss, TunedProblem, TunedZoo, tuned_problem
+from map_bo.problems.zoo.expert_training import (
+    BatchLoss,
+    TunedProblem,
+    TunedZoo,
+    held_out,
+    tuned_problem,
+)
 from map_bo.problems.zoo.pretrained import (
     Kind,
     decoder_folder,
     load_tokenizer,
 )
 from map_bo.problems.zoo.text_sets import TextSelection, check_sets
-from map_bo.problems.zoo.token_scoring import TokenLoss, Tokens, token_losses
+from map_bo.problems.zoo.token_batches import Tokens, token_losses
 
 __all__ = ["DEFAULT_DOMAINS", "DecoderZoo", "decoder_problem"]
 
@@ -72,9 +79,9 @@ class DecoderZoo(TunedZoo):
 
         return loss
 
-    def evaluator(self, part: TextSelection, folder: Path, base: Path, size: int) -> TokenLoss:
+    def evaluator(self, folder: Path, base: Path, size: int) -> Perplexity:
         """Return what measures the loss per token on ``size`` held-out texts."""
-        return TokenLoss(partial(_tokens, base, part.test[:size]))
+        return Perplexity(data=held_out(folder, size), tokenizer=str(base), unit="document")
 
 
 def decoder_problem(

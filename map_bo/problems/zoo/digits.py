@@ -302,7 +302,9 @@ def digits_problem(
     if isinstance(operator, NeedsStatistics) and not operator.statistics:
         folder = zoo.folder(cache_dir) / "statistics"
         operator = operator.with_statistics(
-            digits_statistics(arch, files.experts, operator.statistics_kind, folder)
+            digits_statistics(
+                arch, files.experts, operator.statistics_kind, folder, base=files.base
+            )
         )
     space = None
     if sum_at_most is not None:

@@ -23,6 +23,8 @@ from filelock import FileLock
 from torch import Tensor, nn
 
 from map_bo.errors import DataError, did_you_mean, require
+from map_bo.evaluators.data import Data
+from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.problems.cache import (
@@ -33,11 +35,10 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.problems.zoo.datasheet import complete_datasheet, lacks_scores
+from map_bo.problems.zoo.datasheet import complete_datasheet, lacks_scores, write_text
 from map_bo.problems.zoo.fine_tuning import Schedule, fine_tune
 from map_bo.problems.zoo.pretrained import Kind, load_pretrained
 from map_bo.problems.zoo.text_sets import TextSelection, check_sets, select_texts
-from map_bo.problems.zoo.token_scoring import TokenEvaluator
 from map_bo.rng import child, make_generator
 from map_bo.values import whole_number
 
@@ -48,6 +49,7 @@ __all__ = [
     "TunedProblem",
     "TunedZoo",
     "expert_model",
+    "held_out",
     "tuned_problem",
 ]
 
@@ -56,6 +58,7 @@ logger = logging.getLogger(__name__)
 TUNINGS = {"full": "model", "lora": "adapter_model"}
 """Way of fine-tuning -> name of the file that it leaves, without its ending."""
 
+_HELD_OUT = "test.jsonl"
 _RANK = 8
 _ALPHA = 16
 
@@ -253,7 +256,7 @@ class TunedZoo(ABC):
         """Return what an expert minimises on its training texts."""
 
     @abstractmethod
-    def evaluator(self, part: TextSelection, folder: Path, base: Path, size: int) -> TokenEvaluator:
+    def evaluator(self, folder: Path, base: Path, size: int) -> ExampleEvaluator:
         """Return what scores a model on the first ``size`` held-out texts of a set."""
 
     @abstractmethod
@@ -324,6 +327,8 @@ class TunedZoo(ABC):
         trained_files(
             folder, files, lambda _: self._train(folders, base, progress=progress, every=every)
         )
+        for part in self.data:
+            _write_held_out(part, folders[part.name])
         if lacks_scores(folder, tuple(own.values())):
             try:
                 # A lock of its own: another process may train further experts meanwhile.
@@ -369,7 +374,7 @@ class TunedZoo(ABC):
     ) -> None:
         evaluators = {
             own[part.name]: self.evaluator(
-                part, folder / own[part.name], base, min(self.size, len(part.test))
+                folder / own[part.name], base, min(self.size, len(part.test))
             )
             for part in self.data
         }
@@ -408,6 +413,24 @@ class TunedZoo(ABC):
             )
 
 
+def held_out(folder: Path, size: int) -> Data:
+    """Return the first ``size`` held-out texts of a set, with their labels, as an evaluator's data.
+
+    Args:
+        folder: Folder of the set, out of `TunedZoo.experts`.
+        size: How many.
+    """
+    return Data(path=str(folder / _HELD_OUT), split=f"[:{size}]")
+
+
+def _write_held_out(part: TextSelection, folder: Path) -> None:
+    file = folder / _HELD_OUT
+    if not file.is_file():
+        rows = zip(part.test, part.test_labels, strict=True)
+        lines = (json.dumps({"text": text, "label": label}) for text, label in rows)
+        write_text(file, "".join(f"{line}\n" for line in lines))
+
+
 class TunedProblem(MergedModelProblem):
     """The problem of merging a `TunedZoo`; made by :func:`tuned_problem`.
 
@@ -434,7 +457,7 @@ class TunedProblem(MergedModelProblem):
         self.folders = dict(folders)
         self._description = dict(description)
         self._measures = {
-            part.name: zoo.evaluator(part, folders[part.name], base, size) for part in zoo.data
+            name: zoo.evaluator(folder, base, size) for name, folder in folders.items()
         }
         super().__init__(
             partial(load_pretrained, base, zoo.kind),
@@ -444,7 +467,7 @@ class TunedProblem(MergedModelProblem):
             **settings,
         )
 
-    def evaluator(self, name: str) -> TokenEvaluator:
+    def evaluator(self, name: str) -> ExampleEvaluator:
         """Return what measures the set ``name``."""
         return self._measures[name]
 

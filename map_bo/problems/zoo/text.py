@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,10 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from map_bo.evaluators.text.classification import TextClassification
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.cache import read_network, write_network
-from map_bo.problems.zoo.expert_training import BatchLoss, TunedProblem, TunedZoo, tuned_problem
+from map_bo.problems.zoo.expert_training import (
+    BatchLoss,
+    TunedProblem,
+    TunedZoo,
+    held_out,
+    tuned_problem,
+)
 from map_bo.problems.zoo.pretrained import (
     Kind,
     encoder_folder,
@@ -28,7 +35,7 @@ from map_bo.problems.zoo.pretrained import (
     load_tokenizer,
 )
 from map_bo.problems.zoo.text_sets import TEXT_SETS, TextSelection, check_sets
-from map_bo.problems.zoo.token_scoring import BATCH, HeadAccuracy, Tokens, features
+from map_bo.problems.zoo.token_batches import BATCH, Tokens, features
 
 __all__ = ["DEFAULT_SETS", "TextZoo", "text_problem"]
 
@@ -84,11 +91,16 @@ class TextZoo(TunedZoo):
 
         return loss
 
-    def evaluator(self, part: TextSelection, folder: Path, base: Path, size: int) -> HeadAccuracy:
+    def evaluator(self, folder: Path, base: Path, size: int) -> TextClassification:
         """Return what measures the accuracy under the set's head on ``size`` held-out texts."""
-        labels = torch.tensor(part.test_labels[:size])
-        read = partial(_tokens, base, part.test[:size])
-        return HeadAccuracy(read, labels, *_head(folder))
+        return TextClassification(
+            data=held_out(folder, size),
+            tokenizer=str(base),
+            head=folder / "head.safetensors",
+            pooling="mean",
+            max_length=MOST_TOKENS,
+            batch_size=BATCH,
+        )
 
 
 def text_problem(

@@ -141,6 +141,21 @@ def test_labels_in_another_order_are_refused_where_their_layer_is_merged(tmp_pat
     check_metadata({"a": a, "b": b}, plain, heads={"emb.weight", "head.weight"})
 
 
+def test_embeddings_are_no_output_layer_of_labels(tmp_path: Path) -> None:
+    """BERT has two token types, and many tasks have two labels."""
+
+    def labelled(name: str, *labels: str) -> Checkpoint:
+        (tmp_path / name).mkdir()
+        config = {"id2label": dict(enumerate(labels))}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        tensors = {"embeddings.token_type_embeddings.weight": torch.zeros(2, 4)}
+        save_file(tensors, tmp_path / name / "model.safetensors")
+        return open_checkpoint(tmp_path / name)
+
+    base = labelled("base")
+    check_metadata({"a": labelled("a", "no", "yes"), "b": labelled("b", "x", "y", "z")}, base)
+
+
 def test_moved_tokens_are_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = folder(tmp_path / "base", tokens=["x", "y", "<r0>", "<r1>"])
     moved = folder(tmp_path / "moved", tokens=["x", "y", "<r1>", "<r0>"])

@@ -13,7 +13,7 @@ from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.problems.zoo.expert_training import ExpertTraining, expert_model
 from map_bo.problems.zoo.fine_tuning import Schedule
 from map_bo.problems.zoo.pretrained import load_pretrained
-from map_bo.problems.zoo.token_scoring import Tokens, token_losses
+from map_bo.problems.zoo.token_batches import Tokens, token_losses
 from tests.problems.fake_texts import tiny_decoder
 
 TOKENS = Tokens(tuple((2, *(3 + (5 * i + 3 * j) % 40 for j in range(4))) for i in range(6)))

@@ -9,7 +9,7 @@ from map_bo.errors import DataError, MergeError
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.statistics.fisher import Fisher
-from map_bo.operators.statistics.regmean import RegMean
+from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
 from map_bo.operators.statistics.statistics import load_statistics
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.zoo import statistics as zoo_statistics
@@ -17,11 +17,11 @@ from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 from map_bo.problems.zoo.statistics import digits_statistics
 from map_bo.rng import make_generator
 
-OPERATORS = [Fisher(), RegMean()]
+OPERATORS = [Fisher(), RegMean(), RegMeanPlusPlus()]
 
 
 @pytest.mark.parametrize("arch", ["mlp", "cnn"])
-@pytest.mark.parametrize("operator", OPERATORS, ids=["fisher", "regmean"])
+@pytest.mark.parametrize("operator", OPERATORS, ids=["fisher", "regmean", "regmean++"])
 def test_digits_fill_in_their_statistics(arch: str, operator: MergeOperator) -> None:
     settings = {"arch": arch, "epochs": 1, "size": 50}
     problem = digits_problem(2, operator=operator, **settings)  # type: ignore[arg-type]
@@ -39,8 +39,8 @@ def test_they_are_computed_once_and_belong_to_the_experts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     zoo = DigitsZoo(2, epochs=1)
-    experts = zoo.checkpoints().experts
-    files = digits_statistics("mlp", experts, "fisher", tmp_path)
+    experts, base = zoo.checkpoints().experts, zoo.checkpoints().base
+    files = digits_statistics("mlp", experts, "fisher", tmp_path, base=base)
     for name, file in files.items():
         known = load_statistics(file, kind="fisher", model=experts[name])
         assert known.examples == zoo_statistics.EXAMPLES
@@ -51,12 +51,23 @@ def test_they_are_computed_once_and_belong_to_the_experts(
         raise AssertionError("computed again")
 
     monkeypatch.setattr(zoo_statistics, "fisher", refuse)
-    assert digits_statistics("mlp", experts, "fisher", tmp_path) == files
+    assert digits_statistics("mlp", experts, "fisher", tmp_path, base=base) == files
+
+
+def test_those_in_the_merged_model_belong_to_all_experts(tmp_path: Path) -> None:
+    two, three = (DigitsZoo(n, epochs=1).checkpoints() for n in (2, 3))
+    files = digits_statistics("mlp", two.experts, "merged_grams", tmp_path, base=two.base)
+    more = digits_statistics("mlp", three.experts, "merged_grams", tmp_path, base=three.base)
+    for name, file in files.items():
+        known = load_statistics(file, kind="merged_grams", model=two.experts[name])
+        assert known.settings["coefficients"] == dict.fromkeys(files, 0.5)
+        assert file != more[name]
 
 
 def test_given_statistics_stay(tmp_path: Path) -> None:
     zoo = DigitsZoo(2, epochs=1)
-    files = digits_statistics("mlp", zoo.checkpoints().experts, "fisher", tmp_path)
+    made = zoo.checkpoints()
+    files = digits_statistics("mlp", made.experts, "fisher", tmp_path, base=made.base)
     swapped = dict(zip(files, reversed(files.values()), strict=True))
     problem = digits_problem(2, epochs=1, size=50, operator=Fisher(swapped))
     with pytest.raises(MergeError, match="computed for another model"):
@@ -78,9 +89,9 @@ def test_a_problem_of_other_models_names_what_is_missing() -> None:
 
 def test_a_cache_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    experts = DigitsZoo(2, epochs=1).checkpoints().experts
+    made = DigitsZoo(2, epochs=1).checkpoints()
     with pytest.raises(DataError, match="cannot be kept") as caught:
-        digits_statistics("mlp", experts, "grams", tmp_path / "file")
+        digits_statistics("mlp", made.experts, "grams", tmp_path / "file", base=made.base)
     assert "MAP_BO_CACHE" in str(caught.value.hint)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from hydra import compose, initialize_config_module
+from safetensors.torch import load_file
 
 from map_bo.app.build import build_problem
 from map_bo.app.schema import register
@@ -16,10 +17,10 @@ from map_bo.problems.problem import Problem
 from map_bo.problems.zoo import expert_training
 from map_bo.problems.zoo.datasheet import read_datasheet
 from map_bo.problems.zoo.expert_training import TunedProblem, expert_model
-from map_bo.problems.zoo.pretrained import load_pretrained
+from map_bo.problems.zoo.pretrained import load_pretrained, load_tokenizer
 from map_bo.problems.zoo.text import TextZoo, fit_head, text_problem
 from map_bo.problems.zoo.text_sets import select_texts
-from map_bo.problems.zoo.token_scoring import Tokens, features
+from map_bo.problems.zoo.token_batches import Tokens, features
 from map_bo.rng import make_generator
 from tests.contracts.problem_contract import ProblemContract
 from tests.problems.fake_texts import tiny_encoder, write_texts
@@ -65,12 +66,31 @@ def test_a_point_of_the_space_is_scored_as_its_expert(
         pytest.importorskip("peft")
     problem = text_problem(texts, model=encoder, sets=PAIR, tuning=tuning, size=12)
     points = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
-    seen = problem.evaluate(points, generator=make_generator(0)).Y
-    for row, name in zip(seen, (None, *PAIR), strict=True):
+    measured = problem.evaluate(points, generator=make_generator(0)).Y
+    for row, name in zip(measured, (None, *PAIR), strict=True):
         expert = None if name is None else problem.folders[name]
         model = expert_model(encoder, "encoder", expert)
         for value, task in zip(row, PAIR, strict=True):
-            assert float(value) == problem.evaluator(task)(model)["accuracy"].value
+            seen = problem.evaluator(task)(model)
+            assert float(value) == next(iter(seen.values())).value
+
+
+def test_the_metric_is_the_accuracy_under_the_sets_own_head(
+    pair: TunedProblem, texts: Path, encoder: Path
+) -> None:
+    own = pair.evaluate(torch.tensor([[0.0, 1.0]]), generator=make_generator(0)).Y[0]
+    model = expert_model(encoder, "encoder", pair.folders["snips"])
+    tokenizer = load_tokenizer(encoder, "encoder")
+    for value, name in zip(own, PAIR, strict=True):
+        part = select_texts(name, texts, examples=24)
+        head = load_file(pair.folders[name] / "head.safetensors")
+        right = 0
+        for text, label in zip(part.test[:12], part.test_labels, strict=False):
+            ids = torch.tensor([tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                logits = model(input_ids=ids).last_hidden_state[0].mean(0) @ head["weight"].T
+            right += int((logits + head["bias"]).argmax()) == label
+        assert float(value) == pytest.approx(right / 12)
 
 
 def test_the_datasheet_has_the_scores_of_base_and_experts(

@@ -1,0 +1,1 @@
+"""Models of images: classifiers, encoders with frozen heads, and models of images and text."""

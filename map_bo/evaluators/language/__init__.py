@@ -1,0 +1,1 @@
+"""What evaluators of language models are made of: tokenizers, decoding, grading."""

@@ -1,0 +1,1 @@
+"""Where examples come from: files, folders and data sets of the Hugging Face hub."""

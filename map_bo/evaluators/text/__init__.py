@@ -1,0 +1,1 @@
+"""Evaluators of texts: classification, pairs and regression, with the model's or a frozen head."""

@@ -1,0 +1,202 @@
+"""A merged-model problem of models and data alone: a base, its experts, and a task for each.
+
+This is ``problem=hf`` of the configuration. Nobody writes Python for it: a task is an evaluator by
+its kind (:mod:`map_bo.evaluators.kinds`), and the architecture is what the base's folder says.
+Everything that is wrong with it is said at once, before anything is evaluated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from map_bo.errors import ConfigError, MapBoError
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.kinds import evaluator_from, refuse_all
+from map_bo.merging.adapters.adapter import AdapterCheckpoint, open_expert
+from map_bo.merging.align.conform import MissingRule, align_experts
+from map_bo.merging.align.vocabulary import VocabularyRule, require_shapes
+from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from map_bo.merging.vectors.operator import MergeOperator
+from map_bo.problems.merged.imported import imported_problem
+from map_bo.problems.merged.problem import MergedModelProblem
+
+__all__ = ["hf_problem"]
+
+OF_THE_BASE = ("tokenizer", "processor")
+"""Settings of evaluators that are the base's folder where they are not given."""
+
+
+def hf_problem(
+    *,
+    base: str,
+    experts: Mapping[str, str],
+    tasks: Mapping[str, Any],
+    model: str | None = None,
+    metrics: Mapping[str, Mapping[str, Any]] | None = None,
+    operator: MergeOperator | None = None,
+    lower: float = 0.0,
+    upper: float = 1.0,
+    sum_at_most: float | None = None,
+    fixed: Mapping[str, float] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    gradients: bool = False,
+    vocabulary: VocabularyRule | None = None,
+    missing: MissingRule = "refuse",
+    heads: Mapping[str, str] | None = None,
+    recalibration: str | None = None,
+    max_memory: int | str | None = None,
+    cache_dir: str | None = None,
+) -> MergedModelProblem:
+    """Return the problem of merging models that are measured by ready evaluators.
+
+    Args:
+        base: The base: a folder, a weight file, or a model of the Hugging Face hub. Its folder is
+            the tokenizer and the processor of every task that needs one and names no other.
+        experts: The experts by name, likewise, or LoRA adapters.
+        tasks: Task name -> ``{kind: ..., data: ..., ...}``; see
+            :func:`map_bo.evaluators.kinds.evaluator_from`. A task is measured with the head of
+            the expert of its name, where that has one.
+        model: As for :func:`~map_bo.problems.merged.imported.imported_problem`, like all that
+            follow.
+        metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where what the evaluators
+            declare does not fit.
+        operator: How to merge; task arithmetic when None.
+        lower: Lower bound of the coefficients.
+        upper: Upper bound of the coefficients.
+        sum_at_most: Bound on the sum of an expert's coefficients over the experts.
+        fixed: Coefficients that are not searched.
+        dtype: Storage of the task vectors.
+        device: Where the task vectors and the model live.
+        gradients: Whether to measure the derivatives by the coefficients too.
+        vocabulary: How experts with another vocabulary are fitted to the base.
+        missing: ``refuse``, or ``base``.
+        heads: Task name -> expert whose head the task is measured with.
+        recalibration: ``module:callable`` that returns batches.
+        max_memory: Cap of the memory for task vectors.
+        cache_dir: Where task vectors that do not fit are mapped from.
+
+    Raises:
+        ConfigError: Naming everything that is wrong with base, experts and tasks, what the
+            evaluators refuse included; a single trouble is raised as it is.
+    """
+    troubles: list[MapBoError] = []
+    for name, given in (("experts", experts), ("tasks", tasks)):
+        if not given:
+            troubles.append(
+                ConfigError(
+                    f"the problem names no {name}",
+                    hint=f"give them as +problem.{name}.NAME=..., one for each name",
+                )
+            )
+    opened, aligned = _open(base, experts or {}, vocabulary, missing, troubles)
+    place = base if opened is None or opened.directory is None else str(opened.directory)
+    evaluators: dict[str, Evaluator] = {}
+    for name, settings in (tasks or {}).items():
+        try:
+            evaluators[name] = evaluator_from(
+                f"problem.tasks.{name}", settings, defaults=dict.fromkeys(OF_THE_BASE, place)
+            )
+        except MapBoError as error:
+            troubles.append(error)
+    if troubles and opened is not None:
+        lost = set(experts or {}) - set(aligned)
+        _ask_evaluators(opened, aligned, evaluators, heads or {}, lost, missing, troubles)
+    refuse_all(troubles)
+    assert opened is not None
+    return imported_problem(
+        model,
+        base=opened,
+        experts=aligned,
+        evaluators=evaluators,
+        metrics=metrics,
+        operator=operator,
+        lower=lower,
+        upper=upper,
+        sum_at_most=sum_at_most,
+        fixed=fixed,
+        dtype=dtype,
+        device=device,
+        gradients=gradients,
+        vocabulary=vocabulary,
+        missing=missing,
+        heads=heads,
+        recalibration=recalibration,
+        max_memory=max_memory,
+        cache_dir=cache_dir,
+    )
+
+
+def _open(
+    base: str,
+    experts: Mapping[str, str],
+    vocabulary: VocabularyRule | None,
+    missing: MissingRule,
+    troubles: list[MapBoError],
+) -> tuple[Checkpoint | None, dict[str, Checkpoint]]:
+    """Open base and experts; return what can be used, and add what is wrong to ``troubles``."""
+    try:
+        opened = open_checkpoint(base)
+    except MapBoError as error:
+        troubles.append(_at("problem.base", error))
+        return None, {}
+    found: dict[str, Checkpoint] = {}
+    for name, source in experts.items():
+        try:
+            found[name] = open_expert(source, opened)
+        except MapBoError as error:
+            troubles.append(_at(f"problem.experts.{name}", error))
+    together: MapBoError | None = None
+    aligned: dict[str, Checkpoint] = {}
+    try:
+        aligned = align_experts(found, opened, vocabulary=vocabulary, missing=missing)
+    except MapBoError as error:
+        together = error
+    fitting: dict[str, Checkpoint] = {}
+    for name, expert in found.items():
+        try:
+            one = (
+                aligned.get(name)
+                or align_experts({name: expert}, opened, vocabulary=vocabulary, missing=missing)[
+                    name
+                ]
+            )
+            if not isinstance(one, AdapterCheckpoint):
+                require_shapes(opened, one, name, {n: n for n in opened.names if n in one.names})
+            fitting[name] = one
+        except MapBoError as error:
+            troubles.append(_at(f"problem.experts.{name}", error))
+    if together is not None and len(fitting) == len(found):
+        troubles.append(_at("problem.experts", together))  # they do not fit each other
+    return opened, fitting
+
+
+def _at(key: str, error: MapBoError) -> MapBoError:
+    return type(error)(f"{key}: {error.message}", hint=error.hint)
+
+
+def _ask_evaluators(
+    base: Checkpoint,
+    experts: Mapping[str, Checkpoint],
+    evaluators: Mapping[str, Evaluator],
+    heads: Mapping[str, str],
+    lost: set[str],
+    missing: MissingRule,
+    troubles: list[MapBoError],
+) -> None:
+    """Add what evaluators refuse of the parts that can be used, so that it is said with the rest.
+
+    A task whose head is that of an expert which cannot be used is left out: without its head there
+    is nothing to judge it by.
+    """
+    asked = {name: one for name, one in evaluators.items() if heads.get(name, name) not in lost}
+    if not asked or not experts:
+        return
+    given = {task: name for task, name in heads.items() if task in asked and name in experts}
+    try:
+        imported_problem(
+            None, base=base, experts=experts, evaluators=asked, heads=given, missing=missing
+        ).prepare()
+    except MapBoError as error:
+        troubles.append(error)
