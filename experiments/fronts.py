@@ -315,8 +315,9 @@ def words(numbers: Mapping[str, Any], command: str) -> str:
 
 def _facts(numbers: Mapping[str, Any]) -> str:
     found = numbers["versions"]
+    seeds = numbers["seeds"]
     return (
-        f"{len(numbers['seeds'])} seeds ({', '.join(map(str, numbers['seeds']))}), "
+        f"{len(seeds)} {'seed' if len(seeds) == 1 else 'seeds'} ({', '.join(map(str, seeds))}), "
         f"{numbers['problem']['size']} held-out examples per metric; map-bo {found['map-bo']}, "
         f"torch {found['torch']}."
     )
