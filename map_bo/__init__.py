@@ -35,13 +35,20 @@ if TYPE_CHECKING:
     from map_bo.nested.settings import Nested
     from map_bo.operators.averages import Slerp, WeightedAverage
     from map_bo.operators.consensus import Consensus
+    from map_bo.operators.depth import DepthProfile
+    from map_bo.operators.nearswap import NearSwap
+    from map_bo.operators.pcb import Pcb
+    from map_bo.operators.sce import Sce
+    from map_bo.operators.shared_regions import Ram
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
     from map_bo.operators.spectral.knots import KnOTS
     from map_bo.operators.spectral.tsv import TSVM
+    from map_bo.operators.spherical import MultiSlerp, NuSlerp
     from map_bo.operators.statistics.data_free import DataFreeRegMean
     from map_bo.operators.statistics.fisher import Fisher
     from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
+    from map_bo.operators.stock import ModelStock
     from map_bo.pareto.preferences import Preference
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
@@ -61,6 +68,7 @@ __all__ = [
     "Dare",
     "DataFreeRegMean",
     "Della",
+    "DepthProfile",
     "ExportSettings",
     "Fisher",
     "Front",
@@ -73,14 +81,21 @@ __all__ = [
     "Measurement",
     "MergedModelProblem",
     "Metric",
+    "ModelStock",
+    "MultiSlerp",
+    "NearSwap",
     "Nested",
     "NestedResult",
+    "NuSlerp",
     "Observations",
+    "Pcb",
     "Preference",
+    "Ram",
     "RegMean",
     "RegMeanPlusPlus",
     "Result",
     "Run",
+    "Sce",
     "Settings",
     "SeveralMetrics",
     "Slerp",
@@ -108,6 +123,7 @@ _HOME = {
     "Dare": "map_bo.operators.sparse",
     "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
+    "DepthProfile": "map_bo.operators.depth",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
@@ -120,14 +136,21 @@ _HOME = {
     "Measurement": "map_bo.evaluators.evaluator",
     "MergedModelProblem": "map_bo.problems.merged.problem",
     "Metric": "map_bo.data",
+    "ModelStock": "map_bo.operators.stock",
+    "MultiSlerp": "map_bo.operators.spherical",
+    "NearSwap": "map_bo.operators.nearswap",
     "Nested": "map_bo.nested.settings",
     "NestedResult": "map_bo.nested.result",
+    "NuSlerp": "map_bo.operators.spherical",
     "Observations": "map_bo.data",
+    "Pcb": "map_bo.operators.pcb",
     "Preference": "map_bo.pareto.preferences",
+    "Ram": "map_bo.operators.shared_regions",
     "RegMean": "map_bo.operators.statistics.regmean",
     "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
     "Run": "map_bo.loop.run",
+    "Sce": "map_bo.operators.sce",
     "Settings": "map_bo.loop.settings",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",

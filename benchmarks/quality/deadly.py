@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from map_bo.evaluators.evaluator import Evaluator, Measurement
+from map_bo.evaluators.evaluator import Evaluator, Returned
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.zoo.digits import DigitsZoo, digits_problem
 
@@ -53,7 +53,7 @@ class _Deadly:
     inner: Evaluator
     expert: Mapping[str, Tensor] | None
 
-    def __call__(self, model: nn.Module) -> float | Measurement:
+    def __call__(self, model: nn.Module) -> Returned:
         number = _count()
         every = int(os.environ.get("MAP_BO_DEADLY_EVERY", "0"))
         if every and number % every == 0:

@@ -41,12 +41,18 @@ from map_bo.merging.vectors.operator import PreparedMerge
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
 from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
 from map_bo.operators.statistics.data_free import DataFreeRegMean
+from map_bo.operators.stock import ModelStock
 
 __all__ = ["CASES", "Case", "measure"]
 
@@ -125,6 +131,13 @@ CASES = (
         elementwise=False,
     ),
     Case("RegMean without data", DataFreeRegMean(), "ridge", elementwise=False),
+    Case("MultiSlerp", MultiSlerp()),
+    Case("NuSlerp, rows", NuSlerp()),
+    Case("ModelStock", ModelStock()),
+    Case("NearSwap", NearSwap(), "strength"),
+    Case("Pcb", Pcb(), "density"),
+    Case("Sce", Sce(), "density"),
+    Case("Ram", Ram(), "rescale"),
 )
 
 

@@ -97,6 +97,11 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--out", metavar="DIR", help="where to write (default: RUN; of several: comparison)"
     )
     report.add_argument(
+        "--normalised",
+        action="store_true",
+        help="of a single run, also show scores as shares of those of each task's own expert",
+    )
+    report.add_argument(
         "--baseline", metavar="VARIANT", help="variant that the others are compared with"
     )
     report.add_argument(
@@ -173,6 +178,13 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         choices=("weighted_sum", "chebyshev"),
         default="weighted_sum",
         help="how the weighted metrics become one number (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--normalised",
+        action="store_true",
+        help="show scores as shares of those of each task's own expert, and take the values of "
+        "--at-least and --at-most as such shares (of a metric to be minimised, the expert's value "
+        "divided by the merge's)",
     )
     _trust_option(parser)
     parser.add_argument(

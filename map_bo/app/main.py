@@ -79,6 +79,8 @@ def _choice_of(options: argparse.Namespace) -> Any:
     at_least = pairs(options.at_least, "--at-least")
     at_most = pairs(options.at_most, "--at-most")
     result = _load(options.run)
+    if options.normalised:
+        at_least, at_most = _in_own_units(result, at_least, at_most)
     if options.point is not None:
         if prefer or at_least or at_most:
             raise ConfigError("--point and a preference were both given", hint="give one of them")
@@ -107,6 +109,22 @@ def _choice_of(options: argparse.Namespace) -> Any:
         return first
 
 
+def _in_own_units(
+    result: Any, at_least: Mapping[str, float], at_most: Mapping[str, float]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Return bounds on shares of the experts' own scores as bounds on the metrics."""
+    from map_bo.report.normalised import OwnScores
+
+    own = OwnScores.of(result.seen, result.space)
+    lower: dict[str, float] = {}
+    upper: dict[str, float] = {}
+    for given, more in ((at_least, True), (at_most, False)):
+        for name, share in given.items():
+            bounds = lower if more != own.is_minimised(name) else upper
+            bounds[name] = own.bound(name, share)
+    return lower, upper
+
+
 def _load(run: str, *, refit: bool = False, trust: Sequence[str] = ()) -> Any:
     from map_bo.loop.reading import created_of, load_result
     from map_bo.nested.reading import is_nested, load_nested
@@ -125,10 +143,21 @@ def _look_in(*folders: str | Path | None) -> None:
 
 def _choose(options: argparse.Namespace) -> None:
     choice = _choice_of(options)
+    own = None
+    if options.normalised:
+        from map_bo.report.normalised import OwnScores
+
+        result = _load(options.run)
+        own = OwnScores.of(result.seen, result.space)
     if options.json:
         import json
 
-        sys.stdout.write(json.dumps(choice.describe(), indent=2) + "\n")
+        said = choice.describe()
+        if own is not None:
+            names = [metric.name for metric in choice.metrics]
+            shares = zip(names, own.normalise(choice.mean).tolist(), strict=True)
+            said["normalised"] = {name: None if x != x else x for name, x in shares}
+        sys.stdout.write(json.dumps(said, indent=2) + "\n")
         return
     from rich.console import Console
 
@@ -147,6 +176,7 @@ def _choose(options: argparse.Namespace) -> None:
         upper=choice.upper,
         real=choice.real,
         corrected=choice.corrected,
+        own=own,
     )
     for note in choice.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
@@ -209,7 +239,7 @@ def _report(options: argparse.Namespace) -> None:
     out = options.out or options.run
     result = load_result(options.run)
     with understood(DataError, f"the record in {options.run}", hint=_EDITED):
-        write_report(view_of(result), Path(out))
+        write_report(view_of(result, normalised=options.normalised), Path(out))
     sys.stdout.write(f"report written to {out}/report.html\n")
 
 

@@ -132,8 +132,18 @@ def show(result: Result, here: Path) -> None:
     from map_bo.report.run.cards import print_summary
 
     console = Console()
-    print_summary(view_of(result), console)
+    print_summary(view_of(result, normalised=_shows_shares(result)), console)
     _print_next_steps(console, result, here)
+
+
+def _shows_shares(result: Result) -> bool:
+    """Return whether the run was asked to show scores normalised by each expert's own."""
+    from map_bo.loop.reading import created_of
+
+    assert result.run_dir is not None
+    tree = (created_of(result.run_dir).get("config") or {}).get("tree") or {}
+    nodes = (tree.get("tracking") or {}).values()
+    return any(isinstance(node, Mapping) and bool(node.get("normalised")) for node in nodes)
 
 
 def _print_next_steps(console: Console, result: Result, here: Path) -> None:

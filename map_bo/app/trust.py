@@ -56,7 +56,9 @@ _DATA = frozenset(  # of an imported problem: text that names no code, whatever 
 )
 _OPTIONS = frozenset({"_target_", "_convert_", "_recursive_"})
 _PATHS = ("base", "cache_dir", "root", "experts", "statistics")  # what may be relative paths
-_PATHS_OF_TASKS = ("data", "path", "tokenizer", "processor", "head")  # ... where they are text
+# ... where they are text
+_PATHS_OF_TASKS = ("data", "train", "path", "tokenizer", "processor", "head", "include_path")
+_OF_HARNESS = ("include_path", "unsafe_code")  # tasks in a folder may name functions there
 _DEEPEST = 50
 
 
@@ -139,6 +141,8 @@ def _in_mapping(node: Mapping[Any, Any], where: str, rule: str, left: int) -> It
             yield Foreign(here, f"the option {name} of Hydra", "")
         if name == "trust_remote_code" and value not in (False, None):
             yield Foreign(here, "code in the folder of a model", "")
+        if name in _OF_HARNESS and value not in (False, None):
+            yield Foreign(here, "code of tasks of the evaluation harness", "")
         if "${" in name:
             yield Foreign(here[:200], name[:80], "")
         if name != "_target_" and not (target in _GETTERS and name == "path"):

@@ -12,9 +12,11 @@ from typing import Any
 _HOME = {
     "Data": "map_bo.evaluators.data",
     "Embeddings": "map_bo.evaluators.embeddings",
+    "Entropy": "map_bo.evaluators.entropy",
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "Generation": "map_bo.evaluators.generation",
     "ImageClassification": "map_bo.evaluators.images.classification",
+    "LMEval": "map_bo.evaluators.lm_eval",
     "Perplexity": "map_bo.evaluators.perplexity",
     "Regression": "map_bo.evaluators.text.regression",
     "SeveralMetrics": "map_bo.evaluators.metrics",

@@ -300,7 +300,9 @@ class Data:
         wanted = given if given is not None else role
         hint = did_you_mean(wanted, table.names)
         if given is None:
-            hint = f"say which column is the {role}: columns={{{role!r}: {table.names[-1]!r}}}"
+            others = {self.columns.get(one, one) for one in roles}
+            free = [name for name in table.names if name not in others] or list(table.names)
+            hint = f"say which column is the {role}: columns={{{role!r}: {free[0]!r}}}"
         raise EvaluationError(
             f"{table.where} has no column {wanted!r}; it has {listed(table.names, 20)}", hint=hint
         )
@@ -421,6 +423,8 @@ def _looks_like_a_file(text: str) -> bool:
     """Return whether a path that does not exist was meant to be one."""
     if text.startswith(("/", ".", "~")) or "\\" in text or text.count("/") > 1:
         return not text.startswith("hf://")
+    if "/" in text and Path(text.partition("/")[0]).is_dir():
+        return True
     ending = Path(text.removesuffix(".gz")).suffix.lower()
     return ending in (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".npz", ".txt")
 

@@ -197,6 +197,7 @@ class Embeddings(ExampleEvaluator):
             tokenise(
                 tokenizer,
                 part,
+                model=model,
                 max_length=longest,
                 where=examples.where,
                 rows=range(len(part)),

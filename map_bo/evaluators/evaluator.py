@@ -26,6 +26,8 @@ __all__ = [
     "MeanProbability",
     "Measurement",
     "Prepares",
+    "ReadsHead",
+    "Returned",
     "accuracy",
     "binomial_variance",
     "call_model",
@@ -89,7 +91,10 @@ class Measurement:
             put(self, "count", int(count))
 
 
-Evaluator = Callable[[nn.Module], float | Measurement | Mapping[str, float | Measurement]]
+Returned = float | Measurement | Mapping[str, float | Measurement]
+"""What an evaluator returns: one metric, or several by the names that it declares."""
+
+Evaluator = Callable[[nn.Module], Returned]
 """Measures one metric on a model, or several under the names that it declares
 (`DeclaresMetrics`). The model is in evaluation mode; gradients are not switched off. What it does
 to the model, to torch and to the process is undone afterwards."""
@@ -115,6 +120,16 @@ class Prepares(Protocol):
 
 
 @runtime_checkable
+class ReadsHead(Protocol):
+    """An evaluator that may score the outputs of the model's own head."""
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether it does, so that the model must have the head of its task."""
+        ...
+
+
+@runtime_checkable
 class ItemEvaluator(Protocol):
     """An evaluator that knows the outcome of each of its examples."""
 
@@ -131,7 +146,8 @@ class ItemEvaluator(Protocol):
             items: ``n`` indices of examples, integers in ``[0, size)``.
 
         Returns:
-            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics.
+            ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
+            example says nothing of a metric, as a document of another task does.
         """
         ...
 

@@ -22,7 +22,15 @@ from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Measurement, evaluating
 from map_bo.values import whole_number
 
-__all__ = ["ExampleEvaluator", "ProgressListener", "listening", "mean_of"]
+__all__ = [
+    "ExampleEvaluator",
+    "ProgressListener",
+    "check_items",
+    "listening",
+    "mean_of",
+    "ratio_estimate",
+    "tell_progress",
+]
 
 ProgressListener = Callable[[int, int], None]
 """Is told how many examples have been scored, and of how many."""
@@ -40,6 +48,37 @@ def listening(listener: ProgressListener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+def tell_progress(done: int, of: int) -> None:
+    """Tell the listener, where there is one, how many examples have been scored."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(done, of)
+
+
+def check_items(items: Tensor, size: int) -> Tensor:
+    """Return indices of examples, on the CPU, or refuse them.
+
+    Args:
+        items: ``n`` indices.
+        size: The number of examples.
+
+    Raises:
+        EvaluationError: When there are none, or one is not possible.
+    """
+    items = torch.as_tensor(items, device="cpu")
+    if items.dim() != 1 or not len(items) or items.is_floating_point():
+        raise EvaluationError(
+            f"items must be one or more indices, got {items.dtype} of shape {tuple(items.shape)}",
+            hint=f"give integers from 0 to {size - 1}",
+        )
+    if not (0 <= int(items.min()) and int(items.max()) < size):
+        raise EvaluationError(
+            f"there are {size} examples, got items from {int(items.min())} to {int(items.max())}",
+            hint=f"give integers from 0 to {size - 1}",
+        )
+    return items
 
 
 class ExampleEvaluator(ABC):
@@ -134,26 +173,12 @@ class ExampleEvaluator(ABC):
         Raises:
             EvaluationError: For an index that is not possible.
         """
-        items = torch.as_tensor(items, device="cpu")
-        if items.dim() != 1 or not len(items) or items.is_floating_point():
-            raise EvaluationError(
-                f"items must be one or more indices, got {items.dtype} of shape "
-                f"{tuple(items.shape)}",
-                hint=f"give integers from 0 to {self.size - 1}",
-            )
-        if not (0 <= int(items.min()) and int(items.max()) < self.size):
-            raise EvaluationError(
-                f"there are {self.size} examples, got items from {int(items.min())} to "
-                f"{int(items.max())}",
-                hint=f"give integers from 0 to {self.size - 1}",
-            )
-        listener = _listener.get()
+        items = check_items(items, self.size)
         parts: list[T] = []
         with evaluating(model), torch.inference_mode():
             for start in range(0, len(items), self.batch_size):
                 parts.append(function(items[start : start + self.batch_size]))
-                if listener is not None:
-                    listener(min(start + self.batch_size, len(items)), len(items))
+                tell_progress(min(start + self.batch_size, len(items)), len(items))
         return parts
 
     def _checked(self, outcomes: Tensor, n: int) -> Tensor:
@@ -205,3 +230,26 @@ def mean_of(outcomes: Tensor, metric: Metric) -> Measurement:
     if metric.kind == "proportion":  # a count would say that outcomes are right or wrong
         return Measurement(value, variance=variance)
     return Measurement(value, variance=variance, count=n)
+
+
+def ratio_estimate(totals: Tensor, sizes: Tensor) -> tuple[float, float | None]:
+    """Return the ratio of two sums over ``n`` units, and the variance of that ratio.
+
+    The ratio is ``R = sum(y) / sum(x)``, and its variance ``n / (n - 1) * sum((y - R x)^2) /
+    sum(x)^2``: the ratio estimator (Cochran 1977, Sampling Techniques, equation 6.13, without the
+    correction for finite populations). The units are what is sampled independently: documents, not
+    their tokens.
+
+    Args:
+        totals: ``n`` sums ``y``, such as the loss of all tokens of a document.
+        sizes: ``n`` sizes ``x``, such as the number of those tokens.
+
+    Returns:
+        The ratio; its variance, None of a single unit.
+    """
+    n, size = len(totals), sizes.sum()
+    ratio = totals.sum() / size
+    if n < 2:
+        return float(ratio), None
+    spread = (totals - ratio * sizes).square().sum()
+    return float(ratio), float(spread / size.square() * (n / (n - 1)))

@@ -7,7 +7,7 @@ import json
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,20 +16,19 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.evaluators.data import Data
-from map_bo.evaluators.evaluator import device_of, evaluating
+from map_bo.evaluators.evaluator import Measurement, device_of, evaluating
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.quiet import quiet
-from map_bo.evaluators.language.decoding import Drawing, Stopping, ends_of, greedy
+from map_bo.evaluators.language.decoding import Drawing, RefusesNaN, Stopping, ends_of, greedy
 from map_bo.evaluators.language.grading import Grading, Which, texts_of
 from map_bo.evaluators.language.models import (
-    check_vocabulary,
-    load_tokenizer,
     longest_input,
     pad_id,
     plain_ids,
     pretrained,
     starts_with_bos,
 )
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.plain import identity_of
 from map_bo.rng import child, make_generator
 from map_bo.values import real_number, switch, whole_number
@@ -102,6 +101,7 @@ class Generation(ExampleEvaluator):
             beyond, with the pattern in the message.
         ignore_case: Whether upper and lower case are the same.
         ignore_punctuation: Whether punctuation is left out.
+        words: What stands for a target of the data: ``{0: "no", 1: "yes"}``; None for itself.
         grader: Function of the answer and the target that returns a number in [0, 1]; in a
             configuration ``module:function``.
         metrics: Which of ``score`` (a proportion), ``tokens`` (generated, to minimise) and
@@ -131,6 +131,7 @@ class Generation(ExampleEvaluator):
         pattern_seconds: float = 1.0,
         ignore_case: bool = False,
         ignore_punctuation: bool = False,
+        words: Mapping[Any, str] | None = None,
         grader: Callable[[str, Any], float] | None = None,
         metrics: str | Sequence[str] = ("score", "tokens"),
         temperature: float = 0.0,
@@ -166,6 +167,12 @@ class Generation(ExampleEvaluator):
         self.grading = Grading(
             pattern, which, pattern_seconds, ignore_case, ignore_punctuation, grader
         )
+        if words is not None and not (isinstance(words, Mapping) and words):
+            raise ConfigError(
+                f"words must map targets to texts, got {words!r}",
+                hint="such as words={0: 'no', 1: 'yes'}",
+            )
+        self.words = None if words is None else {str(key): str(w) for key, w in words.items()}
         self._measured = (metrics,) if isinstance(metrics, str) else tuple(metrics)
         for name in self._measured:
             if name not in _METRICS:
@@ -239,6 +246,15 @@ class Generation(ExampleEvaluator):
             for row in zip(*columns.values(), strict=True)
         ]
         targets = examples.columns["target"]
+        if self.words is not None:
+            lacking = sorted({str(one) for one in targets} - set(self.words))
+            if lacking:
+                raise EvaluationError(
+                    f"{examples.where} holds the target {lacking[0]!r}, for which there is no "
+                    f"word; there are words for {', '.join(self.words)}",
+                    hint=f"add it: words={{..., {lacking[0]!r}: ...}}",
+                )
+            targets = tuple(self.words[str(one)] for one in targets)
         if self.grading.grader is None:
             for row, target in zip(examples.rows, targets, strict=True):
                 if not texts_of(target):
@@ -249,14 +265,15 @@ class Generation(ExampleEvaluator):
                     )
         ids = self._tokenise(prompts, tokenizer, encoder=network.config.is_encoder_decoder)
         limit = longest_input(network)
-        if limit is not None and not network.config.is_encoder_decoder:
-            room = limit - self.max_new_tokens
+        if limit is not None:
+            # An encoder reads the prompt alone, and its decoder the answer.
+            room = limit - self.max_new_tokens * (not network.config.is_encoder_decoder)
             rows = [row for row, one in zip(examples.rows, ids, strict=True) if len(one) > room]
             if rows:
                 raise EvaluationError(
                     f"{len(rows)} of {len(ids)} prompts of {examples.where} are longer than "
                     f"{room} tokens, such as row {rows[0] + 1}: the model reads {limit} tokens, "
-                    f"and {self.max_new_tokens} are for the answer",
+                    f"and answers have up to {self.max_new_tokens}",
                     hint="shorten the prompts, or lower max_new_tokens",
                 )
         self._prompts = _Prompts(
@@ -280,6 +297,18 @@ class Generation(ExampleEvaluator):
             ]
         columns = [torch.tensor(found[name], dtype=torch.float64) for name in self._measured]
         return columns[0] if len(columns) == 1 else torch.stack(columns, -1)
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        """Return the means of outcomes; see the base class.
+
+        Where all answers are equally long, as those that were cut off are, the noise of their
+        length is not known.
+        """
+        found = super().summary(outcomes, items)
+        return {
+            name: replace(seen, variance=None) if seen.variance == 0 else seen
+            for name, seen in found.items()
+        }
 
     def answers(self, model: nn.Module, items: Sequence[int] | Tensor) -> list[Answer]:
         """Return what the model writes for some examples, to read it.
@@ -357,12 +386,12 @@ class Generation(ExampleEvaluator):
         lengths = stopping.lengths(found)
         return [Answer(text, length, seconds) for text, length in zip(texts, lengths, strict=True)]
 
-    def _processors(self, items: Tensor) -> list[Drawing]:
+    def _processors(self, items: Tensor) -> list[RefusesNaN | Drawing]:
         if not self.temperature:
-            return []
+            return [RefusesNaN()]
         parent = make_generator(self.seed)
         generators = [child(parent, "example", item) for item in items.tolist()]
-        return [Drawing(generators, self.temperature, self.top_k, self.top_p)]
+        return [RefusesNaN(), Drawing(generators, self.temperature, self.top_k, self.top_p)]
 
 
 @dataclass(frozen=True, eq=False)

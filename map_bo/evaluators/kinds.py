@@ -39,8 +39,10 @@ __all__ = [
 KINDS: Mapping[str, str] = MappingProxyType(
     {
         "embeddings": "map_bo.evaluators.embeddings:Embeddings",
+        "entropy": "map_bo.evaluators.entropy:Entropy",
         "generation": "map_bo.evaluators.generation:Generation",
         "images": "map_bo.evaluators.images.classification:ImageClassification",
+        "lm_eval": "map_bo.evaluators.lm_eval:LMEval",
         "perplexity": "map_bo.evaluators.perplexity:Perplexity",
         "regression": "map_bo.evaluators.text.regression:Regression",
         "text_classification": "map_bo.evaluators.text.classification:TextClassification",

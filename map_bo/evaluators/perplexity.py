@@ -16,19 +16,18 @@ from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import Measurement, device_of, logits_of
-from map_bo.evaluators.examples import ExampleEvaluator, mean_of
+from map_bo.evaluators.examples import ExampleEvaluator, mean_of, ratio_estimate
 from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.language.models import (
-    check_vocabulary,
-    load_tokenizer,
+    causal,
     longest_input,
     pad_id,
     plain_ids,
-    pretrained,
 )
+from map_bo.evaluators.text.tokens import check_vocabulary, load_tokenizer
 from map_bo.values import switch, whole_number
 
-__all__ = ["Perplexity", "Window", "ratio_estimate", "windows"]
+__all__ = ["Perplexity", "Window", "windows"]
 
 Measure = Literal["loss", "perplexity", "bits_per_byte"]
 Unit = Literal["token", "document"]
@@ -72,36 +71,14 @@ def windows(length: int, *, most: int, stride: int) -> list[Window]:
     return found
 
 
-def ratio_estimate(totals: Tensor, sizes: Tensor) -> tuple[float, float | None]:
-    """Return the ratio of two sums over ``n`` units, and the variance of that ratio.
-
-    The ratio is ``R = sum(y) / sum(x)``, and its variance ``n / (n - 1) * sum((y - R x)^2) /
-    sum(x)^2``: the ratio estimator (Cochran 1977, Sampling Techniques, equation 6.13, without the
-    correction for finite populations). The units are what is sampled independently: documents, not
-    their tokens.
-
-    Args:
-        totals: ``n`` sums ``y``, such as the loss of all tokens of a document.
-        sizes: ``n`` sizes ``x``, such as the number of those tokens.
-
-    Returns:
-        The ratio; its variance, None of a single unit.
-    """
-    n, size = len(totals), sizes.sum()
-    ratio = totals.sum() / size
-    if n < 2:
-        return float(ratio), None
-    spread = (totals - ratio * sizes).square().sum()
-    return float(ratio), float(spread / size.square() * (n / (n - 1)))
-
-
 class Perplexity(ExampleEvaluator):
     """How well a causal language model predicts documents; smaller is better.
 
     The outcome of each document is its own loss, perplexity or number of bits per byte. By
     ``unit="token"`` each token counts the same: the measurement is that of the whole corpus, with
-    the variance of the ratio estimator over documents (`ratio_estimate`). By ``unit="document"``
-    each document counts the same, however long it is: the measurement is the mean of the outcomes.
+    the variance of the ratio estimator over documents (see `ratio_estimate`). By
+    ``unit="document"`` each document counts the same, however long it is: the measurement is the
+    mean of the outcomes.
 
     By default it measures the mean negative log-likelihood per token in nats. Perplexity is its
     exponential and orders models in the same way, but merges far from the experts reach millions,
@@ -202,13 +179,7 @@ class Perplexity(ExampleEvaluator):
             EvaluationError: When there are none, one has no token to predict, the model is not a
                 causal language model, or the tokenizer is of another vocabulary.
         """
-        network = pretrained(model, by="perplexity")
-        if network.config.is_encoder_decoder:
-            raise EvaluationError(
-                f"perplexity needs a causal language model, and {type(network).__name__} has an "
-                "encoder",
-                hint="use the evaluator of kind generation",
-            )
+        network = causal(model, by="perplexity")
         tokenizer = load_tokenizer(self.tokenizer, network)
         check_vocabulary(tokenizer, network)
         limit = longest_input(network)
@@ -257,8 +228,6 @@ class Perplexity(ExampleEvaluator):
             pad=pad_id(tokenizer),
             measure=self.measure,
         )
-        with quiet("transformers"), torch.inference_mode():
-            self._losses(model, [(0, Window(0, 2, 1))])  # refuses a model without logits
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the measure of each document (``b``)."""

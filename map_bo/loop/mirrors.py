@@ -25,8 +25,13 @@ __all__ = ["Local", "publish", "trackers", "view_of"]
 logger = logging.getLogger(__name__)
 
 
-def view_of(result: Result) -> RunView:
-    """Return the view of a run that its report is made from: the search, then the verification."""
+def view_of(result: Result, *, normalised: bool = False) -> RunView:
+    """Return the view of a run that its report is made from: the search, then the verification.
+
+    Args:
+        result: The run.
+        normalised: Whether to show scores normalised by each expert's own too.
+    """
     return RunView(
         title=result.run_dir.name if result.run_dir is not None else "run",
         space=result.space,
@@ -34,10 +39,11 @@ def view_of(result: Result) -> RunView:
         seen=result.seen.append(result.verification),
         scale=result.scale,
         summary=result.summary,
+        normalised=normalised,
     )
 
 
-def publish(result: Result) -> None:
+def publish(result: Result, *, normalised: bool = False) -> None:
     """Write the report of ``result`` into its run directory.
 
     The record is complete before this is called, so a failure here (a full disk, a plot that
@@ -46,23 +52,30 @@ def publish(result: Result) -> None:
     if result.run_dir is None:
         return
     try:
-        write_report(view_of(result), result.run_dir)
+        write_report(view_of(result, normalised=normalised), result.run_dir)
     except Exception as error:
         logger.warning("the report could not be written: %s: %s", type(error).__name__, error)
 
 
 @dataclass(frozen=True)
 class Local:
-    """Tables, plots and a page in the run directory, written when the run has ended."""
+    """Tables, plots and a page in the run directory, written when the run has ended.
+
+    Attributes:
+        normalised: Whether to show scores normalised by each expert's own too.
+    """
+
+    normalised: bool = False
 
     def open(self, directory: Path | None) -> Tracker:
         """See :class:`map_bo.tracking.tracker.Tracking`."""
-        return _Directory(directory)
+        return _Directory(directory, self.normalised)
 
 
 @dataclass(frozen=True)
 class _Directory:
     directory: Path | None
+    normalised: bool
 
     def observe(self, event: Event) -> None:
         """Do nothing: the files are made from the complete record."""
@@ -70,7 +83,7 @@ class _Directory:
     def finish(self, *, whole: bool) -> None:
         """Write the files from the record."""
         if self.directory is not None and whole:
-            publish(load_result(self.directory))
+            publish(load_result(self.directory), normalised=self.normalised)
 
 
 def trackers(given: str | Tracking | Sequence[str | Tracking], directory: Path | None) -> Trackers:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +22,14 @@ from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.operators.searchable import SearchableOperator, one_of
 
-__all__ = ["Slerp", "WeightedAverage", "products", "spherical_mean"]
+__all__ = [
+    "Slerp",
+    "SphereKernel",
+    "WeightedAverage",
+    "products",
+    "spherical_mean",
+    "turned_products",
+]
 
 _PIECE = 1 << 18
 _STEPS, _CLOSE = 100, 1e-11
@@ -87,22 +95,27 @@ class Slerp(SearchableOperator):
 
     def kernel(self, deltas: Deltas) -> Kernel:
         """Measure the angles: one pass over all tensors."""
-        return _Sphere(products(deltas), self.of, self.norms)
+        return SphereKernel(products(deltas), self.of, partial(spherical_mean, norms=self.norms))
 
 
-class _Sphere(SpanKernel):
-    def __init__(self, grams: Tensor, of: str, norms: str) -> None:
-        self._of, self._norms = of, norms
-        if of == "weights":
-            # theta_n = theta_0 + v_n, from the products of theta_0 and the v_n.
-            inner = grams[:, 1:, 1:] + grams[:, :1, 1:] + grams[:, 1:, :1] + grams[:, :1, :1]
-        else:
-            inner = grams[:, 1:, 1:]
-        self._grams = inner
+class SphereKernel(SpanKernel):
+    """A part of the way to a mean on the sphere, whose weights follow from the angles.
+
+    Args:
+        grams: ``S x (1 + N) x (1 + N)`` inner products by tensor, see `products`.
+        of: Whether task vectors (``"deltas"``) or whole weights (``"weights"``) are turned.
+        mean: Inner products ``S x N x N`` and ``N`` weights that sum to 1 -> ``S x N`` weights of
+            the vectors in their mean.
+    """
+
+    def __init__(self, grams: Tensor, of: str, mean: Callable[[Tensor, Tensor], Tensor]) -> None:
+        self._of, self.mean = of, mean
+        self._grams = turned_products(grams, of)
         self._lock = threading.Lock()
         self._found: dict[tuple[float, ...], Tensor] = {}
 
     def weights(self, slot: int, c: Tensor) -> Tensor:
+        """Return the weights of base and task vectors; see `SpanKernel`."""
         # Asked for each piece, and found for all tensors at once. There are as many different c
         # at a time as there are blocks.
         asked = tuple(c.tolist())
@@ -115,10 +128,24 @@ class _Sphere(SpanKernel):
 
     def _weights(self, c: Tensor) -> Tensor:
         total = c.sum()
-        mean = total * spherical_mean(self._grams, c / total, self._norms)
+        mean = total * self.mean(self._grams, c / total)
         # theta_0 + s (sum_n a_n theta_n - theta_0), where the a_n need not sum to 1.
         base = 1 - total + mean.sum(-1) if self._of == "weights" else mean.new_ones(len(mean))
         return torch.cat([base[:, None], mean], dim=1)
+
+
+def turned_products(grams: Tensor, of: str) -> Tensor:
+    """Return the inner products ``... x N x N`` of what is turned.
+
+    Args:
+        grams: ``... x (1 + N) x (1 + N)`` inner products of the base and the task vectors.
+        of: ``"deltas"``, or ``"weights"`` for the experts' own weights.
+    """
+    inner = grams[..., 1:, 1:]
+    if of != "weights":
+        return inner
+    # theta_n = theta_0 + v_n, from the products of theta_0 and the v_n.
+    return inner + grams[..., :1, 1:] + grams[..., 1:, :1] + grams[..., :1, :1]
 
 
 def spherical_mean(grams: Tensor, w: Tensor, norms: str = "mean") -> Tensor:

@@ -14,6 +14,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import Empty, arena, parallel_for
 from map_bo.operators.random_mask import LEVELS, element_key, uniform_levels
@@ -22,6 +23,8 @@ from map_bo.operators.thresholds import Thresholds
 __all__ = [
     "Band",
     "Drop",
+    "Effects",
+    "KeptEffects",
     "RankDrop",
     "Sparsifier",
     "Trim",
@@ -36,9 +39,14 @@ __all__ = [
 ]
 
 _RANKED = 1 << 18  # numbers that are ranked at once
+_ADDED = 1 << 14  # kept numbers that are added at once, so that temporary memory is bounded
 
 Limits = Callable[[float], Thresholds]
 """Share of the largest numbers -> the magnitudes from which they are kept."""
+
+Effects = Callable[[Tensor, int], Tensor]
+"""A piece of base and task vectors and its tensor's index -> ``N x n`` what each expert adds to
+the base for a coefficient of 1, in a merge that is linear in its coefficients."""
 
 BandLimits = Callable[[float, float], Thresholds]
 """Share to keep, share of the largest that go -> the magnitudes from which numbers are kept."""
@@ -380,3 +388,49 @@ class RankDrop:
         return rank_drop(
             rows, ranks, self.keys[slot], start, self.rate, self.epsilon, empty=arena.empty
         )
+
+
+class KeptEffects(Kernel):
+    """Linear merges in which few numbers move: what they add is kept, and a candidate adds it up.
+
+    Eight bytes are kept for each number that an expert moves.
+
+    Args:
+        deltas: The task vectors; read once.
+        effects: What each expert adds.
+    """
+
+    def __init__(self, deltas: Deltas, effects: Effects) -> None:
+        slots, experts = deltas.layout.slots, len(deltas.experts)
+        nothing = (torch.empty(0, dtype=torch.int64), torch.empty(0))
+        self._kept: list[list[tuple[Tensor, Tensor]]] = [[nothing] * experts for _ in slots]
+
+        def keep(slot: int, _: None) -> None:
+            size = slots[slot].numel
+            kind = torch.int32 if size < 1 << 31 else torch.int64
+            found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(experts)]
+            for start in range(0, size, _RANKED):
+                arena.reset()
+                rows = deltas.read(slot, start, min(start + _RANKED, size))
+                for row, parts in zip(effects(rows, slot), found, strict=True):
+                    at = row.nonzero().flatten()
+                    parts.append(((at + start).to(kind), row[at]))
+            for n, parts in enumerate(found):
+                if parts:
+                    where, values = zip(*parts, strict=True)
+                    self._kept[slot][n] = torch.cat(where), torch.cat(values)
+
+        order = sorted(range(len(slots)), key=lambda i: -slots[i].numel)
+        parallel_for(keep, order, lambda: None, threads=deltas.threads)
+
+    def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
+        """Return the base and what the experts add to it."""
+        size = rows.shape[1]
+        out = arena.empty(size, device=rows.device).copy_(rows[0])
+        for (where, values), factor in zip(self._kept[slot], c.tolist(), strict=True):
+            ends = torch.tensor([start, start + size], dtype=where.dtype, device=where.device)
+            first, last = torch.searchsorted(where, ends).tolist()
+            for at in range(first, last, _ADDED) if factor else ():
+                part = slice(at, min(at + _ADDED, last))
+                out.index_add_(0, where[part] - start, values[part], alpha=factor)
+        return out

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from map_bo.merging.align.layout import FlatLayout
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import parallel_for
 
@@ -24,6 +25,7 @@ __all__ = [
     "BINS",
     "TRIMS",
     "MagnitudeSketch",
+    "Scores",
     "Thresholds",
     "bins_within",
     "ceilings",
@@ -162,7 +164,60 @@ def _edge(bins: Tensor) -> Tensor:
     return bits.view(torch.float32).double()
 
 
-def thresholds(deltas: Deltas, density: float, trim: str, *, above: float = 0.0) -> Thresholds:
+class Scores:
+    """Numbers that are computed from base and task vectors, to find their thresholds.
+
+    In the form of `Deltas`: where those have task vectors, these have scores.
+
+    Args:
+        deltas: What the scores are computed from.
+        names: Names of the ``k`` scores.
+        score: ``(1 + N) x n`` piece of base and task vectors -> ``k x n`` scores in float32.
+    """
+
+    def __init__(
+        self, deltas: Deltas, names: Sequence[str], score: Callable[[Tensor], Tensor]
+    ) -> None:
+        self._deltas, self.experts, self._score = deltas, tuple(names), score
+        self.in_place = False
+
+    @property
+    def layout(self) -> FlatLayout:
+        """The tensors; see `Deltas`."""
+        return self._deltas.layout
+
+    @property
+    def device(self) -> torch.device:
+        """Where pieces are; see `Deltas`."""
+        return self._deltas.device
+
+    @property
+    def threads(self) -> int | None:
+        """How many threads may read at once; see `Deltas`."""
+        return self._deltas.threads
+
+    @property
+    def resident(self) -> bool:
+        """Whether the task vectors are in memory; see `Deltas`."""
+        return self._deltas.resident
+
+    def read(self, slot: int, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the base and the scores of a piece, ``(1 + k) x n``; see `Deltas`."""
+        rows = self._deltas.read(slot, start, stop)
+        return torch.cat([rows[:1], self._score(rows)])
+
+    def floor_piece(self, slot: int, start: int, piece: Tensor) -> None:
+        """Leave scores as they are; see `Deltas`."""
+
+
+def thresholds(
+    deltas: Deltas,
+    density: float,
+    trim: str,
+    *,
+    above: float = 0.0,
+    counts: Sequence[int] | None = None,
+) -> Thresholds:
     """Return the magnitudes that keep the largest ``density`` of the numbers, exactly.
 
     Numbers that are equal to a threshold are all kept, so that where many are equal (differences
@@ -175,6 +230,8 @@ def thresholds(deltas: Deltas, density: float, trim: str, *, above: float = 0.0)
             tensor apart.
         above: Share of the largest numbers that are not counted, since they go (`ceilings`): of
             ``n`` numbers the ``floor(density n)`` after the first ``floor(above n)`` are kept.
+        counts: How many numbers of each tensor the shares are of, where that is not all of them
+            but, for example, those that are not 0.
     """
     if density >= 1:
         return _everywhere(deltas, 0.0)
@@ -184,7 +241,7 @@ def thresholds(deltas: Deltas, density: float, trim: str, *, above: float = 0.0)
     def rank(total: int) -> int:
         return min(total, kept_count(density, total) + kept_count(above, total, least=0))
 
-    return _rank(deltas, rank, trim)
+    return _rank(deltas, rank, trim, counts)
 
 
 def ceilings(deltas: Deltas, share: float, trim: str) -> Thresholds:
@@ -202,12 +259,17 @@ def _everywhere(deltas: Deltas, value: float) -> Thresholds:
     return ((value,) * len(deltas.experts),) * len(deltas.layout.slots)
 
 
-def _rank(deltas: Deltas, rank: Callable[[int], int], trim: str) -> Thresholds:
+def _rank(
+    deltas: Deltas,
+    rank: Callable[[int], int],
+    trim: str,
+    counted: Sequence[int] | None = None,
+) -> Thresholds:
     """Return the magnitudes that have a rank (from 1) among so many numbers; 0 below all."""
     experts, slots = len(deltas.experts), deltas.layout.slots
 
     def found(part: Sequence[int], threads: int | None) -> tuple[float, ...]:
-        total = sum(slots[slot].numel for slot in part)
+        total = sum(slots[slot].numel if counted is None else counted[slot] for slot in part)
         if not 1 <= rank(total) <= total:
             return (0.0,) * experts
         counts = _count(deltas, part, lambda n, row: magnitude_bins(row), threads=threads)

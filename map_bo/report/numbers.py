@@ -16,6 +16,7 @@ __all__ = [
     "fixed",
     "interval",
     "metric_value",
+    "ratio",
     "seconds",
     "share",
     "shorten",
@@ -86,6 +87,11 @@ def share(value: float) -> str:
     if 0 < value < 0.005:
         return "<0.01"
     return ">0.99" if 0.995 <= value < 1 else f"{value:.2f}"
+
+
+def ratio(value: float) -> str:
+    """Return a share of another score with three decimals; empty where it is not known."""
+    return "" if math.isnan(value) else f"{value:.3f}"
 
 
 def seconds(value: float) -> str:

@@ -35,6 +35,8 @@ class RunView:
         seen: Every evaluation in order, failures included: the search, then the verification.
         scale: The reference point of the metrics, and the other end of their scale.
         summary: Plain data, as written to ``summary.json``.
+        normalised: Whether to show scores normalised by each expert's own too; see
+            :mod:`map_bo.report.normalised`.
 
     Raises:
         DataError: When the parts have different metrics or numbers of coefficients.
@@ -46,6 +48,7 @@ class RunView:
     seen: Observations
     scale: Scale
     summary: Mapping[str, Any]
+    normalised: bool = False
 
     def __post_init__(self) -> None:
         if not self.front.metrics == self.seen.metrics == self.scale.metrics:

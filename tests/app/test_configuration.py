@@ -53,6 +53,13 @@ GROUPS = {
 }
 
 
+# Of models of the hub; run by tests/integration/test_suites.py on stand-ins in a folder.
+OF_FILES = {"checkpoints", "hf", "images", "clip_eight", "glue_flan_t5", "glue_gpt2"}
+OF_FILES |= {"text", "decoder"}
+OF_SUITES = {"clip_b32", "clip_b16", "clip_l14", "flan_t5_glue", "flan_t5_glue_lora"}
+OF_SUITES |= {"flan_t5_large_glue_lora", "gpt2_glue"}
+
+
 @pytest.fixture(autouse=True)
 def hydra() -> Iterator[None]:
     register()
@@ -78,10 +85,7 @@ def test_every_file_composes(group: str, name: str) -> None:
         assert "_target_" in config[group]
 
 
-OWN = {"checkpoints", "decoder", "hf", "images", "text"}  # problems that need data of the user's
-
-
-@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - OWN))
+@pytest.mark.parametrize("name", sorted(set(GROUPS["problem"]) - OF_FILES))
 def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
     small = ["problem.epochs=1"] if name == "digits" else []
     problem = build_problem(composed(f"problem={name}", *(f"+{key}" for key in small)))
@@ -102,7 +106,7 @@ def test_every_part_builds(group: str) -> None:
         assert isinstance(build_settings(composed(f"{group}={name}", *other)), Settings)
 
 
-@pytest.mark.parametrize("name", GROUPS["experiment"])
+@pytest.mark.parametrize("name", sorted(set(GROUPS["experiment"]) - OF_SUITES))
 def test_every_experiment_runs_in_a_smoke_size(name: str, zoo_cache: Path) -> None:
     config = composed(f"experiment={name}", "+problem.epochs=1", "loop.budget=8")
     OmegaConf.update(config, "problem.experts", min(3, config.problem.experts))
@@ -365,7 +369,10 @@ def test_the_working_directory_is_restored(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("problem", "key"),
     [
-        *((problem, "fixed") for problem in ("digits", *sorted(OWN))),
+        *(
+            (problem, "fixed")
+            for problem in ("digits", "images", "text", "decoder", "checkpoints", "hf")
+        ),
         *((problem, key) for problem in ("checkpoints", "hf") for key in ("metrics", "heads")),
     ],
 )

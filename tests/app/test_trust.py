@@ -95,6 +95,14 @@ HOSTILE: dict[str, Any] = {
     ),
     "environment in a task": say(target=HF, tasks={"a": {"kind": "${oc.env:HOME}"}}, **FILES),
     "model of tasks": say(target=HF, model="payload:score", tasks={}, **FILES),
+    "tasks of the harness": say(
+        target=HF,
+        tasks={"a": {"kind": "lm_eval", "tasks": "b", "include_path": "tasks"}},
+        **FILES,
+    ),
+    "code that a model writes": say(
+        target=HF, tasks={"a": {"kind": "lm_eval", "tasks": "b", "unsafe_code": True}}, **FILES
+    ),
     "code of a model": say(target=IMPORTED, trust_remote_code=True, **FILES),
 }
 

@@ -40,7 +40,7 @@ def test_a_plural_is_found_and_nothing_else(tmp_path: Path) -> None:
     path.write_text('{"sentence": "a", "labels": 1}\n')
     with pytest.raises(EvaluationError, match="has no column 'text'; it has sentence, labels") as e:
         data(path).read(ROLES)
-    assert "say which column is the text" in (e.value.hint or "")
+    assert e.value.hint == "say which column is the text: columns={'text': 'sentence'}"
 
 
 def test_a_column_that_is_not_there(reviews: Path) -> None:
@@ -99,6 +99,17 @@ def test_a_missing_file_is_told_from_a_name_of_the_hub(tmp_path: Path) -> None:
         data(tmp_path / "absent.csv").read(ROLES)
     with pytest.raises(EvaluationError, match="there is no file"):
         data("absent.csv").read(ROLES)
+
+
+def test_a_path_below_a_folder_that_exists_is_no_name_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / "sst2.csv").write_text("text\na\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(EvaluationError, match="there is no file sets/sst2") as found:
+        data("sets/sst2").read(["text"])
+    assert found.value.hint == "did you mean 'sst2.csv'?"
 
 
 def labels(tmp_path: Path, values: list[str], **settings: Any) -> Examples:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.evaluator import Measurement
-from map_bo.evaluators.examples import ExampleEvaluator, mean_of
+from map_bo.evaluators.examples import ExampleEvaluator, mean_of, ratio_estimate
 from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 
@@ -107,3 +107,18 @@ def test_means_say_how_sure_they_are() -> None:
     part = torch.tensor([0.25, 0.75], dtype=torch.float64)
     assert mean_of(part, Metric("a")) == Measurement(0.5, variance=0.0625)
     assert mean_of(part[:1], Metric("a", kind="loss")) == Measurement(0.25, count=1)
+
+
+def test_the_variance_is_that_of_drawing_documents_anew() -> None:
+    generator = make_generator(0)
+    estimates, variances = [], []
+    for _ in range(2000):
+        sizes = torch.randint(5, 50, (40,), generator=generator).double()
+        level = 2 + 0.3 * torch.randn(40, generator=generator, dtype=torch.float64)
+        value, variance = ratio_estimate(level * sizes, sizes)
+        assert variance is not None
+        estimates.append(value)
+        variances.append(variance)
+    seen = torch.tensor(estimates).var()
+    assert float(torch.tensor(variances).mean()) == pytest.approx(float(seen), rel=0.1)
+    assert ratio_estimate(torch.tensor([6.0]), torch.tensor([3.0])) == (2.0, None)

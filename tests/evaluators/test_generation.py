@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
+from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.generation import Generation, fill
+from map_bo.evaluators.kinds import code_in, evaluator_from
 from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.surroundings import surroundings
@@ -147,6 +150,14 @@ def test_one_call_measures_score_and_tokens(tokenizer: Any, tmp_path: Path) -> N
     assert alone.score(model, torch.tensor([1, 0])).tolist() == [0.0, 1.0]
 
 
+def test_answers_of_one_length_do_not_say_that_it_is_exact(
+    tokenizer: Any, model: nn.Module, path: str
+) -> None:
+    evaluator = Generation(data=path, tokenizer=tokenizer, max_new_tokens=3)
+    evaluator.prepare(model)
+    assert evaluator(model)["tokens"] == Measurement(3.0, count=5)
+
+
 def test_draws_are_those_of_the_distribution(tokenizer: Any, tmp_path: Path) -> None:
     model = tiny_decoder(len(tokenizer), scale=0.05)
     with torch.no_grad():
@@ -248,3 +259,19 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, model: nn.Module, path: st
 def test_settings_that_are_not_possible_are_refused(settings: Any, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         Generation(data="questions.jsonl", **settings)
+
+
+def test_a_configuration_makes_one(path: str) -> None:
+    settings = {
+        "kind": "generation",
+        "data": {"path": path, "limit": 3},
+        "grader": "statistics:correlation",
+        "stop": ["x"],
+        "metrics": ["score"],
+    }
+    assert list(code_in("t", settings)) == [("t.grader", "statistics:correlation")]
+    evaluator = evaluator_from("t", settings)
+    assert isinstance(evaluator, Generation)
+    grader: object = evaluator.grading.grader
+    assert grader is statistics.correlation
+    assert evaluator.data.limit == 3

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.examples import ExampleEvaluator
-from map_bo.evaluators.perplexity import Perplexity, ratio_estimate, windows
-from map_bo.rng import make_generator
+from map_bo.evaluators.kinds import evaluator_from
+from map_bo.evaluators.perplexity import Perplexity, windows
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.tiny_language import tiny_decoder, tiny_encoder_decoder, tiny_tokenizer
 
@@ -124,21 +124,6 @@ def test_every_token_counts_the_same_or_every_document(
     assert by_document(model)["loss"].variance == pytest.approx(float(means.var()) / 4)
 
 
-def test_the_variance_is_that_of_drawing_documents_anew() -> None:
-    generator = make_generator(0)
-    estimates, variances = [], []
-    for _ in range(2000):
-        sizes = torch.randint(5, 50, (40,), generator=generator).double()
-        level = 2 + 0.3 * torch.randn(40, generator=generator, dtype=torch.float64)
-        value, variance = ratio_estimate(level * sizes, sizes)
-        assert variance is not None
-        estimates.append(value)
-        variances.append(variance)
-    seen = torch.tensor(estimates).var()
-    assert float(torch.tensor(variances).mean()) == pytest.approx(float(seen), rel=0.1)
-    assert ratio_estimate(torch.tensor([6.0]), torch.tensor([3.0])) == (2.0, None)
-
-
 def test_perplexity_and_bits_follow_from_the_loss(
     tokenizer: Any, model: nn.Module, path: str
 ) -> None:
@@ -209,10 +194,8 @@ def test_what_does_not_fit_is_refused(tokenizer: Any, model: nn.Module, tmp_path
     refused("max_length is 65, and the model reads 64", max_length=65)
     refused("stride is 64, and a window has 64 tokens", stride=64)
     refused("the model embeds 100", tiny_decoder(100))
-    refused("T5ForConditionalGeneration has an encoder", tiny_encoder_decoder(len(tokenizer)))
-    path.write_text('{"text": "the cat"}')
-    headless = model.get_submodule("model")  # a decoder without its head
-    refused("no logits", headless)
+    refused("T5ForConditionalGeneration is not one", tiny_encoder_decoder(len(tokenizer)))
+    refused("LlamaModel is not one", model.get_submodule("model"))
 
 
 @pytest.mark.parametrize(
@@ -246,3 +229,11 @@ def test_the_digest_follows_what_decides_the_outcomes(
         digests.append(evaluator.digest)
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
+
+
+def test_a_configuration_makes_one() -> None:
+    evaluator = evaluator_from(
+        "t", {"kind": "perplexity", "data": "texts.txt", "unit": "document", "bos": False}
+    )
+    assert isinstance(evaluator, Perplexity)
+    assert (evaluator.data.path, evaluator.unit, evaluator.bos) == ("texts.txt", "document", False)

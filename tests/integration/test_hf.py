@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from map_bo.evaluators.kinds import evaluator_from
 from map_bo.loop.reading import created_of, load_result
 from map_bo.rng import make_generator
 from tests.evaluators.tiny_language import tiny_decoder
-from tests.integration.hf_models import save, write_decoders
+from tests.integration.hf_models import CLASSES, save, write_classifiers, write_decoders
 
 transformers = pytest.importorskip("transformers")
 QUICK = [
@@ -90,6 +91,15 @@ def test_from_init_to_a_merge_that_scores_the_same(
     row = ["run", "--prefer", "cats=2"]
     assert status("choose", *row, "--json") == 0
     assert status("merge", *row, "--out", "merged") == 0
+    capsys.readouterr()
+    assert status("choose", "run", "--at-least", "cats=0.9", "--normalised", "--json") == 0
+    chosen = json.loads(capsys.readouterr().out)
+    assert chosen["normalised"]["cats"] >= 0.9
+    assert status("choose", "run", "--at-least", "cats=0.9", "--normalised") == 0
+    assert "Where less is better (cats, dogs)" in capsys.readouterr().out
+    assert status("report", "run", "--normalised") == 0
+    assert "normalised:cats" in Path("run/front.csv").read_text()
+    capsys.readouterr()
     tasks = yaml.safe_load(Path("map_bo.yaml").read_text())["problem"]["tasks"]
     recipe = yaml.safe_load(Path("merged/recipe.yaml").read_text())
     again = [value_of(scored(Path("merged"), tasks[name])) for name in tasks]
@@ -101,6 +111,28 @@ def test_from_init_to_a_merge_that_scores_the_same(
     assert dict(zip(problem.space.names, choice.x.tolist(), strict=True)) == pytest.approx(
         recipe["coefficients"], rel=1e-6
     )
+
+
+def test_experts_with_heads_of_their_own(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_classifiers(project)
+    tasks = [part for name in CLASSES for part in ("--task", f"{name}={name}.jsonl")]
+    experts = ["--expert", "film", "--expert", "topic"]
+    given = ["--kind", "text_classification", "--limit", "20"]
+    assert status("init", "bert", *experts, *tasks, *given) == 0
+    assert "20 of 20" in capsys.readouterr().out
+    assert status("run", "map_bo.yaml", *QUICK) == 0
+    chosen = ["run", "--point", "3", "--task", "topic"]
+    assert status("merge", *chosen, "--out", "merged") == 0
+    recipe = yaml.safe_load(Path("merged/recipe.yaml").read_text())
+    problem = problem_of("run")
+    x = torch.tensor([[recipe["coefficients"][name] for name in problem.space.names]])
+    live = problem.evaluate(x.double(), generator=make_generator(0))
+    model = transformers.AutoModelForSequenceClassification.from_pretrained("merged").eval()
+    assert model.config.id2label == dict(enumerate(CLASSES["topic"]))
+    settings = yaml.safe_load(Path("map_bo.yaml").read_text())["problem"]["tasks"]["topic"]
+    evaluator: Any = evaluator_from("t", settings, defaults={"tokenizer": "bert"})
+    evaluator.prepare(model)
+    assert value_of(evaluator(model)) == live.Y[0, 1].item()
 
 
 def value_of(found: Mapping[str, Measurement]) -> float:

@@ -61,7 +61,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def problem(folder: Path, evaluators: Mapping[str, Any]) -> map_bo.MergedModelProblem:
+def problem(
+    folder: Path, evaluators: Mapping[str, Any], heads: Mapping[str, str] | None = None
+) -> map_bo.MergedModelProblem:
     def architecture() -> nn.Module:
         config = transformers.AutoConfig.from_pretrained(folder / "mood")
         made: nn.Module = transformers.BertForSequenceClassification(config)
@@ -73,6 +75,7 @@ def problem(folder: Path, evaluators: Mapping[str, Any]) -> map_bo.MergedModelPr
         experts={name: str(folder / name) for name in ("mood", "topic")},
         evaluators=evaluators,
         check_base=False,
+        heads=heads,
     )
 
 
@@ -116,6 +119,20 @@ def test_experts_are_scored_as_their_own_models_are(folder: Path, tmp_path: Path
     assert torch.equal(again.evaluate(torch.eye(2).double(), generator=make_generator(0)).Y, seen.Y)
 
 
+def test_a_task_without_a_head_is_not_scored_by_one_of_chance(folder: Path) -> None:
+    tokenizer = str(folder / "base")
+    named = {
+        "sentiment": TextClassification(data=str(folder / "mood.jsonl"), tokenizer=tokenizer),
+        "topic": TextClassification(data=str(folder / "topic.jsonl"), tokenizer=tokenizer),
+        "similar": Embeddings(data=str(folder / "pairs.jsonl"), tokenizer=tokenizer),
+    }
+    with pytest.raises(EvaluationError, match="'sentiment' cannot be used: it needs the head") as e:
+        problem(folder, named).prepare()
+    assert "heads={'sentiment': 'mood'}" in (e.value.hint or "")
+    problem(folder, named, heads={"sentiment": "mood"}).prepare()
+
+
+@pytest.mark.slow
 def test_a_run_finds_a_front(folder: Path, tmp_path: Path) -> None:
     given = evaluators(folder, tmp_path)
     merged = problem(folder, {name: given[name] for name in ("topic", "similar")})
@@ -132,9 +149,11 @@ def test_everything_that_does_not_fit_is_said_at_once(folder: Path) -> None:
             data={"path": str(folder / "topic.jsonl"), "columns": {"text": "body"}},
             tokenizer=tokenizer,
         ),
-        "other": TextClassification(
-            data={"path": str(folder / "mood.jsonl"), "labels": ["bad", "good"]},
+        "other": TextPairs(
+            data=str(folder / "pairs.jsonl"),
             tokenizer=str(folder / "other"),
+            head="fit",
+            train=str(folder / "pairs.jsonl"),
         ),
         "fine": Embeddings(data=str(folder / "pairs.jsonl"), tokenizer=tokenizer),
     }

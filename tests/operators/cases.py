@@ -15,8 +15,18 @@ from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.statistics.data_free import DataFreeRegMean
+from map_bo.operators.stock import ModelStock
 from map_bo.plain import to_plain
 from map_bo.rng import make_generator
 
@@ -45,13 +55,37 @@ SIGNED: tuple[SearchableOperator, ...] = (
     Della(joining="sum", search=["drop_rate", "epsilon", "scale"]),
     Consensus(),
     Consensus(agreement=1, search=["strictness"]),
+    TSVM(),
+    IsoC(others="sum", skip="layer.1"),
+    IsoCTS(common=0.6),
+    KnOTS(trim="tensor", search=["density"]),
+    NearSwap(strength=0.5),
+    NearSwap(unit="absolute", strength=0.3, search={"strength": (0.1, 0.6)}),
+    Pcb(density=0.3),
+    Pcb(search=["density"]),
+    Ram(threshold=0.4),
+    Ram(threshold=0.2, over="tensor", search=["rescale", "most"]),
+    Sce(density=0.5),
+    Sce(search=["density"]),
 )
-UNSIGNED: tuple[SearchableOperator, ...] = (
+AVERAGES: tuple[SearchableOperator, ...] = (
     WeightedAverage(),
     Slerp(),
     Slerp(norms="own"),
     Slerp(of="weights"),
     Slerp(of="weights", norms="own"),
+)
+UNSIGNED: tuple[SearchableOperator, ...] = (
+    *AVERAGES,
+    DataFreeRegMean(),
+    DataFreeRegMean(search=["alpha", "ridge"]),
+    MultiSlerp(),
+    MultiSlerp(of="weights"),
+    NuSlerp(),
+    NuSlerp(along="column", of="weights"),
+    NuSlerp(along="tensor"),
+    ModelStock(),
+    ModelStock(each="row"),
 )
 OPERATORS = SIGNED + UNSIGNED
 

@@ -12,7 +12,12 @@ from torch import nn
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.averages import Slerp, WeightedAverage
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.sce import Sce
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Magnitude, Ties
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.stock import ModelStock
 from map_bo.rng import make_generator
 
 LAYERS = {"early": r"\.0\.", "late": r"\.1\.", "rest": "*"}
@@ -38,6 +43,19 @@ CASES: dict[str, tuple[MergeOperator, list[float]]] = {
     ),
     "karcher": (Slerp(of="weights"), [0.5, 0.5]),
     "multislerp": (Slerp(of="deltas"), [0.5, 0.5]),
+    "multislerp_shares": (MultiSlerp(), [0.3, 0.7]),
+    "multislerp_blocks": (MultiSlerp(blocks=LAYERS), [0.3, 0.6, 1.0, 0.7, 0.4, 0.0]),
+    "multislerp_weights": (MultiSlerp(of="weights"), [0.3, 0.7]),
+    "nuslerp_rows": (NuSlerp(), [0.3, 0.7]),
+    "nuslerp_columns": (NuSlerp(along="column", of="weights"), [0.6, 0.4]),
+    "nuslerp_tensors": (NuSlerp(along="tensor"), [0.6, 0.4]),
+    "nearswap": (NearSwap(strength=0.08, unit="absolute"), [0.0, 1.0]),
+    "model_stock": (ModelStock(), [0.5, 0.5]),
+    "model_stock_rows": (ModelStock(each="row"), [0.5, 0.5]),
+    "sce": (Sce(density=0.25), [1.0, 1.0]),
+    "sce_all": (Sce(density=1.0), [1.0, 1.0]),
+    "ram": (Ram(threshold=0.1, rescale=0.0), [1.0, 1.0]),
+    "ram_plus": (Ram(threshold=0.1, over="tensor", rescale=0.5, most=2.0), [1.0, 1.0]),
     "ties": (Ties(**THEIRS, normalisation="weights", scale=0.8), SOME),
     "ties_blocks": (Ties(**THEIRS, normalisation="weights", blocks=LAYERS), OTHERS),
     "ties_sum_of_agreeing": (Ties(**THEIRS, normalisation="none"), SOME),
@@ -99,11 +117,15 @@ def save_family(folder: Path, kind: str) -> dict[str, Path]:
     pre = {name: weight.detach().clone() for name, weight in model.named_parameters()}
     for weight in pre.values():  # no zero vectors, of which mergekit has other angles
         weight.add_(0.1 * torch.randn(weight.shape, generator=generator))
+    # A common part, so that no angle between experts is above a right one.
+    common = {
+        name: 0.2 * torch.randn(weight.shape, generator=generator) for name, weight in pre.items()
+    }
     found = {}
     for label in ("base", "math", "code"):
         for name, weight in model.named_parameters():
-            step = 0.0 if label == "base" else 0.1
-            weight.data = pre[name] + step * torch.randn(weight.shape, generator=generator)
+            own = 0.1 * torch.randn(weight.shape, generator=generator)
+            weight.data = pre[name] + (0.0 if label == "base" else 1.0) * (common[name] + own)
         model.save_pretrained(folder / label)
         found[label] = folder / label
     return found

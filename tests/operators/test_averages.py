@@ -13,7 +13,7 @@ from map_bo.operators import averages as module
 from map_bo.operators.averages import Slerp, WeightedAverage, products, spherical_mean
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import OperatorContract
-from tests.operators.cases import UNSIGNED, flat_vectors, hard_vectors, label, merge
+from tests.operators.cases import AVERAGES, flat_vectors, hard_vectors, label, merge
 
 BLOCKS = {"early": r"^first\.", "late": "*"}
 
@@ -21,7 +21,7 @@ BLOCKS = {"early": r"^first\.", "late": "*"}
 class TestAverages(OperatorContract):
     negative = False
 
-    @pytest.fixture(params=[*UNSIGNED, Slerp(blocks=BLOCKS)], ids=label)
+    @pytest.fixture(params=[*AVERAGES, Slerp(blocks=BLOCKS)], ids=label)
     def operator(self, request: pytest.FixtureRequest) -> MergeOperator:
         made: MergeOperator = request.param
         return made
@@ -141,7 +141,7 @@ def test_vectors_without_weight_do_not_count() -> None:
     assert torch.equal(spherical_mean(X @ X.T, one_hot), one_hot)
 
 
-@pytest.mark.parametrize("operator", UNSIGNED[1:], ids=label)
+@pytest.mark.parametrize("operator", AVERAGES[1:], ids=label)
 def test_slerp_of_models(operator: Slerp) -> None:
     base, deltas = torch.randn(30, generator=make_generator(1)), vectors_of(2, 30).float()
     vectors = flat_vectors(base, deltas)
@@ -157,7 +157,7 @@ def test_slerp_of_models(operator: Slerp) -> None:
     assert torch.allclose(merge(operator, vectors, c).double(), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("operator", UNSIGNED[1:], ids=label)
+@pytest.mark.parametrize("operator", AVERAGES[1:], ids=label)
 def test_slerp_is_tensor_by_tensor(operator: Slerp) -> None:
     vectors = hard_vectors()
     c = [0.3, 0.5, 0.4]

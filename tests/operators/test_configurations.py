@@ -9,6 +9,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.plain import to_plain
 
@@ -40,6 +41,15 @@ def test_settings_are_searched_by_name_or_within_bounds(name: str) -> None:
         assert built(config, search=[setting]).search == {setting: bounds}
         assert built(config, search=setting).search == {setting: bounds}
         assert built(config, search={setting: [0.1, 0.2]}).search == {setting: (0.1, 0.2)}
+
+
+@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_file_says_the_defaults_of_its_class(path: Path) -> None:
+    config = OmegaConf.load(path)
+    operator = instantiate(config, _convert_="all")
+    assert isinstance(operator, MergeOperator)
+    given = {"dare_ties": {"joining": "elect"}, "karcher": {"of": "weights"}}
+    assert operator == type(operator)(**given.get(path.stem, {}))
 
 
 def plain_settings(operator: SearchableOperator) -> dict[str, Any]:

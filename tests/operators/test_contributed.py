@@ -18,16 +18,16 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.recipes import merge_again
 from tests.contracts.operator_contract import OperatorContract
 from tests.merging.hard_checkpoints import hard_family
-from tests.operators.contributed import NearSwap
+from tests.operators.contributed import Shrink
 
 ROOT = Path(__file__).parents[2]
-OPERATOR = NearSwap(strength=0.1, search={"strength": (0.05, 0.2)})
+OPERATOR = Shrink(strength=0.1, search={"strength": (0.05, 0.2)})
 
 
-class TestNearSwap(OperatorContract):
+class TestShrink(OperatorContract):
     @pytest.fixture
     def operator(self) -> MergeOperator:
-        return NearSwap()
+        return Shrink()
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def merged(tmp_path: Path) -> Path:
 
 def test_its_recipe_names_the_class(merged: Path) -> None:
     told = yaml.safe_load((merged / "recipe.yaml").read_text())["operator"]
-    assert told["class"] == "tests.operators.contributed:NearSwap"
+    assert told["class"] == "tests.operators.contributed:Shrink"
     assert told["fields"]["strength"] == 0.1
 
 
@@ -93,7 +93,7 @@ def test_an_installed_package_that_registers_it_needs_no_further_trust(
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text(
-        "[map_bo.operators]\nnearswap = tests.operators.contributed:NearSwap\n"
+        "[map_bo.operators]\nshrink = tests.operators.contributed:Shrink\n"
     )
     monkeypatch.syspath_prepend(tmp_path / "site")
     main(["merge", str(merged), "--out", str(tmp_path / "again")])

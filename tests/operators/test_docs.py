@@ -10,12 +10,18 @@ import pytest
 
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
 from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
 from map_bo.operators.statistics.data_free import DataFreeRegMean
+from map_bo.operators.stock import ModelStock
 
 TEXT = (Path(__file__).parents[2] / "docs" / "operators.md").read_text()
 CLASSES: tuple[type[SearchableOperator], ...] = (
@@ -32,7 +38,31 @@ CLASSES: tuple[type[SearchableOperator], ...] = (
     IsoCTS,
     KnOTS,
     DataFreeRegMean,
+    MultiSlerp,
+    NuSlerp,
+    ModelStock,
+    NearSwap,
+    Pcb,
+    Sce,
+    Ram,
 )
+TITLES = {
+    "Dare": "DARE",
+    "DataFreeRegMean": "RegMean without data",
+    "Della": "DELLA",
+    "IsoC": "Iso-C",
+    "IsoCTS": "Iso-CTS",
+    "ModelStock": "Model Stock",
+    "MultiSlerp": "Multi-SLERP",
+    "NearSwap": "Nearswap",
+    "NuSlerp": "NuSLERP",
+    "Pcb": "PCB",
+    "Ram": "RAM",
+    "Sce": "SCE",
+    "Slerp": "SLERP",
+    "TSVM": "TSV-M",
+    "Ties": "TIES",
+}
 
 
 def test_the_snippets_run_one_after_the_other(
@@ -56,10 +86,7 @@ def test_the_table_says_what_can_be_searched(kind: type[SearchableOperator]) -> 
 
 @pytest.mark.parametrize("kind", CLASSES)
 def test_the_defaults_are_those_of_the_class(kind: type[SearchableOperator]) -> None:
-    title = {"Slerp": "SLERP", "Ties": "TIES", "Dare": "DARE", "Della": "DELLA"}
-    title |= {"TSVM": "TSV-M", "IsoC": "Iso-C", "IsoCTS": "Iso-CTS"}
-    title |= {"DataFreeRegMean": "RegMean without data"}
-    heading = title.get(kind.__name__, kind.__name__)
+    heading = TITLES.get(kind.__name__, kind.__name__)
     if kind is WeightedAverage:
         heading = "Weighted average"
     (section,) = re.findall(rf"^## {heading}\n(.*?)^## ", TEXT, flags=re.MULTILINE | re.DOTALL)

@@ -11,6 +11,9 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
 from tests.contracts.operator_contract import example_vectors
 
 OPERATORS: dict[str, MergeOperator] = {
@@ -23,6 +26,10 @@ OPERATORS: dict[str, MergeOperator] = {
     "consensus": Consensus(),
     "slerp": Slerp(),
     "average": WeightedAverage(),
+    "tsv-m": TSVM(),
+    "iso-c": IsoC(),
+    "iso-cts": IsoCTS(),
+    "knots": KnOTS(),
 }
 
 

@@ -19,14 +19,21 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.depth import DepthProfile
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
 from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
 from map_bo.operators.spectral.knots import KnOTS
 from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
 from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.operators.statistics.fisher import Fisher
 from map_bo.operators.statistics.regmean import RegMean
 from map_bo.operators.statistics.statistics import save_statistics, statistics_of
+from map_bo.operators.stock import ModelStock
 from map_bo.plain import to_plain
 from tests.merging.adapter_files import small_adapters, small_base
 from tests.merging.hard_checkpoints import (
@@ -78,6 +85,21 @@ OPERATORS: dict[str, MergeOperator] = {
     "regmean without data searched": DataFreeRegMean(search=["alpha", "ridge"], blocks=BLOCKS),
     "iso-cts": IsoCTS(),
     "iso-cts in blocks": IsoCTS(common=0.5, blocks=BLOCKS),
+    "depth profile": DepthProfile(),
+    "nearswap": NearSwap(strength=0.5),
+    "nearswap searched": NearSwap(search=["strength"], blocks=BLOCKS),
+    "pcb": Pcb(density=0.3),
+    "pcb of few numbers": Pcb(density=0.2, blocks=BLOCKS),
+    "pcb searched": Pcb(search=["density"], blocks=BLOCKS),
+    "ram": Ram(threshold=0.2),
+    "sce": Sce(density=0.5),
+    "sce of few numbers": Sce(density=0.2),
+    "sce searched": Sce(search=["density"], blocks=BLOCKS),
+    "multislerp": MultiSlerp(),
+    "nuslerp by row": NuSlerp(blocks=BLOCKS),
+    "nuslerp by column": NuSlerp(along="column", of="weights"),
+    "model stock": ModelStock(),
+    "model stock by row": ModelStock(each="row", blocks=BLOCKS),
 }
 
 
@@ -171,7 +193,7 @@ def test_models_in_memory(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [n for n, o in OPERATORS.items() if not to_plain(o)["fields"]["blocks"]]
+    "name", [n for n, o in OPERATORS.items() if to_plain(o)["fields"]["blocks"] in (None, "depths")]
 )
 def test_adapters_as_experts(name: str, tmp_path: Path) -> None:
     base = small_base()

@@ -18,8 +18,17 @@ from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.pcb import Pcb
+from map_bo.operators.sce import Sce
 from map_bo.operators.searchable import SearchableOperator
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
+from map_bo.operators.spectral.isotropic import IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.plain import from_plain, to_plain
 from tests.operators.cases import (
     OPERATORS,
@@ -36,7 +45,18 @@ BLOCKS = {"first": r"^layer\.0", "rest": "*"}
 every = pytest.mark.parametrize("operator", OPERATORS, ids=label)
 linear = pytest.mark.parametrize(
     "operator",
-    [WeightedAverage(), Slerp(), Slerp(of="weights"), Magnitude(density=1.0), Dare(drop_rate=0.0)],
+    [
+        WeightedAverage(),
+        Slerp(),
+        Slerp(of="weights"),
+        Magnitude(density=1.0),
+        Dare(drop_rate=0.0),
+        MultiSlerp(),
+        MultiSlerp(of="weights"),
+        NuSlerp(),
+        NuSlerp(along="column", of="weights"),
+        NearSwap(strength=100.0),
+    ],
     ids=label,
 )
 
@@ -155,6 +175,13 @@ def test_number_of_threads_does_not_change_a_bit(operator: SearchableOperator) -
         Dare(drop_rate=0.4),
         Della(),
         Consensus(),
+        TSVM(),
+        IsoCTS(),
+        KnOTS(),
+        NearSwap(strength=0.5),
+        Pcb(density=0.4),
+        Ram(threshold=0.4),
+        Sce(density=0.5),
     ],
     ids=label,
 )
@@ -201,6 +228,9 @@ def test_scale_multiplies_all_coefficients(operator: SearchableOperator) -> None
         (Della(), "epsilon", 0.02),
         (Consensus(), "strictness", 0.7),
         (Ties(), "scale", 0.4),
+        (KnOTS(), "scale", 0.4),
+        (DataFreeRegMean(), "alpha", 0.3),
+        (DataFreeRegMean(), "ridge", 0.2),
     ],
 )
 def test_a_searched_setting_is_the_setting(

@@ -8,11 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from map_bo.merging.vectors.kernel import KernelMerge
 from map_bo.merging.vectors.parallel import arena
 from map_bo.operators import sparsify as module
 from map_bo.operators.random_mask import LEVELS, uniform_levels
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude
 from map_bo.operators.sparsify import (
+    KeptEffects,
     RankDrop,
     drop,
     element_keys,
@@ -24,7 +26,7 @@ from map_bo.operators.sparsify import (
     row_width,
 )
 from map_bo.rng import make_generator
-from tests.operators.cases import hard_vectors
+from tests.operators.cases import hard_vectors, write
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)
 rows_of = st.lists(floats, min_size=1, max_size=20).map(lambda v: torch.tensor(v)[None])
@@ -274,3 +276,27 @@ def test_ranks_are_kept_in_two_bytes() -> None:
     vectors = hard_vectors(shapes={"a": (6, 40)})
     (ranks,) = rank_all(vectors, [40]).values()
     assert (ranks.dtype, ranks.shape) == (torch.int16, (len(vectors.experts), 240))
+
+
+@pytest.mark.parametrize("ranked", [7, 1 << 18])
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 17])
+def test_kept_effects_are_added_up(
+    ranked: int, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_RANKED", ranked)
+    vectors = hard_vectors(zeros=0.6)
+    scales = torch.linspace(1.0, 2.0, len(vectors.layout.slots))
+
+    def effects(rows: Tensor, slot: int) -> Tensor:
+        return scales[slot] * rows[1:]
+
+    merge = KernelMerge(vectors, KeptEffects(vectors, effects), (0,) * len(scales), chunk=chunk)
+    c = torch.tensor([0.7, 0.0, -0.3])
+    found = write(merge, vectors, c)
+    for scale, slot in zip(scales, vectors.layout.slots, strict=True):
+        part = slice(slot.offset, slot.stop)
+        expected = vectors.base[part] + scale * (c @ vectors.deltas[:, part])
+        assert torch.allclose(found[part], expected, atol=1e-6), slot.name
+    # The base is not touched where nothing is kept.
+    still = (vectors.deltas[[0, 2]] == 0).all(0)
+    assert torch.equal(found[still], vectors.base[still])

@@ -13,6 +13,7 @@ from map_bo.operators import thresholds as module
 from map_bo.operators.thresholds import (
     TRIMS,
     MagnitudeSketch,
+    Scores,
     bins_within,
     ceilings,
     kept_count,
@@ -222,3 +223,32 @@ def test_bins_count_all_numbers(values: list[float]) -> None:
     counts = magnitude_bins(tensor)
     assert int(counts.sum()) == len(values)
     assert torch.equal(counts, magnitude_bins(-tensor))
+
+
+class TestScores:
+    def test_thresholds_of_scores_are_those_of_the_numbers_that_they_are(self) -> None:
+        vectors = hard_vectors(zeros=0.0)
+        scores = Scores(vectors, ("sum", "first"), lambda r: torch.stack([r[1:].sum(0), r[1]]))
+        assert scores.experts == ("sum", "first")
+        for slot, found in zip(
+            vectors.layout.slots, thresholds(scores, 0.3, "tensor"), strict=True
+        ):
+            part = vectors.deltas[:, slot.offset : slot.stop]
+            for row, limit in zip((part.sum(0), part[0]), found, strict=True):
+                if slot.numel:
+                    count = max(1, int(0.3 * slot.numel))
+                    kept = row.abs().sort(descending=True).values[count - 1]
+                    assert limit == pytest.approx(float(kept), rel=1e-6)
+
+    def test_shares_may_be_of_fewer_numbers(self) -> None:
+        vectors = hard_vectors(zeros=0.5)
+        counts = [
+            int((vectors.deltas[0, s.offset : s.stop] != 0).sum()) for s in vectors.layout.slots
+        ]
+        one = Scores(vectors, ("first",), lambda rows: rows[1:2])
+        found = thresholds(one, 0.4, "tensor", counts=counts)
+        for slot, count, (limit,) in zip(vectors.layout.slots, counts, found, strict=True):
+            row = vectors.deltas[0, slot.offset : slot.stop].abs()
+            if count:
+                kept = row.sort(descending=True).values[max(1, int(0.4 * count)) - 1]
+                assert limit == float(kept), slot.name

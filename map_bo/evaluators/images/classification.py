@@ -55,7 +55,8 @@ class ImageClassification(ImageEvaluator):
         processor: How images are prepared: a folder of a model with its
             ``preprocessor_config.json``, a hub id, or
             :class:`~map_bo.evaluators.images.pixels.Resize`. Arrays need none.
-        metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class).
+        metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class),
+            ``entropy`` (of the prediction, nats). With entropy alone no classes are read.
         head: None for the model's own head, a safetensors file with ``weight`` (classes x width)
             and ``bias``, or ``"fit"``.
         train: The examples that a head is fitted on; only with ``head="fit"``.
@@ -64,7 +65,6 @@ class ImageClassification(ImageEvaluator):
             places.
         fit: ``logistic`` or ``ridge`` regression, on standardised features.
         penalty: How strongly the weights of a fitted head are drawn to 0.
-        labelled: Whether the data have classes; without, it gives logits alone.
         batch_size: Images per forward pass.
         cache_dir: Folder above those of fitted heads and of many images, which are kept on disk; by
             default the user's cache.
@@ -84,7 +84,6 @@ class ImageClassification(ImageEvaluator):
         pooling: Pooling | None = None,
         fit: FitMethod = "logistic",
         penalty: float = 1.0,
-        labelled: bool = True,
         batch_size: int = 32,
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -92,7 +91,6 @@ class ImageClassification(ImageEvaluator):
             data=data,
             processor=processor,
             metrics=metrics,
-            labelled=labelled,
             batch_size=batch_size,
             cache_dir=cache_dir,
         )
@@ -105,6 +103,11 @@ class ImageClassification(ImageEvaluator):
             )
         self._frozen: Head | None = None
         self._rows: Tensor | None = None  # the output of each class of the data
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return self.head.head is None
 
     @property
     def digest(self) -> str:

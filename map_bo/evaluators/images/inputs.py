@@ -24,47 +24,18 @@ from map_bo.evaluators.images.pixels import (
     find_steps,
     read_pixels,
 )
+from map_bo.evaluators.logits import LOGIT_METRICS, need_labels, outcomes_of_logits
 from map_bo.evaluators.text.evaluator import chosen_metrics
 
 __all__ = [
-    "METRICS",
     "ImageEvaluator",
     "ImagesAndText",
     "OpenClip",
     "TransformersClip",
     "call_on_pixels",
     "image_features",
-    "outcomes_of_logits",
     "pooled",
 ]
-
-METRICS: Mapping[str, Metric] = {
-    "accuracy": Metric("accuracy"),
-    "loss": Metric("loss", direction="min", kind="loss"),
-    "probability": Metric("probability"),
-}
-"""What is measured of logits and classes: whether the largest is right; cross-entropy in nats; the
-probability of the right class."""
-
-
-def outcomes_of_logits(names: Sequence[str], logits: Tensor, labels: Tensor) -> Tensor:
-    """Return outcomes: ``b``, or ``b x m`` with several metrics, float64.
-
-    Args:
-        names: Metrics, of `METRICS`.
-        logits: ``b x classes``.
-        labels: ``b`` class indices.
-    """
-    logits, labels = logits.double(), labels.to(logits.device)
-    columns = {
-        "accuracy": lambda: (logits.argmax(-1) == labels).double(),
-        "loss": lambda: nn.functional.cross_entropy(logits, labels, reduction="none"),
-        "probability": lambda: logits.softmax(-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1),
-    }
-    table = torch.stack([columns[name]() for name in names], -1)
-    # Of NaN there is a largest class too.
-    table[~torch.isfinite(logits).all(-1)] = torch.nan
-    return table.squeeze(-1) if len(names) == 1 else table
 
 
 @runtime_checkable
@@ -127,13 +98,12 @@ def call_on_pixels(model: nn.Module, pixels: Tensor) -> Any:
 
 
 class ImageEvaluator(ExampleEvaluator):
-    """An evaluator with images, and, unless only their inputs are used, their classes.
+    """An evaluator of images, with their classes where a metric needs them.
 
     Args:
         data: Where the images are; roles ``image`` and ``label``.
         processor: How images are prepared; see :func:`~map_bo.evaluators.images.pixels.find_steps`.
-        metrics: One or more of `METRICS`.
-        labelled: Whether classes are read too.
+        metrics: One or more of `LOGIT_METRICS`; classes are read where one needs them.
         batch_size: Images per forward pass.
         cache_dir: Folder above that of many images; see
             :func:`~map_bo.evaluators.images.pixels.read_pixels`.
@@ -148,15 +118,14 @@ class ImageEvaluator(ExampleEvaluator):
         data: Data | Mapping[str, Any] | str,
         processor: Processor | Mapping[str, Any] | None,
         metrics: str | Sequence[str],
-        labelled: bool,
         batch_size: int,
         cache_dir: str | Path | None,
     ) -> None:
         super().__init__(batch_size=batch_size)
         self.data = Data.of(data)
         self.processor = Resize.of(processor) if isinstance(processor, Mapping) else processor
-        self._chosen = chosen_metrics(metrics, tuple(METRICS))
-        self.labelled = labelled
+        self._chosen = chosen_metrics(metrics, tuple(LOGIT_METRICS))
+        self.labelled = need_labels(self._chosen)
         self.cache_dir = cache_dir
         self._examples: Examples | None = None
         self._pixels: Pixels | None = None
@@ -164,8 +133,8 @@ class ImageEvaluator(ExampleEvaluator):
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Those that were asked for: ``accuracy``, ``loss`` in nats, ``probability``."""
-        return tuple(METRICS[name] for name in self._chosen)
+        """Those that were asked for."""
+        return tuple(LOGIT_METRICS[name] for name in self._chosen)
 
     @property
     def size(self) -> int:
@@ -270,12 +239,14 @@ class ImageEvaluator(ExampleEvaluator):
             classify = self.classifier(model)
 
         def outcomes(batch: Tensor) -> Tensor:
-            found = outcomes_of_logits(self._chosen, classify(batch), self.labels(batch))
-            return self._checked(found, len(batch))
+            return self._checked(self._outcomes(classify(batch), batch), len(batch))
 
         return torch.cat(self.each_batch(model, items, outcomes)).clone()
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcomes of a batch: ``b``, or ``b x m``."""
-        logits = self.classifier(model)(items)
-        return outcomes_of_logits(self._chosen, logits, self.labels(items))
+        return self._outcomes(self.classifier(model)(items), items)
+
+    def _outcomes(self, logits: Tensor, items: Tensor) -> Tensor:
+        labels = self.labels(items) if self.labelled else None
+        return outcomes_of_logits(self._chosen, logits, labels)

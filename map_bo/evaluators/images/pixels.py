@@ -9,9 +9,11 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import threading
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from map_bo.cached import cache_root
+from map_bo.cached import CACHE_VARIABLE, cache_root
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean, first_line, require
 from map_bo.evaluators.data import Examples
 from map_bo.evaluators.isolation.quiet import quiet
@@ -49,7 +51,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 """Their standard deviation."""
 
-IN_MEMORY = 2**28
+IN_MEMORY = 2**26
 """Largest number of values that are kept in memory; more are mapped from a file of the cache."""
 
 _CHUNK = 64
@@ -72,6 +74,8 @@ class Resize:
         grey: Whether images have one channel in place of red, green and blue.
         flat: Whether an image is a row of numbers, as for a multi-layer perceptron.
         resample: How pixels in between are found.
+        halves: Where the centre begins when the margin is odd: rounded ``down``, as transformers
+            does, or to an ``even`` number, as torchvision and so open_clip do.
 
     Raises:
         ConfigError: When a setting is not possible.
@@ -84,6 +88,7 @@ class Resize:
     grey: bool = False
     flat: bool = False
     resample: Literal["bilinear", "bicubic"] = "bicubic"
+    halves: Literal["down", "even"] = "down"
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -96,7 +101,11 @@ class Resize:
                 hint="such as size=224",
             )
         put(self, "size", tuple(whole_number("size", one, least=1) for one in sizes))
-        for name, words in (("fit", ("crop", "squash", "none")), ("resample", tuple(_RESAMPLE))):
+        for name, words in (
+            ("fit", ("crop", "squash", "none")),
+            ("resample", tuple(_RESAMPLE)),
+            ("halves", ("down", "even")),
+        ):
             value = vars(self)[name]
             if value not in words:
                 raise ConfigError(
@@ -157,7 +166,8 @@ class Resize:
             else:
                 wide, high = max(width, int(height * wide / high)), height
             image = image.resize((wide, high), resample=resample)
-            left, top = (wide - width) // 2, (high - height) // 2
+            margins = (wide - width, high - height)
+            left, top = (m // 2 if self.halves == "down" else round(m / 2) for m in margins)
             image = image.crop((left, top, left + width, top + height))
         values = np.asarray(image, dtype=np.float32).reshape(image.height, image.width, -1)
         values = values / np.float32(255)
@@ -224,6 +234,7 @@ def _of_open_clip(path: Path) -> Resize:
             mean=about.get("mean", CLIP_MEAN),
             std=about.get("std", CLIP_STD),
             resample=about.get("interpolation", "bicubic"),
+            halves="even",
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EvaluationError(
@@ -247,13 +258,20 @@ def _of_transformers(source: str) -> Steps:
             hint="give the folder of the model, or processor={size: ..., mean: ..., std: ...}",
         ) from error
 
-    def make(images: Sequence[Image]) -> Tensor:
+    return Steps(_ByTransformers(made), f"{type(made).__name__} {made.to_json_string()}")
+
+
+@dataclass(frozen=True, eq=False)
+class _ByTransformers:
+    """The steps of an image processor of transformers."""
+
+    processor: Any
+
+    def __call__(self, images: Sequence[Image]) -> Tensor:
         with quiet("transformers"):
-            found = made(images=list(images), return_tensors="pt")["pixel_values"]
+            found = self.processor(images=list(images), return_tensors="pt")["pixel_values"]
         assert isinstance(found, Tensor)
         return found.float()
-
-    return Steps(make, f"{type(made).__name__} {made.to_json_string()}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,10 +281,17 @@ class Pixels:
     Attributes:
         values: ``n x ...`` float32; in memory, or mapped from a file.
         digest: Of the images and of how they were prepared.
+        file: That file; other processes map it too, and are not sent the values.
     """
 
     values: Tensor
     digest: str
+    file: Path | None = None
+
+    def __reduce__(self) -> tuple[object, ...]:
+        if self.file is None:
+            return Pixels, (self.values, self.digest)
+        return _mapped, (self.file, self.digest)
 
 
 def read_pixels(
@@ -293,41 +318,48 @@ def read_pixels(
     with _lock:
         found = _known.get(digest)
     if found is None:
-        found = Pixels(_prepared(examples, steps, folder, _file(cache_dir, digest)), digest)
+        file = cache_root(cache_dir) / "pixels" / f"{digest[:32]}.npy"
+        found = _prepared(examples, steps, folder, file, digest)
         with _lock:
             found = _known.setdefault(digest, found)
     return found
 
 
-def _file(cache_dir: str | Path | None, digest: str) -> Path:
-    return cache_root(cache_dir) / "pixels" / f"{digest[:32]}.npy"
-
-
-def _prepared(examples: Examples, steps: Steps | None, folder: Path, file: Path) -> Tensor:
+def _prepared(
+    examples: Examples, steps: Steps | None, folder: Path, file: Path, digest: str
+) -> Pixels:
     if file.is_file():
-        return _mapped(file)
+        return _mapped(file, digest)
     given = examples.columns["image"]
     first = _chunk(examples, range(min(_CHUNK, len(given))), steps, folder)
     shape = (len(given), *first.shape[1:])
-    if first.numel() // len(first) * len(given) <= IN_MEMORY:
+    if math.prod(shape) <= IN_MEMORY:
         values = torch.empty(shape)
         _fill(values.numpy(), first, examples, steps, folder)
-        return values
-    file.parent.mkdir(parents=True, exist_ok=True)
+        return Pixels(values, digest)
     scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex}")
     try:
+        file.parent.mkdir(parents=True, exist_ok=True)
         mapped = np.lib.format.open_memmap(scratch, mode="w+", dtype=np.float32, shape=shape)
         _fill(mapped, first, examples, steps, folder)
         mapped.flush()
         scratch.replace(file)
+    except OSError as error:
+        raise EvaluationError(
+            f"the images cannot be kept in {file.parent}: {error.strerror or error}",
+            hint=f"set cache_dir, or the environment variable {CACHE_VARIABLE}, to a folder with "
+            f"room for {4 * math.prod(shape) / 1e9:.1f} GB",
+        ) from error
     finally:
-        scratch.unlink(missing_ok=True)
-    return _mapped(file)
+        with suppress(OSError):
+            scratch.unlink()
+    return _mapped(file, digest)
 
 
-def _mapped(file: Path) -> Tensor:
+def _mapped(file: Path, digest: str) -> Pixels:
     # Copied on write, as torch has no tensors that cannot be written to.
-    return torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    values = torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))
+    return Pixels(values, digest, file)
 
 
 def _fill(

@@ -70,8 +70,8 @@ class ZeroShot(ImageEvaluator):
             that of each candidate; ``auto``: with that of the base as long as the candidate's is
             the same, so that merges of vision towers alone pay for the texts once, and merges of
             whole models are measured as they will be used.
-        metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class).
-        labelled: Whether the data have classes; without, it gives logits alone.
+        metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class),
+            ``entropy`` (of the prediction, nats). With entropy alone no classes are read.
         batch_size: Images per forward pass, and texts.
         cache_dir: Folder above that of many images, which are kept on disk; by default the user's
             cache.
@@ -90,7 +90,6 @@ class ZeroShot(ImageEvaluator):
         tokenizer: str | None = None,
         prototypes: Source = "auto",
         metrics: str | Sequence[str] = "accuracy",
-        labelled: bool = True,
         batch_size: int = 32,
         cache_dir: str | Path | None = None,
     ) -> None:
@@ -98,7 +97,6 @@ class ZeroShot(ImageEvaluator):
             data=data,
             processor=processor,
             metrics=metrics,
-            labelled=labelled,
             batch_size=batch_size,
             cache_dir=cache_dir,
         )
@@ -293,6 +291,7 @@ def _resize_of(model: nn.Module) -> Resize | None:
         mean=told.get("mean", CLIP_MEAN),
         std=told.get("std", CLIP_STD),
         fit="squash" if told.get("resize_mode") == "squash" else "crop",
+        halves="even",
     )
 
 
@@ -310,7 +309,7 @@ def _tokenise(model: nn.Module, texts: Sequence[str], tokenizer: str | None) -> 
         require("open_clip", by="the tokenizer of open_clip", extra="open-clip")
         import open_clip
 
-        make: Callable[..., Tensor] = open_clip.SimpleTokenizer(known.context_length)
+        make: Callable[..., Tensor] = open_clip.SimpleTokenizer(context_length=known.context_length)
         ids = make(list(texts))
     else:
         ids = _encode(tokenizer, texts, known.context_length, padding="max_length")["input_ids"]

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Generator, Tensor
 
+from map_bo.errors import EvaluationError
+
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Drawing", "Stopping", "ends_of", "greedy"]
+__all__ = ["Drawing", "RefusesNaN", "Stopping", "ends_of", "greedy"]
 
 
 class Stopping:
@@ -41,20 +43,22 @@ class Stopping:
 
     def __call__(self, input_ids: Tensor, scores: object, **_: object) -> Tensor:
         """Return which rows have ended (``b``); see ``StoppingCriteria`` of transformers."""
-        written = input_ids[:, self._start :].tolist()
-        for i, row in enumerate(written):
-            if self._length[i] is None and self._ended(row):
-                self._length[i] = len(row)
+        length = input_ids.shape[1] - self._start
+        ends = input_ids[:, self._start :][:, -self._tail :].tolist()
+        for i, end in enumerate(ends):
+            if self._length[i] is None and self._ended(end):
+                self._length[i] = length
         done = [length is not None for length in self._length]
         return torch.tensor(done, device=input_ids.device)
 
-    def _ended(self, row: list[int]) -> bool:
-        if row and row[-1] in self._ends:
+    def _ended(self, end: list[int]) -> bool:
+        """Return whether a text is over, by its last tokens."""
+        if end and end[-1] in self._ends:
             return True
         if not self._stop:
             return False
-        tail = str(self._tokenizer.decode(row[-self._tail :]))  # a special token may be one
-        return any(one in tail for one in self._stop)
+        text = str(self._tokenizer.decode(end))  # with special tokens, which may be stop strings
+        return any(one in text for one in self._stop)
 
     def lengths(self, found: Tensor) -> list[int]:
         """Return how many tokens each answer has."""
@@ -70,6 +74,23 @@ class Stopping:
             cuts = [at for one in self._stop if (at := text.find(one)) >= 0]
             texts.append(text[: min(cuts)] if cuts else text)
         return texts
+
+
+class RefusesNaN:
+    """Stops a model whose outputs are NaN: the largest of them would still be some token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Return the scores (``b x tokens``) as they are; see ``LogitsProcessor``.
+
+        Raises:
+            EvaluationError: When one is NaN.
+        """
+        if bool(scores.isnan().any()):
+            raise EvaluationError(
+                "the model's outputs hold NaN",
+                hint="these coefficients break the model; narrow the bounds if many do",
+            )
+        return scores
 
 
 class Drawing:

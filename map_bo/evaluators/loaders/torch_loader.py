@@ -26,6 +26,7 @@ from map_bo.evaluators.loaders.set_metrics import (
     outcomes_of,
     set_metrics,
 )
+from map_bo.evaluators.logits import LOGIT_METRICS, prediction_entropy
 from map_bo.values import whole_number
 
 __all__ = ["TorchLoader"]
@@ -55,7 +56,8 @@ class TorchLoader(ExampleEvaluator):
         outcome: A function from outputs and targets to one outcome per example, or ``m``; a metric
             of torchmetrics, a collection or a mapping of some; a class of such metrics, made with
             ``arguments``; or one of ``accuracy``, ``probability`` (of the right class),
-            ``cross_entropy`` (nats, to minimise), ``squared_error``, ``absolute_error``.
+            ``cross_entropy`` (nats, to minimise), ``squared_error``, ``absolute_error``, and
+            ``entropy`` (of the prediction, nats), which needs no targets.
         metrics: What the outcomes are: names, `Metric`, or fields of `Metric`. Without, a function
             gives one proportion to maximise, and metrics of torchmetrics say it themselves.
         arguments: Keyword arguments of a class given as ``outcome``.
@@ -148,7 +150,7 @@ class TorchLoader(ExampleEvaluator):
             self._batches = loaded
             self._loader = ()  # it may hold what cannot be sent to other processes
         loaded = self._batches
-        if loaded.targets is None and (self._sets is not None or self._function in _NAMED_ONLY):
+        if loaded.targets is None and (self._sets is not None or self._function in _NEED_TARGETS):
             raise EvaluationError(
                 "the batches of the loader have no targets",
                 hint="give (inputs, targets), or a mapping with labels; labels='KEY' says which",
@@ -236,7 +238,14 @@ def _probability(output: Any, targets: Tensor) -> Tensor:
 
 
 def _right(output: Any, targets: Tensor) -> Tensor:
-    return logits_of(output).argmax(-1) == targets
+    logits = logits_of(output)
+    right = (logits.argmax(-1) == targets).double()
+    # Of NaN there is a largest class too.
+    return right.masked_fill(~torch.isfinite(logits).all(-1), torch.nan)
+
+
+def _entropy(output: Any, targets: object) -> Tensor:
+    return prediction_entropy(logits_of(output))
 
 
 def _cross_entropy(output: Any, targets: Tensor) -> Tensor:
@@ -271,9 +280,10 @@ _NAMED: Mapping[str, tuple[Outcome, Metric]] = {
     "probability": (_probability, Metric("probability")),
     "cross_entropy": (_cross_entropy, Metric("cross_entropy", "min", "loss")),
     "squared_error": (_squared_error, Metric("squared_error", "min", "loss")),
+    "entropy": (_entropy, LOGIT_METRICS["entropy"]),
     "absolute_error": (_absolute_error, Metric("absolute_error", "min", "loss")),
 }
-_NAMED_ONLY = tuple(function for function, _ in _NAMED.values())
+_NEED_TARGETS = tuple(function for function, _ in _NAMED.values() if function is not _entropy)
 _CLASSES = (_right, _probability, _cross_entropy)
 
 

@@ -84,7 +84,7 @@ def _data_files(entries: Sequence[Path]) -> list[Path]:
     inner = next((one for one in entries if one.is_dir() and one.name == "data"), None)
     everything = [*entries, *(sorted(inner.iterdir()) if inner else ())]
     files = [one for one in everything if one.is_file() and format_of(one) in FORMATS]
-    apart = {"dataset_infos.json", "dataset_info.json", "state.json", "config.json"}
+    apart = {"dataset_infos.json", "dataset_info.json", "metadata.csv", "metadata.jsonl"}
     files = [one for one in files if one.name not in apart]
     for kind in (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv", ".json", ".npz", ".txt"):
         alike = [one for one in files if format_of(one) == kind]

@@ -15,6 +15,7 @@ from map_bo.errors import ConfigError, EvaluationError, listed
 from map_bo.evaluators.data import Data, Examples
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import mean_of
+from map_bo.evaluators.logits import LOGIT_METRICS, need_labels, prediction_entropy
 from map_bo.evaluators.text.evaluator import HeadSettings, TextEvaluator, chosen_metrics
 from map_bo.evaluators.text.heads import FitMethod, Head
 from map_bo.evaluators.text.labels import Classes, classes_of_model, rows_of
@@ -27,6 +28,7 @@ _METRICS = {
     "accuracy": Metric("accuracy"),
     "f1": Metric("f1"),
     "loss": Metric("loss", direction="min", kind="loss"),
+    "entropy": LOGIT_METRICS["entropy"],
 }
 
 
@@ -41,18 +43,20 @@ class _Classification(TextEvaluator):
         head: HeadSettings,
         **rest: Any,
     ) -> None:
-        super().__init__(roles=roles, target="label", head=head, **rest)
         self._names = chosen_metrics(metrics, tuple(_METRICS))
-        if "loss" in self._names and head.head == "fit" and head.fit == "ridge":
+        labelled = need_labels(self._names)
+        super().__init__(roles=roles, target="label", labelled=labelled, head=head, **rest)
+        of_chances = [name for name in self._names if name in ("loss", "entropy")]
+        if of_chances and head.head == "fit" and head.fit == "ridge":
             raise ConfigError(
-                "the metric 'loss' needs probabilities, and a head that is fitted by ridge "
-                "regression gives none",
+                f"the metric {of_chances[0]!r} needs probabilities, and a head that is fitted by "
+                "ridge regression gives none",
                 hint="give fit='logistic'",
             )
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
-        """Those that were asked for: ``accuracy``, macro ``f1``, and ``loss`` in nats."""
+        """Those that were asked for: ``accuracy``, macro ``f1``; ``loss``, ``entropy`` in nats."""
         return tuple(_METRICS[name] for name in self._names)
 
     def targets_of(
@@ -65,6 +69,8 @@ class _Classification(TextEvaluator):
                 "apart",
                 hint="it is one of regression: kind=regression, or map_bo.evaluators.Regression",
             )
+        if not self.labelled:
+            return torch.zeros(examples.size, dtype=torch.long)
         if head is None:
             classes = classes_of_model(model, outputs)
         else:
@@ -110,6 +116,7 @@ class _Classification(TextEvaluator):
             "accuracy": (predicted == right).double(),
             "f1": predicted.double(),
             "loss": F.cross_entropy(logits.double(), right, reduction="none"),
+            "entropy": prediction_entropy(logits),
         }
         table = torch.stack([found[name] for name in self._names], -1)
         # Of NaN there is a largest class too.
@@ -142,8 +149,8 @@ class TextClassification(_Classification):
             :class:`~map_bo.evaluators.data.Data`.
         tokenizer: Folder or hub id of a tokenizer, or a tokenizer; by default that of the folder
             which the model was made from.
-        metrics: ``accuracy``, ``f1`` (the mean over the classes) and ``loss`` (cross-entropy,
-            nats).
+        metrics: ``accuracy``, ``f1`` (the mean over the classes), ``loss`` (cross-entropy, nats)
+            and ``entropy`` (of the prediction, nats). With entropy alone no classes are read.
         head: None for the model's own head, a safetensors file with ``weight`` (classes x width)
             and ``bias``, or ``"fit"``.
         train: The examples that a head is fitted on; only with ``head="fit"``.
@@ -170,7 +177,7 @@ class TextClassification(_Classification):
         train: Data | Mapping[str, Any] | str | None = None,
         pooling: Pooling | None = None,
         fit: FitMethod = "logistic",
-        penalty: float = 1.0,
+        penalty: float = 10.0,
         max_length: int | None = None,
         batch_size: int = 32,
         cache_dir: str | Path | None = None,
@@ -204,7 +211,7 @@ class TextPairs(_Classification):
         train: Data | Mapping[str, Any] | str | None = None,
         pooling: Pooling | None = None,
         fit: FitMethod = "logistic",
-        penalty: float = 1.0,
+        penalty: float = 10.0,
         max_length: int | None = None,
         batch_size: int = 32,
         cache_dir: str | Path | None = None,

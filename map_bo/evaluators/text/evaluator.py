@@ -149,6 +149,7 @@ class TextEvaluator(ExampleEvaluator):
         data: The examples; see :class:`~map_bo.evaluators.data.Data`.
         roles: Roles of their texts: one, or two for pairs.
         target: Role of what is predicted.
+        labelled: Whether that is read; a head may be fitted to it in any case.
         head: Which head.
         tokenizer: Its folder or hub id, or a tokenizer.
         max_length: Longer texts are cut to so many tokens.
@@ -162,6 +163,7 @@ class TextEvaluator(ExampleEvaluator):
         data: Data | Mapping[str, Any] | str,
         roles: tuple[str, ...],
         target: str,
+        labelled: bool = True,
         head: HeadSettings,
         tokenizer: object,
         max_length: int | None,
@@ -170,7 +172,7 @@ class TextEvaluator(ExampleEvaluator):
     ) -> None:
         super().__init__(batch_size=batch_size)
         self.data = Data.of(data)
-        self.roles, self.target = roles, target
+        self.roles, self.target, self.labelled = roles, target, labelled
         self.head = head
         self.tokenizer = tokenizer
         self.max_length = (
@@ -191,6 +193,11 @@ class TextEvaluator(ExampleEvaluator):
                 "the texts have not been read", hint="call prepare(model) of the evaluator first"
             )
         return self._state
+
+    @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return self.head.head is None
 
     @property
     def size(self) -> int:
@@ -240,12 +247,14 @@ class TextEvaluator(ExampleEvaluator):
             EvaluationError: When data, tokenizer, head and model do not fit each other.
             MissingDependencyError: Without a package that is needed.
         """
-        examples = self.data.read((*self.roles, self.target))
+        examples = self.data.read((*self.roles, self.target) if self.labelled else self.roles)
         tokenizer = load_tokenizer(self.tokenizer, model)
         check_vocabulary(tokenizer, model)
         longest = longest_text(tokenizer, model, self.max_length)
-        tokens = self._tokens(examples, tokenizer, longest)
-        pooling = self.head.pooling or pooling_of_folder(self.tokenizer)
+        tokens = self._tokens(examples, tokenizer, longest, model)
+        pooling: Pooling = self.head.pooling or "mean"
+        if self.head.head is not None and self.head.pooling is None:
+            pooling = pooling_of_folder(self.tokenizer)
         head: Head | None = None
         with evaluating(model):
             if self.head.head is None:
@@ -291,11 +300,16 @@ class TextEvaluator(ExampleEvaluator):
         return _outputs(model, ready.tokens, items, ready.head, ready.pooling)
 
     def _tokens(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, longest: int
+        self,
+        examples: Examples,
+        tokenizer: PreTrainedTokenizerBase,
+        longest: int,
+        model: nn.Module,
     ) -> Tokens:
         return tokenise(
             tokenizer,
             *(examples.texts(role) for role in self.roles),
+            model=model,
             max_length=longest,
             where=examples.where,
             rows=examples.rows,
@@ -314,7 +328,7 @@ class TextEvaluator(ExampleEvaluator):
         targets, names, classes = self.fitted_to(examples)
         head = fit_head(
             model,
-            self._tokens(examples, tokenizer, longest),
+            self._tokens(examples, tokenizer, longest, model),
             targets,
             classes=classes or None,
             method=self.head.fit,
@@ -374,7 +388,16 @@ def _outputs(
     if head is not None:
         return head(features(model, tokens, items, pooling)).cpu()
     with _padding_known(model, tokens.pad):
-        logits = logits_of(model(**tokens.batch(items, model))).float().cpu()
+        output = model(**tokens.batch(items, model))
+    try:
+        logits = logits_of(output).float().cpu()
+    except EvaluationError as error:
+        raise EvaluationError(
+            f"{type(model).__name__} has no head: it returned a {type(output).__name__} without "
+            "logits",
+            hint="call the task like the expert whose head it needs, or say whose: "
+            "heads={task: expert}; or give a frozen head: head='fit' or a file",
+        ) from error
     if logits.dim() != 2:
         raise EvaluationError(
             f"{type(model).__name__} returned outputs of shape {list(logits.shape)}, not one row "
@@ -389,11 +412,15 @@ def _padding_known(model: nn.Module, pad: int) -> Iterator[None]:
     """Tell a decoder with a head which token to skip at the end, where it was not told."""
     from transformers import PreTrainedModel
 
-    if not isinstance(model, PreTrainedModel) or model.config.pad_token_id is not None:
+    if not isinstance(model, PreTrainedModel):
         yield
         return
-    model.config.pad_token_id = pad
+    settings = vars(model.config.get_text_config())
+    if settings.get("pad_token_id", pad) is not None:
+        yield
+        return
+    settings["pad_token_id"] = pad
     try:
         yield
     finally:
-        model.config.pad_token_id = None
+        settings["pad_token_id"] = None

@@ -70,7 +70,7 @@ class Regression(TextEvaluator):
         head: str | Path | None = None,
         train: Data | Mapping[str, Any] | str | None = None,
         pooling: Pooling | None = None,
-        penalty: float = 1.0,
+        penalty: float = 10.0,
         max_length: int | None = None,
         batch_size: int = 32,
         cache_dir: str | Path | None = None,

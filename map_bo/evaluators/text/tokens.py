@@ -90,9 +90,6 @@ class Tokens:
             types = torch.zeros(shape, dtype=torch.int64)
             found["token_type_ids"] = types.masked_scatter_(mask, self.types[at].long())
         device = device_of(model)
-        own = settings_of(model).get("pad_token_id")
-        if isinstance(own, int) and own != self.pad:  # by which decoders find the end of a text
-            found["input_ids"][~mask] = own
         return {name: tensor.to(device) for name, tensor in found.items()}
 
 
@@ -196,6 +193,7 @@ def tokenise(
     first: Sequence[str],
     second: Sequence[str] | None = None,
     *,
+    model: nn.Module,
     max_length: int,
     where: str,
     rows: Sequence[int],
@@ -209,6 +207,7 @@ def tokenise(
         tokenizer: The tokenizer.
         first: ``n`` texts.
         second: ``n`` texts that make pairs with them.
+        model: The model.
         max_length: Longer texts, or pairs, are cut to so many tokens.
         where: What they were read from, for errors.
         rows: Where each stands there, from 0.
@@ -238,7 +237,7 @@ def tokenise(
             json.dumps([first, second, max_length, _identity(tokenizer)]).encode()
         ).hexdigest()
         made = kept(cache_root(cache_dir) / "tokens" / f"{key}.safetensors", make)
-    tokens = Tokens(**made, pad=_pad(tokenizer))
+    tokens = Tokens(**made, pad=_pad(tokenizer, model))
     empty = (tokens.lengths == 0).nonzero().flatten().tolist()
     if empty:
         raise EvaluationError(
@@ -314,9 +313,10 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     return [type(tokenizer).__name__, known, repr(tokenizer.init_kwargs)]
 
 
-def _pad(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return a token to fill up with; it is masked, so that any will do."""
-    for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if isinstance(candidate, int):
+def _pad(tokenizer: PreTrainedTokenizerBase, model: nn.Module) -> int:
+    """Return the token to fill up with: the model's own, by which decoders find a text's end."""
+    own = settings_of(model).get("pad_token_id")
+    for candidate in (own, tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if isinstance(candidate, int) and candidate >= 0:
             return candidate
     return 0

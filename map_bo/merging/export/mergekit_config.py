@@ -19,6 +19,7 @@ import yaml
 from map_bo.errors import MergeError
 from map_bo.merging.align.layout import is_variance
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
+from map_bo.merging.export.mergekit_terms import METHODS, NotExpressible, Said, terms_of
 from map_bo.merging.vectors.blocks import Blocks
 from map_bo.merging.vectors.operator import Weights
 from map_bo.moved import CLASSES
@@ -83,6 +84,15 @@ FAMILIES: Mapping[str, bool] = MappingProxyType(
 merge of it; each was seen by ``tests/operators/mergekit/test_families.py``."""
 
 _Value = TypeVar("_Value")
+_CLASSES: Mapping[str, str] = {
+    **CLASSES,
+    "model_stock": "map_bo.operators.stock:ModelStock",
+    "multislerp": "map_bo.operators.spherical:MultiSlerp",
+    "nearswap": "map_bo.operators.nearswap:NearSwap",
+    "nuslerp": "map_bo.operators.spherical:NuSlerp",
+    "ram": "map_bo.operators.shared_regions:Ram",
+    "sce": "map_bo.operators.sce:Sce",
+}
 _ONE = 1e-6  # how far coefficients may be from the sum 1 to count as such
 _ROUNDING = 1 + 1e-12
 
@@ -94,10 +104,6 @@ _CHORD = (
     "differ by at most 1.3e-4 of the weights."
 )
 _RIGHT_ANGLE = "Where one of two tensors is zero mergekit turns by a right angle; map_bo averages."
-
-
-class NotExpressible(Exception):
-    """Why a merge cannot be written as a mergekit configuration."""
 
 
 @dataclass(frozen=True)
@@ -290,13 +296,13 @@ def express(
         NotExpressible: When no method and settings of mergekit give this merge.
     """
     operator = from_name(operator)
-    name = next((n for n, kind in CLASSES.items() if kind == operator.get("class")), "")
+    name = next((n for n, kind in _CLASSES.items() if kind == operator.get("class")), "")
     told = operator.get("fields", {})
     if weights is not None and name != "weighted_average":
         name = "task_arithmetic"
     if name in ("dare", "della"):
         raise NotExpressible(f"mergekit draws random masks of its own, so its {name} is another")
-    if name not in _METHODS:
+    if name not in _METHODS and name not in METHODS:
         said = name or name_of(operator) or operator.get("name") or "without a name"
         raise NotExpressible(f"mergekit has no method for the operator {said}")
     searched = frozenset(told.get("search") or ())
@@ -305,7 +311,8 @@ def express(
     settings = {**told, "name": name, **{key: float(coefficients[key]) for key in searched}}
     own = {key: float(value) for key, value in coefficients.items() if key not in searched}
     table = _table(base, tuple(experts), told.get("blocks"), own, weights)
-    return _METHODS[name](_Merge(base, experts, settings, searched, table))
+    merge = _Merge(base, experts, settings, searched, table)
+    return _as_they_are(merge) if name in METHODS else _METHODS[name](merge)
 
 
 def _table(
@@ -410,6 +417,21 @@ def _sparse(merge: _Merge) -> MergekitConfig:
     notes = notes if whole else (*notes, _ROUNDED)
     method = "breadcrumbs_ties" if elect else "breadcrumbs"
     return merge.config(method, columns, {**parameters, "gamma": _share(gamma, sizes)}, *notes)
+
+
+def _as_they_are(merge: _Merge) -> MergekitConfig:
+    """Return the configuration of a method of `METHODS`."""
+    shapes = {n: merge.base.shape(n) for n in merge.table if n not in merge.base.ties}
+    said = Said(merge.settings, merge.searched, tuple(merge.experts), merge.table, shapes)
+    terms = terms_of(merge.settings["name"], said)
+    weights = _settings(merge.columns()) if terms.weighted else {}
+    models = tuple(
+        (expert, {"weight": weights[name]} if terms.weighted else {})
+        for name, expert in merge.experts.items()
+        if terms.experts is None or name in terms.experts
+    )
+    base = merge.base if terms.base else None
+    return MergekitConfig(terms.method, base, models, terms.parameters, terms.notes)
 
 
 def _sum(merge: _Merge) -> tuple[dict[str, dict[str, float]], dict[str, Any]]:

@@ -30,6 +30,7 @@ __all__ = [
     "balanced_blocks",
     "block_norms",
     "blocks_of",
+    "depth_blocks",
     "kind_blocks",
     "layer_blocks",
     "named_blocks",
@@ -38,6 +39,40 @@ __all__ = [
 ]
 
 _REST = "*"
+# Parts of models with more than one modality, by the dotted parts of a name. What joins a tower to
+# the language model is told first, since it may stand within the tower.
+_TOWERS = (
+    (
+        "connector",
+        r"projector|connector|\bmerger|resampler|\bqformer|perceiver|image_newline|"
+        r"(?:visual|vision|text|audio|image)_projection|embed_(?:vision|audio)\b|aligner|"
+        r"query_tokens|language_projection",
+    ),
+    ("vision", r"vision_|\bvisual\b|image_encoder|\bvision\b|img_encoder|vpm\b"),
+    ("audio", r"audio_|\baudio\b"),
+)
+# Mixtures of experts. A router may be called gate, which is also a part of a gated layer.
+_MIXTURES = (
+    (
+        "router",
+        r"router|shared_expert_gate|e_score_correction_bias|"
+        r"(?:mlp|moe|ffn|feed_forward|block_sparse_moe)\.gate\.",
+    ),
+    ("shared_experts", r"shared_experts?\b|shared_mlp"),
+    (
+        "experts",
+        r"\bexperts?(?:_\d+)?\b|block_sparse_moe\.(?:in|out)put_linear|\bmoe\.(?:in|out)put_linear",
+    ),
+)
+_LANGUAGE = ("attention", "embedding")  # what a language model has beside towers, and no head has
+# What comes before the layers, whatever else its name says; and what comes after them.
+_BEFORE = (
+    r"embed|\bwte\b|\bwpe\b|position|patch|(?:cls|class)_token|\bstem\b|pre_|ln_pre|pre_?layer"
+)
+_AFTER = (
+    r"\bhead\b|_head\b|classifier|pooler|\bscore\b|project|\bproj\b|logit|^fc\b|"
+    r"norm|\bln_\w+\b|merger|\bout\b"
+)
 # Tried in this order: attention and embeddings have norms, a head has layers like any other, and
 # attention has embeddings of positions.
 _KINDS = (
@@ -55,7 +90,20 @@ _DIGITS = 4  # of a norm: sums in another order must not make another problem of
 Operator = TypeVar("Operator")
 
 _HINT = "K is a number of blocks; a mapping is {block: regular expression on tensor names}"
-_ORDER = ("embedding", "norm", "attention", "mlp", "head", "other")
+_ORDER = (
+    "vision",
+    "audio",
+    "connector",
+    "embedding",
+    "norm",
+    "attention",
+    "mlp",
+    "router",
+    "shared_experts",
+    "experts",
+    "head",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -227,17 +275,67 @@ def layer_blocks(names: Sequence[str], groups: int) -> dict[str, str]:
     return named_blocks({**blocks, **({"rest": rest} if rest else {})})
 
 
-def kind_blocks(names: Sequence[str]) -> dict[str, str]:
-    """Return patterns for kinds of modules: embedding, norm, attention, mlp, head and others.
+def depth_blocks(names: Sequence[str]) -> dict[str, str]:
+    """Return patterns for blocks of equal depth, by their positions from 0 (first) to 1 (last).
 
-    The kind is read from common names of modules; a block is made of each kind that occurs.
+    A layer is what the first number among the dotted parts of a name says, as in `layer_blocks`;
+    where the part before it ends with a number (``layer3.0.conv1`` of a ResNet) that number counts
+    first. Each stack of layers (an encoder, a decoder, a vision tower) goes from 0 to 1. Of the
+    tensors outside, embeddings are at 0, and norms, projections and heads that follow the layers
+    at 1; what is not known stands at 0.
+
+    Args:
+        names: Names of the tensors to merge.
+
+    Returns:
+        Position, such as ``"0"`` or ``"0.5"``, -> pattern, in ascending order.
     """
+    stacks: dict[str, dict[tuple[int, int], list[str]]] = {}
+    for name in names:
+        found = re.match(r"(.*?)(?:^|\.)(\d+)\.", name)
+        if found:
+            stem, stage = re.fullmatch(r"(.*?)(\d*)", found.group(1)).groups()  # type: ignore[union-attr]
+            layer = (int(stage or 0), int(found.group(2)))
+            stacks.setdefault(stem, {}).setdefault(layer, []).append(name)
+    positions: dict[str, float] = {}
+    for stack in stacks.values():
+        if len(stack) > 1 or len(stacks) == 1:
+            last = max(len(stack) - 1, 1)
+            for k, layer in enumerate(sorted(stack)):
+                positions |= dict.fromkeys(stack[layer], k / last)
+    groups: dict[float, list[str]] = {}
+    for name in names:
+        before, after = (re.search(p, name.lower()) for p in (_BEFORE, _AFTER))
+        outside = float(after is not None and before is None)
+        groups.setdefault(positions.get(name, outside), []).append(name)
+    return named_blocks({f"{place:.9g}": groups[place] for place in sorted(groups)})
+
+
+def kind_blocks(names: Sequence[str]) -> dict[str, str]:
+    """Return patterns for kinds of modules, of those that occur, read from common names.
+
+    They are embedding, norm, attention, mlp, head and other; of mixtures of experts router,
+    shared_experts and experts; and of models with several modalities vision and audio for whole
+    towers, and connector for what joins them to the language model. A model that is a tower alone,
+    with a head or without, has the kinds of its modules.
+    """
+    towers = {name: _first_kind(_TOWERS, name.lower()) for name in names}
+    modules = {name: _module_kind(name) for name in names}
+    language = any(towers[name] is None and modules[name] in _LANGUAGE for name in names)
     kinds: dict[str, list[str]] = {}
     for name in names:
-        text = name.lower().replace("_", ".") + "." + name.lower()
-        kind = next((k for k, pattern in _KINDS if re.search(pattern, text)), "other")
+        kind = (towers[name] if language else None) or modules[name]
         kinds.setdefault(kind, []).append(name)
     return named_blocks({kind: kinds[kind] for kind in _ORDER if kind in kinds})
+
+
+def _module_kind(name: str) -> str:
+    text = name.lower().replace("_", ".") + "." + name.lower()
+    return _first_kind(_MIXTURES, name.lower()) or _first_kind(_KINDS, text) or "other"
+
+
+def _first_kind(patterns: Iterable[tuple[str, str]], text: str) -> str | None:
+    return next((kind for kind, pattern in patterns if re.search(pattern, text)), None)
 
 
 def balanced_blocks(squares: Mapping[str, float], blocks: int) -> dict[str, str]:
@@ -348,9 +446,9 @@ def blocks_of(
 
     Args:
         spec: ``"layers:K"``, ``K`` runs of neighbouring layers and the rest (`layer_blocks`);
-            ``"kinds"``, kinds of modules (`kind_blocks`); ``"balanced:K"``, ``K`` runs of
-            neighbouring tensors with task vectors of like norm (`balanced_blocks`), for which the
-            checkpoints are read once.
+            ``"kinds"``, kinds of modules (`kind_blocks`); ``"depths"``, positions in depth
+            (`depth_blocks`); ``"balanced:K"``, ``K`` runs of neighbouring tensors with task
+            vectors of like norm (`balanced_blocks`), for which the checkpoints are read once.
         base: The base checkpoint.
         experts: Name -> checkpoint.
         ties: Further ties of the base.
@@ -358,15 +456,16 @@ def blocks_of(
     Raises:
         MergeError: When the word is unknown, or the model has too few layers or tensors.
     """
-    found = re.fullmatch(r"(layers|balanced):(\d+)|kinds", spec.strip())
+    found = re.fullmatch(r"(layers|balanced):(\d+)|kinds|depths", spec.strip())
     if found is None:
         raise MergeError(
-            f"blocks must be layers:K, kinds, balanced:K or a mapping, got {spec!r}", hint=_HINT
+            f"blocks must be layers:K, kinds, depths, balanced:K or a mapping, got {spec!r}",
+            hint=_HINT,
         )
     layout = FlatLayout.of(base, join_ties(base, ties or {}))
     names = sorted((slot.name for slot in layout.slots), key=_natural)
     if found.group(1) is None:
-        return kind_blocks(names)
+        return kind_blocks(names) if spec.strip() == "kinds" else depth_blocks(names)
     count = int(found.group(2))
     if found.group(1) == "layers":
         return layer_blocks(names, count)

@@ -175,7 +175,7 @@ class KernelMerge:
         c = self._check(c)
         d = c.numel() - len(self._settings)
         settings = dict(zip(self._settings, c[d:].tolist(), strict=True))
-        table = c[:d].view(-1, self._count).T.contiguous()
+        table = self.table(c[:d])
         kernel, device = self.kernel.at(settings), self.deltas.device
 
         def work(item: tuple[int, int, int], _: None) -> None:
@@ -195,6 +195,10 @@ class KernelMerge:
 
         with torch.no_grad():
             parallel_for(work, self._items(kernel), lambda: None, threads=self._threads)
+
+    def table(self, c: Tensor) -> Tensor:
+        """Return the coefficients by block, ``B x N``, of ``c`` (``N B``, expert by expert)."""
+        return c.view(-1, self._count).T.contiguous()
 
     def least_memory(self) -> int:
         """Return how many bytes a single thread needs, with pieces as short as they may be."""

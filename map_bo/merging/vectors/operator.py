@@ -2,7 +2,7 @@
 
 An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
 task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
-here `Linear`, `HasDerivatives`, `ChecksValues` and `Followable`;
+here `Linear`, `HasDerivatives`, `PreparesDerivatives`, `ChecksValues` and `Followable`;
 `~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
 with what they need.
 """
@@ -29,6 +29,7 @@ __all__ = [
     "Linear",
     "MergeOperator",
     "PreparedMerge",
+    "PreparesDerivatives",
     "Weights",
     "recipe_of",
 ]
@@ -168,6 +169,15 @@ class HasDerivatives(Protocol):
             gradient: ``P`` in float32 on the task vectors' device: the gradient of a metric by the
                 merged numbers.
         """
+        ...
+
+
+@runtime_checkable
+class PreparesDerivatives(Protocol):
+    """An operator that is not `Linear` in task vectors, and whose merges have derivatives."""
+
+    def prepares_derivatives(self) -> bool:
+        """Return whether what it prepares from task vectors in memory is `HasDerivatives`."""
         ...
 
 

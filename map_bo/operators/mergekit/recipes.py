@@ -15,7 +15,12 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.mergekit.form import Entries, Recipe, blocks_of, content_of
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.sce import Sce
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Ties
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.stock import ModelStock
 
 __all__ = ["MergekitRecipe", "from_mergekit"]
 
@@ -43,8 +48,9 @@ def from_mergekit(config: str | Path | Mapping[str, Any]) -> MergekitRecipe:
     """Read a configuration of mergekit 0.1.5 as operator, base, experts and coefficients.
 
     The merge is the same, to rounding, for ``linear``, ``task_arithmetic``, ``ties``,
-    ``breadcrumbs``, ``breadcrumbs_ties``, ``slerp``, ``nuslerp``, ``karcher`` and, of two models in
-    equal parts, ``multislerp``; for what remains see ``docs/operators.md``. Of ``dare_linear``,
+    ``breadcrumbs``, ``breadcrumbs_ties``, ``slerp``, ``nuslerp``, ``karcher``, ``multislerp``,
+    ``nearswap``, ``model_stock``, ``sce``, ``ram`` and ``ramplus_tl``; for what remains see
+    ``docs/operators.md``. Of ``dare_linear``,
     ``dare_ties``, ``della_linear`` and ``della`` drop rates and joining are the same; masks are
     map_bo's own, and what stays is rescaled as the papers say.
 
@@ -200,33 +206,69 @@ def _spherical(recipe: Recipe) -> MergekitRecipe:
         experts = _name_models(sources)
         return MergekitRecipe(operator, None, experts, dict(zip(experts, even, strict=True)))
     sources = recipe.others()
-    _require_two(recipe, sources)
-    multi = recipe.method == "multislerp"
-    if not multi and not recipe.flag("nuslerp_flatten", True):
-        raise ConfigError(
-            "nuslerp turns each row apart (nuslerp_flatten: false)",
-            hint="map_bo turns whole tensors: leave nuslerp_flatten out",
-        )
-    summing = multi and not recipe.flag("normalize_weights", True)
+    of = "weights" if recipe.base is None else "deltas"
+    make: Callable[[Mapping[str, str] | None], MergeOperator]
+    if recipe.method == "multislerp":
+        summing = not recipe.flag("normalize_weights", True)
+
+        def make(blocks: Mapping[str, str] | None) -> MergeOperator:
+            return MultiSlerp(of=of, blocks=blocks)
+    else:
+        _require_two(recipe, sources)
+        summing = False
+        flat = recipe.flag("nuslerp_flatten", True)
+        along = "column" if recipe.flag("nuslerp_row_wise", False) else "row"
+
+        def make(blocks: Mapping[str, str] | None) -> MergeOperator:
+            if flat:
+                return Slerp(of=of, norms="own", blocks=blocks)
+            return NuSlerp(of=of, along=along, blocks=blocks)
 
     def shares(row: list[float]) -> list[float]:
-        if multi and (row[0] != row[1] or (summing and abs(sum(row) - 1) > _LEAST)):
-            raise ConfigError(
-                "multislerp in unequal parts is not the mean on the sphere but the chord's",
-                hint="use nuslerp, or equal weights",
-            )
         total = sum(row)
-        return _check([w / total for w in row] if abs(total) >= _LEAST else [0.5, 0.5])
+        if not summing:
+            even = [1 / len(row)] * len(row)
+            return _check([w / total for w in row] if abs(total) >= _LEAST else even)
+        if of == "weights" and abs(total - 1) > _LEAST:
+            raise ConfigError(
+                f"the weights sum to {total:g} without normalize_weights, which scales the whole "
+                "model",
+                hint="let them sum to 1",
+            )
+        return _check(row)
 
-    of = "weights" if recipe.base is None else "deltas"
-    norms = "mean" if multi else "own"
-    return _finish(
-        lambda blocks: Slerp(of=of, norms=norms, blocks=blocks),
-        recipe.base,
-        sources,
-        recipe.own("weight", sources),
-        shares,
-    )
+    return _finish(make, recipe.base, sources, recipe.own("weight", sources), shares)
+
+
+def _as_they_are(recipe: Recipe) -> MergekitRecipe:
+    """Read methods without weights, which take the experts as they are."""
+    sources, method = recipe.others(), recipe.method
+    operator: MergeOperator
+    value = 1.0
+    if method == "nearswap":
+        if len(sources) != 1:
+            raise ConfigError(
+                f"nearswap is of one model and the base, and there are {len(sources)}",
+                hint="list the base and one other model",
+            )
+        recipe.shared("t")  # which must be given
+        operator = NearSwap(strength=recipe.number("t", 0.0), unit="absolute")
+    elif method == "model_stock":
+        operator = ModelStock(each="row" if recipe.flag("filter_wise", False) else "tensor")
+        value = 1 / len(sources)
+    elif method == "sce":
+        operator = Sce(density=min(recipe.number("select_topk", 1.0), 1.0))
+    else:
+        plus = method == "ramplus_tl"
+        operator = Ram(
+            threshold=recipe.number("epsilon", 1e-5),
+            rescale=recipe.number("r", 0.1) if plus else 0.0,
+            most=recipe.number("alpha", 0.2),
+            over="tensor",
+        )
+    experts = _name_models(sources)
+    base = recipe.required_base()
+    return MergekitRecipe(operator, base, experts, dict.fromkeys(experts, value))
 
 
 def _require_two(recipe: Recipe, sources: Sequence[str]) -> None:
@@ -329,6 +371,7 @@ _METHODS: dict[str, Callable[[Recipe], MergekitRecipe]] = {
     "linear": _linear,
     "task_arithmetic": _task_arithmetic,
     **dict.fromkeys(("slerp", "nuslerp", "multislerp", "karcher"), _spherical),
+    **dict.fromkeys(("nearswap", "model_stock", "sce", "ram", "ramplus_tl"), _as_they_are),
     **dict.fromkeys(
         (
             "ties",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from map_bo.merging.adapters.low_rank import LowRank
 from map_bo.merging.vectors.kernel import Kernel
-from map_bo.merging.vectors.operator import Deltas
+from map_bo.merging.vectors.operator import Deltas, HasFactors
 from map_bo.operators.searchable import share
 from map_bo.operators.spectral.matrices import ReadyOperator, SpectralOperator, matrices_of
 from map_bo.operators.spectral.shared_results import KEPT, SharedResults
@@ -42,8 +42,9 @@ class IsoC(SpectralOperator):
     No singular value decomposition is needed. ``U W^T = D (D^T D)^(-1/2)`` is the orthogonal factor
     of ``D``, and ``mean(s)`` comes from the same small symmetric matrix ``D^T D`` of the shorter
     side: a candidate takes two products with it and its root, in float64. Nothing is prepared,
-    so task vectors need no further memory. The mean is over the singular values that are not zero
-    (`LEAST`): in a matrix of full rank, the paper's case, over all of them.
+    so task vectors need no further memory. Of adapters the factors are made orthonormal once, and
+    the matrix to flatten is as small as their ranks. The mean is over the singular values that are
+    not zero (`LEAST`): in a matrix of full rank, the paper's case, over all of them.
 
     The merge is homogeneous: twice the coefficients move the model twice as far. Only their ratios
     decide the directions.
@@ -79,20 +80,26 @@ class _Flattened(Kernel):
         self._matrices = matrices_of(deltas.layout, operator.skip)
         self._others = operator.share_of_others(len(deltas.experts))
         self._roots: SharedResults[Tensor] = SharedResults()
+        self._factors = _factored(deltas, self._matrices)
 
     def whole(self, slot: int) -> bool:
-        return slot in self._matrices and not self._is_tall(slot)
+        return slot in self._matrices and not self._is_tall(slot) and slot not in self._factors
 
     def unit(self, slot: int) -> int:
         return self._shape(slot)[1] if slot in self._matrices else 1
 
     def overhead(self, threads: int) -> int:
-        sides = (min(self._shape(slot)) for slot in self._matrices)
+        sides = (min(self._shape(slot)) for slot in self._matrices - self._factors.keys())
         return 8 * max(sides, default=0) ** 2 * (KEPT + 6 * threads) + 64 * _PIECE * threads
 
     def piece(self, rows: Tensor, slot: int, start: int, c: Tensor) -> Tensor:
         if slot not in self._matrices:
             return rows.t() @ torch.cat([c.new_ones(1), self._others * c]).to(rows)
+        if (factors := self._factors.get(slot)) is not None:
+            right = self._roots.get((slot, *c.tolist()), lambda: factors.flattened(c))
+            columns = self._shape(slot)[1]
+            left = factors.left[start // columns : (start + rows.shape[1]) // columns]
+            return torch.addmm(rows[0].view(-1, columns), left, right).flatten()
         if not self._is_tall(slot):
             change = _weighted(rows[1:], c).view(self._shape(slot))
             return rows[0] + flatten(change).flatten().to(rows)
@@ -119,6 +126,52 @@ class _Flattened(Kernel):
     def _is_tall(self, slot: int) -> bool:
         rows, columns = self._shape(slot)
         return rows >= columns
+
+
+@dataclass(frozen=True, eq=False)
+class _Factors:
+    """The changes of a matrix by adapters: ``left R_B diag(w) R_A^T right^T``, both orthonormal.
+
+    Attributes:
+        left: ``rows x k`` in float32.
+        R_B: ``k x R``.
+        right: ``columns x l``.
+        R_A: ``l x R``.
+        ranks: ``N`` numbers that sum to ``R``.
+    """
+
+    left: Tensor
+    R_B: Tensor
+    right: Tensor
+    R_A: Tensor
+    ranks: Tensor
+
+    @classmethod
+    def of(cls, changes: Sequence[LowRank]) -> _Factors:
+        B = torch.cat([each.scale * each.B.double() for each in changes], dim=1)
+        A = torch.cat([each.A.double() for each in changes])
+        left, R_B = torch.linalg.qr(B)
+        right, R_A = torch.linalg.qr(A.mT)
+        ranks = torch.tensor([each.rank for each in changes])
+        return cls(left.float(), R_B, right, R_A, ranks)
+
+    def flattened(self, c: Tensor) -> Tensor:
+        """Return what ``left`` is multiplied by, ``k x columns`` in float32."""
+        weights = c.repeat_interleave(self.ranks).to(self.R_B)
+        small = flatten((self.R_B * weights) @ self.R_A.mT)
+        return (small @ self.right.mT).float()
+
+
+def _factored(deltas: Deltas, matrices: frozenset[int]) -> dict[int, _Factors]:
+    """Return the matrices that all experts change by factors alone."""
+    if not isinstance(deltas, HasFactors):
+        return {}
+    found: dict[int, _Factors] = {}
+    for index in sorted(matrices):
+        changes = deltas.factors(index)
+        if len(changes) == len(deltas.experts):
+            found[index] = _Factors.of([changes[n] for n in range(len(changes))])
+    return found
 
 
 def _weighted(deltas: Tensor, c: Tensor) -> Tensor:

@@ -130,13 +130,18 @@ class ReadyOperator(SpectralOperator):
     """An operator that is linear in the coefficients once the task vectors are made ready.
 
     Ready matrices are kept where the task vectors are: in memory as rows (those of adapters as
-    factors), or in a file beside mapped rows, made once and shared by processes. Where task vectors
-    stay on disk, or memory is short, they are made anew for each candidate, matrix by matrix.
+    factors), or in a file beside mapped rows, made once and shared by processes; in float32,
+    whatever the storage. Where task vectors stay on disk, or memory is short, they are made anew
+    for each candidate, matrix by matrix.
     """
 
     @abstractmethod
     def ready(self, changes: Sequence[Change]) -> list[LowRank]:
         """Return the ready matrices (float64) for the ``N`` changes of a matrix."""
+
+    def prepares_derivatives(self) -> bool:
+        """Return True; see `PreparesDerivatives`."""
+        return True
 
     def prepare_pieces(self, deltas: Deltas) -> KernelMerge:
         """Make the task vectors ready, once; see `SearchableOperator`."""
@@ -161,10 +166,14 @@ class _ReadyMerge(KernelMerge):
     ) -> None:
         super().__init__(vectors, _Sum(), blocks, count)
         self._linear = linear
+        self._has_factors = vectors.dense is not None
 
     def write(self, c: Tensor, out: Tensor) -> None:
-        """Write the merged numbers, as `LinearMerge` does."""
-        self._linear.write(c, out)
+        """Write the merged numbers; adapters are added by their factors, as in `LinearMerge`."""
+        if self._has_factors:
+            self._linear.write(c, out)
+        else:
+            super().write(c, out)
 
     def directional(self, gradient: Tensor) -> Tensor:
         """Return derivatives by the coefficients; see `HasDerivatives`."""
@@ -201,9 +210,9 @@ class _Anew(Kernel):
 
 def _make_ready(operator: ReadyOperator, vectors: TaskVectors) -> TaskVectors:
     """Return ready task vectors, kept where the given ones are."""
-    shape, dtype = vectors.rows.shape, vectors.rows.dtype
+    shape = vectors.rows.shape
     if vectors.mapped is None:
-        rows = torch.zeros(shape, dtype=dtype, device=vectors.device)
+        rows = torch.zeros(shape, device=vectors.device)
 
         def put(row: int, start: int, piece: Tensor) -> None:
             rows[row, start : start + len(piece)].copy_(piece)
@@ -216,7 +225,7 @@ def _make_ready(operator: ReadyOperator, vectors: TaskVectors) -> TaskVectors:
     mapped, extras = cache.rows(
         key,
         (shape[0], shape[1]),
-        dtype,
+        torch.float32,
         lambda put: Extras(adapted=_fill(operator, vectors, put)),
     )
     return replace(vectors, rows=mapped.rows, adapted=extras.adapted, mapped=mapped)
@@ -232,20 +241,20 @@ def _fill(operator: ReadyOperator, vectors: TaskVectors, put: Put) -> dict[int, 
     def work(index: int, _: None) -> None:
         slot = vectors.layout.slots[index]
         own = vectors.rows[:, slot.offset : slot.stop]
-        put(0, slot.offset, own[0])
+        put(0, slot.offset, own[0].float())
         if index not in matrices:
             for row in row_of.values():
-                put(row, slot.offset, (share * own[row].float()).to(own.dtype))
+                put(row, slot.offset, share * own[row].float())
             if index in vectors.adapted:
                 adapted[index] = _scaled(vectors.adapted[index], share)
             return
         ready = operator.ready(changes_of(vectors, index))
         for expert, row in row_of.items():
-            put(row, slot.offset, ready[expert].dense().flatten().to(own.dtype))
+            put(row, slot.offset, ready[expert].dense().flatten().float())
         factors = {n: part for n, part in enumerate(ready) if n not in row_of and part.rank}
         if factors:
             adapted[index] = AdaptedTensor.of(
-                factors, {}, slot.shape, dtype=own.dtype, device=vectors.device
+                factors, {}, slot.shape, dtype=torch.float32, device=vectors.device
             )
 
     # The largest first: no thread is left with one of them in the end.
@@ -255,6 +264,5 @@ def _fill(operator: ReadyOperator, vectors: TaskVectors, put: Put) -> dict[int, 
 
 
 def _scaled(part: AdaptedTensor, factor: float) -> AdaptedTensor:
-    return replace(
-        part, B=factor * part.B, values={n: factor * value for n, value in part.values.items()}
-    )
+    values = {n: factor * value.float() for n, value in part.values.items()}
+    return replace(part, B=factor * part.B, values=values)

@@ -8,6 +8,7 @@ Everything that is wrong with it is said at once, before anything is evaluated.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from map_bo.errors import ConfigError, MapBoError
@@ -23,8 +24,18 @@ from map_bo.problems.merged.problem import MergedModelProblem
 
 __all__ = ["hf_problem"]
 
-OF_THE_BASE = ("tokenizer", "processor")
-"""Settings of evaluators that are the base's folder where they are not given."""
+_PLACES = ("data", "train", "path", "tokenizer", "processor")  # settings of tasks
+_BESIDE_WEIGHTS: Mapping[str, tuple[str, ...]] = {  # setting of evaluators -> files it is read from
+    "tokenizer": (
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "tokenizer.model",
+        "vocab.json",
+        "vocab.txt",
+        "spiece.model",
+    ),
+    "processor": ("preprocessor_config.json", "processor_config.json", "open_clip_config.json"),
+}
 
 
 def hf_problem(
@@ -32,6 +43,7 @@ def hf_problem(
     base: str,
     experts: Mapping[str, str],
     tasks: Mapping[str, Any],
+    root: str | None = None,
     model: str | None = None,
     metrics: Mapping[str, Mapping[str, Any]] | None = None,
     operator: MergeOperator | None = None,
@@ -52,12 +64,16 @@ def hf_problem(
     """Return the problem of merging models that are measured by ready evaluators.
 
     Args:
-        base: The base: a folder, a weight file, or a model of the Hugging Face hub. Its folder is
-            the tokenizer and the processor of every task that needs one and names no other.
+        base: The base: a folder, a weight file, or a model of the Hugging Face hub. Its folder has
+            the tokenizer and the processor of every task that needs one and names no other; where
+            it has none, that is the folder of the task's expert.
         experts: The experts by name, likewise, or LoRA adapters.
         tasks: Task name -> ``{kind: ..., data: ..., ...}``; see
             :func:`map_bo.evaluators.kinds.evaluator_from`. A task is measured with the head of
             the expert of its name, where that has one.
+        root: Folder in which models and data sets of the hub lie, each in the folder of its name
+            (``root/organisation/name``) or of its last part (``root/name``). What does not lie
+            there is fetched from the hub.
         model: As for :func:`~map_bo.problems.merged.imported.imported_problem`, like all that
             follow.
         metrics: Fields of :class:`~map_bo.data.Metric` by metric name, where what the evaluators
@@ -90,13 +106,19 @@ def hf_problem(
                     hint=f"give them as +problem.{name}.NAME=..., one for each name",
                 )
             )
+    if root is not None:
+        folder = Path(root).expanduser()
+        base = _in_folder(base, folder)
+        experts = {name: _in_folder(one, folder) for name, one in (experts or {}).items()}
+        tasks = {name: _with_folder(one, folder) for name, one in (tasks or {}).items()}
     opened, aligned = _open(base, experts or {}, vocabulary, missing, troubles)
-    place = base if opened is None or opened.directory is None else str(opened.directory)
     evaluators: dict[str, Evaluator] = {}
     for name, settings in (tasks or {}).items():
         try:
             evaluators[name] = evaluator_from(
-                f"problem.tasks.{name}", settings, defaults=dict.fromkeys(OF_THE_BASE, place)
+                f"problem.tasks.{name}",
+                settings,
+                defaults=_beside(opened, aligned.get((heads or {}).get(name, name))),
             )
         except MapBoError as error:
             troubles.append(error)
@@ -170,6 +192,38 @@ def _open(
     if together is not None and len(fitting) == len(found):
         troubles.append(_at("problem.experts", together))  # they do not fit each other
     return opened, fitting
+
+
+def _in_folder(place: str, root: Path) -> str:
+    """Return a place in the folder, where it is there, or as it was given."""
+    name = place.partition("@")[0]
+    for path in (root / name, root / name.rpartition("/")[2]):
+        if path.exists():
+            return str(path)
+    return place
+
+
+def _with_folder(settings: Any, root: Path) -> Any:
+    """Return the settings of a task whose data, tokenizer and processor lie in the folder."""
+    if not isinstance(settings, Mapping):
+        return settings
+    return {
+        key: _in_folder(value, root)
+        if key in _PLACES and isinstance(value, str)
+        else _with_folder(value, root)
+        for key, value in settings.items()
+    }
+
+
+def _beside(base: Checkpoint | None, expert: Checkpoint | None) -> dict[str, str]:
+    """Return what evaluators read beside the weights, of the base or else of the expert."""
+    folders = [one.directory for one in (base, expert) if one is not None and one.directory]
+    found: dict[str, str] = {}
+    for setting, files in _BESIDE_WEIGHTS.items():
+        having = [folder for folder in folders if any((folder / file).is_file() for file in files)]
+        if having or folders:
+            found[setting] = str((having or folders)[0])
+    return found
 
 
 def _at(key: str, error: MapBoError) -> MapBoError:

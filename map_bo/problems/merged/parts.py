@@ -20,13 +20,24 @@ from torch import nn
 from map_bo.data import Metric
 from map_bo.errors import EvaluationError, MergeError, listed
 from map_bo.evaluators.differentiable import check_differentiable
-from map_bo.evaluators.evaluator import Evaluator, Prepares, prepare_evaluators
+from map_bo.evaluators.evaluator import (
+    Evaluator,
+    Prepares,
+    ReadsHead,
+    prepare_evaluators,
+)
 from map_bo.evaluators.isolation.world import callers_world, isolated
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.live import LiveModel
-from map_bo.merging.vectors.operator import HasDerivatives, Linear, MergeOperator, PreparedMerge
+from map_bo.merging.vectors.operator import (
+    HasDerivatives,
+    Linear,
+    MergeOperator,
+    PreparedMerge,
+    PreparesDerivatives,
+)
 from map_bo.merging.vectors.storage import Storage, StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.plain import identity_of
@@ -101,10 +112,12 @@ def check_gradients(
     """Refuse gradients where metrics are not a differentiable function of the coefficients.
 
     Raises:
-        MergeError: For an operator that is not linear in its coefficients, and with recalibration.
+        MergeError: For an operator that is not linear in its coefficients and prepares no
+            derivatives, and with recalibration.
         EvaluationError: For an evaluator without gradients.
     """
-    if not isinstance(operator, Linear):
+    known = isinstance(operator, PreparesDerivatives) and operator.prepares_derivatives()
+    if not known and not isinstance(operator, Linear):
         raise MergeError(
             f"gradients were asked for, and {type(operator).__name__} is not linear in its "
             "coefficients",
@@ -276,6 +289,16 @@ def prepare_on_base(
         head = heads.of_metric(key)
         if head is not None:
             live.put_head(head.tensors, head.labels)
+            return model
+        reader = evaluators[key]
+        lacking = heads.names & {name for name, _ in model.named_parameters()}
+        if isinstance(reader, ReadsHead) and reader.reads_head and lacking:
+            raise EvaluationError(
+                f"it needs the head of its task, and no expert is called {key!r}; that of the "
+                "model itself is of no task",
+                hint=f"say whose head it is: heads={{{key!r}: {next(iter(heads.heads))!r}}}; those "
+                f"with a head are {listed(heads.heads)}",
+            )
         return model
 
     with live, callers_world():

@@ -11,6 +11,7 @@ from typing import Any
 from map_bo.errors import DataError
 from map_bo.foreign import understood
 from map_bo.report.files import remove_stale, write_whole
+from map_bo.report.normalised import OwnScores
 from map_bo.report.run.page import write_html
 from map_bo.report.run.plots import write_plots
 from map_bo.report.run.tables import write_evaluations_csv, write_front_csv
@@ -37,7 +38,8 @@ def write_report(view: RunView, directory: Path) -> None:
     remove_stale(directory, directory / "plots")
     with understood(DataError, f"what is recorded of {view.title}", hint=_HINT):
         write_evaluations_csv(view, view.space, directory / "evaluations.csv")
-        write_front_csv(view.front, view.space, directory / "front.csv")
+        own = OwnScores.of(view.seen, view.space) if view.normalised else None
+        write_front_csv(view.front, view.space, directory / "front.csv", own)
         write_summary(view.summary, directory / "summary.json")
         plots = write_plots(view, directory / "plots")
         write_html(view, directory / "report.html", plots)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from rich import box
 from rich.console import Console
 from rich.measure import Measurement
@@ -12,7 +13,16 @@ from rich.text import Text
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.report.numbers import coefficient, distinct, interval, metric_value, share, volume
+from map_bo.report.normalised import OwnScores, normalised_rows, normalised_words
+from map_bo.report.numbers import (
+    coefficient,
+    distinct,
+    interval,
+    metric_value,
+    ratio,
+    share,
+    volume,
+)
 from map_bo.report.run.certainty import (
     has_corrected,
     has_feasible,
@@ -87,6 +97,7 @@ def print_summary(view: RunView, console: Console) -> None:
     _print_optimism(view, console)
 
     _print_points(view, console)
+    _print_normalised(view, console)
     failures = failure_rows(view)
     if failures:
         _heading(console, "Failed evaluations")
@@ -117,6 +128,22 @@ def _print_optimism(view: RunView, console: Console) -> None:
     console.print(_text(console, optimism_words(view)))
 
 
+def _print_normalised(view: RunView, console: Console) -> None:
+    if not view.normalised:
+        return
+    _heading(console, "Normalised by each expert's own")
+    table = _table(console)
+    table.add_column("model", no_wrap=True)
+    table.add_column("values", no_wrap=True)
+    for name in (*distinct([metric.name for metric in view.metrics], 14), "mean"):
+        table.add_column(_text(console, name), justify="right")
+    for label, kind, shares in normalised_rows(view):
+        table.add_row(_text(console, label), kind, *(ratio(value) for value in shares))
+    console.print(table)
+    own = OwnScores.of(view.seen, view.space)
+    console.print(_text(console, normalised_words(view.metrics, own)))
+
+
 def print_choice(
     console: Console,
     *,
@@ -128,6 +155,7 @@ def print_choice(
     upper: Tensor,
     real: Tensor,
     corrected: Tensor | None = None,
+    own: OwnScores | None = None,
 ) -> None:
     """Print one chosen point: its coefficients, and its predicted and measured metrics.
 
@@ -142,6 +170,7 @@ def print_choice(
         real: ``m`` measured metrics, NaN where the point was not verified.
         corrected: ``m`` metrics predicted with the verified points among the data; NaN or None
             where there are none, and then their column is left out.
+        own: Scores of the tasks' own experts, to show shares of; None for none.
     """
     chosen = _table(console)
     chosen.add_column("coefficient", overflow="fold")
@@ -154,18 +183,29 @@ def print_choice(
     values.add_column("metric", overflow="fold")
     known = corrected is not None and bool(corrected.isfinite().any())
     again = corrected if corrected is not None and known else real
-    for title in ("predicted", "95 % interval", *(["corrected"] if known else []), "real"):
+    titles = ["predicted", "95 % interval", *(["corrected"] if known else []), "real"]
+    shares = None
+    if own is not None:
+        best_known = torch.where(again.isfinite(), again, mean) if known else mean
+        shares = own.normalise(torch.where(real.isfinite(), real, best_known))
+        titles.append("normalised")
+    for title in titles:
         values.add_column(title, justify="right", no_wrap=True)
     columns = (t.tolist() for t in (mean, lower, upper, again, real))
-    for metric, value, low, high, later, measured in zip(metrics, *columns, strict=True):
+    for j, (metric, value, low, high, later, measured) in enumerate(
+        zip(metrics, *columns, strict=True)
+    ):
         values.add_row(
             _text(console, metric.name),
             metric_value(value, metric),
             interval(low, high, metric),
             *([metric_value(later, metric)] if known else []),
             metric_value(measured, metric, missing="not measured"),
+            *([] if shares is None else [ratio(float(shares[j]))]),
         )
     console.print(values)
+    if own is not None:
+        console.print(_text(console, normalised_words(metrics, own)))
 
 
 def _print_points(view: RunView, console: Console) -> None:

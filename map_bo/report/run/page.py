@@ -12,7 +12,8 @@ from typing import Any
 
 from map_bo.data import Metric
 from map_bo.report.files import write_whole
-from map_bo.report.numbers import coefficient, interval, metric_value, share, volume
+from map_bo.report.normalised import OwnScores, normalised_rows, normalised_words
+from map_bo.report.numbers import coefficient, interval, metric_value, ratio, share, volume
 from map_bo.report.page_style import STYLE, styled
 from map_bo.report.run.certainty import (
     calibration_rows,
@@ -70,6 +71,7 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
         ("run", "The run", _run(view)),
         ("front", "The front", _front(view, plots)),
         ("tree", "The merge tree", tree_section(view, "".join(_figures(view, trees)))),
+        ("normalised", "Normalised by each expert's own", _normalised(view)),
         ("hypervolume", "Hypervolume", _hypervolume(view, plots)),
         ("evaluations", "Evaluations", _evaluations(view)),
         ("calibration", "Calibration of the surrogate", _calibration(view)),
@@ -130,6 +132,22 @@ def _front(view: RunView, plots: Sequence[Path]) -> str:
         every = _front_table(view, range(len(front)), "All points, as in front.csv.")
         parts.append(f"<details><summary>All {len(front)} points</summary>{every}</details>")
     return "".join(parts)
+
+
+def _normalised(view: RunView) -> str:
+    if not view.normalised:
+        return ""
+    names = "".join(_column(metric.name) for metric in view.metrics)
+    head = f"<tr>{_column('model', name=True)}{_column('values')}{names}{_column('mean')}</tr>"
+    body = [
+        f'<tr><th class="name" scope="row">{escape(label)}</th><td>{kind}</td>'
+        + "".join(f"<td>{ratio(value)}</td>" for value in shares)
+        + "</tr>"
+        for label, kind, shares in normalised_rows(view)
+    ]
+    own = OwnScores.of(view.seen, view.space)
+    said = escape(normalised_words(view.metrics, own))
+    return f"<p>{said}</p>" + _table("Shares of the experts' own scores.", head, body)
 
 
 def _figures(view: RunView, plots: Iterable[Path]) -> list[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from map_bo.data import Front, Observations
 from map_bo.report.files import write_whole
+from map_bo.report.normalised import OwnScores
 from map_bo.report.view import RunView
 from map_bo.space import CoefficientSpace
 
@@ -53,7 +54,9 @@ def write_evaluations_csv(
     _write([*header, "cost", "failure"], rows, path)
 
 
-def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
+def write_front_csv(
+    front: Front, space: CoefficientSpace, path: Path, own: OwnScores | None = None
+) -> None:
     """Write one row per front point.
 
     Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
@@ -61,7 +64,9 @@ def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
     ``corrected:NAME`` (predicted with the verified points among the data; empty where nothing was
     verified) and ``real:NAME`` (empty where the point was not verified); ``probability`` (of
     being non-dominated; empty where it is not known); and, only where something failed or the run
-    has constraints, ``feasible`` (the probability that the point works and keeps them).
+    has constraints, ``feasible`` (the probability that the point works and keeps them). With
+    ``own``, for each metric ``normalised:NAME`` and ``normalised_real:NAME``: the predicted and the
+    real value as shares of the score of the task's own expert.
 
     Raises:
         OSError: When the file cannot be written; it is then as it was before.
@@ -78,6 +83,11 @@ def write_front_csv(front: Front, space: CoefficientSpace, path: Path) -> None:
     ends = {"probability": front.probability.tolist()}
     if bool(front.feasible.isfinite().any()):
         ends["feasible"] = front.feasible.tolist()
+    if own is not None:
+        for part, shares in (("", front.mean), ("_real", front.real)):
+            parted = own.normalise(shares).unbind(-1)
+            for metric, column in zip(front.metrics, parted, strict=True):
+                ends[f"normalised{part}:{metric.name}"] = column.tolist()
     rows = (
         [str(point), *map(_number, x), *row, *map(_number, last)]
         for point, (x, row, last) in enumerate(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,19 @@ def test_images_are_squashed_or_cut() -> None:
     assert float(squashed[0, 0, 0]) < float(cut[0, 0, 0])
     assert of(image, size=(2, 4), grey=True, flat=True).shape == (8,)
     assert of(image, grey=True, fit="none").shape == (1, 2, 8)
+
+
+def test_an_odd_margin_is_rounded_as_told() -> None:
+    image = Image.fromarray(np.arange(5, dtype=np.uint8)[None].repeat(2, 0) * 30)
+    assert of(image, size=2, grey=True)[0, 0].mul(255 / 30).round().tolist() == [1, 2]
+    wide = Image.fromarray(np.arange(8, dtype=np.uint8)[None].repeat(3, 0) * 30)
+    assert of(wide, size=3, grey=True)[0, 0].mul(255 / 30).round().tolist() == [2, 3, 4]
+    even = of(wide, size=3, grey=True, halves="even")
+    assert even[0, 0].mul(255 / 30).round().tolist() == [2, 3, 4]
+    longer = Image.fromarray(np.arange(10, dtype=np.uint8)[None].repeat(3, 0) * 20)
+    assert of(longer, size=3, grey=True)[0, 0].mul(255 / 20).round().tolist() == [3, 4, 5]
+    even = of(longer, size=3, grey=True, halves="even")
+    assert even[0, 0].mul(255 / 20).round().tolist() == [4, 5, 6]
 
 
 def test_mean_and_deviation_are_by_channel() -> None:
@@ -165,10 +179,23 @@ def test_many_images_are_mapped_from_a_file(
     (file,) = (tmp_path / "cache" / "pixels").iterdir()
     assert torch.equal(found.values, wanted)
     assert np.load(file).shape == (12, 3, 4, 4)
+    sent = pickle.dumps(found)
+    assert len(sent) < 1000  # other processes map it too
+    assert torch.equal(pickle.loads(sent).values, wanted)
     del found
     before = file.stat().st_mtime_ns
     read(data, Resize(size=4, mean=0.0), cache_dir=tmp_path / "cache")
     assert file.stat().st_mtime_ns == before
+
+
+def test_a_cache_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(path=write_images(tmp_path / "set"))
+    monkeypatch.setattr(module, "IN_MEMORY", 10)
+    (tmp_path / "cache").write_text("a file, not a folder")
+    with pytest.raises(EvaluationError, match="images cannot be kept in"):
+        read(data, Resize(size=4), cache_dir=tmp_path / "cache")
 
 
 def test_an_open_clip_folder_says_how(tmp_path: Path) -> None:
@@ -179,7 +206,7 @@ def test_an_open_clip_folder_says_how(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text(json.dumps(about))
     steps = find_steps(str(tmp_path))
     assert steps is not None
-    assert steps.make == Resize(size=6, fit="squash", mean=[0.1, 0.2, 0.3])
+    assert steps.make == Resize(size=6, fit="squash", mean=[0.1, 0.2, 0.3], halves="even")
     (tmp_path / "open_clip_config.json").write_text("{}")
     with pytest.raises(EvaluationError, match="does not say how images are prepared"):
         find_steps(str(tmp_path))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.images.tiny import (
     COLOURS,
+    SIDE,
     WORDS,
     clip,
     draw,
@@ -138,6 +140,13 @@ def test_whose_texts_are_used_where_their_tower_is_merged(place: Path, prototype
     assert not torch.allclose(logits, other, atol=1e-2)
 
 
+def test_a_prepared_one_can_be_sent_to_other_processes(place: Path) -> None:
+    model = clip()
+    made = ready(place, model, metrics="loss")
+    again = pickle.loads(pickle.dumps(made))
+    assert torch.equal(again.score(model, torch.arange(12)), made.score(model, torch.arange(12)))
+
+
 def test_the_digest_is_of_images_and_texts(place: Path) -> None:
     model = clip()
     digests = [
@@ -180,7 +189,7 @@ def test_settings_that_are_not_possible(place: Path, more: Mapping[str, Any], me
         ({"classes": {"red": "red"}}, "do not name"),
         ({"classes": ["red", "green", "red"]}, "'red' and 'red' have the same embedding"),
         ({"classes": ["lilac", "mauve", "red"]}, "'lilac' and 'mauve' have the same embedding"),
-        ({"labelled": False}, "no names in the data"),
+        ({"metrics": "entropy"}, "no names in the data"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer of '/nowhere/at/all' cannot be used"),
         ({"tokenizer": None}, "no tokenizer was given"),
         ({"processor": None}, "nothing says how the images are prepared"),
@@ -237,3 +246,60 @@ def test_two_merged_experts_are_measured(place: Path) -> None:
     )
     loss = torch.nn.functional.cross_entropy(wanted, labels)
     assert float(seen.Y[0, 1]) == pytest.approx(float(loss), rel=1e-4)
+
+
+def open_clip_model() -> Any:
+    """Return a tiny model of open_clip with open_clip's own vocabulary."""
+    try:
+        model = pytest.importorskip("open_clip.model", exc_type=ImportError)
+    except RuntimeError as error:  # of a torchvision that was built for another torch
+        pytest.skip(f"open_clip cannot be imported: {error}")
+    made = model.CLIP(
+        embed_dim=8,
+        vision_cfg={"layers": 1, "width": 16, "head_width": 8, "patch_size": 4, "image_size": SIDE},
+        text_cfg={"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 2, "layers": 1},
+    ).eval()
+    draw(made, 0)
+    return made
+
+
+class TestOpenClip(ExampleEvaluatorContract):
+    @pytest.fixture
+    def evaluator(self, place: Path) -> ExampleEvaluator:
+        return ZeroShot(data=str(place / "images"), templates=TEMPLATES, batch_size=5)
+
+    @pytest.fixture
+    def model(self) -> nn.Module:
+        model: nn.Module = open_clip_model()
+        return model
+
+
+def test_a_model_of_open_clip_needs_nothing_else(place: Path) -> None:
+    model = open_clip_model()
+    import open_clip
+    from PIL import Image
+
+    made = ZeroShot(data=str(place / "images"), templates=TEMPLATES)
+    made.prepare(model)
+    tokenize = open_clip.SimpleTokenizer(context_length=12)
+    prototypes = []
+    for name in ("dark blue", "green", "red"):
+        each = model.encode_text(tokenize([one.replace("{}", name) for one in TEMPLATES]))
+        mean = (each / each.norm(dim=-1, keepdim=True)).mean(0)
+        prototypes.append(mean / mean.norm())
+    prepare = open_clip.image_transform(SIDE, is_train=False)
+    paths = sorted((place / "images").glob("*/*.png"))
+    pixels = torch.stack([prepare(Image.open(path)) for path in paths])
+    images = model.encode_image(pixels)
+    images = images / images.norm(dim=-1, keepdim=True)
+    wanted = model.logit_scale.exp() * images @ torch.stack(prototypes).T
+    with torch.inference_mode():
+        logits = made.classifier(model)(torch.arange(12))
+    torch.testing.assert_close(logits.clone(), wanted.detach(), rtol=1e-3, atol=1e-3)
+
+
+def test_open_clip_takes_a_tokenizer_of_a_folder(place: Path) -> None:
+    model = open_clip_model()
+    made = ZeroShot(**settings(place))
+    made.prepare(model)  # with the words of this folder, which are fewer
+    assert made.size == 12

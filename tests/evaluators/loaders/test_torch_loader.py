@@ -138,6 +138,23 @@ def test_outcomes_by_name(name: str) -> None:
     torch.testing.assert_close(found, wanted.double())
 
 
+def test_entropy_needs_no_targets() -> None:
+    model = linear()
+    x, _ = examples().tensors
+    chances = model(x).detach().double().softmax(-1)
+    found = ready(model, loader=[x[:6], x[6:]], outcome="entropy").score(model, torch.arange(11))
+    torch.testing.assert_close(found, -(chances * chances.log()).sum(-1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_broken_model_is_not_simply_wrong() -> None:
+    model = linear()
+    made = ready(model)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(EvaluationError, match="outcomes of 4 of 4 examples are NaN"):
+        made(model)
+
+
 def test_a_metric_that_is_no_mean_keeps_its_value() -> None:
     torchmetrics = pytest.importorskip("torchmetrics", exc_type=ImportError)
     model = linear()

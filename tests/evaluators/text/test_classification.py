@@ -208,7 +208,7 @@ def test_a_model_that_breaks_fails_with_its_reason(path: str) -> None:
     ("model", "settings", "message"),
     [
         (lambda: tiny_classifier(classes=1), {}, "has 1 output, which tells no classes apart"),
-        (lambda: tiny_bert(), {}, "which has no logits"),
+        (lambda: tiny_bert(), {}, "BertModel has no head: it returned a"),
         (lambda: nn.Linear(2, 2), {}, "Linear cannot be called on a text: TypeError"),
         (lambda: tiny_classifier(vocab_size=5000), {}, "has 21 tokens, and the model embeds 5000"),
         (lambda: tiny_classifier(), {"max_length": 99}, "max_length is 99, and the model reads"),

@@ -22,7 +22,9 @@ TOKENS_OF = [str(row["text"]) for row in ROWS]
 
 
 def tokens() -> Any:
-    return tokenise(word_tokenizer(), TOKENS_OF, max_length=12, where="a", rows=range(48))
+    return tokenise(
+        word_tokenizer(), TOKENS_OF, model=tiny_bert(), max_length=12, where="a", rows=range(48)
+    )
 
 
 def fitted(cache: Path, model: Any = None, **settings: Any) -> Head:

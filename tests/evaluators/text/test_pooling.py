@@ -25,7 +25,9 @@ pytest.importorskip("transformers", reason="the extra `huggingface` is not insta
 
 def some() -> Tokens:
     texts = ["good film", "bad", "the plot was very very poor", "fine"]
-    return tokenise(word_tokenizer(), texts, max_length=12, where="a.csv", rows=range(4))
+    return tokenise(
+        word_tokenizer(), texts, model=tiny_bert(), max_length=12, where="a.csv", rows=range(4)
+    )
 
 
 def test_three_ways_to_pool() -> None:

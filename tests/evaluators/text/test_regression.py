@@ -99,7 +99,7 @@ def test_the_same_prediction_for_all_has_no_correlation(path: str) -> None:
 def test_heads_and_columns_that_do_not_fit_are_refused(path: str, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="has 2 outputs, and a regression needs one"):
         evaluator(path).prepare(tiny_classifier(classes=2))
-    with pytest.raises(EvaluationError, match="has no logits"):
+    with pytest.raises(EvaluationError, match="BertModel has no head"):
         evaluator(path).prepare(tiny_bert())
     words = rows_file(tmp_path / "words.jsonl", [{"text": "good", "score": "high"}])
     with pytest.raises(EvaluationError, match="'high', not a finite number"):

@@ -21,7 +21,12 @@ pytest.importorskip("transformers", reason="the extra `huggingface` is not insta
 
 
 def tokens(*texts: list[str], **settings: Any) -> Tokens:
-    given: dict[str, Any] = {"max_length": 8, "where": "a.csv", "rows": range(len(texts[0]))} | settings
+    given: dict[str, Any] = {
+        "model": tiny_bert(),
+        "max_length": 8,
+        "where": "a.csv",
+        "rows": range(len(texts[0])),
+    } | settings
     return tokenise(word_tokenizer(), *texts, **given)
 
 
@@ -53,7 +58,7 @@ def test_a_text_without_tokens_is_refused() -> None:
     bare = word_tokenizer()
     bare.backend_tokenizer.post_processor = None  # adds no tokens of its own
     with pytest.raises(EvaluationError, match=r"row 8 of a.csv is a text without any token"):
-        tokenise(bare, ["good", " "], max_length=8, where="a.csv", rows=[3, 7])
+        tokenise(bare, ["good", " "], model=tiny_bert(), max_length=8, where="a.csv", rows=[3, 7])
 
 
 def test_many_texts_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,5 +160,7 @@ def test_positions_of_roberta_start_behind_the_padding() -> None:
 def test_a_decoder_is_filled_up_with_what_it_skips() -> None:
     model = tiny_gpt2()
     model.config.pad_token_id = 4
-    batch = tokens(["good film", "bad"]).batch(torch.tensor([1, 0]), model)
+    batch = tokens(["good film", "bad"], model=model).batch(torch.tensor([1, 0]), model)
     assert batch["input_ids"][0, 3] == 4
+    model.config.pad_token_id = -1  # as some say that have none
+    assert tokens(["good"], model=model).pad == 0

@@ -84,8 +84,8 @@ T5 = {
     "shared.weight": "embedding",
 }
 MIXTRAL = {
-    "model.layers.#.block_sparse_moe.experts.#.w1.weight": "mlp",
-    "model.layers.#.mlp.shared_expert.down_proj.weight": "mlp",
+    "model.layers.#.block_sparse_moe.experts.#.w1.weight": "experts",
+    "model.layers.#.mlp.shared_expert.down_proj.weight": "shared_experts",
     "model.layers.#.self_attn.v_proj.weight": "attention",
     "encoder.multihead_attn.in_proj_weight": "attention",
 }

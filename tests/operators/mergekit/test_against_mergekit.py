@@ -17,6 +17,9 @@ from torch import Tensor
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.operators import from_mergekit
 from map_bo.operators.averages import Slerp, WeightedAverage, spherical_mean
+from map_bo.operators.nearswap import NearSwap
+from map_bo.operators.sce import Sce
+from map_bo.operators.shared_regions import Ram
 from map_bo.operators.sparse import (
     Breadcrumbs,
     Dare,
@@ -26,6 +29,8 @@ from map_bo.operators.sparse import (
     elected_sum,
     weighted_sum,
 )
+from map_bo.operators.spherical import MultiSlerp, NuSlerp
+from map_bo.operators.stock import ModelStock
 from map_bo.rng import make_generator
 from tests.operators.oracle import (
     State,
@@ -128,6 +133,95 @@ class TestAverages:
             torch.testing.assert_close(tensor.flatten(), mean, rtol=1e-4, atol=1e-5)
             arc = spherical_mean((deltas @ deltas.T).double(), share.double())
             assert not torch.allclose(arc.float() @ deltas, mean - MODELS["base"][name].flatten())
+
+
+class TestOnTheSphere:
+    @pytest.mark.parametrize("c", [(0.5, 0.5), (0.8, 0.2), (1.0, 0.0)])
+    @pytest.mark.parametrize("along", ["row", "column"])
+    def test_nuslerp_of_rows_and_columns(self, along: str, c: tuple[float, float]) -> None:
+        turned: dict[str, Any] = {
+            "weight": [3 * w for w in c],
+            "nuslerp_flatten": False,
+            "nuslerp_row_wise": along == "column",
+        }
+        left = ours(NuSlerp(along=along), PAIR, c)
+        assert_same(left, theirs("nuslerp", PAIR, **turned))
+        left = ours(NuSlerp(along=along, of="weights"), PAIR, c)
+        assert_same(left, theirs("nuslerp", TWO, base=None, **turned))
+
+    @given(c=coefficients)
+    @settings(max_examples=5)
+    def test_multislerp_of_any_number(self, c: list[float]) -> None:
+        shares = [w / sum(c) for w in c]
+        right = theirs("multislerp", MODELS, weight=c)
+        assert_same(ours(MultiSlerp(), MODELS, shares), right, rtol=1e-4, atol=1e-5)
+        right = theirs("multislerp", without(MODELS, "base"), base=None, weight=c)
+        left = ours(MultiSlerp(of="weights"), MODELS, shares)
+        assert_same(left, right, rtol=1e-4, atol=1e-5)
+
+    def test_multislerp_a_part_of_the_way(self) -> None:
+        c = [0.1, 0.3, 0.2]
+        right = theirs("multislerp", MODELS, weight=c, normalize_weights=False)
+        assert_same(ours(MultiSlerp(), MODELS, c), right, rtol=1e-4, atol=1e-5)
+
+
+class TestAsTheyAre:
+    """Methods that have no weights in mergekit."""
+
+    @pytest.mark.parametrize("t", [1e-4, 0.1, 0.3, 5.0])
+    def test_nearswap(self, t: float) -> None:
+        one = without(MODELS, "e1", "e2")
+        left = ours(NearSwap(strength=t, unit="absolute"), one, [1.0])
+        assert_same(left, theirs("nearswap", one, t=t))
+
+    @pytest.mark.parametrize("rows", [False, True])
+    @pytest.mark.parametrize("count", [2, 3, 4])
+    def test_model_stock(self, count: int, rows: bool) -> None:
+        # Task vectors with a common part, so that no angle is above a right one.
+        models = states(count)
+        for name in models["base"]:
+            common = states(1, spread=0.5)["e0"][name] - models["base"][name]
+            for n in range(count):
+                models[f"e{n}"][name] = models[f"e{n}"][name] + common
+        operator = ModelStock(each="row" if rows else "tensor")
+        left = ours(operator, models, [1 / count] * count)
+        assert_same(left, theirs("model_stock", models, filter_wise=rows), rtol=1e-4, atol=1e-5)
+
+    def test_model_stock_at_obtuse_angles_goes_backwards_in_mergekit(self) -> None:
+        pre, step = torch.zeros(4), torch.tensor([1.0, 0.0, 0.0, 0.0])
+        aside = torch.tensor([0.0, 1.0, 0.0, 0.0])
+        models = {"base": {"w": pre}, "e0": {"w": step + aside}, "e1": {"w": aside / 2 - step}}
+        assert torch.equal(ours(ModelStock(), models, [0.5, 0.5])["w"], pre)
+        right = theirs("model_stock", models)["w"]
+        assert float(right @ (models["e0"]["w"] + models["e1"]["w"])) < 0
+
+    @pytest.mark.parametrize("density", [0.05, 0.25, 0.85, 1.0])
+    @pytest.mark.parametrize("count", [2, 3])
+    def test_sce(self, density: float, count: int) -> None:
+        models = states(count)
+        left = ours(Sce(density=density), models, [1.0] * count)
+        assert_same(left, theirs("sce", models, select_topk=density))
+
+    def test_sce_of_small_steps_has_equal_shares_in_mergekit(self) -> None:
+        near = states(2, spread=1e-4)
+        for name in near["base"]:  # one expert moved ten times as far
+            near["e0"][name] = near["base"][name] + 10 * (near["e0"][name] - near["base"][name])
+        left = ours(Sce(density=1.0), near, [1.0] * 2)["h.0.bias"] - near["base"]["h.0.bias"]
+        right = theirs("sce", near)["h.0.bias"] - near["base"]["h.0.bias"]
+        deltas = deltas_of(near, "h.0.bias")
+        both = (deltas.sign().sum(0).abs() == 2).nonzero().flatten()
+        mean = deltas.mean(0)
+        torch.testing.assert_close(right[both], mean[both], rtol=1e-2, atol=1e-6)
+        shares = deltas.square().sum(1) / deltas.square().sum()
+        torch.testing.assert_close(left[both], (shares @ deltas)[both], rtol=1e-2, atol=1e-6)
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.2, 0.5])
+    def test_ram(self, threshold: float) -> None:
+        left = ours(Ram(threshold=threshold, rescale=0.0), MODELS, [1.0] * 3)
+        assert_same(left, theirs("ram", MODELS, epsilon=threshold))
+        plus = Ram(threshold=threshold, rescale=0.7, most=1.5, over="tensor")
+        right = theirs("ramplus_tl", MODELS, epsilon=threshold, r=0.7, alpha=1.5)
+        assert_same(ours(plus, MODELS, [1.0] * 3), right)
 
 
 class TestElections:

@@ -1,21 +1,29 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.adapters.low_rank import LowRank
+from map_bo.merging.vectors.on_disk import OnDiskVectors
 from map_bo.merging.vectors.operator import HasDerivatives, MergeOperator
+from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.operators.spectral import isotropic
 from map_bo.operators.spectral.isotropic import (
     IsoC,
     IsoCTS,
     common_and_specific,
     flatten,
 )
+from map_bo.operators.spectral.singular import inverse_root
 from map_bo.rng import make_generator
 from tests.contracts.operator_contract import OperatorContract
+from tests.merging.adapter_files import as_dense, small_adapters, small_base
 from tests.operators.cases import chunked, hard_vectors, label, merge, write
 from tests.operators.spectral.naive import iso_c, iso_cts, svd
 
@@ -81,6 +89,31 @@ def test_a_matrix_of_low_rank_stays_in_its_span() -> None:
     torch.testing.assert_close(found, s[:3].mean() * U[:, :3] @ Vh[:3], rtol=1e-5, atol=1e-6)
     nothing = torch.zeros(4, 3, dtype=torch.float64)
     assert torch.equal(flatten(nothing), nothing)
+
+
+def test_adapters_are_flattened_by_their_factors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = small_base()
+    adapters = small_adapters(tmp_path, base)
+    c = [0.8, -0.3, 0.5]
+    whole = TaskVectors.load(base, {name: as_dense(e) for name, e in adapters.items()})
+    expected = merge(IsoC(), whole, c)
+    for vectors in (TaskVectors.load(base, adapters), OnDiskVectors(base, adapters)):
+        for chunk in (1, 10, 1000):
+            found = write(chunked(IsoC().prepare(vectors), chunk), vectors, c)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    sizes = []
+
+    def recorded(gram: Tensor) -> tuple[Tensor, Tensor]:
+        sizes.append(len(gram))
+        return inverse_root(gram)
+
+    monkeypatch.setattr(isotropic, "inverse_root", recorded)
+    merge(IsoC(), TaskVectors.load(base, adapters), c)
+    # The first two are changed by one adapter of rank 2; the last by two of rank 3 and 2, and the
+    # one between by a whole matrix too, of 40 x 7.
+    assert sorted(sizes) == [2, 5, 7]
 
 
 @given(factor=st.floats(0.1, 3.0), seed=st.integers(0, 20))

@@ -18,6 +18,8 @@ from map_bo.merging.vectors.operator import Deltas, MergeOperator, PreparedMerge
 from map_bo.merging.vectors.task_vectors import TaskVectors
 from map_bo.operators.averages import WeightedAverage
 from map_bo.operators.sparse import Ties
+from map_bo.operators.spectral.isotropic import IsoCTS
+from map_bo.operators.spectral.tsv import TSVM
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
     build_model,
@@ -96,6 +98,17 @@ class TestLinear:
         assert known.gradients is not None
         torch.testing.assert_close(own.Y, known.Y)
         torch.testing.assert_close(own.gradients, 2 * known.gradients)
+
+    @pytest.mark.parametrize("operator", [TSVM(), IsoCTS()], ids=lambda o: o.name)
+    def test_what_is_linear_once_it_is_ready_has_gradients(self, operator: MergeOperator) -> None:
+        tested = problem(operator, gradients=True)
+        found = tested.evaluate(X, generator=make_generator(0)).gradients
+        assert found is not None
+        step = 0.02
+        around = torch.cat([X + step * torch.eye(3), X - step * torch.eye(3)])
+        Y = tested.evaluate(around, generator=make_generator(0)).Y
+        expected = (Y[:3] - Y[3:]).T / (2 * step)
+        torch.testing.assert_close(found[0], expected, rtol=0.03, atol=1e-3)
 
     def test_its_merges_compose_and_are_written_from_the_files(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

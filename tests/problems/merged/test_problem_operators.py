@@ -17,6 +17,10 @@ from map_bo.operators.averages import Slerp, WeightedAverage
 from map_bo.operators.consensus import Consensus
 from map_bo.operators.searchable import SearchableOperator
 from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Ties
+from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
+from map_bo.operators.spectral.knots import KnOTS
+from map_bo.operators.spectral.tsv import TSVM
+from map_bo.operators.statistics.data_free import DataFreeRegMean
 from map_bo.plain import to_plain
 from map_bo.rng import make_generator
 from map_bo.tracking.jsonl import MemoryStore
@@ -37,6 +41,11 @@ OPERATORS: tuple[SearchableOperator, ...] = (
     Consensus(),
     Slerp(of="weights"),
     WeightedAverage(),
+    TSVM(),
+    IsoC(),
+    IsoCTS(),
+    KnOTS(density=0.5),
+    DataFreeRegMean(),
 )
 every = pytest.mark.parametrize("operator", OPERATORS, ids=label)
 
