@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from map_bo.operators.nearswap import NearSwap
     from map_bo.operators.pcb import Pcb
     from map_bo.operators.sce import Sce
+    from map_bo.operators.searchable import OperatorChoice
     from map_bo.operators.shared_regions import Ram
     from map_bo.operators.sparse import Breadcrumbs, Dare, Della, Magnitude, Ties
     from map_bo.operators.spectral.isotropic import IsoC, IsoCTS
@@ -88,6 +89,7 @@ __all__ = [
     "NestedResult",
     "NuSlerp",
     "Observations",
+    "OperatorChoice",
     "Pcb",
     "Preference",
     "Ram",
@@ -143,6 +145,7 @@ _HOME = {
     "NestedResult": "map_bo.nested.result",
     "NuSlerp": "map_bo.operators.spherical",
     "Observations": "map_bo.data",
+    "OperatorChoice": "map_bo.operators.searchable",
     "Pcb": "map_bo.operators.pcb",
     "Preference": "map_bo.pareto.preferences",
     "Ram": "map_bo.operators.shared_regions",

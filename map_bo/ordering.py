@@ -59,9 +59,7 @@ class Ordering:
 
     def back(self, X: Tensor) -> Tensor:
         """Return points (``... x d``) in the order of the names in that of the problem."""
-        found = X.new_empty(X.shape)
-        found[..., list(self.columns)] = X
-        return found
+        return X[..., sorted(range(len(self.columns)), key=self.columns.__getitem__)]
 
     def values(self, Y: Tensor) -> Tensor:
         """Return values of the metrics (``... x m``) in the order of the names."""

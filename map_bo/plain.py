@@ -69,6 +69,7 @@ _NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _LARGEST = 64  # numbers of a tensor that an identity spells out; of a larger one it has a digest
 _ROOMS = (  # of map_bo that hold settings: what else is a dataclass may write files when it is made
     "map_bo",  # the public names, which lead to the others
+    "map_bo.choice",
     "map_bo.constraints",
     "map_bo.data",
     "map_bo.loop.settings",

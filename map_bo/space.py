@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
+from map_bo.choice import ChoiceAxis, PlacedChoice
 from map_bo.errors import SpaceError, did_you_mean
 from map_bo.values import real_number
 
@@ -78,6 +80,9 @@ class CoefficientSpace:
             Only their ratios count; empty says that all are alike.
         defaults: The value of each coefficient that belongs to no expert, in their order, at the
             anchors: an operator's setting has no natural zero.
+        choice: The options of one column, which belongs to no expert and holds their codes; see
+            :mod:`map_bo.choice`. Its default is the option of base, experts and blend; every
+            other option has an anchor of its own, its uniform blend.
 
     Raises:
         SpaceError: On bounds, names, weights or constraints that contradict each other.
@@ -91,6 +96,7 @@ class CoefficientSpace:
     experts: tuple[str, ...] = field(default=())
     importance: tuple[float, ...] = field(default=())
     defaults: tuple[float, ...] = field(default=())
+    choice: ChoiceAxis | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -159,6 +165,10 @@ class CoefficientSpace:
                     f"a constraint has weights {constraint.weights} for {d} coefficients",
                     hint="give one weight per coefficient, not all of them 0",
                 )
+        if self.choice is not None:
+            weights = [dict(zip(self.names, c.weights, strict=True)) for c in self.constraints]
+            bounds = zip(self.names, self.lower, self.upper, strict=True)
+            self.choice.check({n: (a, b) for n, a, b in bounds}, self._rest, weights)
         if self.constraints:
             middle = (self._low + self._high).unsqueeze(0) / 2
             if not bool(self.contains(self.project(middle)).all()):
@@ -166,6 +176,40 @@ class CoefficientSpace:
                     "no point of the box satisfies the constraints",
                     hint="widen the bounds or relax a constraint",
                 )
+
+    @cached_property
+    def placed_choice(self) -> PlacedChoice | None:
+        """The choice among the columns of this space; None where there is none."""
+        if (axis := self.choice) is None:
+            return None
+        return PlacedChoice.of(axis, self.names, self._rest, free=axis.name not in self.fixed)
+
+    @property
+    def _rest(self) -> dict[str, float]:
+        return dict(zip(self.settings, self.defaults, strict=True))
+
+    @cached_property
+    def by_option(self) -> tuple[CoefficientSpace, ...]:
+        """The space of each option alone, in which all columns but its own are fixed.
+
+        What maximises over this space does so over each of them. Without a free choice it is one.
+        """
+        axis = self.choice
+        if axis is None or axis.name in self.fixed:
+            return (self,)
+        return tuple(self.with_fixed({axis.name: code}) for code in range(len(axis.options)))
+
+    @cached_property
+    def _without_choice(self) -> CoefficientSpace:
+        return replace(self, choice=None)
+
+    def named(self, x: Sequence[float]) -> dict[str, float | str]:
+        """Return the coefficients of one row (``d``) by name, as a reader wants them.
+
+        A choice has the name of its option, and inactive settings are left out.
+        """
+        values = dict(zip(self.names, map(float, x), strict=True))
+        return {**values} if self.choice is None else self.choice.named(values)
 
     @property
     def is_single_point(self) -> bool:
@@ -208,11 +252,12 @@ class CoefficientSpace:
                 found.append(replace(one, weights=weights, bound=one.bound - taken))
         return tuple(found)
 
-    def with_fixed(self, values: Mapping[str, float] | None) -> CoefficientSpace:
+    def with_fixed(self, values: Mapping[str, float | str] | None) -> CoefficientSpace:
         """Return the space with some coefficients fixed, inside their bounds or not.
 
         Args:
-            values: Value by the name of a coefficient, or of an expert for all its coefficients.
+            values: Value by the name of a coefficient, or of an expert for all its coefficients;
+                for a choice the name of an option.
 
         Raises:
             SpaceError: On an unknown name, or a value that is not finite.
@@ -225,6 +270,8 @@ class CoefficientSpace:
         if not values:
             return self
         lower, upper, defaults = list(self.lower), list(self.upper), list(self.defaults)
+        if self.choice is not None and self.choice.name in values:
+            values = {**values, **self.choice.alone(values[self.choice.name], self._rest)}
         for name, given in values.items():
             value = float(real_number(f"the fixed value of {name}", given, error=SpaceError))
             columns = [i for i, own in enumerate(self.names) if own == name]
@@ -263,7 +310,7 @@ class CoefficientSpace:
         upper: float = 1.0,
         sum_at_most: float | None = None,
         simplex: bool = False,
-        fixed: Mapping[str, float] | None = None,
+        fixed: Mapping[str, float | str] | None = None,
     ) -> CoefficientSpace:
         """Return ``[lower, upper]`` for every expert, or for every expert and block of layers.
 
@@ -365,17 +412,25 @@ class CoefficientSpace:
         sizes = torch.tensor(self.importance, dtype=torch.float64, device="cpu").pow(power)
         sizes = sizes / sizes.square().mean().sqrt()
         middle, half = (self._low + self._high) / 2, (self._high - self._low) / 2 / sizes
-        return CoefficientSpace(
-            self.names, tuple((middle - half).tolist()), tuple((middle + half).tolist())
-        )
+        box = torch.stack([middle - half, middle + half])
+        if self.choice is not None:  # what belongs to no expert keeps its bounds, for its default
+            box = torch.where(torch.tensor(self.owner, device="cpu") < 0, self.bounds, box)
+        low, high = (tuple(ends.tolist()) for ends in box)
+        if self.choice is None:
+            return CoefficientSpace(self.names, low, high)
+        return replace(self, lower=low, upper=high, constraints=(), importance=())
 
     def normalise(self, X: Tensor) -> Tensor:
         """Map the box onto the unit cube (``... x d``); fixed coefficients become 0."""
-        return (X - self._low.to(X)) / self.width.to(X)
+        U = (X - self._low.to(X)) / self.width.to(X)
+        placed = self.placed_choice
+        return U if placed is None else placed.to_cube(X, U)
 
     def unnormalise(self, U: Tensor) -> Tensor:
-        """Map the unit cube onto the box (``... x d``)."""
-        return U * (self._high - self._low).to(U) + self._low.to(U)
+        """Map the unit cube onto the box (``... x d``); options share their edge evenly."""
+        X = U * (self._high - self._low).to(U) + self._low.to(U)
+        placed = self.placed_choice
+        return X if placed is None else placed.from_cube(U, X)
 
     def contains(self, X: Tensor, *, tolerance: float = _TOLERANCE) -> Tensor:
         """Return for each row of ``X`` (``n x d``) whether it is in the space."""
@@ -383,6 +438,8 @@ class CoefficientSpace:
         for constraint in self.constraints:
             norm = float(torch.tensor(constraint.weights, device="cpu").norm())
             inside = inside & (constraint.slack(X) <= tolerance * max(1.0, norm))
+        if self.placed_choice is not None:
+            inside = inside & ((X - self.placed_choice.settle(X)).abs() <= tolerance).all(-1)
         return inside
 
     def check(self, X: Tensor) -> Tensor:
@@ -412,7 +469,10 @@ class CoefficientSpace:
         Exact for the box alone, for one constraint, and for several that share no coefficient
         (one per block). Constraints that overlap go through Dykstra's alternating projections onto
         the sets "box and one constraint", which converge to the nearest point of all of them.
+        Codes of a choice are rounded, and settings that are then inactive put to their defaults.
         """
+        if self.placed_choice is not None:
+            return self.placed_choice.settle(self._without_choice.project(X))
         if not self.constraints or not len(X):
             return X.clamp(self._low.to(X), self._high.to(X))
         supports = torch.tensor([c.weights for c in self.constraints], device="cpu") != 0
@@ -489,7 +549,14 @@ class CoefficientSpace:
         if sum(free) <= 1:
             keep[-1] = False  # the blend of one expert is that expert
         kept = [i for i, inside in enumerate(keep) if inside]
-        return Anchors(tuple(names[i] for i in kept), tuple(kinds[i] for i in kept), X[kept])
+        found = Anchors(tuple(names[i] for i in kept), tuple(kinds[i] for i in kept), X[kept])
+        placed = self.placed_choice
+        if placed is None or not placed.free or not keep[-1]:
+            return found
+        blends, options = placed.under_others(X[-1])
+        more = tuple(f"uniform blend, {option}" for option in options)
+        found_kinds = (*found.kinds, *("blend" for _ in more))
+        return Anchors((*found.names, *more), found_kinds, torch.cat([found.X, blends]))
 
     def describe(self) -> dict[str, Any]:
         """Return the space as plain data for the run's record."""
@@ -509,6 +576,8 @@ class CoefficientSpace:
             data["importance"] = list(self.importance)
         if self.defaults:
             data["resting"] = list(self.defaults)  # the word of 0.1, by which records are compared
+        if self.choice is not None:
+            data["choice"] = self.choice.describe()
         return data
 
     @classmethod
@@ -527,4 +596,5 @@ class CoefficientSpace:
             tuple(data["experts"]),
             tuple(data.get("importance", ())),
             tuple(data.get("resting", ())),
+            ChoiceAxis.from_description(data["choice"]) if data.get("choice") else None,
         )

@@ -19,6 +19,7 @@ FLOORS = [
         "values",
         "rng",
         "data",
+        "choice",
         "space",
         "scale",
         "ordering",
@@ -52,7 +53,6 @@ ELSEWHERE = {  # modules without a test file of their own -> what tests them
     "app.merge": "integration/test_merging.py",
     "app.schema": "app/test_configuration.py",
     "app.task": "integration/test_command_line.py",
-    "pareto.solver": "contracts/solver_contract.py",  # a protocol
     "samplers.posterior.driven": "contracts/sampler_contract.py",
     "tracking.store": "contracts/store_contract.py",  # a protocol
 }

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from map_bo.errors import MergeError, SettingsError
 from map_bo.loop.settings import Settings
@@ -130,9 +131,19 @@ def test_tensors_survive() -> None:
     assert torch.equal(again, tensor)
 
 
+def composed(file: Path) -> Any:
+    """Return the content of a configuration file, with the files of its group that it names."""
+    node, parts = yaml.safe_load(file.read_text()), OmegaConf.create({})
+    for name in node.pop("defaults", ()):
+        name, _, place = name.partition("@")
+        if place:
+            OmegaConf.update(parts, place, OmegaConf.load(file.with_stem(name)), force_add=True)
+    return OmegaConf.to_container(OmegaConf.merge(parts, node))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_everything_of_the_configuration_survives(file: Path) -> None:
-    node = yaml.safe_load(file.read_text())
+    node = composed(file)
     made = instantiate(node, _convert_="all")
     again = from_plain(through_json(to_plain(made)))
     assert to_plain(again) == to_plain(made)

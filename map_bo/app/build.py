@@ -197,8 +197,15 @@ def _check_keys(node: Mapping[str, Any], path: str) -> None:
                 f"{path}.{key} must be {_words(hints[key])}, got {value!r:.80}",
                 hint="give such a value, or leave it out for the default",
             )
-        if isinstance(value, Mapping) and "_target_" in value:
-            _check_keys(value, f"{path}.{key}")
+        # A part, or several by name, such as the options of a choice.
+        parts = {key: value} if _is_part(value) else value if isinstance(value, Mapping) else {}
+        for name, part in parts.items():
+            if _is_part(part):
+                _check_keys(part, f"{path}.{key}" if part is value else f"{path}.{key}.{name}")
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, Mapping) and "_target_" in value
 
 
 def _hints(target: Any) -> Mapping[str, Any]:

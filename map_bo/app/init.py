@@ -7,9 +7,9 @@ score a few examples with base and experts, and says what an evaluation and the 
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -379,7 +379,7 @@ def check_task(config: DictConfig, *, file: str, examples: int = _EXAMPLES) -> N
             hint="choose problem=hf or problem=checkpoints",
         )
     trial = try_out(problem, examples=examples)
-    width = None if sys.stdout.isatty() else max(100, int(os.environ.get("COLUMNS", "0") or 0))
+    width = None if sys.stdout.isatty() else max(100, shutil.get_terminal_size().columns)
     _print(Console(width=width), problem, settings, trial, file)
 
 
@@ -407,7 +407,7 @@ def _print(
         ("other experts", "right"),
         ("s per evaluation", "right"),
     ):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
+        table.add_column(title, justify=justify, no_wrap=title == "metric")  # type: ignore[arg-type]
     notes: list[str] = []
     for task in trial.tasks:
         tried = "whole" if task.size is None else f"{task.tried} of {task.size}"

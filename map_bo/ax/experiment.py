@@ -70,7 +70,12 @@ def _without_trials(
 ) -> Experiment:
     from ax.api.client import Client
     from ax.core.experiment import Experiment
-    from ax.core.parameter import FixedParameter, ParameterType, RangeParameter
+    from ax.core.parameter import (
+        ChoiceParameter,
+        FixedParameter,
+        ParameterType,
+        RangeParameter,
+    )
     from ax.core.search_space import SearchSpace
 
     created, settings = state.created, state.created.get("settings", {})
@@ -85,16 +90,24 @@ def _without_trials(
         "parameter_names": list(names.parameters),
         "metric_names": list(names.metrics),
     }
+    parameters: list[Any] = [
+        RangeParameter(name, ParameterType.FLOAT, lower, upper)
+        if lower < upper
+        else FixedParameter(name, ParameterType.FLOAT, lower)
+        for name, lower, upper in zip(names.parameters, space.lower, space.upper, strict=True)
+    ]
+    placed = space.placed_choice
+    if placed is not None and placed.free:
+        parameters[placed.column] = ChoiceParameter(
+            names.parameters[placed.column],
+            ParameterType.INT,
+            list(range(placed.count)),
+            is_ordered=False,
+            sort_values=False,
+        )
     experiment = Experiment(
         SearchSpace(
-            [
-                RangeParameter(name, ParameterType.FLOAT, lower, upper)
-                if lower < upper
-                else FixedParameter(name, ParameterType.FLOAT, lower)
-                for name, lower, upper in zip(
-                    names.parameters, space.lower, space.upper, strict=True
-                )
-            ],
+            parameters,
             [_constraint(constraint, names.parameters) for constraint in space.constraints_on_free],
         ),
         name=name,
@@ -132,10 +145,15 @@ def _constraint(constraint: LinearConstraint, names: tuple[str, ...]) -> Any:
 def _add(experiment: Experiment, row: Row, names: Names, run: str) -> None:
     from ax.core.arm import Arm
     from ax.core.generator_run import GeneratorRun
+    from ax.core.parameter import ChoiceParameter
 
+    values: dict[str, Any] = dict(zip(names.parameters, row.x.tolist(), strict=True))
+    for name, value in values.items():
+        if isinstance(experiment.parameters[name], ChoiceParameter):
+            values[name] = round(value)  # the code of an option
     trial = experiment.new_trial(
         GeneratorRun(
-            [Arm(dict(zip(names.parameters, row.x.tolist(), strict=True)))],
+            [Arm(values)],
             generator_key=row.method[:_LONGEST],
             generation_node_name=row.method[:_LONGEST],
         )

@@ -43,6 +43,8 @@ ROLES = (
 )
 """Roles of ready evaluators; a data block may name those that an evaluator does not need."""
 
+_LONGEST = 10  # digits of a class index
+
 _read: WeakValueDictionary[str, Examples] = WeakValueDictionary()
 _lock = threading.Lock()
 
@@ -86,6 +88,12 @@ class Examples:
                     f"{type(value).__name__}, not text",
                     hint=f"choose a column of texts: columns={{{role!r}: ...}}",
                 )
+            if not value.isascii() and any("\ud800" <= one <= "\udfff" for one in value):
+                raise EvaluationError(
+                    f"row {row + 1} of column {self.sources[role]!r} of {self.where} holds half of "
+                    "a character",
+                    hint="write the file anew in UTF-8",
+                )
             found.append(value)
         return found
 
@@ -99,7 +107,7 @@ class Examples:
         for row, value in zip(self.rows, self.columns[role], strict=True):
             try:
                 number = float(value) if isinstance(value, str | int | float) else math.nan
-            except ValueError:
+            except (ValueError, OverflowError):
                 number = math.nan
             if not math.isfinite(number):
                 raise EvaluationError(
@@ -301,10 +309,11 @@ class Data:
         hint = did_you_mean(wanted, table.names)
         if given is None:
             others = {self.columns.get(one, one) for one in roles}
-            free = [name for name in table.names if name not in others] or list(table.names)
+            free = [name for name in table.names if name not in others] or [*table.names, "COLUMN"]
             hint = f"say which column is the {role}: columns={{{role!r}: {free[0]!r}}}"
         raise EvaluationError(
-            f"{table.where} has no column {wanted!r}; it has {listed(table.names, 20)}", hint=hint
+            f"{table.where} has no column {wanted!r}; it has {listed(table.names, 20) or 'none'}",
+            hint=hint,
         )
 
 
@@ -339,7 +348,7 @@ def _index(value: object) -> int | None:
     if isinstance(value, bool | np.bool_):
         return int(value)
     word = _word(value)
-    return int(word) if word.isdecimal() else None
+    return int(word) if word.isdecimal() and len(word) < _LONGEST else None
 
 
 def _class_indices(

@@ -50,8 +50,8 @@ class LMEval(ExampleEvaluator):
     own, with the direction and kind that the harness knows: shares of right answers are proportions
     with their counts; bits per byte and perplexities are losses, with the variance of the ratio
     estimator over documents (`ratio_estimate`); a group that the harness averages is one metric. An
-    example is a document. With several tasks the outcomes of a document are NaN in the columns of
-    other tasks.
+    example is a document; the first ones are the first of each task. With several tasks the
+    outcomes of a document are NaN in the columns of other tasks.
 
     Tasks are loaded, and prompts with their few-shot examples written, once; so the outcome of a
     document does not depend on which others are scored with it. Metrics that are no means over
@@ -168,7 +168,8 @@ class LMEval(ExampleEvaluator):
     @property
     def documents(self) -> list[tuple[str, int]]:
         """The task of each example, and its index there."""
-        return [(leaf.name, index) for leaf in self._known.leaves for index in leaf.indices]
+        known = self._known
+        return [(known.leaves[i].name, known.leaves[i].indices[row]) for i, row in known.places]
 
     @property
     def _plan(self) -> Plan:
@@ -214,12 +215,7 @@ class LMEval(ExampleEvaluator):
         content = [settings, [(leaf.name, leaf.indices, leaf.arguments) for leaf in leaves]]
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         columns = [(unit.name, column) for unit in plan.units for column in unit.columns]
-        sizes = [
-            [leaf.size_of(row, column) if leaf.unit == unit else 1.0 for unit, column in columns]
-            for leaf in leaves
-            for row in range(len(leaf.requests))
-        ]
-        self._ready = _Ready(tuple(leaves), tokenizer, digest, torch.tensor(sizes).double())
+        self._ready = _Ready(tuple(leaves), tokenizer, digest, columns)
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcomes of some documents, ``b x m``, or ``b`` of a single metric."""
@@ -403,8 +399,7 @@ class LMEval(ExampleEvaluator):
         table = torch.full((self.size, len(columns)), torch.nan, dtype=torch.float64)
         for i, rows in chosen.items():
             leaf = known.leaves[i]
-            start = known.starts[i]
-            place = {leaf.indices[row]: start + row for row in rows}
+            place = {leaf.indices[row]: known.items[i, row] for row in rows}
             own = [
                 (j, column)
                 for j, (unit, column) in enumerate(
@@ -516,11 +511,14 @@ class _Nothing(dict[str, Any]):
 class _Ready:
     """What `prepare` has found.
 
+    Examples are the first document of each task, then the second of each, and so on: so the first
+    few are of all tasks.
+
     Args:
         leaves: Tasks with their prompts.
         tokenizer: The tokenizer.
         digest: Digest of all that decides the outcomes.
-        weights: ``size x m`` sizes of the documents, for ratios.
+        columns: The unit of each metric, and what is measured of it.
     """
 
     def __init__(
@@ -528,14 +526,21 @@ class _Ready:
         leaves: tuple[_Leaf, ...],
         tokenizer: PreTrainedTokenizerBase,
         digest: str,
-        weights: Tensor,
+        columns: Sequence[tuple[str, Column]],
     ) -> None:
         self.leaves, self.tokenizer, self.digest = leaves, tokenizer, digest
-        self.weights = weights
-        sizes = [len(leaf.requests) for leaf in leaves]
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.places = [(i, row) for i, size in enumerate(sizes) for row in range(size)]
+        places = [(i, row) for i, leaf in enumerate(leaves) for row in range(len(leaf.requests))]
+        self.places = sorted(places, key=lambda place: (place[1], place[0]))
+        self.items = {place: item for item, place in enumerate(self.places)}
         self.strata = torch.tensor([i for i, _ in self.places])
+        sizes = [
+            [
+                leaves[i].size_of(row, column) if leaves[i].unit == unit else 1.0
+                for unit, column in columns
+            ]
+            for i, row in self.places
+        ]
+        self.weights = torch.tensor(sizes, dtype=torch.float64)
 
 
 def _refuse_nan(answers: Any) -> None:

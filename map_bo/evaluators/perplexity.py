@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import math
 from collections.abc import Mapping
@@ -312,7 +313,10 @@ class Perplexity(ExampleEvaluator):
         for i, row in enumerate(rows):
             ids[i, : len(row)] = row
             mask[i, : len(row)] = 1
-        output = model(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False)
+        known_inputs = inspect.signature(model.forward).parameters
+        # Keys and values of earlier tokens are of no use here, and fill the memory.
+        settings = {"use_cache": False} if "use_cache" in known_inputs else {}
+        output = model(input_ids=ids.to(device), attention_mask=mask.to(device), **settings)
         logits = logits_of(output)
         found = []
         for i, (row, (_, window)) in enumerate(zip(rows, pieces, strict=True)):

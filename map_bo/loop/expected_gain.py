@@ -28,6 +28,7 @@ from map_bo.loop.stopping import Criterion
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.pareto.indicators import preference_weights
+from map_bo.pareto.solver import solve_front
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, varied_metrics
@@ -104,7 +105,7 @@ def expected_gain(
         guarded_mean = penalise(guarded_mean, feasibility.excess, scale=scale.width)
     ranged = scale.ranged & varied_metrics(seen)
     searched = of_columns(guarded_mean, ranged if bool(ranged.any()) else ~ranged)
-    X = _SOLVER.solve(searched, space, generator=child(generator, "solve"))
+    X = solve_front(_SOLVER, searched, space, generator=child(generator, "solve"))
     X = X if coverage is None else coverage.shrink(X)
     around = plausible_points(X, space, coverage, count=_POOL, generator=child(generator, "pool"))
     pool = torch.cat([X, around, evaluated])

@@ -17,6 +17,7 @@ from map_bo.pareto.trust import Coverage
 from map_bo.rng import child
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import Link, from_link
 from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
 from map_bo.surrogates.validation import LeavesOneOut
@@ -124,7 +125,7 @@ def real_draws(
         noise = child(generator, "misfit")
         normal = torch.randn(F.shape, generator=noise, dtype=torch.float64)
         normal = normal * draw_signs(model.metrics)
-        U = space.normalise(X)
+        U = inputs(X, space)
         apart = torch.cdist(U, U).square() / (2 * _MISFIT_LENGTH**2 * space.d)
         error = misfit.sqrt() * normal
         error[:, :k] = misfit.sqrt() * (root(torch.exp(-apart)) @ normal[:, :k])

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Front, Observations
+from map_bo.data import Front, Metric, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
+from map_bo.pareto.solver import solve_front
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.rng import child
 from map_bo.scale import Scale, farthest_rows, same_points, varied_metrics
@@ -75,6 +76,11 @@ class Recommendation:
         }
 
 
+def _of(seen: Observations, columns: Tensor) -> tuple[Metric, ...]:
+    """Return the metrics of some columns (``m`` booleans)."""
+    return tuple(metric for metric, on in zip(seen.metrics, columns.tolist(), strict=True) if on)
+
+
 def recommend(
     seen: Observations,
     space: CoefficientSpace,
@@ -109,11 +115,15 @@ def recommend(
         searched = _likeliest(feasibility, coverage)
     else:
         searched = of_columns(guarded, varied)
-    X = settings.solver.solve(searched, space, generator=child(generator, "solve"))
+    objective = seen.metrics[:1] if likeliest else _of(seen, varied)
+    source = child(generator, "solve")
+    X = solve_front(settings.solver, searched, space, metrics=objective, generator=source)
     ranged = scale.ranged & varied
     if bool(ranged.any()) and not torch.equal(ranged, varied) and not likeliest:
         searched = of_columns(guarded, ranged)
-        more = settings.solver.solve(searched, space, generator=child(generator, "solve", "ranged"))
+        source = child(generator, "solve", "ranged")
+        objective = _of(seen, ranged)
+        more = solve_front(settings.solver, searched, space, metrics=objective, generator=source)
         X = torch.cat([X, more])
     if coverage is not None:
         X = coverage.shrink(X)

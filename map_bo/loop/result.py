@@ -103,9 +103,9 @@ class Choice:
         return self.corrected if known else self.mean
 
     @property
-    def coefficients(self) -> dict[str, float]:
-        """The coefficients by name."""
-        return dict(zip(self.space.names, self.x.tolist(), strict=True))
+    def coefficients(self) -> dict[str, float | str]:
+        """The coefficients by name, and a choice's option; see :meth:`.CoefficientSpace.named`."""
+        return self.space.named(self.x.tolist())
 
     def describe(self) -> dict[str, Any]:
         """Return the choice as plain data, with predicted and real values apart."""

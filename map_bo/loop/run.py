@@ -109,7 +109,7 @@ class Run:
         self.notes: list[str] = []
         settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
-        problem.space.refuse_single_point()
+        settings.check_space(problem.space)
         anchors = len(problem.space.anchors())
         if settings.search < anchors:
             self.notes.append(

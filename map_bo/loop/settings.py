@@ -18,6 +18,7 @@ from map_bo.values import real_number, switch, whole_number
 if TYPE_CHECKING:
     from map_bo.pareto.solver import FrontSolver
     from map_bo.samplers.sampler import Sampler
+    from map_bo.space import CoefficientSpace
     from map_bo.surrogates.feasibility import Requirements
     from map_bo.surrogates.surrogate import Surrogate
 
@@ -229,6 +230,37 @@ class Settings:
                     hint=f"give settings, such as {name}={example}; names are for the command "
                     f"line and configurations ({name}=...)",
                 )
+
+    def check_space(self, space: CoefficientSpace) -> None:
+        """Refuse a space that cannot be searched, or not with these parts.
+
+        Raises:
+            SpaceError: When it holds a single point.
+            ConfigError: When it has a choice that a part does not handle.
+        """
+        from map_bo.choice import handles_choice
+        from map_bo.samplers.sampler import SeesThroughSurrogate
+
+        space.refuse_single_point()
+        if space.choice is None:
+            return
+        sampler = self.sampler
+        own = sampler.surrogate if isinstance(sampler, SeesThroughSurrogate) else None
+        for word, part in (("surrogate", self.surrogate), ("sampler's surrogate", own)):
+            if part is not None and not handles_choice(part):
+                raise ConfigError(
+                    f"the {word} is {type(part).__name__}, which does not handle a choice, and "
+                    f"this space has one: {space.choice.name}",
+                    hint="use surrogate=auto, quadratic, gp or hybrid; a surrogate of your own "
+                    "says that it does with takes_choice = True",
+                )
+        if not handles_choice(sampler):
+            raise ConfigError(
+                f"the sampler is {type(sampler).__name__}, which does not handle a choice, and "
+                f"this space has one: {space.choice.name}",
+                hint="use sampler=adaptive, one that looks through a surrogate, sobol, uniform, "
+                "latin_hypercube, dirichlet, tied or ax; or merge with one operator",
+            )
 
     def check_reference(self, names: Sequence[str]) -> None:
         """Refuse a reference point that does not give one value for each of the metrics.

@@ -271,6 +271,15 @@ def _of_its_own(settings: Settings) -> str | None:
     return None if own == repr(settings.surrogate) else own
 
 
+def _options(front: Front, seen: Observations, space: CoefficientSpace) -> dict[str, Any]:
+    """Return how many points each option of a choice has; nothing where there is no choice."""
+    placed = space.placed_choice
+    if placed is None:
+        return {}
+    counts = {"front": placed.counts(front.X), "search": placed.counts(seen.X)}
+    return {"choice": {"name": placed.axis.name, **counts}}
+
+
 def summarise(
     *,
     front: Front,
@@ -307,6 +316,7 @@ def summarise(
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),
+        **_options(front, seen, space),
         "hypervolume": volumes,
         "reference_point": dict(zip(names, scale.point.tolist(), strict=True)),
         "reference_best": dict(zip(names, scale.best.tolist(), strict=True)),

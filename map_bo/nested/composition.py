@@ -43,8 +43,13 @@ def check_nestable(space: CoefficientSpace) -> None:
     """Refuse a space in which a merge could not be left out by the nodes above it.
 
     Raises:
-        SpaceError: When a coefficient of an expert cannot be 0.
+        SpaceError: When a coefficient of an expert cannot be 0, or the space has a choice.
     """
+    if space.choice is not None:
+        raise SpaceError(
+            f"nested merging needs one operator, and this space has a choice: {space.choice.name}",
+            hint="choose one operator, or merge all experts at once (nested=none)",
+        )
     wrong = [
         name
         for name, owner, low, high in zip(

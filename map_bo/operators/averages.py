@@ -148,13 +148,16 @@ def turned_products(grams: Tensor, of: str) -> Tensor:
     return inner + grams[..., :1, 1:] + grams[..., 1:, :1] + grams[..., :1, :1]
 
 
-def spherical_mean(grams: Tensor, w: Tensor, norms: str = "mean") -> Tensor:
+def spherical_mean(
+    grams: Tensor, w: Tensor, norms: str = "mean", *, close: float = _CLOSE
+) -> Tensor:
     """Return the weights of ``N`` vectors whose combination is their mean on the sphere.
 
     Args:
         grams: ``... x N x N`` inner products of the vectors, float64.
         w: ``N`` weights, not negative, that sum to 1.
         norms: See `Slerp`.
+        close: The length of a step below which a mean is found.
 
     Returns:
         ``... x N`` numbers. Where two vectors with weight are opposite, one is zero, or they
@@ -183,7 +186,7 @@ def spherical_mean(grams: Tensor, w: Tensor, norms: str = "mean") -> Tensor:
         turn = share * stretch
         tangent = turn - (turn * angle_cosines).sum(-1, keepdim=True) * mean
         size = _length(tangent, cosines)
-        moving &= turned & (size.squeeze(-1) > _CLOSE)
+        moving &= turned & (size.squeeze(-1) > close)
         if not bool(moving.any()):
             break
         moved = size.cos() * mean + torch.sinc(size / math.pi) * tangent

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from map_bo.errors import MergeError
 from map_bo.merging.vectors.kernel import Kernel
 from map_bo.merging.vectors.operator import Deltas
 from map_bo.merging.vectors.parallel import Empty, arena
@@ -36,6 +37,9 @@ class NearSwap(SearchableOperator):
             in the tensor, so that one strength suits experts and tensors that moved by different
             amounts. ``"absolute"``: the weights' own unit, as in mergekit; the bounds of a search
             are then to be given.
+
+    Raises:
+        MergeError: When a setting is not possible, or bounds are missing.
     """
 
     name: ClassVar[str] = "nearswap"
@@ -43,6 +47,14 @@ class NearSwap(SearchableOperator):
 
     strength: float = 1.0
     unit: str = "rms"
+
+    def __post_init__(self) -> None:
+        if self.unit == "absolute" and self.search and not isinstance(self.search, Mapping):
+            raise MergeError(
+                "the strength is searched in the weights' own unit, and its bounds are not given",
+                hint="give them, such as search={strength: [1e-5, 1e-3]}, or set unit to rms",
+            )
+        super().__post_init__()
 
     def check(self, settings: Mapping[str, Any]) -> None:
         """Refuse settings that are not possible; see `SearchableOperator`."""

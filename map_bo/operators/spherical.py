@@ -30,6 +30,7 @@ __all__ = ["MultiSlerp", "NuSlerp", "arc_mean", "direction_mean", "line_products
 
 ALONG = ("tensor", "row", "column")
 _PIECE = 1 << 18
+_CLOSE = 1e-8  # many means at once, for weights in float32
 _PARALLEL = 1e-8  # the sine of an angle below which the chord is as good as the arc
 _CANCELLED = 1e-6  # the length of a mean of unit vectors below which it has no direction
 
@@ -251,7 +252,7 @@ def arc_mean(grams: Tensor, w: Tensor) -> Tensor:
     """
     used = w > 0
     if int(used.sum()) != 2:
-        return spherical_mean(grams, w, "own")
+        return spherical_mean(grams, w, "own", close=_CLOSE)
     share, part = w[used], grams[..., used, :][..., used]
     lengths = part.diagonal(dim1=-2, dim2=-1).clamp_min(0).sqrt()
     cosine = part[..., 0, 1] / lengths.prod(-1)

@@ -40,6 +40,10 @@ class Coverage:
     one point spread over the box. With ``n <= d`` points some directions were never explored;
     there the ridge alone leaves room, ``sqrt(limit / (12 (n + 1)))`` of the box's width.
 
+    With a choice the ellipsoid is that of the coefficients under all options together: what they
+    share is what a surrogate knows of an option that it has hardly seen. A setting of one option
+    is on an axis of its own, with the mean and the spread that it has where it is active.
+
     Attributes:
         space: The space of the coefficients.
         centre: ``d``, mean of the data in the unit cube.
@@ -83,7 +87,16 @@ class Coverage:
         centre = Z.mean(0)
         offset = Z - centre
         eye = torch.eye(space.d, dtype=torch.float64)
-        spread = (offset.T @ offset + _PRIOR / 12 * eye) / (len(Z) + _PRIOR)
+        if space.placed_choice is None:
+            spread = (offset.T @ offset + _PRIOR / 12 * eye) / (len(Z) + _PRIOR)
+        else:
+            active = space.placed_choice.active(X)
+            rows = active.sum(0)
+            centre = torch.where(rows > 0, (Z * active).sum(0) / rows.clamp_min(1), centre)
+            offset = (Z - centre) * active
+            together = (rows == len(Z)).outer(rows == len(Z)) | eye.bool()
+            spread = torch.where(together, offset.T @ offset, 0.0) + _PRIOR / 12 * eye
+            spread = spread / (rows.unsqueeze(-1) + _PRIOR)
         precision = torch.linalg.inv(spread)
         # One point, or equal points, have no leverage; the ridge's own unit ball stands in.
         reach = max(float(_leverage(offset, precision).max()), 1.0)
@@ -106,14 +119,21 @@ class Coverage:
         """Return ``X`` (``n x d``) with rows outside drawn straight towards the centre.
 
         The centre is a mean of points of the space, which is convex, so no row leaves the
-        space. Differentiable but at the boundary.
+        space. Options stay. Differentiable but at the boundary.
         """
         factor = 1 / self._radius(X).clamp_min(1.0)
-        centre = self.space.unnormalise(self.centre)
-        return centre + (X - centre) * factor.unsqueeze(-1)
+        placed = self.space.placed_choice
+        if placed is None:
+            centre = self.space.unnormalise(self.centre)
+            return centre + (X - centre) * factor.unsqueeze(-1)
+        low, high = self.space.bounds
+        centre = low + self.centre * (high - low)
+        return torch.where(placed.active(X), centre + (X - centre) * factor.unsqueeze(-1), X)
 
     def _radius(self, X: Tensor) -> Tensor:
         offset = self.space.normalise(X) - self.centre
+        if self.space.placed_choice is not None:
+            offset = offset * self.space.placed_choice.active(X)
         # The floor keeps the gradient of the square root finite at the centre.
         return (_leverage(offset, self.precision) / self.limit).clamp_min(1e-12).sqrt()
 

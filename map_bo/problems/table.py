@@ -20,7 +20,7 @@ from map_bo.space import CoefficientSpace
 
 __all__ = ["TableProblem"]
 
-_COEFFICIENT, _VALUE, _VARIANCE, _COUNT = "c:", "y:", "var:", "n:"
+_COEFFICIENT, _VALUE, _VARIANCE, _COUNT, _OPTION = "c:", "y:", "var:", "n:", "option:"
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,7 +156,8 @@ class TableProblem:
         Columns: ``c:NAME`` for each coefficient; for each metric ``y:NAME`` and, if known,
         ``var:NAME`` (variance of the noise) and ``n:NAME`` (number of examples); ``cost``
         (seconds) and ``failure`` (the reason, empty where the evaluation succeeded). All but
-        ``c:`` and ``y:`` may be missing; other columns are ignored.
+        ``c:`` and ``y:`` may be missing; other columns are ignored. Of a choice ``c:NAME`` has the
+        codes of options; what they mean, only the space says.
 
         Args:
             path: The file.
@@ -164,7 +165,7 @@ class TableProblem:
                 direction, kind and bounds. By default every metric is to be maximised, as a
                 proportion where all recorded values lie in [0, 1] and as unbounded otherwise.
             space: The coefficients; by default the smallest box that holds ``[0, 1]`` and
-                every recorded point.
+                every recorded point. Needed where there is a choice.
             tolerance: See the class.
             nearest: See the class.
 
@@ -183,6 +184,11 @@ class TableProblem:
                     hint="give the space that the file was recorded in",
                 )
             names = list(space.names)
+        elif choices := table.named(_OPTION, needed=False):
+            raise DataError(
+                f"{path} has a choice, {choices[0]}, and no space says what its codes mean",
+                hint="give the space of the run: space=map_bo.load_result(RUN).space",
+            )
         measured = table.named(_VALUE)
         wanted = measured if metrics is None else [metric.name for metric in metrics]
         missing = [name for name in wanted if name not in measured]

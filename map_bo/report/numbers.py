@@ -7,10 +7,12 @@ import sys
 from collections.abc import Sequence
 
 from map_bo.data import Metric
+from map_bo.space import CoefficientSpace
 
 __all__ = [
     "better",
     "coefficient",
+    "coefficients",
     "difference",
     "distinct",
     "fixed",
@@ -70,6 +72,15 @@ def volume(value: float) -> str:
 def coefficient(value: float) -> str:
     """Return a coefficient with two decimals; a value that rounds to zero has no sign."""
     return f"{round(value, 2) + 0.0:.2f}"
+
+
+def coefficients(x: Sequence[float], space: CoefficientSpace) -> list[str]:
+    """Return the coefficients of a row (``d``); an option by its name, inactive settings empty."""
+    if space.choice is None:
+        return [coefficient(value) for value in x]
+    named = space.named(x)
+    values = (named.get(name, "") for name in space.names)
+    return [value if isinstance(value, str) else coefficient(value) for value in values]
 
 
 def better(metric: Metric) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Generator, Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.data import Observations
 from map_bo.samplers.designs.blocks import TiedSobol
 from map_bo.samplers.posterior.driven import PosteriorDriven
@@ -64,6 +65,11 @@ class Adaptive:
             acquisition=self.acquisition.fitting(surrogate, initial=initial),
             surrogate=surrogate,
         )
+
+    @property
+    def takes_choice(self) -> bool:
+        """Whether its parts handle a space with a choice; see `map_bo.choice.TakesChoice`."""
+        return handles_choice(self.acquisition) and handles_choice(self.blocks)
 
     def without_design(self) -> Adaptive:
         """Return the sampler that chooses from its first proposal on; see `StartsWithDesign`."""

@@ -16,10 +16,12 @@ from gpytorch.distributions import MultitaskMultivariateNormal
 from linear_operator.utils.errors import NotPSDError
 from torch import Generator, Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.data import Observations
 from map_bo.errors import MapBoError, SurrogateError
 from map_bo.rng import child
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import n_features, space_groups
 from map_bo.surrogates.links import (
     LogitLink,
     as_fitted,
@@ -408,12 +410,18 @@ class Auto:
                 "leaves_one_out = True whose models have leave_one_out() and training_targets()",
             )
 
+    @property
+    def takes_choice(self) -> bool:
+        """Whether all candidates handle a space with a choice; the default ones do."""
+        return all(handles_choice(one) for _, one in self.candidates)
+
     def _candidates(self, space: CoefficientSpace) -> tuple[tuple[str, Surrogate], ...]:
         if self.candidates:
             return self.candidates
-        blocks = space.d > _MANY and space.blocks > 1
+        blocks = space.d > _MANY and space.blocks > 1 and space.choice is None
+        small = len(space_groups(space)) <= n_features(_QUADRATIC)
         return (
-            *([("quadratic", Quadratic(link=self.link))] if space.d <= _QUADRATIC else []),
+            *([("quadratic", Quadratic(link=self.link))] if small else []),
             ("hybrid", Hybrid(link=self.link)),
             ("gp", GP(link=self.link)),
             *([("sparse", Sparse(link=self.link))] if blocks else []),

@@ -37,6 +37,7 @@ from map_bo.constraints import AtLeast, AtMost, Constraint
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import Link
 from map_bo.surrogates.surrogate import PointCovariances, SurrogateModel
 
@@ -98,8 +99,8 @@ class WorkingRegion:
         bad, good = (~works).nonzero().flatten(), works.nonzero().flatten()
         bad = bad[-max(_ROWS // 2, _ROWS - len(good)) :]
         rows = torch.cat([bad, good[max(0, len(good) - (_ROWS - len(bad))) :]]).sort().values
-        Z, y = space.normalise(seen.X[rows]), works[rows]
-        priors = _Priors.of(space.d)
+        Z, y = inputs(seen.X[rows], space), works[rows]
+        priors = _Priors.of(Z.shape[-1])
         fits = _Fits.of(Z, y, priors)
         a, b = _PRIOR[0] + float(y.sum()), _PRIOR[1] + float((~y).sum())
         by_chance = math.log(1 - _REGION) + _log_beta(a, b) - _log_beta(*_PRIOR)
@@ -121,7 +122,7 @@ class WorkingRegion:
 
         One evaluation succeeds with ``1 - chance`` times this.
         """
-        mean, variance = self._fits.latent(self.space.normalise(X))
+        mean, variance = self._fits.latent(inputs(X, self.space))
         fails: Tensor = self._shares @ torch.special.ndtr(-mean / (1 + variance).sqrt())
         return 1 - fails
 
@@ -175,22 +176,25 @@ class EdgeDoubt:
     ) -> None:
         self._region, self._fits = region, region._fits
         space, p = region.space, len(targets)
-        width = space.bounds[1] - space.bounds[0]
-        Z = space.normalise(targets).detach().requires_grad_()
+        slopes = slopes * (space.bounds[1] - space.bounds[0])
+        Z = inputs(targets, space).detach().requires_grad_()
+        if space.placed_choice is not None:  # nothing is gained along the columns of options
+            rest = torch.arange(space.d) != space.placed_choice.column
+            slopes = torch.nn.functional.pad(slopes[..., rest], (0, space.placed_choice.count))
         with torch.enable_grad():
             mean, variance = self._fits.latent(Z)
             edges = torch.stack(
                 [torch.autograd.grad(one.sum(), Z, retain_graph=True)[0] for one in mean]
             )  # j x p x d
         size = edges.square().sum(-1)
-        along = torch.einsum("pkd,jpd->jpk", slopes * width, edges).square().mean(-1)
+        along = torch.einsum("pkd,jpd->jpk", slopes, edges).square().mean(-1)
         works = region.probability(targets).detach()
         likely = 4 * works * (1 - works)
         # No edge is worth more than one gain, the distance from the reference to the best.
         weights = along / size.square().clamp_min(_LEAST)
         weights = torch.minimum(weights, 1 / variance.detach().clamp_min(_LEAST))
         self._weights = region._shares.unsqueeze(-1) * weights * likely / p  # j x p
-        self._points = torch.cat([Z.detach(), space.normalise(pending)])
+        self._points = torch.cat([Z.detach(), inputs(pending, space)])
         self._p = p
         joint = self._fits.covariance(self._points, self._points)
         block = joint[:, p:, p:] + torch.diag_embed(self._noise(self._points[p:]))
@@ -207,7 +211,7 @@ class EdgeDoubt:
 
     def drop(self, X: Tensor) -> Tensor:
         """Return by how much an evaluation lowers the doubt, ``b`` for ``b x d``."""
-        Z = self._region.space.normalise(X)
+        Z = inputs(X, self._region.space)
         cross = self._fits.covariance(Z, self._points)  # j x b x (p + q)
         _, variance = self._fits.latent(Z)
         toward = cross[..., self._p :]

@@ -194,9 +194,9 @@ def gradient_rows(
     Args:
         seen: Evaluations that succeeded.
         links: One link a metric.
-        space: Whose box sets the unit.
+        space: Whose box sets the unit. In a space with a choice gradients are not used.
     """
-    if seen.gradients is None:
+    if seen.gradients is None or space.choice is not None:
         return None
     G, V = seen.filled_gradients()
     Z, _ = observed_on_link(seen, links)

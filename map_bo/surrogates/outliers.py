@@ -33,10 +33,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
 from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import LogitLink, as_fitted, observed_on_link
 from map_bo.surrogates.surrogate import (
     Surrogate,
@@ -200,6 +202,11 @@ class Screened:
         return promises_leave_one_out(self.surrogate)
 
     @property
+    def takes_choice(self) -> bool:
+        """Whether it handles a space with a choice: when the surrogate does."""
+        return handles_choice(self.surrogate)
+
+    @property
     def takes_partial_rows(self) -> bool:
         """Whether each metric is fitted to all rows that have it: when the surrogate does so."""
         return fits_partial_rows(self.surrogate)
@@ -350,7 +357,7 @@ class _Search:
 
     def _agree(self, far: Tensor, distance: Tensor) -> Tensor:
         """Return which values are borne out by the nearest other one, ``n`` booleans."""
-        U = self.space.normalise(self.seen.X)
+        U = inputs(self.seen.X, self.space)
         apart = torch.cdist(U, U)
         apart.fill_diagonal_(torch.inf)
         gap, nearest = apart.min(-1)

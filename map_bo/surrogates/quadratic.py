@@ -39,7 +39,14 @@ from map_bo.surrogates.evidence import (
     maximise_evidence,
     regression,
 )
-from map_bo.surrogates.features import GROUPS, centred, feature_groups, quadratic_features
+from map_bo.surrogates.features import (
+    centred,
+    feature_groups,
+    group_sizes,
+    quadratic_features,
+    space_features,
+    space_groups,
+)
 from map_bo.surrogates.gradients import (
     GradientRows,
     WithGradients,
@@ -161,6 +168,9 @@ class Quadratic:
     likelihood is the Gaussian on the link scale. Leaving an evaluation out leaves out its
     gradient too.
 
+    In a space with a choice it is a hierarchy of quadratics, one that all options share and the
+    shrunken deviation of each (:mod:`map_bo.surrogates.features`).
+
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
         likelihood: ``"auto"`` takes the binomial likelihood, by Laplace's approximation, for
@@ -180,6 +190,7 @@ class Quadratic:
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
     takes_partial_rows: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -219,8 +230,8 @@ class Quadratic:
         v = variance / scale.unsqueeze(-1).square()
         unknown = v.isnan().any(-1)
         v = v.nan_to_num(nan=0.0)
-        Phi, groups = quadratic_features(centred(seen.X, space)), feature_groups(space.d)
-        theta = y.new_empty(len(y), 5)
+        Phi, groups, sizes = space_features(seen.X, space), space_groups(space), group_sizes(space)
+        theta = y.new_empty(len(y), 1 + len(sizes))
         binomial = torch.tensor([*map(self._is_binomial, seen.metrics, links, seen.counts.mT)])
         fits: list[WithGradients] = []
         plain = torch.ones_like(binomial)
@@ -230,7 +241,7 @@ class Quadratic:
         for rows, counted in ((~binomial & plain, False), (binomial & plain, True)):
             if not bool(rows.any()):
                 continue
-            hyper = self._hyperprior(unknown[rows], groups)
+            hyper = self._hyperprior(unknown[rows], sizes)
             if counted:
                 p = torch.sigmoid(Z[rows])
                 n = seen.counts.mT[rows]
@@ -263,7 +274,7 @@ class Quadratic:
     ) -> list[WithGradients]:
         """Fit the metrics that have gradients, those with the same pattern of them together."""
         y, v, unknown = values
-        groups = feature_groups(space.d)
+        groups, sizes = feature_groups(space.d), group_sizes(space)
         features = quadratic_features(centred(X, space)), groups
         derivatives = feature_derivatives(X, space)
         fits = []
@@ -272,8 +283,8 @@ class Quadratic:
             target = rows.gradients[:, columns].transpose(0, 1) / unit
             noise = rows.variance[:, columns].transpose(0, 1) / unit.square()
             loose = noise[:, where].isnan().any(-1)
-            hyper = self._hyperprior(unknown[columns], groups)
-            steep = self._hyperprior(loose, groups)
+            hyper = self._hyperprior(unknown[columns], sizes)
+            steep = self._hyperprior(loose, sizes)
             both = Hyperprior(
                 torch.cat(
                     [hyper.mean[:, :1], gradient_prior(steep.mean[:, :1]), hyper.mean[:, 1:]], -1
@@ -302,7 +313,7 @@ class Quadratic:
             and bool(torch.isfinite(counts).all())
         )
 
-    def _hyperprior(self, unknown: Tensor, groups: Tensor) -> Hyperprior:
+    def _hyperprior(self, unknown: Tensor, sizes: Tensor) -> Hyperprior:
         known = _MISFIT_PRIOR if self.misfit else _NO_MISFIT
         nugget = torch.where(
             unknown.unsqueeze(-1),
@@ -311,8 +322,7 @@ class Quadratic:
         )
         # The more features share a group, the smaller each: a group as a whole is expected to
         # explain about as much in two dimensions as in twenty.
-        size = groups.bincount(minlength=len(GROUPS)).clamp_min(1).double()
-        weights = (_GROUP_VARIANCE / size).log().expand(len(unknown), -1)
+        weights = (_GROUP_VARIANCE / sizes).log().expand(len(unknown), -1)
         return Hyperprior(
             torch.cat([nugget[:, :1], weights], -1),
             torch.cat([nugget[:, 1:], torch.full_like(weights, _GROUP_SPREAD)], -1),

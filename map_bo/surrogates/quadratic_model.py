@@ -16,7 +16,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.features import centred, quadratic_features
+from map_bo.surrogates.features import space_features
 from map_bo.surrogates.links import Link
 from map_bo.surrogates.surrogate import (
     LinkPosterior,
@@ -91,7 +91,8 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         shift: ``m`` prior mean of the metrics, link scale.
         scale: ``m`` unit in which the targets were standardised, link scale.
         log_variances: ``m x 5`` fitted log nugget and log prior variances of the groups
-            (constant, linear, square, cross), in units of the standardised targets.
+            (constant, linear, square, cross), in units of the standardised targets; ``m x 9`` in a
+            space with a choice, where the deviations of the options have groups of their own.
     """
 
     def __init__(
@@ -133,7 +134,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
 
     def features(self, X: Tensor) -> Tensor:
         """Return the features of ``X``: ``... x D`` for ``... x d``."""
-        return quadratic_features(centred(X, self.space))
+        return space_features(X, self.space)
 
     def link_mean(self, X: Tensor) -> Tensor:
         """Return the posterior mean on the link scale, ``n x m`` for ``n x d``."""

@@ -69,6 +69,8 @@ def _remove(directory: Path, before: set[Path] | None) -> None:
 def remove_hydra_files(directory: Path) -> None:
     """Remove what Hydra writes for a run before it begins, and the folder if it is empty then.
 
+    So goes the folder ``runs`` around it, where nothing else is in it.
+
     Args:
         directory: The folder of the run, in which there is no record.
     """
@@ -77,9 +79,13 @@ def remove_hydra_files(directory: Path) -> None:
     settings = directory / ".hydra"
     if settings.is_dir() and all(path.suffix == ".yaml" for path in settings.iterdir()):
         shutil.rmtree(settings, ignore_errors=True)
+    left = list(directory.iterdir()) if directory.is_dir() else []
     for log in directory.glob("*.log"):
         with suppress(OSError):
-            if log.stat().st_size == 0:
+            # What was said before the refusal has been shown too.
+            if log.stat().st_size == 0 or left == [directory / "run.log"]:
                 log.unlink()
     with suppress(OSError):
         directory.rmdir()
+        if directory.absolute().parent.name == "runs":  # the default of the configuration
+            directory.absolute().parent.rmdir()

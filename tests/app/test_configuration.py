@@ -383,3 +383,32 @@ def test_mappings_of_problems_are_given_whole_or_by_entry(
     overrides = [f"problem={problem}", "problem.base=b"][: 1 + (problem in ("checkpoints", "hf"))]
     config = compose("config", overrides=[*overrides, form.format(key)])
     assert config.problem[key] == {"math": 1}
+
+
+def test_options_of_a_choice_are_files_of_the_group(zoo_cache: Path) -> None:
+    config = composed(
+        "operator=choice",
+        "operator.options.ties.election=count",
+        "+operator@operator.options.slerp=slerp",
+        "~operator.options.dare",
+        "problem.experts=2",
+        "+problem.epochs=1",
+    )
+    space = build_problem(config).space
+    assert space.choice is not None
+    assert space.choice.options == ("task_arithmetic", "ties", "slerp")
+    assert space.choice.owners == {"ties.density": "ties"}
+    told = to_plain(build_problem(config)._operator)["fields"]["options"]  # type: ignore[attr-defined]
+    assert told["ties"]["fields"]["election"] == "count"
+
+
+def test_a_wrong_key_of_an_option_is_told_with_its_place(zoo_cache: Path) -> None:
+    config = composed("operator=choice", "+operator.options.ties.densty=0.3", "problem.experts=2")
+    with pytest.raises(ConfigError, match=r"operator\.options\.ties has no option 'densty'"):
+        build_problem(config)
+
+
+def test_an_option_is_fixed_by_name(zoo_cache: Path) -> None:
+    fixed = ("problem.fixed={operator: ties, rot90: 1}", "problem.experts=2", "+problem.epochs=1")
+    space = build_problem(composed("operator=choice", *fixed)).space
+    assert space.fixed == {"rot90": 1.0, "operator": 1.0}

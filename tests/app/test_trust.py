@@ -88,6 +88,11 @@ HOSTILE: dict[str, Any] = {
     "dotted evaluator": say(target=IMPORTED, tasks={"x": "payload:score"}, **FILES),
     "batches": say(target=IMPORTED, recalibration="payload:score", **FILES),
     "kind of a task": say(target=HF, tasks={"a": {"kind": "payload:score"}}, **FILES),
+    "grader of a task": say(
+        target=HF,
+        tasks={"a": {"kind": "generation", "data": "x", "grader": "payload:score"}},
+        **FILES,
+    ),
     "task as text": say(target=HF, tasks={"a": "payload:score"}, **FILES),
     "task as a class": say(target=HF, tasks={"a": say(target="payload.Problem")}, **FILES),
     "deep in a task": say(
@@ -329,6 +334,8 @@ def test_nesting_is_bounded() -> None:
             " --trust mine --trust b",
         ),
         (say(target=IMPORTED, model="mine:m", trust_remote_code=True), " --trust"),
+        (say(target=HF, tasks={"a": {"kind": "perplexity", "data": "mine:data"}}), ""),
+        (say(target=HF, tasks={"a": {"kind": "torch", "loader": "mine:load"}}), " --trust mine"),
     ],
 )
 def test_the_words_of_trust(node: Mapping[str, Any], words: str) -> None:

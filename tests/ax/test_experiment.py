@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from map_bo.ax.experiment import KEY, experiment_of
+from map_bo.ax.observations import observations_of
 from map_bo.errors import MissingDependencyError, StoreError
 from map_bo.loop.run import Run
 from map_bo.samplers.baselines.ax_library import quiet
 from map_bo.tracking.jsonl import JsonlStore
 from tests.ax.exported import Bounded, unfinished
+from tests.choices import CHOICE, Levels
 from tests.loop.bowls import Bowls, quick
 
 
@@ -142,3 +144,18 @@ def test_a_missing_ax_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setitem(sys.modules, "ax.api.client", None)
     with pytest.raises(MissingDependencyError, match="an export to Ax needs Ax"):
         experiment_of(tmp_path)
+
+
+def test_a_choice_is_a_categorical_parameter_and_comes_back(tmp_path: Path) -> None:
+    from ax.core.parameter import ChoiceParameter
+
+    run = Run(Levels(), quick(8), JsonlStore.create(tmp_path / "run"))
+    run.drive()
+    with quiet():
+        experiment = experiment_of(tmp_path / "run")
+    parameter = experiment.parameters["c_operator"]
+    assert isinstance(parameter, ChoiceParameter)
+    assert (parameter.values, parameter.is_ordered) == ([0, 1, 2], False)
+    found = observations_of(experiment, CHOICE, run.state.metrics)
+    assert not found.left_out
+    assert torch.equal(found.observations.X, run.state.data.X)

@@ -16,13 +16,21 @@ import pytest
 import torch
 from torch import Generator, Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.data import Metric, Observations
-from map_bo.errors import SamplerError
+from map_bo.errors import ConfigError, SamplerError
+from map_bo.loop.settings import Settings
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, looking_through
+from map_bo.samplers.sampler import (
+    FillsSpace,
+    Sampler,
+    SeesThroughSurrogate,
+    looking_through,
+)
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import SurrogateModel
+from tests.choices import CHOICE, some_of
 
 EXPERTS = ("a", "b", "c")
 METRICS = (Metric("first"), Metric("second", direction="min", kind="loss"))
@@ -243,3 +251,23 @@ class SamplerContract:
         assert isinstance(own, SeesThroughSurrogate)
         assert own.surrogate == Quadratic()
         assert looking_through(own, Mistaken()) is own
+
+    def test_a_choice_is_handled_or_refused_before_anything_is_evaluated(
+        self, sampler: Sampler, generator: Generator
+    ) -> None:
+        if not handles_choice(sampler):
+            settings = Settings(budget=9, sampler=sampler, surrogate=Quadratic())
+            with pytest.raises(
+                ConfigError, match=r"does not handle a choice, and this .* operator"
+            ):
+                settings.check_space(CHOICE)
+            return
+        first = sampler.propose(some_of(CHOICE, 0), CHOICE, 12, generator=generator)
+        CHOICE.check(first)
+        assert len(torch.unique(first, dim=0)) == 12
+        if isinstance(sampler, FillsSpace):
+            assert set(first[:, 2].tolist()) == {0.0, 1.0, 2.0}
+        seen = some_of(CHOICE, 14)
+        X = sampler.propose(seen, CHOICE, 1, generator=generator)
+        CHOICE.check(X)
+        assert len(torch.unique(torch.cat([seen.X, X]), dim=0)) == 15

@@ -15,14 +15,18 @@ from botorch.posteriors.gpytorch import GPyTorchPosterior
 from botorch.sampling.normal import SobolQMCNormalSampler
 from torch import Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.data import Metric, Observations, to_maximisation
-from map_bo.errors import SurrogateError
+from map_bo.errors import ConfigError, SurrogateError
+from map_bo.loop.settings import Settings
 from map_bo.rng import make_generator
+from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import LogitLink, from_link
 from map_bo.surrogates.prediction import objective, predict, predicted_mean
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, fits_partial_rows
 from map_bo.surrogates.validation import LeavesOneOut, promises_leave_one_out
+from tests.choices import CHOICE, reordered, some_of, truth
 
 METRICS = (
     Metric("accuracy"),
@@ -350,6 +354,35 @@ class SurrogateContract:
             surrogate.fit(Observations.failed(X, METRICS, "no"), space)
         with pytest.raises(SurrogateError, match="succeeded"):
             surrogate.fit(Observations.empty(2, METRICS), space)
+
+    def test_a_choice_is_handled_or_refused_before_anything_is_evaluated(
+        self, surrogate: Surrogate
+    ) -> None:
+        if not handles_choice(surrogate):
+            with pytest.raises(ConfigError, match="does not handle a choice"):
+                Settings(budget=9, sampler=Sobol(), surrogate=surrogate).check_space(CHOICE)
+            return
+        seen, points = some_of(CHOICE, 24), some_of(CHOICE, 40, seed=5).X[6:]
+        model = surrogate.fit(seen, CHOICE)
+        with torch.no_grad():
+            found = model.link_mean(points)
+        error = (found - truth(points)).square().mean(0)
+        assert bool((error < 0.35 * truth(points).var(0)).all())
+        torch.testing.assert_close(moments(model, points)[0], found, atol=1e-6, rtol=1e-6)
+        covariance = model.joint(points)[1].detach()
+        assert bool((torch.linalg.eigvalsh(covariance) > -1e-6 * covariance.amax()).all())
+        # What is inactive moves nothing, and no gradient leads from one option to another.
+        free = points.clone().requires_grad_(True)
+        (gradient,) = torch.autograd.grad(model.link_mean(free).sum(), free)
+        assert not bool(gradient[:, 2].any())
+        assert not bool(gradient[points[:, 2] != 1, 3].any())
+        assert bool(gradient[points[:, 2] == 1, 3].any())
+        # Options have no order: under other codes it is the same model.
+        X, other = reordered(seen.X, [2, 0, 1])
+        moved = surrogate.fit(dataclasses.replace(seen, X=X), other)
+        with torch.no_grad():
+            again = moved.link_mean(reordered(points, [2, 0, 1])[0])
+        assert float((again - found).abs().max()) < 0.02 * float(found.std())
 
     def test_follows_the_data_in_both_directions(
         self, model: SurrogateModel, seen: Observations

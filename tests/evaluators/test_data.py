@@ -37,6 +37,9 @@ def test_a_plural_is_found_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"texts": "a", "labels": 1}\n')
     assert data(path).read(ROLES).classes() == [1]
+    path.write_text("{}\n")
+    with pytest.raises(EvaluationError, match="has no column 'text'; it has none"):
+        data(path).read(ROLES)
     path.write_text('{"sentence": "a", "labels": 1}\n')
     with pytest.raises(EvaluationError, match="has no column 'text'; it has sentence, labels") as e:
         data(path).read(ROLES)
@@ -209,6 +212,9 @@ def test_numbers_and_texts_of_a_wrong_kind(reviews: Path, tmp_path: Path) -> Non
     with pytest.raises(EvaluationError, match=r"row 1 of column 'body' of .* 'text 0', not a fin"):
         found.numbers("text")
     path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a \\ud800"}\n')
+    with pytest.raises(EvaluationError, match=r"row 1 of column 'text' of .* half of a character"):
+        data(path).read(["text"]).texts("text")
     path.write_text('{"text": 3}\n')
     with pytest.raises(EvaluationError, match=r"row 1 of column 'text' of .* is a int, not text"):
         data(path).read(["text"]).texts("text")

@@ -29,7 +29,7 @@ def written(name: str, seed: int) -> None:
 
 
 def test_the_configuration_is_built() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)
+    block = re.findall(r"```yaml\n(.*?)```", TEXT, flags=re.DOTALL)[0]
     tasks = yaml.safe_load(block)
     assert len(tasks) == 5
     for name, settings in tasks.items():

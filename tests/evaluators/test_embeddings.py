@@ -8,9 +8,11 @@ import torch
 from scipy import stats
 from torch import nn
 
+import map_bo
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.embeddings import Embeddings
 from map_bo.evaluators.examples import ExampleEvaluator
+from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.text.tiny_text import (
     WORDS,
@@ -176,6 +178,38 @@ def test_pooling_of_the_folder_is_taken(similar: str, tmp_path: Path) -> None:
     scored = Embeddings(data=similar, tokenizer=str(folder))
     scored.prepare(tiny_bert())
     assert scored.ready.pooling == "cls"
+
+
+@pytest.mark.slow
+def test_models_of_sentence_transformers_are_scored_as_they_embed(
+    similar: str, tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers", reason="it is not installed")
+    tiny_bert().save_pretrained(tmp_path / "model")
+    word_tokenizer().save_pretrained(tmp_path / "model")
+    whole = library.SentenceTransformer(str(tmp_path / "model"), device="cpu")
+    whole.save(str(tmp_path / "saved"))
+    first = whole.encode([row["first"] for row in pairs()], convert_to_tensor=True)
+    second = whole.encode([row["second"] for row in pairs()], convert_to_tensor=True)
+    expected = torch.cosine_similarity(first.double(), second.double())
+    of_itself = Embeddings(data=similar)
+    of_itself.prepare(whole)
+    found = of_itself.score(whole, torch.arange(24))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    of_folder = Embeddings(data=similar, tokenizer=str(tmp_path / "saved"))
+    of_folder.prepare(tiny_bert())
+    found = of_folder.score(tiny_bert(), torch.arange(24))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    state = whole.state_dict()
+    merged = map_bo.MergedModelProblem(
+        whole,
+        base=state,
+        experts={"a": {name: tensor * 1.01 for name, tensor in state.items()}},
+        evaluators={"similar": Embeddings(data=similar)},
+        check_base=False,
+    )
+    seen = merged.evaluate(torch.zeros(1, 1).double(), generator=make_generator(0))
+    assert float(seen.Y) == pytest.approx(of_itself(whole)["spearman"].value)
 
 
 @pytest.mark.parametrize(

@@ -16,10 +16,16 @@ from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.generation import Generation, fill
 from map_bo.evaluators.kinds import code_in, evaluator_from
+from map_bo.evaluators.perplexity import Perplexity
 from map_bo.rng import make_generator
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.surroundings import surroundings
-from tests.evaluators.tiny_language import tiny_decoder, tiny_encoder_decoder, tiny_tokenizer
+from tests.evaluators.tiny_language import (
+    draw_weights,
+    tiny_decoder,
+    tiny_encoder_decoder,
+    tiny_tokenizer,
+)
 
 PROMPTS = ["the cat", "a dog ran far away on", "y", "two or three", "mat!"]
 
@@ -275,3 +281,43 @@ def test_a_configuration_makes_one(path: str) -> None:
     grader: object = evaluator.grading.grader
     assert grader is statistics.correlation
     assert evaluator.data.limit == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["Qwen2", "Gemma2", "GPTNeoX", "OPT", "Bloom", "Mamba", "Mixtral"])
+def test_batches_change_nothing_in_other_architectures(
+    kind: str, tokenizer: Any, path: str
+) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 128,
+    }  # fmt: skip
+    own: dict[str, dict[str, Any]] = {
+        "Gemma2": {"head_dim": 8, "sliding_window": 4, "num_key_value_heads": 1},
+        "OPT": {"ffn_dim": 32, "word_embed_proj_dim": 16},
+        "Bloom": {"n_layer": 2, "n_head": 2},
+        "Mixtral": {"num_local_experts": 2, "num_key_value_heads": 1},
+        "Qwen2": {"num_key_value_heads": 1},
+    }
+    config = transformers.AutoConfig.for_model(
+        {"GPTNeoX": "gpt_neox"}.get(kind, kind.lower()),
+        **{**({} if kind in ("Bloom", "Mamba") else sizes), "hidden_size": 16, **own.get(kind, {})},
+        vocab_size=len(tokenizer), bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    draw_weights(model, 0, 0.3)
+    texts, losses = [], []
+    for batch_size in (1, 5):
+        writer = Generation(data=path, tokenizer=tokenizer, max_new_tokens=6, batch_size=batch_size)
+        writer.prepare(model)
+        texts.append([one.text for one in writer.answers(model, range(5))])
+        reader = Perplexity(
+            data={"path": path, "columns": {"text": "prompt"}},
+            tokenizer=tokenizer,
+            batch_size=batch_size,
+        )
+        reader.prepare(model)
+        losses.append(reader.score(model, torch.arange(5)))
+    assert texts[0] == texts[1]
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)

@@ -17,10 +17,11 @@ from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator, listening
 from map_bo.evaluators.kinds import evaluator_from
 from map_bo.evaluators.lm_eval import LMEval
+from map_bo.evaluators.perplexity import Perplexity
 from tests.contracts.example_evaluator_contract import ExampleEvaluatorContract
 from tests.evaluators.harness_tasks import write_tasks
 from tests.evaluators.surroundings import surroundings
-from tests.evaluators.tiny_language import tiny_decoder, tiny_tokenizer
+from tests.evaluators.tiny_language import tiny_decoder, tiny_encoder_decoder, tiny_tokenizer
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
 
@@ -143,15 +144,16 @@ def test_several_tasks_are_scored_in_one_call(
     assert list(seen) == [metric.name for metric in evaluator.metrics]
     outcomes = evaluator.score(model, torch.arange(evaluator.size))
     assert outcomes.shape == (13, 7)
-    belongs = torch.zeros(13, 7, dtype=torch.bool)
-    belongs[:5, :2] = belongs[5:8, 2:5] = belongs[8:, 5:] = True
+    names = [task for task, _ in evaluator.documents]
+    assert evaluator.documents[:4] == [("choice", 0), ("texts", 0), ("answer", 0), ("choice", 1)]
+    owners = ["choice"] * 2 + ["texts"] * 3 + ["answer"] * 2
+    belongs = torch.tensor([[name == owner for owner in owners] for name in names])
     assert torch.equal(outcomes.isfinite(), belongs)
-    items = torch.tensor([9, 0, 7, 0])
+    items = torch.tensor([8, 0, 7, 0])
     some = evaluator.score(model, items)
     torch.testing.assert_close(some, outcomes[items], equal_nan=True, rtol=1e-5, atol=1e-6)
-    assert calls[-1] == {"choice": [0], "texts": [2], "answer": [1]}
+    assert calls[-1] == {"choice": [0], "texts": [2], "answer": [2]}
     assert evaluator.summary(some, items)["choice_acc"].count == 2
-    assert evaluator.documents[7] == ("texts", 2)
     with pytest.raises(EvaluationError, match="4 outcomes of 13 documents"):
         evaluator.summary(some)
 
@@ -237,6 +239,28 @@ def test_variances_of_losses_are_those_of_the_documents(
     perplexity = seen["byte_perplexity"]
     assert perplexity.value == pytest.approx(2**value)
     assert perplexity.variance == pytest.approx((2**value * math.log(2)) ** 2 * variance)
+
+
+@needs_harness
+def test_bits_per_byte_are_those_of_the_evaluator_of_perplexity(
+    folder: str, tokenizer: Any, model: nn.Module
+) -> None:
+    harness = prepared(folder, tokenizer, model, tasks="texts", metrics={"texts": "bits_per_byte"})
+    own = Perplexity(data=f"{folder}/texts.jsonl", tokenizer=tokenizer, measure="bits_per_byte")
+    own.prepare(model)
+    a, b = own(model)["bits_per_byte"], harness(model)["bits_per_byte"]
+    assert a.value == pytest.approx(b.value, rel=1e-6)
+    assert a.variance == pytest.approx(b.variance, rel=1e-4)
+    torch.testing.assert_close(
+        own.score(model, torch.arange(3)), harness.score(model, torch.arange(3)), rtol=1e-5, atol=0
+    )
+
+
+@needs_harness
+def test_models_with_an_encoder_work(folder: str, tokenizer: Any) -> None:
+    model = tiny_encoder_decoder(len(tokenizer))
+    evaluator = prepared(folder, tokenizer, model, tasks=["choice", "answer"])
+    assert evaluator(model)["choice_acc"].count == 5
 
 
 @needs_harness

@@ -11,7 +11,7 @@ from torch import nn
 
 from map_bo.rng import make_generator
 
-__all__ = ["tiny_decoder", "tiny_encoder_decoder", "tiny_tokenizer"]
+__all__ = ["draw_weights", "tiny_decoder", "tiny_encoder_decoder", "tiny_tokenizer"]
 
 WORDS = ["the", "cat", "sat", "on", "mat", "dog", "ran", "far", "yes", "no", "two", "three"]
 
@@ -51,7 +51,8 @@ def tiny_tokenizer(*, bos: bool = True, adds_bos: bool = False, chat: bool = Fal
     return found
 
 
-def _drawn(model: nn.Module, seed: int, scale: float) -> None:
+def draw_weights(model: nn.Module, seed: int, scale: float) -> None:
+    """Draw all matrices of a model from a normal distribution."""
     generator = make_generator(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -77,7 +78,7 @@ def tiny_decoder(
             bos_token_id=2, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         model = transformers.LlamaForCausalLM(config)
-    _drawn(model, seed, scale)
+    draw_weights(model, seed, scale)
     return model.eval()
 
 
@@ -89,5 +90,5 @@ def tiny_encoder_decoder(rows: int, *, seed: int = 0) -> Any:
         decoder_start_token_id=0, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     model = transformers.T5ForConditionalGeneration(config)
-    _drawn(model, seed, 0.3)
+    draw_weights(model, seed, 0.3)
     return model.eval()

@@ -18,6 +18,9 @@ from safetensors.torch import save
 from map_bo.app.build import build_nested, build_problem, build_settings, build_tracking
 from map_bo.app.trust import foreign_code, recorded_configuration
 from map_bo.errors import MapBoError
+from map_bo.evaluators.data import Data
+from map_bo.evaluators.sources.files import read_idx
+from map_bo.evaluators.text.heads import read_head
 from map_bo.foreign import parse_yaml
 from map_bo.loop.mirrors import view_of
 from map_bo.loop.reading import created_of, load_result, read_runs
@@ -105,6 +108,16 @@ def adapter(folder: Path) -> None:
         opened.delta(name)
 
 
+def examples(name: str) -> Callable[[Path], None]:
+    def read(folder: Path) -> None:
+        found = Data(path=str(folder / name)).read(("text", "label"))
+        found.texts("text")
+        found.classes()
+        found.numbers("label")
+
+    return read
+
+
 READERS: Mapping[str, Reader] = {
     "record": Reader("events.jsonl", record, "record"),
     "sweep": Reader("failure.json", sweep, "json"),
@@ -127,6 +140,14 @@ READERS: Mapping[str, Reader] = {
     "index": Reader("model.safetensors.index.json", checkpoint(""), "json"),
     "pickle": Reader("model.pt", checkpoint("model.pt")),
     "statistics": Reader("model.safetensors", lambda f: load_statistics(f / "model.safetensors")),
+    "table": Reader("data.csv", examples("data.csv")),
+    "packed table": Reader("data.csv.gz", examples("data.csv.gz")),
+    "rows": Reader("data.json", examples("data.json"), "json"),
+    "row lines": Reader("data.jsonl", examples("data.jsonl")),
+    "text lines": Reader("data.txt", examples("data.txt")),
+    "arrays": Reader("data.npz", examples("data.npz")),
+    "idx": Reader("images", lambda f: read_idx(f / "images")),
+    "head": Reader("head.safetensors", lambda f: read_head(f / "head.safetensors")),
 }
 
 

@@ -135,6 +135,20 @@ def test_experts_with_heads_of_their_own(project: Path, capsys: pytest.CaptureFi
     assert value_of(evaluator(model)) == live.Y[0, 1].item()
 
 
+def test_a_refusal_after_warnings_leaves_nothing_either(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the alignment of experts says goes to the log of the run."""
+    write_classifiers(project)
+    given = ["--expert", "film", "--expert", "topic", "--kind", "text_classification"]
+    assert status("init", "bert", *given, "--task", "film=topic.jsonl", "--no-check") == 0
+    before = sorted(project.iterdir())
+    quick = [part for part in QUICK if not part.startswith("hydra")]
+    assert status("run", "map_bo.yaml", *quick) == 2
+    assert "evaluator 'film' cannot be used" in capsys.readouterr().err
+    assert sorted(project.iterdir()) == before
+
+
 def value_of(found: Mapping[str, Measurement]) -> float:
     (one,) = found.values()
     return one.value

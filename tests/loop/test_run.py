@@ -432,7 +432,7 @@ def test_a_threshold_above_the_best_expert_leaves_the_other_metrics_their_say() 
     assert found.summary["reference_point"] == given
     assert "is the range that was measured" in found.summary["reference_rule"]
     towards_b = found.choose({"near a": 1.0, "far from b": 20.0})
-    assert towards_b.coefficients["b"] > 0.8
+    assert float(towards_b.coefficients["b"]) > 0.8
 
 
 def test_the_default_way_needs_no_optional_package(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,17 @@ def test_settings_are_searched_by_name_or_within_bounds(name: str) -> None:
         assert built(config, search={setting: [0.1, 0.2]}).search == {setting: (0.1, 0.2)}
 
 
-@pytest.mark.parametrize("path", sorted(FOLDER.glob("*.yaml")), ids=lambda path: path.stem)
+# A choice has no defaults: its file is composed of the others.
+ALONE = [path for path in sorted(FOLDER.glob("*.yaml")) if "defaults" not in OmegaConf.load(path)]
+
+
+def test_only_the_choice_is_composed_of_others() -> None:
+    assert {path.stem for path in FOLDER.glob("*.yaml")} - {path.stem for path in ALONE} == {
+        "choice"
+    }
+
+
+@pytest.mark.parametrize("path", ALONE, ids=lambda path: path.stem)
 def test_every_file_says_the_defaults_of_its_class(path: Path) -> None:
     config = OmegaConf.load(path)
     operator = instantiate(config, _convert_="all")

@@ -76,3 +76,6 @@ def test_settings_that_cannot_be() -> None:
         NearSwap(strength=-1)
     with pytest.raises(MergeError, match="unit must be one of rms, absolute, got 'percent'"):
         NearSwap(unit="percent")
+    with pytest.raises(MergeError, match="its bounds are not given") as caught:
+        NearSwap(unit="absolute", search=["strength"])
+    assert "search={strength:" in str(caught.value.hint)

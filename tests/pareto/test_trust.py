@@ -16,6 +16,7 @@ from map_bo.pareto.indicators import hypervolume
 from map_bo.pareto.trust import Coverage, guard
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
+from tests.choices import CHOICE
 
 
 def box(d: int) -> CoefficientSpace:
@@ -240,3 +241,21 @@ def test_with_blocks_half_the_leverage_is_trusted_and_without_all_of_it() -> Non
     inside = half.shrink(X)
     assert bool(half.trusted(inside).all())
     blocks.check(inside)
+
+
+def test_with_a_choice_rows_keep_their_option_and_what_is_inactive() -> None:
+    X = CHOICE.anchors().X[:5] * torch.tensor([0.6, 0.6, 1.0, 1.0]).double()
+    X = torch.cat([X, torch.tensor([[0.2, 0.3, 1.0, 0.4], [0.3, 0.2, 1.0, 0.5]]).double()])
+    coverage = Coverage.of(X, CHOICE)
+    assert bool(coverage.trusted(X, tolerance=1e-9).all())
+    points = CHOICE.sample(300, generator=make_generator(1))
+    shrunk = coverage.shrink(points)
+    CHOICE.check(shrunk)
+    assert torch.equal(shrunk[:, 2], points[:, 2])
+    assert bool(coverage.trusted(shrunk, tolerance=1e-6).all())
+    # What is never varied under an option says nothing about it: all options have one ellipsoid.
+    same = points.clone()
+    same[:, 2], same[:, 3] = 0.0, 0.2
+    other = points.clone()
+    other[:, 2], other[:, 3] = 2.0, 0.2
+    torch.testing.assert_close(coverage.excess(same), coverage.excess(other))

@@ -16,6 +16,8 @@ from map_bo.problems.table import TableProblem
 from map_bo.report.run.tables import write_evaluations_csv
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
+from tests.choices import CHOICE, some_of
+from tests.choices import METRICS as CHOICE_METRICS
 from tests.contracts.problem_contract import ProblemContract, same
 
 SPACE = CoefficientSpace.box(("a", "b"))
@@ -278,3 +280,15 @@ def test_refuses_a_space_with_other_coefficients(tmp_path: Path) -> None:
     path = write(tmp_path, "c:a,y:x", "0,0")
     with pytest.raises(DataError, match="has the coefficients a; the space has b"):
         TableProblem.from_csv(path, space=CoefficientSpace.box(("b",)))
+
+
+def test_the_table_of_a_choice_is_read_in_its_space_alone(tmp_path: Path) -> None:
+    seen = some_of(CHOICE, 12)
+    path = tmp_path / "evaluations.csv"
+    write_evaluations_csv(seen, CHOICE, path)
+    table = TableProblem.from_csv(path, space=CHOICE, metrics=CHOICE_METRICS)
+    assert table.space == CHOICE
+    again = table.evaluate(seen.X, generator=make_generator(0))
+    assert torch.equal(again.Y, seen.Y)
+    with pytest.raises(DataError, match="has a choice, operator, and no space says what its codes"):
+        TableProblem.from_csv(path)

@@ -10,6 +10,7 @@ from map_bo.data import Metric
 from map_bo.report.numbers import (
     better,
     coefficient,
+    coefficients,
     distinct,
     interval,
     metric_value,
@@ -17,6 +18,8 @@ from map_bo.report.numbers import (
     share,
     shorten,
 )
+from map_bo.space import CoefficientSpace
+from tests.choices import CHOICE
 
 ACC, LOSS = Metric("acc"), Metric("loss", "min", "loss")
 
@@ -98,3 +101,12 @@ def test_a_probability_that_is_not_quite_certain_does_not_read_as_if(
 ) -> None:
     assert share(value) == shown
     assert share(float("nan")) == ""
+
+
+def test_a_row_has_the_name_of_its_option_and_nothing_inactive() -> None:
+    assert coefficients([0.5, 1.0, 1.0, 0.25], CHOICE) == ["0.50", "1.00", "ties", "0.25"]
+    assert coefficients([0.5, 1.0, 2.0, 0.2], CHOICE) == ["0.50", "1.00", "slerp", ""]
+    assert coefficients([0.5, -0.001], CoefficientSpace.box(("a", "b"), lower=-1)) == [
+        "0.50",
+        "0.00",
+    ]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -7,12 +9,15 @@ from map_bo.errors import SamplerError
 from map_bo.rng import make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.designs.blocks import TiedSobol
+from map_bo.samplers.designs.optimal import OptimalDesign
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
 from map_bo.samplers.sampler import Sampler
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.feasibility import Requirements
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
+from tests.choices import CHOICE, Levels
 from tests.contracts.sampler_contract import SPACES, SamplerContract, measured, some_seen
 
 SMALL = FrontUncertainty(
@@ -96,3 +101,23 @@ def test_a_name_is_not_the_settings_of_a_surrogate() -> None:
     with pytest.raises(SamplerError, match="settings of a surrogate, got 'gp'") as caught:
         Adaptive(surrogate="gp")  # type: ignore[arg-type]
     assert caught.value.hint is not None
+
+
+def test_an_option_that_always_fails_is_left_alone() -> None:
+    X = torch.cat([CHOICE.anchors().X, CHOICE.sample(14, generator=make_generator(1))])
+    seen = Levels(broken=("ties",)).evaluate(X, generator=make_generator(0))
+    sampler = Adaptive(SMALL).with_requirements(Requirements())
+    found = sampler.propose(seen, CHOICE, 2, generator=make_generator(2))
+    assert 1.0 not in found[:, 2].tolist()
+
+
+def test_it_handles_a_choice_where_its_parts_do() -> None:
+    assert Adaptive().takes_choice
+    assert not Adaptive(SMALL, blocks=OptimalDesign()).takes_choice
+    assert not Adaptive(replace(SMALL, design=OptimalDesign())).takes_choice
+
+
+def test_every_option_has_its_blend_before_the_first_fit() -> None:
+    first = FrontUncertainty().initial_points(CHOICE)
+    assert first == len(CHOICE.anchors()) == 6
+    assert FrontUncertainty().initial_points(SPACES["box"]) == 5

@@ -11,6 +11,7 @@ from map_bo.errors import ConfigError
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements, WorkingRegion
+from tests.choices import CHOICE
 
 
 def space_of(d: int) -> CoefficientSpace:
@@ -172,3 +173,16 @@ def test_requirements_that_are_not_possible_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=word):
         Requirements(**wrong)  # type: ignore[arg-type]
+
+
+def test_an_option_that_fails_closes_no_other() -> None:
+    X = torch.cat([CHOICE.anchors().X, CHOICE.sample(18, generator=make_generator(3))])
+    region = WorkingRegion.of(tried(X, X[:, 2] != 1), CHOICE)
+    assert region is not None
+    points = CHOICE.sample(200, generator=make_generator(4))
+    likely = region.probability(points)
+    assert float(likely[points[:, 2] == 1].max()) < 0.4
+    assert float(likely[points[:, 2] != 1].min()) > 0.6
+    # 0 and 2 stand on either side of 1, and are as far from it as from each other.
+    first, last = (likely[points[:, 2] == code].mean() for code in (0, 2))
+    assert float((first - last).abs()) < 0.1

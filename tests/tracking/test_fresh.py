@@ -65,6 +65,21 @@ def test_hydra_leaves_go_only_where_nothing_else_is(tmp_path: Path) -> None:
     assert (tmp_path / ".hydra").exists()
 
 
+def test_what_was_logged_before_a_refusal_keeps_no_directory(tmp_path: Path) -> None:
+    run = tmp_path / "runs" / "now"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "config.yaml").touch()
+    (run / "run.log").write_text("expert 'a': names read as the base's")
+    remove_hydra_files(run)
+    assert not (tmp_path / "runs").exists()
+    own = tmp_path / "own"
+    own.mkdir()
+    for name in ("run.log", "notes.txt"):
+        (own / name).write_text("mine")
+    remove_hydra_files(own)
+    assert sorted(path.name for path in own.iterdir()) == ["notes.txt", "run.log"]
+
+
 def test_a_budget_that_is_too_small_leaves_no_directory(tmp_path: Path) -> None:
     problem = Hills()
     with pytest.raises(BudgetError):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 from map_bo.errors import ConfigError, EvaluationError, MapBoError, listed
 from map_bo.evaluators.data import Data, Examples
-from map_bo.evaluators.evaluator import device_of, evaluating, logits_of
+from map_bo.evaluators.evaluator import evaluating, logits_of
 from map_bo.evaluators.images.inputs import (
     ImageEvaluator,
     ImagesAndText,
+    as_model_takes,
     call_on_pixels,
     image_features,
 )
@@ -200,7 +201,7 @@ class ImageClassification(ImageEvaluator):
     def _all_features(self, model: nn.Module, pixels: Pixels) -> Tensor:
         with evaluating(model), torch.inference_mode():
             parts = [
-                _features(model, batch.to(device_of(model)), self.head.pooling).cpu()
+                _features(model, as_model_takes(batch, model), self.head.pooling).cpu()
                 for batch in torch.split(pixels.values, self.batch_size)
             ]
         return torch.cat(parts).clone()

@@ -22,6 +22,7 @@ from map_bo.evaluators.images.pixels import (
     Resize,
     Steps,
     find_steps,
+    folder_of,
     read_pixels,
 )
 from map_bo.evaluators.logits import LOGIT_METRICS, need_labels, outcomes_of_logits
@@ -32,6 +33,7 @@ __all__ = [
     "ImagesAndText",
     "OpenClip",
     "TransformersClip",
+    "as_model_takes",
     "call_on_pixels",
     "image_features",
     "pooled",
@@ -88,6 +90,12 @@ def image_features(model: ImagesAndText, pixels: Tensor) -> Tensor:
     if isinstance(model, TransformersClip):
         return pooled(model.get_image_features(pixel_values=pixels))
     return model.encode_image(pixels)
+
+
+def as_model_takes(pixels: Tensor, model: nn.Module) -> Tensor:
+    """Return images on a model's device and of its floating dtype; float32 where it has none."""
+    known = (tensor.dtype for tensor in model.parameters() if tensor.is_floating_point())
+    return pixels.to(device=device_of(model), dtype=next(known, torch.float32))
 
 
 def call_on_pixels(model: nn.Module, pixels: Tensor) -> Any:
@@ -183,15 +191,13 @@ class ImageEvaluator(ExampleEvaluator):
 
     def prepared(self, data: Data, examples: Examples) -> Pixels:
         """Return the images of examples as a model takes them; after `read` has found how."""
-        folder = Path(data.path).expanduser()
-        folder = folder if folder.is_dir() else folder.parent
-        return read_pixels(examples, self._steps, folder=folder, cache_dir=self.cache_dir)
+        return read_pixels(examples, self._steps, folder=folder_of(data), cache_dir=self.cache_dir)
 
     def pixels(self, items: Tensor, model: nn.Module) -> Tensor:
-        """Return images as a model takes them, on its device: ``b x ...``."""
+        """Return images as a model takes them, on its device and of its dtype: ``b x ...``."""
         _ = self.examples
         assert self._pixels is not None
-        return self._pixels.values[items].to(device_of(model))
+        return as_model_takes(self._pixels.values[items], model)
 
     def labels(self, items: Tensor) -> Tensor:
         """Return the class of each image: ``b``."""

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from map_bo.cached import CACHE_VARIABLE, cache_root
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean, first_line, require
-from map_bo.evaluators.data import Examples
+from map_bo.evaluators.data import Data, Examples
 from map_bo.evaluators.isolation.quiet import quiet
 from map_bo.evaluators.sources.table import EncodedImage
 from map_bo.foreign import read_json
@@ -43,6 +43,7 @@ __all__ = [
     "Resize",
     "Steps",
     "find_steps",
+    "folder_of",
     "read_pixels",
 ]
 
@@ -274,6 +275,12 @@ class _ByTransformers:
         return found.float()
 
 
+def folder_of(data: Data) -> Path:
+    """Return the folder that paths of images in a table are relative to: that of the table."""
+    path = Path(data.path).expanduser()
+    return path if path.is_dir() else path.parent
+
+
 @dataclass(frozen=True, eq=False)
 class Pixels:
     """Images ready for a model.
@@ -450,7 +457,9 @@ def _decoded(examples: Examples, row: int, folder: Path) -> Image | NDArray[np.g
         if isinstance(value, EncodedImage):
             content = value.content
         elif isinstance(value, str | Path):
-            where = str(path := folder / value)
+            # A folder of images gives paths that lead there; what a table holds is relative to it.
+            path = value if isinstance(value, Path) else folder / value
+            where = str(path)
             content = path.read_bytes()
         else:
             raise EvaluationError(

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args, runtime_checkable
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
 
+from map_bo.cached import digest_of
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean, first_line, require
 from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import device_of, evaluating
@@ -44,6 +48,35 @@ class _Preprocessed(Protocol):
 class _Vocabulary(Protocol):
     vocab_size: int
     context_length: int
+
+
+@dataclass(frozen=True, eq=False)
+class _Tower:
+    """The weights of a text tower; evaluators of one base share one copy."""
+
+    weights: Mapping[str, Tensor]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> _Tower:
+        weights = _text_tower(model)
+        key = f"{device_of(model)} {digest_of(weights)}"
+        with _lock:
+            found = _towers.get(key)
+            if found is None:
+                found = cls({name: tensor.clone() for name, tensor in weights.items()})
+                _towers[key] = found
+        return found
+
+    def is_that_of(self, model: nn.Module) -> bool:
+        """Return whether a model has exactly these weights."""
+        other = _text_tower(model)
+        return other.keys() == self.weights.keys() and all(
+            torch.equal(tensor, self.weights[name]) for name, tensor in other.items()
+        )
+
+
+_towers: WeakValueDictionary[str, _Tower] = WeakValueDictionary()
+_lock = threading.Lock()
 
 
 class ZeroShot(ImageEvaluator):
@@ -120,7 +153,7 @@ class ZeroShot(ImageEvaluator):
         self._names: tuple[str, ...] = ()
         self._tokens: dict[str, Tensor] = {}
         self._of_base: Tensor | None = None  # prototypes, classes x width
-        self._text: dict[str, Tensor] = {}  # weights of the base's text tower
+        self._text: _Tower | None = None  # the base's text tower
 
     @property
     def digest(self) -> str:
@@ -152,9 +185,7 @@ class ZeroShot(ImageEvaluator):
         prototypes = self._embed(model, len(names))
         _require_different(prototypes, names)
         if self.prototypes == "auto":
-            self._text = {
-                name: tensor.detach().clone() for name, tensor in _text_tower(model).items()
-            }
+            self._text = _Tower.of(model)
         self._names, self._of_base = names, prototypes
         try:
             self.try_out(model)
@@ -176,15 +207,9 @@ class ZeroShot(ImageEvaluator):
     def _prototypes_of(self, model: nn.Module) -> Tensor:
         _ = self.examples
         assert self._of_base is not None
-        if self.prototypes == "base" or (self.prototypes == "auto" and self._same_text(model)):
+        if self.prototypes == "base" or (self._text is not None and self._text.is_that_of(model)):
             return self._of_base
         return self._embed(model, len(self._names))
-
-    def _same_text(self, model: nn.Module) -> bool:
-        tower = _text_tower(model)
-        return tower.keys() == self._text.keys() and all(
-            torch.equal(tensor, self._text[name]) for name, tensor in tower.items()
-        )
 
     def _embed(self, model: nn.Module, n: int) -> Tensor:
         """Return the prototypes of ``n`` classes: ``n x width``, float32, on the CPU."""
@@ -270,7 +295,7 @@ def _text_features(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 def _text_tower(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that are not of the vision tower and not the scale, by name."""
     return {
-        name: tensor
+        name: tensor.detach()
         for name, tensor in model.named_parameters()
         if not name.startswith(("vision_model.", "visual_projection.", "visual.", "visual_"))
         and name not in ("logit_scale", "logit_bias")

@@ -10,6 +10,7 @@ import csv
 import gzip
 import io
 import json
+import struct
 import threading
 import zipfile
 import zlib
@@ -46,6 +47,11 @@ _REFUSED = {
 }
 _IDX_BYTES = 8  # the idx code for unsigned bytes
 _LONGEST = 2**31 - 1
+_PACKED, _FREE = 300, 2**26  # how much larger what is packed may be, from so many bytes on
+_BROKEN = (  # what readers make of a damaged file
+    *(OSError, EOFError, ValueError, TypeError, KeyError, OverflowError, MemoryError),
+    *(RuntimeError, SyntaxError, struct.error, zlib.error, zipfile.BadZipFile, csv.Error),
+)
 _limit = threading.Lock()  # the csv module keeps its longest field for the whole process
 
 
@@ -93,17 +99,32 @@ def read_file(path: Path, split: str | None, encoding: str) -> Table:
         if kind == ".parquet":
             return _parquet(path)
         return _text_lines(path, encoding)
-    except (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile, csv.Error) as error:
-        raise EvaluationError(
-            f"{path} cannot be read: {first_line(error)}",
-            hint="it is damaged, or not what its name says",
-        ) from error
+    except _BROKEN as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: BaseException) -> EvaluationError:
+    return EvaluationError(
+        f"{path} cannot be read: {first_line(error)}",
+        hint="it is damaged, or not what its name says",
+    )
+
+
+def _unpacked(path: Path) -> bytes:
+    """Return the content of a file, unpacked where it is gzipped."""
+    content = path.read_bytes()
+    if content[:2] != b"\x1f\x8b":
+        return content
+    most = max(_FREE, _PACKED * len(content))
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        found = file.read(most + 1)
+    if len(found) > most:
+        raise ValueError(f"it unpacks to more than {_PACKED} times its size")
+    return found
 
 
 def _text(path: Path, encoding: str) -> str:
-    content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        content = gzip.decompress(content)
+    content = _unpacked(path)
     if b"\0" in content[:1_000_000] and "16" not in encoding and "32" not in encoding:
         raise EvaluationError(
             f"{path} is not a file of text",
@@ -250,7 +271,10 @@ def _parquet(path: Path) -> Table:
         raise ValueError(first_line(error)) from error
 
     def column(name: str) -> Sequence[object]:
-        values: list[object] = parquet.ParquetFile(path).read(columns=[name])[name].to_pylist()
+        try:
+            values: list[object] = parquet.ParquetFile(path).read(columns=[name])[name].to_pylist()
+        except (ArrowException, *_BROKEN) as error:
+            raise _damaged(path, error) from error
         return [_image_or_value(value) for value in values]
 
     return Table(str(path), size, names, column)
@@ -265,6 +289,10 @@ def _image_or_value(value: object) -> object:
 
 def _npz(path: Path, split: str | None) -> Table:
     """Read ``column`` arrays, or ``split_column`` arrays such as ``train_images``."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(one.file_size for one in archive.infolist())
+    if size > max(_FREE, _PACKED * path.stat().st_size):
+        raise ValueError(f"it unpacks to more than {_PACKED} times its size")
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         names = list(file.files)
         parts = [name.partition("_") for name in names]
@@ -299,16 +327,11 @@ def read_idx(path: Path) -> NDArray[np.uint8]:
         EvaluationError: When it is damaged or holds anything else.
     """
     try:
-        content = path.read_bytes()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
+        content = _unpacked(path)
         if len(content) < 8 or content[:3] != bytes((0, 0, _IDX_BYTES)):
             raise ValueError("it is not an idx file of bytes")
         start = 4 + 4 * content[3]
         shape = tuple(int(size) for size in np.frombuffer(content[4:start], dtype=">i4"))
         return np.frombuffer(content, dtype=np.uint8, offset=start).reshape(shape)
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise EvaluationError(
-            f"{path} cannot be read: {first_line(error)}",
-            hint="it is damaged or of another format; fetch it again",
-        ) from error
+    except _BROKEN as error:
+        raise _damaged(path, error) from error

@@ -98,7 +98,7 @@ def read_hub(
 def _refusal(name: str, configuration: str | None, error: Exception) -> EvaluationError:
     text = str(error)
     if "config" in text.lower() and isinstance(error, ValueError):
-        known = re.findall(r"'([^']+)'", text.partition("[")[2])
+        known = re.findall(r"'([^']+)'", text.partition("[")[2].partition("]")[0])
         if known:
             missing = (
                 f"has no configuration {configuration!r}"

@@ -6,8 +6,9 @@ are trained for one of them, which their folder says (Reimers and Gurevych 2019,
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
-from typing import Literal, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, Protocol, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,9 @@ _KEYS = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_lasttoken": "last",
 }
+
+
+_NAMES = {"mean": "mean", "cls": "cls", "lasttoken": "last"}
 
 
 @runtime_checkable
@@ -69,7 +73,8 @@ def pooling_of_folder(folder: object) -> Pooling:
         return "mean"
     on = [key for key, value in said.items() if key.startswith("pooling_mode") and value is True]
     named = said.get("pooling_mode")
-    modes = [_KEYS[key] for key in on if key in _KEYS] + [m for m in ("mean", "cls") if named == m]
+    modes = [_KEYS[key] for key in on if key in _KEYS]
+    modes += [mode for name, mode in _NAMES.items() if named == name]
     for known in get_args(Pooling):
         if modes == [known] and len(on) <= 1:
             found: Pooling = known
@@ -128,6 +133,9 @@ def features(model: nn.Module, tokens: Tokens, items: Tensor, pooling: Pooling) 
     """
     encoder = encoder_of(model)
     batch = tokens.batch(items, encoder)
+    if _is_sentence_model(encoder):
+        pooled: Tensor = encoder(dict(batch))["sentence_embedding"]
+        return pooled.float()
     output = encoder(**batch)
     hidden = output.last_hidden_state if isinstance(output, _HasHiddenState) else output
     if isinstance(hidden, Tensor) and hidden.dim() == 3:
@@ -140,6 +148,12 @@ def features(model: nn.Module, tokens: Tokens, items: Tensor, pooling: Pooling) 
         "neither hidden states nor one vector per text",
         hint="give an encoder such as one of AutoModel",
     )
+
+
+def _is_sentence_model(model: nn.Module) -> bool:
+    """Return whether a module is one of sentence-transformers, which pools by itself."""
+    library: Any = sys.modules.get("sentence_transformers")  # a model of it has loaded it
+    return library is not None and isinstance(model, library.SentenceTransformer)
 
 
 def all_features(model: nn.Module, tokens: Tokens, pooling: Pooling, batch_size: int) -> Tensor:

@@ -19,10 +19,11 @@ from map_bo.cached import cache_root, kept
 from map_bo.errors import EvaluationError, first_line, require
 from map_bo.evaluators.evaluator import device_of
 from map_bo.evaluators.isolation.quiet import quiet
+from map_bo.merging.checkpoints.checkpoint import read_object
 from map_bo.merging.checkpoints.hub import hub_model
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = ["Tokens", "check_vocabulary", "load_tokenizer", "longest_text", "tokenise"]
 
@@ -171,7 +172,8 @@ def longest_text(tokenizer: PreTrainedTokenizerBase, model: nn.Module, given: in
     Args:
         tokenizer: The tokenizer.
         model: The model.
-        given: What the user asks for; by default as many as model and tokenizer take.
+        given: What the user asks for; by default as many as model and tokenizer take, and as the
+            tokenizer's folder says where it is one of sentence-transformers.
 
     Raises:
         EvaluationError: When more is asked for than the model has positions.
@@ -185,6 +187,10 @@ def longest_text(tokenizer: PreTrainedTokenizerBase, model: nn.Module, given: in
     if given is not None:
         return given
     known = [tokenizer.model_max_length, *([] if positions is None else [positions])]
+    folder = tokenizer.name_or_path or _source_of(model)
+    said = read_object(Path(folder) / "sentence_bert_config.json") if folder else None
+    if said is not None and isinstance(said.get("max_seq_length"), int):
+        known.append(max(said["max_seq_length"], 2))
     return int(min([_NO_LIMIT, *known]))
 
 
@@ -214,7 +220,7 @@ def tokenise(
         cache_dir: Folder above that of the tokens; see `map_bo.cached.cache_root`.
 
     Raises:
-        EvaluationError: For a text of which no token is left.
+        EvaluationError: For a text of which no token is left, and where texts cannot be cut.
     """
 
     def make() -> dict[str, Tensor]:
@@ -244,6 +250,11 @@ def tokenise(
             f"row {rows[empty[0]] + 1} of {where} is a text without any token",
             hint="leave blank texts out",
         )
+    if int(tokens.lengths.max()) > max_length:
+        raise EvaluationError(
+            f"max_length is {max_length}, which leaves no room beside what the tokenizer adds",
+            hint="raise max_length",
+        )
     full = int((tokens.lengths >= max_length).sum())
     if full:
         logger.info(
@@ -258,18 +269,23 @@ def tokenise(
 
 def _source_of(model: nn.Module) -> str:
     """Return the folder or hub id that a model of transformers was made from; else nothing."""
+    inner = _of_transformers(model)
+    return "" if inner is None else str(inner.name_or_path or "")
+
+
+def _of_transformers(model: nn.Module) -> PreTrainedModel | None:
+    """Return a model of transformers, also one that is part of a larger module, if there is one."""
     from transformers import PreTrainedModel
 
-    return str(model.name_or_path or "") if isinstance(model, PreTrainedModel) else ""
+    return next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
 
 
 def _embedded(model: nn.Module) -> int | None:
     """Return how many tokens a model embeds; of a module of one's own its largest embedding."""
-    from transformers import PreTrainedModel
-
-    if isinstance(model, PreTrainedModel):
+    inner = _of_transformers(model)
+    if inner is not None:
         try:
-            weight: Any = model.get_input_embeddings().weight
+            weight: Any = inner.get_input_embeddings().weight
         except (NotImplementedError, AttributeError):  # of a model that is not of texts
             return None
         return int(weight.shape[0])
@@ -286,7 +302,7 @@ def _positions(model: nn.Module) -> int | None:
         size = settings.get(name)
         if isinstance(size, int) and size > 0:
             kind = str(settings.get("model_type", ""))
-            shifted = any(kind.endswith(one) for one in _SHIFTED)
+            shifted = any(one in kind for one in _SHIFTED)
             padding = settings.get("pad_token_id")
             # These count positions from the number of the padding token on.
             return size - (int(padding) + 1 if shifted and isinstance(padding, int) else 0)
@@ -295,11 +311,10 @@ def _positions(model: nn.Module) -> int | None:
 
 def settings_of(model: nn.Module) -> Mapping[str, Any]:
     """Return the configuration of a model of transformers as plain data; empty for others."""
-    from transformers import PreTrainedModel
-
-    if not isinstance(model, PreTrainedModel):
+    inner = _of_transformers(model)
+    if inner is None:
         return {}
-    found: dict[str, Any] = model.config.get_text_config().to_dict()
+    found: dict[str, Any] = inner.config.get_text_config().to_dict()
     return found
 
 

@@ -42,7 +42,13 @@ from map_bo.merging.export.write_shards import (
 )
 from map_bo.merging.vectors.blocks import with_known_blocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.operator import ChecksValues, MergeOperator, Weights, recipe_of
+from map_bo.merging.vectors.operator import (
+    ChecksValues,
+    MergeOperator,
+    Weights,
+    chosen_merge,
+    recipe_of,
+)
 from map_bo.merging.vectors.parallel import parallel_for
 from map_bo.merging.vectors.storage import parse_bytes
 from map_bo.space import CoefficientSpace
@@ -106,7 +112,7 @@ class ExportSettings:
 def merge_checkpoints(
     base: CheckpointSource,
     experts: Mapping[str, CheckpointSource],
-    coefficients: Mapping[str, float],
+    coefficients: Mapping[str, float | str],
     out: str | Path,
     *,
     operator: MergeOperator | None = None,
@@ -169,12 +175,14 @@ def merge_checkpoints(
     require_distinct(opened, checkpoints, joined)
     operator = with_known_blocks(operator, opened, checkpoints)
     space = operator.space(tuple(checkpoints), lower=0.0, upper=1.0)
+    c = _check_values(operator, space, coefficients)
+    operator, names, c = chosen_merge(operator, checkpoints, space.names, c)
     merge = Merge(
         base=opened,
         experts=checkpoints,
         operator=operator,
-        names=space.names,
-        c=_check_values(operator, space, coefficients),
+        names=names,
+        c=c,
         ties=joined,
         check_base=check_base,
     )
@@ -182,7 +190,7 @@ def merge_checkpoints(
 
 
 def _check_values(
-    operator: MergeOperator, space: CoefficientSpace, given: Mapping[str, float]
+    operator: MergeOperator, space: CoefficientSpace, given: Mapping[str, float | str]
 ) -> Tensor:
     """Return the coefficients of a merge, ``d``, checked.
 
@@ -195,13 +203,18 @@ def _check_values(
             f"there are no coefficients {listed(map(repr, unknown))}",
             hint=f"this merge takes {listed(space.names, 20)}",
         )
+    if space.choice is not None and space.choice.name in given:
+        # By name too; what another option would search is not asked for.
+        code = space.choice.code(given[space.choice.name])
+        rest = space.choice.alone(code, dict(zip(space.settings, space.defaults, strict=True)))
+        given = {**given, **rest}
     lacking = [name for name in space.settings if name not in given]
     if lacking:
         raise MergeError(
             f"no value is given for {listed(lacking)}",
             hint="give every setting that the operator searches",
         )
-    wrong = [name for name, value in given.items() if not math.isfinite(value)]
+    wrong = [n for n, v in given.items() if isinstance(v, str) or not math.isfinite(v)]
     if wrong:
         raise MergeError(
             f"the coefficients {listed(wrong)} must be finite, got "

@@ -2,14 +2,15 @@
 
 An operator prepares once, then writes a candidate for each coefficient vector. It reads base and
 task vectors piece by piece, wherever they are kept. Each further ability is a protocol of its own:
-here `Linear`, `HasDerivatives`, `PreparesDerivatives`, `ChecksValues` and `Followable`;
+here `Linear`, `HasDerivatives`, `PreparesDerivatives`, `ChecksValues`, `Chooses` and
+`Followable`;
 `~map_bo.merging.vectors.blocks.HasBlocks` and `~map_bo.merging.vectors.kernel.ReadsPieces` stand
 with what they need.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,6 +23,7 @@ from map_bo.space import CoefficientSpace
 
 __all__ = [
     "ChecksValues",
+    "Chooses",
     "Deltas",
     "Followable",
     "HasDerivatives",
@@ -31,6 +33,7 @@ __all__ = [
     "PreparedMerge",
     "PreparesDerivatives",
     "Weights",
+    "chosen_merge",
     "recipe_of",
 ]
 
@@ -192,6 +195,37 @@ class ChecksValues(Protocol):
             MergeError: Naming them.
         """
         ...
+
+
+@runtime_checkable
+class Chooses(Protocol):
+    """An operator whose coefficients say by which of several operators it merges."""
+
+    def chosen(
+        self, experts: tuple[str, ...], c: Tensor
+    ) -> tuple[MergeOperator, tuple[str, ...], Tensor]:
+        """Return the operator that merges with ``c`` (``d``), its coefficients' names and values.
+
+        Merging by that operator with these values is the same merge.
+
+        Args:
+            experts: ``N`` names, in the order of the space.
+            c: ``d`` coefficients.
+        """
+        ...
+
+
+def chosen_merge(
+    operator: MergeOperator, experts: Iterable[str], names: tuple[str, ...], c: Tensor
+) -> tuple[MergeOperator, tuple[str, ...], Tensor]:
+    """Return the one operator that merges with ``c`` (``d``), with names and values.
+
+    They are the given ones, unless the operator is a choice of several (:class:`Chooses`): what is
+    written, described and followed is the operator that was chosen.
+    """
+    if isinstance(operator, Chooses):
+        return operator.chosen(tuple(experts), c)
+    return operator, names, c
 
 
 @runtime_checkable

@@ -51,7 +51,7 @@ def imported_problem(
     lower: float = 0.0,
     upper: float = 1.0,
     sum_at_most: float | None = None,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     gradients: bool = False,

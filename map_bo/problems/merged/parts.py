@@ -40,6 +40,8 @@ from map_bo.merging.vectors.operator import (
 )
 from map_bo.merging.vectors.storage import Storage, StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors
+from map_bo.operators.searchable import each_operator
+from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.problems.merged.heads import TaskHeads
@@ -52,6 +54,7 @@ __all__ = [
     "check_gradients",
     "check_model",
     "check_space",
+    "check_statistics",
     "choose_storage",
     "describe_problem",
     "prepare_on_base",
@@ -98,12 +101,24 @@ def check_space(space: CoefficientSpace, natural: CoefficientSpace) -> None:
     Raises:
         MergeError: When names or owners differ.
     """
-    if (space.names, space.owner) != (natural.names, natural.owner):
+    given = (space.names, space.owner, space.choice)
+    if given != (natural.names, natural.owner, natural.choice):
         raise MergeError(
             f"the space has the coefficients {', '.join(space.names)}; the operator takes "
             f"{', '.join(natural.names)}",
             hint="build the space from the same experts and blocks, in the same order",
         )
+
+
+def check_statistics(operator: MergeOperator, experts: Mapping[str, Checkpoint]) -> None:
+    """Check that the statistics that an operator merges by belong to these weights.
+
+    Raises:
+        MergeError: For those of another model.
+    """
+    for one in each_operator(operator):
+        if isinstance(one, NeedsStatistics):
+            one.check_experts(experts)
 
 
 def check_gradients(

@@ -31,7 +31,7 @@ from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
 from map_bo.merging.align.layout import join_ties
 from map_bo.merging.align.vocabulary import VocabularyRule
-from map_bo.merging.checkpoints.checkpoint import Checkpoint, CheckpointSource, open_checkpoint
+from map_bo.merging.checkpoints.checkpoint import CheckpointSource, open_checkpoint
 from map_bo.merging.export.adapter import AdapterExport, export_adapter
 from map_bo.merging.export.bounded import Merge, merges_files, tie_weights
 from map_bo.merging.export.draft import refuse_existing
@@ -45,6 +45,7 @@ from map_bo.merging.vectors.operator import (
     MergeOperator,
     PreparedMerge,
     Weights,
+    chosen_merge,
     recipe_of,
 )
 from map_bo.merging.vectors.recalibration import (
@@ -55,7 +56,6 @@ from map_bo.merging.vectors.recalibration import (
 )
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
-from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
@@ -63,6 +63,7 @@ from map_bo.problems.merged.parts import (
     check_gradients,
     check_model,
     check_space,
+    check_statistics,
     choose_storage,
     describe_problem,
     prepare_on_base,
@@ -113,7 +114,7 @@ class MergedModelProblem:
         lower: Lower bound of every coefficient.
         upper: Upper bound of every coefficient.
         fixed: Coefficients that are not searched, by expert or by name of the coefficient: with
-            ``{"math": 1.0}`` the others are added to base and math.
+            ``{"math": 1.0}`` the others are added to base and math; see `with_fixed`.
         space: The coefficients, where bounds are not enough (a constraint on their sum, bounds
             that differ); it must have the operator's coefficients in their order.
         dtype: Storage of the task vectors: float32 (default), bfloat16 or float16 (see
@@ -158,7 +159,7 @@ class MergedModelProblem:
         metrics: Sequence[Metric] | None = None,
         lower: float = 0.0,
         upper: float = 1.0,
-        fixed: Mapping[str, float] | None = None,
+        fixed: Mapping[str, float | str] | None = None,
         space: CoefficientSpace | None = None,
         dtype: StorageDtype | None = None,
         device: torch.device | str = "cpu",
@@ -396,19 +397,18 @@ class MergedModelProblem:
         row, model = self._row(x), self._architecture()
         ties = self._model_ties(model)
         weights: Weights | None = None
-        merged: Checkpoint | None = None
-        if isinstance(self._operator, Linear):
+        operator, names, c = chosen_merge(self._operator, self._experts, self._space.names, row)
+        if isinstance(operator, Linear):
             joined = join_ties(self._base, ties)
-            weights = tie_weights(self._operator.weights(tuple(self._experts), row), joined)
-        else:
-            merged = open_checkpoint(self.merged(row))
+            weights = tie_weights(operator.weights(tuple(self._experts), c), joined)
+        merged = open_checkpoint(self.merged(row)) if weights is None else None
         return export_adapter(
             out,
             base=self._base,
             experts=self._experts,
             weights=weights,
-            operator=recipe_of(self._operator),
-            coefficients=dict(zip(self._space.names, row.tolist(), strict=True)),
+            operator=recipe_of(operator),
+            coefficients=dict(zip(names, c.tolist(), strict=True)),
             rank=rank,
             others=others,
             model=model,
@@ -507,14 +507,15 @@ class MergedModelProblem:
 
     def _merge(self, row: Tensor) -> Merge:
         """Return the merge with ``row`` (``d``): what its files follow from."""
-        from_files = merges_files(self._base, self._operator)
-        matter = ties_matter(self._base, self._experts, self._operator, self._space)
+        operator, names, c = chosen_merge(self._operator, self._experts, self._space.names, row)
+        from_files = merges_files(self._base, operator)
+        matter = ties_matter(self._base, self._experts, operator, self._space)
         return Merge(
             base=self._base,
             experts=self._experts,
-            operator=self._operator,
-            names=self._space.names,
-            c=row,
+            operator=operator,
+            names=names,
+            c=c,
             ties=self._ties() if matter else {},
             check_base=self._check_base,
             tensors=None if from_files else self.merged(row),
@@ -558,8 +559,7 @@ class MergedModelProblem:
             cache=self._storage.cache,
             spare_memory=self._storage.spare_memory,
         )
-        if isinstance(self._operator, NeedsStatistics):
-            self._operator.check_experts(self._experts)
+        check_statistics(self._operator, self._experts)
         live = LiveModel(
             model,
             vectors.layout,

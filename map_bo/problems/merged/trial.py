@@ -71,7 +71,7 @@ class Trial:
 
 
 def try_out(problem: MergedModelProblem, *, examples: int = 32) -> Trial:
-    """Score base and experts on the first few examples of each task.
+    """Score base and experts on a few examples of each task, evenly spaced.
 
     An evaluator that does not score by example is called on the base alone. The time of a task is
     that of its fastest model, because the first ones warm up.
@@ -140,10 +140,10 @@ def _try_task(
 def _values(
     key: str, evaluator: Any, model: nn.Module, names: Mapping[str, str], tried: int | None
 ) -> dict[str, float]:
-    """Return metric of the run -> value, on the first examples or on all of them."""
+    """Return metric of the run -> value, on some examples or on all of them."""
     if tried is not None:
         try:
-            items = torch.arange(tried)
+            items = torch.arange(tried) * evaluator.size // tried  # of all parts of the data
             outcomes = evaluator.score(model, items)
         except MapBoError as error:
             raise type(error)(f"task {key!r}: {error.message}", hint=error.hint) from error

@@ -26,6 +26,7 @@ from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.moved import under_old_name
+from map_bo.operators.searchable import OperatorChoice
 from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.problems.cache import (
     cache_root,
@@ -244,7 +245,7 @@ def digits_problem(
     size: int | None = None,
     lower: float = 0.0,
     upper: float = 1.0,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     blocks: Mapping[str, str] | None = None,
     sum_at_most: float | None = None,
     operator: MergeOperator | None = None,
@@ -299,13 +300,21 @@ def digits_problem(
             )
         operator = TaskArithmetic(blocks=dict(blocks))
     files = zoo.checkpoints(cache_dir, progress=progress)
-    if isinstance(operator, NeedsStatistics) and not operator.statistics:
-        folder = zoo.folder(cache_dir) / "statistics"
-        operator = operator.with_statistics(
-            digits_statistics(
-                arch, files.experts, operator.statistics_kind, folder, base=files.base
-            )
+    folder = zoo.folder(cache_dir) / "statistics"
+
+    def with_statistics(one: MergeOperator) -> MergeOperator:
+        if not isinstance(one, NeedsStatistics) or one.statistics:
+            return one
+        kind = one.statistics_kind
+        found: MergeOperator = one.with_statistics(
+            digits_statistics(arch, files.experts, kind, folder, base=files.base)
         )
+        return found
+
+    if isinstance(operator, OperatorChoice):
+        operator = operator.with_each(with_statistics)
+    elif operator is not None:
+        operator = with_statistics(operator)
     space = None
     if sum_at_most is not None:
         merging = TaskArithmetic() if operator is None else operator

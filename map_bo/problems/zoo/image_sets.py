@@ -21,9 +21,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from map_bo.errors import DataError
+from map_bo.errors import DataError, EvaluationError
+from map_bo.evaluators.data import Data, Examples
+from map_bo.evaluators.images.pixels import Resize, find_steps, folder_of, read_pixels
 
-__all__ = ["DATA_VARIABLE", "IMAGE_SETS", "ImageSet", "image_folder", "load_image_set"]
+__all__ = [
+    "DATA_VARIABLE",
+    "IMAGE_SETS",
+    "ImageSet",
+    "image_folder",
+    "load_image_set",
+    "read_image_set",
+]
 
 IMAGE_SETS = ("mnist", "fashion_mnist", "notmnist", "usps")
 """Names of the sets, in the order in which a zoo takes them."""
@@ -31,6 +40,7 @@ IMAGE_SETS = ("mnist", "fashion_mnist", "notmnist", "usps")
 DATA_VARIABLE = "MAP_BO_DATA"
 
 SIDE = 28
+CLASSES = 10
 _USPS_UNIT = 2000  # grey values are whole numbers from 0 to this
 _IDX_BYTES = 8  # the idx code for unsigned bytes
 _TEST_EVERY = 5  # notmnist comes in one part: the last row of every five is for testing
@@ -45,7 +55,7 @@ class ImageSet:
     """One set, split.
 
     Attributes:
-        name: One of ``IMAGE_SETS``.
+        name: One of ``IMAGE_SETS``, or that of a set of the user's own.
         train: ``n x 28 x 28`` grey images for training, 0 to 255.
         train_labels: ``n`` classes, 0 to 9.
         test: ``t x 28 x 28`` held-out images, none of which is, pixel by pixel, a training image.
@@ -119,9 +129,61 @@ def load_image_set(name: str, root: str | Path | None = None) -> ImageSet:
     else:
         train, train_labels = _idx_pair(folder, "train")
         test, test_labels = _idx_pair(folder, "t10k")
-    known = {image.tobytes() for image in train}
-    new = np.array([image.tobytes() not in known for image in test], dtype=bool)
-    return ImageSet(name, train, train_labels, test[new], test_labels[new], int((~new).sum()))
+    return _split(name, (train, train_labels), (test, test_labels))
+
+
+def read_image_set(name: str, train: Data, test: Data) -> ImageSet:
+    """Read a set of the user's own by data blocks: any images of at most ten classes.
+
+    They are scaled to 28 x 28 with their centre cut out, and made grey.
+
+    Args:
+        name: What to call it.
+        train: The images for training, roles ``image`` and ``label``.
+        test: The held-out images.
+
+    Raises:
+        DataError: When they cannot be read, have more than ten classes, or the classes of both
+            parts have other names.
+    """
+    try:
+        parts = [data.read(("image", "label")) for data in (train, test)]
+        for part in parts:
+            if max(part.classes()) >= CLASSES:
+                raise DataError(
+                    f"{part.where} has the class {max(part.classes())}, and heads of the image zoo "
+                    f"tell {CLASSES} classes apart",
+                    hint="leave classes out, or give them numbers from 0 to 9 with labels={...}",
+                )
+        if parts[0].label_names != parts[1].label_names:
+            raise DataError(
+                f"the classes of {parts[0].where} and of {parts[1].where} have other names",
+                hint="give both the same label map: labels=[...]",
+            )
+        images = [_grey(data, part) for data, part in zip((train, test), parts, strict=True)]
+    except EvaluationError as error:
+        raise DataError(f"image set {name!r}: {error.message}", hint=error.hint) from error
+    labels = [np.array(part.classes(), dtype=np.int64) for part in parts]
+    return _split(name, (images[0], labels[0]), (images[1], labels[1]))
+
+
+def _grey(data: Data, examples: Examples) -> Images:
+    steps = find_steps(Resize(size=SIDE, grey=True))
+    values = read_pixels(examples, steps, folder=folder_of(data)).values
+    if values.shape[1:] != (1, SIDE, SIDE):
+        raise DataError(
+            f"{examples.where} holds arrays of {tuple(values.shape[1:])}, which are not images",
+            hint="give files of images, or arrays of whole numbers from 0 to 255",
+        )
+    grey: Images = (values[:, 0] * 255).round().to(torch.uint8).numpy()
+    return grey
+
+
+def _split(name: str, train: tuple[Images, Labels], test: tuple[Images, Labels]) -> ImageSet:
+    """Leave out held-out images that are training images too."""
+    known = {image.tobytes() for image in train[0]}
+    new = np.array([image.tobytes() not in known for image in test[0]], dtype=bool)
+    return ImageSet(name, *train, test[0][new], test[1][new], int((~new).sum()))
 
 
 def _idx_pair(folder: Path, part: str) -> tuple[Images, Labels]:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Generator, Tensor, nn
 
 from map_bo.errors import DataError
-from map_bo.problems.zoo.image_sets import SIDE, image_folder, load_image_set
+from map_bo.problems.zoo.image_sets import CLASSES, SIDE, ImageSet, image_folder, load_image_set
 from map_bo.problems.zoo.training import train
 from map_bo.rng import child, make_generator, numpy_generator
 
@@ -28,6 +28,7 @@ __all__ = [
     "TRAIN_EXAMPLES",
     "ImageRecipe",
     "Selection",
+    "choose",
     "encoder",
     "select",
 ]
@@ -37,7 +38,6 @@ IMAGE_TRAINING_VERSION = 1
 
 TRAIN_EXAMPLES = 4000
 WIDTH = 48
-CLASSES = 10
 _BASE_EXAMPLES = 1000
 _RATE = 1e-3
 
@@ -77,7 +77,12 @@ def select(name: str, root: str | Path | None = None) -> Selection:
 
 @lru_cache(maxsize=8)
 def _select(name: str, folder: str) -> Selection:
-    data = load_image_set(name, folder)
+    return choose(load_image_set(name, folder))
+
+
+def choose(data: ImageSet) -> Selection:
+    """Return 4000 training images of a set that was read, and its shuffled test images."""
+    name = data.name
     generator = numpy_generator(make_generator(0), "images", name)
     chosen = generator.permutation(len(data.train))[:TRAIN_EXAMPLES]
     order = generator.permutation(len(data.test))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.errors import DataError
+from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import Measurement, accuracy
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.moved import under_old_name
@@ -29,11 +31,12 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.problems.zoo.image_sets import IMAGE_SETS
+from map_bo.problems.zoo.image_sets import IMAGE_SETS, read_image_set
 from map_bo.problems.zoo.image_training import (
     IMAGE_TRAINING_VERSION,
     ImageRecipe,
     Selection,
+    choose,
     encoder,
     select,
 )
@@ -52,20 +55,27 @@ class ImageZoo:
     Attributes:
         recipe: The settings of the training.
         root: Folder of the image sets; see :func:`map_bo.problems.zoo.image_sets.image_folder`.
+        own: Sets of the user's own by name: data blocks for training and for testing.
     """
 
     recipe: ImageRecipe
     root: str | Path | None = None
+    own: Mapping[str, tuple[Data, Data]] = field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the sets, and so of the experts."""
         return self.recipe.sets
 
-    @property
+    @cached_property
     def data(self) -> tuple[Selection, ...]:
-        """The images of each set; they are read once a process."""
-        return tuple(select(name, self.root) for name in self.names)
+        """The images of each set; they are read once per process, the user's own once per zoo."""
+        return tuple(
+            choose(read_image_set(name, *self.own[name]))
+            if name in self.own
+            else select(name, self.root)
+            for name in self.names
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return plain data that tell this zoo from others, wherever its images lie."""
@@ -210,11 +220,12 @@ def images_problem(
     size: int = SIZE,
     lower: float = 0.0,
     upper: float = 1.0,
-    fixed: Mapping[str, float] | None = None,
+    fixed: Mapping[str, float | str] | None = None,
     operator: MergeOperator | None = None,
     cache_dir: str | Path | None = None,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
+    data: Mapping[str, Mapping[str, Data | Mapping[str, Any] | str]] | None = None,
     examples: int | None = None,
 ) -> ImagesProblem:
     """Return the problem of merging encoders fine-tuned on real image sets, under frozen heads.
@@ -224,7 +235,7 @@ def images_problem(
 
     Args:
         root: Folder of the sets; None takes it from the environment variable ``MAP_BO_DATA``.
-        sets: Which sets, two or more of ``IMAGE_SETS``.
+        sets: Which sets of ``IMAGE_SETS``; with those of ``data``, two or more.
         seed: Seed of the training (not of any search).
         epochs: Passes of an expert over its 4000 training images.
         size: How many held-out images an evaluation uses, the same every time.
@@ -235,6 +246,9 @@ def images_problem(
         cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors: float32 or bfloat16.
+        data: Further sets of the user's own, of at most ten classes: name ->
+            ``{"train": ..., "test": ...}``, each a data block
+            (:class:`~map_bo.evaluators.data.Data`) with the roles ``image`` and ``label``.
         examples: The name of ``size`` in version 0.1; it goes in version 0.3.
 
     Raises:
@@ -242,7 +256,9 @@ def images_problem(
             cannot be written.
     """
     size = under_old_name("images_problem", "examples", "size", examples, size)
-    zoo = ImageZoo(ImageRecipe(tuple(sets), seed, epochs), root)
+    own = {name: _blocks(name, given) for name, given in (data or {}).items()}
+    names = (*sets, *(name for name in own if name not in sets))
+    zoo = ImageZoo(ImageRecipe(names, seed, epochs), root, own)
     return ImagesProblem(
         zoo,
         size,
@@ -253,6 +269,21 @@ def images_problem(
         fixed=fixed,
         dtype=dtype,
     )
+
+
+def _blocks(name: str, given: object) -> tuple[Data, Data]:
+    """Return the data blocks of a set of the user's own."""
+    if not isinstance(given, Mapping) or set(given) != {"train", "test"}:
+        raise DataError(
+            f"data of the image set {name!r} must have train and test, got {given!r:.80}",
+            hint="such as {train: {path: signs/train}, test: {path: signs/test}}",
+        )
+    if not name.isidentifier():
+        raise DataError(
+            f"the name of an image set must be letters, digits and underscores, got {name!r}",
+            hint="files are called like it",
+        )
+    return Data.of(given["train"]), Data.of(given["test"])
 
 
 def head(heads: Mapping[str, Tensor], name: str) -> nn.Linear:

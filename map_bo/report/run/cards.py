@@ -15,7 +15,7 @@ from torch import Tensor
 from map_bo.data import Metric
 from map_bo.report.normalised import OwnScores, normalised_rows, normalised_words
 from map_bo.report.numbers import (
-    coefficient,
+    coefficients,
     distinct,
     interval,
     metric_value,
@@ -175,8 +175,9 @@ def print_choice(
     chosen = _table(console)
     chosen.add_column("coefficient", overflow="fold")
     chosen.add_column("value", justify="right")
-    for name, value in zip(space.names, x.tolist(), strict=True):
-        chosen.add_row(_text(console, name), f"{value:.4f}")
+    for name, value in space.named(x.tolist()).items():
+        shown = _text(console, value) if isinstance(value, str) else f"{value:.4f}"
+        chosen.add_row(_text(console, name), shown)
     console.print(chosen)
     console.print()
     values = _table(console)
@@ -267,7 +268,7 @@ def _matrix(view: RunView, console: Console, rows: Iterable[int]) -> Table:
         real = zip(front.real[row].tolist(), view.metrics, strict=True)
         table.add_row(
             str(row),
-            *(coefficient(value) for value in front.X[row].tolist()),
+            *(_text(console, text) for text in coefficients(front.X[row].tolist(), view.space)),
             *predicted,
             *(metric_value(value, metric) for value, metric in later if corrected),
             *(metric_value(value, metric) for value, metric in real),
@@ -295,8 +296,11 @@ def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
     names = distinct([metric.name for metric in view.metrics], 12 if corrected else 14)
     for row in rows:
         scales = [
-            f"{name:<{wide}} {coefficient(value):>5}"
-            for name, value in zip(titles, front.X[row].tolist(), strict=True)
+            f"{name:<{wide}} {text:>5}"
+            for name, text in zip(
+                titles, coefficients(front.X[row].tolist(), view.space), strict=True
+            )
+            if text
         ]
         left = [str(row), *([share(float(front.probability[row]))] if probability else [])]
         left += ["feas.", share(float(front.feasible[row]))] if has_feasible(view) else []

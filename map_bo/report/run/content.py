@@ -52,6 +52,10 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         ("failed", (f"{failed}{partly}" if failed else "none")),
         ("front", f"{points}, {real or 'none'} of them also measured"),
     ]
+    if view.space.placed_choice is not None:
+        counts = view.space.placed_choice.counts(front.X)
+        used = ", ".join(f"{option} at {count}" for option, count in counts.items())
+        rows.append((view.space.placed_choice.axis.name, f"{used} of its points"))
     if stop_words(view):
         rows.append(("stopped", stop_words(view)))
     surrogate = summary.get("surrogate")

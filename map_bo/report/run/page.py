@@ -13,7 +13,7 @@ from typing import Any
 from map_bo.data import Metric
 from map_bo.report.files import write_whole
 from map_bo.report.normalised import OwnScores, normalised_rows, normalised_words
-from map_bo.report.numbers import coefficient, interval, metric_value, ratio, share, volume
+from map_bo.report.numbers import coefficients, interval, metric_value, ratio, share, volume
 from map_bo.report.page_style import STYLE, styled
 from map_bo.report.run.certainty import (
     calibration_rows,
@@ -193,7 +193,7 @@ def _front_table(view: RunView, rows: Iterable[int], caption: str) -> str:
     later, chances = front.corrected.tolist(), front.probability.tolist()
     body = []
     for row in rows:
-        cells = [f"<td>{coefficient(value)}</td>" for value in X[row]]
+        cells = [f"<td>{escape(text)}</td>" for text in coefficients(X[row], view.space)]
         for metric, value, low, high in zip(
             metrics, mean[row], lower[row], upper[row], strict=True
         ):
@@ -311,7 +311,7 @@ def _evaluations_table(view: RunView) -> str:
     data = zip(seen.X.tolist(), seen.Y.tolist(), seen.cost.tolist(), seen.failures, strict=True)
     for i, (x, y, cost, failure) in enumerate(data):
         what = anchors.get(i, "verification" if checked[i] else "search")
-        cells = "".join(f"<td>{coefficient(value)}</td>" for value in x)
+        cells = "".join(f"<td>{escape(text)}</td>" for text in coefficients(x, view.space))
         shown = [
             cell.replace("</td>", " (outlier)</td>") if (i + 1, metric.name) in aside else cell
             for cell, metric in zip(_real_cells(y, metrics), metrics, strict=True)

@@ -8,6 +8,8 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from map_bo.data import Front, Observations
 from map_bo.report.files import write_whole
 from map_bo.report.normalised import OwnScores
@@ -22,7 +24,8 @@ def write_evaluations_csv(
 ) -> None:
     """Write one row per evaluation, in order, failures included.
 
-    Columns: ``c:NAME`` for each coefficient; for each metric ``y:NAME`` (measured, own unit),
+    Columns: ``c:NAME`` for each coefficient, of a choice the code of its option and in
+    ``option:NAME`` the option's name; for each metric ``y:NAME`` (measured, own unit),
     ``var:NAME`` (noise variance) and ``n:NAME`` (examples it was measured on); ``cost`` (seconds)
     and ``failure`` (the reason). What is unknown is empty, as is what a failed evaluation did not
     measure; what it measured all the same is there.
@@ -32,17 +35,21 @@ def write_evaluations_csv(
     """
     seen = view_or_seen.seen if isinstance(view_or_seen, RunView) else view_or_seen
     header = [f"c:{name}" for name in space.names]
+    options = _options(seen.X, space)
+    header += [f"option:{space.choice.name}"] if space.choice is not None else []
     for metric in seen.metrics:
         header += [f"y:{metric.name}", f"var:{metric.name}", f"n:{metric.name}"]
     rows = (
         [
             *map(_number, x),
+            *option,
             *(_number(value) for triple in zip(y, var, n, strict=True) for value in triple),
             _number(cost),
             failure or "",
         ]
-        for x, y, var, n, cost, failure in zip(
+        for x, option, y, var, n, cost, failure in zip(
             seen.X.tolist(),
+            options,
             seen.Y.tolist(),
             seen.Yvar.tolist(),
             seen.counts.tolist(),
@@ -59,7 +66,8 @@ def write_front_csv(
 ) -> None:
     """Write one row per front point.
 
-    Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient; for each
+    Columns: ``point`` (the number to choose it by); ``c:NAME`` for each coefficient, of a
+    choice the code of its option and in ``option:NAME`` the option's name; for each
     metric ``predicted:NAME``, ``std:NAME``, ``lower:NAME``, ``upper:NAME`` (95 % interval),
     ``corrected:NAME`` (predicted with the verified points among the data; empty where nothing was
     verified) and ``real:NAME`` (empty where the point was not verified); ``probability`` (of
@@ -72,6 +80,7 @@ def write_front_csv(
         OSError: When the file cannot be written; it is then as it was before.
     """
     header = ["point", *(f"c:{name}" for name in space.names)]
+    header += [f"option:{space.choice.name}"] if space.choice is not None else []
     for metric in front.metrics:
         parts = ("predicted", "std", "lower", "upper", "corrected", "real")
         header += [f"{part}:{metric.name}" for part in parts]
@@ -89,12 +98,26 @@ def write_front_csv(
             for metric, column in zip(front.metrics, parted, strict=True):
                 ends[f"normalised{part}:{metric.name}"] = column.tolist()
     rows = (
-        [str(point), *map(_number, x), *row, *map(_number, last)]
-        for point, (x, row, last) in enumerate(
-            zip(front.X.tolist(), values, zip(*ends.values(), strict=True), strict=True)
+        [str(point), *map(_number, x), *option, *row, *map(_number, last)]
+        for point, (x, option, row, last) in enumerate(
+            zip(
+                front.X.tolist(),
+                _options(front.X, space),
+                values,
+                zip(*ends.values(), strict=True),
+                strict=True,
+            )
         )
     )
     _write([*header, *ends], rows, path)
+
+
+def _options(X: Tensor, space: CoefficientSpace) -> list[list[str]]:
+    """Return the option of each row (``n x d``) by name; nothing where there is no choice."""
+    placed = space.placed_choice
+    if placed is None:
+        return [[] for _ in X]
+    return [[placed.axis.options[code]] for code in placed.codes(X).tolist()]
 
 
 def _number(value: float) -> str:

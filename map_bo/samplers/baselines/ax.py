@@ -15,7 +15,7 @@ import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from botorch.exceptions.errors import BotorchError
@@ -49,6 +49,9 @@ class AxSampler:
     are left out. The Sobol points go on, with the reason in the log, when Ax cannot fit its model
     or repeats a point.
 
+    A choice is a categorical parameter of Ax; settings that only one option has are parameters
+    everywhere, and put to their defaults in what Ax proposes under another.
+
     Any number of metrics works. Measured with Ax 1.3.1 on one core, a proposal of one point takes
     some 10 seconds with four metrics and 25 evaluations, and less with more metrics, for which Ax
     takes another acquisition.
@@ -60,6 +63,8 @@ class AxSampler:
             worst value among the base and the experts, where two of them were seen. By default it
             infers one from the data.
     """
+
+    takes_choice: ClassVar[bool] = True
 
     initial: int = 5
     thresholds: bool = False
@@ -164,13 +169,20 @@ class AxSampler:
     ) -> Client:
         """Return an experiment without trials: ``initial`` points, then the model."""
         from ax.api.client import Client
-        from ax.api.configs import RangeParameterConfig
+        from ax.api.configs import ChoiceParameterConfig, RangeParameterConfig
 
-        client = Client(random_seed=seed)
+        client, placed = Client(random_seed=seed), space.placed_choice
         client.configure_experiment(
             # Names of our own: Ax takes those of coefficients and metrics for expressions.
             [
-                RangeParameterConfig(name=f"c{i}", bounds=bounds, parameter_type="float")
+                ChoiceParameterConfig(
+                    name=f"c{i}",
+                    values=list(range(placed.count)),
+                    parameter_type="int",
+                    is_ordered=False,
+                )
+                if placed is not None and i == placed.column
+                else RangeParameterConfig(name=f"c{i}", bounds=bounds, parameter_type="float")
                 for i, bounds in enumerate(zip(space.lower, space.upper, strict=True))
                 if bounds[0] < bounds[1]
             ],
@@ -232,4 +244,8 @@ def _points(client: Client, n: int, space: CoefficientSpace) -> Tensor:
 def _named(x: Tensor, space: CoefficientSpace) -> dict[str, float]:
     """Return what is searched of a point by Ax's names; what is fixed is no parameter of Ax."""
     bounds = zip(x.tolist(), space.lower, space.upper, strict=True)
-    return {f"c{i}": value for i, (value, low, high) in enumerate(bounds) if low < high}
+    found = {f"c{i}": value for i, (value, low, high) in enumerate(bounds) if low < high}
+    placed = space.placed_choice
+    if placed is not None and placed.free:
+        found[f"c{placed.column}"] = int(placed.codes(x))
+    return found

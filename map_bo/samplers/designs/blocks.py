@@ -9,7 +9,7 @@ design searches that subspace first, and then around it.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -46,6 +46,7 @@ class TiedSobol:
     """
 
     fills_space: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     anchors: bool = True
     tied: int | None = None
@@ -95,6 +96,8 @@ class TiedSobol:
                 yield X[:rest]
                 X, rest = X[rest:], max(0, rest - len(X))
             V = next(deviations)[: len(X)]
+            if space.placed_choice is not None:  # an option is no distance from another
+                V[:, space.placed_choice.column] = 0.0
             yield space.project(X + self.spread * (high - low) * V)
 
 
@@ -121,11 +124,20 @@ def tied_space(space: CoefficientSpace) -> CoefficientSpace | None:
         for c in space.constraints
     }
     try:
-        return CoefficientSpace(
+        tied = CoefficientSpace(
             names,
             tuple(float(low[rows].max()) for rows in members),
             tuple(float(high[rows].min()) for rows in members),
             tuple(sorted(constraints, key=repr)),
+        )
+        if space.choice is None:
+            return tied
+        return replace(
+            tied,
+            owner=(*range(len(space.experts)), *(-1 for _ in space.settings)),
+            experts=space.experts,
+            defaults=space.defaults,
+            choice=space.choice,
         )
     except SpaceError:
         return None

@@ -44,6 +44,7 @@ class LatinHypercube:
     """
 
     fills_space: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     anchors: bool = True
     size: int | None = None

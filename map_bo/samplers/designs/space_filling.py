@@ -12,6 +12,9 @@ points evenly over the simplex below the bound. The map that leaves the smaller 
 outside the space is used. While at least one point in sixteen lands inside, the others are left
 out, so that the points are uniform in the space; below that they are moved to the nearest point of
 the space, which gathers them on its boundary.
+
+A choice shares one edge of the cube evenly among its options, so what is spread evenly over the
+cube is balanced over them.
 """
 
 from __future__ import annotations
@@ -59,6 +62,7 @@ class Sobol:
     """
 
     fills_space: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     anchors: bool = True
 
@@ -89,6 +93,7 @@ class Uniform:
     """
 
     fills_space: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     anchors: bool = True
 
@@ -121,6 +126,7 @@ class Dirichlet:
     """
 
     fills_space: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     anchors: bool = True
     concentration: float = 1.0
@@ -164,10 +170,9 @@ class Dirichlet:
             source = numpy_generator(generator, "dirichlet")
             while True:
                 # A setting of the operator is no weight; it is drawn uniformly.
-                U = torch.from_numpy(source.random((_CHUNK, int(settings.sum()))))
-                X = torch.zeros(_CHUNK, space.d, dtype=torch.float64)
-                low, high = space.bounds[:, settings]
-                X[:, settings] = low + (high - low) * U
+                U = torch.zeros(_CHUNK, space.d, dtype=torch.float64)
+                U[:, settings] = torch.from_numpy(source.random((_CHUNK, int(settings.sum()))))
+                X = torch.where(settings, space.unnormalise(U), 0.0)
                 for block, total in zip(blocks, totals, strict=True):
                     alpha = [self.concentration] * len(block)
                     X[:, block] = total * torch.from_numpy(source.dirichlet(alpha, _CHUNK))

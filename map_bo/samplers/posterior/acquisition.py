@@ -23,7 +23,7 @@ from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility
 
-__all__ = ["AcquisitionDriven", "Chance", "Weighted", "first_points"]
+__all__ = ["AcquisitionDriven", "Chance", "Weighted", "first_points", "of_each_option"]
 
 _DRAWS = {torch.multinomial, torch.randperm, torch.rand, torch.randn, torch.randint}
 _NEAR = 0.1  # standard deviation of starts around good observations, share of the box
@@ -60,7 +60,9 @@ class Chance(TorchFunctionMode):
 class AcquisitionDriven(PosteriorDriven):
     """Base of the samplers that maximise an acquisition function of the posterior.
 
-    Points of one call are chosen one after the other, each with those before it pending.
+    Points of one call are chosen one after the other, each with those before it pending. In a space
+    with a choice the optimiser runs for each option, with its share of the starts and at least
+    two, and the best is taken.
 
     Attributes:
         restarts: Starts of the optimiser.
@@ -171,8 +173,32 @@ class AcquisitionDriven(PosteriorDriven):
         if not bool(torch.isfinite(values).any()):
             raise ArithmeticError("the acquisition is nowhere finite")
         values = values.nan_to_num(nan=-math.inf)
+        parts = of_each_option(starts, space)
+        restarts = self.restarts if len(parts) == 1 else max(2, -(-self.restarts // len(parts)))
+        climbed = [
+            self._climb(acquisition, starts[rows], values[rows], part, chance, restarts=restarts)
+            for part, rows in parts
+            if bool(torch.isfinite(values[rows]).any())
+        ]
+        points = torch.cat([*(found for found, _ in climbed), starts])
+        values = torch.cat([*(at for _, at in climbed), values])
+        order = values.argsort(descending=True, stable=True)
+        new = order[~is_repeat(points[order], known, space, tolerance=NEAREST)]
+        return points[new[:1]]
+
+    def _climb(
+        self,
+        acquisition: AcquisitionFunction,
+        starts: Tensor,
+        values: Tensor,
+        space: CoefficientSpace,
+        chance: Chance,
+        *,
+        restarts: int,
+    ) -> tuple[Tensor, Tensor]:
+        """Return where the optimiser ends that begins at the best of ``starts``, and the values."""
         finite = torch.isfinite(values)
-        count = min(self.restarts, int(finite.sum()))
+        count = min(restarts, int(finite.sum()))
         with chance:
             chosen, _ = initialize_q_batch(starts[finite].unsqueeze(1), values[finite], n=count)
         inequalities, equalities = _constraints(space)
@@ -188,11 +214,8 @@ class AcquisitionDriven(PosteriorDriven):
             return_best_only=False,
             retry_on_optimization_warning=False,
         )
-        points = torch.cat([space.project(found.squeeze(1)), starts])
-        values = torch.cat([torch.as_tensor(found_values).nan_to_num(nan=-math.inf), values])
-        order = values.argsort(descending=True, stable=True)
-        new = order[~is_repeat(points[order], known, space, tolerance=NEAREST)]
-        return points[new[:1]]
+        at = torch.as_tensor(found_values).nan_to_num(nan=-math.inf)
+        return space.project(found.squeeze(1)), at
 
 
 class Weighted(AcquisitionFunction):
@@ -226,6 +249,17 @@ def _constraints(
         else:
             inequalities.append((indices, -weights[indices], -constraint.bound))
     return inequalities or None, equalities or None
+
+
+def of_each_option(X: Tensor, space: CoefficientSpace) -> list[tuple[CoefficientSpace, Tensor]]:
+    """Return the space of each option, and which rows of ``X`` (``n x d``) are in it.
+
+    Acquisitions are climbed in each of them alone. Without a choice it is the space and all rows.
+    """
+    if space.placed_choice is None or len(space.by_option) == 1:
+        return [(space, torch.ones(len(X), dtype=torch.bool))]
+    codes = space.placed_choice.codes(X)
+    return [(part, codes == code) for code, part in enumerate(space.by_option)]
 
 
 def first_points(points: Iterator[Tensor], n: int) -> Tensor:

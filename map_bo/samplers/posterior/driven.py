@@ -18,6 +18,7 @@ from linear_operator.utils.errors import NanError, NotPSDError
 from linear_operator.utils.warnings import NumericalWarning
 from torch import Generator, Tensor
 
+from map_bo.choice import handles_choice
 from map_bo.constraints import AtLeast, AtMost, Constraint
 from map_bo.data import Metric, Observations, to_maximisation
 from map_bo.errors import SamplerError, SurrogateError
@@ -182,7 +183,8 @@ class PosteriorDriven:
             of any run it is the default one of a run, :class:`~map_bo.surrogates.auto.Auto`.
         design: Proposes the initial points.
         initial: Evaluations, seen or pending, before the first fit. ``None``: as many as a box has
-            anchors (base, ``N`` experts, uniform blend) and ``max(2, N // 2)`` more.
+            anchors (base, ``N`` experts, uniform blend, which every option has) and
+            ``max(2, N // 2)`` more.
         reference: Reference point by metric name, in the metrics' own units; metrics left out
             keep the default of :meth:`map_bo.scale.Scale.of`.
         requirements: What points have to fulfil; a run sets it.
@@ -319,10 +321,18 @@ class PosteriorDriven:
                 "use one that looks through none, such as sampler=sobol or sampler=published",
             )
 
+    @property
+    def takes_choice(self) -> bool:
+        """Whether its design and, if it has one, its surrogate handle a space with a choice."""
+        parts = [self.design] if self.surrogate is None else [self.design, self.surrogate]
+        return all(handles_choice(part) for part in parts)
+
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""
-        experts = len(space.experts)
-        return experts + 2 + max(2, experts // 2) if self.initial is None else self.initial
+        if self.initial is not None:
+            return self.initial
+        experts, blends = len(space.experts), len(space.by_option)
+        return experts + 1 + blends + max(2, experts // 2)
 
     def check(self, metrics: tuple[Metric, ...]) -> None:
         """Refuse metrics that the sampler cannot handle.

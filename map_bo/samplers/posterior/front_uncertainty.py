@@ -41,6 +41,7 @@ slope of gains over link values.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -54,7 +55,7 @@ from map_bo.pareto.gradient import ascend
 from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import is_repeat
-from map_bo.samplers.posterior.acquisition import AcquisitionDriven, Weighted
+from map_bo.samplers.posterior.acquisition import AcquisitionDriven, Weighted, of_each_option
 from map_bo.samplers.posterior.driven import Situation
 from map_bo.samplers.posterior.variance import VarianceReduction, gain_slopes
 from map_bo.space import CoefficientSpace
@@ -103,7 +104,9 @@ class FrontUncertainty(AcquisitionDriven):
 
     def initial_points(self, space: CoefficientSpace) -> int:
         """Return how many evaluations come before the first fit."""
-        return len(space.experts) + 2 if self.initial is None else self.initial
+        return (
+            len(space.experts) + 1 + len(space.by_option) if self.initial is None else self.initial
+        )
 
     def weighted(
         self, acquisition: AcquisitionFunction, situation: Situation
@@ -276,20 +279,25 @@ def plausible_optima(
         return (gains @ weights.T).argmax(-2)
 
     mean_gains = situation.allowed(situation.mean_gains)
+    parts = [pool[rows] for _, rows in of_each_option(pool, space)]
     with torch.no_grad():
-        start = pool[best(mean_gains(pool))]
+        starts = [part[best(mean_gains(part))] for part in parts if len(part)]
 
     def utility(Z: Tensor) -> Tensor:
         return (mean_gains(Z) * weights).sum(-1)
 
-    certain = ascend(utility, space, start, steps=_ASCENT, learning_rate=0.05)
-    pool = torch.cat([certain, pool])
+    climbed = [ascend(utility, space, X, steps=_ASCENT, learning_rate=0.05) for X in starts]
+    certain = _best_of(climbed, utility)
+    pool = torch.cat([*climbed, pool])
     gains = situation.gains()
     source = child(generator, "draws")
     functions = model.sample_functions(draws, generator=source)
     with torch.no_grad():
         allowed = situation.allowed(lambda Z: gains(functions(Z), None))
-        found = pool[best(allowed(pool)).flatten()]  # s k x d
+        # s k x d of every option, where they are climbed, else of all together
+        parts = [pool[rows] for _, rows in of_each_option(pool, space)]
+        parts = [part for part in parts if len(part)] if functions.explicit else [pool]
+        drawn_best = [part[best(allowed(part)).flatten()] for part in parts]
     if functions.explicit:
         which = torch.arange(draws).repeat_interleave(len(weights))
         wanted = weights.repeat(draws, 1)
@@ -299,10 +307,24 @@ def plausible_optima(
         def drawn(Z: Tensor) -> Tensor:
             return (each(Z) * wanted).sum(-1)
 
-        found = ascend(drawn, space, found, steps=_ASCENT, learning_rate=0.05)
+        drawn_best = [
+            ascend(drawn, space, X, steps=_ASCENT, learning_rate=0.05) for X in drawn_best
+        ]
+        found = _best_of(drawn_best, drawn)
+    else:
+        found = drawn_best[0]
     points = torch.cat([certain, found])
     kept = points[:1]
     for point in points[1:]:
         if not bool(is_repeat(point.unsqueeze(0), kept, space, tolerance=_SAME)):
             kept = torch.cat([kept, point.unsqueeze(0)])
     return kept
+
+
+def _best_of(options: list[Tensor], value: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return, row by row, the best of several tensors ``n x d`` by ``value`` (to ``n``)."""
+    if len(options) == 1:
+        return options[0]
+    with torch.no_grad():
+        which = torch.stack([value(X) for X in options]).argmax(0)
+    return torch.stack(options)[which, torch.arange(len(which))]

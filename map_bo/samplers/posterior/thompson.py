@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 from map_bo.errors import SamplerError
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import GradientSolver
+from map_bo.pareto.solver import solve_front
 from map_bo.rng import child, child_seed
 from map_bo.samplers.designs.space_filling import is_repeat
 from map_bo.samplers.posterior.driven import NEAREST, PosteriorDriven, Situation
@@ -87,12 +88,11 @@ class ThompsonFronts(PosteriorDriven):
 
         if function.explicit:
             solved = situation.allowed(drawn)
-            X = self.solver.solve(solved, space, generator=child(source, "front"))
+            X = solve_front(self.solver, solved, space, generator=child(source, "front"))
             with torch.no_grad():
                 return X, drawn(X), drawn(waiting)
-        mean_front = self.solver.solve(
-            situation.allowed(situation.mean_gains), space, generator=child(source, "front")
-        )
+        allowed = situation.allowed(situation.mean_gains)
+        mean_front = solve_front(self.solver, allowed, space, generator=child(source, "front"))
         pool = torch.cat(
             [waiting, mean_front, space.sample(self.pool, generator=child(source, "pool"))]
         )

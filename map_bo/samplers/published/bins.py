@@ -110,6 +110,11 @@ class Bins(PosteriorDriven):
                 hint="it must be more than 2, or the prior of a bin has no mean",
             )
 
+    @property
+    def takes_choice(self) -> bool:
+        """A choice has no direction, so bins of directions do not handle one."""
+        return False
+
     def check_surrogate(self, surrogate: Surrogate) -> None:
         """Refuse a surrogate whose models cannot leave evaluations out.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, cast
 
 import gpytorch
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.features import OptionColumns, inputs
 from map_bo.surrogates.gradients import gradient_rows, gradient_scale
 from map_bo.surrogates.links import (
     Link,
@@ -37,7 +38,12 @@ from map_bo.surrogates.processes.gp_gradients import (
     ObservedGradients,
     fit_joint,
 )
-from map_bo.surrogates.processes.kernels import Trend, TrendRBFKernel, trend_groups
+from map_bo.surrogates.processes.kernels import (
+    OptionTrend,
+    Trend,
+    TrendRBFKernel,
+    trend_sizes,
+)
 from map_bo.surrogates.processes.marginal import (
     ClosedFormMean,
     Fitted,
@@ -60,6 +66,9 @@ __all__ = ["GP", "GPModel", "MetricGP", "ProcessPrior", "fit_processes"]
 # what is left to explain where the noise is known.
 _NOISE_PRIOR = (-4.0, 1.0)
 _MISFIT_PRIOR = (-7.0, 2.0)
+# (mean, spread) of the log lengthscale of the column of an option, which is 0 or 1: two options are
+# correlated by exp(-1/2) at its mean.
+_OPTION_PRIOR = (0.5 * math.log(2.0), 1.0)
 # Added to posterior variances, as a share of the metric's variance: near points of a smooth process
 # are so alike that their covariance is not positive definite in float64.
 _JITTER = 1e-8
@@ -78,7 +87,7 @@ class ProcessPrior:
         lengthscale: Mean and standard deviation of the log lengthscale in one dimension, as a
             share of the box's width; the mean grows by half the logarithm of the dimension, as
             distances do (Hvarfner et al., *Vanilla Bayesian Optimization Performs Great in High
-            Dimensions*, ICML 2024).
+            Dimensions*, ICML 2024). The columns of options have a prior of their own.
     """
 
     trend: Trend
@@ -87,27 +96,39 @@ class ProcessPrior:
     scale: tuple[float, float]
     lengthscale: tuple[float, float]
 
+    def within(self, space: CoefficientSpace) -> ProcessPrior:
+        """Return the prior in a space: with a choice, its trend is one of every option."""
+        columns = OptionColumns.of(space)
+        if columns is None or isinstance(self.trend, OptionTrend):
+            return self
+        return replace(self, trend=OptionTrend(self.trend, columns))
+
+    def _options(self) -> int:
+        return len(self.trend.columns.own) if isinstance(self.trend, OptionTrend) else 0
+
     def on(self, d: int, *, known_noise: bool) -> LogPrior:
-        """Return the prior in ``d`` dimensions."""
-        groups = trend_groups(self.trend, d)
-        sizes = torch.bincount(groups).clamp_min(1).tolist()
+        """Return the prior for ``d`` inputs."""
+        sizes, options = trend_sizes(self.trend, d), self._options()
+        d -= options
         rows = [
             _MISFIT_PRIOR if known_noise else _NOISE_PRIOR,
             *((math.log(self.trend_variance / size), self.trend_spread) for size in sizes),
             self.scale,
             *[(self.lengthscale[0] + 0.5 * math.log(d), self.lengthscale[1])] * d,
+            *[_OPTION_PRIOR] * options,
         ]
         table = torch.tensor(rows, dtype=torch.float64)
         return LogPrior(table[:, 0].clone(), table[:, 1].clone())
 
     def starts(self, prior: LogPrior, d: int) -> Tensor:
         """Return where to start (``2 x p``): little but the trend, and mostly the RBF."""
-        groups = int(trend_groups(self.trend, d)[-1]) + 1
+        groups, d = len(trend_sizes(self.trend, d)), d - self._options()
         calm, lively = prior.mean.clone(), prior.mean.clone()
-        if self.trend == "quadratic":
+        each = self.trend.each if isinstance(self.trend, OptionTrend) else self.trend
+        if each == "quadratic":
             calm[1 + groups] = math.log(0.01)
         lively[1 + groups] = math.log(0.5)
-        lively[2 + groups :] = math.log(0.3 * math.sqrt(d))
+        lively[2 + groups : 2 + groups + d] = math.log(0.3 * math.sqrt(d))
         return torch.stack([calm, lively])
 
 
@@ -172,6 +193,12 @@ class MetricGP(SingleTaskGP):
         self.misfit, self.jitter, self.note, self.cost = misfit, jitter, note, cost
         self.rows = rows
         self.eval()
+
+    @property
+    def has_choice(self) -> bool:
+        """Whether it is a process over a space with a choice."""
+        kernel = self.covar_module
+        return isinstance(kernel, TrendRBFKernel) and kernel.space.choice is not None
 
     def at_all_rows(self, values: Tensor) -> Tensor:
         """Return values of what it was fitted to with NaN at evaluations without the metric.
@@ -248,7 +275,10 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
             # One batch where it can be one: processes with gradients have as many as they have, and
             # metrics of partial rows as many values as were measured.
             apart = len({len(part[1]) for part in parts}) > 1
-            if apart or any(isinstance(part[0], ConditionedKernel) for part in parts):
+            if apart and all(process.has_choice for process in self.processes):
+                alone = [ClosedFormMean.of([part]) for part in parts]
+                self._mean = lambda X: torch.cat([mean(X) for mean in alone], -1)
+            elif apart or any(isinstance(part[0], ConditionedKernel) for part in parts):
                 self._mean = GradientMean.stacked(parts)
             else:
                 self._mean = ClosedFormMean.of(parts)
@@ -349,7 +379,9 @@ class GP:
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
     unknown noise is fitted. Observed gradients condition the process too, with noise and a nugget
     of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). All is relative to the spread
-    of a metric, so its unit does not matter.
+    of a metric, so its unit does not matter. In a space with a choice the covariance is multiplied
+    by a Hamming kernel over the options, and each has a constant of its own
+    (:mod:`map_bo.surrogates.features`).
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
@@ -362,6 +394,7 @@ class GP:
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
     takes_partial_rows: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)
@@ -429,7 +462,7 @@ def _processes(
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
     rows = gradient_rows(seen, links, space)
-    U = space.normalise(seen.X)
+    U, prior = inputs(seen.X, space), prior.within(space)
     processes = []
     for j, (metric, its_link) in enumerate(zip(seen.metrics, links, strict=True)):
         z, v = Z[:, j], variance[:, j]
@@ -441,8 +474,8 @@ def _processes(
             gradients = ObservedGradients.of(rows.gradients[:, j], rows.variance[:, j])
             unit = torch.maximum(unit, gradient_scale(rows)[j])
         unit = target_units(shift, unit, (its_link,))[0]
-        at = prior.on(space.d, known_noise=known)
-        starts, squared = prior.starts(at, space.d), unit.square()
+        at = prior.on(U.shape[-1], known_noise=known)
+        starts, squared = prior.starts(at, U.shape[-1]), unit.square()
         values = (z - shift) / unit, v / squared
         if gradients is None:
             fitted: Fitted = fit(U, *values, prior.trend, at, starts)

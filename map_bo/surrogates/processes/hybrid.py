@@ -30,6 +30,8 @@ class Hybrid:
     The quadratic carries the trend, also outside the data, with one prior variance for each of
     constant, linear, square and cross features; the squared-exponential part follows what
     a quadratic cannot. Both are one Gaussian process, fitted jointly by its marginal likelihood.
+    In a space with a choice both are hierarchies over its options
+    (:mod:`map_bo.surrogates.features`).
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
@@ -41,6 +43,7 @@ class Hybrid:
     importance: float = 0.5
     leaves_one_out: ClassVar[bool] = True
     takes_partial_rows: ClassVar[bool] = True
+    takes_choice: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         links_for((), kind=self.link)

@@ -9,6 +9,7 @@ that is integrated out instead of fitted.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -18,9 +19,16 @@ from gpytorch.kernels import Kernel, RBFKernel
 from torch import Tensor
 
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.features import feature_groups, quadratic_features
+from map_bo.surrogates.features import (
+    GROUPS,
+    OptionColumns,
+    feature_groups,
+    inputs,
+    quadratic_features,
+)
 
 __all__ = [
+    "OptionTrend",
     "QuadraticKernel",
     "Trend",
     "TrendRBFKernel",
@@ -28,13 +36,51 @@ __all__ = [
     "squared_exponential",
     "trend_features",
     "trend_groups",
+    "trend_sizes",
 ]
 
-Trend = Literal["constant", "quadratic"]
+
+@dataclass(frozen=True)
+class OptionTrend:
+    """A trend in a space with a choice: one that all options share, and the deviation of each.
+
+    Attributes:
+        each: What they all are.
+        columns: Which inputs they are made of.
+    """
+
+    each: Literal["constant", "quadratic"]
+    columns: OptionColumns
+
+    @property
+    def count(self) -> int:
+        """How many groups of features there are without a choice."""
+        return 1 if self.each == "constant" else len(GROUPS)
+
+    def features_of(self, U: Tensor) -> Tensor:
+        """Return the features of one of them, of some columns."""
+        return trend_features(self.each, U)
+
+    def groups_of(self, d: int) -> Tensor:
+        """Return the groups of the features of one of them, of ``d`` columns."""
+        return trend_groups(self.each, d)
+
+
+Trend = Literal["constant", "quadratic"] | OptionTrend
+
+
+def trend_sizes(trend: Trend, d: int) -> list[float]:
+    """Return by what the prior variance of each group of features is divided."""
+    if isinstance(trend, OptionTrend):
+        found: list[float] = trend.columns.sizes(trend.groups_of, trend.count).tolist()
+        return found
+    return torch.bincount(trend_groups(trend, d)).clamp_min(1).tolist()
 
 
 def trend_features(trend: Trend, U: Tensor) -> Tensor:
     """Return the trend's features (``... x D``) of ``U`` (``... x d``, in the unit cube)."""
+    if isinstance(trend, OptionTrend):
+        return trend.columns.features(U, trend.features_of)
     if trend == "constant":
         return torch.ones_like(U[..., :1])
     return quadratic_features(2 * U - 1)
@@ -42,6 +88,8 @@ def trend_features(trend: Trend, U: Tensor) -> Tensor:
 
 def trend_groups(trend: Trend, d: int) -> Tensor:
     """Return for each of the ``D`` features the index of its group."""
+    if isinstance(trend, OptionTrend):
+        return trend.columns.groups(trend.groups_of, trend.count)
     if trend == "constant":
         return torch.zeros(1, dtype=torch.long)
     return feature_groups(d)
@@ -101,6 +149,7 @@ class QuadraticKernel(Kernel):  # type: ignore[misc]
     ) -> None:
         super().__init__()
         self.trend = trend
+        self.space = space
         self.register_buffer("low", space.bounds[0])
         self.register_buffer("width", space.width)
         self.register_buffer("variances", variances)
@@ -115,9 +164,15 @@ class QuadraticKernel(Kernel):  # type: ignore[misc]
         """The buffers' device."""
         return self.low.device
 
+    def inputs(self, X: Tensor) -> Tensor:
+        """Return ``X`` (``... x d``) in the unit cube; see :func:`~.features.inputs`."""
+        if self.space.choice is None:
+            return (X - self.low) / self.width
+        return inputs(X, self.space)
+
     def weighted_features(self, X: Tensor) -> Tensor:
         """Return ``sqrt(s_g) phi_g(x)``, ``... x D``: their products are the covariance."""
-        U = (X - self.low) / self.width
+        U = self.inputs(X)
         groups = trend_groups(self.trend, X.shape[-1])
         return trend_features(self.trend, U) * self.variances.sqrt()[groups]
 
@@ -136,7 +191,8 @@ class TrendRBFKernel(QuadraticKernel):
         space: The space whose box the inputs are scaled by.
         variances: ``G`` prior variances of the trend's groups.
         scale: Variance ``a`` of the squared-exponential part, a scalar tensor.
-        lengthscale: ``d`` lengthscales as shares of the box's widths.
+        lengthscale: ``d`` lengthscales as shares of the box's widths; in a space with a choice
+            one for each of its inputs.
         trend: Which features.
     """
 
@@ -160,7 +216,7 @@ class TrendRBFKernel(QuadraticKernel):
     ) -> Tensor:
         """Return the covariance of ``x1`` (``... x n x d``) and ``x2`` (``... x k x d``)."""
         trend = super().forward(x1, x2, diag=diag)
-        U, V = (x1 - self.low) / self.width, (x2 - self.low) / self.width
+        U, V = self.inputs(x1), self.inputs(x2)
         if diag:
             away = ((U - V) / self.lengthscales).square().sum(-1)
             return trend + self.scale * torch.exp(-0.5 * away)
@@ -177,7 +233,9 @@ class _TrendRBFFeatures(FeatureMap):
         self.output_transform = None
 
     def forward(self, x: Tensor) -> Tensor:
-        wave = self.kernel.scale.sqrt() * self.fourier(x)
+        # Its lengthscales are per unit of x, or of the inputs where these are others.
+        seen = x if self.kernel.space.choice is None else self.kernel.inputs(x)
+        wave = self.kernel.scale.sqrt() * self.fourier(seen)
         return torch.cat([self.kernel.weighted_features(x), wave], -1)
 
     @property
@@ -194,8 +252,11 @@ class _TrendRBFFeatures(FeatureMap):
 def _pathwise_features(
     kernel: TrendRBFKernel, *, num_inputs: int, num_outputs: int
 ) -> _TrendRBFFeatures:
+    if kernel.space.choice is not None:
+        num_inputs = len(kernel.lengthscales)
     rbf = RBFKernel(ard_num_dims=num_inputs).to(kernel.low)
-    rbf.lengthscale = kernel.lengthscales * kernel.width
+    of_inputs = kernel.space.choice is not None
+    rbf.lengthscale = kernel.lengthscales if of_inputs else kernel.lengthscales * kernel.width
     rbf.requires_grad_(False)
     features = gen_kernel_features(
         rbf, num_inputs=num_inputs, num_outputs=2 * math.ceil(num_outputs / 2)

@@ -137,7 +137,7 @@ def negative_log_posterior(
         ``None`` where the covariance is not positive definite in float64.
     """
     Phi, groups = trend_features(trend, U), trend_groups(trend, U.shape[-1])
-    count = int(groups[-1]) + 1
+    count = int(groups.max()) + 1
     hyper = Hyperparameters.from_logs(theta, count)
     centred = U - 0.5
     A = centred / hyper.lengthscale
@@ -189,7 +189,7 @@ def fit(
         starts: Where to start.
         steps: Iterations at most, from each start.
     """
-    groups = int(trend_groups(trend, U.shape[-1])[-1]) + 1
+    groups = int(trend_groups(trend, U.shape[-1]).max()) + 1
     bounds = prior.bounds()
 
     def objective(theta: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -311,12 +311,13 @@ class _RadialSums(torch.autograd.Function):
 class ClosedFormMean:
     """Posterior mean of ``m`` processes with trend and RBF, from cached weights.
 
+    In a space with a choice ``u`` are the inputs of its kernels, ``k`` of them in place of ``d``.
+
     ``mean_j(x) = c_j + phi(u) . w_j + sum_i alpha_ji k_j(u, u_i)``; differentiable once.
 
     Attributes:
         trend: Which trend features.
-        low: ``d`` lower bounds of the box.
-        width: ``d`` widths of the box.
+        inputs: Maps points ``n x d`` to the unit cube.
         constant: ``m`` prior means.
         trend_weights: ``D x m``: the trend's part of ``K(x, X) alpha``, collapsed.
         lengthscale: ``m x d``.
@@ -325,8 +326,7 @@ class ClosedFormMean:
     """
 
     trend: Trend
-    low: Tensor
-    width: Tensor
+    inputs: Callable[[Tensor], Tensor]
     constant: Tensor
     trend_weights: Tensor
     lengthscale: Tensor
@@ -348,7 +348,7 @@ class ClosedFormMean:
             K = kernel(X).to_dense() + torch.diag(noise)
             lower = psd_safe_cholesky(K)
             alpha = torch.cholesky_solve((y - constant).unsqueeze(-1), lower)  # N x 1
-            U = (X - kernel.low) / kernel.width
+            U = kernel.inputs(X)
             by_feature = kernel.variances[trend_groups(kernel.trend, X.shape[-1])].unsqueeze(-1)
             trend = by_feature * (trend_features(kernel.trend, U).mT @ alpha)
             A = (U - 0.5) / kernel.lengthscales
@@ -359,8 +359,7 @@ class ClosedFormMean:
         first = processes[0][0]
         return cls(
             trend=first.trend,
-            low=first.low,
-            width=first.width,
+            inputs=first.inputs,
             constant=torch.stack([constant.reshape(()) for *_, constant in processes]),
             trend_weights=torch.cat([trend for trend, _, _ in parts], -1),
             lengthscale=torch.stack([kernel.lengthscales for kernel, *_ in processes]),
@@ -370,7 +369,7 @@ class ClosedFormMean:
 
     def __call__(self, X: Tensor) -> Tensor:
         """Return ``n x m`` means for ``n x d`` points."""
-        U = (X - self.low) / self.width
+        U = self.inputs(X)
         radial: Tensor = _RadialSums.apply(  # type: ignore[no-untyped-call]
             U, self.lengthscale, self.centres, self.weights
         )

@@ -168,6 +168,18 @@ def test_pooling_of_hidden_states(place: Path) -> None:
     assert len(digests) == 4
 
 
+@pytest.mark.parametrize("head", [None, "fit"])
+def test_models_of_half_precision_are_called_in_theirs(place: Path, head: str | None) -> None:
+    model = Convolutions(0 if head else 3).bfloat16()
+    train = {"train": str(place / "train")} if head else {}
+    made = ready(model, place, head=head, metrics="loss", **train)
+    wanted = ready(model.float(), place, head=head, metrics="loss", **train)
+    found = made.score(model.bfloat16(), torch.arange(12))
+    torch.testing.assert_close(
+        found, wanted.score(model.float(), torch.arange(12)), rtol=0.1, atol=0.1
+    )
+
+
 def test_classes_are_matched_by_name(place: Path) -> None:
     model = vit()
     model.config.id2label = {0: "red", 1: "Green", 2: "dark_blue"}

@@ -127,6 +127,13 @@ def test_texts_are_embedded_once_where_their_tower_is_not_merged(
     torch.testing.assert_close(logits.clone(), wanted, rtol=1e-4, atol=1e-4)
 
 
+def test_tasks_of_one_base_share_the_copy_of_its_text_tower(place: Path) -> None:
+    first, second = ready(place, clip()), ready(place, clip(), templates="the {}")
+    assert first._text is second._text
+    assert ready(place, clip(1))._text is not first._text
+    assert ready(place, clip(), prototypes="candidate")._text is None
+
+
 @pytest.mark.parametrize("prototypes", ["auto", "candidate", "base"])
 def test_whose_texts_are_used_where_their_tower_is_merged(place: Path, prototypes: str) -> None:
     base, model = clip(), merged(1, text=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
+from map_bo.evaluators.kinds import code_in, evaluator_from
 from map_bo.evaluators.loaders.torch_loader import TorchLoader
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
@@ -251,3 +253,53 @@ def test_it_measures_a_merged_model() -> None:
         x, y = examples().tensors
         wanted = float((model(x).argmax(-1) == y).double().mean())
     assert float(seen.Y) == pytest.approx(wanted)
+
+
+def test_a_configuration_names_loader_and_outcome(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (
+        "import torch",
+        "def loader():",
+        "    x = torch.arange(12.0).reshape(6, 2)",
+        "    return torch.utils.data.DataLoader(list(zip(x, x.sum(-1))), batch_size=4)",
+        "def gap(outputs, targets):",
+        "    return (outputs.sum(-1) - targets).abs()",
+    )
+    (tmp_path / "task_of_a_loader.py").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {
+        "kind": "torch",
+        "loader": "task_of_a_loader:loader",
+        "outcome": "task_of_a_loader:gap",
+        "metrics": [{"name": "gap", "direction": "min", "kind": "loss"}],
+        "limit": 5,
+    }
+    made = evaluator_from("problem.tasks.mine", settings)
+    assert isinstance(made, TorchLoader)
+    made.prepare(nn.Identity())
+    assert made.size == 5
+    assert made(nn.Identity())["gap"].value == 0
+    assert made.metrics == (Metric("gap", "min", "loss"),)
+    named = {path for path, _ in code_in("problem.tasks.mine", settings)}
+    assert named == {"problem.tasks.mine.loader", "problem.tasks.mine.outcome"}
+
+
+def test_a_configuration_names_a_metric_of_torchmetrics(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torchmetrics", exc_type=ImportError)
+    (tmp_path / "loader_for_torchmetrics.py").write_text(
+        "import torch\ndef loader():\n    return [(torch.eye(3), torch.tensor([0, 1, 1]))]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = {
+        "kind": "torch",
+        "loader": "loader_for_torchmetrics:loader",
+        "outcome": "torchmetrics.classification:MulticlassAccuracy",
+        "arguments": {"num_classes": 3, "average": "micro"},
+    }
+    made = evaluator_from("problem.tasks.mine", settings)
+    assert isinstance(made, TorchLoader)
+    made.prepare(nn.Identity())
+    assert made(nn.Identity()) == {"MulticlassAccuracy": Measurement(2 / 3, count=3)}

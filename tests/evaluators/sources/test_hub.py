@@ -67,6 +67,63 @@ def test_images_are_not_decoded(tmp_path: Path) -> None:
     assert found == [EncodedImage(b"not even a picture")]
 
 
+@pytest.mark.parametrize(
+    ("said", "asked", "message", "hint"),
+    [
+        (
+            "Config name is missing.\nPlease pick one among the available configs: ['en', 'de']\n"
+            "Example of usage:\n\t`load_dataset('a/b', 'en')`",
+            None,
+            "the data set a/b has several configurations, and none was chosen; it has en, de",
+            "give name, such as name='en'",
+        ),
+        (
+            "BuilderConfig 'dee' not found. Available: ['en', 'de']",
+            "dee",
+            "the data set a/b has no configuration 'dee'; it has en, de",
+            "did you mean 'de'?",
+        ),
+        (
+            "Dataset scripts are no longer supported, but found b.py",
+            None,
+            "the data set a/b is a program, which is not run",
+            "look for the branch of its Parquet files: path='NAME@refs/convert/parquet'",
+        ),
+    ],
+)
+def test_what_the_hub_refuses(
+    monkeypatch: pytest.MonkeyPatch, said: str, asked: str | None, message: str, hint: str
+) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    import huggingface_hub
+
+    def refuse(*args: object, **kwargs: object) -> object:
+        raise ValueError(said)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(EvaluationError) as found:
+        read_hub("a/b", None, asked, None)
+    assert (found.value.message, found.value.hint) == (message, hint)
+
+
+def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="the extra `data` is not installed")
+    import huggingface_hub
+
+    asked: list[object] = []
+
+    def load(*args: object, **settings: object) -> object:
+        asked.append((args, settings))
+        return datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a", "b"]}))
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda *a, **k: None)
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    table = read_hub("a/b", "main", "en", None)
+    assert asked == [(("a/b", "en"), {"revision": "main"})]
+    assert (table.where, list(table.column("text"))) == ("a/b (en), split 'test'", ["a", "b"])
+
+
 def test_a_name_that_is_neither_here_nor_on_the_hub(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

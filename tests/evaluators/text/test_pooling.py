@@ -103,6 +103,11 @@ def test_a_folder_says_how_to_pool(tmp_path: Path) -> None:
     assert pooling_of_folder(tmp_path) == "cls"
     said(pooling_mode_mean_tokens=True)
     assert pooling_of_folder(str(tmp_path)) == "mean"
+    said(embedding_dimension=8, pooling_mode="lasttoken", include_prompt=True)
+    assert pooling_of_folder(tmp_path) == "last"
+    said(pooling_mode="weightedmean")
+    with pytest.raises(EvaluationError, match="weightedmean, which is not one of"):
+        pooling_of_folder(tmp_path)
     said(pooling_mode_max_tokens=True)
     with pytest.raises(EvaluationError, match="pooling_mode_max_tokens, which is not one of"):
         pooling_of_folder(tmp_path)

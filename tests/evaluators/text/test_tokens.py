@@ -54,6 +54,11 @@ def test_long_texts_are_cut_and_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "1 of 2 texts of a.csv have 6 tokens" in caplog.text
 
 
+def test_texts_that_cannot_be_cut_so_short_are_refused() -> None:
+    with pytest.raises(EvaluationError, match="max_length is 2, which leaves no room"):
+        tokens(["good film", "bad"], ["a plot", "the"], max_length=2)
+
+
 def test_a_text_without_tokens_is_refused() -> None:
     bare = word_tokenizer()
     bare.backend_tokenizer.post_processor = None  # adds no tokens of its own
@@ -129,12 +134,15 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
         check_vocabulary(word_tokenizer(WORDS[::-1]), known)
 
 
-def test_how_long_texts_may_be() -> None:
+def test_how_long_texts_may_be(tmp_path: Path) -> None:
     model = tiny_bert()
     assert longest_text(word_tokenizer(), model, None) == 24
     assert longest_text(word_tokenizer(model_max_length=10), model, None) == 10
     assert longest_text(word_tokenizer(), model, 7) == 7
     assert longest_text(word_tokenizer(), torch.nn.Linear(2, 2), None) == 1_000_000
+    word_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "sentence_bert_config.json").write_text('{"max_seq_length": 9}')
+    assert longest_text(load_tokenizer(tmp_path, model), model, None) == 9
     with pytest.raises(EvaluationError, match="max_length is 25, and the model reads at most 24"):
         longest_text(word_tokenizer(), model, 25)
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from map_bo.errors import MergeError
@@ -98,6 +98,7 @@ CLASSIFIER = {**TOWER, "classifier.weight": "head"}
 QWEN_AUDIO = {
     "audio_tower.layers.0.fc1.weight": "audio",
     "multi_modal_projector.linear.weight": "connector",
+    "language_model.model.embed_tokens.weight": "embedding",
     "language_model.model.layers.0.mlp.up_proj.weight": "mlp",
 }
 MODELS = {
@@ -194,6 +195,7 @@ def test_depths_of_real_names(depths: dict[str, float]) -> None:
     assert positions(list(depths)[::-1]) == pytest.approx(depths)
 
 
+@settings(max_examples=25)
 @given(st.integers(1, 40), st.booleans())
 def test_layers_are_equally_far_apart(count: int, other: bool) -> None:
     names = [f"h.{k}.weight" for k in range(count)]

@@ -98,7 +98,7 @@ def test_searched_settings_are_coefficients_of_the_run() -> None:
     assert len(torch.unique(result.seen.X[5:, -2])) > 3
     choice = result.choose({"e0": 1.0})
     assert list(choice.coefficients) == list(space.names)
-    assert 0.05 <= choice.coefficients["density"] <= 1.0
+    assert 0.05 <= float(choice.coefficients["density"]) <= 1.0
 
 
 @pytest.mark.parametrize("operator", [SEARCHED, Della(drop_rate=0.3)], ids=label)

@@ -23,6 +23,7 @@ class Weights(ExampleEvaluator):
     def __init__(self, which: int, *, broken: bool = False) -> None:
         super().__init__(batch_size=8)
         self.which, self.broken, self.asked = which, broken, 0
+        self.items: set[int] = set()
 
     @property
     def metrics(self) -> tuple[Metric, ...]:
@@ -33,6 +34,7 @@ class Weights(ExampleEvaluator):
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         self.asked += len(items)
+        self.items |= set(items.tolist())
         if self.broken:
             raise RuntimeError("no such layer")
         return torch.full((len(items),), float(model.get_parameter("weight")[0, self.which]))
@@ -61,7 +63,7 @@ def problem(**evaluators: Any) -> MergedModelProblem:
     )
 
 
-def test_base_and_experts_are_scored_on_the_first_examples() -> None:
+def test_base_and_experts_are_scored_on_a_few_examples_of_all_parts_of_the_data() -> None:
     left = Weights(0)
     found = try_out(problem(left=left, up=Weights(1)), examples=10)
     assert found.models == ("base", "left", "up")
@@ -70,6 +72,7 @@ def test_base_and_experts_are_scored_on_the_first_examples() -> None:
         ("up", 40, 10),
     ]
     assert left.asked == 30
+    assert left.items == set(range(0, 40, 4))
     assert {name: seen["left"] for name, seen in found.tasks[0].values.items()} == {
         "base": 0.0,
         "left": 1.0,

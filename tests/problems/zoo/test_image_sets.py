@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from map_bo.errors import DataError
-from map_bo.problems.zoo.image_sets import IMAGE_SETS, image_folder, load_image_set
+from map_bo.evaluators.data import Data
+from map_bo.problems.zoo.image_sets import IMAGE_SETS, image_folder, load_image_set, read_image_set
 from tests.problems.fake_images import idx, patterns, write_images
 
 
@@ -168,3 +170,52 @@ def test_the_real_sets_have_their_known_sizes(
         pytest.skip("no image sets: set MAP_BO_DATA to their folder")
     data = load_image_set(name, folder)
     assert (len(data.train), len(data.test), data.dropped) == (train, test, dropped)
+
+
+# --- sets of the user's own
+
+
+def as_files(root: Path, folder: Path) -> Path:
+    """Write the first images of mnist as files, one folder per class, split in two."""
+    data = load_image_set("mnist", root)
+    parts = (("train", data.train, data.train_labels), ("test", data.test, data.test_labels))
+    for part, images, labels in parts:
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            place = folder / part / f"digit_{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(place / f"{i:03}.png")
+    return folder
+
+
+def test_a_set_of_files_is_that_of_the_idx_files(root: Path, tmp_path: Path) -> None:
+    folder = as_files(root, tmp_path)
+    train, test = (Data(path=str(folder), split=part) for part in ("train", "test"))
+    read, known = read_image_set("mine", train, test), load_image_set("mnist", root)
+    assert read.name == "mine"
+    for own, there in ((read.train, known.train), (read.test, known.test)):
+        assert own.dtype == np.uint8
+        order = np.lexsort(own.reshape(len(own), -1).T), np.lexsort(there.reshape(len(own), -1).T)
+        np.testing.assert_array_equal(own[order[0]], there[order[1]])
+    assert sorted(read.train_labels) == sorted(known.train_labels)
+
+
+def test_idx_files_are_read_by_a_data_block(root: Path) -> None:
+    train, test = (Data(path=str(root / "mnist"), split=part) for part in ("train", "t10k"))
+    read, known = read_image_set("mine", train, test), load_image_set("mnist", root)
+    np.testing.assert_array_equal(read.train, known.train)
+    np.testing.assert_array_equal(read.test_labels, known.test_labels)
+
+
+def test_sets_that_do_not_fit_the_zoo_are_refused(root: Path, tmp_path: Path) -> None:
+    train = Data(path=str(root / "mnist"), split="train")
+    many = Data(path=str(root / "mnist"), split="t10k", labels={str(i): i + 3 for i in range(10)})
+    with pytest.raises(DataError, match="has the class 12"):
+        read_image_set("mine", train, many)
+    named = Data(path=str(as_files(root, tmp_path / "files")), split="test")
+    with pytest.raises(DataError, match="have other names"):
+        read_image_set("mine", train, named)
+    with pytest.raises(DataError, match="image set 'mine': there is no file"):
+        read_image_set("mine", train, Data(path=str(tmp_path / "nothing")))
+    np.savez(tmp_path / "set.npz", image=np.zeros((3, 2), np.float32), label=np.arange(3))
+    with pytest.raises(DataError, match="which are not images"):
+        read_image_set("mine", Data(path=str(tmp_path / "set.npz")), train)

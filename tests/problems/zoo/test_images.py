@@ -110,6 +110,34 @@ def test_the_description_says_the_zoo_and_the_examples(images: Path, pair: Image
     assert json.dumps(other, sort_keys=True) != json.dumps(described, sort_keys=True)
 
 
+def test_a_set_of_the_users_own_is_one_more_expert(images: Path) -> None:
+    own = {
+        part: {"path": str(images / "mnist"), "split": s}
+        for part, s in (("train", "train"), ("test", "t10k"))
+    }
+    problem = images_problem(images, sets=("usps",), data={"mine": own}, epochs=2, size=20)
+    assert problem.zoo.names == ("usps", "mine")
+    known = images_problem(images, sets=("mnist", "usps"), epochs=2, size=20).zoo.data[0]
+    mine = problem.zoo.data[1]
+    assert sorted(mine.train_labels.tolist()) == sorted(known.train_labels.tolist())
+    seen = problem.evaluate(torch.tensor([[0.0, 0.0]]).double(), generator=make_generator(0))
+    assert not any(seen.failures)
+    assert [metric.name for metric in seen.metrics] == ["usps", "mine"]
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"mine": {"train": "x"}}, "must have train and test"),
+        ({"mine": "x"}, "must have train and test"),
+        ({"my set": {"train": "x", "test": "x"}}, "must be letters"),
+    ],
+)
+def test_data_that_make_no_set_are_refused(images: Path, data: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        images_problem(images, data=data)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
