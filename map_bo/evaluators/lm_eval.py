@@ -211,8 +211,13 @@ class LMEval(ExampleEvaluator):
         # The harness and what it reads data with draw from the global generators.
         with isolated("the evaluation harness", self.seed):
             leaves = self._leaves(plan, network, tokenizer)
-        settings = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "tokenizer"}
-        content = [settings, [(leaf.name, leaf.indices, leaf.arguments) for leaf in leaves]]
+        # Not what decides nothing, or is told by the prompts, so that folders may move.
+        apart = ("tokenizer", "include_path", "batch_size")
+        settings = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in apart}
+        content = [
+            settings,
+            [(leaf.name, leaf.indices, leaf.arguments, leaf.targets) for leaf in leaves],
+        ]
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         columns = [(unit.name, column) for unit in plan.units for column in unit.columns]
         self._ready = _Ready(tuple(leaves), tokenizer, digest, columns)
@@ -460,6 +465,17 @@ class _Leaf:
     def arguments(self) -> list[list[Any]]:
         """What the model is asked for each document."""
         return [[one.arguments for one in requests] for requests in self.requests]
+
+    @property
+    def targets(self) -> list[Any]:
+        """What is right for each document, of which a request may not tell; None where unknown."""
+        found: list[Any] = []
+        for document in self.documents:
+            try:
+                found.append(self.task.doc_to_target(document))
+            except Exception:  # of functions of a task that compares in a way of its own
+                found.append(None)
+        return found
 
     def size_of(self, row: int, column: Column) -> float:
         """Return the size of a document that a ratio is over; 1 for other metrics.
