@@ -303,7 +303,7 @@ def prepare_on_base(
     def with_head(key: str) -> nn.Module:
         """Write the base's weights, and the head of an evaluator's task, into the model."""
         model = live.write(base, origin)
-        head = heads.of_metric(key)
+        head = heads.of_task(key)
         if head is not None:
             live.put_head(head.tensors, head.labels)
             return model
