@@ -48,6 +48,7 @@ def handlers_of_the_log() -> Iterator[None]:
     yield
     for handler in [handler for handler in root.handlers if handler not in before]:
         root.removeHandler(handler)
+        handler.close()  # a file that stays open is a warning, when it is collected
     root.setLevel(level)
 
 
