@@ -40,8 +40,10 @@ _PARTS = frozenset(  # of map_bo that configurations build besides settings: pro
         _HF,
         _IMPORTED,
         "map_bo.loop.mirrors.Local",
+        "map_bo.problems.zoo.decoder.decoder_problem",
         "map_bo.problems.zoo.digits.digits_problem",
         "map_bo.problems.zoo.images.images_problem",
+        "map_bo.problems.zoo.text.text_problem",
         "map_bo.tracking.wandb.mirror.Wandb",
     }
 )

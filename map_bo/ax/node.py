@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from map_bo.ax.experiment import KEY
 from map_bo.ax.names import Names
@@ -20,7 +19,7 @@ from map_bo.rng import child, make_generator
 from map_bo.samplers.adaptive import Adaptive
 from map_bo.samplers.baselines.ax_library import import_ax, quiet
 from map_bo.samplers.posterior.driven import with_reference
-from map_bo.samplers.sampler import Sampler, looking_through
+from map_bo.samplers.sampler import Sampler, looking_through, proposed
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.surrogates.auto import Auto
@@ -127,14 +126,15 @@ class MapBoNode(ExternalGenerationNode):
         if len(self._seen):
             # Ax counts abandoned trials among those that wait; here they are failures.
             waiting = waiting[~same_points(waiting, self._seen.X, self._space).any(-1)]
-        x: Tensor = self._sampler.propose(
+        points, _ = proposed(  # as the run itself would
+            self._sampler,
             self._seen,
             self._space,
             1,
             pending=waiting if len(waiting) else None,
             generator=self._generator,
-        )[0]
-        return dict(zip(names, x.tolist(), strict=True))
+        )
+        return dict(zip(names, points[0].tolist(), strict=True))
 
     def _gen(self, *args: Any, **kwargs: Any) -> GeneratorRun:
         generated = super()._gen(*args, **kwargs)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -44,6 +45,7 @@ ROLES = (
 """Roles of ready evaluators; a data block may name those that an evaluator does not need."""
 
 _LONGEST = 10  # digits of a class index
+_WHOLE = re.compile(r"-?\d+\.0+")  # as tables write whole numbers where some are missing
 
 _read: WeakValueDictionary[str, Examples] = WeakValueDictionary()
 _lock = threading.Lock()
@@ -266,8 +268,14 @@ class Data:
         for role, source in sources.items():
             values = table.column(source)
             columns[role] = [values[row] for row in rows]
-            if None in (empty := [None if one is None else 0 for one in columns[role]]):
-                row = rows[empty.index(None)]
+            # A cell of CSV without a label is empty text, which is no class of its own.
+            blank = role == "label"
+            empty = [
+                one is None or (blank and isinstance(one, str) and not one.strip())
+                for one in columns[role]
+            ]
+            if any(empty):
+                row = rows[empty.index(True)]
                 raise EvaluationError(
                     f"row {row + 1} of {table.where} has no value in column {source!r}",
                     hint="fill it, or leave the row out",
@@ -337,10 +345,11 @@ def _label_map(given: object) -> dict[str, int] | tuple[str, ...] | None:
 
 
 def _word(value: object) -> str:
-    """Return a label as text; 1, 1.0 and "1" are one."""
+    """Return a label as text; 1, 1.0, "1" and "1.0" are one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return str(value).strip()
+    word = str(value).strip()
+    return word.partition(".")[0] if _WHOLE.fullmatch(word) else word
 
 
 def _index(value: object) -> int | None:
@@ -393,6 +402,12 @@ def _class_indices(
             place = {name: i for i, name in enumerate(names)}
             return [place[known[i]] for i in numbers if i is not None], names
         if plain and not set(words) <= set(names):
+            if all(name.lstrip("-").isdecimal() for name in names):  # then they are no names
+                lacking = next(word for word in words if word not in names)
+                raise EvaluationError(
+                    f"{where} holds the label {lacking}, and labels name {listed(names, 20)}",
+                    hint="name every value of the data, in the order of the classes",
+                )
             over = next((i for i in numbers if i is not None and i >= len(names)), None)
             if over is not None:
                 raise EvaluationError(
@@ -446,7 +461,10 @@ def _state(path: Path) -> list[tuple[str, int, int]]:
     found = []
     for folder, _, names in os.walk(path):
         for name in names:
-            seen = (Path(folder) / name).stat()
+            try:
+                seen = (Path(folder) / name).stat()
+            except OSError:  # a link to nothing, which is refused only where it is data
+                continue
             found.append((f"{folder}/{name}", seen.st_size, seen.st_mtime_ns))
     return sorted(found)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.evaluators.data import Data
+from map_bo.evaluators.evaluator import ReadsHead
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.images.classification import ImageClassification
 from map_bo.evaluators.images.pixels import Processor
@@ -145,6 +146,11 @@ class Entropy(ExampleEvaluator):
         return (Metric("entropy", "min", lower=0.0, upper=math.log(self._classes)),)
 
     @property
+    def reads_head(self) -> bool:
+        """Whether the model's own head is scored, and not a frozen one."""
+        return isinstance(self._task, ReadsHead) and self._task.reads_head
+
+    @property
     def size(self) -> int:
         """The number of inputs."""
         return self._task.size
@@ -163,6 +169,10 @@ class Entropy(ExampleEvaluator):
         self._task.prepare(model)
         self.batch_size = self._task.batch_size
         self._check(self._task.score(model, torch.zeros(1, dtype=torch.long)))
+
+    def check_data(self) -> None:
+        """Read the inputs; see the kind."""
+        self._task.check_data()
 
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the entropy of each prediction: ``n``, float64."""

@@ -165,6 +165,7 @@ def prepare_evaluators(
         EvaluationError: Naming every evaluator that cannot be used, each with its reason.
     """
     troubles: list[tuple[str, str, str | None]] = []
+    cause: Exception | None = None
     for name, evaluator in evaluators.items():
         if not isinstance(evaluator, Prepares):
             continue
@@ -172,9 +173,14 @@ def prepare_evaluators(
             evaluator.prepare(model(name))
         except MapBoError as error:
             troubles.append((name, error.message, error.hint))
+            cause = error
+        except Exception as error:  # of an evaluator of others, of a file system
+            told = f"{type(error).__name__}: {error}".rstrip(": ")
+            troubles.append((name, told, "call its prepare(model) with the base to find out why"))
+            cause = error
     if len(troubles) == 1:
         (name, message, hint) = troubles[0]
-        raise EvaluationError(f"evaluator {name!r} cannot be used: {message}", hint=hint)
+        raise EvaluationError(f"evaluator {name!r} cannot be used: {message}", hint=hint) from cause
     if troubles:
         lines = [
             f"{name!r}: {message}" + (f" ({hint})" if hint else "")

@@ -133,6 +133,15 @@ class ExampleEvaluator(ABC):
             EvaluationError: When the examples cannot be read or do not fit the model.
         """
 
+    def check_data(self) -> None:  # noqa: B027  # most have data, and some have none
+        """Read the examples alone, where there is no model to get ready with.
+
+        So what is wrong with the data is said beside what is wrong with the models.
+
+        Raises:
+            EvaluationError: When the examples cannot be read.
+        """
+
     @abstractmethod
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcomes of one batch.

@@ -283,6 +283,10 @@ class Generation(ExampleEvaluator):
             _digest([self._settings(), ids, [repr(target) for target in targets]]),
         )
 
+    def check_data(self) -> None:
+        """Read the prompts and targets; see `ExampleEvaluator`."""
+        self.data.read([*self._fields, "target"])
+
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the metrics of each example, ``b x m``, or ``b`` of a single one."""
         answers = self._generate(pretrained(model, by="generation"), items)

@@ -309,7 +309,8 @@ def _value(value: Any, hint: Any, key: str, code: Mapping[str, object]) -> Any:
         if key in code and _takes_functions(options):
             return code[key]
         if _takes_functions(options) and not _takes_text(options):
-            return import_callable(value, key)  # which says what is wrong with it
+            # Never imported: what `code_in` does not find was not judged.
+            raise ConfigError(f"{key} must name a function, got {value!r}", hint=_LIKELY_MISSED)
     for kind in options:
         if isinstance(kind, type) and is_dataclass(kind) and kind.__module__.startswith("map_bo."):
             if isinstance(value, Mapping):

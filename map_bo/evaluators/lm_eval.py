@@ -211,8 +211,13 @@ class LMEval(ExampleEvaluator):
         # The harness and what it reads data with draw from the global generators.
         with isolated("the evaluation harness", self.seed):
             leaves = self._leaves(plan, network, tokenizer)
-        settings = {k: v for k, v in vars(self).items() if k[0] != "_" and k != "tokenizer"}
-        content = [settings, [(leaf.name, leaf.indices, leaf.arguments) for leaf in leaves]]
+        # Not what decides nothing, or is told by the prompts, so that folders may move.
+        apart = ("tokenizer", "include_path", "batch_size")
+        settings = {k: v for k, v in vars(self).items() if k[0] != "_" and k not in apart}
+        content = [
+            settings,
+            [(leaf.name, leaf.indices, leaf.arguments, leaf.targets) for leaf in leaves],
+        ]
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         columns = [(unit.name, column) for unit in plan.units for column in unit.columns]
         self._ready = _Ready(tuple(leaves), tokenizer, digest, columns)
@@ -244,12 +249,14 @@ class LMEval(ExampleEvaluator):
 
         Args:
             outcomes: As `score` returns them.
-            items: The documents that they belong to; None is all, in their order.
+            items: The documents that they belong to; None is all, in their order. Metrics of which
+                none of them says anything are left out.
 
         Raises:
             EvaluationError: When there are more or fewer outcomes than documents, or none at all
-                of a metric.
+                of a metric among all documents.
         """
+        some = items is not None
         items = torch.arange(self.size) if items is None else torch.as_tensor(items)
         if len(items) != len(outcomes):
             raise EvaluationError(
@@ -263,6 +270,8 @@ class LMEval(ExampleEvaluator):
         columns = [(unit, column) for unit in self._plan.units for column in unit.columns]
         for j, ((unit, column), metric) in enumerate(zip(columns, self.metrics, strict=True)):
             there = table[:, j].isfinite()
+            if some and not bool(there.any()):
+                continue
             if not bool(there.any()):
                 raise EvaluationError(
                     f"no document has an outcome of {metric.name!r}",
@@ -456,6 +465,17 @@ class _Leaf:
     def arguments(self) -> list[list[Any]]:
         """What the model is asked for each document."""
         return [[one.arguments for one in requests] for requests in self.requests]
+
+    @property
+    def targets(self) -> list[Any]:
+        """What is right for each document, of which a request may not tell; None where unknown."""
+        found: list[Any] = []
+        for document in self.documents:
+            try:
+                found.append(self.task.doc_to_target(document))
+            except Exception:  # of functions of a task that compares in a way of its own
+                found.append(None)
+        return found
 
     def size_of(self, row: int, column: Column) -> float:
         """Return the size of a document that a ratio is over; 1 for other metrics.

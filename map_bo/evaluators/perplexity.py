@@ -157,8 +157,8 @@ class Perplexity(ExampleEvaluator):
 
     @property
     def digest(self) -> str:
-        """Digest of the documents' tokens and of the settings that decide the outcomes."""
-        return self._known.digest
+        """Digest of the documents' tokens and of the settings that decide what is measured."""
+        return hashlib.sha256(f"{self._known.digest} {self.unit}".encode()).hexdigest()
 
     @property
     def tokens(self) -> Tensor:
@@ -229,6 +229,10 @@ class Perplexity(ExampleEvaluator):
             pad=pad_id(tokenizer),
             measure=self.measure,
         )
+
+    def check_data(self) -> None:
+        """Read the documents; see `ExampleEvaluator`."""
+        self.data.read(["text"])
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the measure of each document (``b``)."""

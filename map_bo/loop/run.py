@@ -119,10 +119,11 @@ class Run:
             )
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
-        identity = self._identity()
         self._count = 0
         self._driving = False
         events = list(store.read())
+        over = any(event.kind == "finished" for event in events)
+        identity = run_identity(problem, settings, finished=over)
         with ExitStack() as turn:
             if not events and isinstance(store, SharedStore):  # another may create it just now
                 turn.enter_context(store.turn())
@@ -162,9 +163,6 @@ class Run:
         return ObservedVolume(
             self.problem.space, settings.reference, settings.requirements.constraints
         )
-
-    def _identity(self) -> dict[str, Any]:
-        return run_identity(self.problem, self.settings)
 
     @contextmanager
     def _turn(self) -> Iterator[None]:

@@ -2,7 +2,8 @@
 
 Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 
-``created``    settings, problem (its description), space, metrics, versions
+``created``    settings, problem (its description), space, metrics, versions; ``examples``: the
+               digests of those that ready evaluators score
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
@@ -41,7 +42,7 @@ from map_bo.data import Front, Metric, Observations
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.loop.settings import Settings
 from map_bo.plain import Described, flat, identity_of, modernise, to_plain
-from map_bo.problems.problem import Problem
+from map_bo.problems.problem import Problem, digests_of_examples
 from map_bo.tracking.codec import (
     decode_front,
     decode_observations,
@@ -75,6 +76,8 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     before: dict[str, Any] = {}
     now: dict[str, Any] = {}
     for part, value in identity.items():
+        if part == "examples" and part not in recorded:  # of a record that does not tell them
+            continue
         told = _with_resampling(recorded.get(part), value)
         if part == "settings":
             told = _with_defaults(told, value)
@@ -107,20 +110,25 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
         )
 
 
-def run_identity(problem: Problem, settings: Settings, **parts: Any) -> dict[str, Any]:
+def run_identity(
+    problem: Problem, settings: Settings, *, finished: bool = False, **parts: Any
+) -> dict[str, Any]:
     """Return what makes two runs the same run, as it is read back from a record.
 
     Args:
         problem: What is optimised.
         settings: How.
+        finished: Whether nothing is left to measure, so that examples need not be read.
         **parts: Further parts of the identity.
     """
+    examples = {} if finished else digests_of_examples(problem)
     identity = {
         "settings": identity_of(settings)["fields"],
         **parts,
         "problem": problem_identity(problem),
         "space": problem.space.describe(),
         "metrics": [encode_metric(metric) for metric in problem.metrics],
+        **({"examples": examples} if examples else {}),
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain

@@ -165,12 +165,13 @@ class NestedRun(Record):
                 hint=f"give one value for each of {', '.join(self.tasks.metrics)}",
             )
         self.preferences: tuple[Mapping[str, float], ...] = nested.preferences or ({},)
-        super().__init__(store, self._identity(), config=config, tracker=tracker)
+        super().__init__(store, self._identity(store), config=config, tracker=tracker)
         self.ledger = Ledger(problem.metrics, self._append, tuple(self._events))
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self, store: RunStore) -> dict[str, Any]:
         nested = identity_of(self.nested)["fields"]
-        return run_identity(self.problem, self.settings, nested=nested)
+        over = any(event.kind == "finished" for event in store.read())
+        return run_identity(self.problem, self.settings, finished=over, nested=nested)
 
     composes = True
     """Whether coefficients multiply along the path, so that nodes measure points of one space."""

@@ -35,6 +35,10 @@ _PIECE = 1 << 18
 _STEPS, _CLOSE = 100, 1e-11
 _PARALLEL = 1e-8  # the sine of an angle below which the chord is as good as the arc
 _CANCELLED = 1e-6  # the length of a mean of unit vectors, or the angle from opposite ones
+_ROUNDED = 1e-8  # what rounding leaves of a length that is zero, by the weights of its parts
+_LARGE = 16.0  # sums of weights above which vectors are taken to depend on each other
+_NEAR = 0.25  # the mean cosine down to which vectors are on the side of their mean
+_OTHER = 1e-6  # the relative difference from which weights are others
 _REMEMBERED = 64  # coefficient vectors whose weights are kept
 
 
@@ -161,7 +165,10 @@ def spherical_mean(
 
     Returns:
         ``... x N`` numbers. Where two vectors with weight are opposite, one is zero, or they
-        cancel, there is no direction to turn into, and it is ``w`` itself: the average.
+        cancel, there is no direction to turn into, and it is ``w`` itself: the average. Of vectors
+        that depend on each other many combinations are the mean, which differ with norms of their
+        own: it is the one in proportion to ``w_n angle_n / sin(angle_n)``, by the angles to the
+        mean, as it is of all others; the average where those angles are about right, or obtuse.
     """
     used = w > 0
     result = w.expand(grams.shape[:-1]).clone()
@@ -186,18 +193,45 @@ def spherical_mean(
         turn = share * stretch
         tangent = turn - (turn * angle_cosines).sum(-1, keepdim=True) * mean
         size = _length(tangent, cosines)
-        moving &= turned & (size.squeeze(-1) > close)
+        # Of vectors that depend on each other the weights of a zero tangent are not zero.
+        floor = (_ROUNDED * tangent.abs().sum(-1)).clamp_min(close)
+        moving &= turned & (size.squeeze(-1) > floor)
         if not bool(moving.any()):
             break
         moved = size.cos() * mean + torch.sinc(size / math.pi) * tangent
         moved = moved / _length(moved, cosines).clamp_min(_CANCELLED)
+        large = moving & (moved.abs().sum(-1) > _LARGE)
+        if bool(large.any()):  # the same point has smaller weights
+            part = cosines[large]
+            least = torch.linalg.pinv(part, rtol=1e-12, hermitian=True) @ part
+            moved[large] = (least @ moved[large].unsqueeze(-1)).squeeze(-1)
         mean = torch.where(moving.unsqueeze(-1), moved, mean)
+    if norms == "own":
+        mean, known = _in_proportion(mean, share, cosines)
+        turned &= known
     if norms == "mean":
         mean = mean * (lengths @ share).unsqueeze(-1) / lengths
     turned &= torch.isfinite(mean).all(-1)
     mean = torch.where(turned.unsqueeze(-1), mean, share)
     result[..., used] = mean
     return result
+
+
+def _in_proportion(mean: Tensor, share: Tensor, cosines: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the mean's own weights, where vectors depend on each other; and where there are any.
+
+    At the mean ``sum_n w_n (u_n - cos_n mean) angle_n / sin_n = 0``, which says what they are; of
+    vectors that are independent no others exist, and they stay as they were found.
+    """
+    angle_cosines = (cosines @ mean.unsqueeze(-1)).squeeze(-1).clamp(-1.0, 1.0)
+    angles = angle_cosines.acos()
+    sines = angles.sin()
+    turn = share * torch.where(sines > _PARALLEL, angles / sines.clamp_min(_PARALLEL), 1.0)
+    total = (turn * angle_cosines).sum(-1, keepdim=True)
+    own = turn / total.clamp_min(_CANCELLED)
+    other = (own - mean).abs().amax(-1) > _OTHER * mean.abs().amax(-1)
+    known = ~other | (total.squeeze(-1) > _NEAR * turn.sum(-1))
+    return torch.where(other.unsqueeze(-1), own, mean), known
 
 
 def _length(weights: Tensor, cosines: Tensor) -> Tensor:

@@ -58,7 +58,11 @@ def trained_files(
 
 @contextmanager
 def training_shown(
-    steps: Mapping[str, int], *, progress: bool
+    steps: Mapping[str, int],
+    *,
+    progress: bool,
+    doing: str = "training",
+    done: str = "trained {count} networks, kept for later runs",
 ) -> Iterator[Callable[[str], Report]]:
     """Yield what to call when the training of a network starts; it returns what to call then.
 
@@ -67,6 +71,8 @@ def training_shown(
     Args:
         steps: Name -> epochs, of the networks that will be trained.
         progress: Whether to show anything.
+        doing: What is done to each network, in a word.
+        done: What is shown at the end, with ``{count}`` for the number of networks.
     """
     if not progress or not steps:
         yield lambda name: lambda: None
@@ -76,12 +82,12 @@ def training_shown(
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("training", total=sum(steps.values()))
+        task = bar.add_task(doing, total=sum(steps.values()))
 
         def start(name: str) -> Report:
             what = "the base" if name == "base" else f"expert {name}"
-            bar.update(task, description=f"training {what}", refresh=True)
+            bar.update(task, description=f"{doing} {what}", refresh=True)
             return lambda: bar.advance(task)
 
         yield start
-        bar.update(task, description=f"trained {len(steps)} networks, kept for later runs")
+        bar.update(task, description=done.format(count=len(steps)))

@@ -12,6 +12,9 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.examples import ExampleEvaluator
+from map_bo.evaluators.isolation.world import callers_world
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
@@ -21,9 +24,11 @@ __all__ = [
     "Divisible",
     "Exportable",
     "ExportsAdapters",
+    "HasEvaluators",
     "Preparable",
     "Problem",
     "description_of",
+    "digests_of_examples",
 ]
 
 
@@ -89,6 +94,37 @@ def description_of(problem: Problem) -> Mapping[str, Any]:
     if isinstance(problem, Describable):
         return problem.describe()
     return {"type": type(problem).__name__}
+
+
+@runtime_checkable
+class HasEvaluators(Protocol):
+    """A problem whose metrics are measured by evaluators of a model."""
+
+    @property
+    def evaluators(self) -> Mapping[str, Evaluator]:
+        """The evaluators by name."""
+        ...
+
+
+def digests_of_examples(problem: Problem) -> dict[str, str]:
+    """Return the digest of the examples of each evaluator that scores one by one.
+
+    What was measured on other examples is no measurement of the same problem. They are read, so the
+    problem is prepared; of a problem without such evaluators nothing is read.
+
+    Args:
+        problem: Any problem.
+
+    Raises:
+        MapBoError: As :meth:`Preparable.prepare`.
+    """
+    if not isinstance(problem, HasEvaluators):
+        return {}
+    mine = {n: e for n, e in problem.evaluators.items() if isinstance(e, ExampleEvaluator)}
+    if mine and isinstance(problem, Preparable):
+        with callers_world():
+            problem.prepare()
+    return {name: evaluator.digest for name, evaluator in mine.items()}
 
 
 @runtime_checkable

@@ -47,7 +47,7 @@ SMALL = [
     *("solver.points=10", "loop.budget=8", "loop.verify=1", "progress=false", "tracking=none"),
 ]
 GROUPS = ("problem", "operator", "surrogate", "sampler", "solver", "nested", "tracking")
-TRAINS = ("digits", "images")  # experts, for every value that is possible
+TRAINS = ("digits", "images", "text", "decoder")  # experts, for every value that is possible
 
 
 def options() -> list[tuple[str, str]]:

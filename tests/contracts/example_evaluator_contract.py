@@ -38,6 +38,7 @@ class ExampleEvaluatorContract:
         assert metrics_of({"task": evaluator}, None)
 
     def test_nothing_is_known_before_it_is_prepared(self, evaluator: ExampleEvaluator) -> None:
+        evaluator.check_data()  # which reads, and gets nothing ready
         with pytest.raises(EvaluationError):
             _ = evaluator.size
         with pytest.raises(EvaluationError):
@@ -55,6 +56,8 @@ class ExampleEvaluatorContract:
     ) -> None:
         whole = ready.score(model, torch.arange(ready.size))
         items = torch.arange(ready.size - 1, -1, -2)
+        torch.testing.assert_close(ready.score(model, items), whole[items], rtol=1e-4, atol=1e-5)
+        items = torch.tensor([1, 0, 1, ready.size - 1, 0, 1])  # as when examples are drawn anew
         torch.testing.assert_close(ready.score(model, items), whole[items], rtol=1e-4, atol=1e-5)
 
     def test_calling_it_is_the_summary_of_all(

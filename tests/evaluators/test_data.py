@@ -126,6 +126,8 @@ def labels(tmp_path: Path, values: list[str], **settings: Any) -> Examples:
     [
         (["1", "0", "2"], None, [1, 0, 2], None),
         (['"1"', "0.0"], None, [1, 0], None),
+        (['"2.0"', '"10.0"', '"0.0"'], None, [2, 10, 0], None),
+        (['"1.0"', '"2"'], ["1", "2"], [0, 1], ("1", "2")),
         (["true", "false"], None, [1, 0], None),
         (['"b"', '"a"', '"b"'], None, [1, 0, 1], ("a", "b")),
         (['"b"', '"a"'], ["b", "a"], [0, 1], ("b", "a")),
@@ -156,6 +158,8 @@ def test_label_maps(
         (["0", "2"], ["a", "b"], "holds the class 2, and labels name 2 classes"),
         (["-1", "0"], None, "holds negative labels"),
         (["0.5", "1"], None, "holds 0.5, which is not a class"),
+        (["0", "2"], ["1", "2"], "holds the label 0, and labels name 1, 2"),
+        (['"a"', '" "'], None, "row 2 of .* has no value in column 'label'"),
         (["0", "null"], None, "row 2 of .* has no value in column 'label'"),
     ],
 )

@@ -227,3 +227,11 @@ def test_settings_that_are_not_possible_are_refused(settings: dict[str, Any], me
     with pytest.raises(ConfigError, match=message) as found:
         evaluator("a.csv", **settings)
     assert found.value.hint
+
+
+def test_a_query_may_be_asked_twice(asked: str) -> None:
+    scored, model = evaluator(asked, task="retrieval", at=[1, 3]), tiny_bert()
+    scored.prepare(model)
+    whole = scored.score(model, torch.arange(scored.size))
+    items = torch.arange(scored.size).repeat(2)
+    assert torch.equal(scored.score(model, items), whole.repeat(2, 1))

@@ -162,3 +162,12 @@ def test_it_is_a_metric_of_a_merged_model() -> None:
     assert float(seen.Y[1]) == pytest.approx(float(entropy(2 * model(X)).mean()))
     assert seen.metrics[0].name == "sure"
     assert seen.metrics[0].direction == "min"
+
+
+def test_it_reads_the_head_that_its_kind_reads() -> None:
+    """Else a task without an expert of its name would be scored under the head of no task."""
+    assert Entropy(of="text_classification", data="x.csv").reads_head
+    assert not Entropy(of="text_classification", data="x.csv", head="head.safetensors").reads_head
+    assert Entropy(of="images", data="x").reads_head
+    assert not Entropy(of="zero_shot", data="x").reads_head
+    assert not Entropy(loader=loader()).reads_head

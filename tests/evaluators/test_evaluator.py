@@ -264,3 +264,20 @@ def test_evaluators_that_cannot_be_used_are_refused_together() -> None:
     with pytest.raises(EvaluationError, match="evaluator 'a' cannot be used: no column") as found:
         prepare_evaluators({"a": Ready("no column")}, lambda name: MODEL)
     assert found.value.hint == "a way out"
+
+
+def test_whatever_a_preparation_raises_is_said_with_the_rest() -> None:
+    class Broken:
+        def prepare(self, model: nn.Module) -> None:
+            raise PermissionError("no entry")
+
+        def __call__(self, model: nn.Module) -> float:
+            return 0.0
+
+    with pytest.raises(EvaluationError, match="2 evaluators cannot be used") as found:
+        prepare_evaluators({"a": Broken(), "b": Ready("no column")}, lambda name: MODEL)
+    assert "'a': PermissionError: no entry" in found.value.message
+    assert "'b': no column" in found.value.message
+    with pytest.raises(EvaluationError, match="'a' cannot be used: PermissionError: no") as found:
+        prepare_evaluators({"a": Broken()}, lambda name: MODEL)
+    assert isinstance(found.value.__cause__, PermissionError)

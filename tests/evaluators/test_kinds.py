@@ -235,3 +235,19 @@ def test_kinds_are_evaluators_with_keyword_settings_of_known_types(kind: str) ->
     parameters = inspect.signature(made).parameters.values()
     assert all(p.kind is p.KEYWORD_ONLY for p in parameters)
     assert set(kinds._hints(made)) >= {p.name for p in parameters}
+
+
+@pytest.mark.parametrize("name", ["évil", "e-vil", "evil:x", "e vil"])
+def test_nothing_is_imported_that_was_not_found_to_be_code(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What would be imported is what a record is judged by, so it must be the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    ran = tmp_path / "ran"
+    (tmp_path / f"{name}.py").write_text(f"open({str(ran)!r}, 'w')\ngrade = print\n")
+    settings = {"kind": "generation", "data": "rows.csv", "grader": f"{name}:grade"}
+    assert not list(code_in("t", settings))
+    with pytest.raises(ConfigError, match=r"t\.grader must name a function"):
+        evaluator_from("t", settings)
+    assert not ran.exists()

@@ -180,6 +180,40 @@ def test_few_shot_prompts_do_not_depend_on_the_other_documents(
 
 
 @needs_harness
+def test_the_digest_follows_prompts_and_targets_alone(
+    tokenizer: Any, model: nn.Module, tmp_path: Path
+) -> None:
+    digests = []
+    for name, changed in (("a", False), ("b", False), ("c", True)):
+        (tmp_path / name).mkdir()
+        folder = write_tasks(tmp_path / name)
+        if changed:  # the requests are for all choices, and do not tell which is right
+            rows = (tmp_path / name / "choice.jsonl").read_text()
+            (tmp_path / name / "choice.jsonl").write_text(
+                rows.replace('"answer": 1', '"answer": 0')
+            )
+        digests.append(prepared(folder, tokenizer, model, tasks="choice").digest)
+    digests.append(prepared(folder, tokenizer, model, tasks="choice", batch_size=2).digest)
+    assert digests[0] == digests[1]
+    assert digests[2] == digests[3]
+    assert digests[0] != digests[2]
+
+
+@needs_harness
+def test_metrics_of_which_some_documents_say_nothing_are_left_out(
+    folder: str, tokenizer: Any, model: nn.Module
+) -> None:
+    both = prepared(folder, tokenizer, model, tasks=["choice", "answer"])
+    items = torch.tensor([i for i, (task, _) in enumerate(both.documents) if task == "choice"])
+    found = both.summary(both.score(model, items), items)
+    whole = both(model)
+    assert found
+    assert all(name.startswith("choice") for name in found)
+    assert {name: whole[name] for name in found} == found
+    assert len(whole) > len(found)
+
+
+@needs_harness
 def test_documents_can_be_chosen(folder: str, tokenizer: Any, model: nn.Module) -> None:
     whole = prepared(folder, tokenizer, model, tasks="choice")
     outcomes = whole.score(model, torch.arange(5))

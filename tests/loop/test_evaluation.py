@@ -14,7 +14,7 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, SpaceError
-from map_bo.evaluators import global_state
+from map_bo.evaluators.isolation import global_state
 from map_bo.loop.evaluation import TimeLimitExceededError, evaluate_row, time_limit
 from map_bo.rng import make_generator
 from tests.evaluators.surroundings import surroundings

@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import AnotherRunError
+from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import difference, problem_identity, refuse_another, run_identity
+from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.synthetic import ConcaveQuadratics
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
+from map_bo.tracking.jsonl import MemoryStore
+from tests.evaluators.test_examples import Signs
 
 PROBLEM = ConcaveQuadratics(d=2, m=2)
 
@@ -95,3 +101,46 @@ def test_descriptions_of_version_0_1_left_out_on_which_examples_metrics_are_meas
     assert difference({"problem": {"metrics": [{"name": "b", "kind": "loss"}]}}, now) is not None
     fresh = {"problem": {"metrics": [{"name": "a", "kind": "loss", "resampling": "fresh"}]}}
     assert difference(fresh, now) is not None
+
+
+class Moved(Signs):
+    """Scores examples that may have changed since the run was begun."""
+
+    def __init__(self, by: float) -> None:
+        super().__init__()
+        self.by, self.prepared = by, 0
+
+    def prepare(self, model: nn.Module) -> None:
+        super().prepare(model)
+        assert self.inputs is not None
+        self.inputs, self.prepared = self.inputs + self.by, self.prepared + 1
+
+
+def of_examples(by: float) -> tuple[MergedModelProblem, Moved]:
+    evaluator, weight = Moved(by), torch.zeros(1, 3)
+    experts = {"a": {"weight": weight + 1}, "b": {"weight": weight - 1}}
+    model = nn.Linear(3, 1, bias=False)
+    made = MergedModelProblem(
+        model, base={"weight": weight}, experts=experts, evaluators={"signs": evaluator}
+    )
+    return made, evaluator
+
+
+def test_a_run_does_not_go_on_with_other_examples() -> None:
+    settings = Settings(budget=8, verify=1, sampler=Sobol(), surrogate=Quadratic())
+    store = MemoryStore()
+    Run(of_examples(0.0)[0], settings, store)
+    Run(of_examples(0.0)[0], settings, store)
+    with pytest.raises(AnotherRunError, match=r"examples\.signs was"):
+        Run(of_examples(0.1)[0], settings, store)
+    result = Run(of_examples(0.0)[0], settings, store).drive()
+    later, unread = of_examples(0.1)
+    again = Run(later, settings, store).drive()  # nothing is left to measure
+    assert torch.equal(again.front.X, result.front.X)
+    assert not unread.prepared
+
+
+def test_a_record_that_does_not_tell_its_examples_is_taken_as_it_is() -> None:
+    now = {"examples": {"signs": "x"}}
+    assert difference({}, now) is None
+    assert difference({"examples": {"signs": "y"}}, now) is not None

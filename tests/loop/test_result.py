@@ -64,7 +64,7 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
         Bowls(), quick(12, solver=GradientSolver(points=4, steps=20)), MemoryStore()
     ).drive()
     assert coarse.model is not None
-    wanted = {"near a": 2, "far from b": 1}
+    wanted = {"near a": 1, "far from b": 1}
     by_point = replace(coarse, model=None, refitted=None).choose(wanted)
     solved = coarse.choose(wanted)
     assert solved.refined

@@ -131,6 +131,27 @@ def test_means_of_many_tensors_are_those_of_each_alone() -> None:
             assert torch.allclose(found, spherical_mean(gram, w, norms), rtol=1e-12)
 
 
+@pytest.mark.parametrize("norms", ["mean", "own"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_vectors_that_depend_on_each_other(norms: str, size: int) -> None:
+    """As rows that are narrower than there are experts: many combinations are their mean."""
+    orders = [[0, 1, 2, 3], [3, 1, 0, 2]]
+    for seed in range(40):
+        X, w = vectors_of(4, size, seed, lean=0.0), weights_of(4, seed)
+        found = []
+        for order in orders:
+            part = X[order]
+            weights = spherical_mean(part @ part.T, w[order], norms)
+            found.append(weights @ part)
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-6)
+        longest = float(torch.linalg.vector_norm(X, dim=1).max())
+        assert float(torch.linalg.vector_norm(found[0])) < 4.001 * longest
+    alike = torch.tensor([[3.0, 0.0], [1.0, 0.0], [2.0, 0.1]]).double()
+    w = torch.tensor([0.6, 0.3, 0.1]).double()
+    length = torch.linalg.vector_norm(spherical_mean(alike @ alike.T, w, norms) @ alike)
+    assert float(length) == pytest.approx(0.6 * 3 + 0.3 + 0.2, rel=1e-3)
+
+
 def test_vectors_without_weight_do_not_count() -> None:
     X = vectors_of(3)
     w = torch.tensor([0.0, 0.7, 0.3], dtype=torch.float64)

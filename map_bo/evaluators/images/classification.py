@@ -140,6 +140,12 @@ class ImageClassification(ImageEvaluator):
         if self.labelled:
             self._rows = self._rows_for(model, outputs)
 
+    def check_data(self) -> None:
+        """Read which images there are, and those that a head is fitted on."""
+        super().check_data()
+        if self.head.train is not None:
+            self.head.train.read(("image", "label"))
+
     def classifier(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         """Return what gives the logits of images."""
         head = self._frozen

@@ -180,14 +180,20 @@ class ImageEvaluator(ExampleEvaluator):
         """
         if self._examples is not None:
             return
-        roles = ("image", "label") if self.labelled else ("image",)
-        examples = self.data.read(roles)
+        examples = self._read()
         steps = find_steps(self.processor)
         if steps is None and default is not None:
             steps = find_steps(default)
         self._steps = steps
         self._pixels = self.prepared(self.data, examples)
         self._examples = examples
+
+    def check_data(self) -> None:
+        """Read which images there are; see `ExampleEvaluator`."""
+        self._read()
+
+    def _read(self) -> Examples:
+        return self.data.read(("image", "label") if self.labelled else ("image",))
 
     def prepared(self, data: Data, examples: Examples) -> Pixels:
         """Return the images of examples as a model takes them; after `read` has found how."""

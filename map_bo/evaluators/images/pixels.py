@@ -321,6 +321,7 @@ def read_pixels(
         EvaluationError: When an image cannot be read, or images come out in several shapes.
     """
     text = f"{examples.digest} {None if steps is None else steps.identity}"
+    text += _digests_of_files(examples, folder)
     digest = hashlib.sha256(text.encode()).hexdigest()
     with _lock:
         found = _known.get(digest)
@@ -330,6 +331,16 @@ def read_pixels(
         with _lock:
             found = _known.setdefault(digest, found)
     return found
+
+
+def _digests_of_files(examples: Examples, folder: Path) -> str:
+    """Return the digests of the files that a table names; its own digest has their names alone."""
+    found: list[str] = []
+    for value in examples.columns["image"]:
+        if isinstance(value, str):
+            with suppress(OSError, ValueError):  # said where it is read as an image
+                found.append(hashlib.sha256((folder / value).read_bytes()).hexdigest())
+    return " ".join(found)
 
 
 def _prepared(

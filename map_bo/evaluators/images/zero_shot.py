@@ -153,12 +153,13 @@ class ZeroShot(ImageEvaluator):
         self._names: tuple[str, ...] = ()
         self._tokens: dict[str, Tensor] = {}
         self._of_base: Tensor | None = None  # prototypes, classes x width
-        self._text: _Tower | None = None  # the base's text tower
+        self._base = ""  # digest of the base's text tower
+        self._text: _Tower | None = None  # that tower
 
     @property
     def digest(self) -> str:
         """A digest of the images and of the texts."""
-        names = "\n".join([self.prototypes, *self.templates, "", *self._names])
+        names = "\n".join([self.prototypes, *self.templates, "", *self._names, "", *self._chosen])
         return hashlib.sha256(f"{self.image_digest}\n{names}".encode()).hexdigest()
 
     @property
@@ -177,7 +178,8 @@ class ZeroShot(ImageEvaluator):
         _require(model)
         _scale(model)
         self.read(_resize_of(model))
-        if self._of_base is not None:
+        base = digest_of(_text_tower(model))
+        if self._of_base is not None and base == self._base:
             return
         names = self._class_names()
         texts = [one.replace("{}", name) for name in names for one in self.templates]
@@ -186,7 +188,7 @@ class ZeroShot(ImageEvaluator):
         _require_different(prototypes, names)
         if self.prototypes == "auto":
             self._text = _Tower.of(model)
-        self._names, self._of_base = names, prototypes
+        self._names, self._of_base, self._base = names, prototypes, base
         try:
             self.try_out(model)
         except EvaluationError:

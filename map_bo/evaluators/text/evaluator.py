@@ -247,7 +247,7 @@ class TextEvaluator(ExampleEvaluator):
             EvaluationError: When data, tokenizer, head and model do not fit each other.
             MissingDependencyError: Without a package that is needed.
         """
-        examples = self.data.read((*self.roles, self.target) if self.labelled else self.roles)
+        examples = self._read()
         tokenizer = load_tokenizer(self.tokenizer, model)
         check_vocabulary(tokenizer, model)
         longest = longest_text(tokenizer, model, self.max_length)
@@ -282,6 +282,12 @@ class TextEvaluator(ExampleEvaluator):
         digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
         self._state = _Ready(tokens, targets, head, pooling, digest)
 
+    def check_data(self) -> None:
+        """Read the texts, and those that a head is fitted on; see `ExampleEvaluator`."""
+        self._read()
+        if self.head.train is not None:
+            self.head.train.read((*self.roles, self.target))
+
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcome of each of some examples; see `ExampleEvaluator.score`.
 
@@ -298,6 +304,9 @@ class TextEvaluator(ExampleEvaluator):
         """
         ready = self.ready
         return _outputs(model, ready.tokens, items, ready.head, ready.pooling)
+
+    def _read(self) -> Examples:
+        return self.data.read((*self.roles, self.target) if self.labelled else self.roles)
 
     def _tokens(
         self,

@@ -323,7 +323,9 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[object]:
     from transformers import PreTrainedTokenizerFast
 
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        return [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str()]
+        # Not all of it is in the file of the tokenizer itself.
+        about = [tokenizer.truncation_side, list(tokenizer.model_input_names)]
+        return [type(tokenizer).__name__, tokenizer.backend_tokenizer.to_str(), *about]
     known = sorted(tokenizer.get_vocab().items())
     return [type(tokenizer).__name__, known, repr(tokenizer.init_kwargs)]
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from map_bo.errors import CheckpointError, first_line
 from map_bo.merging.checkpoints.hub import HubModel, fetch, hub_model
 from map_bo.merging.checkpoints.pickles import state_dict
+from map_bo.merging.checkpoints.positioned_reads import GGUF_HINT
 from map_bo.merging.checkpoints.read_sharded import ShardedReader, open_file
 from map_bo.merging.checkpoints.tensors import (
     Layout,
@@ -442,6 +443,11 @@ def _weights_in(folder: Path) -> Path:
         raise CheckpointError(
             f"{folder} holds no weights, but adapters in folders of it: {', '.join(inner[:5])}",
             hint=f"give one of these folders as an expert, such as {folder / inner[0]}",
+        )
+    if packed := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(
+            f"{folder} holds no weights that can be merged, but the GGUF file {packed[0].name}",
+            hint=GGUF_HINT,
         )
     raise CheckpointError(
         f"{folder} holds no weights",

@@ -16,7 +16,7 @@ from typing import Any
 
 from map_bo.errors import CheckpointError, first_line
 
-__all__ = ["HEAD_BYTES", "Appearance", "WeightFile", "appearance"]
+__all__ = ["GGUF_HINT", "HEAD_BYTES", "Appearance", "WeightFile", "appearance"]
 
 HEAD_BYTES = 512
 """How much of a file's beginning `appearance` wants to see."""
@@ -200,6 +200,14 @@ class Appearance:
     hint: str
 
 
+GGUF_HINT = (
+    "give the weights that it was converted from, or convert it to a Hugging Face folder: "
+    "transformers.AutoModelForCausalLM.from_pretrained(FOLDER, gguf_file=NAME, "
+    "quantization_config=transformers.GgufConfig(dequantize=True)).save_pretrained(OUT), and the "
+    "same with AutoTokenizer, without quantization_config"
+)
+"""How to go on from a GGUF file, whose quantised blocks cannot be merged."""
+
 _MAGIC: tuple[tuple[bytes, Appearance], ...] = (
     (
         b"version https://git-lfs",
@@ -209,7 +217,7 @@ _MAGIC: tuple[tuple[bytes, Appearance], ...] = (
             "fetch the file itself, for example with `git lfs pull`",
         ),
     ),
-    (b"GGUF", Appearance("gguf", "a GGUF file", "give the weights that it was converted from")),
+    (b"GGUF", Appearance("gguf", "a GGUF file", GGUF_HINT)),
     (
         b"\x89HDF\r\n",
         Appearance("hdf5", "an HDF5 file, as Keras writes", "convert it to safetensors"),

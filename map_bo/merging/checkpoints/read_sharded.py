@@ -11,7 +11,12 @@ from torch import Tensor
 
 from map_bo.errors import CheckpointError, first_line, listed
 from map_bo.merging.checkpoints.pickles import PickleReader
-from map_bo.merging.checkpoints.positioned_reads import HEAD_BYTES, WeightFile, appearance
+from map_bo.merging.checkpoints.positioned_reads import (
+    GGUF_HINT,
+    HEAD_BYTES,
+    WeightFile,
+    appearance,
+)
 from map_bo.merging.checkpoints.safetensors_files import (
     HEADER_LIMIT,
     SafetensorsReader,
@@ -36,6 +41,10 @@ def open_file(path: Path) -> TensorReader:
         return SafetensorsReader(path)
     if path.suffix in PICKLE_SUFFIXES:
         return PickleReader(path)
+    if path.suffix.lower() == ".gguf":
+        raise CheckpointError(
+            f"{path} is a GGUF file, whose weights cannot be merged", hint=GGUF_HINT
+        )
     raise CheckpointError(
         f"{path} has the unknown suffix {path.suffix!r}",
         hint="known are .safetensors, .pt, .pth, .bin, .ckpt, a *.index.json, or a folder with "

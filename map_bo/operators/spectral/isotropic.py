@@ -233,7 +233,8 @@ def common_and_specific(changes: Sequence[Change], common: float) -> list[LowRan
         (total.B.shape[0], total.A.shape[1]) if isinstance(total, LowRank) else total.shape
     )
     size, experts = min(rows, columns), len(changes)
-    each = round((size - int(size * common)) / experts)
+    # Rounded up, they may be more than there is room for.
+    each = min(round((size - int(size * common)) / experts), size // experts)
     shared = leading(total, size - each * experts)
     own = [
         leading(without_columns(change, shared.U), each, scale=length_of(change))

@@ -13,6 +13,7 @@ from typing import Any
 
 from map_bo.errors import ConfigError, MapBoError
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.kinds import evaluator_from, refuse_all
 from map_bo.merging.adapters.adapter import AdapterCheckpoint, open_expert
 from map_bo.merging.align.conform import MissingRule, align_experts
@@ -122,9 +123,9 @@ def hf_problem(
             )
         except MapBoError as error:
             troubles.append(error)
-    if troubles and opened is not None:
+    if troubles:
         lost = set(experts or {}) - set(aligned)
-        _ask_evaluators(opened, aligned, evaluators, heads or {}, lost, missing, troubles)
+        _ask_evaluators(model, opened, aligned, evaluators, heads or {}, lost, missing, troubles)
     refuse_all(troubles)
     assert opened is not None
     return imported_problem(
@@ -231,7 +232,8 @@ def _at(key: str, error: MapBoError) -> MapBoError:
 
 
 def _ask_evaluators(
-    base: Checkpoint,
+    model: str | None,
+    base: Checkpoint | None,
     experts: Mapping[str, Checkpoint],
     evaluators: Mapping[str, Evaluator],
     heads: Mapping[str, str],
@@ -241,16 +243,24 @@ def _ask_evaluators(
 ) -> None:
     """Add what evaluators refuse of the parts that can be used, so that it is said with the rest.
 
-    A task whose head is that of an expert which cannot be used is left out: without its head there
-    is nothing to judge it by.
+    Of a task whose head is that of an expert which cannot be used only the data are looked at:
+    without its head there is nothing to judge the rest by.
     """
-    asked = {name: one for name, one in evaluators.items() if heads.get(name, name) not in lost}
-    if not asked or not experts:
+    asked: dict[str, Evaluator] = {}
+    for name, one in evaluators.items():
+        if base is not None and experts and heads.get(name, name) not in lost:
+            asked[name] = one
+        elif isinstance(one, ExampleEvaluator):
+            try:
+                one.check_data()
+            except MapBoError as error:
+                troubles.append(_at(f"problem.tasks.{name}", error))
+    if not asked or base is None:
         return
     given = {task: name for task, name in heads.items() if task in asked and name in experts}
     try:
         imported_problem(
-            None, base=base, experts=experts, evaluators=asked, heads=given, missing=missing
+            model, base=base, experts=experts, evaluators=asked, heads=given, missing=missing
         ).prepare()
     except MapBoError as error:
         troubles.append(error)

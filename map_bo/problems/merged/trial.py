@@ -143,7 +143,7 @@ def _values(
     """Return metric of the run -> value, on some examples or on all of them."""
     if tried is not None:
         try:
-            items = torch.arange(tried) * evaluator.size // tried  # of all parts of the data
+            items = _spread(tried, evaluator.size)
             outcomes = evaluator.score(model, items)
         except MapBoError as error:
             raise type(error)(f"task {key!r}: {error.message}", hint=error.hint) from error
@@ -170,6 +170,15 @@ def _values(
             raise one
         values[name] = one.value
     return values
+
+
+def _spread(n: int, size: int) -> Tensor:
+    """Return ``n`` of ``size`` indices, of all parts of the data, ascending.
+
+    Their distances differ: examples may be of several tasks in turn, and each is to have some.
+    """
+    steps = torch.arange(n)
+    return steps * size // n + steps % (size // n)
 
 
 def peak_memory() -> int:

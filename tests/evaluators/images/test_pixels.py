@@ -152,6 +152,21 @@ def test_paths_in_a_table_are_relative_to_it(tmp_path: Path) -> None:
         read(Data(path=str(tmp_path / "set.csv")), Resize(size=4))
 
 
+def test_images_that_a_table_names_are_told_apart_by_what_they_show(tmp_path: Path) -> None:
+    tables = []
+    for name, grey in (("first", 10), ("second", 200)):
+        (tmp_path / name).mkdir()
+        picture((9, 9, 9), grey).save(tmp_path / name / "a.png")
+        tables.append(Data(path=str(tmp_path / name / "set.csv")))
+        Path(tables[-1].path).write_text("image\na.png\n")
+    first, second = (read(table, Resize(size=4)) for table in tables)
+    assert first.digest != second.digest
+    assert not torch.equal(first.values, second.values)
+    (tmp_path / "second" / "a.png").rename(tmp_path / "first" / "a.png")
+    again = read(tables[0], Resize(size=4))
+    assert torch.equal(again.values, second.values)
+
+
 def test_images_are_prepared_once(tmp_path: Path) -> None:
     calls: list[int] = []
 

@@ -147,6 +147,14 @@ def test_whose_texts_are_used_where_their_tower_is_merged(place: Path, prototype
     assert not torch.allclose(logits, other, atol=1e-2)
 
 
+def test_another_base_has_texts_of_its_own(place: Path) -> None:
+    made, other = ready(place, clip(), prototypes="base"), clip(1)
+    made.prepare(other)
+    with torch.inference_mode():
+        logits = made.classifier(other)(torch.arange(12)).clone()
+    torch.testing.assert_close(logits, by_transformers(other, place)[1], rtol=1e-4, atol=1e-4)
+
+
 def test_a_prepared_one_can_be_sent_to_other_processes(place: Path) -> None:
     model = clip()
     made = ready(place, model, metrics="loss")
@@ -158,10 +166,16 @@ def test_the_digest_is_of_images_and_texts(place: Path) -> None:
     model = clip()
     digests = [
         ready(place, model, **more).digest
-        for more in ({}, {}, {"templates": "the {}"}, {"classes": ["blue", "green", "red"]})
+        for more in (
+            {},
+            {},
+            {"templates": "the {}"},
+            {"classes": ["blue", "green", "red"]},
+            {"metrics": "probability"},
+        )
     ]
     assert digests[0] == digests[1]
-    assert len(set(digests)) == 3
+    assert len(set(digests)) == 4
 
 
 def test_classes_can_be_named(place: Path) -> None:

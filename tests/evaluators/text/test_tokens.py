@@ -75,6 +75,13 @@ def test_many_texts_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.Monke
     tokens(["good film", "bad"], cache_dir=tmp_path, max_length=3)
     tokens(["good film", "poor"], cache_dir=tmp_path)
     assert len(list((tmp_path / "tokens").iterdir())) == 3
+    sides = []
+    for side in ("right", "left"):
+        cutting = word_tokenizer()
+        cutting.truncation_side = side
+        given: Any = {"max_length": 3, "where": "a.csv", "rows": [0], "cache_dir": tmp_path}
+        sides.append(tokenise(cutting, ["good film"], model=tiny_bert(), **given))
+    assert sides[0].digest != sides[1].digest
 
 
 def test_a_tokenizer_of_a_folder_of_the_model_or_as_it_is(tmp_path: Path) -> None:

@@ -301,8 +301,15 @@ class TestRefusals:
         self.refused(3, "a int is not a checkpoint")
 
     def test_unknown_suffix(self, tmp_path: Path) -> None:
-        (tmp_path / "x.gguf").write_bytes(b"GGUF")
-        self.refused(tmp_path / "x.gguf", "x.gguf has the unknown suffix '.gguf'")
+        (tmp_path / "x.h5").write_bytes(b"x")
+        self.refused(tmp_path / "x.h5", "x.h5 has the unknown suffix '.h5'")
+
+    @pytest.mark.parametrize("name", ["x.gguf", "x.GGUF", "", "x.safetensors", "x.bin"])
+    def test_a_gguf_file_says_how_to_convert_it(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / (name or "x.gguf")).write_bytes(b"GGUF" + bytes(100))
+        with pytest.raises(CheckpointError, match=r"(a|the) GGUF file") as caught:
+            open_checkpoint(tmp_path / name)
+        assert "GgufConfig(dequantize=True)" in str(caught.value.hint)
 
     @pytest.mark.parametrize("source", [{}, nn.ReLU()])
     def test_empty(self, source: Any) -> None:

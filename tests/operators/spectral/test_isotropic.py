@@ -223,3 +223,12 @@ def test_common_is_a_share() -> None:
     ) as caught:
         IsoCTS(common=2.0)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize(("size", "experts"), [(3, 2), (7, 4), (6, 4)])
+def test_iso_cts_has_no_more_vectors_than_the_matrix(size: int, experts: int) -> None:
+    """The experts' shares, rounded up, are more than there is room for without a common one."""
+    generator = make_generator(size)
+    changes = [torch.randn(size, size, generator=generator) for _ in range(experts)]
+    for ready in common_and_specific(changes, 0.0):
+        assert ready.rank == size % experts + size // experts  # common, then its own

@@ -206,3 +206,51 @@ def test_a_base_without_an_architecture(models: dict[str, str], tmp_path: Path) 
             base=str(tmp_path / "base.safetensors"),
             experts={"one": str(tmp_path / "one.safetensors")},
         )
+
+
+@pytest.mark.parametrize("base", [None, "gone/base"])
+def test_data_are_looked_at_where_there_is_no_model_to_score(
+    base: str | None, models: dict[str, str], tmp_path: Path
+) -> None:
+    """What is wrong with the task of a lost expert would else be found in the next run."""
+    (tmp_path / "rows.csv").write_text("sentence,label\ngood,1\n")
+    (tmp_path / "empty.csv").write_text("text,label\n")
+    task = {"kind": "text_classification", "data": str(tmp_path / "rows.csv")}
+    fitted = {
+        "kind": "text_classification",
+        "data": {"path": str(tmp_path / "rows.csv"), "columns": {"text": "sentence"}},
+        "head": "fit",
+        "train": str(tmp_path / "empty.csv"),
+    }
+    with pytest.raises(ConfigError) as caught:
+        build(
+            models,
+            base=base or models["base"],
+            experts={"wide": models["wide"], "gone": models["wide"]},
+            tasks={"wide": task, "gone": fitted},
+        )
+    said = caught.value.message
+    assert "problem.tasks.wide: " in said
+    assert "has no column 'text'" in said
+    assert "problem.tasks.gone: " in said
+    assert "empty.csv is empty" in said
+    assert ("problem.base: " in said) == (base is not None)
+
+
+def architecture() -> nn.Module:
+    return nn.Linear(1, 1, bias=False)
+
+
+def test_a_model_that_was_given_is_asked_for_with_the_rest(tmp_path: Path) -> None:
+    """A base that is no folder of transformers would else be told to lack its configuration."""
+    for name, value in (("base", 0.0), ("one", 1.0)):
+        save_file({"weight": torch.full((1, 1), value)}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ConfigError) as caught:
+        hf_problem(
+            base=str(tmp_path / "base.safetensors"),
+            experts={"one": str(tmp_path / "one.safetensors"), "gone": str(tmp_path / "gone")},
+            tasks={"task": {"kind": f"{OWN}:Width", "refuses": "the split is empty"}},
+            model=f"{OWN}:architecture",
+        )
+    assert "the split is empty" in caught.value.message
+    assert "config.json" not in caught.value.message

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, EvaluationError
+from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.metrics import SeveralMetrics
 from map_bo.problems.merged.problem import MergedModelProblem
@@ -72,7 +73,7 @@ def test_base_and_experts_are_scored_on_a_few_examples_of_all_parts_of_the_data(
         ("up", 40, 10),
     ]
     assert left.asked == 30
-    assert left.items == set(range(0, 40, 4))
+    assert {item // 4 for item in left.items} == set(range(10))
     assert {name: seen["left"] for name, seen in found.tasks[0].values.items()} == {
         "base": 0.0,
         "left": 1.0,
@@ -81,6 +82,32 @@ def test_base_and_experts_are_scored_on_a_few_examples_of_all_parts_of_the_data(
     assert found.tasks[1].values["up"] == {"up": 2.0}
     assert found.memory > 1e7
     assert found.device_memory == 0
+
+
+class InTurn(Weights):
+    """Examples of three tasks in turn, of which each has a metric."""
+
+    size = 96
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(Metric(name, kind="unbounded") for name in "abc")
+
+    def score(self, model: nn.Module, items: Tensor) -> Tensor:
+        own = nn.functional.one_hot(items % 3, 3).double()
+        return torch.where(own > 0, own, torch.nan)
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, Measurement]:
+        means = outcomes.nanmean(0).tolist()
+        return {name: Measurement(mean) for name, mean in zip("abc", means, strict=True)}
+
+
+@pytest.mark.parametrize("size", [96, 64, 99])
+def test_examples_of_several_tasks_in_turn_are_all_tried(size: int) -> None:
+    evaluator = InTurn(0)
+    evaluator.size = size
+    found = try_out(problem(turns=evaluator), examples=32)
+    assert found.tasks[0].values["base"] == {f"turns_{name}": 1.0 for name in "abc"}
 
 
 def test_the_time_of_an_evaluation_is_that_of_all_examples_and_merges() -> None:
