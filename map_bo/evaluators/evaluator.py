@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
@@ -110,6 +110,9 @@ class Prepares(Protocol):
     def prepare(self, model: nn.Module) -> None:
         """Get ready.
 
+        What this does to the model, to torch and to the process is undone, as after a measurement,
+        and the global generators are seeded alike in every run.
+
         Args:
             model: The model with the weights of the base, in evaluation mode.
 
@@ -153,31 +156,36 @@ class ItemEvaluator(Protocol):
 
 
 def prepare_evaluators(
-    evaluators: Mapping[str, Evaluator], model: Callable[[str], nn.Module]
+    evaluators: Mapping[str, Evaluator],
+    model: Callable[[str], AbstractContextManager[nn.Module]],
 ) -> None:
     """Let every evaluator get ready, and refuse all that cannot at once.
 
     Args:
         evaluators: Name -> evaluator; those that do not prepare are left alone.
-        model: Returns the model with the weights of the base, for the evaluator of a name.
+        model: Gives the model with the weights of the base for a while, to the evaluator of a name.
 
     Raises:
-        EvaluationError: Naming every evaluator that cannot be used, each with its reason.
+        EvaluationError: Naming every evaluator that cannot be used, each with its reason:
+            whatever it raised, as in `measure`.
     """
     troubles: list[tuple[str, str, str | None]] = []
-    cause: Exception | None = None
+    cause: BaseException | None = None
     for name, evaluator in evaluators.items():
         if not isinstance(evaluator, Prepares):
             continue
         try:
-            evaluator.prepare(model(name))
+            with model(name) as base:
+                evaluator.prepare(base)
         except MapBoError as error:
             troubles.append((name, error.message, error.hint))
-            cause = error
-        except Exception as error:  # of an evaluator of others, of a file system
-            told = f"{type(error).__name__}: {error}".rstrip(": ")
-            troubles.append((name, told, "call its prepare(model) with the base to find out why"))
-            cause = error
+            cause = cause or error
+        except BaseException as error:
+            if stops_the_process(error):
+                raise
+            text = f"its prepare raised {type(error).__name__}: {error}".rstrip(": ")
+            troubles.append((name, text, "call it with the base model to find out why"))
+            cause = cause or error
     if len(troubles) == 1:
         (name, message, hint) = troubles[0]
         raise EvaluationError(f"evaluator {name!r} cannot be used: {message}", hint=hint) from cause
@@ -189,7 +197,7 @@ def prepare_evaluators(
         raise EvaluationError(
             f"{len(troubles)} evaluators cannot be used:\n  - " + "\n  - ".join(lines),
             hint="nothing was evaluated; correct them all and run again",
-        )
+        ) from cause
 
 
 def measure(name: str, evaluator: Evaluator, model: nn.Module) -> Measurement:

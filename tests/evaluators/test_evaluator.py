@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -257,27 +258,37 @@ def test_evaluators_that_cannot_be_used_are_refused_together() -> None:
         "d": last,
     }
     with pytest.raises(EvaluationError, match="2 evaluators cannot be used") as found:
-        prepare_evaluators(evaluators, lambda name: MODEL)
+        prepare_evaluators(evaluators, lambda name: nullcontext(MODEL))
     said = "used:\n  - 'a': no column (a way out)\n  - 'c': no row (a way out)"
     assert said in found.value.message
     assert last.seen == 1
     with pytest.raises(EvaluationError, match="evaluator 'a' cannot be used: no column") as found:
-        prepare_evaluators({"a": Ready("no column")}, lambda name: MODEL)
+        prepare_evaluators({"a": Ready("no column")}, lambda name: nullcontext(MODEL))
     assert found.value.hint == "a way out"
 
 
-def test_whatever_a_preparation_raises_is_said_with_the_rest() -> None:
-    class Broken:
-        def prepare(self, model: nn.Module) -> None:
-            raise PermissionError("no entry")
+class Raises(Ready):
+    """An evaluator whose preparing ends in an error of its own."""
 
-        def __call__(self, model: nn.Module) -> float:
-            return 0.0
+    def __init__(self, error: BaseException) -> None:
+        super().__init__()
+        self.error = error
 
-    with pytest.raises(EvaluationError, match="2 evaluators cannot be used") as found:
-        prepare_evaluators({"a": Broken(), "b": Ready("no column")}, lambda name: MODEL)
-    assert "'a': PermissionError: no entry" in found.value.message
+    def prepare(self, model: nn.Module) -> None:
+        raise self.error
+
+
+def test_what_preparing_ends_with_is_a_refusal_among_the_others() -> None:
+    evaluators: dict[str, Evaluator] = {
+        "a": Raises(IndexError("no such row")),
+        "b": Ready("no column"),
+        "c": Raises(SystemExit(0)),
+    }
+    with pytest.raises(EvaluationError, match="3 evaluators cannot be used") as found:
+        prepare_evaluators(evaluators, lambda name: nullcontext(MODEL))
+    assert "'a': its prepare raised IndexError: no such row" in found.value.message
     assert "'b': no column" in found.value.message
-    with pytest.raises(EvaluationError, match="'a' cannot be used: PermissionError: no") as found:
-        prepare_evaluators({"a": Broken()}, lambda name: MODEL)
-    assert isinstance(found.value.__cause__, PermissionError)
+    assert "'c': its prepare raised SystemExit: 0" in found.value.message
+    assert isinstance(found.value.__cause__, IndexError)
+    with pytest.raises(KeyboardInterrupt):
+        prepare_evaluators({"a": Raises(KeyboardInterrupt())}, lambda name: nullcontext(MODEL))

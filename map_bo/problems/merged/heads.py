@@ -39,34 +39,34 @@ class TaskHead:
 
 @dataclass(frozen=True, eq=False)
 class TaskHeads:
-    """The heads of all experts, and which metric is measured with which.
+    """The heads of all experts, and which evaluator measures with which.
 
     Attributes:
         heads: Expert name -> head.
-        by_metric: Metric name -> expert name.
+        by_task: Name of an evaluator -> expert name.
         spare: Names of the base's tensors that no expert changes, which a model of a task may lack.
     """
 
     heads: Mapping[str, TaskHead] = field(default_factory=dict)
-    by_metric: Mapping[str, str] = field(default_factory=dict)
+    by_task: Mapping[str, str] = field(default_factory=dict)
     spare: frozenset[str] = frozenset()
 
     @classmethod
     def of(
         cls,
         experts: Mapping[str, Checkpoint],
-        metrics: Sequence[str],
+        tasks: Sequence[str],
         given: Mapping[str, str] | None = None,
     ) -> TaskHeads:
         """Read the heads of aligned experts.
 
         Args:
             experts: Name -> checkpoint, as `align_experts` returns them.
-            metrics: Names of the metrics.
-            given: Metric -> expert; by default each metric is its namesake's.
+            tasks: Names of the evaluators, each of which may measure several metrics.
+            given: Evaluator -> expert; by default each evaluator has its namesake's.
 
         Raises:
-            MergeError: When ``given`` names an unknown metric, or an expert without a head.
+            MergeError: When ``given`` names an unknown evaluator, or an expert without a head.
             CheckpointError: When a head cannot be read.
         """
         heads = {
@@ -74,11 +74,11 @@ class TaskHeads:
             for name, expert in experts.items()
             if (tensors := head_tensors(expert))
         }
-        unknown = sorted(set(given or {}) - set(metrics))
+        unknown = sorted(set(given or {}) - set(tasks))
         if unknown:
             raise MergeError(
-                f"heads are given for {listed(map(repr, unknown))}, which are not metrics",
-                hint=f"metrics are {listed(metrics)}",
+                f"heads are given for {listed(map(repr, unknown))}, and no evaluator is called so",
+                hint=f"evaluators are {listed(tasks)}",
             )
         lacking = sorted({name for name in (given or {}).values() if name not in heads})
         if lacking:
@@ -87,12 +87,12 @@ class TaskHeads:
                 hint=f"experts with a head are {listed(heads) or 'none'}; a head is what an expert "
                 "has and the base lacks",
             )
-        chosen = {metric: metric for metric in metrics if metric in heads} | dict(given or {})
-        without = [metric for metric in metrics if metric not in chosen]
+        chosen = {task: task for task in tasks if task in heads} | dict(given or {})
+        without = [task for task in tasks if task not in chosen]
         if heads and without:
             logger.warning(
-                "the metrics %s are measured without a task head: no expert of that name has one; "
-                "heads={metric: expert} says whose",
+                "%s are measured without a task head: no expert of that name has one; "
+                "heads={evaluator: expert} says whose",
                 listed(map(repr, without)),
             )
         left = [frozenset(_left(expert)) for expert in experts.values()] if heads else []
@@ -103,9 +103,9 @@ class TaskHeads:
         """Names of all tensors of heads."""
         return frozenset(name for head in self.heads.values() for name in head.tensors)
 
-    def of_metric(self, metric: str) -> TaskHead | None:
-        """Return the head that a metric is measured with, if any."""
-        expert = self.by_metric.get(metric)
+    def of_task(self, task: str) -> TaskHead | None:
+        """Return the head that the evaluator of this name measures with, if any."""
+        expert = self.by_task.get(task)
         return None if expert is None else self.heads[expert]
 
 

@@ -89,8 +89,8 @@ def imported_problem(
             base; by default they are refused.
         missing: ``refuse``, or ``base``: experts that lack tensors of the base leave those as they
             are in the base.
-        heads: Expert name by metric name, where the task head that an evaluator needs is not that
-            of the expert which is called like the metric.
+        heads: Expert name by evaluator name, where the task head that an evaluator needs is not
+            that of the expert of its name.
         recalibration: ``module:callable`` that returns batches on which the statistics of
             BatchNorm layers are measured anew after each merge.
         max_memory: Cap of the memory for task vectors, in bytes or such as ``2GB``; see

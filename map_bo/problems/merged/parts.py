@@ -26,7 +26,7 @@ from map_bo.evaluators.evaluator import (
     ReadsHead,
     prepare_evaluators,
 )
-from map_bo.evaluators.isolation.world import callers_world, isolated
+from map_bo.evaluators.isolation.world import callers_dtype, isolated
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.blocks import Blocks, HasBlocks, block_norms, relative_importance
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
@@ -45,6 +45,7 @@ from map_bo.operators.statistics.known_statistics import NeedsStatistics
 from map_bo.plain import identity_of
 from map_bo.problems.cache import cache_root
 from map_bo.problems.merged.heads import TaskHeads
+from map_bo.rng import child_seed, make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_metric
 
@@ -300,8 +301,9 @@ def prepare_on_base(
     origin = torch.zeros(len(vectors.experts), dtype=torch.float64)
 
     def with_head(key: str) -> nn.Module:
+        """Write the base's weights, and the head of an evaluator's task, into the model."""
         model = live.write(base, origin)
-        head = heads.of_metric(key)
+        head = heads.of_task(key)
         if head is not None:
             live.put_head(head.tensors, head.labels)
             return model
@@ -316,8 +318,15 @@ def prepare_on_base(
             )
         return model
 
-    with live, callers_world():
-        prepare_evaluators(evaluators, with_head)
+    @contextmanager
+    def lent(key: str) -> Iterator[nn.Module]:
+        model = with_head(key)
+        with watched(key, live, child_seed(make_generator(0), "prepare", key)):
+            yield model
+
+    live.cast_inputs = callers_dtype() != torch.float32
+    with live:
+        prepare_evaluators(evaluators, lent)
 
 
 @contextmanager

@@ -129,8 +129,8 @@ class MergedModelProblem:
             them (default), or match rows by position (``"base"``) or token (``"tokens"``).
         missing: What to do with experts that lack tensors of the base: refuse them (default), or
             leave those as they are in the base (``"base"``); see `align_experts`.
-        heads: Metric name -> name of the expert whose task head the model has for its evaluator;
-            by default that of the expert which is called like the metric. Task heads are what only
+        heads: Evaluator name -> name of the expert whose task head the model has for it; by
+            default that of the expert which is called like the evaluator. Task heads are what only
             experts have; they are not merged.
         recalibration: Batches, or a function that returns them: after each merge the statistics of
             BatchNorm layers are measured anew on them, for evaluation and export; see `recalibrate`
@@ -526,7 +526,7 @@ class MergedModelProblem:
         """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any."""
         loaded = self._load()
         model = loaded.live.write(loaded.prepared, x)
-        head = None if key is None else self._heads.of_metric(key)
+        head = None if key is None else self._heads.of_task(key)
         if head is not None:
             loaded.live.put_head(head.tensors, head.labels)
         if self._recalibration is not None:

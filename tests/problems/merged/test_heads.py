@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import map_bo
 from map_bo.errors import MergeError
+from map_bo.evaluators.metrics import SeveralMetrics
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from map_bo.surrogates.quadratic import Quadratic
@@ -85,10 +86,33 @@ def test_heads_may_be_named_for_metrics_of_other_names(caplog: pytest.LogCapture
     with caplog.at_level(logging.WARNING, "map_bo"):
         evaluate(Net(2), ("x", "speed"))
     assert "'speed' are measured without a task head" in caplog.text
-    with pytest.raises(MergeError, match="'z', which are not metrics"):
+    with pytest.raises(MergeError, match="'z', and no evaluator is called so"):
         evaluate(Net(2), heads={"z": "x"})
     with pytest.raises(MergeError, match="the experts 'z' have no task head"):
         evaluate(Net(2), heads={"x": "z"})
+
+
+def test_the_metrics_of_one_evaluator_have_one_head() -> None:
+    def both(model: Any) -> dict[str, float]:
+        return {"width": model.head.out_features / 10, "again": model.head.out_features / 10}
+
+    def problem(heads: dict[str, str] | None) -> MergedModelProblem:
+        return MergedModelProblem(
+            Net(2),
+            base=BASE,
+            experts=EXPERTS,
+            evaluators={"x": SeveralMetrics(both, ["width", "again"])},
+            heads=heads,
+        )
+
+    for heads, width in ((None, 0.2), ({"x": "y"}, 0.6)):
+        found = problem(heads).evaluate(C, generator=make_generator(0))
+        assert found.Y[0].tolist() == [width, width]
+        with problem(heads).load(C[0], metric="x_again") as model:
+            assert model.get_parameter("head.weight").shape[0] / 10 == width
+    with pytest.raises(MergeError, match="'x_width', and no evaluator is called so") as caught:
+        problem({"x_width": "x"})
+    assert "evaluators are x" in str(caught.value.hint)
 
 
 def test_merging_is_of_the_base_alone() -> None:

@@ -423,6 +423,53 @@ def test_what_an_evaluator_leaves_behind_reaches_nothing(name: str, expected: Te
     assert torch.equal(tested.evaluate(ROWS[:1], generator=G).Y, expected[:1])  # once more
 
 
+class Ready:
+    """An evaluator that gets ready, and acts while it does."""
+
+    def __init__(self, action: Evaluator) -> None:
+        self.action = action
+        self.drawn: list[float] = []
+
+    def prepare(self, model: nn.Module) -> None:
+        self.drawn.append(float(torch.rand(())) + random.random())
+        self.action(model)
+
+    def __call__(self, model: nn.Module) -> float:
+        return 0.5
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_what_preparing_leaves_behind_reaches_nothing(name: str, expected: Tensor) -> None:
+    model, seen = build(), list[float]()
+    odd, last = Ready(ODD[name]), Ready(lambda m: seen.append(right(m)))
+    tested = problem(model, odd)
+    plain = MergedModelProblem(model, base=BASE, experts=EXPERTS, evaluators={"last": last})
+    plain.prepare()  # what `last` sees alone
+    before, around = describe(model), surroundings()
+    tested.prepare()
+    assert surroundings() == around
+    assert describe(model) == before
+    both = {"odd": odd, "last": last}
+    MergedModelProblem(model, base=BASE, experts=EXPERTS, evaluators=both).prepare()
+    assert surroundings() == around
+    assert describe(model) == before
+    assert seen == [seen[0]] * 2
+    assert odd.drawn == odd.drawn[:1] * 2  # what is drawn is the same in every run
+    assert torch.equal(tested.evaluate(ROWS, generator=G).Y, expected)
+
+
+def test_preparing_that_cannot_be_undone_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    home = os.getcwd()
+    os.chdir(folder)
+    try:
+        with pytest.raises(MapBoError, match=r"'odd' cannot be used: .*the working directory"):
+            problem(build(), Ready(lambda m: shutil.rmtree(folder))).prepare()
+    finally:
+        os.chdir(home)
+
+
 @pytest.mark.parametrize("name", STOPS)
 def test_what_an_evaluator_stops_with_is_a_failure(name: str) -> None:
     action, reason = STOPS[name]
