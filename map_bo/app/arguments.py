@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ __all__ = [
     "pairs",
     "parser",
     "surrogate_of_sampler",
+    "with_added_key",
     "with_bare_trust",
     "with_configuration",
 ]
@@ -274,6 +276,29 @@ def surrogate_of_sampler(override: str) -> str:
     if key != "sampler.surrogate" or names == ["null"] or not all(map(str.isidentifier, names)):
         return override
     return f"sampler/surrogate={value}"
+
+
+_MAPPINGS = re.compile(r"problem\.(tasks|experts|evaluators|heads|metrics)\.")
+
+
+def with_added_key(arguments: Sequence[str], refused: str) -> list[str] | None:
+    """Return the overrides with one that adds a key, where Hydra refused to set it.
+
+    Names of tasks and experts and their settings are the user's own, so they need no ``+``;
+    whether a task has such a setting is checked when the configuration is read.
+
+    Args:
+        arguments: The overrides.
+        refused: What Hydra says.
+
+    Returns:
+        None where it was another key that was refused, or something else.
+    """
+    found = re.match(r"Could not override '([^']+)'", refused)
+    if found is None or not _MAPPINGS.match(found.group(1)):
+        return None
+    added = [f"++{a}" if a.startswith(f"{found.group(1)}=") else a for a in arguments]
+    return None if added == list(arguments) else added
 
 
 def pairs(given: list[str], option: str) -> dict[str, float]:

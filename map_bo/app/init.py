@@ -208,6 +208,7 @@ def _place(kind: str, key: str, settings: Mapping[str, Any]) -> list[str]:
 
 
 def _put(tree: dict[str, Any], words: Sequence[str], value: Any) -> None:
+    """Put a value below some keys; a mapping joins the one that is there, as in Hydra."""
     for word in words[:-1]:
         inner = tree.setdefault(word, {})
         if not isinstance(inner, dict):
@@ -216,18 +217,29 @@ def _put(tree: dict[str, Any], words: Sequence[str], value: Any) -> None:
                 hint="give one of the two",
             )
         tree = inner
-    tree[words[-1]] = value
+    last = words[-1]
+    if isinstance(value, dict) and isinstance(tree.get(last), dict):
+        for key, one in value.items():
+            _put(tree[last], [key], one)
+    else:
+        tree[last] = value
 
 
 def _value(text: str, what: str) -> Any:
+    """Return what a value is in YAML; what is in no brackets and no quotes is never a structure."""
     import yaml
 
+    plain = text.strip()[:1] not in ("{", "[", "'", '"')
     try:
-        return yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError as error:
+        if plain:
+            return text
         raise ConfigError(
-            f"the value of {what} cannot be read: {first_line(error)}", hint="put it in quotes"
+            f"the value of {what} cannot be read: {text} ({first_line(error)})",
+            hint="close its brackets and quotes; inside of brackets, put text in quotes",
         ) from error
+    return text if plain and isinstance(value, dict | list) else value
 
 
 def _split(text: str) -> list[str]:
@@ -266,11 +278,11 @@ def _text(options: argparse.Namespace, out: str) -> str:
             elif isinstance(settings, dict) and "data" not in settings:
                 settings.setdefault("limit", options.limit)
     budget = options.budget or max(24, 3 * (len(experts) + 2))
-    chosen, tree = _settings(options.set)
-    tree.setdefault("problem", {})
-    tree["problem"] = {"base": options.base, "experts": experts, "tasks": tasks, **tree["problem"]}
-    tree["loop"] = {"budget": budget, **tree.get("loop", {})}
-    return _page(out, chosen, tree)
+    tree = {
+        "problem": {"base": options.base, "experts": experts, "tasks": tasks},
+        "loop": {"budget": budget},
+    }
+    return _page(out, _set(tree, options.set), tree)
 
 
 def _named(pairs: Any, what: str) -> dict[str, Any]:
@@ -282,10 +294,9 @@ def _named(pairs: Any, what: str) -> dict[str, Any]:
     return found
 
 
-def _settings(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
-    """Return the choices of groups, and the other settings as a tree."""
+def _set(tree: dict[str, Any], given: Sequence[str]) -> dict[str, str]:
+    """Put settings into the tree, and return the choices of groups among them."""
     chosen: dict[str, str] = {}
-    tree: dict[str, Any] = {}
     for text in given:
         key, separator, value = text.partition("=")
         if not separator or not key:
@@ -294,7 +305,7 @@ def _settings(given: Sequence[str]) -> tuple[dict[str, str], dict[str, Any]]:
             chosen[key] = value
         else:
             _put(tree, key.split("."), _value(value, key))
-    return chosen, tree
+    return chosen
 
 
 _HEAD = """\

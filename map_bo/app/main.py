@@ -17,6 +17,7 @@ from map_bo.app.arguments import (
     pairs,
     parser,
     surrogate_of_sampler,
+    with_added_key,
     with_bare_trust,
     with_configuration,
 )
@@ -309,12 +310,21 @@ def _init(options: argparse.Namespace) -> None:
             sys.stdout.write(f"next: map-bo init {shlex.quote(file)}, which tries it out\n")
             return
 
+    refused: list[MapBoError] = []
+
     def task(config: Any) -> None:
-        check_task(config, file=file, examples=examples)
+        try:
+            check_task(config, file=file, examples=examples)
+        except MapBoError as error:  # Hydra would print the overrides of a job that failed
+            refused.append(error)
 
     try:
         _run([file, *_WITHOUT_A_RUN], task)
+        if refused:
+            raise refused[0]
     except MapBoError as error:
+        if not os.path.isfile(file):
+            raise
         again = f"correct {file}, then try it out with `map-bo init {shlex.quote(file)}`"
         hint = f"{error.hint}\nhint: {again}" if error.hint else again
         raise type(error)(error.message, hint=hint) from error
@@ -355,14 +365,25 @@ def _run(arguments: list[str], task: Any = None) -> None:
     # Hydra prints its own traces and exits with 1 unless told to raise; here errors become ours.
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    sys.argv = ["map-bo", *map(surrogate_of_sampler, arguments)]
+    compose = hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")
+    arguments = [surrogate_of_sampler(argument) for argument in arguments]
     try:
-        hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")(job)()
+        while True:
+            sys.argv = ["map-bo", *arguments]
+            try:
+                compose(job)()
+                break
+            except HydraException as error:
+                added = with_added_key(arguments, str(error))
+                if added is None:
+                    raise
+                arguments = added
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             raise
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
-        text = "\n".join(dict.fromkeys(part.strip() for part in parts if part.strip()))
+        lines = dict.fromkeys(line.rstrip() for part in parts for line in part.strip().split("\n"))
+        text = "\n".join(line for line in lines if not line.strip().startswith(_INSIDE))
         _fail(text, "see the groups and their options with `map-bo run --help`")
     except (MapBoError, OSError):
         raise
@@ -382,6 +403,10 @@ def _run(arguments: list[str], task: Any = None) -> None:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = asked
+
+
+_INSIDE = ("full_key: ", "object_type=", "reference_type=")
+"""How lines begin in which OmegaConf tells what it has inside."""
 
 
 def _is_within(function: Any, error: BaseException) -> bool:

@@ -195,7 +195,7 @@ def prepare_evaluators(
             for name, message, hint in troubles
         ]
         raise EvaluationError(
-            f"{len(troubles)} evaluators cannot be used: {'; '.join(lines)}",
+            f"{len(troubles)} evaluators cannot be used:\n  - " + "\n  - ".join(lines),
             hint="nothing was evaluated; correct them all and run again",
         ) from cause
 

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 from map_bo.data import Observations
 from map_bo.evaluators.evaluator import measuring
@@ -35,6 +36,8 @@ __all__ = [
 ]
 
 logger = logging.getLogger(__name__)
+
+_WIDE = 100  # columns of a terminal with room for a long bar
 
 
 class Reporter(Protocol):
@@ -128,15 +131,20 @@ class RichProgress:
             return
         bar = Bar(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=20 if console.width >= _WIDE else 8),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[examples]}", markup=False),
-            TextColumn("{task.fields[last]}", markup=False),
+            # Only what is said last is cut where the terminal is narrow.
+            TextColumn(
+                "{task.fields[examples]}{task.fields[last]}",
+                markup=False,
+                table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
+            ),
             console=console,
             transient=True,
+            expand=True,
         )
         with bar:
             task = bar.add_task("starting", total=total, last="", examples="")
@@ -158,7 +166,8 @@ class _BarReporter:
     def scored(self, evaluator: str | None, done: int, total: int) -> None:
         left = (time.monotonic() - self._begun) * (total - done) / done
         said = f"{evaluator or 'examples'} {done}/{total}"
-        self._bar.update(self._task, examples=f"{said}, {_duration(left)} left" if left else said)
+        said += f", {_duration(left)} left" if left else ""
+        self._bar.update(self._task, examples=f"{said}  ")
         if done == total:  # the next evaluator begins
             self._begun = time.monotonic()
 

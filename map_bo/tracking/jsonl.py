@@ -184,7 +184,7 @@ class JsonlStore:
         if not os.path.isfile(store._path):  # any name; pathlib raises on a long one
             raise StoreError(
                 f"{store.directory} holds no run: there is no {_EVENTS} in it",
-                hint="name a directory that `map-bo run` wrote, or begin one: JsonlStore.create",
+                hint="name a directory that `map-bo run` or `optimize(run_dir=...)` wrote",
             )
         return store
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.app.arguments import surrogate_of_sampler
+from map_bo.app.arguments import surrogate_of_sampler, with_added_key
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,21 @@ from map_bo.app.arguments import surrogate_of_sampler
 )
 def test_the_surrogate_of_a_sampler_is_chosen_by_name(given: str, taken: str) -> None:
     assert surrogate_of_sampler(given) == taken
+
+
+@pytest.mark.parametrize(
+    ("key", "added"),
+    [
+        ("problem.tasks.film.batch_size", True),
+        ("problem.experts.math", True),
+        ("problem.heads.film", True),
+        ("loop.bugdet", False),
+        ("problem.taskss.film", False),
+    ],
+)
+def test_keys_of_the_users_own_mappings_need_no_plus(key: str, added: bool) -> None:
+    given = ["seed=1", f"{key}=8", f"{key}_more=9"]
+    found = with_added_key(given, f"Could not override '{key}'.\nTo append ...")
+    assert found == (["seed=1", f"++{key}=8", f"{key}_more=9"] if added else None)
+    assert with_added_key(found or given, f"Could not override '{key}'.") is None
+    assert with_added_key(given, "something else") is None

@@ -80,6 +80,11 @@ def test_a_task_is_its_kind_its_data_and_settings(text: str, settings: Any) -> N
     assert parse_task(f"t={text}") == ("t", settings)
 
 
+@pytest.mark.parametrize("text", ["Q: {prompt}", "Q: {prompt} A:", "- {prompt}", "*", "a: b: c"])
+def test_a_text_with_a_colon_is_a_text(text: str) -> None:
+    assert parse_task(f"t=generation:a.txt,template={text}")[1]["template"] == text
+
+
 def test_a_kind_for_all_tasks() -> None:
     found = {"kind": "perplexity", "data": {"path": "a.txt", "split": "[:5]"}}
     assert parse_task("t=a.txt,split='[:5]'", kind="perplexity") == ("t", found)
@@ -95,7 +100,7 @@ def test_a_kind_for_all_tasks() -> None:
         ("t=a.txt", "the kind of task 't' is not known: 'a.txt'", "choose from"),
         ("t=perplexity:a.txt,quick", "has the setting 'quick'", "as in split=test"),
         ("t=perplexity:a.txt,data=b.txt,data.split=x", "cannot be set", "give one"),
-        ("t={kind: [}", "the value of t cannot be read", "quotes"),
+        ("t={kind: [}", "the value of t cannot be read: {kind: [}", "close its brackets"),
     ],
 )
 def test_a_task_of_another_form_is_refused(text: str, message: str, hint: str) -> None:
@@ -218,3 +223,27 @@ class TestRunOfAFile:
             (tmp_path / name).write_text(text)
         with pytest.raises(ConfigError, match=message):
             with_configuration([str(tmp_path / name)])
+
+
+def test_a_setting_of_a_task_joins_what_the_task_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = written_file(
+        options(
+            "lm", "--expert", "a=A", "--task", "h=lm_eval:arc_easy,limit=5",
+            "--task", "a=perplexity:a.txt", "--set", "problem.tasks.h.tasks=[one, two]",
+            "--set", "problem.tasks={a: {batch_size: 4}}", "--set", "problem.experts.b=B",
+            "--set", "loop={retries: 2}",
+        )
+    )  # fmt: skip
+    found = yaml.safe_load(file.read_text())
+    assert found["problem"] == {
+        "base": "lm",
+        "experts": {"a": "A", "b": "B"},
+        "tasks": {
+            "h": {"kind": "lm_eval", "tasks": ["one", "two"], "limit": 5},
+            "a": {"kind": "perplexity", "data": {"path": "a.txt"}, "batch_size": 4},
+        },
+    }
+    assert found["loop"] == {"budget": 24, "retries": 2}

@@ -259,7 +259,8 @@ def test_evaluators_that_cannot_be_used_are_refused_together() -> None:
     }
     with pytest.raises(EvaluationError, match="2 evaluators cannot be used") as found:
         prepare_evaluators(evaluators, lambda name: nullcontext(MODEL))
-    assert "'a': no column (a way out); 'c': no row (a way out)" in found.value.message
+    said = "used:\n  - 'a': no column (a way out)\n  - 'c': no row (a way out)"
+    assert said in found.value.message
     assert last.seen == 1
     with pytest.raises(EvaluationError, match="evaluator 'a' cannot be used: no column") as found:
         prepare_evaluators({"a": Ready("no column")}, lambda name: nullcontext(MODEL))

@@ -138,6 +138,22 @@ def test_on_a_terminal_the_bar_shows_examples(monkeypatch: pytest.MonkeyPatch) -
     assert "examples 500/500" in shown.getvalue()
 
 
+def test_a_narrow_terminal_shows_counts_and_times_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda file: Console(file=shown, force_terminal=True, width=80)
+    )
+    metrics = tuple(Metric(f"a_metric_with_a_long_name_{i}") for i in range(4))
+    seen = Observations(X=torch.zeros(1, 1), Y=torch.full((1, 4), 0.5), metrics=metrics)
+    with follow(RichProgress(), 24) as report:
+        report.measured(seen)
+        report.evaluating("evaluation 12")
+        assert isinstance(report, progress.CountsExamples)
+        report.scored("sst2", 128, 500)
+    for whole in ("evaluation 12 ", " 1/24", "0:00:0", " left ", "sst2 128/500"):
+        assert whole in shown.getvalue()
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0.2, "0 s"), (89, "89 s"), (600, "10 min"), (9000, "2.5 h")]
 )

@@ -200,18 +200,16 @@ def _mergekit(
     coefficients: Mapping[str, float],
     weights: Weights | None,
 ) -> tuple[dict[str, Any], tuple[str, ...]]:
+    task = (base.vocabulary_changes or {}).get("task")
+    if task is not None:  # first: such a model has names that the blocks of the merge do not know
+        raise NotExpressible(f"the model has the task head of {task!r}")
     config = express(base, experts, operator, coefficients, weights)
     checkpoints = {"the base": base, **{f"expert {name!r}": e for name, e in experts.items()}}
     for label, checkpoint in checkpoints.items():
         if checkpoint.directory is None:
             raise NotExpressible(f"{label} is not a Hugging Face directory")
         if checkpoint.vocabulary_changes:
-            task = checkpoint.vocabulary_changes.get("task")
-            raise NotExpressible(
-                f"{label} was fitted to the base's names and shapes"
-                if task is None
-                else f"the model has the task head of {task!r}"
-            )
+            raise NotExpressible(f"{label} was fitted to the base's names and shapes")
     folders = [checkpoint.directory for checkpoint in checkpoints.values()]
     if len(set(folders)) < len(folders):
         raise NotExpressible(

@@ -286,7 +286,7 @@ def _blocks(view: RunView, console: Console, rows: Iterable[int]) -> Table:
     """
     front, table = view.front, _table(console)
     table.add_column("point", justify="right", no_wrap=True)
-    table.add_column("coefficients", no_wrap=True)
+    table.add_column("coefficients", overflow="fold")  # what is long there leaves room for numbers
     table.add_column("metric", no_wrap=True)
     corrected, probability = has_corrected(view), has_probability(view)
     for title in ("predicted", "corrected" if corrected else "95 % interval", "real"):

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from map_bo.errors import MergeError
 from map_bo.merging.export.model import merge_checkpoints
+from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.operators.recipes import merge_again
 from map_bo.operators.sparse import Dare
 
@@ -20,6 +21,7 @@ def expert(shift: float, width: int) -> dict[str, Tensor]:
     return moved | {"head.weight": torch.full((width, 3), shift)}
 
 
+BLOCKS = TaskArithmetic(blocks={"w": r"^a\.weight$", "b": r"^a\.bias$"})
 EXPERTS = {"x": expert(1.0, 2), "y": expert(-2.0, 6)}
 
 
@@ -68,6 +70,19 @@ def test_the_recipe_repeats_it_and_the_card_says_so(tmp_path: Path) -> None:
     one, two = (load_file(f / "model.safetensors") for f in (out, again))
     assert one.keys() == two.keys()
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_blocks_are_those_of_the_base(tmp_path: Path) -> None:
+    plain = merge_checkpoints(
+        BASE, EXPERTS, {"x/w": 0.5, "x/b": 1.0}, tmp_path / "plain", operator=BLOCKS, progress=False
+    )
+    out = merge_checkpoints(
+        BASE, EXPERTS, {"x/w": 0.5, "x/b": 1.0}, tmp_path / "x", operator=BLOCKS, task="x",
+        progress=False,
+    )  # fmt: skip
+    found, base = (load_file(f / "model.safetensors") for f in (out, plain))
+    assert torch.equal(found["net.a.weight"], base["a.weight"])
+    assert "the model has the task head of 'x'" in (out / "mergekit.yaml").read_text()
 
 
 @pytest.mark.parametrize("task", ["z", ""])

@@ -7,9 +7,11 @@ import pytest
 import torch
 from rich.console import Console
 
+from map_bo.choice import ChoiceAxis
 from map_bo.data import Metric
 from map_bo.report.run.cards import print_choice, print_summary
 from map_bo.report.view import RunView
+from map_bo.space import CoefficientSpace
 from tests.report.fake_views import make_view
 
 
@@ -36,6 +38,23 @@ def test_nothing_is_wider_than_the_terminal_or_cut(m: int, width: int, certain: 
         assert name in text
     for row in view.front.verified.nonzero().flatten().tolist():
         assert any(line.split()[:1] == [str(row)] for line in text.splitlines())
+
+
+@pytest.mark.parametrize("certain", [False, True])
+def test_the_name_of_an_operator_leaves_room_for_the_numbers(certain: bool) -> None:
+    view = make_view(4, d=4, points=20, loss=(0, 1, 2, 3), certain=certain)
+    axis = ChoiceAxis("operator", ("task_arithmetic", "ties"))
+    names = (*view.space.names[:3], "operator")
+    space = CoefficientSpace(
+        names, (0.0,) * 4, (1.0,) * 4, owner=(0, 1, 2, -1), experts=names[:3],
+        defaults=(0.0,), choice=axis,
+    )  # fmt: skip
+    front = replace(view.front, X=view.front.X.clone())
+    front.X[:, 3] = 0.0
+    text = printed(replace(view, space=space, front=front), 80)
+    assert "task_arithmetic" in text
+    assert "\u2026" not in text
+    assert max(map(len, text.splitlines())) <= 80
 
 
 def test_predicted_and_real_stand_apart() -> None:
