@@ -79,6 +79,7 @@ def run_commands(content: str) -> None:
         main(arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", NAMES)
 def test_a_guide_works_as_it_stands(guide: str, site: Path) -> None:
     install(guide, site)

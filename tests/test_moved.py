@@ -107,6 +107,7 @@ def test_what_only_looks_like_an_old_option_stays(same: object) -> None:
     assert with_current_targets(same) == same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "statement",
     [

@@ -299,6 +299,7 @@ def test_a_class_that_cannot_be_imported_is_refused_or_put_in_words() -> None:
     assert identity_of(Local(2))["words"].endswith("Local(size=2)")
 
 
+@pytest.mark.slow
 def test_identities_are_the_same_in_every_process() -> None:
     code = (
         "import json, torch; from map_bo.plain import identity_of; from tests.test_plain import *;"

@@ -106,6 +106,7 @@ def test_every_part_builds(group: str) -> None:
         assert isinstance(build_settings(composed(f"{group}={name}", *other)), Settings)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(GROUPS["experiment"]) - OF_SUITES))
 def test_every_experiment_runs_in_a_smoke_size(name: str, zoo_cache: Path) -> None:
     config = composed(f"experiment={name}", "+problem.epochs=1", "loop.budget=8")
@@ -172,6 +173,7 @@ def test_a_surrogate_of_the_samplers_own_comes_before_that_of_the_run() -> None:
 SWEPT = [name for name in GROUPS["experiment"] if name.startswith("ablation_")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SWEPT)
 def test_every_value_that_a_study_sweeps_over_composes_and_builds(name: str) -> None:
     study = yaml.safe_load((CONF / "experiment" / f"{name}.yaml").read_text())

@@ -85,6 +85,7 @@ def _no_registrations(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setitem(table, key, before[key])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("box", [{}, {"sum_at_most": 1.2}, {"simplex": True}])
 def test_a_run_goes_round_and_on(tmp_path: Path, box: dict[str, Any]) -> None:
     """Run -> database -> Ax's client, our node, saved, loaded -> observations."""
@@ -115,6 +116,7 @@ def test_a_run_goes_round_and_on(tmp_path: Path, box: dict[str, Any]) -> None:
     assert [left.trial for left in found.left_out] == [7, *several]
 
 
+@pytest.mark.slow
 def test_ax_recognises_what_it_saved(tmp_path: Path) -> None:
     unfinished(tmp_path / "run")
     file = exported(tmp_path / "run", tmp_path / "ax.db")
@@ -399,6 +401,7 @@ def test_axs_own_strategy_goes_on_with_a_run(tmp_path: Path) -> None:
     assert list(point.values()) == found.observations.X[-1].tolist()
 
 
+@pytest.mark.slow
 def test_importing_it_is_silent_and_registers_nothing() -> None:
     code = """
 import logging

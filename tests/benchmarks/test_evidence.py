@@ -18,6 +18,7 @@ from tests.benchmarks.test_analysis import row, study
 TEXT = EVIDENCE.read_text()
 
 
+@pytest.mark.slow
 def test_the_tables_are_the_recorded_ones() -> None:
     assert filled(TEXT) == TEXT, "run `python -m benchmarks.run --readme`"
 

@@ -19,6 +19,7 @@ from map_bo.space import CoefficientSpace
 from tests.benchmarks import fake_cases
 
 
+@pytest.mark.slow
 def test_the_default_is_what_optimize_does() -> None:
     case = fake_cases.case("noisy")
     *_, record = run(case, METHODS["default"], seed=3, budget=12)

@@ -48,6 +48,7 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return said
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_by_the_real_command_line(
     shell: Shell, finished: Path, tmp_path: Path
 ) -> None:
@@ -109,6 +110,7 @@ def started(shell: Shell, finished: Path, tmp_path_factory: pytest.TempPathFacto
     return here
 
 
+@pytest.mark.slow
 def test_a_new_run_starts_from_an_experiment(finished: Path, started: Path) -> None:
     old, _ = load_state(finished)
     state, _ = load_state(started / "new")

@@ -39,6 +39,7 @@ def nested(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_a_nested_run_says_what_it_merged_and_what_that_cost(nested: Path) -> None:
     said = (nested / "stdout.txt").read_text()
     assert "[stage 2]" in said

@@ -47,6 +47,7 @@ def fits(job: Path) -> set[str]:
     return {fit["settings"].partition("(")[0] for fit in found if fit}
 
 
+@pytest.mark.slow
 def test_a_sweep_over_surrogates_proposes_different_points(tmp_path: Path) -> None:
     jobs = swept(tmp_path / "sweep", "tracking=none")
     quadratic, gp = points(jobs["quadratic"]), points(jobs["gp"])

@@ -43,6 +43,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
+@pytest.mark.slow
 def test_every_job_has_a_directory_of_its_own_named_by_its_overrides(sweep: Path) -> None:
     assert len(jobs(sweep)) == 4
     states = [load_state(job)[0] for job in jobs(sweep)]
@@ -101,6 +102,7 @@ def test_what_cannot_be_reported_is_told(
     assert "cannot be written" in failing(capsys, "report", str(sweep), "--out", "/proc/nowhere")
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_repeats_nothing(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

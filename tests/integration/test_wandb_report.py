@@ -64,6 +64,7 @@ def at(config: dict[str, Any], name: str) -> Any:
     return config
 
 
+@pytest.mark.slow
 def test_panels_name_what_the_runs_logged(sweep: Path) -> None:
     found = compare(read_runs([sweep], beside=sweep), title="study")
     report = wandb_report(found, entity="team")

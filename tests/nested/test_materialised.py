@@ -97,6 +97,7 @@ def same(one: Mapping[str, Tensor], other: Mapping[str, Tensor], atol: float = 1
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOWS)
 def test_the_exported_model_is_the_one_merged_again_by_hand(name: str, tmp_path: Path) -> None:
     result, _, _ = finished(name)
@@ -195,6 +196,7 @@ def test_a_finished_run_measures_nothing_again() -> None:
     assert not counted.names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["mlp", "tied"])
 def test_models_that_do_not_fit_in_memory_go_to_files(kind: str, tmp_path: Path) -> None:
     held = finished("points")[0] if kind == "mlp" else run(MemoryStore(), problem=electing(kind))
@@ -352,6 +354,7 @@ def test_searched_settings_are_each_nodes_own() -> None:
     assert outcome(run(half, problem=problem())) == outcome(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["score", "conflict"])
 def test_orders_measure_with_the_settings_at_rest(order: str) -> None:
     problem = electing(operator=Ties(search={"density": (0.3, 0.9)}, density=0.5))

@@ -31,6 +31,7 @@ def finished(name: str) -> tuple[Hills, NestedResult]:
     return problem, nested(problem, budget=48, **VARIANTS[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_measures_no_more_than_its_budget_and_nothing_twice(name: str) -> None:
     problem, result = finished(name)

@@ -43,12 +43,14 @@ def check_same(truth: Truth, surrogate: str, budget: int = BUDGET) -> None:
     torch.testing.assert_close(truth.in_order(other[None])[0], one, rtol=0.0, atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", QUICK)
 @pytest.mark.parametrize("factor", [1e-12, 1e9])
 def test_a_loss_in_another_unit_is_the_same_run(surrogate: str, factor: float) -> None:
     check_same(Truth("loss", factor=factor), surrogate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", ["quadratic", "gp"])
 @pytest.mark.parametrize(
     "truth",

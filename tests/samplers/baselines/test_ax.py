@@ -178,6 +178,7 @@ def test_a_missing_ax_is_told_with_the_way_to_get_it(monkeypatch: pytest.MonkeyP
     assert caught.value.hint == 'pip install "ax-platform>=1.3.1"'
 
 
+@pytest.mark.slow
 def test_ax_is_imported_at_the_first_proposal_only_and_in_silence() -> None:
     code = """
 import sys

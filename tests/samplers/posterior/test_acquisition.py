@@ -211,6 +211,7 @@ def test_an_unknown_metric_in_the_reference_is_refused() -> None:
 SMALL: dict[str, Any] = {"restarts": 2, "raw_samples": 16, "mc_samples": 8, "steps": 8}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "sampler",
     [
