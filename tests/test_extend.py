@@ -93,6 +93,7 @@ def test_a_guide_works_as_it_stands(guide: str, site: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_what_trackers_are_told_is_written(site: Path) -> None:
     install("trackers", site)
     for _, content in blocks("trackers", "shell"):

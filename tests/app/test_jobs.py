@@ -110,6 +110,7 @@ def test_a_job_of_version_0_1_is_not_repeated(
     assert "already finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [0, 1, 6, -1])
 def test_an_unfinished_job_goes_on_where_it_was(tmp_path: Path, lines: int) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"

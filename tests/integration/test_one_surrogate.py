@@ -57,6 +57,7 @@ def test_a_sweep_over_surrogates_proposes_different_points(tmp_path: Path) -> No
     assert fits(jobs["gp"]) == {"GP"}
 
 
+@pytest.mark.slow
 def test_a_surrogate_of_the_samplers_own_is_kept_and_shown(tmp_path: Path) -> None:
     jobs = swept(tmp_path / "sweep", "sampler.surrogate=quadratic")
     assert torch.equal(points(jobs["quadratic"]), points(jobs["gp"]))

@@ -139,6 +139,7 @@ def test_where_a_run_is_on_wandb_is_known(tmp_path: Path) -> None:
     assert (record.wandb.id, record.wandb.entity) == ("abc", "team")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["best", "reference"])
 def test_a_record_of_another_version_does_not_hide_the_others(tmp_path: Path, part: str) -> None:
     run(tmp_path / "good")

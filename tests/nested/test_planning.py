@@ -184,6 +184,7 @@ def test_experts_are_scored_in_any_space(box: CoefficientSpace) -> None:
         assert x == tuple(scale * float(name == task) for name in problem.experts)
 
 
+@pytest.mark.slow
 def test_scores_that_no_node_uses_again_are_paid_for() -> None:
     score, names = Nested(order="score"), ("a", "b", "c", "d")
     tasks = Tasks.assign(names, Hills().metrics, {"a": ("a", "b")})

@@ -81,6 +81,7 @@ def test_clean_evaluations_are_fitted_as_they_are(surrogate: Surrogate, noise: f
         assert torch.equal(found.model.link_mean(X), surrogate.fit(seen, SPACE).link_mean(X))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", SURROGATES, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize(
     "values", [{5: 5.0}, {9: 1e3}, {5: 50.0, 9: 1e3}, {4: 1e-6}], ids=lambda v: str(list(v))

@@ -173,6 +173,7 @@ def test_a_key_of_the_wrong_form_is_told(server: Server, monkeypatch: pytest.Mon
         account()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["no network", "server error"])
 def test_no_answer_is_told(server: Server, broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("map_bo.report.wandb.publish._PATIENCE", 1)
