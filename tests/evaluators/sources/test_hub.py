@@ -18,7 +18,7 @@ from map_bo.evaluators.sources.table import EncodedImage
         ("hf://datasets/a/b@main", ("a/b", "main")),
         ("a/b@refs/convert/parquet", ("a/b", "refs/convert/parquet")),
         ("a/b/c", None),
-        ("/tmp/a", None),
+        ("/models/a", None),
         ("", None),
     ],
 )
