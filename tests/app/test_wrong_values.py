@@ -60,10 +60,18 @@ def options() -> list[tuple[str, str]]:
 
 
 def keys(node: Any, above: str) -> Iterator[str]:
+    """Every key below; of members that are alike (the eight tasks of a suite), the first one's."""
+    seen: set[tuple[str, ...]] = set()
     for key in node if isinstance(node, Mapping) else ():
         yield f"{above}.{key}"
-        if not (OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key)):
-            yield from keys(node[key], f"{above}.{key}")
+        if OmegaConf.is_interpolation(node, key) or OmegaConf.is_missing(node, key):
+            continue
+        if isinstance(node[key], Mapping):
+            alike = tuple(sorted(map(str, node[key])))
+            if alike in seen:
+                continue
+            seen.add(alike)
+        yield from keys(node[key], f"{above}.{key}")
 
 
 def failure(call: Callable[[], object]) -> Exception | None:
