@@ -38,7 +38,9 @@ class Seeds(Bowls):
     """Measures the seed that it is given."""
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        return Observations(X, [[float(generator.initial_seed()), 1.0]], self.metrics)
+        return Observations(
+            X, torch.tensor([[float(generator.initial_seed()), 1.0]]).double(), self.metrics
+        )
 
 
 def test_an_attempt_has_the_run_s_child_generator() -> None:
@@ -105,7 +107,7 @@ class Doubled:
 
     def receive(self, x: Tensor, seen: Observations | None) -> Observations:
         value = 7.0 if seen is None else float(seen.Y[0, 0])
-        return Observations(x.unsqueeze(0), [[value, 0.5]], self.metrics)
+        return Observations(x.unsqueeze(0), torch.tensor([[value, 0.5]]), self.metrics)
 
 
 def test_rows_of_a_node_travel_as_rows_of_the_whole_problem() -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 import pytest
+import torch
 
 from map_bo.data import Observations
 from map_bo.errors import WorkersError
@@ -38,7 +39,10 @@ def task(row: int) -> Task:
 
 def outcome(of: Task, seconds: float = 1.0) -> Outcome:
     X = of.point.unsqueeze(0)
-    return Outcome(of.key, Observations(X, [[0.0, 1.0]], Bowls().metrics, cost=[seconds]))
+    return Outcome(
+        of.key,
+        Observations(X, torch.tensor([[0.0, 1.0]]), Bowls().metrics, cost=torch.tensor([seconds])),
+    )
 
 
 def test_tasks_land_in_the_order_in_which_they_end_and_at_their_owner() -> None:
