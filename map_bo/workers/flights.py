@@ -52,7 +52,9 @@ class Flights:
 
     @property
     def free(self) -> int:
-        """How many more tasks can be launched now."""
+        """How many more tasks can be launched now; none where the workers are broken."""
+        if self._broken is not None:
+            return 0
         waiting = sum(map(len, self._settled.values()))
         return max(0, self.workers.size + self._ahead - len(self._flights) - waiting)
 
