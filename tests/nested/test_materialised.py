@@ -348,6 +348,7 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "resume" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_searched_settings_are_each_nodes_own() -> None:
     def problem() -> Any:
         return electing(operator=Ties(search=["density"]))
