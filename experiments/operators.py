@@ -52,7 +52,7 @@ SIZES = {"text": 150, "vision": 1900}
 
 # Common coefficients of operators that add experts up, and of those that average them.
 SUM = (0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
-MEAN = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+MEAN = (0.2, 0.35, 0.5, 0.75, 1.0, 1.5)
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ ENTRIES: dict[str, Entry] = {
         "TIES",
         map_bo.Ties(search=["density"]),
         MEAN,
-        2.0,
+        1.5,
         values=_DENSITIES,
     ),
     "dare": Entry(
@@ -137,14 +137,14 @@ ENTRIES: dict[str, Entry] = {
         map_bo.Breadcrumbs(search=["density"]),
         values=(0.143, 0.3, 0.6),
     ),
-    "tsv_m": Entry("TSV-M", map_bo.TSVM(), MEAN, 2.0),
-    "iso_c": Entry("Iso-C", map_bo.IsoC(), MEAN, 2.0),
-    "iso_cts": Entry("Iso-CTS", map_bo.IsoCTS(), MEAN, 2.0),
+    "tsv_m": Entry("TSV-M", map_bo.TSVM(), MEAN, 1.5),
+    "iso_c": Entry("Iso-C", map_bo.IsoC(), MEAN, 1.5),
+    "iso_cts": Entry("Iso-CTS", map_bo.IsoCTS(), MEAN, 1.5),
     "knots": Entry(
         "KnOTS",
         map_bo.KnOTS(search=["density"]),
         MEAN,
-        2.0,
+        1.5,
         values=_DENSITIES,
     ),
     "regmean_data_free": Entry(
@@ -158,7 +158,7 @@ ENTRIES: dict[str, Entry] = {
         "PCB",
         map_bo.Pcb(search=["density"]),
         MEAN,
-        2.0,
+        1.5,
         values=(0.05, 0.1, 0.2),
     ),
     "depth_profile": Entry(
@@ -171,7 +171,7 @@ ENTRIES: dict[str, Entry] = {
         "SCE",
         map_bo.Sce(search=["density"]),
         MEAN,
-        2.0,
+        1.5,
         values=(0.1, 0.5, 1.0),
     ),
     "karcher": Entry("Karcher mean", map_bo.Slerp(of="weights"), MEAN, shares=True),
@@ -189,14 +189,14 @@ ENTRIES: dict[str, Entry] = {
         "DARE with TIES",
         map_bo.Dare(joining="elect", search=["drop_rate"]),
         MEAN,
-        2.0,
+        1.5,
         values=(0.5, 0.7, 0.9),
     ),
     "della": Entry(
         "DELLA",
         map_bo.Della(search=["drop_rate"]),
         MEAN,
-        2.0,
+        1.5,
         values=(0.3, 0.5, 0.7),
     ),
     "consensus": Entry(
@@ -209,7 +209,7 @@ ENTRIES: dict[str, Entry] = {
         map_bo.NearSwap(search=["strength"]),
         values=(0.5, 1.0, 2.0),
     ),
-    "ram": Entry("RAM", map_bo.Ram(), MEAN, 2.0),
+    "ram": Entry("RAM", map_bo.Ram(), MEAN, 1.5),
 }
 
 
@@ -477,7 +477,7 @@ def words(numbers: Mapping[str, Any], command: str) -> str:
         lines.append(f"| {name} |  | {_cell(row)} |  |  |")
     for row in numbers["operators"].values():
         grid = _cell(row["grid"]) if "grid" in row else ""
-        at = _settings(row["grid" if "grid" in row else "search"]["x"])
+        at = _settings(row["grid" if "grid" in row else "search"]["x"], sets)
         lines.append(
             f"| {row['label']} | {row.get('evaluations', '')} | {grid} | {_cell(row['search'])} "
             f"| {at} |"
@@ -515,18 +515,26 @@ def _cell(row: Mapping[str, Any]) -> str:
     )
 
 
-def _settings(x: Mapping[str, float | str]) -> str:
-    """Return coefficients in words; a value that several experts have is said once."""
-    shared: dict[tuple[str, float | str], list[str]] = {}
+def _settings(x: Mapping[str, float | str], sets: Sequence[str]) -> str:
+    """Return coefficients in words; a value that all experts have is said once."""
+    parts: dict[str, dict[str, float | str]] = {}
+    others: dict[str, float | str] = {}
     for name, value in x.items():
-        _, _, end = name.partition("/")
-        shared.setdefault((end, value), []).append(name)
-    parts = []
-    for (end, value), names in shared.items():
-        number = value if isinstance(value, str) else f"{value:.2g}"
-        several = f"each {end}".strip() if len(names) > 1 else names[0]
-        parts.append(f"{several} {number}")
-    return ", ".join(parts)
+        expert, _, end = name.partition("/")
+        if expert in sets:
+            parts.setdefault(end, {})[expert] = value
+        else:
+            others[name] = value
+    found = []
+    for end, values in parts.items():
+        one = len(set(values.values())) == 1
+        named = {"each": next(iter(values.values()))} if one else values
+        found += [f"{name} {end}".strip() + f" {_number(value)}" for name, value in named.items()]
+    return ", ".join(found + [f"{name} {_number(value)}" for name, value in others.items()])
+
+
+def _number(value: float | str) -> str:
+    return value if isinstance(value, str) else f"{value:.2g}"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -534,7 +542,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("name", choices=sorted(PROBLEMS))
     parser.add_argument("--root", type=Path, help="folder of the data sets (MAP_BO_DATA)")
-    parser.add_argument("--budget", type=int, default=12, help="evaluations of each search")
+    parser.add_argument("--budget", type=int, default=16, help="evaluations of each search")
     parser.add_argument("--size", type=int, help="held-out examples per set, both halves")
     parser.add_argument("--only", nargs="+", choices=list(ENTRIES), default=list(ENTRIES))
     parser.add_argument("--out", type=Path, help="folder of the study; experiments/NAME")

@@ -155,6 +155,7 @@ def test_operators_are_compared_by_the_command(
     }
     page = (tmp_path / "out" / "OPERATORS.md").read_text()
     assert "| TIES | 8 |" in page
+    assert f", density {ties['grid']['x']['density']:.2g} |" in page
     assert "in 0 of 1 operators" in page or "in 1 of 1 operators" in page
     main(line)  # everything is kept
     assert json.loads((tmp_path / "out" / "operators.json").read_text()) == numbers
