@@ -20,7 +20,6 @@ from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.isolation.world import callers_dtype, callers_world, known_numerics
 from map_bo.evaluators.metrics import (
     check_names,
-    entries_of,
     evaluator_of,
     evaluators_of,
     measure_all,
@@ -57,6 +56,7 @@ from map_bo.merging.vectors.recalibration import (
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.problems.merged.heads import TaskHeads
+from map_bo.problems.merged.measured import MeasuredRows
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
     build_model,
@@ -96,8 +96,9 @@ class MergedModelProblem:
 
     The model may be in use elsewhere: outside `evaluate` and `load` it has its own weights.
     Evaluators get it in evaluation mode, with gradients as the caller has them. The weights are
-    written anew before each evaluator, and what one does to the model, to torch or to the process
-    is undone, so it reaches no other; see :func:`map_bo.evaluators.isolation.world.isolated`.
+    merged once per candidate, and again after an evaluator that changed them. What one does to the
+    model, to torch or to the process is undone, so it reaches no other; see
+    :func:`map_bo.evaluators.isolation.world.isolated`.
 
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
@@ -268,43 +269,32 @@ class MergedModelProblem:
             MergeError: When checkpoints, model and operator do not fit each other.
         """
         X = self._space.check(X)
-        n, m = len(X), len(self._metrics)
-        columns = {metric.name: (j, metric) for j, metric in enumerate(self._metrics)}
-        Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
-        gradients, noise = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
-        cost = torch.zeros(n, dtype=torch.float64)
-        failures: list[str | None] = [None] * n
-        loaded = self._load()
+        measured, loaded = MeasuredRows(X, self._metrics), self._load()
+        last = next(reversed(self._evaluators))
         # Under another default dtype, models and inputs come in different ones.
         loaded.live.cast_inputs = callers_dtype() != torch.float32
         with loaded.live as live:
             for i, x in enumerate(X):
-                start, reasons = time.perf_counter(), []
+                start, reasons, again = time.perf_counter(), list[str](), False
                 for key, evaluator in self._evaluators.items():
                     try:
-                        model = self._write(x, key)
+                        model = self._write(x, key, again=again, hold=key != last)
+                        again = True
                         with watched(key, live, child_seed(generator, key, i)):
                             if loaded.derivatives is None:
                                 found = measure_all(key, evaluator, model)
                             else:
-                                j = columns[key][0]
-                                seen, gradients[i, j], noise[i, j] = measure_with_gradient(
+                                seen, *slopes = measure_with_gradient(
                                     key, evaluator, live, loaded.derivatives
                                 )
+                                measured.put_gradient(i, key, *slopes)
                                 found = {key: seen}
                     except EvaluationError as error:
                         reasons.append(error.reason)
                         continue
-                    entries, wrong = entries_of(found, columns)
-                    reasons += wrong
-                    for name, entry in entries.items():
-                        j = columns[name][0]
-                        Y[i, j], Yvar[i, j], counts[i, j] = entry
-                failures[i] = "; ".join(reasons) or None
-                cost[i] = time.perf_counter() - start
-        return Observations(
-            X, Y, self._metrics, Yvar, counts, cost, tuple(failures), gradients, noise
-        )
+                    reasons += measured.put(i, found)
+                measured.end(i, reasons, time.perf_counter() - start)
+        return measured.observations()
 
     @contextmanager
     def load(self, x: Tensor, *, metric: str | None = None) -> Iterator[nn.Module]:
@@ -522,15 +512,25 @@ class MergedModelProblem:
             recalibrated=self._statistics(row),
         )
 
-    def _write(self, x: Tensor, key: str | None = None) -> nn.Module:
-        """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any."""
+    def _write(
+        self, x: Tensor, key: str | None = None, *, again: bool = False, hold: bool = False
+    ) -> nn.Module:
+        """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any.
+
+        ``again``: it may still be there from before; ``hold``: it will be wanted again.
+        """
         loaded = self._load()
-        model = loaded.live.write(loaded.prepared, x)
+        live, model = loaded.live, loaded.live.model
+        kept = again and live.rewind()
+        if not kept:
+            live.write(loaded.prepared, x)
         head = None if key is None else self._heads.of_task(key)
         if head is not None:
-            loaded.live.put_head(head.tensors, head.labels)
+            live.put_head(head.tensors, head.labels)
         if self._recalibration is not None:
-            self._recalibration(model, x)
+            self._recalibration(model, x)  # of one that is kept, the same numbers once more
+        if hold and (not kept or self._recalibration is not None):
+            live.hold()
         return model
 
     def _statistics(self, x: Tensor) -> dict[str, Tensor]:
