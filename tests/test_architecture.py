@@ -42,6 +42,7 @@ LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 INSIDE = {  # rooms within a room, the lowest first; "" is what stands in the room itself
     "merging": ("checkpoints", "adapters", "align", "vectors", "export"),
     "problems": ("", "merged", "zoo"),
+    "loop": ("", "posterior"),
     "report": ("", "run", "comparison", "wandb"),
 }
 ELSEWHERE = {  # modules without a test file of their own -> what tests them
