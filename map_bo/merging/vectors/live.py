@@ -26,7 +26,7 @@ from map_bo.merging.vectors.bound import Bound, HeldWeights
 from map_bo.merging.vectors.module_state import ModuleState, casting
 from map_bo.merging.vectors.operator import PreparedMerge
 
-__all__ = ["LiveModel", "model_ties", "names_of_base"]
+__all__ = ["LiveModel", "model_ties", "names_of_base", "ties_of_base"]
 
 
 def model_ties(model: nn.Module) -> dict[str, str]:
@@ -51,6 +51,15 @@ def names_of_base(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     """
     found = match_names(list(saved_as(model)), sorted(known), lambda own, there: True, "the model")
     return {own: there for there, own in found.names.items()}
+
+
+def ties_of_base(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+    """Return the ties of a model, as `model_ties` does, under the names of the base (``known``)."""
+    ties = model_ties(model)
+    if not ties or set(ties.values()) <= set(known):
+        return ties
+    names = names_of_base(model, known)
+    return {names.get(alias, alias): names.get(kept, kept) for alias, kept in ties.items()}
 
 
 def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
@@ -277,6 +286,10 @@ class LiveModel:
         if not self._entered:
             raise MergeError("the model is not live", hint="use it inside `with`")
         return [(bound.tensor, bound.slot) for bound in self._bound if bound.slot is not None]
+
+    def written_tensors(self) -> list[Tensor]:
+        """Return the tensors of the model whose values `write` decides; only while entered."""
+        return [bound.tensor for bound in self._bound if bound.value is None]
 
     def require_whole(self) -> None:
         """Refuse a model with tensors that are several in its files, as gradients need to.

@@ -33,7 +33,8 @@ class MeasuredRows:
         self._gradients, self._noise = (
             torch.full((n, m, X.shape[1]), torch.nan, dtype=torch.float64) for _ in range(2)
         )
-        self._cost = torch.zeros(n, dtype=torch.float64)
+        self._cost, self._saved = (torch.zeros(n, dtype=torch.float64) for _ in range(2))
+        self._recalled = torch.zeros(n, m, dtype=torch.bool)
         self._failures: list[str | None] = [None] * n
 
     def put(self, i: int, found: Mapping[str, Measurement | EvaluationError]) -> list[str]:
@@ -42,6 +43,15 @@ class MeasuredRows:
         for name, entry in entries.items():
             j = self._columns[name][0]
             self._Y[i, j], self._Yvar[i, j], self._counts[i, j] = entry
+        return reasons
+
+    def recall(self, i: int, found: Mapping[str, Measurement], seconds: float) -> list[str]:
+        """Take what an evaluator measured in an earlier evaluation, which took some seconds."""
+        reasons = self.put(i, found)
+        for name in found.keys() & self._columns.keys():
+            j = self._columns[name][0]
+            self._recalled[i, j] = bool(torch.isfinite(self._Y[i, j]))
+        self._saved[i] += seconds
         return reasons
 
     def put_gradient(self, i: int, metric: str, gradient: Tensor, variance: Tensor) -> None:
@@ -66,4 +76,6 @@ class MeasuredRows:
             tuple(self._failures),
             self._gradients,
             self._noise,
+            self._recalled,
+            self._saved,
         )
