@@ -37,6 +37,13 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests more time: a machine that does other work beside them is no failure."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_the_log() -> Iterator[None]:
     """Take away the handlers that a command run in this process gave the root logger.

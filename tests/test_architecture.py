@@ -43,7 +43,6 @@ LEVEL = {name: level for level, floor in enumerate(FLOORS) for name in floor}
 INSIDE = {  # rooms within a room, the lowest first; "" is what stands in the room itself
     "merging": ("checkpoints", "adapters", "align", "vectors", "export"),
     "problems": ("", "merged", "zoo"),
-    "loop": ("", "posterior"),
     "report": ("", "run", "comparison", "wandb"),
 }
 ELSEWHERE = {  # modules without a test file of their own -> what tests them
@@ -55,6 +54,7 @@ ELSEWHERE = {  # modules without a test file of their own -> what tests them
     "app.merge": "integration/test_merging.py",
     "app.schema": "app/test_configuration.py",
     "app.task": "integration/test_command_line.py",
+    "loop.optimize": "loop/test_run.py",
     "samplers.posterior.driven": "contracts/sampler_contract.py",
     "tracking.store": "contracts/store_contract.py",  # a protocol
 }

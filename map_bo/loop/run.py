@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -338,15 +338,13 @@ class Run:
         with closing_workers(held):
             yield held
 
-    def steps(self, flights: Flights, report: Reporter) -> Steps[Recommendation | None]:
+    def steps(
+        self, flights: Flights, report: Reporter, *, node: str = ""
+    ) -> Steps[Recommendation | None]:
         """Do what is left of the run up to the verification of its front, step by step.
 
         It yields whenever it waits for evaluations, so that other runs can use the same workers
         meanwhile; see :func:`map_bo.loop.driving.together`.
-
-        Args:
-            flights: Where rows are evaluated.
-            report: Is notified of what happens.
 
         Returns:
             The front that was solved; None where it had been solved before.
@@ -359,6 +357,7 @@ class Run:
             record=self._record,
             retries=settings.retries,
             timeout=settings.timeout,
+            node=node,
         )
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
@@ -370,21 +369,21 @@ class Run:
             if self.state.front is None:
                 report.evaluating("solving for the front")
                 recommendation = self._recommend()
-            while waiting := self._unverified():
-                for row in waiting:
-                    if attempts.free and row not in attempts.in_flight("verify"):
-                        report.evaluating(f"verifying front point {row}")
-                        self._begin(attempts, "verify", row)
+            chosen: list[int] = self.state.front_data["verify"]
+            while waiting := [row for row in chosen if row not in self.state.verified]:
+                flying = attempts.in_flight("verify")
+                for row in [row for row in waiting if row not in flying][: attempts.free]:
+                    report.evaluating(f"verifying front point {row}")
+                    self._begin(attempts, "verify", row)
                 yield
                 self._settle(attempts, report)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, StoreError):  # what has been measured meanwhile is kept
+                with suppress(Exception):
+                    self._settle(attempts, report)
             attempts.interrupt()
             raise
         return recommendation
-
-    def _unverified(self) -> list[int]:
-        rows: list[int] = self.state.front_data["verify"]
-        return [row for row in rows if row not in self.state.verified]
 
     def _begin_evaluations(self, attempts: Attempts, report: Reporter) -> None:
         """Begin attempts while workers are free: of rows that wait, then of new ones."""
@@ -424,7 +423,7 @@ class Run:
             if outcome is None:
                 continue
             if ended.kind == "index":
-                self.tell(ended.row, outcome)
+                self.tell(int(ended.row), outcome)
                 if len(self.state.outcomes) == 1:  # in time to do something about it
                     for note in notes_on_bounds(outcome):
                         logger.warning("%s", note)
@@ -437,7 +436,7 @@ class Run:
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""
-        state, row, searching = self.state, ended.row, ended.kind == "index"
+        state, row, searching = self.state, int(ended.row), ended.kind == "index"
         attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
         before = (state.attempted if searching else state.verify_attempted).get(row)
         outcome = ended.outcome if before is None else before.completed_by(ended.outcome)

@@ -8,7 +8,8 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
 ``started``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``attempt``: an
-               evaluation begins; one that neither ends nor is interrupted took its process along
+               evaluation begins; one that neither ends nor is interrupted took its process along,
+               unless a ``worker`` of another process evaluates it
 ``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again; ``observation``: what it measured all the same
@@ -439,7 +440,9 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
         done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
     if done:
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
-    begun = deaths.get(row, 0) + (1 if kind == "started" else -1)
+    # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
+    change = -1 if kind != "started" else 0 if data.get("worker") else 1
+    begun = deaths.get(row, 0) + change
     changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
     if kind == "attempt":
         changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
