@@ -186,16 +186,21 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
+    from map_bo.loop.growth import MAY_CHANGE
     from map_bo.loop.reading import created_of, is_run, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
     from map_bo.tracking.fresh import leaving_nothing
 
     if is_run(directory):
-        recorded = (created_of(directory).get("config") or {}).get("tree") or {}
+        recorded = (created_of(directory, extended=False).get("config") or {}).get("tree") or {}
         now: Any = OmegaConf.to_container(config, resolve=True)
         both = (_comparable(with_current_targets(tree)) for tree in (recorded, now))
         refuse_another(*both)
+        in_force = (created_of(directory).get("config") or {}).get("tree") or {}
+        for name in set(MAY_CHANGE) & set(in_force.get("loop") or {}):
+            # A job that was extended by hand goes on as it is.
+            OmegaConf.update(config, f"loop.{name}", in_force["loop"][name], merge=False)
         state, space = load_state(directory)
         if state.summary is not None and _is_shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")

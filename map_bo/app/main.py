@@ -20,6 +20,7 @@ from map_bo.app.arguments import (
     with_added_key,
     with_bare_trust,
     with_configuration,
+    with_options_last,
 )
 from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
 
@@ -67,7 +68,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
+        arguments = with_options_last(with_bare_trust(arguments))
+        options = parser(_FUNCTIONS).parse_args(arguments)
         command: Command = options.command
         command(options)
 
@@ -214,7 +216,20 @@ def _resume(options: argparse.Namespace) -> None:
     directory, here = Path(options.run).absolute(), Path.cwd()
     recorded = created_of(directory).get("config")
     with recorded_configuration(options.run, recorded, trust=options.trust) as config:
-        result = drive(config, directory, retry_failed=options.retry_failed)
+        changed: Any = None
+        changes: dict[str, Any] = {}
+        if options.overrides:
+            from map_bo.app.runs.overrides import with_overrides
+
+            choices = (recorded or {}).get("choices") or {}
+            changed, changes = with_overrides(config, options.overrides, choices)
+        result = drive(
+            config,
+            directory,
+            retry_failed=options.retry_failed,
+            changed=changed,
+            changes=changes,
+        )
     show(result, here)
 
 

@@ -28,6 +28,8 @@ def drive(
     fresh: bool = False,
     retry_failed: bool = False,
     choices: Mapping[str, Any] | None = None,
+    changed: DictConfig | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> Result:
     """Start (``fresh``) or resume the run in ``directory``, with its trackers.
 
@@ -37,6 +39,8 @@ def drive(
         fresh: Whether the run is new; then an existing one is refused.
         retry_failed: Whether to repeat the evaluations that failed.
         choices: Further plain data to record with a new run.
+        changed: The configuration from now on, where the run is extended.
+        changes: What changes in it besides settings of the loop: key -> ``from`` and ``to``.
     """
     from map_bo.app.build import (
         build_nested,
@@ -48,6 +52,7 @@ def drive(
     from map_bo.app.trust import trust_words
     from map_bo.errors import ConfigError, StoreError
     from map_bo.foreign import understood
+    from map_bo.loop.growth import MAY_CHANGE
     from map_bo.loop.mirrors import trackers
     from map_bo.loop.progress import RichProgress, silent
     from map_bo.loop.run import Run
@@ -58,7 +63,9 @@ def drive(
     refuse_unknown(config)
     with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
         settings, nested = build_settings(config), build_nested(config)
-        mirrors = trackers(build_tracking(config), directory)
+        after = settings if changed is None else build_settings(changed)
+        shown = config if changed is None else changed
+        mirrors = trackers(build_tracking(shown), directory)
     if nested is not None and config.get("start_from") is not None:
         raise ConfigError(
             "a nested run cannot start from an experiment: its nodes measure other points",
@@ -73,11 +80,15 @@ def drive(
     with store.lock(), mirrors as tracker:
         run: Run | NestedRun
         if nested is not None:
-            run = nested_run(problem, settings, nested, store, config=plain, tracker=tracker)
+            run = nested_run(problem, after, nested, store, config=plain, tracker=tracker)
+            if changes:
+                run.extend(config=changes)
         else:
             if experiment is not None:
                 _start_from(experiment, Run(problem, settings, store, config=plain))
             run = Run(problem, settings, store, config=plain, tracker=tracker)
+            if changed is not None:
+                run.extend(config=changes, **{name: getattr(after, name) for name in MAY_CHANGE})
         if retry_failed and isinstance(run, Run):
             run.reopen_failures()
         elif retry_failed:
@@ -86,7 +97,7 @@ def drive(
                 hint="resume without --retry-failed, or start a new run",
             )
         try:
-            return run.drive(RichProgress() if config.progress else silent)
+            return run.drive(RichProgress() if shown.progress else silent)
         except KeyboardInterrupt:
             command = f"map-bo resume {shlex.quote(_relative(directory, Path.cwd()))}"
             command += trust_words(plain)

@@ -26,6 +26,17 @@ from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
+from map_bo.loop.growth import (
+    adopt,
+    changed_settings,
+    created_in_force,
+    extension,
+    is_over,
+    keep_grown_budget,
+    notes_on_extensions,
+    refuse_unchangeable,
+    with_changes,
+)
 from map_bo.loop.known import begin_with, check_known, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, follow, silent
@@ -56,6 +67,7 @@ from map_bo.loop.summary import (
     versions,
 )
 from map_bo.problems.problem import Preparable, Problem
+from map_bo.report.run.artifacts import remove_report
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
 from map_bo.surrogates.outliers import Screening
@@ -122,16 +134,19 @@ class Run:
         self._count = 0
         self._driving = False
         events = list(store.read())
-        over = any(event.kind == "finished" for event in events)
+        over = is_over(events)
         identity = run_identity(problem, settings, finished=over)
         with ExitStack() as turn:
             if not events and isinstance(store, SharedStore):  # another may create it just now
                 turn.enter_context(store.turn())
                 events = store.after(0)
-            recorded = next((event.data for event in events if event.kind == "created"), None)
+            recorded = created_in_force(events)
             if recorded is not None:  # first: what is of another run cannot be replayed as this one
                 refuse_another({"nested": recorded.get("nested")}, {"nested": None})
-                refuse_another(recorded, identity)
+                changes = changed_settings(recorded.get("settings", {}), identity["settings"])
+                if over and changes:  # something may be measured after all
+                    identity = run_identity(problem, settings)
+                refuse_another(with_changes(recorded, changes), identity)
             self.state: RunState = replay(events, problem.metrics, problem.space.d)
             self._aside = last_set_aside(events)  # by the fit behind the last proposal
             self._count = len(events)
@@ -141,6 +156,9 @@ class Run:
         self._note_former_surrogate()
         for event in events:
             self._trackers.observe(event)
+        if changes:
+            in_force = self.state.created["settings"]
+            self._extend(keep_grown_budget(settings, in_force, self.state.extensions))
 
     def _note_former_surrogate(self) -> None:
         """Say so where the sampler of a run of version 0.1 looked through another surrogate."""
@@ -189,6 +207,9 @@ class Run:
 
     def _take(self, event: Event, after: RunState) -> None:
         self.state = after
+        if event.kind == "extended":
+            self.settings = adopt(self.settings, event.data)
+            self._volume = self._observed_volume()
         self._aside = last_set_aside([event], self._aside)
         self._count += 1
         self._trackers.observe(event)
@@ -199,6 +220,42 @@ class Run:
             after = advance(self.state, event)  # before writing: the record must be replayable
             self.store.append(event)
             self._take(event, after)
+
+    def extend(self, *, config: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Change settings of the run, whether it has finished or not; nothing is evaluated.
+
+        Where the search had ended and its budget grows, it goes on with all that was measured, the
+        verified points of its front included, and the front is solved anew.
+
+        Args:
+            config: Changes of the recorded configuration: key -> ``from`` and ``to``.
+            **changes: Those of :data:`map_bo.loop.growth.MAY_CHANGE`, such as ``budget=48``.
+
+        Raises:
+            ConfigError: On a setting that may not change, or a value that is not possible.
+            BudgetError: When less is left for the search than what has been paid for.
+            StoreError: When another process drives the run.
+        """
+        refuse_unchangeable(changes)
+        self._extend(dataclasses.replace(self.settings, **changes), config)
+
+    def _extend(self, settings: Settings, config: Mapping[str, Any] | None = None) -> None:
+        with self._turn():
+            state = self.state
+            data = extension(
+                settings,
+                state.created["settings"],
+                proposed=len(state.X),
+                verified=len(state.verified),
+                solved=state.front is not None,
+                stopped=state.stopped is not None,
+                config=config,
+            )
+            if data is not None:
+                if data["reopens"] and isinstance(self.store, JsonlStore):
+                    remove_report(self.store.directory)  # first: an old summary must not lie
+                self._record("extended", data)
+            self.settings = settings
 
     @own_maths()
     def ask(self, n: int) -> list[int]:
@@ -216,14 +273,16 @@ class Run:
             if self.state.front is not None:
                 raise StoreError(
                     "the front of this run has been solved, so no row can be proposed",
-                    hint="start a new run with all observations: map_bo.optimize(..., known=...)",
+                    hint="give it a larger budget: `map-bo resume RUN loop.budget=N`, or "
+                    "run.extend(budget=N)",
                 )
             room = self.settings.search - len(self.state.X)
             if room < 1:
                 raise BudgetError(
                     f"all {self.settings.search} evaluations of the search have been proposed, "
                     f"and {len(self.state.pending)} of them wait for an outcome",
-                    hint="tell the outcomes of `state.pending`, then call `drive()` for the front",
+                    hint="tell the outcomes of `state.pending`, then call `drive()` for the front; "
+                    "or extend(budget=N) first",
                 )
             return self._propose(min(n, room))
 
@@ -504,6 +563,7 @@ class Run:
                 *notes_on_constraints(self.settings.requirements),
                 *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
+                *notes_on_extensions(state.extensions),
                 *notes_on(stop),
                 *(outlier.note() for outlier in aside),
             ],
@@ -555,7 +615,9 @@ def optimize(
             at most 8); see ``verify`` and ``verify_extra`` of :class:`Settings`.
         seed: The same seed gives the same run.
         run_dir: Where to record the run. When it already holds this same run, the run is resumed,
-            or returned if it had finished. None keeps the record in memory.
+            or returned if it had finished. Its budget and what else may change on a run
+            (:data:`map_bo.loop.growth.MAY_CHANGE`) are then the new ones, also of a run that had
+            finished (:meth:`Run.extend`). None keeps the record in memory.
         progress: Whether to show a progress bar.
         known: Observations from elsewhere, recorded at the start of a new run; they count in its
             budget.
