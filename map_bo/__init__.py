@@ -22,9 +22,10 @@ if TYPE_CHECKING:
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
     from map_bo.evaluators.metrics import SeveralMetrics
+    from map_bo.loop.optimize import optimize
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
-    from map_bo.loop.run import Run, optimize
+    from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
     from map_bo.merging.checkpoints.checkpoint import open_checkpoint
     from map_bo.merging.export.model import ExportSettings, merge_checkpoints
@@ -167,7 +168,7 @@ _HOME = {
     "load_result": "map_bo.loop.reading",
     "merge_checkpoints": "map_bo.merging.export.model",
     "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
-    "optimize": "map_bo.loop.run",
+    "optimize": "map_bo.loop.optimize",
     "optimize_nested": "map_bo.nested.optimize",
 }
 

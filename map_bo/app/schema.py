@@ -25,7 +25,13 @@ from map_bo.loop.stopping import Stop
 __all__ = ["Config", "LoopConfig", "StopConfig", "register"]
 
 _MANDATORY = "???"
-_ELSEWHERE = ("seed", "sampler", "surrogate", "solver")  # of the settings: not below ``loop``
+_ELSEWHERE = (
+    "seed",
+    "sampler",
+    "surrogate",
+    "solver",
+    "workers",
+)  # of the settings: not below ``loop``
 
 
 def _mirror(name: str, of: type, *, without: tuple[str, ...] = (), **changes: Any) -> Any:

@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
+from torch import Tensor
+
+from map_bo.data import Front, Observations
 from map_bo.errors import AnotherRunError, BudgetError, ConfigError, did_you_mean
 from map_bo.loop.settings import Settings
 from map_bo.plain import identity_of, modernise
@@ -20,6 +23,7 @@ from map_bo.tracking.store import Event
 
 __all__ = [
     "MAY_CHANGE",
+    "Standing",
     "adopt",
     "changed_settings",
     "created_in_force",
@@ -27,6 +31,7 @@ __all__ = [
     "is_over",
     "keep_grown_budget",
     "notes_on_extensions",
+    "recorded_as",
     "refuse_nested_changes",
     "refuse_unchangeable",
     "with_changes",
@@ -48,6 +53,8 @@ _ALL = (
 MAY_CHANGE = tuple(each.name for each in dataclasses.fields(Settings) if each.name in _ALL)
 """Settings that may change on a run: none of them changes what a past evaluation means."""
 
+_NOT_RECORDED = ("workers", "asynchronous")  # who evaluates, and when, is no part of the run
+
 _OF_NESTED = ("retries", "timeout", "max_failure_share", "workers", "asynchronous")
 
 
@@ -67,7 +74,7 @@ def changed_settings(
     return {
         name: {"from": before.get(name), "to": now[name]}
         for name in MAY_CHANGE
-        if name in now and before.get(name) != now[name]
+        if name not in _NOT_RECORDED and name in now and before.get(name) != now[name]
     }
 
 
@@ -95,6 +102,24 @@ def created_in_force(events: Iterable[Event]) -> dict[str, Any] | None:
     return created
 
 
+def recorded_as(
+    created: Mapping[str, Any], identity: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], bool]:
+    """Return what is recorded of a run as it would be with the settings of ``identity``.
+
+    Only those that may change are taken from there, so the rest can be compared.
+
+    Args:
+        created: What is recorded of its start, with the settings in force.
+        identity: What makes the run that is opened the same run.
+
+    Returns:
+        That record, and whether a setting changes.
+    """
+    changes = changed_settings(created.get("settings", {}), identity["settings"])
+    return with_changes(created, changes), bool(changes)
+
+
 def is_over(events: Iterable[Event]) -> bool:
     """Return whether a run has finished and was not extended afterwards."""
     over = False
@@ -107,7 +132,7 @@ def is_over(events: Iterable[Event]) -> bool:
 
 
 def keep_grown_budget(
-    settings: Settings, recorded: Mapping[str, Any], extensions: Sequence[Mapping[str, Any]]
+    settings: Settings, created: Mapping[str, Any], extensions: Sequence[Mapping[str, Any]]
 ) -> Settings:
     """Return the settings, with the budget in force where they have one that was extended since.
 
@@ -116,37 +141,55 @@ def keep_grown_budget(
 
     Args:
         settings: Those that a run is opened with.
-        recorded: The settings in force, as plain data.
+        created: What is recorded of its start, with the settings in force.
         extensions: The extensions of the run so far.
     """
     changes = [change["settings"].get("budget") for change in extensions]
     before = {change["from"] for change in changes if change is not None}
-    now = recorded.get("budget")
+    now = created["settings"].get("budget")
     if not isinstance(now, int) or settings.budget not in before or settings.budget >= now:
         return settings
     return dataclasses.replace(settings, budget=now)
 
 
+class Standing(Protocol):
+    """Where a run stands, as far as it decides what a change does to it; see `RunState`."""
+
+    @property
+    def X(self) -> Tensor:
+        """``n x d`` every row proposed so far."""
+        ...
+
+    @property
+    def created(self) -> Mapping[str, Any]:
+        """What is recorded of its start, with the settings in force."""
+        ...
+
+    @property
+    def front(self) -> Front | None:
+        """The front, once it has been solved."""
+        ...
+
+    @property
+    def verified(self) -> Mapping[int, Observations]:
+        """Row of the front -> its outcome."""
+        ...
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the search has stopped early."""
+        ...
+
+
 def extension(
-    settings: Settings,
-    recorded: Mapping[str, Any],
-    *,
-    proposed: int,
-    verified: int,
-    solved: bool,
-    stopped: bool,
-    config: Mapping[str, Any] | None = None,
+    settings: Settings, state: Standing, config: Mapping[str, Any] | None = None
 ) -> dict[str, Any] | None:
     """Return the data of the event that extends a run to other settings.
 
     Args:
         settings: The settings from now on; only those of :data:`MAY_CHANGE` may differ.
-        recorded: The settings in force, as plain data.
-        proposed: How many rows the search has proposed.
-        verified: How many points of its front have been measured.
-        solved: Whether the front has been solved.
-        stopped: Whether a stopping rule has ended the search.
-        config: Changes of the recorded configuration that are no settings.
+        state: Where the run stands.
+        config: Changes of the recorded configuration: key -> ``from`` and ``to``.
 
     Returns:
         None where nothing changes.
@@ -154,7 +197,8 @@ def extension(
     Raises:
         BudgetError: When less is left for the search than what has been paid for.
     """
-    changes = changed_settings(recorded, identity_of(settings)["fields"])
+    alike = dataclasses.replace(settings, workers=None, asynchronous=None)
+    changes = changed_settings(state.created["settings"], identity_of(alike)["fields"])
     config = dict(config or {})
     if not changes and not config:
         return None
@@ -164,10 +208,9 @@ def extension(
         before = _sizes({**{name: getattr(settings, name) for name in _SIZES}, **old})
         now = settings.search, settings.verifications
         if before != now:
-            paid = proposed + verified
-            if settings.search < paid:
-                raise _too_small(settings, proposed, verified)
-            reopens = solved or (stopped and now[0] > before[0])
+            if settings.search < len(state.X) + len(state.verified):
+                raise _too_small(settings, len(state.X), len(state.verified))
+            reopens = state.front is not None or (bool(state.stopped) and now[0] > before[0])
     return {"settings": changes, "config": config, "reopens": reopens}
 
 
@@ -208,7 +251,7 @@ def adopt(settings: Settings, data: Mapping[str, Any]) -> Settings:
     plain = {
         name: value
         for name, value in changes.items()
-        if name in MAY_CHANGE and name != "workers" and getattr(settings, name) != value
+        if name in MAY_CHANGE and name not in _NOT_RECORDED and getattr(settings, name) != value
     }
     return dataclasses.replace(settings, **plain) if plain else settings
 

@@ -8,7 +8,8 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
 ``started``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``attempt``: an
-               evaluation begins; one that neither ends nor is interrupted took its process along
+               evaluation begins; one that neither ends nor is interrupted took its process along,
+               unless a ``worker`` of another process evaluates it
 ``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again; ``observation``: what it measured all the same
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations
+from map_bo.data import Front, Metric, Observations, is_at
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.loop.growth import with_defaults, with_resampling
 from map_bo.loop.settings import Settings
@@ -62,7 +63,6 @@ __all__ = [
     "advance",
     "check_created",
     "difference",
-    "is_at",
     "problem_identity",
     "refuse_another",
     "refuse_outcome",
@@ -126,8 +126,9 @@ def run_identity(
         **parts: Further parts of the identity.
     """
     examples = {} if finished else digests_of_examples(problem)
+    fields = identity_of(dataclasses.replace(settings, workers=None, asynchronous=None))["fields"]
     identity = {
-        "settings": identity_of(settings)["fields"],
+        "settings": {name: fields[name] for name in fields if name not in _NOT_OF_THE_RUN},
         **parts,
         "problem": problem_identity(problem),
         "space": problem.space.describe(),
@@ -136,6 +137,9 @@ def run_identity(
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
+
+
+_NOT_OF_THE_RUN = ("workers", "asynchronous")  # who evaluates, and when, may change
 
 
 def problem_identity(problem: Problem) -> Any:
@@ -324,14 +328,6 @@ def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:
         )
 
 
-def is_at(x: Tensor, proposed: Tensor) -> bool:
-    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
-    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
-
-
-_PRECISION = 1e-6  # problems may work in single precision
-
-
 def _rounded(x: Tensor) -> list[float]:
     return [float(f"{value:.6g}") for value in x.tolist()]
 
@@ -426,7 +422,9 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
         done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
     if done:
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
-    begun = deaths.get(row, 0) + (1 if kind == "started" else -1)
+    # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
+    change = -1 if kind != "started" else 0 if data.get("worker") else 1
+    begun = deaths.get(row, 0) + change
     changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
     if kind == "attempt":
         changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
