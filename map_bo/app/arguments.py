@@ -39,6 +39,8 @@ examples:
   map-bo merge RUN --prefer rot90=2 --out merged
   map-bo resume RUN                                     continue after any interruption
   map-bo resume RUN loop.budget=48                      extend it, also when it has finished
+  map-bo ask RUN -n 4 --json                            points for a cluster of your own
+  map-bo tell RUN 3 --json '{"rot90": 0.61, "flip": 0.7}'
   map-bo export RUN --to ax.db                          the run as an Ax experiment
   map-bo check RUN                                      whether its record is whole
 
@@ -88,6 +90,34 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--retry-failed", action="store_true", help="repeat the evaluations that failed"
     )
     _trust_option(resume)
+
+    asking = _command(
+        commands,
+        "ask",
+        "propose points of a run that is evaluated elsewhere, and record that they wait",
+        functions["ask"],
+    )
+    asking.add_argument(
+        "-n", dest="count", type=int, default=1, metavar="N", help="how many (default: 1)"
+    )
+    asking.add_argument(
+        "--waiting", action="store_true", help="list the rows that wait instead of proposing some"
+    )
+    asking.add_argument("--json", action="store_true", help="print the rows as JSON")
+    _trust_option(asking)
+
+    telling = _command(
+        commands, "tell", "record what was measured at a row that waits", functions["tell"]
+    )
+    telling.add_argument("row", type=int, metavar="ROW", help="number of the row")
+    telling.add_argument(
+        "--json",
+        required=True,
+        metavar="OUTCOME",
+        help="""'{"METRIC": VALUE, ...}', where a value may be {"value": V, "variance": S, """
+        """"n": N}; or '{"failed": "reason"}'; a file that holds it; or - for standard input""",
+    )
+    _trust_option(telling)
 
     choose = _command(
         commands, "choose", "choose a point of the front by preference", functions["choose"]

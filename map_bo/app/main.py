@@ -186,7 +186,7 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at, row_of
     from map_bo.app.trust import recorded_configuration
     from map_bo.loop.reading import created_of
     from map_bo.merging.export.draft import refuse_existing
@@ -201,7 +201,8 @@ def _merge(options: argparse.Namespace) -> None:
         run, trust = os.path.abspath(options.run), options.trust
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)):
             pass  # what is not trusted is refused before anything is fitted
-        choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
+        # A wrong name is refused before checkpoints are read.
+        choice = _choice_of(options) if options.row is None else row_of(run, options)
         out = os.path.abspath(options.out)
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
             written = merge_choice(choice, options, config, run=run, out=out)
@@ -231,6 +232,18 @@ def _resume(options: argparse.Namespace) -> None:
             changes=changes,
         )
     show(result, here)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import ask
+
+    ask(options)
+
+
+def _tell(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import tell
+
+    tell(options)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -458,6 +471,8 @@ def _complete(arguments: list[str]) -> None:
 _FUNCTIONS: Mapping[str, Command] = {
     "init": _init,
     "resume": _resume,
+    "ask": _ask,
+    "tell": _tell,
     "choose": _choose,
     "merge": _merge,
     "report": _report,

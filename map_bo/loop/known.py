@@ -13,7 +13,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.store import Event, RunStore
 
-__all__ = ["begin_with", "check_known", "check_told", "include", "notes_on_imported"]
+__all__ = ["begin_with", "check_known", "include", "notes_on_imported"]
 
 
 def check_known(found: Observations, metrics: Sequence[Metric], space: CoefficientSpace) -> None:
@@ -25,36 +25,6 @@ def check_known(found: Observations, metrics: Sequence[Metric], space: Coefficie
     """
     _check(found, metrics, space.d)
     space.check(found.X)
-
-
-def check_told(index: int, outcome: Observations, waiting: Sequence[int]) -> int:
-    """Return the number of the row that an outcome is told of, which must be one that waits.
-
-    Args:
-        index: The number that was given.
-        outcome: What was given as its outcome.
-        waiting: The rows that wait.
-
-    Raises:
-        DataError: When the outcome is not :class:`~map_bo.data.Observations`.
-        StoreError: When the row does not wait, or there is not exactly one outcome.
-    """
-    if not isinstance(outcome, Observations):
-        raise DataError(
-            f"an outcome must be Observations, got {type(outcome).__name__}",
-            hint="tell map_bo.Observations(X=..., Y=..., metrics=...) of the one row",
-        )
-    waits = type(index) is not bool and index in waiting
-    if len(outcome) != 1 or not waits:
-        raise StoreError(
-            f"row {index} cannot take {len(outcome)} outcomes"
-            if waits
-            else f"row {index} does not wait for an outcome",
-            hint=f"tell one outcome for one of the rows that wait: {list(waiting)}"
-            if waiting
-            else "no row waits for an outcome: ask for rows first",
-        )
-    return int(index)
 
 
 def _check(found: Observations, metrics: Sequence[Metric], d: int) -> None:

@@ -22,7 +22,8 @@ from map_bo.errors import (
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
 from map_bo.loop.driving import Steps, closing_workers, together
-from map_bo.loop.known import check_told, notes_on_imported
+from map_bo.loop.known import notes_on_imported
+from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
 from map_bo.loop.progress import Progress, Reporter, follow, silent
@@ -263,17 +264,19 @@ class Run:
         return list(range(first, first + len(X)))
 
     @own_maths()
-    def tell(self, index: int, outcome: Observations) -> None:
-        """Record the outcome (one row) of the proposed row ``index``.
+    def tell(self, index: int, outcome: Observations | Mapping[str, Any]) -> None:
+        """Record the outcome of the proposed row ``index``: one row, or its values by name.
 
         Raises:
-            DataError: When the outcome is not :class:`~map_bo.data.Observations`.
+            DataError: When it is neither :class:`~map_bo.data.Observations` nor what
+                :func:`map_bo.loop.outcomes.outcome_of` reads.
             StoreError: When the row was not proposed or has its outcome already, when the outcome
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
         with self._turn():
-            index = check_told(index, outcome, self.state.pending)
+            state, metrics = self.state, self.problem.metrics
+            index, outcome = check_told(index, outcome, state.X, state.pending, metrics)
             refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.
