@@ -61,8 +61,12 @@ def handlers_of_the_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep trained experts in one folder of this session, never in the user's cache."""
+    """Keep trained experts in one folder of this session, never in the user's cache.
+
+    Evaluations are not kept: a test that measures must not be given what another one measured.
+    """
     folder = tmp_path_factory.mktemp("map_bo_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAP_BO_CACHE", str(folder))
+        patch.setenv("MAP_BO_EVALUATIONS", "off")
         yield folder

@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.reading import load_nested
 from map_bo.nested.settings import Nested
