@@ -68,7 +68,7 @@ def record(experiment: Experiment, store: JsonlStore) -> Recorded:
         after = include(found.observations, store, state, {**source, "trials": trials})
     return Recorded(
         taken=len(found.observations),
-        failed=int((~found.observations.ok).sum()),
+        failed=int(found.observations.failed_rows.sum()),
         completed=waiting - len(after.pending),
         evaluations=len(after.outcomes),
         left_out=tuple(sorted(found.left_out, key=lambda left: (left.trial, left.arm))),

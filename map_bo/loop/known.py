@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError, StoreError
+from map_bo.errors import BudgetError, DataError, StoreError
+from map_bo.loop.reading import is_run
 from map_bo.loop.state import RunState, advance
-from map_bo.scale import same_points
+from map_bo.loop.transfer.embedding import Taken
+from map_bo.scale import anchor_rows, same_points
 from map_bo.space import CoefficientSpace
-from map_bo.tracking.codec import encode_observations
+from map_bo.tracking.codec import encode_observations, encode_tensor
+from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 
-__all__ = ["begin_with", "check_known", "include", "notes_on_imported"]
-
-
-def check_known(found: Observations, metrics: Sequence[Metric], space: CoefficientSpace) -> None:
-    """Refuse observations that do not fit the run that is to hold them.
-
-    Raises:
-        DataError: When they have other metrics or another number of coefficients.
-        SpaceError: When one lies outside the space.
-    """
-    _check(found, metrics, space.d)
-    space.check(found.X)
+__all__ = [
+    "begin_with",
+    "has_begun",
+    "imported_of",
+    "include",
+    "notes_on_imported",
+    "queue_anchors",
+]
 
 
 def _check(found: Observations, metrics: Sequence[Metric], d: int) -> None:
@@ -85,13 +85,115 @@ def include(
     return after
 
 
-def begin_with(known: Observations, store: RunStore, state: RunState) -> None:
-    """Record ``known`` in a run that has no evaluation yet; do nothing in any other."""
-    if not len(state.X):
-        include(known, store, state, {"from": "python"})
+def begin_with(
+    taken: Taken, store: RunStore, state: RunState, space: CoefficientSpace, search: int
+) -> RunState:
+    """Record what was ``taken`` over in a run that has no evaluation yet, and queue its anchors.
+
+    Nothing is done in any other run.
+
+    Args:
+        taken: Observations and where they come from.
+        store: The run's store.
+        state: The state of that store.
+        space: The run's space.
+        search: How many evaluations the search has.
+
+    Returns:
+        The state after it.
+
+    Raises:
+        BudgetError: When the budget leaves no evaluation for a metric that was never measured.
+    """
+    if len(state.X):
+        return state
+    after = include(taken.observations, store, state, taken.source)
+    return queue_anchors(store, after, space, search)
+
+
+def queue_anchors(
+    store: RunStore, state: RunState, space: CoefficientSpace, search: int
+) -> RunState:
+    """Queue the anchors that imported observations lack, so that they are measured first.
+
+    Base, experts and blend make the scale of a run. Those that the observations hold in some
+    metrics alone are completed; those that they do not hold at all become new rows, as many as the
+    budget leaves.
+
+    Args:
+        store: The run's store.
+        state: The state of that store, right after the observations were recorded.
+        space: The run's space.
+        search: How many evaluations the search has.
+
+    Returns:
+        The state after it.
+
+    Raises:
+        BudgetError: When a metric was never measured, and the budget leaves no evaluation for it.
+    """
+    seen, anchors = state.seen, space.anchors()
+    rows, again, lacking = sorted(state.outcomes), [], []
+    for i, here in enumerate(anchor_rows(seen.X, space)):
+        if not bool(here.any()):
+            lacking.append(i)
+        elif not bool((here & (seen.ok | seen.failed_rows)).any()):
+            again.append(rows[int(here.nonzero()[0])])
+    room = max(0, search - len(state.X))
+    never = [
+        metric.name
+        for metric, there in zip(seen.metrics, seen.measured.any(0).tolist(), strict=True)
+        if not there
+    ]
+    if never and not room and not again and bool(seen.incomplete.any()):
+        raise BudgetError(
+            f"the budget leaves {search} evaluations for the search, and {len(seen)} are known: "
+            f"none is left to measure {', '.join(never)}",
+            hint=f"give a budget of at least {len(seen) + len(anchors)} evaluations and those "
+            "that verify the front",
+        )
+    if again:
+        state = _recorded(store, state, Event("reopened", {"indices": sorted(again)}))
+    if lacking[:room]:
+        X = encode_tensor(anchors.X[lacking[:room]])
+        state = _recorded(store, state, Event("proposed", {"X": X, "seconds": 0.0}))
+    return state
+
+
+def _recorded(store: RunStore, state: RunState, event: Event) -> RunState:
+    after = advance(state, event)  # before writing: the record must stay replayable
+    store.append(event)
+    return after
+
+
+def has_begun(directory: Path) -> bool:
+    """Return whether a run is recorded in a directory, and more of it than that it was created."""
+    if not is_run(directory):
+        return False
+    return any(event.kind != "created" for event in JsonlStore.open(directory).read())
 
 
 def notes_on_imported(state: RunState) -> list[str]:
     """Return what the summary says about observations that the run did not make itself."""
     count = len(state.imported)
-    return [f"{count} of the evaluations were made elsewhere and imported"] if count else []
+    if not count:
+        return []
+    sources = {id(source): source for source in state.imported.values()}
+    told = [str(note) for source in sources.values() for note in source.get("notes", ())]
+    return [f"{count} of the evaluations were made elsewhere and imported", *dict.fromkeys(told)]
+
+
+def imported_of(state: RunState) -> dict[str, Any]:
+    """Return what the summary holds of imported evaluations; nothing where there are none.
+
+    That is ``imported``: their number, their ``rows`` (from 0), and each ``source`` as plain data.
+    """
+    if not state.imported:
+        return {}
+    sources = {id(source): source for source in state.imported.values()}
+    kept = [
+        {key: value for key, value in source.items() if key not in ("notes", "trials")}
+        for source in sources.values()
+    ]
+    found = {"evaluations": len(state.imported), "rows": sorted(state.imported), "sources": kept}
+    return {"imported": found}

@@ -26,7 +26,7 @@ from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
 from map_bo.loop.expected_gain import check_stopping
 from map_bo.loop.front_posterior import with_uncertainty
-from map_bo.loop.known import begin_with, check_known, notes_on_imported
+from map_bo.loop.known import begin_with, has_begun, imported_of, notes_on_imported
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, Reporter, RichProgress, follow, silent
 from map_bo.loop.recommend import (
@@ -55,6 +55,8 @@ from map_bo.loop.summary import (
     summarise,
     versions,
 )
+from map_bo.loop.transfer.completing import completing
+from map_bo.loop.transfer.sources import Known, take
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
@@ -388,7 +390,7 @@ class Run:
             attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
             deaths = (state.deaths if searching else state.verify_deaths).get(row, 0)
             outcome, final = evaluate_recorded(
-                self.problem,
+                completing(self.problem, state) if searching else self.problem,
                 x,
                 name={name: row},
                 attempt=attempt,
@@ -509,6 +511,7 @@ class Run:
             ],
             outliers=aside,
         )
+        summary |= imported_of(state)
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 
@@ -542,7 +545,7 @@ def optimize(
     seed: int = 0,
     run_dir: str | Path | None = None,
     progress: bool | Progress = True,
-    known: Observations | None = None,
+    known: Known | None = None,
     config: Mapping[str, Any] | None = None,
     tracking: str | Tracking | Sequence[str | Tracking] = "local",
     **settings: Any,
@@ -557,8 +560,11 @@ def optimize(
         run_dir: Where to record the run. When it already holds this same run, the run is resumed,
             or returned if it had finished. None keeps the record in memory.
         progress: Whether to show a progress bar.
-        known: Observations from elsewhere, recorded at the start of a new run; they count in its
-            budget.
+        known: What an older study has measured, recorded at the start of a new run; its rows count
+            in the budget. Observations, a :class:`Result`, the directory of a run, a CSV file, or
+            :class:`map_bo.StartFrom` with a mapping of names. Experts and metrics may have been
+            added since: old points have 0 for a new expert, and a new metric was not measured
+            there. Anchors that the study lacks are measured first.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
             ``run_dir``), ``"wandb"``, settings such as
@@ -578,12 +584,14 @@ def optimize(
     chosen = Settings.checked(budget=budget, seed=seed, **settings)
     bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
 
-    if known is not None:  # before the store: refused observations leave no run behind
-        check_known(known, problem.metrics, problem.space)
+    # Before the store: refused observations leave no run behind.
+    begun = run_dir is not None and has_begun(absolute_directory(run_dir))
+    taken = None if known is None or begun else take(known, problem)
 
     def run(store: RunStore, tracker: Tracker) -> Result:
-        if known is not None:
-            begin_with(known, store, Run(problem, chosen, store, config=config).state)
+        if taken is not None:
+            state = Run(problem, chosen, store, config=config).state
+            begin_with(taken, store, state, problem.space, chosen.search)
         return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
 
     if run_dir is None:

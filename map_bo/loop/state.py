@@ -14,9 +14,10 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
-``reopened``   ``indices``: failed rows that are to be evaluated again
+``reopened``   ``indices``: failed rows that are to be evaluated again, and incomplete ones that are
+               to be completed
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows; ``source``: where they come from
+               rows; ``source``: where they come from, how names were mapped, what was not measured
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
@@ -471,7 +472,7 @@ def _with_correction(state: RunState, data: Mapping[str, Any]) -> RunState:
 def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
     again = _rows(data["indices"], len(state.X), "proposed rows")
     for index in again:
-        if index not in state.outcomes or state.outcomes[index].failures[0] is None:
+        if index not in state.outcomes or bool(state.outcomes[index].ok[0]):
             raise StoreError(f"row {index} has not failed, and is to be repeated", hint=_EDITED)
     # What they have measured all the same is kept, as between two attempts.
     halves = {index: state.outcomes[index] for index in again}
@@ -483,7 +484,8 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
         attempted={**_without(state.attempted, again), **kept},
         deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
-        imported=_without(state.imported, again),
+        # What is completed was imported in part, and keeps its source.
+        imported=_without(state.imported, [i for i in again if bool(halves[i].failed_rows[0])]),
     )
 
 
