@@ -24,8 +24,11 @@ __all__ = [
     "Metric",
     "Observations",
     "directions",
+    "is_at",
     "to_maximisation",
 ]
+
+_PRECISION = 1e-6  # problems may work in single precision
 
 Direction = Literal["max", "min"]
 Kind = Literal["proportion", "loss", "unbounded"]
@@ -134,6 +137,11 @@ def to_maximisation(Y: Tensor, metrics: Sequence[Metric]) -> Tensor:
     It is its own inverse.
     """
     return Y * directions(metrics).to(Y)
+
+
+def is_at(x: Tensor, proposed: Tensor) -> bool:
+    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
+    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
 
 
 def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -24,12 +24,14 @@ from rich.table import Column
 from map_bo.data import Observations
 from map_bo.evaluators.evaluator import measuring
 from map_bo.evaluators.examples import listening
+from map_bo.workers.workers import Task
 
 __all__ = [
     "CountsExamples",
     "Progress",
     "Reporter",
     "RichProgress",
+    "ShowsWorkers",
     "Silent",
     "follow",
     "silent",
@@ -62,6 +64,15 @@ class CountsExamples(Protocol):
 
     def scored(self, evaluator: str | None, done: int, total: int) -> None:
         """An evaluator has scored ``done`` of its ``total`` examples."""
+        ...
+
+
+@runtime_checkable
+class ShowsWorkers(Protocol):
+    """A reporter that is also told, about once a second, what each worker does."""
+
+    def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
+        """Each of ``running`` is a worker, its task, and the seconds since that began."""
         ...
 
 

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations
+from map_bo.data import Front, Metric, Observations, is_at
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.loop.settings import Settings
 from map_bo.plain import Described, flat, identity_of, modernise, to_plain
@@ -59,7 +59,6 @@ __all__ = [
     "advance",
     "check_created",
     "difference",
-    "is_at",
     "problem_identity",
     "refuse_another",
     "refuse_outcome",
@@ -123,8 +122,9 @@ def run_identity(
         **parts: Further parts of the identity.
     """
     examples = {} if finished else digests_of_examples(problem)
+    fields = identity_of(dataclasses.replace(settings, workers=None, asynchronous=None))["fields"]
     identity = {
-        "settings": identity_of(settings)["fields"],
+        "settings": {name: fields[name] for name in fields if name not in _NOT_OF_THE_RUN},
         **parts,
         "problem": problem_identity(problem),
         "space": problem.space.describe(),
@@ -133,6 +133,9 @@ def run_identity(
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
+
+
+_NOT_OF_THE_RUN = ("workers", "asynchronous")  # who evaluates, and when, may change
 
 
 def problem_identity(problem: Problem) -> Any:
@@ -341,14 +344,6 @@ def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:
             hint="measure the proposed row as it is; results of other points are taken by "
             "map_bo.optimize(..., known=observations)",
         )
-
-
-def is_at(x: Tensor, proposed: Tensor) -> bool:
-    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
-    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
-
-
-_PRECISION = 1e-6  # problems may work in single precision
 
 
 def _rounded(x: Tensor) -> list[float]:

@@ -28,7 +28,7 @@ class Stop:
             the best choice, averaged over preferences, on the scale from the reference point (0)
             to the best expert (1). ``"hypervolume"``: by how much the hypervolume of the true front
             is expected to exceed that of the mean's front, as a share of the latter; a lower
-            estimate, see :func:`map_bo.loop.expected_gain.expected_gain`.
+            estimate, see :func:`map_bo.loop.posterior.expected_gain.expected_gain`.
         tolerance: The search stops when the expected gain is at most this ...
         patience: ... in so many rounds in a row.
         least: Evaluations that have to succeed before the first check; ``None`` is ``2 N + 2`` for

@@ -17,7 +17,7 @@ from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.indicators import hypervolume
-from map_bo.samplers.sampler import SeesThroughSurrogate
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, without
@@ -29,6 +29,7 @@ __all__ = [
     "comparison",
     "last_set_aside",
     "notes_on_bounds",
+    "notes_on_former_surrogate",
     "outliers_of",
     "summarise",
     "versions",
@@ -343,3 +344,19 @@ def summarise(
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def notes_on_former_surrogate(state: RunState, sampler: Sampler) -> list[str]:
+    """Return a note where the sampler of a run of version 0.1 looked through another surrogate."""
+    version = str(state.created.get("versions", {}).get("map-bo", ""))
+    if (
+        not version.startswith("0.1.")
+        or state.front is not None
+        or not isinstance(sampler, SeesThroughSurrogate)
+        or sampler.surrogate is not None
+    ):
+        return []
+    return [
+        f"the run was begun by map-bo {version}, whose sampler looked through a quadratic of its "
+        f"own; from evaluation {len(state.X) + 1} on, it looks through the run's surrogate"
+    ]

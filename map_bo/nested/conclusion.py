@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Observations
-from map_bo.loop.evaluation import deaths_of, evaluate_recorded
-from map_bo.loop.front_posterior import assess
+from map_bo.loop.posterior.front_posterior import assess
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
@@ -33,6 +32,7 @@ from map_bo.tracking.codec import (
     encode_tensor,
 )
 from map_bo.tracking.store import Event
+from map_bo.workers.evaluation import deaths_of, evaluate_recorded
 
 __all__ = ["Final", "Selection", "conclude", "select"]
 

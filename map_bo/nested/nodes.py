@@ -27,7 +27,7 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
 from map_bo.plain import identity_of
-from map_bo.problems.problem import Divisible, Preparable, Problem
+from map_bo.problems.problem import Preparable, Problem, select_metrics
 from map_bo.rng import child_seed, make_generator
 from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
 from map_bo.scale import SAME_POINT
@@ -44,47 +44,7 @@ __all__ = [
     "node_settings",
     "promoted_part",
     "run_node",
-    "select_metrics",
 ]
-
-
-def select_metrics(problem: Problem, names: Sequence[str]) -> Problem:
-    """Return the problem with these metrics alone.
-
-    A problem that is not :class:`Divisible` measures all metrics, and the others are dropped.
-    """
-    if isinstance(problem, Divisible):
-        return problem.restricted(names)
-    return _MetricSubset(problem, tuple(names))
-
-
-class _MetricSubset:
-    def __init__(self, problem: Problem, names: tuple[str, ...]) -> None:
-        self.problem = problem
-        all_names = [metric.name for metric in problem.metrics]
-        self._columns = [all_names.index(name) for name in names]
-
-    @property
-    def space(self) -> CoefficientSpace:
-        return self.problem.space
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return tuple(self.problem.metrics[j] for j in self._columns)
-
-    @known_numerics()
-    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        with callers_world():
-            seen = self.problem.evaluate(X, generator=generator)
-        return replace(
-            seen,
-            Y=seen.Y[:, self._columns],
-            metrics=self.metrics,
-            Yvar=seen.Yvar[:, self._columns],
-            counts=seen.counts[:, self._columns],
-            gradients=None,
-            gradient_variance=None,
-        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,14 +176,29 @@ class NodeProblem:
         """Return whether everything at ``u`` (``k``) is known, so that evaluating only looks up."""
         return not self._ledger.missing(self.full(u.unsqueeze(0))[0], self.names)
 
-    def _row(self, u: Tensor, generator: Generator) -> Observations:
+    def request(self, u: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the point in the full space, and the metrics that are not known there."""
         [x] = self.full(u.unsqueeze(0))
-        missing = self._ledger.missing(x, self.names)
-        cost = torch.zeros(1, dtype=torch.float64)
+        return x, tuple(self._ledger.missing(x, self.names))
+
+    def receive(self, u: Tensor, seen: Observations | None) -> Observations:
+        """Return the row of ``u`` (``k``), with what was measured for it in the ledger."""
+        found = self._received(u, seen)
+        return found if self.means is None else self.means.of_rows(found)
+
+    def _row(self, u: Tensor, generator: Generator) -> Observations:
+        x, missing = self.request(u)
+        seen = None
         if missing:
             part = select_metrics(self._whole, missing)
             with callers_world():
                 seen = part.evaluate(x.unsqueeze(0), generator=generator)
+        return self._received(u, seen)
+
+    def _received(self, u: Tensor, seen: Observations | None) -> Observations:
+        [x] = self.full(u.unsqueeze(0))
+        cost = torch.zeros(1, dtype=torch.float64)
+        if seen is not None:
             reason = seen.failures[0]
             self._ledger.add(replace(seen, X=x.unsqueeze(0)))
             if reason is not None:

@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
 from map_bo.errors import ConfigError, EvaluationError, TreeError
-from map_bo.loop.evaluation import deaths_of, evaluate_recorded
 from map_bo.loop.settings import Settings
 from map_bo.nested.composition import expert_part
 from map_bo.nested.ledger import Ledger
@@ -35,6 +34,7 @@ from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
+from map_bo.workers.evaluation import deaths_of, evaluate_recorded
 
 __all__ = [
     "HasSimilarity",

@@ -21,7 +21,6 @@ from map_bo.errors import ConfigError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.result import Result
-from map_bo.loop.run import check_surrogates
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import run_identity
 from map_bo.nested.budget import BudgetAllocator, node_sizes
@@ -199,7 +198,7 @@ class NestedRun(Record):
             StoreError: When the record cannot be written.
         """
         if self._recorded("planned") is None:
-            check_surrogates(self.settings, self.problem)
+            self.settings.rehearse(self.problem.space, self.problem.metrics)
         if isinstance(self.problem, Preparable) and self._recorded("finished") is None:
             with callers_world():
                 self.problem.prepare()

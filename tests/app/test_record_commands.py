@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from map_bo.app.main import main
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_result, load_state
-from map_bo.loop.run import optimize
 from map_bo.nested.optimize import optimize_nested
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, EvaluationError, SpaceError, StoreError
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
-from map_bo.loop.run import Run, optimize
+from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Stop
 from map_bo.pareto.indicators import hypervolume

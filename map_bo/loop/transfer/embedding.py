@@ -220,10 +220,10 @@ def _refuse_other_problem(
             f"{study.title} merged by another operator: {key} was {before!r} and is {now!r}",
             hint="values of another operator are those of another function: use the same one",
         )
-    rest = [
+    before_now = [
         {key: value for key, value in one.items() if key not in _UNREAD} for one in (old, problem)
     ]
-    for key, before, now in _differences(*rest, "problem"):
+    for key, before, now in _differences(before_now[0], before_now[1], "problem"):
         part = key.removeprefix("problem.")
         if how.trust_data or part in _GROWING or part.rpartition(".")[2] == "source":
             continue
@@ -329,16 +329,14 @@ def _wrong_rows(
     for row in (~inside).nonzero().flatten().tolist():
         wrong.setdefault(row, (_outside(X[row], space), SpaceError))
     own = {metric.name: metric for metric in metrics}
-    for j, (old, name) in enumerate(zip(study.metrics, mapped.metrics, strict=True)):
-        if name not in own or not isinstance(old, str):
+    for j, (old, new) in enumerate(zip(study.metrics, mapped.metrics, strict=True)):
+        if new not in own or not isinstance(old, str):
             continue
-        low = -math.inf if own[name].lower is None else own[name].lower
-        high = math.inf if own[name].upper is None else own[name].upper
-        assert low is not None
-        assert high is not None
-        values = study.Y[:, j]
-        for row in ((values < low) | (values > high)).nonzero().flatten().tolist():
-            told = f"{old} is {float(values[row]):.6g}, which is not in [{low:g}, {high:g}]"
+        metric, values = own[new], study.Y[:, j]
+        least = -math.inf if metric.lower is None else metric.lower
+        most = math.inf if metric.upper is None else metric.upper
+        for row in ((values < least) | (values > most)).nonzero().flatten().tolist():
+            told = f"{old} is {float(values[row]):.6g}, which is not in [{least:g}, {most:g}]"
             wrong.setdefault(row, (told, DataError))
     shared = [j for j, name in enumerate(mapped.metrics) if name in own]
     measured = study.Y[:, shared].isfinite().any(-1)

@@ -25,6 +25,7 @@ __all__ = ["Known", "is_database", "take"]
 Known: TypeAlias = Observations | Result | StartFrom | HasStudy | str | Path
 """What a new run can start from."""
 
+_TABLES = (".csv", ".txt")
 _SQLITE = b"SQLite format 3\x00"
 
 
@@ -44,10 +45,14 @@ def take(known: Known, problem: Problem) -> Taken:
     how = known if isinstance(known, StartFrom) else StartFrom(known)
     given, space, metrics = how.source, problem.space, problem.metrics
     plain = not isinstance(known, StartFrom)
-    if isinstance(given, Observations) and plain:
-        if given.metrics == tuple(metrics) and given.X.shape[-1] == space.d:
-            space.check(given.X)
-            return Taken(given, {"from": "python"})
+    if (
+        plain
+        and isinstance(given, Observations)
+        and given.metrics == tuple(metrics)
+        and given.X.shape[-1] == space.d
+    ):
+        space.check(given.X)
+        return Taken(given, {"from": "python"})
     study = _study(given, how, problem)
     # Examples are read only where there are some to compare them with.
     examples = digests_of_examples(problem) if study.examples else {}
@@ -78,8 +83,13 @@ def _study(given: object, how: StartFrom, problem: Problem) -> Study:
         )
     if is_database(path):
         raise DataError(
-            f"{path} is a database, which is not read here",
+            f"{path} is a database of another library, which is not read here",
             hint=f"give known=map_bo.AxDatabase({str(path)!r})",
+        )
+    if path.suffix.lower() not in _TABLES:
+        raise DataError(
+            f"{path} is not a database of Ax, and its name is not that of a CSV file",
+            hint="name the directory of a run, a file that ends in .csv, or an SQLite file of Ax",
         )
     space = problem.space
     return read_table(

@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations
+from map_bo.data import Observations, is_at
 from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError, StoreError
 from map_bo.evaluators.isolation.global_state import World
 from map_bo.evaluators.isolation.world import (
@@ -28,7 +28,6 @@ from map_bo.evaluators.isolation.world import (
     known_numerics,
     stops_the_process,
 )
-from map_bo.loop.state import is_at
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.problems.problem import Problem
 from map_bo.rng import child_seed
