@@ -131,20 +131,20 @@ def _start_from(beginning: Experiment | Taken, run: Run) -> None:
     """Record an older study as the first evaluations of a run, and queue the anchors it lacks."""
     from map_bo.app.ax_commands import report_recorded
     from map_bo.ax.recording import record
-    from map_bo.loop.known import begin_with, notes_on_imported, queue_anchors
+    from map_bo.loop.known import begin_with, notes_on_imported
     from map_bo.loop.reading import load_state
     from map_bo.loop.transfer.embedding import Taken
     from map_bo.tracking.jsonl import JsonlStore
 
     assert isinstance(run.store, JsonlStore)
-    space, search = run.problem.space, run.settings.search
+    search = run.settings.search
     if isinstance(beginning, Taken):
-        state = begin_with(beginning, run.store, run.state, space, search)
+        state = begin_with(beginning, run.store, run.state, search)
         sys.stdout.write(f"{len(state.imported)} evaluations recorded\n")
         sys.stdout.writelines(f"{note}\n" for note in notes_on_imported(state)[1:])
     else:
-        report_recorded(record(beginning, run.store))
-        state = queue_anchors(run.store, load_state(run.store.directory)[0], space, search)
+        report_recorded(record(beginning, run.store, search=search))
+        state = load_state(run.store.directory)[0]
     if state.pending:
         sys.stdout.write(f"base, experts or blend to be measured first: {len(state.pending)}\n")
 

@@ -18,12 +18,12 @@ from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore
 
 __all__ = [
+    "anchors_lacking",
     "begin_with",
     "has_begun",
     "imported_of",
     "include",
     "notes_on_imported",
-    "queue_anchors",
 ]
 
 
@@ -38,7 +38,12 @@ def _check(found: Observations, metrics: Sequence[Metric], d: int) -> None:
 
 
 def include(
-    found: Observations, store: RunStore, state: RunState, source: Mapping[str, Any]
+    found: Observations,
+    store: RunStore,
+    state: RunState,
+    source: Mapping[str, Any],
+    *,
+    search: int | None = None,
 ) -> RunState:
     """Record observations in a run, all of them or none, and return the run's new state.
 
@@ -51,8 +56,11 @@ def include(
         store: The run's store.
         state: The state of that store.
         source: Plain data on where they come from.
+        search: How many evaluations the search has, where the run starts with these: the anchors
+            that they lack are then queued, to be measured first; see :func:`anchors_lacking`.
 
     Raises:
+        BudgetError: When a metric was never measured, and the budget leaves no evaluation for it.
         DataError: When they have other metrics or coefficients.
         StoreError: When the front of the run has been solved, or the event cannot be written.
     """
@@ -81,13 +89,14 @@ def include(
     data = {"indices": indices, "observations": encode_observations(found), "source": dict(source)}
     event = Event("imported", data)
     after = advance(state, event)  # before writing: the record must stay replayable
+    if search is not None:  # in the same event: a run that is killed has both or neither
+        event = Event("imported", {**data, **anchors_lacking(after, space, search)})
+        after = advance(state, event)
     store.append(event)
     return after
 
 
-def begin_with(
-    taken: Taken, store: RunStore, state: RunState, space: CoefficientSpace, search: int
-) -> RunState:
+def begin_with(taken: Taken, store: RunStore, state: RunState, search: int) -> RunState:
     """Record what was ``taken`` over in a run that has no evaluation yet, and queue its anchors.
 
     Nothing is done in any other run.
@@ -96,7 +105,6 @@ def begin_with(
         taken: Observations and where they come from.
         store: The run's store.
         state: The state of that store.
-        space: The run's space.
         search: How many evaluations the search has.
 
     Returns:
@@ -107,27 +115,20 @@ def begin_with(
     """
     if len(state.X):
         return state
-    after = include(taken.observations, store, state, taken.source)
-    return queue_anchors(store, after, space, search)
+    return include(taken.observations, store, state, taken.source, search=search)
 
 
-def queue_anchors(
-    store: RunStore, state: RunState, space: CoefficientSpace, search: int
-) -> RunState:
-    """Queue the anchors that imported observations lack, so that they are measured first.
+def anchors_lacking(state: RunState, space: CoefficientSpace, search: int) -> dict[str, Any]:
+    """Return which anchors the observations that a run starts with lack, as data of their event.
 
     Base, experts and blend make the scale of a run. Those that the observations hold in some
-    metrics alone are completed; those that they do not hold at all become new rows, as many as the
-    budget leaves.
+    metrics alone are to be completed (``complete``: their rows); those that they do not hold at
+    all become new rows (``queue``: their coefficients), as many as the budget leaves.
 
     Args:
-        store: The run's store.
-        state: The state of that store, right after the observations were recorded.
+        state: The state right after the observations were recorded.
         space: The run's space.
         search: How many evaluations the search has.
-
-    Returns:
-        The state after it.
 
     Raises:
         BudgetError: When a metric was never measured, and the budget leaves no evaluation for it.
@@ -152,18 +153,11 @@ def queue_anchors(
             hint=f"give a budget of at least {len(seen) + len(anchors)} evaluations and those "
             "that verify the front",
         )
-    if again:
-        state = _recorded(store, state, Event("reopened", {"indices": sorted(again)}))
-    if lacking[:room]:
-        X = encode_tensor(anchors.X[lacking[:room]])
-        state = _recorded(store, state, Event("proposed", {"X": X, "seconds": 0.0}))
-    return state
-
-
-def _recorded(store: RunStore, state: RunState, event: Event) -> RunState:
-    after = advance(state, event)  # before writing: the record must stay replayable
-    store.append(event)
-    return after
+    queue = anchors.X[lacking[:room]]
+    return {
+        **({"complete": sorted(again)} if again else {}),
+        **({"queue": encode_tensor(queue)} if len(queue) else {}),
+    }
 
 
 def has_begun(directory: Path) -> bool:

@@ -87,7 +87,7 @@ def optimize(
     def run(store: RunStore, tracker: Tracker) -> Result:
         if taken is not None:
             state = Run(problem, chosen, store, config=config).state
-            begin_with(taken, store, state, problem.space, chosen.search)
+            begin_with(taken, store, state, chosen.search)
         return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
 
     if run_dir is None:

@@ -14,10 +14,11 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
-``reopened``   ``indices``: failed rows that are to be evaluated again, and incomplete ones that are
-               to be completed
+``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows; ``source``: where they come from, how names were mapped, what was not measured
+               rows; ``source``: where they come from, how names were mapped, what was not measured;
+               ``complete``: those of the rows that are to be completed in what they lack;
+               ``queue``: ``X`` of further rows to evaluate
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
@@ -534,15 +535,19 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
             f"imported rows have numbers {indices}, and the record holds {first} rows before them",
             hint=_EDITED,
         )
-    return dataclasses.replace(
+    queue = decode_tensor(data.get("queue", [])).reshape(-1, state.X.shape[-1])
+    if not bool(queue.isfinite().all()):
+        raise StoreError("a queued row holds NaN or infinity", hint=_EDITED)
+    after = dataclasses.replace(
         state,
-        X=torch.cat([state.X, found.X[added]]),
+        X=torch.cat([state.X, found.X[added], queue]),
         outcomes={
             **state.outcomes,
             **{i: found.select([row]) for row, i in enumerate(indices)},
         },
         imported={**state.imported, **dict.fromkeys(indices, source)},
     )
+    return _reopened(after, {"indices": data["complete"]}) if "complete" in data else after
 
 
 def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunState:

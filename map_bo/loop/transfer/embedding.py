@@ -88,7 +88,7 @@ def embed(
             else f"{study.title} holds no evaluation",
             hint="start the run without it",
         )
-    found = _observations(study, metrics, mapped, X).select(kept)
+    found = _observations(study.select(kept), metrics, mapped, X[kept])
     return Taken(found, _told(study, space, metrics, mapped, found, wrong))
 
 
@@ -144,7 +144,14 @@ class _Names:
                 f"{listed(study.metric_names)}, and the run {listed(own)}",
                 hint="map their names: start_from.metrics={OLD: NEW}",
             )
-        if not set(found.coefficients) & {*space.names, *space.experts}:
+        parted = tuple(
+            f"{expert}/" for expert in space.experts
+        )  # refused further on, by its blocks
+        if not any(
+            one in space.names or one in space.experts or one.startswith(parted)
+            for one in found.coefficients
+            if one is not None
+        ):
             raise DataError(
                 f"{study.title} has none of the coefficients of the run: it has {listed(names)}, "
                 f"and the run {listed(space.names)}",
@@ -260,9 +267,8 @@ def _short(digest: Any) -> str:
 
 
 def _differences(before: Any, now: Any, prefix: str) -> list[tuple[str, Any, Any]]:
-    if not before or not now:
-        return [] if not before and not now else [(prefix, before, now)]
-    old, new = flat(modernise(before, now), prefix), flat(now, prefix)
+    old = flat(modernise(before, now), prefix) if before else {}
+    new = flat(now, prefix) if now else {}
     keys = dict.fromkeys((*old, *new))
     return [
         (key, old.get(key), new.get(key))

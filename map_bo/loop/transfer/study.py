@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -101,6 +101,23 @@ class Study:
             examples=examples or {},
             gradients=seen.gradients,
             gradient_variance=seen.gradient_variance,
+        )
+
+    def select(self, rows: Sequence[int]) -> Study:
+        """Return the study with these rows alone."""
+        index = list(rows)
+        slopes, noise = self.gradients, self.gradient_variance
+        return replace(
+            self,
+            X=self.X[index],
+            Y=self.Y[index],
+            Yvar=self.Yvar[index],
+            counts=self.counts[index],
+            cost=self.cost[index],
+            failures=tuple(self.failures[i] for i in index),
+            rows=tuple(self.rows[i] for i in index),
+            gradients=None if slopes is None else slopes[index],
+            gradient_variance=None if noise is None else noise[index],
         )
 
     @property
