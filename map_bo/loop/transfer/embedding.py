@@ -459,7 +459,7 @@ def _told(
     if wrong:
         row, (reason, _) = next(iter(wrong.items()))
         notes.append(
-            f"{len(wrong)} rows of the imported study were left out; the first, "
+            f"{len(wrong)} of {len(study.X)} rows of the imported study were left out; the first, "
             f"{study.rows[row]}: {reason}"
         )
     return {

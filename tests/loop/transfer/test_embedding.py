@@ -198,7 +198,9 @@ def test_rows_outside_the_space_are_named_or_left_out() -> None:
     found = taken(old, skip=True)
     assert len(found.observations) == 1
     assert found.source["left_out"] == 2
-    assert any("2 rows of the imported study were left out" in n for n in found.source["notes"])
+    assert any(
+        "2 of 3 rows of the imported study were left out" in n for n in found.source["notes"]
+    )
     with pytest.raises(DataError, match="no row of the old study can be taken"):
         taken(replace(old, X=old.X + 3), skip=True)
 
