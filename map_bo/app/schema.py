@@ -100,6 +100,7 @@ class Config:
 
     seed: int = Settings.seed
     progress: bool = True
+    drive: bool = True
     start_from: Any = field(default_factory=lambda: dict(_START_FROM))
     loop: LoopConfig = field(default_factory=LoopConfig)
     problem: dict[str, Any] = field(default_factory=dict)

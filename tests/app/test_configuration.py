@@ -217,7 +217,7 @@ def test_a_tree_by_hand_has_to_be_given() -> None:
 def test_the_composed_defaults_are_those_of_the_settings() -> None:
     loop: Any = OmegaConf.to_container(composed().loop)
     fresh = Settings(budget=24)
-    parts = {"seed", "sampler", "surrogate", "solver"}
+    parts = {"seed", "sampler", "surrogate", "solver", "workers"}
     assert set(loop) == {one.name for one in fields(Settings)} - parts
     # A rule is a node of its own; without a criterion it is no rule.
     assert loop.pop("stop") == {**asdict(Stop()), "criterion": None}
@@ -236,7 +236,7 @@ def test_the_configuration_repeats_no_default_and_describes_every_option() -> No
     assert yaml.safe_load(text)["loop"] == {"budget": 24}
     described = set(re.findall(r"^#   (loop[.\w]*) {2,}\S", text, re.MULTILINE)) | {"loop.budget"}
     options = {f"loop.{one.name}" for one in fields(Settings)}
-    options -= {"loop.seed", "loop.sampler", "loop.surrogate", "loop.solver"}
+    options -= {f"loop.{name}" for name in ("seed", "sampler", "surrogate", "solver", "workers")}
     assert described == options | {f"loop.stop.{one.name}" for one in fields(Stop)}
 
 
