@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from map_bo.moved import OldNames
 
 if TYPE_CHECKING:
+    from map_bo.ax.known import AxDatabase
     from map_bo.constraints import AtLeast, AtMost
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
+    from map_bo.loop.transfer.study import StartFrom
     from map_bo.merging.checkpoints.checkpoint import open_checkpoint
     from map_bo.merging.export.model import ExportSettings, merge_checkpoints
     from map_bo.merging.vectors.linear_merge import TaskArithmetic
@@ -63,6 +65,7 @@ __all__ = [
     "TSVM",
     "AtLeast",
     "AtMost",
+    "AxDatabase",
     "Breadcrumbs",
     "Choice",
     "CoefficientSpace",
@@ -102,6 +105,7 @@ __all__ = [
     "Settings",
     "SeveralMetrics",
     "Slerp",
+    "StartFrom",
     "TableProblem",
     "TaskArithmetic",
     "Ties",
@@ -119,6 +123,7 @@ __all__ = [
 _HOME = {
     "AtLeast": "map_bo.constraints",
     "AtMost": "map_bo.constraints",
+    "AxDatabase": "map_bo.ax.known",
     "Breadcrumbs": "map_bo.operators.sparse",
     "Choice": "map_bo.loop.result",
     "CoefficientSpace": "map_bo.space",
@@ -158,6 +163,7 @@ _HOME = {
     "Settings": "map_bo.loop.settings",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
+    "StartFrom": "map_bo.loop.transfer.study",
     "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",

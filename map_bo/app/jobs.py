@@ -247,7 +247,10 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
             found["_target_"] = current(found["_target_"])
         return found
 
-    return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    found = {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    if isinstance(start := found.get("start_from"), Mapping) and not start.get("source"):
+        found["start_from"] = None  # as jobs of version 0.1 have recorded it
+    return found
 
 
 # Launchers send the task to processes that load nothing else of this package and resolve the
