@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from map_bo.problems.table import TableProblem
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
+    from map_bo.workers.processes import Processes
 
 __version__ = "0.2.0"
 
@@ -96,6 +97,7 @@ __all__ = [
     "OperatorChoice",
     "Pcb",
     "Preference",
+    "Processes",
     "Ram",
     "RegMean",
     "RegMeanPlusPlus",
@@ -154,6 +156,7 @@ _HOME = {
     "OperatorChoice": "map_bo.operators.searchable",
     "Pcb": "map_bo.operators.pcb",
     "Preference": "map_bo.pareto.preferences",
+    "Processes": "map_bo.workers.processes",
     "Ram": "map_bo.operators.shared_regions",
     "RegMean": "map_bo.operators.statistics.regmean",
     "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
