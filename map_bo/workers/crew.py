@@ -22,7 +22,7 @@ from typing import Protocol, TypeAlias
 import torch
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import MapBoError, WorkersError
+from map_bo.errors import MapBoError, WorkersError, listed
 from map_bo.workers.workers import Outcome, Task
 
 __all__ = [
@@ -355,7 +355,7 @@ class Crew:
         try:
             found = answer.result()
         except BaseException as error:  # of the engine: evaluators' failures are outcomes
-            self._lose(post, self._engine.blame(error))
+            self._lose(post, self._blame(error))
             return
         if isinstance(found, Built):
             with self._changed:
@@ -372,6 +372,21 @@ class Crew:
             job = self._finish(post)
             _settle(job, dataclasses.replace(found, worker=found.worker or post.name))
 
+    def _blame(self, error: BaseException) -> str | None:
+        """Return what became of a worker.
+
+        Raises:
+            WorkersError: When that ends the run; the message says what was being evaluated.
+        """
+        try:
+            return self._engine.blame(error)
+        except WorkersError as fatal:
+            words = [post.job.task.words for post in self._posts.values() if post.job is not None]
+            if not words:
+                raise
+            message = f"{fatal.message} ({listed(words)})"
+            raise WorkersError(message, hint=fatal.hint) from error
+
     def _finish(self, post: _Post) -> _Job:
         job = post.job
         assert job is not None
@@ -380,15 +395,12 @@ class Crew:
         return job
 
     def _refused(self, post: _Post, error: MapBoError) -> None:
-        job, was_ready = post.job, post.ready
-        with self._changed:
-            post.answer, post.ready = None, False
-            post.job = None
-            self._refusals.append(error)
-        if self._opening or job is not None:
+        if self._opening or post.job is not None:
             raise error
+        with self._changed:
+            post.answer = None
+            self._refusals.append(error)
         logger.warning("%s is not used: %s", post.name, error.reason)
-        assert not was_ready
 
     def _lose(self, post: _Post, reason: str | None, *, lost: bool = True) -> None:
         """Do without a worker, and end what it was doing: as a failure, unless nobody is to blame.
@@ -419,12 +431,14 @@ class Crew:
             _settle(job, outcome)
         elif not was_ready:
             self._lost_builds += 1
-            logger.warning("%s %s was lost while it built the problem: %s", self._what, post.name, reason)
+            logger.warning(
+                "%s %s was lost as it built the problem: %s", self._what, post.name, reason
+            )
             if self._lost_builds >= _TRIES:
                 raise WorkersError(
                     f"{self._lost_builds} workers in a row were lost while they built the problem; "
                     f"the last: {reason}",
-                    hint="see the logs of the cluster; does the problem fit into a worker's memory?",
+                    hint="see the logs of the cluster; does the problem fit into their memory?",
                 )
         else:
             logger.warning("%s %s is gone: %s", self._what, post.name, reason)
@@ -458,9 +472,12 @@ class Crew:
                     self._posts[hand] = post
                     self._changed.notify_all()
                 self._ask(post, hand.build())
-        if any(post.ready or post.answer is not None for post in self._posts.values()):
-            self._well = time.monotonic() if any(p.ready for p in self._posts.values()) else self._well
-        self._lament("no worker is ready")
+        if any(post.ready for post in self._posts.values()):
+            self._well = time.monotonic()
+        building = sum(post.answer is not None for post in self._posts.values())
+        self._lament(
+            f"{building} of its workers have not built the problem" if building else "none joined"
+        )
 
     def _lament(self, what: str) -> None:
         """End the run when there has been no worker for too long."""
@@ -471,8 +488,8 @@ class Crew:
             raise self._refusals[-1]
         raise WorkersError(
             f"the cluster has had no worker for {passed:.0f} s: {what}",
-            hint="see to the cluster, then resume the run: nothing that was measured is lost; "
-            "`patience` is how long to wait",
+            hint="see to the cluster, then start or resume the run: nothing that was measured is "
+            "lost. `patience` is how long to wait",
         )
 
     def _enforce_limits(self) -> None:

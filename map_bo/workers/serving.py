@@ -31,6 +31,10 @@ from map_bo.workers.workers import Outcome, Task
 __all__ = ["Order", "build", "evaluate", "evaluate_or_build", "forget"]
 
 _IMPORTED_IN = os.getpid()  # another process than this one has been forked from it
+_SPAWN = (
+    "map_bo.Processes(n), or map_bo.Pool(ProcessPoolExecutor(n, mp_context="
+    "multiprocessing.get_context('spawn')))"
+)
 _RESIDENT_HINT = "workers need the same modules and files as the driver"
 
 
@@ -125,17 +129,16 @@ def _require_own_process(order: Order) -> None:
         WorkersError: When it is.
     """
     here = (socket.gethostname(), os.getpid())
-    fix = "map_bo.Processes(n), or map_bo.Pool(ProcessPoolExecutor(n, mp_context=get_context("
     if here == order.process:
         raise WorkersError(
             "the workers are threads of the driver's own process, which share torch's settings, "
             "random numbers and the model with each other",
-            hint=f"use workers that are processes: {fix}'spawn')))",
+            hint=f"use workers that are processes: {_SPAWN}",
         )
     if (order.process[0], _IMPORTED_IN) == order.process:
         raise WorkersError(
             "the workers are forks of the driver, in which torch's threads and GPUs do not work",
-            hint=f"start them with spawn: {fix}'spawn')))",
+            hint=f"start them with spawn: {_SPAWN}",
         )
 
 
@@ -197,6 +200,4 @@ def _within_limit(resident: Resident, task: Task) -> Outcome:
 
 
 def _unforeseen(what: str, error: Exception) -> WorkersError:
-    return WorkersError(
-        f"{what}: {type(error).__name__}: {first_line(error)}", hint=_RESIDENT_HINT
-    )
+    return WorkersError(f"{what}: {type(error).__name__}: {first_line(error)}", hint=_RESIDENT_HINT)
