@@ -44,6 +44,7 @@ class Perils:
             raise OSError("no such weights")
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        X = self.space.check(X)
         meet(WAYS[round(10 * float(X[0, 0]))])
         noise = self.noise * torch.rand(1, 2, generator=generator, dtype=torch.float64)
         return Observations(X, torch.stack([X[:, 1], -X[:, 1]], -1) + noise, self.metrics)
@@ -74,7 +75,7 @@ def meet(way: str) -> None:
             except BaseException:
                 continue
     elif way == "slow":
-        time.sleep(3)
+        time.sleep(1.5)
 
 
 def task(
