@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from map_bo.errors import ConfigError, MissingDependencyError, WorkersError, fir
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
 from map_bo.workers.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.recipe import Recipe
 from map_bo.workers.serving import Order, build, evaluate, forget
 from map_bo.workers.workers import Task, Workers
 
@@ -59,6 +60,7 @@ class Dask:
             a worker; by default the driver's own problem is made again there.
         patience: Seconds to wait for a worker: for the first, and later when none is left or the
             scheduler does not answer.
+        recipe: How workers build the problem, where that is known already.
     """
 
     address: str | None = None
@@ -69,6 +71,7 @@ class Dask:
     threads: int | None = None
     factory: str | Callable[[], Problem] | None = None
     patience: float = 600.0
+    recipe: Recipe | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -106,7 +109,13 @@ class Dask:
             MissingDependencyError: When distributed is not installed.
         """
         distributed = _distributed()
-        order = Order.of(problem, factory=self.factory, device=self.device, threads=self.threads)
+        order = Order.of(
+            problem,
+            recipe=self.recipe,
+            factory=self.factory,
+            device=self.device,
+            threads=self.threads,
+        )
         engine = _Engine(distributed, self, order)
         crew = Crew(engine, problem.metrics, what="Dask worker", patience=self.patience)
         crew.start()

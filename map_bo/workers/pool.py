@@ -14,12 +14,13 @@ from concurrent.futures import (
     ProcessPoolExecutor,
     ThreadPoolExecutor,
 )
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from map_bo.errors import ConfigError, WorkersError, first_line
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
 from map_bo.workers.crew import Answer, Crew, Hand
+from map_bo.workers.recipe import Recipe
 from map_bo.workers.serving import Order, build, evaluate_or_build
 from map_bo.workers.workers import Task, Workers
 
@@ -45,6 +46,7 @@ class Pool:
         device: Where the problem lives in each worker; ``None`` leaves it where the driver's is.
         threads: Threads of torch in each worker; ``None`` leaves that to the worker.
         patience: Seconds to wait until the first worker has built the problem.
+        recipe: How workers build the problem, where that is known already.
     """
 
     executor: Executor
@@ -53,6 +55,7 @@ class Pool:
     device: str | None = None
     threads: int | None = None
     patience: float = 600.0
+    recipe: Recipe | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -87,7 +90,13 @@ class Pool:
             WorkersError: When no worker can build it, or when they are threads or forks.
         """
         assert self.count is not None
-        order = Order.of(problem, factory=self.factory, device=self.device, threads=self.threads)
+        order = Order.of(
+            problem,
+            recipe=self.recipe,
+            factory=self.factory,
+            device=self.device,
+            threads=self.threads,
+        )
         crew = Crew(
             _Engine(self.executor, self.count, order),
             problem.metrics,

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +24,7 @@ from map_bo.errors import ConfigError, MissingDependencyError, WorkersError, fir
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
 from map_bo.workers.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.recipe import Recipe
 from map_bo.workers.serving import Order, build, evaluate, forget
 from map_bo.workers.workers import Task, Workers
 
@@ -54,6 +55,7 @@ class Ray:
         factory: A function, or its name ``"package.module:qualname"``, that makes the problem in
             a worker; by default the driver's own problem is made again there.
         patience: Seconds to wait for a worker: for the first, and later when none is left.
+        recipe: How workers build the problem, where that is known already.
     """
 
     count: int
@@ -64,6 +66,7 @@ class Ray:
     runtime_env: Mapping[str, Any] | None = None
     factory: str | Callable[[], Problem] | None = None
     patience: float = 600.0
+    recipe: Recipe | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -99,7 +102,9 @@ class Ray:
         ray = _ray()
         threads = max(1, int(self.cpus_per_worker))
         device = "cuda:0" if self.gpus_per_worker else None  # Ray shows a worker no other
-        order = Order.of(problem, factory=self.factory, device=device, threads=threads)
+        order = Order.of(
+            problem, recipe=self.recipe, factory=self.factory, device=device, threads=threads
+        )
         mine = _connect(ray, self.address, self.count, self.needs)
         try:
             _require_room(ray, self.needs)

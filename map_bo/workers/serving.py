@@ -25,12 +25,18 @@ from map_bo.errors import MapBoError, WorkersError, first_line
 from map_bo.problems.problem import Problem
 from map_bo.workers.crew import Answer, Built, Missing, Refused
 from map_bo.workers.recipe import Recipe
-from map_bo.workers.resident import Resident, identity_of_problem
+from map_bo.workers.resident import (
+    EstimatesMemory,
+    Releases,
+    Resident,
+    identity_of_problem,
+)
 from map_bo.workers.workers import Outcome, Task
 
 __all__ = ["Order", "build", "evaluate", "evaluate_or_build", "forget"]
 
 _IMPORTED_IN = os.getpid()  # another process than this one has been forked from it
+_WORTH_MAPPING = 64 * 2**20  # bytes of weights from which on workers share them
 _SPAWN = (
     "map_bo.Processes(n), or map_bo.Pool(ProcessPoolExecutor(n, mp_context="
     "multiprocessing.get_context('spawn')))"
@@ -49,6 +55,7 @@ class Order:
         expected: The identity of the driver's own.
         device: Where it is to live; None leaves that to the problem.
         threads: Threads of torch in the worker; None leaves that to the worker.
+        mapped: Whether workers on one machine share the weights, from a file.
         driver: What tells this driver from others.
         process: Host and process of the driver.
     """
@@ -58,6 +65,7 @@ class Order:
     expected: Mapping[str, str]
     device: str | None = None
     threads: int | None = None
+    mapped: bool = False
     driver: str = field(default_factory=lambda: uuid.uuid4().hex)
     process: tuple[str, int] = field(default_factory=lambda: (socket.gethostname(), os.getpid()))
 
@@ -66,27 +74,32 @@ class Order:
         cls,
         problem: Problem,
         *,
+        recipe: Recipe | None = None,
         factory: str | Callable[[], Problem] | None = None,
         device: str | None = None,
         threads: int | None = None,
     ) -> Self:
-        """Return the order for the problem of this process.
+        """Return the order for the problem of this process, which gives back what it has loaded.
 
         Raises:
             ConfigError: When it cannot be built elsewhere; the hint says how it can.
         """
-        recipe = Recipe.of(problem) if factory is None else Recipe.calling(factory)
+        if recipe is None:
+            recipe = Recipe.of(problem) if factory is None else Recipe.calling(factory)
         expected = identity_of_problem(problem)
+        if isinstance(problem, Releases):
+            problem.release()
+        mapped = isinstance(problem, EstimatesMemory) and problem.memory() >= _WORTH_MAPPING
         content = pickle.dumps((recipe, sorted(expected.items()), device, threads))
         token = hashlib.sha256(content).hexdigest()[:24]
-        return cls(token, recipe, expected, device, threads)
+        return cls(token, recipe, expected, device, threads, mapped)
 
 
 @dataclass(eq=False)
 class _Held:
     resident: Resident
     drivers: set[str]
-    last: dict[str, Outcome] = field(default_factory=dict)  # of each driver
+    last: dict[str, tuple[Task, Outcome]] = field(default_factory=dict)  # of each driver
 
 
 # A process is a worker as a whole: torch's settings are, and weights are as large as its memory.
@@ -111,7 +124,10 @@ def build(order: Order, *, alone: bool = False) -> Answer:
                 if order.threads is not None:
                     torch.set_num_threads(order.threads)
                 resident = Resident.build(
-                    order.recipe, expected=order.expected, device=order.device
+                    order.recipe,
+                    expected=order.expected,
+                    device=order.device,
+                    mapped=order.mapped,
                 )
             except MapBoError as error:
                 return Refused(error)
@@ -157,15 +173,15 @@ def evaluate(token: str, driver: str, task: Task) -> Answer:
         if held is None:
             return Missing()
         last = held.last.get(driver)
-        if last is not None and last.key == task.key:
-            return last
+        if last is not None and last[0] == task:
+            return last[1]
         try:
             outcome = _within_limit(held.resident, task)
         except MapBoError as error:
             return Refused(error)
         except Exception as error:
             return Refused(_unforeseen(f"{task.words} failed outside its evaluator", error))
-        held.last[driver] = outcome
+        held.last[driver] = (task, outcome)
         return outcome
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -118,12 +119,9 @@ class ClusterContract:
         assert future.cancelled()
 
     def test_a_run_of_batches_is_the_run_without_workers(self, settings: WorkerSettings) -> None:
-        def run(**more: object) -> Observations:
-            how = {"retries": 0, "verify": 2, "batch": 2, "sampler": None}
-            del how["sampler"]
-            return optimize(  # type: ignore[arg-type]
-                _safe(), 10, seed=3, progress=False, tracking="none", **how, **more
-            ).seen
+        def run(**more: Any) -> Observations:
+            how: dict[str, Any] = {"retries": 0, "verify": 2, "batch": 2, **more}
+            return optimize(Safe(), 10, seed=3, progress=False, tracking="none", **how).seen
 
         there, here = run(workers=settings, asynchronous=False), run()
         assert torch.equal(there.X, here.X)
@@ -152,10 +150,6 @@ class ClusterContract:
 
 def another() -> Perils:
     return Perils(noise=0.2)
-
-
-def _safe() -> Perils:
-    return Safe()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -87,4 +87,6 @@ def task(
     metrics: tuple[str, ...] | None = None,
 ) -> Task:
     """Return a task in which this happens."""
-    return Task("index", row, 0, (WAYS.index(way) / 10, c), 7 + row, metrics, timeout)
+    return Task(
+        "index", row, 0, (WAYS.index(way) / 10, c), 97 * WAYS.index(way) + row, metrics, timeout
+    )

@@ -106,7 +106,7 @@ def two_nodes() -> Iterator[str]:
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=store)
     yield cluster.address
-    cluster.shutdown()
+    cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 @pytest.mark.slow
@@ -115,11 +115,11 @@ def two_nodes() -> Iterator[str]:
 class TestRay(ClusterContract):
     @pytest.fixture(scope="class")
     def settings(self, two_nodes: str) -> WorkerSettings:
-        return Ray(2, address=two_nodes, patience=90)
+        return Ray(2, address=two_nodes, cpus_per_worker=0.5, patience=90)
 
     @pytest.fixture(scope="class")
     def elsewhere(self, two_nodes: str) -> Callable[[str], WorkerSettings]:
-        return lambda factory: Ray(2, address=two_nodes, factory=factory)
+        return lambda factory: Ray(2, address=two_nodes, cpus_per_worker=0.5, factory=factory)
 
     @pytest.fixture(scope="class")
     def workers(self, settings: WorkerSettings) -> Iterator[Workers]:
@@ -165,7 +165,7 @@ def test_a_machine_that_dies_takes_its_row_along_and_one_that_joins_takes_its_pl
         finally:
             workers.close(abandon=True)
     finally:
-        cluster.shutdown()
+        cluster.shutdown()  # type: ignore[no-untyped-call]
 
 
 def until(what: Callable[[], bool]) -> None:
