@@ -1,6 +1,6 @@
 """Two hosts: the network between a run and its workers is cut for a minute, and restored.
 
-python -m benchmarks.reliability.two_hosts [--smoke] [--only ray dask] [--cut SECONDS] [--out FILE.json]
+python -m benchmarks.reliability.two_hosts [--smoke] [--only ray dask] [--cut SECONDS] [--out FILE]
 
 Two network namespaces of this machine stand for two hosts, with a cable (a veth pair) between them:
 one has the driver and the cluster's head or scheduler, the other all workers. In the middle of the

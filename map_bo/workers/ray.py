@@ -217,7 +217,7 @@ def reason_of(error: BaseException) -> str:
     if "node has died" in text or "node died" in text or "NodeDied" in kind:
         return "its machine died or went out of reach"
     if "ActorUnavailable" in kind:
-        return "it cannot be reached"
+        return "its machine cannot be reached"
     if "creation task" in text:
         return f"it could not be started: {text.strip().splitlines()[-1].strip()}"
     if "worker process has died" in text or "ActorDied" in kind:
