@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from map_bo.space import CoefficientSpace, LinearConstraint
     from map_bo.workers.dask import Dask
     from map_bo.workers.pool import Pool
+    from map_bo.workers.processes import Processes
     from map_bo.workers.ray import Ray
 
 __version__ = "0.2.0"
@@ -98,6 +99,7 @@ __all__ = [
     "Pcb",
     "Pool",
     "Preference",
+    "Processes",
     "Ram",
     "Ray",
     "RegMean",
@@ -157,6 +159,7 @@ _HOME = {
     "Pcb": "map_bo.operators.pcb",
     "Pool": "map_bo.workers.pool",
     "Preference": "map_bo.pareto.preferences",
+    "Processes": "map_bo.workers.processes",
     "Ram": "map_bo.operators.shared_regions",
     "Ray": "map_bo.workers.ray",
     "RegMean": "map_bo.operators.statistics.regmean",

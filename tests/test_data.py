@@ -352,3 +352,46 @@ def test_an_anchor_counts_for_the_metrics_that_it_has() -> None:
     assert scale.point[0] == Y[experts, 0].min()
     assert torch.equal(scale.best, whole.best)
     assert varied_metrics(seen).tolist() == [True, True]
+
+
+def test_marks_of_what_was_recalled_stay_with_their_values() -> None:
+    metrics = (Metric("a"), Metric("b"))
+    marks = torch.tensor([[True, False], [False, False], [True, True]])
+    seen = Observations(
+        torch.rand(3, 2),
+        torch.rand(3, 2),
+        metrics,
+        recalled=marks,
+        saved=torch.tensor([1.0, 0.0, 4.0]),
+    )
+    assert torch.equal(seen.select([2, 0]).recalled, marks[[2, 0]])
+    assert seen.select([2, 0]).saved.tolist() == [4.0, 1.0]
+    assert seen.of("b").recalled.tolist() == [[False], [False], [True]]
+    joined = seen.append(seen.select([1]))
+    assert torch.equal(joined.recalled, torch.cat([marks, marks[1:2]]))
+    assert joined.saved.tolist() == [1.0, 0.0, 4.0, 0.0]
+
+
+def test_a_further_attempt_keeps_the_marks_of_what_it_lacks() -> None:
+    metrics = (Metric("a"), Metric("b"))
+    nan = torch.nan
+    first = Observations(
+        torch.zeros(1, 2),
+        torch.tensor([[0.5, nan]]),
+        metrics,
+        cost=torch.tensor([1.0]),
+        failures=("b failed",),
+        recalled=torch.tensor([[True, False]]),
+        saved=torch.tensor([3.0]),
+    )
+    again = dataclasses.replace(
+        first,
+        Y=torch.tensor([[nan, 0.25]]),
+        failures=("a failed",),
+        recalled=torch.tensor([[False, False]]),
+        saved=torch.tensor([0.0]),
+    )
+    whole = first.completed_by(again)
+    assert whole.failures == (None,)
+    assert whole.recalled.tolist() == [[True, False]]
+    assert whole.saved.tolist() == [3.0]

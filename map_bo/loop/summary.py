@@ -28,6 +28,7 @@ __all__ = [
     "commit",
     "comparison",
     "last_set_aside",
+    "notes_on_anchors",
     "notes_on_bounds",
     "notes_on_former_surrogate",
     "outliers_of",
@@ -223,6 +224,18 @@ def last_set_aside(
         return ()
 
 
+def notes_on_anchors(settings: Settings, space: CoefficientSpace) -> list[str]:
+    """Return that a search is too short for the base, the experts and their blend, if it is."""
+    anchors = len(space.anchors())
+    if settings.search >= anchors:
+        return []
+    return [
+        f"the budget leaves {settings.search} evaluations for the search, fewer than the "
+        f"{anchors} of base, experts and uniform blend, so a design that starts with these "
+        "skips the last of them"
+    ]
+
+
 def notes_on_bounds(seen: Observations) -> list[str]:
     """Return which metrics have values that they cannot have, in a sentence each.
 
@@ -281,6 +294,21 @@ def _options(front: Front, seen: Observations, space: CoefficientSpace) -> dict[
     return {"choice": {"name": placed.axis.name, **counts}}
 
 
+def _recalled(seen: Observations, verification: Observations) -> dict[str, Any]:
+    """Return what came from the cache of evaluations; nothing where nothing did."""
+    every = seen.append(verification)
+    marks = every.recalled & every.measured
+    if not bool(marks.any()):
+        return {}
+    return {
+        "cache": {
+            "evaluations": int((marks == every.measured).all(-1).logical_and(marks.any(-1)).sum()),
+            "metrics": int(marks.sum()),
+            "seconds_saved": round(float(every.saved.sum()), 4),
+        }
+    }
+
+
 def summarise(
     *,
     front: Front,
@@ -314,6 +342,7 @@ def summarise(
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
         "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
+        **_recalled(seen, verification),
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),

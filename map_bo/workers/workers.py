@@ -18,13 +18,15 @@ from torch import Generator, Tensor
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.problems.problem import Problem
-from map_bo.rng import child, child_seed
 from map_bo.values import whole_number
 
-__all__ = ["Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers", "read_workers"]
+__all__ = ["Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers", "read_workers"]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
+
+Key = tuple[str, str, int | str, int, int]
+"""What tells an attempt from every other: node, kind, row, attempt and seed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Task:
     """
 
     kind: Kind
-    row: int
+    row: int | str
     attempt: int
     x: tuple[float, ...]
     seed: int
@@ -52,7 +54,7 @@ class Task:
     node: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> Key:
         """What tells this attempt from every other, so that a late or doubled result is known."""
         return (self.node, self.kind, self.row, self.attempt, self.seed)
 
@@ -67,14 +69,14 @@ class Task:
         if self.kind == "verify":
             return f"verifying front point {self.row}"
         if self.kind == "probe":
-            return f"probe {self.row + 1}"
-        return f"evaluation {self.row + 1}"
+            return f"probe {self.row}"
+        return f"evaluation {int(self.row) + 1}"
 
     @classmethod
     def of(
         cls,
         kind: Kind,
-        row: int,
+        row: int | str,
         attempt: int,
         x: Tensor,
         *,
@@ -83,23 +85,17 @@ class Task:
         timeout: float | None = None,
         node: str = "",
     ) -> Task:
-        """Return the task of a row (``d``); its seed is that of a child of the run's generator."""
-        name = "evaluate" if kind == "index" else kind
+        """Return the task of a row (``d``), which is evaluated with this generator."""
         return cls(
             kind,
             row,
             attempt,
             tuple(x.double().tolist()),
-            child_seed(generator, name, row, attempt),
+            generator.initial_seed(),
             None if metrics is None else tuple(metrics),
             timeout,
             node,
         )
-
-    def generator(self, generator: Generator) -> Generator:
-        """Return the evaluation's generator, as the child of the run's generator that it is."""
-        name = "evaluate" if self.kind == "index" else self.kind
-        return child(generator, name, self.row, self.attempt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +110,7 @@ class Outcome:
             be the machine's and not the row's.
     """
 
-    key: tuple[str, str, int, int, int]
+    key: Key
     observations: Observations
     worker: str = ""
     lost: bool = False

@@ -33,6 +33,7 @@ class Placeable(Rebuilt):
     _source: Any
     _model: nn.Module | None = None
     _loaded: Any = None
+    _recall: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -89,7 +90,7 @@ class Placeable(Rebuilt):
 
     def _unloaded(self) -> Self:
         made = copy.copy(self)
-        made._loaded, made._model = None, None
+        made._loaded, made._model, made._recall = None, None, None
         return made
 
 

@@ -257,6 +257,7 @@ def digits_problem(
     measure: str = "accuracy",
     gradients: bool = False,
     max_memory: int | str | None = None,
+    cache: bool = True,
     examples: int | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging real experts on transformed digits.
@@ -285,6 +286,7 @@ def digits_problem(
         measure: ``"accuracy"``, ``"probability"`` or ``"loss"``; see `DigitsZoo.evaluators`.
         gradients: Measure derivatives by the coefficients too; an accuracy has none.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
         examples: The name of ``size`` in version 0.1; it goes in version 0.3.
 
     Raises:
@@ -341,6 +343,7 @@ def digits_problem(
         measure=measure,
         gradients=gradients,
         max_memory=max_memory,
+        cache=cache,
         # Without a cap this folder is for trained experts alone.
         cache_dir=None if max_memory is None else cache_dir,
     )

@@ -122,6 +122,7 @@ def text_problem(
     progress: bool = False,
     dtype: StorageDtype = torch.float32,
     max_memory: int | str | None = None,
+    cache: bool = True,
 ) -> TunedProblem:
     """Return the problem of merging encoders fine-tuned on real text sets, under frozen heads.
 
@@ -146,6 +147,7 @@ def text_problem(
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors; see `MergedModelProblem`.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
 
     Raises:
         CheckpointError: When the encoder cannot be read.
@@ -160,6 +162,7 @@ def text_problem(
         cache_dir=cache_dir,
         progress=progress,
         max_memory=max_memory,
+        cache=cache,
         operator=operator,
         lower=lower,
         upper=upper,

@@ -47,6 +47,12 @@ def facts(view: RunView) -> list[tuple[str, str]]:
                 f"{float(nested['flat_evaluations']):.1f} evaluations of all tasks",
             )
         )
+    kept = summary.get("cache")
+    if isinstance(kept, Mapping) and kept:
+        evaluations += (
+            f"; {kept['evaluations']} of them and {kept['metrics']} measurements in all came from "
+            f"the cache, which saved {seconds(float(kept['seconds_saved']))}"
+        )
     rows += [
         ("of all tasks" if nested else "evaluations", evaluations),
         ("failed", (f"{failed}{partly}" if failed else "none")),
