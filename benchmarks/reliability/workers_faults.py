@@ -23,6 +23,7 @@ import argparse
 import os
 import random
 import resource
+import secrets
 import signal
 import socket
 import subprocess
@@ -336,6 +337,7 @@ def main() -> None:
     if lacking:
         raise SystemExit(f"not installed: {', '.join(lacking)}; pip install 'map-bo[ray,dask]'")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of the clusters that are started here
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     until = time.monotonic() + 60 * options.minutes
     each = 2 if options.smoke else -(-options.kills // len(kinds))
