@@ -120,6 +120,7 @@ class Slot:
         self._attempts = 0  # to get ready, since it was ready last
         self._processes = 0  # of the pool, when it is ready
         self._ready: Future[bytes] | None = None
+        self._ending: list[threading.Thread] = []
         self._wake = wake
         self.context, self.pool = self._made()
 
@@ -254,13 +255,17 @@ class Slot:
         self._end_soon()
 
     def _end_soon(self) -> None:
-        end = partial(_end, self.pool, self.context)
-        threading.Thread(target=end, daemon=True).start()
+        thread = threading.Thread(target=partial(_end, self.pool, self.context), daemon=True)
+        self._ending.append(thread)
+        thread.start()
 
     def end(self) -> None:
         """End the process: asked first, and then killed."""
         self.idle = False
-        _end(self.pool, self.context)
+        if self.broken is None:
+            self._end_soon()
+        for thread in self._ending:
+            thread.join()
 
 
 def _hard_limit(seconds: float) -> float:
@@ -344,5 +349,5 @@ def _end(pool: ProcessPool, context: _Context) -> None:
             _kill(process)
     try:
         pool.join()
-    except (RuntimeError, OSError) as error:
+    except Exception as error:  # of a pool that has broken; its processes have been ended
         logger.debug("a pool did not end in good order: %s", error)

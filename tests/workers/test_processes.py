@@ -22,6 +22,7 @@ from map_bo.workers.child import Place
 from map_bo.workers.processes import Processes, ProcessWorkers
 from map_bo.workers.recipe import Recipe
 from tests.contracts.workers_contract import IsolationContract, result, task
+from tests.loop.bowls import quick
 from tests.workers.troubled import Troubled, Unbuildable, make_troubled
 
 ROOT = Path(__file__).parents[2]
@@ -71,9 +72,7 @@ class TestProcesses(IsolationContract):
 
     def test_a_run_is_the_same_as_in_the_drivers_own_process(self, opened: ProcessWorkers) -> None:
         def run(asynchronous: bool | None, workers: ProcessWorkers | None) -> map_bo.Result:
-            settings = map_bo.Settings(
-                budget=8, verify=1, seed=3, batch=2, asynchronous=asynchronous
-            )
+            settings = quick(budget=5, batch=2, asynchronous=asynchronous)
             return map_bo.Run(Troubled(), settings, MemoryStore()).drive(workers=workers)
 
         mine, theirs = run(False, None), run(False, opened)
