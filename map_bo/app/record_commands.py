@@ -62,7 +62,8 @@ def verdict_of(run: Path) -> Verdict:
     damage = None if found.damage is None else f"line {found.damage.number}: {found.damage.reason}"
     if refusal is not None:
         damage = f"line {count + 1}: {refusal}"
-    finished = any(event.kind == "finished" for event in found.events)
+    # Of a run that was extended, an old summary may be left where it could not be removed.
+    finished = any(event.kind in ("finished", "extended") for event in found.events)
     cut = damage is None and not finished and (run / "summary.json").exists()
     if cut:
         damage = "there is a summary.json, and the record does not end with the end of the run: "
@@ -86,7 +87,6 @@ def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
         spaces = [created["space"], *(e.data["space"] for e in events if e.kind == "space")]
         space = CoefficientSpace.from_description(spaces[-1])
-        budget = created.get("settings", {}).get("budget", "?")
     except UNREADABLE as error:
         return 0, "nothing", f"it does not say what was run: {error!r}"
     state, count, refusal = replay_whole(events, metrics, space.d, partly=True)
@@ -97,6 +97,7 @@ def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
             count, message = inner, wrong
         measured = sum(event.kind == "measured" for event in events[:count])
         return count, f"{measured} measurements of a nested run", message
+    budget = state.created.get("settings", {}).get("budget", "?")  # the one in force
     done = len(state.outcomes) + len(state.verified)
     waiting = f", {len(state.pending)} more proposed" if state.pending else ""
     ended = "finished" if state.summary is not None else "not finished"

@@ -90,6 +90,7 @@ class Config:
 
     seed: int = Settings.seed
     progress: bool = True
+    drive: bool = True
     start_from: str | None = None
     loop: LoopConfig = field(default_factory=LoopConfig)
     problem: dict[str, Any] = field(default_factory=dict)

@@ -40,6 +40,7 @@ _PARTS = frozenset(  # of map_bo that configurations build besides settings: pro
         _HF,
         _IMPORTED,
         "map_bo.loop.mirrors.Local",
+        "map_bo.problems.told.told_problem",
         "map_bo.problems.zoo.decoder.decoder_problem",
         "map_bo.problems.zoo.digits.digits_problem",
         "map_bo.problems.zoo.images.images_problem",

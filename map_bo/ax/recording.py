@@ -99,6 +99,7 @@ def _known(found: Found, state: RunState, run: str, source: Mapping[str, Any]) -
             return True
         if origin.kept.get("run") != run:
             return False
-        return origin.kept.get("row") in state.outcomes
+        # What was verified before the run was extended is one of its rows.
+        return "verification" in origin.kept or origin.kept.get("row") in state.outcomes
 
     return [is_known(origin) for origin in found.origins]

@@ -50,7 +50,9 @@ def optimize(
             at most 8); see ``verify`` and ``verify_extra`` of :class:`Settings`.
         seed: The same seed gives the same run.
         run_dir: Where to record the run. When it already holds this same run, the run is resumed,
-            or returned if it had finished. None keeps the record in memory.
+            or returned if it had finished. Its budget and what else may change on a run
+            (:data:`map_bo.loop.growth.MAY_CHANGE`) are then the new ones, also of a run that had
+            finished (:meth:`map_bo.loop.run.Run.extend`). None keeps the record in memory.
         progress: Whether to show a progress bar.
         known: Observations from elsewhere, recorded at the start of a new run; they count in its
             budget.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from urllib.parse import quote
 
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.foreign import read_json, understood
+from map_bo.loop.growth import created_in_force
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, check_created, replay
@@ -30,6 +31,7 @@ from map_bo.surrogates.outliers import Outlier, screened
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale
 from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
 from map_bo.tracking.wandb.run import wandb_run_of
 
 __all__ = [
@@ -59,20 +61,33 @@ def _reading(run_dir: str | Path) -> AbstractContextManager[None]:
     )
 
 
-def created_of(run_dir: str | Path) -> dict[str, Any]:
-    """Return the data of the ``created`` event of a run.
+def created_of(run_dir: str | Path, *, extended: bool = True) -> dict[str, Any]:
+    """Return what is recorded of a run's start, with the settings in force.
+
+    It is the data of its ``created`` event after all extensions (:mod:`map_bo.loop.growth`), or
+    without them where they are not asked for (``extended``).
 
     Raises:
         StoreError: When the directory holds no run.
     """
     with _reading(run_dir):
-        for event in JsonlStore.open(Path(run_dir)).read():
-            if event.kind == "created":
-                return dict(check_created(event.data))
+        events = _checked(JsonlStore.open(Path(run_dir)).read())
+        if not extended:
+            events = (event for event in events if event.kind == "created")
+        created = created_in_force(events)
+        if created is not None:
+            return created
     raise StoreError(
         f"the record in {run_dir} does not begin with a run",
         hint="name a directory that `map-bo run` wrote",
     )
+
+
+def _checked(events: Iterable[Event]) -> Iterator[Event]:
+    for event in events:
+        if event.kind == "created":
+            check_created(event.data)
+        yield event
 
 
 def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:

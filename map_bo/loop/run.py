@@ -16,14 +16,14 @@ from map_bo.constraints import check_constraints
 from map_bo.data import Observations
 from map_bo.errors import (
     BudgetError,
-    DataError,
-    EvaluationError,
     StoreError,
     SurrogateError,
 )
 from map_bo.evaluators.isolation.world import callers_world, own_maths
+from map_bo.loop import growth
 from map_bo.loop.driving import Steps, closing_workers, together
 from map_bo.loop.known import notes_on_imported
+from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
 from map_bo.loop.progress import Progress, Reporter, follow, silent
@@ -44,10 +44,11 @@ from map_bo.loop.state import (
     replay,
     run_identity,
 )
-from map_bo.loop.stopping import notes_on, stop_record
+from map_bo.loop.stopping import notes_on, refuse_failures, stop_record
 from map_bo.loop.summary import (
     ObservedVolume,
     last_set_aside,
+    notes_on_anchors,
     notes_on_bounds,
     notes_on_former_surrogate,
     outliers_of,
@@ -55,6 +56,7 @@ from map_bo.loop.summary import (
     versions,
 )
 from map_bo.problems.problem import Preparable, Problem
+from map_bo.report.run.artifacts import remove_report
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.outliers import Screening
@@ -112,27 +114,24 @@ class Run:
         settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
         settings.check_space(problem.space)
-        anchors = len(problem.space.anchors())
-        if settings.search < anchors:
-            self.notes.append(
-                f"the budget leaves {settings.search} evaluations for the search, fewer than the "
-                f"{anchors} of base, experts and uniform blend, so a design that starts with these "
-                "skips the last of them"
-            )
+        self.notes += notes_on_anchors(settings, problem.space)
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
         self._count = 0
         self._driving = False
         events = list(store.read())
-        over = any(event.kind == "finished" for event in events)
+        over, changes = growth.is_over(events), False
         identity = run_identity(problem, settings, finished=over)
         with ExitStack() as turn:
             if not events and isinstance(store, SharedStore):  # another may create it just now
                 turn.enter_context(store.turn())
                 events = store.after(0)
-            recorded = next((event.data for event in events if event.kind == "created"), None)
+            recorded: Mapping[str, Any] | None = growth.created_in_force(events)
             if recorded is not None:  # first: what is of another run cannot be replayed as this one
                 refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+                recorded, changes = growth.recorded_as(recorded, identity)
+                if over and changes:  # something may be measured after all
+                    identity = run_identity(problem, settings)
                 refuse_another(recorded, identity)
             self.state: RunState = replay(events, problem.metrics, problem.space.d)
             self._aside = last_set_aside(events)  # by the fit behind the last proposal
@@ -143,6 +142,9 @@ class Run:
         self.notes += notes_on_former_surrogate(self.state, settings.sampler)
         for event in events:
             self._trackers.observe(event)
+        if changes:
+            before = self.state.extensions
+            self._extend(growth.keep_grown_budget(settings, self.state.created, before))
 
     def _observed_volume(self) -> ObservedVolume:
         settings = self.settings
@@ -175,6 +177,9 @@ class Run:
 
     def _take(self, event: Event, after: RunState) -> None:
         self.state = after
+        if event.kind == "extended":
+            self.settings = growth.adopt(self.settings, event.data)
+            self._volume = self._observed_volume()
         self._aside = last_set_aside([event], self._aside)
         self._count += 1
         self._trackers.observe(event)
@@ -185,6 +190,32 @@ class Run:
             after = advance(self.state, event)  # before writing: the record must be replayable
             self.store.append(event)
             self._take(event, after)
+
+    def extend(self, *, config: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Change settings of the run, whether it has finished or not; nothing is evaluated.
+
+        Where the search had ended and its budget grows, it goes on with all that was measured, the
+        verified points of its front included, and the front is solved anew.
+
+        Args:
+            config: Changes of the recorded configuration: key -> ``from`` and ``to``.
+            **changes: Those of :data:`.growth.MAY_CHANGE`, such as ``budget=48``.
+
+        Raises:
+            ConfigError: On a setting that may not change, or a value that is not possible.
+            BudgetError: When less is left for the search than what has been paid for.
+        """
+        growth.refuse_unchangeable(changes)
+        self._extend(dataclasses.replace(self.settings, **changes), config)
+
+    def _extend(self, settings: Settings, config: Mapping[str, Any] | None = None) -> None:
+        with self._turn():
+            data = growth.extension(settings, self.state, config)
+            if data is not None:
+                if data["reopens"] and isinstance(self.store, JsonlStore):
+                    remove_report(self.store.directory)  # first: an old summary must not lie
+                self._record("extended", data)
+            self.settings = settings
 
     @own_maths()
     def ask(self, n: int) -> list[int]:
@@ -202,7 +233,7 @@ class Run:
             if self.state.front is not None:
                 raise StoreError(
                     "the front of this run has been solved, so no row can be proposed",
-                    hint="start a new run with all observations: map_bo.optimize(..., known=...)",
+                    hint="extend it: run.extend(budget=N), or `map-bo resume RUN loop.budget=N`",
                 )
             room = self.settings.search - len(self.state.X)
             if room < 1:
@@ -233,32 +264,19 @@ class Run:
         return list(range(first, first + len(X)))
 
     @own_maths()
-    def tell(self, index: int, outcome: Observations) -> None:
-        """Record the outcome (one row) of the proposed row ``index``.
+    def tell(self, index: int, outcome: Observations | Mapping[str, Any]) -> None:
+        """Record the outcome of the proposed row ``index``: one row, or its values by name.
 
         Raises:
-            DataError: When the outcome is not :class:`~map_bo.data.Observations`.
+            DataError: When it is neither :class:`~map_bo.data.Observations` nor what
+                :func:`map_bo.loop.outcomes.outcome_of` reads.
             StoreError: When the row was not proposed or has its outcome already, when the outcome
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
-        if not isinstance(outcome, Observations):
-            raise DataError(
-                f"an outcome must be Observations, got {type(outcome).__name__}",
-                hint="tell map_bo.Observations(X=..., Y=..., metrics=...) of the one row",
-            )
         with self._turn():
-            waits = type(index) is not bool and index in self.state.pending
-            if len(outcome) != 1 or not waits:
-                raise StoreError(
-                    f"row {index} cannot take {len(outcome)} outcomes"
-                    if waits
-                    else f"row {index} does not wait for an outcome",
-                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}"
-                    if self.state.pending
-                    else "no row waits for an outcome: ask for rows first",
-                )
-            index = int(index)
+            state, metrics = self.state, self.problem.metrics
+            index, outcome = check_told(index, outcome, state.X, state.pending, metrics)
             refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.
@@ -275,19 +293,16 @@ class Run:
             StoreError: When the front has been solved, because it rests on the evaluations.
         """
         with self._turn():
-            return self._reopen_failures()
-
-    def _reopen_failures(self) -> int:
-        if self.state.front is not None:
-            raise StoreError(
-                "the front of this run has been solved, so failed evaluations cannot be repeated",
-                hint="start a new run to evaluate them",
-            )
-        failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
-        if failed:
-            self._record("reopened", {"indices": failed})
-            self._volume = self._observed_volume()
-        return len(failed)
+            if self.state.front is not None:
+                raise StoreError(
+                    "the front has been solved, so failed evaluations cannot be repeated",
+                    hint="extend it too: `map-bo resume RUN loop.budget=N --retry-failed`",
+                )
+            failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
+            if failed:
+                self._record("reopened", {"indices": failed})
+                self._volume = self._observed_volume()
+            return len(failed)
 
     @own_maths()
     def drive(self, progress: Progress = silent, *, workers: Workers | None = None) -> Result:
@@ -432,7 +447,7 @@ class Run:
                 self._record("verified", data)
             report.measured(outcome)
             if ended.kind == "index":
-                self._stop_on_failures(outcome)
+                refuse_failures(self.state.seen.failures, outcome, self.settings.max_failure_share)
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""
@@ -482,18 +497,6 @@ class Run:
         if check["stop"]:
             logger.info("the search stops after %d evaluations: %s", done, check["stop"])
         return check["stop"] is None
-
-    def _stop_on_failures(self, last: Observations) -> None:
-        failed = sum(reason is not None for reason in self.state.seen.failures)
-        total = len(self.state.outcomes)
-        allowed = self.settings.max_failure_share
-        if last.failures[0] is not None and failed >= 3 and failed > allowed * total:
-            raise EvaluationError(
-                f"{failed} of {total} evaluations failed, more than the allowed share of "
-                f"{allowed:g}; the last: {last.failures[0]}",
-                hint="fix the evaluator and resume the run (--retry-failed repeats the failed "
-                "evaluations); all measurements are kept",
-            )
 
     def _recommend(self) -> Recommendation:
         seen, space = self.state.seen, self.problem.space
@@ -583,6 +586,7 @@ class Run:
                 *notes_on_constraints(self.settings.requirements),
                 *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
+                *growth.notes_on_extensions(state.extensions),
                 *notes_on(stop),
                 *(outlier.note() for outlier in aside),
             ],

@@ -15,6 +15,8 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
+``extended``   ``settings`` and ``config`` that were changed; ``reopens``: whether the search goes
+               on where it had ended (:mod:`map_bo.tracking.extension`)
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
                rows; ``source``: where they come from
@@ -41,6 +43,7 @@ from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, is_at
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.growth import with_defaults, with_resampling
 from map_bo.loop.settings import Settings
 from map_bo.plain import Described, flat, identity_of, modernise, to_plain
 from map_bo.problems.problem import Problem, digests_of_examples
@@ -51,6 +54,7 @@ from map_bo.tracking.codec import (
     decode_tensor,
     encode_metric,
 )
+from map_bo.tracking.extension import with_extension
 from map_bo.tracking.store import Event
 
 __all__ = [
@@ -78,9 +82,9 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     for part, value in identity.items():
         if part == "examples" and part not in recorded:  # of a record that does not tell them
             continue
-        told = _with_resampling(recorded.get(part), value)
+        told = with_resampling(recorded.get(part), value)
         if part == "settings":
-            told = _with_defaults(told, value)
+            told = with_defaults(told, value)
         before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
@@ -154,35 +158,6 @@ def problem_identity(problem: Problem) -> Any:
     return {"type": type(problem).__name__}
 
 
-def _with_defaults(recorded: Any, now: Mapping[str, Any]) -> Any:
-    """Return recorded settings with the defaults of those that their version did not know."""
-    if not isinstance(recorded, Mapping):
-        return recorded
-    simple = {
-        each.name: identity_of(each.default)
-        for each in dataclasses.fields(Settings)
-        if each.name in now and each.default is not dataclasses.MISSING
-    }
-    return {**simple, **recorded}
-
-
-def _with_resampling(recorded: Any, now: Any) -> Any:
-    """Return the description of a problem with what version 0.1 left out of its metrics.
-
-    That a metric draws new examples was recorded with the run's own metrics, and is compared there.
-    """
-    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
-        return recorded
-    ours, theirs = now.get("metrics"), recorded.get("metrics")
-    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
-        return recorded
-    both = zip(ours, theirs, strict=True)
-    return {
-        **recorded,
-        "metrics": [{"resampling": a.get("resampling"), **modernise(b, a)} for a, b in both],
-    }
-
-
 @dataclass(frozen=True, eq=False)
 class RunState:
     """Where a run stands.
@@ -204,6 +179,9 @@ class RunState:
         proposing: Seconds spent on proposals.
         checks: The checks of the stopping rule, in order.
         imported: Index of a proposed row whose outcome comes from elsewhere -> its source.
+        extensions: What the events ``extended`` hold, in order; ``created`` has the settings in
+            force after them.
+        front_rows: Proposed rows that were measured as points of a front that was set back.
     """
 
     metrics: tuple[Metric, ...]
@@ -223,6 +201,8 @@ class RunState:
     imported: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     attempted: Mapping[int, Observations] = field(default_factory=dict)
     verify_attempted: Mapping[int, Observations] = field(default_factory=dict)
+    extensions: tuple[Mapping[str, Any], ...] = ()
+    front_rows: tuple[int, ...] = ()
 
     @property
     def seen(self) -> Observations:
@@ -299,6 +279,8 @@ def advance(state: RunState, event: Event) -> RunState:
             )
         case "reopened":
             return _reopened(state, data)
+        case "extended":
+            return _extended(state, data)
         case "imported":
             return _with_imported(state, data)
         case "front":
@@ -482,6 +464,28 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
         deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
         imported=_without(state.imported, again),
+    )
+
+
+def _extended(state: RunState, data: Mapping[str, Any]) -> RunState:
+    new, extensions = dataclasses.replace, (*state.extensions, data)
+    state = new(state, created=with_extension(state.created, data), extensions=extensions)
+    if not data["reopens"]:
+        return state
+    found = {len(state.X) + i: state.verified[row] for i, row in enumerate(sorted(state.verified))}
+    return new(
+        state,
+        X=torch.cat([state.X, *(row.X for row in found.values())]),
+        outcomes={**state.outcomes, **found},
+        front_rows=(*state.front_rows, *found),
+        front=None,
+        front_data={},
+        verified={},
+        verify_attempts={},
+        verify_deaths={},
+        verify_attempted={},
+        summary=None,
+        checks=() if state.stopped else state.checks,  # the rule is asked again
     )
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "commit",
     "comparison",
     "last_set_aside",
+    "notes_on_anchors",
     "notes_on_bounds",
     "notes_on_former_surrogate",
     "outliers_of",
@@ -221,6 +222,18 @@ def last_set_aside(
         return tuple(Outlier.read(one) for one in recorded)
     except (KeyError, TypeError, ValueError, OverflowError):  # edited; it is the picture alone
         return ()
+
+
+def notes_on_anchors(settings: Settings, space: CoefficientSpace) -> list[str]:
+    """Return that a search is too short for the base, the experts and their blend, if it is."""
+    anchors = len(space.anchors())
+    if settings.search >= anchors:
+        return []
+    return [
+        f"the budget leaves {settings.search} evaluations for the search, fewer than the "
+        f"{anchors} of base, experts and uniform blend, so a design that starts with these "
+        "skips the last of them"
+    ]
 
 
 def notes_on_bounds(seen: Observations) -> list[str]:

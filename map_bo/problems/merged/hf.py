@@ -22,6 +22,7 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.problems.merged.imported import imported_problem
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 
 __all__ = ["hf_problem"]
 
@@ -39,6 +40,7 @@ _BESIDE_WEIGHTS: Mapping[str, tuple[str, ...]] = {  # setting of evaluators -> f
 }
 
 
+@rebuilt
 def hf_problem(
     *,
     base: str,

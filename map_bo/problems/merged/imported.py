@@ -29,6 +29,7 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.merged.architecture import require_configuration, transformers_model
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 
 __all__ = ["import_callable", "imported_problem"]
 
@@ -40,6 +41,7 @@ _DTYPES: dict[str, StorageDtype] = {
 }
 
 
+@rebuilt
 def imported_problem(
     model: str | None,
     *,

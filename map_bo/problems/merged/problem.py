@@ -48,6 +48,7 @@ from map_bo.merging.vectors.recalibration import Batches, Recalibration, statist
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.problems.evaluation_cache import EvaluationCache, read_cache
+from map_bo.problems.merged.elsewhere import Placeable
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.loading import Loaded, make_live
 from map_bo.problems.merged.measured import MeasuredRows
@@ -71,7 +72,7 @@ from map_bo.space import CoefficientSpace
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem:
+class MergedModelProblem(Placeable):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -189,15 +190,12 @@ class MergedModelProblem:
             max_memory=max_memory,
             cache_dir=cache_dir,
         )
-        self._check_base = check_base
-        self._missing = missing
-        self._gradients = gradients
+        self._check_base, self._missing, self._gradients = check_base, missing, gradients
         if gradients:
             check_gradients(
                 self._evaluators, self._operator, recalibrated=recalibration is not None
             )
         self._recalibration = None if recalibration is None else Recalibration(recalibration)
-        self._model: nn.Module | None = None
         self._measured: CoefficientSpace | None = None
         self._loaded: Loaded | None = None
         self._cache = read_cache(cache)
@@ -415,6 +413,7 @@ class MergedModelProblem:
         part = copy.copy(self)
         part._metrics = metrics
         part._evaluators = evaluators_of(self._evaluators, metrics)
+        part.made_by(MergedModelProblem.restricted, self, tuple(names))
         return part
 
     @property
@@ -465,6 +464,7 @@ class MergedModelProblem:
             cache=self._cache or False,
         )
         problem._metrics = metrics  # of an evaluator of several, perhaps not all
+        problem.made_by(MergedModelProblem.with_experts, self, dict(experts), tuple(names))
         problem._heads = self._heads  # merges of experts have none of their own
         return problem
 

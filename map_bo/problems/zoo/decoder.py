@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from map_bo.evaluators.perplexity import Perplexity
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.expert_training import (
     BatchLoss,
     TunedProblem,
@@ -84,6 +85,7 @@ class DecoderZoo(TunedZoo):
         return Perplexity(data=held_out(folder, size), tokenizer=str(base), unit="document")
 
 
+@rebuilt
 def decoder_problem(
     root: str | Path | None = None,
     *,

@@ -36,6 +36,7 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.data import (
     TEST_EXAMPLES,
     TRANSFORM_NAMES,
@@ -236,6 +237,7 @@ class DigitsProblem(MergedModelProblem):
         }
 
 
+@rebuilt
 def digits_problem(
     experts: int = 4,
     *,

@@ -32,6 +32,7 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.image_sets import IMAGE_SETS, read_image_set
 from map_bo.problems.zoo.image_training import (
     IMAGE_TRAINING_VERSION,
@@ -217,6 +218,7 @@ class ImagesProblem(MergedModelProblem):
         }
 
 
+@rebuilt
 def images_problem(
     root: str | Path | None = None,
     *,

@@ -21,6 +21,7 @@ from map_bo.evaluators.text.classification import TextClassification
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.cache import read_network, write_network
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.expert_training import (
     BatchLoss,
     TunedProblem,
@@ -103,6 +104,7 @@ class TextZoo(TunedZoo):
         )
 
 
+@rebuilt
 def text_problem(
     root: str | Path | None = None,
     *,
