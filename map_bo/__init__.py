@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
     from map_bo.operators.stock import ModelStock
     from map_bo.pareto.preferences import Preference
+    from map_bo.problems.evaluation_cache import EvaluationCache
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
     from map_bo.problems.zoo.digits import digits_problem
@@ -79,6 +80,7 @@ __all__ = [
     "DataFreeRegMean",
     "Della",
     "DepthProfile",
+    "EvaluationCache",
     "ExportSettings",
     "Fisher",
     "Front",
@@ -141,6 +143,7 @@ _HOME = {
     "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "DepthProfile": "map_bo.operators.depth",
+    "EvaluationCache": "map_bo.problems.evaluation_cache",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",

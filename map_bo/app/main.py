@@ -319,6 +319,12 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
+def _cache(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import show_cache
+
+    show_cache(options)
+
+
 def _init(options: argparse.Namespace) -> None:
     from map_bo.app.init import check_task, is_file, written_file
     from map_bo.values import whole_number
@@ -485,6 +491,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "import": _import,
     "check": _check,
     "repair": _repair,
+    "cache": _cache,
 }
 
 
