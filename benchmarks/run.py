@@ -25,6 +25,7 @@ MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
     "step": "benchmarks.speed.step",
+    "evaluation_memory": "benchmarks.speed.evaluation_memory",
     "kill": "benchmarks.quality.kill",
 }
 # Tables that a module records beside its own.

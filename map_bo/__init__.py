@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from map_bo.moved import OldNames
 
 if TYPE_CHECKING:
+    from map_bo.ax.known import AxDatabase
     from map_bo.constraints import AtLeast, AtMost
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
+    from map_bo.loop.transfer.study import StartFrom
     from map_bo.merging.checkpoints.checkpoint import open_checkpoint
     from map_bo.merging.export.model import ExportSettings, merge_checkpoints
     from map_bo.merging.vectors.linear_merge import TaskArithmetic
@@ -52,11 +54,16 @@ if TYPE_CHECKING:
     from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
     from map_bo.operators.stock import ModelStock
     from map_bo.pareto.preferences import Preference
+    from map_bo.problems.evaluation_cache import EvaluationCache
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
     from map_bo.problems.told import ToldProblem
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
+    from map_bo.workers.dask import Dask
+    from map_bo.workers.pool import Pool
+    from map_bo.workers.processes import Processes
+    from map_bo.workers.ray import Ray
 
 __version__ = "0.2.0"
 
@@ -64,14 +71,17 @@ __all__ = [
     "TSVM",
     "AtLeast",
     "AtMost",
+    "AxDatabase",
     "Breadcrumbs",
     "Choice",
     "CoefficientSpace",
     "Consensus",
     "Dare",
+    "Dask",
     "DataFreeRegMean",
     "Della",
     "DepthProfile",
+    "EvaluationCache",
     "ExportSettings",
     "Fisher",
     "Front",
@@ -93,8 +103,11 @@ __all__ = [
     "Observations",
     "OperatorChoice",
     "Pcb",
+    "Pool",
     "Preference",
+    "Processes",
     "Ram",
+    "Ray",
     "RegMean",
     "RegMeanPlusPlus",
     "Result",
@@ -103,6 +116,7 @@ __all__ = [
     "Settings",
     "SeveralMetrics",
     "Slerp",
+    "StartFrom",
     "TableProblem",
     "TaskArithmetic",
     "Ties",
@@ -122,14 +136,17 @@ __all__ = [
 _HOME = {
     "AtLeast": "map_bo.constraints",
     "AtMost": "map_bo.constraints",
+    "AxDatabase": "map_bo.ax.known",
     "Breadcrumbs": "map_bo.operators.sparse",
     "Choice": "map_bo.loop.result",
     "CoefficientSpace": "map_bo.space",
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
+    "Dask": "map_bo.workers.dask",
     "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "DepthProfile": "map_bo.operators.depth",
+    "EvaluationCache": "map_bo.problems.evaluation_cache",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
@@ -151,8 +168,11 @@ _HOME = {
     "Observations": "map_bo.data",
     "OperatorChoice": "map_bo.operators.searchable",
     "Pcb": "map_bo.operators.pcb",
+    "Pool": "map_bo.workers.pool",
     "Preference": "map_bo.pareto.preferences",
+    "Processes": "map_bo.workers.processes",
     "Ram": "map_bo.operators.shared_regions",
+    "Ray": "map_bo.workers.ray",
     "RegMean": "map_bo.operators.statistics.regmean",
     "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
@@ -161,6 +181,7 @@ _HOME = {
     "Settings": "map_bo.loop.settings",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
+    "StartFrom": "map_bo.loop.transfer.study",
     "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",

@@ -19,6 +19,7 @@ FLOORS = [
         "values",
         "rng",
         "data",
+        "observed",
         "choice",
         "space",
         "scale",

@@ -19,6 +19,7 @@ from map_bo.app.schema import Config
 from map_bo.errors import ConfigError, MapBoError, did_you_mean, first_line
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
+from map_bo.loop.transfer.study import StartFrom
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
 from map_bo.tracking.tracker import Tracking
@@ -27,6 +28,7 @@ __all__ = [
     "build_nested",
     "build_problem",
     "build_settings",
+    "build_start",
     "build_tracking",
     "refuse_unknown",
     "working_directory",
@@ -72,6 +74,43 @@ def build_settings(config: DictConfig) -> Settings:
         )
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
     return Settings.checked(seed=config.get("seed", Settings.seed), **loop, **parts)
+
+
+def build_start(config: DictConfig) -> StartFrom | None:
+    """Build ``config.start_from``: a path, or the fields of `StartFrom`; None where it is empty.
+
+    Raises:
+        ConfigError: On an unknown key, or a value that is not possible.
+    """
+    given = config.get("start_from")
+    if isinstance(given, DictConfig):
+        given = OmegaConf.to_container(given, resolve=True)
+    if given is None or isinstance(given, str):
+        return StartFrom(given) if given else None
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"start_from must be a path or a mapping, got {given!r:.80}",
+            hint="write start_from=PATH, or start_from.source=PATH and its other options",
+        )
+    known = [field.name for field in fields(StartFrom)]
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, known, before="start_from.")
+            raise ConfigError(f"there is no option start_from.{key}", hint=hint)
+    source = given.get("source")
+    if not isinstance(source, str | None):
+        raise ConfigError(
+            f"start_from.source must be a path, got {source!r:.80}",
+            hint="name the directory of a run, a CSV file, or an SQLite file of Ax",
+        )
+    if not source:
+        if any(value for key, value in given.items() if key != "source"):
+            raise ConfigError(
+                "start_from has options and no source",
+                hint="name the older study with start_from.source=PATH",
+            )
+        return None
+    return StartFrom(**{str(key): value for key, value in given.items()})
 
 
 def build_nested(config: DictConfig) -> Nested | None:

@@ -324,5 +324,10 @@ def _located(tree: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any]:
         }
 
     found = located({key: tree[key] for key in ("problem", "operator") if key in tree}, False)
-    start = located({"experts": tree.get("start_from")}, False)["experts"]
+    start = tree.get("start_from")
+    if isinstance(start, Mapping):
+        source = located({"experts": start.get("source")}, False)["experts"]
+        start = {**start, **({"source": source} if "source" in start else {})}
+    else:
+        start = located({"experts": start}, False)["experts"]
     return {**tree, **found, **({"start_from": start} if "start_from" in tree else {})}

@@ -37,6 +37,7 @@ def together(runs: Sequence[Steps[T]], flights: Flights, report: Reporter) -> li
     try:
         with ended:
             while waiting:
+                flights.sharing = len(waiting)
                 for number, steps in list(waiting.items()):
                     try:
                         next(steps)

@@ -188,6 +188,7 @@ class _BarReporter:
         else:
             pairs = zip(outcome.metrics, outcome.Y[0].tolist(), strict=True)
             last = " ".join(f"{metric.name} {value:.4g}" for metric, value in list(pairs)[:4])
+        last = f"{last}{_from_the_cache(outcome)}"
         self._bar.update(self._task, advance=1, last=last, examples="")
 
 
@@ -198,6 +199,7 @@ class _LogReporter:
         self._total, self._interval = total, interval
         self._begun = self._said = time.monotonic()
         self._before = self._here = 0  # evaluations recorded earlier, and measured since
+        self._recalled = 0  # of the latter, those that come from the cache
         self._what = "starting"
 
     def done(self, count: int) -> None:
@@ -212,6 +214,7 @@ class _LogReporter:
 
     def measured(self, outcome: Observations) -> None:
         self._here += 1
+        self._recalled += int(bool(outcome.recalled.all()))
 
     def _say(self, more: str) -> None:
         now = time.monotonic()
@@ -223,7 +226,17 @@ class _LogReporter:
         if self._here and done < self._total:
             seconds = (now - self._begun) / self._here * (self._total - done)
             left = f", about {_duration(seconds)} left"
-        logger.info("%s%s; %d of %d evaluations done%s", self._what, more, done, self._total, left)
+        kept = f" ({self._recalled} from the cache)" if self._recalled else ""
+        text = "%s%s; %d of %d evaluations done%s%s"
+        logger.info(text, self._what, more, done, self._total, kept, left)
+
+
+def _from_the_cache(outcome: Observations) -> str:
+    """Return how much of an outcome was not measured, in words that follow it."""
+    recalled, m = int(outcome.recalled.sum()), len(outcome.metrics)
+    if not recalled:
+        return ""
+    return " (from the cache)" if recalled == m else f" ({recalled} of {m} from the cache)"
 
 
 def _duration(seconds: float) -> str:

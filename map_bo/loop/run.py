@@ -6,11 +6,10 @@ import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from torch import Generator
 
 from map_bo.constraints import check_constraints
 from map_bo.data import Observations
@@ -22,7 +21,7 @@ from map_bo.errors import (
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
 from map_bo.loop.driving import Steps, closing_workers, together
-from map_bo.loop.known import notes_on_imported
+from map_bo.loop.known import imported_of, notes_on_imported
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
@@ -55,6 +54,7 @@ from map_bo.loop.summary import (
     summarise,
     versions,
 )
+from map_bo.loop.transfer.completing import completing
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
@@ -108,7 +108,7 @@ class Run:
         self.problem = problem
         self.settings = settings
         self.store = store
-        self.generator: Generator = make_generator(settings.seed)
+        self.generator: torch.Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
@@ -116,8 +116,7 @@ class Run:
         self.notes += notes_on_anchors(settings, problem.space)
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
-        self._count = 0
-        self._driving = False
+        self._count, self._driving = 0, False
         events = list(store.read())
         over, changes = growth.is_over(events), False
         identity = run_identity(problem, settings, finished=over)
@@ -338,7 +337,7 @@ class Run:
         given = self.settings.workers
         assert not isinstance(given, int)  # settings of workers, since they were read
         if workers is not None or given is None or self.state.summary is not None:
-            held = InlineWorkers(self.problem) if workers is None else workers
+            held = workers or InlineWorkers(completing(self.problem, self.state))
             if held.local and self.state.summary is None and isinstance(self.problem, Preparable):
                 with callers_world():
                     self.problem.prepare()
@@ -349,27 +348,26 @@ class Run:
         with closing_workers(held):
             yield held
 
-    def steps(self, flights: Flights, report: Reporter) -> Steps[Recommendation | None]:
+    def steps(
+        self, flights: Flights, report: Reporter, *, node: str = ""
+    ) -> Steps[Recommendation | None]:
         """Do what is left of the run up to the verification of its front, step by step.
 
         It yields whenever it waits for evaluations, so that other runs can use the same workers
         meanwhile; see :func:`map_bo.loop.driving.together`.
-
-        Args:
-            flights: Where rows are evaluated.
-            report: Is notified of what happens.
 
         Returns:
             The front that was solved; None where it had been solved before.
         """
         settings = self.settings
         attempts = Attempts(
-            self.problem,
+            completing(self.problem, self.state),
             flights,
             generator=self.generator,
             record=self._record,
             retries=settings.retries,
             timeout=settings.timeout,
+            node=node,
         )
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
@@ -381,21 +379,21 @@ class Run:
             if self.state.front is None:
                 report.evaluating("solving for the front")
                 recommendation = self._recommend()
-            while waiting := self._unverified():
-                for row in waiting:
-                    if attempts.free and row not in attempts.in_flight("verify"):
-                        report.evaluating(f"verifying front point {row}")
-                        self._begin(attempts, "verify", row)
+            chosen: list[int] = self.state.front_data["verify"]
+            while waiting := [row for row in chosen if row not in self.state.verified]:
+                flying = attempts.in_flight("verify")
+                for row in [row for row in waiting if row not in flying][: attempts.free]:
+                    report.evaluating(f"verifying front point {row}")
+                    self._begin(attempts, "verify", row)
                 yield
                 self._settle(attempts, report)
-        except BaseException:
+        except BaseException as error:
+            if not isinstance(error, StoreError):  # what has been measured meanwhile is kept
+                with suppress(Exception):
+                    self._settle(attempts, report)
             attempts.interrupt()
             raise
         return recommendation
-
-    def _unverified(self) -> list[int]:
-        rows: list[int] = self.state.front_data["verify"]
-        return [row for row in rows if row not in self.state.verified]
 
     def _begin_evaluations(self, attempts: Attempts, report: Reporter) -> None:
         """Begin attempts while workers are free: of rows that wait, then of new ones."""
@@ -435,7 +433,7 @@ class Run:
             if outcome is None:
                 continue
             if ended.kind == "index":
-                self.tell(ended.row, outcome)
+                self.tell(int(ended.row), outcome)
                 if len(self.state.outcomes) == 1:  # in time to do something about it
                     for note in notes_on_bounds(outcome):
                         logger.warning("%s", note)
@@ -448,7 +446,7 @@ class Run:
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""
-        state, row, searching = self.state, ended.row, ended.kind == "index"
+        state, row, searching = self.state, int(ended.row), ended.kind == "index"
         attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
         before = (state.attempted if searching else state.verify_attempted).get(row)
         outcome = ended.outcome if before is None else before.completed_by(ended.outcome)
@@ -588,7 +586,7 @@ class Run:
                 *(outlier.note() for outlier in aside),
             ],
             outliers=aside,
-        )
+        ) | imported_of(state)
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 

@@ -294,6 +294,21 @@ def _options(front: Front, seen: Observations, space: CoefficientSpace) -> dict[
     return {"choice": {"name": placed.axis.name, **counts}}
 
 
+def _recalled(seen: Observations, verification: Observations) -> dict[str, Any]:
+    """Return what came from the cache of evaluations; nothing where nothing did."""
+    every = seen.append(verification)
+    marks = every.recalled & every.measured
+    if not bool(marks.any()):
+        return {}
+    return {
+        "cache": {
+            "evaluations": int((marks == every.measured).all(-1).logical_and(marks.any(-1)).sum()),
+            "metrics": int(marks.sum()),
+            "seconds_saved": round(float(every.saved.sum()), 4),
+        }
+    }
+
+
 def summarise(
     *,
     front: Front,
@@ -326,7 +341,8 @@ def summarise(
             "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
-        "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
+        "partial": sum(int((x.partial & x.failed_rows).sum()) for x in (seen, verification)),
+        **_recalled(seen, verification),
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),

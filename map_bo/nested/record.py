@@ -183,11 +183,14 @@ class Record:
         assert begun is not None
         return begun
 
-    def _finish(self, name: str, results: Sequence[Result], begun: Mapping[str, Any]) -> None:
-        """Record the cost of a node."""
+    def _finish(
+        self, name: str, results: Sequence[Result], begun: Mapping[str, Any], *, alone: bool = True
+    ) -> None:
+        """Record the cost of a node, which may have run ``alone`` or beside others."""
         if self._recorded("done", name) is None:
             count = sum(len(result.seen) + len(result.verification) for result in results)
-            spent = self.spent - int(begun["spent"])
+            alike = self.spent - int(begun["spent"])
+            spent = alike if alone else self.ledger.spent_by(name)
             self._record(
                 "done",
                 node=name,

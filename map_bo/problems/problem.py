@@ -196,6 +196,7 @@ class _MetricSubset:
             metrics=self.metrics,
             Yvar=seen.Yvar[:, self._columns],
             counts=seen.counts[:, self._columns],
+            recalled=seen.recalled[:, self._columns],
             gradients=None,
             gradient_variance=None,
         )

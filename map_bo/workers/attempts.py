@@ -15,16 +15,23 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import StoreError
 from map_bo.problems.problem import Forwards, Problem
-from map_bo.workers.evaluation import Remembers, TerminatedError, terminations_raise
+from map_bo.rng import child
+from map_bo.workers.evaluation import (
+    Remembers,
+    TerminatedError,
+    evaluate_recorded,
+    terminations_raise,
+)
 from map_bo.workers.flights import Flights
 from map_bo.workers.workers import Kind, Task
 
-__all__ = ["Attempts", "Ended"]
+__all__ = ["Attempts", "Ended", "measure_each"]
 
 Record = Callable[[str, Mapping[str, Any]], None]
 
@@ -43,7 +50,7 @@ class Ended:
     """
 
     kind: Kind
-    row: int
+    row: int | str
     outcome: Observations
     given_up: bool = False
     worker: str = ""
@@ -77,20 +84,29 @@ class Attempts:
         self.flights = flights
         self._problem, self._generator, self._record = problem, generator, record
         self._retries, self._timeout, self._node = retries, timeout, node
-        self._points: dict[tuple[Kind, int], Tensor] = {}
+        self._points: dict[tuple[Kind, int | str], Tensor] = {}
         self._ended: list[Ended] = []
 
     @property
     def free(self) -> int:
         """How many more attempts can be begun now."""
-        return max(0, self.flights.free - len(self._ended))
+        return max(0, self.flights.free_for(self) - len(self._ended))
 
-    def in_flight(self, kind: Kind) -> set[int]:
+    def in_flight(self, kind: Kind) -> set[int | str]:
         """Return the rows of a part of the run whose attempts have begun and not ended."""
         flying = {task.row for task in self.flights.of(self) if task.kind == kind}
         return flying | {ended.row for ended in self._ended if ended.kind == kind}
 
-    def begin(self, kind: Kind, row: int, x: Tensor, *, attempt: int, deaths: int) -> None:
+    def begin(
+        self,
+        kind: Kind,
+        row: int | str,
+        x: Tensor,
+        *,
+        attempt: int,
+        deaths: int,
+        generator: Generator | None = None,
+    ) -> None:
         """Begin an attempt.
 
         Args:
@@ -100,6 +116,8 @@ class Attempts:
             attempt: How often it has failed before.
             deaths: How many processes have died in it; it is given up after more than ``retries``,
                 and one death alone never costs a point.
+            generator: The source of chance; by default a child of the run's, named by the part of
+                the run, the row and the attempt.
 
         Raises:
             StoreError: When nothing can be recorded.
@@ -117,12 +135,15 @@ class Attempts:
             if not metrics:
                 self._ended.append(Ended(kind, row, problem.receive(x, None)))
                 return
+        if generator is None:
+            part = "evaluate" if kind == "index" else kind
+            generator = child(self._generator, part, row, attempt)
         task = Task.of(
             kind,
             row,
             attempt,
             point,
-            generator=self._generator,
+            generator=generator,
             metrics=metrics,
             timeout=self._timeout,
             node=self._node,
@@ -136,7 +157,7 @@ class Attempts:
             self.flights.launch(self, task)
 
     @contextmanager
-    def _recorded_end(self, kind: Kind, row: int) -> Iterator[None]:
+    def _recorded_end(self, kind: Kind, row: int | str) -> Iterator[None]:
         """Record that an attempt is interrupted by what passes through the block."""
         process = os.getpid()
         try:
@@ -176,3 +197,68 @@ class Attempts:
         for task in self.flights.of(self):
             with suppress(StoreError):
                 self._record("interrupted", {task.kind: task.row})
+
+
+def measure_each(
+    problem: Problem,
+    kind: Kind,
+    rows: Mapping[str | int, tuple[Tensor, Generator]],
+    *,
+    flights: Flights | None,
+    record: Record,
+    deaths: Callable[[str | int], int],
+    retries: int,
+    timeout: float | None,
+) -> dict[str | int, Observations]:
+    """Evaluate rows once each, and return the outcome of each.
+
+    Args:
+        problem: What to evaluate.
+        kind: Which part of the run the rows belong to.
+        rows: Name of a row -> its ``d`` coefficients, and its source of chance.
+        flights: Where they are evaluated side by side; None evaluates them here, in their order.
+        record: Appends an event to the record of the run.
+        deaths: Name of a row -> how many processes have died in it.
+        retries: A row is given up after more deaths than these.
+        timeout: Seconds that one may take; None means no limit.
+
+    Raises:
+        MapBoError: What makes every further evaluation fail as well.
+    """
+    found: dict[str | int, Observations] = {}
+    if flights is None:
+        for row, (x, generator) in rows.items():
+            found[row], _ = evaluate_recorded(
+                problem,
+                x,
+                name={kind: row},
+                attempt=0,
+                deaths=deaths(row),
+                retries=retries,
+                record=record,
+                timeout=timeout,
+                generator=generator,
+            )
+        return found
+    generators = [generator for _, generator in rows.values()]
+    attempts = Attempts(
+        problem,
+        flights,
+        generator=generators[0] if generators else torch.Generator(),
+        record=record,
+        retries=retries,
+        timeout=timeout,
+    )
+    waiting = list(rows)
+    try:
+        while len(found) < len(rows):
+            while waiting and attempts.free:
+                row = waiting.pop(0)
+                x, generator = rows[row]
+                attempts.begin(kind, row, x, attempt=0, deaths=deaths(row), generator=generator)
+            flights.wait(1.0)
+            found.update({ended.row: ended.outcome for ended in attempts.ended()})
+    except BaseException:
+        attempts.interrupt()
+        raise
+    return {row: found[row] for row in rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import queue
 import time
 from collections.abc import Sequence
@@ -39,10 +40,21 @@ class Flights:
         self._begun = time.monotonic()
         self._busy = self._count = 0.0
         self._ahead = 0
+        self._broken: Exception | None = None
+        self.sharing = 1
+        """How many runs share the workers now: each may use its part of them."""
+
+    def free_for(self, owner: object) -> int:
+        """Return how many more tasks an owner can launch now."""
+        mine = len(self.of(owner)) + len(self._settled.get(owner, ()))
+        part = math.ceil((self.workers.size + self._ahead) / self.sharing)
+        return max(0, min(self.free, part - mine))
 
     @property
     def free(self) -> int:
-        """How many more tasks can be launched now."""
+        """How many more tasks can be launched now; none where the workers are broken."""
+        if self._broken is not None:
+            return 0
         waiting = sum(map(len, self._settled.values()))
         return max(0, self.workers.size + self._ahead - len(self._flights) - waiting)
 
@@ -76,14 +88,18 @@ class Flights:
         """Return an owner's tasks that have ended, in the order in which they did.
 
         Raises:
-            MapBoError: What a worker raised because every further evaluation would fail as well.
+            MapBoError: What a worker raised because every further evaluation would fail as well,
+                once nothing else has landed.
         """
         self._collect()
-        return self._settled.pop(owner, [])
+        found = self._settled.pop(owner, [])
+        if not found and self._broken is not None:
+            raise self._broken
+        return found
 
     def wait(self, seconds: float) -> bool:
         """Wait until a task ends, at most so long; return whether one has."""
-        if self._settled or not self._flights:
+        if self._settled or not self._flights or self._broken is not None:
             return True
         try:
             self._land(self._landed.get(timeout=seconds))
@@ -103,7 +119,11 @@ class Flights:
         flight = self._flights.pop(future, None)
         if flight is None:  # a doubled result of what has ended already
             return
-        outcome = _result(future, flight.task)
+        try:
+            outcome = _result(future, flight.task)
+        except Exception as error:
+            self._broken = self._broken or error
+            return
         cost = float(outcome.observations.cost.nan_to_num().sum())
         self._busy, self._count = self._busy + cost, self._count + 1
         self._settled.setdefault(flight.owner, []).append(Settled(flight.task, outcome))

@@ -8,7 +8,7 @@ run writes its record.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -16,15 +16,15 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError
 from map_bo.problems.problem import Problem
-from map_bo.rng import child, child_seed
-from map_bo.values import whole_number
 
-__all__ = ["Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers", "read_workers"]
+__all__ = ["Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers"]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
+
+Key = tuple[str, str, int | str, int, int]
+"""What tells an attempt from every other: node, kind, row, attempt and seed."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Task:
     """
 
     kind: Kind
-    row: int
+    row: int | str
     attempt: int
     x: tuple[float, ...]
     seed: int
@@ -52,7 +52,7 @@ class Task:
     node: str = ""
 
     @property
-    def key(self) -> tuple[str, str, int, int, int]:
+    def key(self) -> Key:
         """What tells this attempt from every other, so that a late or doubled result is known."""
         return (self.node, self.kind, self.row, self.attempt, self.seed)
 
@@ -67,14 +67,14 @@ class Task:
         if self.kind == "verify":
             return f"verifying front point {self.row}"
         if self.kind == "probe":
-            return f"probe {self.row + 1}"
-        return f"evaluation {self.row + 1}"
+            return f"probe {self.row}"
+        return f"evaluation {int(self.row) + 1}"
 
     @classmethod
     def of(
         cls,
         kind: Kind,
-        row: int,
+        row: int | str,
         attempt: int,
         x: Tensor,
         *,
@@ -83,23 +83,17 @@ class Task:
         timeout: float | None = None,
         node: str = "",
     ) -> Task:
-        """Return the task of a row (``d``); its seed is that of a child of the run's generator."""
-        name = "evaluate" if kind == "index" else kind
+        """Return the task of a row (``d``), which is evaluated with this generator."""
         return cls(
             kind,
             row,
             attempt,
             tuple(x.double().tolist()),
-            child_seed(generator, name, row, attempt),
+            generator.initial_seed(),
             None if metrics is None else tuple(metrics),
             timeout,
             node,
         )
-
-    def generator(self, generator: Generator) -> Generator:
-        """Return the evaluation's generator, as the child of the run's generator that it is."""
-        name = "evaluate" if self.kind == "index" else self.kind
-        return child(generator, name, self.row, self.attempt)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +108,7 @@ class Outcome:
             be the machine's and not the row's.
     """
 
-    key: tuple[str, str, int, int, int]
+    key: Key
     observations: Observations
     worker: str = ""
     lost: bool = False
@@ -176,33 +170,3 @@ class Settled:
 
     task: Task
     outcome: Outcome
-
-
-def read_workers(given: object) -> WorkerSettings | None:
-    """Return settings of workers from what a user may give.
-
-    Args:
-        given: None or 0 for the driver's own process; a number of processes; settings; or an
-            executor (:class:`map_bo.workers.pool.Pool`).
-
-    Raises:
-        ConfigError: When it is none of these.
-    """
-    if given is None or isinstance(given, WorkerSettings):
-        return None if given is None else given
-    if isinstance(given, Executor):
-        from map_bo.workers.pool import Pool
-
-        return Pool(given)
-    if isinstance(given, int | float | str) and not isinstance(given, bool):
-        hint = "give a number of processes, such as workers=4"
-        count = whole_number("workers", given, least=0, hint=hint)
-        if not count:
-            return None
-        from map_bo.workers.processes import Processes
-
-        return Processes(count)
-    raise ConfigError(
-        f"workers must be a number of processes or settings of workers, got {given!r:.80}",
-        hint="give workers=4, map_bo.Processes(4, devices=[...]), or map_bo.Pool(executor)",
-    )

@@ -38,9 +38,8 @@ class Seeds(Bowls):
     """Measures the seed that it is given."""
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        return Observations(
-            X, torch.tensor([[float(generator.initial_seed()), 1.0]]).double(), self.metrics
-        )
+        Y = torch.tensor([[generator.initial_seed(), 1.0]], dtype=torch.float64)
+        return Observations(X, Y, self.metrics)
 
 
 def test_an_attempt_has_the_run_s_child_generator() -> None:

@@ -139,9 +139,7 @@ def _is_as_before(config: DictConfig, key: str, value: Any, choices: Mapping[str
     return before is not _NONE and bool(before == value)
 
 
-def _refusal(
-    config: DictConfig, key: str, value: Any, choices: Mapping[str, Any]
-) -> ConfigError:
+def _refusal(config: DictConfig, key: str, value: Any, choices: Mapping[str, Any]) -> ConfigError:
     may = ", ".join([*sorted(_LOOP), *_changing_groups(), "progress"])
     roots = [field.name for field in fields(Config)]
     loop = [f"loop.{name}" for name in _IN_LOOP]

@@ -133,6 +133,7 @@ class Numbers:
             **_named("noise", names, outcome.Yvar[0].sqrt()),
             "seconds": float(outcome.cost[0]),
             "failed": float(outcome.failures[0] is not None),
+            **({"recalled": float(outcome.recalled.sum())} if bool(outcome.recalled.any()) else {}),
         }
 
     def _verified(self, data: Mapping[str, Any]) -> dict[str, float]:
