@@ -54,10 +54,15 @@ if TYPE_CHECKING:
     from map_bo.operators.statistics.regmean import RegMean, RegMeanPlusPlus
     from map_bo.operators.stock import ModelStock
     from map_bo.pareto.preferences import Preference
+    from map_bo.problems.evaluation_cache import EvaluationCache
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
+    from map_bo.workers.dask import Dask
+    from map_bo.workers.pool import Pool
+    from map_bo.workers.processes import Processes
+    from map_bo.workers.ray import Ray
 
 __version__ = "0.2.0"
 
@@ -71,9 +76,11 @@ __all__ = [
     "CoefficientSpace",
     "Consensus",
     "Dare",
+    "Dask",
     "DataFreeRegMean",
     "Della",
     "DepthProfile",
+    "EvaluationCache",
     "ExportSettings",
     "Fisher",
     "Front",
@@ -95,8 +102,11 @@ __all__ = [
     "Observations",
     "OperatorChoice",
     "Pcb",
+    "Pool",
     "Preference",
+    "Processes",
     "Ram",
+    "Ray",
     "RegMean",
     "RegMeanPlusPlus",
     "Result",
@@ -129,9 +139,11 @@ _HOME = {
     "CoefficientSpace": "map_bo.space",
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
+    "Dask": "map_bo.workers.dask",
     "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "DepthProfile": "map_bo.operators.depth",
+    "EvaluationCache": "map_bo.problems.evaluation_cache",
     "ExportSettings": "map_bo.merging.export.model",
     "Fisher": "map_bo.operators.statistics.fisher",
     "Front": "map_bo.data",
@@ -153,8 +165,11 @@ _HOME = {
     "Observations": "map_bo.data",
     "OperatorChoice": "map_bo.operators.searchable",
     "Pcb": "map_bo.operators.pcb",
+    "Pool": "map_bo.workers.pool",
     "Preference": "map_bo.pareto.preferences",
+    "Processes": "map_bo.workers.processes",
     "Ram": "map_bo.operators.shared_regions",
+    "Ray": "map_bo.workers.ray",
     "RegMean": "map_bo.operators.statistics.regmean",
     "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",

@@ -184,6 +184,13 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     repair.add_argument(
         "--append", metavar="FILE", help="add events that were printed for lack of room"
     )
+
+    text = "say what is in the cache of evaluations, or empty it"
+    cache = commands.add_parser("cache", help=text, description=text)
+    cache.add_argument("--file", metavar="FILE", help="another file than that of this user")
+    cache.add_argument("--clear", action="store_true", help="remove all entries")
+    cache.add_argument("--json", action="store_true", help="print what is there as JSON")
+    cache.set_defaults(command=functions["cache"])
     return top
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RENAMED",
+    "Refused",
     "job_name",
     "record_of",
     "register_job_name",
@@ -111,11 +112,26 @@ def warn_of_old_names(choices: Mapping[str, str | None]) -> None:
             )
 
 
+class Refused(BaseException):
+    """A user's mistake on its way through Hydra, which prints the overrides of any `Exception`.
+
+    Attributes:
+        error: What is to be told.
+    """
+
+    def __init__(self, error: MapBoError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def run_task(config: DictConfig) -> float:
     """Make the run that ``config`` describes in Hydra's output directory.
 
     Returns:
         The hypervolume of the predicted front, which is the value of the job in a sweep.
+
+    Raises:
+        Refused: When the user made a mistake, and the run is not a job of a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -149,9 +165,9 @@ def run_task(config: DictConfig) -> float:
                 sys.stdout.write(create(config, directory, choices) + "\n")
                 return nan
             result = drive(config, directory, fresh=True, choices=choices)
-    except MapBoError:
+    except MapBoError as error:
         remove_hydra_files(directory)
-        raise
+        raise Refused(error) from error
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 

@@ -56,7 +56,6 @@ from map_bo.loop.summary import (
 )
 from map_bo.loop.transfer.completing import completing
 from map_bo.problems.problem import Preparable, Problem
-from map_bo.report.run.artifacts import remove_report
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.outliers import Screening
@@ -142,8 +141,7 @@ class Run:
         for event in events:
             self._trackers.observe(event)
         if changes:
-            before = self.state.extensions
-            self._extend(growth.keep_grown_budget(settings, self.state.created, before))
+            self._extend(growth.keep_grown_budget(settings, self.state))
 
     def _observed_volume(self) -> ObservedVolume:
         settings = self.settings
@@ -211,8 +209,7 @@ class Run:
         with self._turn():
             data = growth.extension(settings, self.state, config)
             if data is not None:
-                if data["reopens"] and isinstance(self.store, JsonlStore):
-                    remove_report(self.store.directory)  # first: an old summary must not lie
+                growth.remove_old_report(data, self.store)
                 self._record("extended", data)
             self.settings = settings
 
@@ -274,8 +271,7 @@ class Run:
                 run.
         """
         with self._turn():
-            state, metrics = self.state, self.problem.metrics
-            index, outcome = check_told(index, outcome, state.X, state.pending, metrics)
+            index, outcome = check_told(index, outcome, self.state)
             refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.

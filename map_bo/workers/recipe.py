@@ -256,7 +256,7 @@ class _Pickler(pickle.Pickler):
         what = "class" if isinstance(value, type) else "function"
         where = getattr(value, "__module__", None)
         if "<lambda>" in name or "<locals>" in name:
-            kind = "a lambda" if name == "<lambda>" else f"the local {what} {name}"
+            kind = "a lambda" if name.endswith("<lambda>") else f"the local {what} {name}"
             raise ConfigError(
                 f"the problem cannot be built in another process: it holds {kind} of "
                 f"{where}, which cannot be imported",

@@ -239,7 +239,10 @@ class PosteriorDriven:
         needed = max(2, min(self.initial_points(space), len(space.experts) + 2))
         if first == n or succeeded < needed:
             if first < n:
-                _log.warning(
+                # What is on its way is no reason to worry.
+                coming = succeeded + len(waiting) + first >= needed
+                _log.log(
+                    logging.DEBUG if coming else logging.WARNING,
                     "%d of %d evaluations succeeded and a fit needs %d: the design goes on",
                     succeeded,
                     count,
