@@ -67,9 +67,7 @@ def test_a_text_without_tokens_is_refused() -> None:
 
 
 def test_texts_of_which_no_word_is_known_are_refused(caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(
-        EvaluationError, match=r"no word of a.csv: all 3 tokens are '\[UNK\]'"
-    ):
+    with pytest.raises(EvaluationError, match=r"no word of a.csv: all 3 tokens are '\[UNK\]'"):
         tokens(["xyzzy plugh", "qwertz"])
     tokens(["xyzzy plugh", "good"])
     assert "less than half of a.csv: 2 of 3 tokens" in caplog.text
