@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
 # Settings that change nothing that a job finds; its name omits them.
-_MIRRORS = ("progress", "tracking", "drive")
+_MIRRORS = ("progress", "tracking", "drive", "workers")
 
 
 def job_name(overrides: str) -> str:
