@@ -22,6 +22,7 @@ README = Path(__file__).parents[1] / "README.md"
 NESTED = README.parent / "docs" / "nested.md"
 RELIABILITY = README.parent / "docs" / "reliability.md"
 GROW = README.parent / "docs" / "grow.md"
+WORKERS = README.parent / "docs" / "workers.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -46,8 +47,11 @@ PROMISES = {
     "record_damage": "benchmarks.reliability.record_damage",
 }
 
-# Tables of other documents, docs/grow.md; run by themselves.
-PAGES = {"transfer": "benchmarks.quality.transfer"}
+# Tables of other documents, docs/grow.md and workers.md; run by themselves.
+PAGES = {
+    "transfer": "benchmarks.quality.transfer",
+    "workers": "benchmarks.speed.workers",
+}
 
 
 def filled(text: str, *, full: bool = False) -> str:
@@ -98,6 +102,7 @@ def main() -> None:
         NESTED.write_text(filled(NESTED.read_text(), full=True))
         RELIABILITY.write_text(filled(RELIABILITY.read_text()))
         GROW.write_text(filled(GROW.read_text()))
+        WORKERS.write_text(filled(WORKERS.read_text()))
         evidence.write()
 
 
