@@ -21,6 +21,7 @@ from functools import partial
 from multiprocessing import spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -318,12 +319,24 @@ def _words(process: BaseProcess | None) -> str:
 
 
 def _lost_at_start(process: BaseProcess | None, place: Place) -> WorkersError:
-    where = f"see {place.log}" if place.log else "see what it printed to standard error"
+    where = "see what it printed to standard error"
+    if place.log:  # which goes with the directory of a run that has measured nothing
+        said = _last_lines(Path(place.log))
+        where = f"it printed last: {said}" if said else f"it printed nothing to {place.log}"
     return WorkersError(
         f"a worker {_words(process)} before it was ready",
         hint=f"{where}; a script whose functions workers need must start the run below "
         '`if __name__ == "__main__":`',
     )
+
+
+def _last_lines(file: Path, most: int = 400) -> str:
+    """Return the end of a text file, on one line."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " | ".join(text.split("\n")[-6:]).strip(" |")[-most:]
 
 
 def _at_worker(error: MapBoError) -> MapBoError:
