@@ -18,7 +18,6 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -29,7 +28,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import MapBoError, WorkersError
-from map_bo.workers.child import Place, Ready, begin, evaluate, ready
+from map_bo.workers.child import Place, Ready, WithoutScript, begin, evaluate, ready
 from map_bo.workers.workers import Outcome, Task
 
 __all__ = ["Slot", "settle"]
@@ -42,32 +41,6 @@ _ENDING = 1.0  # seconds that a process has to end when it is asked to
 _STARTS = 3  # attempts to put a new process in the place of one that has died
 
 
-class _Process(SpawnProcess):
-    """A spawned process that does not import the driver's script."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        own = threading.get_ident()
-        original = spawn.get_preparation_data
-
-        def prepared(name: str) -> Any:
-            data: dict[str, Any] = original(name)
-            if threading.get_ident() == own:
-                data.pop("init_main_from_path", None)
-                data.pop("init_main_from_name", None)
-            return data
-
-        with _starting:
-            spawn.get_preparation_data = prepared
-            try:
-                return SpawnProcess._Popen(process_obj)
-            finally:
-                spawn.get_preparation_data = original
-
-
-_starting = threading.Lock()
-
-
 class _Context(SpawnContext):
     """Starts the processes of one pool, and knows the latest of them.
 
@@ -78,7 +51,7 @@ class _Context(SpawnContext):
 
     def __init__(self, *, script: bool) -> None:
         super().__init__()
-        self._kind: type[BaseProcess] = SpawnProcess if script else _Process
+        self._kind: type[BaseProcess] = SpawnProcess if script else WithoutScript
         self.started: list[BaseProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]

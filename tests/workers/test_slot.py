@@ -11,7 +11,7 @@ import torch
 from map_bo.data import Metric, Observations
 from map_bo.errors import WorkersError
 from map_bo.workers.child import Place
-from map_bo.workers.slot import _hard_limit, _lost_at_start, _words, settle
+from map_bo.workers.slot import _Context, _hard_limit, _lost_at_start, _words, settle
 from map_bo.workers.workers import Outcome
 
 
@@ -55,3 +55,8 @@ def test_what_a_worker_printed_before_it_was_lost_is_told(tmp_path: Path) -> Non
     error = _lost_at_start(process, place)
     assert error.message == "a worker died: signal 11 (SIGSEGV) before it was ready"
     assert "it printed last: first | ImportError: no module named mine;" in str(error)
+
+
+def test_a_process_imports_nothing_heavy_for_its_own_class() -> None:
+    process = _Context(script=False).Process(target=print)
+    assert type(process).__module__ == "map_bo.workers.child"
