@@ -88,6 +88,11 @@ class Processes:
             whole_number("threads", self.threads, least=1, most=_MOST, hint=hint)
         if self.memory is not None:
             parse_bytes(self.memory, "memory")
+        if self.recipe is not None and not isinstance(self.recipe, Recipe):
+            raise ConfigError(
+                f"recipe must be a Recipe, got {self.recipe!r:.80}",
+                hint="leave it out, or give a factory",
+            )
         if self.devices is not None:
             given = [self.devices] if isinstance(self.devices, str) else list(self.devices)
             if not given:
@@ -95,6 +100,16 @@ class Processes:
                     "devices is empty", hint="name some, such as devices=['cuda:0'], or none at all"
                 )
             object.__setattr__(self, "devices", tuple(str(_device(name)) for name in given))
+
+    def with_recipe(self, recipe: Recipe) -> Processes:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        if self.recipe is not None or self.factory is not None:
+            return self
+        return replace(self, recipe=recipe)
+
+    def with_logs(self, folder: str | Path) -> Processes:
+        """Return the settings with a folder for logs, unless they have one already."""
+        return self if self.logs is not None else replace(self, logs=folder)
 
     def open(self, problem: Problem) -> ProcessWorkers:
         """Start the processes and wait until each has the problem ready.

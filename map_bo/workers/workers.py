@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
 import torch
@@ -18,7 +19,7 @@ from torch import Generator, Tensor
 from map_bo.data import Observations
 from map_bo.problems.problem import Problem
 
-__all__ = ["Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers"]
+__all__ = ["KeepsLogs", "Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers"]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
@@ -161,6 +162,15 @@ class WorkerSettings(Protocol):
             WorkersError: When they cannot be started, or hold another problem than the driver.
             ConfigError: When the problem cannot be built elsewhere; the hint says how it can.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsLogs(Protocol):
+    """Settings of workers that can write what workers print to files."""
+
+    def with_logs(self, folder: str | Path) -> WorkerSettings:
+        """Return the settings with a folder for logs, unless they have one already."""
         ...
 
 
