@@ -1,8 +1,8 @@
 """The front of a run against what one has without it, on the zoos of real models.
 
-    python experiments/fronts.py text --root DATA --seeds 10 --budget 24
-    python experiments/fronts.py lm --root DATA
-    python experiments/fronts.py vision --root DATA
+    python -m experiments.fronts text --root DATA --seeds 10 --budget 24
+    python -m experiments.fronts lm --root DATA
+    python -m experiments.fronts vision --root DATA
 
 At the same number of evaluations: a run (base, experts and blend, search, verification), uniformly
 random coefficients, and a grid over one coefficient common to all experts; and what takes no
@@ -39,6 +39,7 @@ from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.zoo.datasheet import versions
 from map_bo.problems.zoo.decoder import decoder_problem
 from map_bo.problems.zoo.expert_training import TunedProblem
+from map_bo.problems.zoo.image_training import encoder
 from map_bo.problems.zoo.images import ImagesProblem, images_problem
 from map_bo.problems.zoo.pretrained import load_pretrained
 from map_bo.problems.zoo.text import text_problem
@@ -219,21 +220,54 @@ def compare(
 
 
 def split_time(problem: ZooProblem, x: Tensor, repeats: int = 3) -> dict[str, float]:
-    """Return the seconds of one evaluation, and its parts: merging, scoring, what is left."""
-    whole, merging, scoring = [], [], []
+    """Return the seconds of one evaluation, by the clock and of the processor, and their parts.
+
+    ``framework`` is an evaluation by evaluators that score nothing, of which ``merging`` is a part:
+    what is left of it keeps evaluators from disturbing each other. These are processor seconds, as
+    ``processor`` is of the whole evaluation, so that what else runs on the machine counts less.
+    """
+    bare = _without_scoring(problem)
+    for one in (problem, bare):
+        one.prepare()
+    wall, whole, framework, merging = [], [], [], []
     for repeat in range(repeats):
-        start = time.perf_counter()
-        problem.evaluate(x.unsqueeze(0), generator=make_generator(repeat))
-        whole.append(time.perf_counter() - start)
-        start = time.perf_counter()
-        with problem.load(x) as model:
-            merging.append((time.perf_counter() - start) * len(problem.metrics))
-            start = time.perf_counter()
-            for metric in problem.metrics:
-                problem.evaluator(metric.name)(model)
-            scoring.append(time.perf_counter() - start)
-    parts = [statistics.median(times) for times in (whole, merging, scoring)]
-    return dict(zip(("evaluation", "merging", "scoring"), parts, strict=True))
+        wall.append(time.perf_counter())
+        whole.append(_processor_seconds(problem, x, repeat))
+        wall[-1] = time.perf_counter() - wall[-1]
+        framework.append(_processor_seconds(bare, x, repeat))
+        start = time.process_time()
+        with bare.load(x):
+            merging.append((time.process_time() - start) * len(problem.metrics))
+    parts = {"evaluation": wall, "processor": whole, "framework": framework, "merging": merging}
+    return {name: statistics.median(times) for name, times in parts.items()}
+
+
+def _processor_seconds(problem: MergedModelProblem, x: Tensor, seed: int) -> float:
+    start = time.process_time()
+    problem.evaluate(x.unsqueeze(0), generator=make_generator(seed))
+    return time.process_time() - start
+
+
+def _without_scoring(problem: ZooProblem) -> MergedModelProblem:
+    """Return the same merging with evaluators that score nothing."""
+    evaluators = {metric.name: _score_nothing for metric in problem.metrics}
+    if isinstance(problem, TunedProblem):
+        return MergedModelProblem(
+            partial(load_pretrained, problem.base, problem.zoo.kind),
+            base=problem.base,
+            experts=problem.folders,
+            evaluators=evaluators,
+        )
+    return MergedModelProblem(
+        encoder(generator=make_generator(0)),
+        base=problem.files["base"],
+        experts={name: problem.files[name] for name in problem.zoo.names},
+        evaluators=evaluators,
+    )
+
+
+def _score_nothing(model: nn.Module) -> float:
+    return 0.5
 
 
 def score_exports(problem: ZooProblem, result: Result, folder: Path) -> list[dict[str, Any]]:
@@ -255,8 +289,6 @@ def score_exports(problem: ZooProblem, result: Result, folder: Path) -> list[dic
 def _loaded(problem: ZooProblem, folder: Path) -> nn.Module:
     if isinstance(problem, TunedProblem):
         return load_pretrained(folder, problem.zoo.kind)
-    from map_bo.problems.zoo.image_training import encoder
-
     model = encoder(generator=make_generator(0))
     weights = map_bo.open_checkpoint(folder)
     model.load_state_dict({name: weights.load(name) for name in weights.names})
@@ -282,7 +314,15 @@ def words(numbers: Mapping[str, Any], command: str) -> str:
     pairs = zip(numbers["hypervolume"]["run"], numbers["hypervolume"]["random"], strict=True)
     wins = sum(a > b for a, b in pairs)
     seconds = numbers["seconds"]
-    left = seconds["evaluation"] - seconds["merging"] - seconds["scoring"]
+    left = max(seconds["framework"] - seconds["merging"], 0.0)
+    shares = {
+        name: f"{100 * value / seconds['processor']:.1f} %"
+        for name, value in {
+            "scoring": seconds["processor"] - seconds["framework"],
+            "merging": seconds["merging"],
+            "rest": left,
+        }.items()
+    }
     lines += [
         "",
         f"The run has more than random coefficients in {wins} of {len(numbers['seeds'])} seeds.",
@@ -294,10 +334,12 @@ def words(numbers: Mapping[str, Any], command: str) -> str:
         lines.append(f"| {name} | " + " | ".join(f"{value:.3f}" for value in row) + " |")
     lines += [
         "",
-        f"Seconds of one evaluation: {seconds['evaluation']:.2f}, of which merging "
-        f"{seconds['merging']:.3f}, scoring {seconds['scoring']:.2f}, the rest "
-        f"{max(left, 0.0):.3f}; choosing and fitting take {seconds['rest per evaluation']:.2f} per "
-        "evaluation beside it.",
+        f"One evaluation takes {seconds['evaluation']:.2f} seconds, and "
+        f"{seconds['processor']:.2f} of the processor; with evaluators that score nothing it takes "
+        f"{seconds['framework']:.3f} of the processor, of which {seconds['merging']:.3f} are "
+        f"merging. So scoring is {shares['scoring']} of it, merging {shares['merging']}, and the "
+        f"rest {shares['rest']}. Choosing and fitting take "
+        f"{seconds['rest per evaluation']:.2f} seconds per evaluation beside it.",
     ]
     if numbers["exports"]:
         most = max(
@@ -384,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
     plot(numbers, found, out / "front.png")
-    command = f"python experiments/fronts.py {options.name} --seeds {options.seeds}"
+    command = f"python -m experiments.fronts {options.name} --seeds {options.seeds}"
     command += f" --budget {options.budget}"
     for name, value in given.items():
         command += f" --{name} {' '.join(value) if isinstance(value, list) else value}"

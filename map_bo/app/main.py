@@ -20,8 +20,9 @@ from map_bo.app.arguments import (
     with_added_key,
     with_bare_trust,
     with_configuration,
+    with_options_last,
 )
-from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
+from map_bo.errors import ConfigError, MapBoError, SettingsError, did_you_mean, first_line
 
 __all__ = ["main"]
 
@@ -67,7 +68,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
+        arguments = with_options_last(with_bare_trust(arguments))
+        options = parser(_FUNCTIONS).parse_args(arguments)
         command: Command = options.command
         command(options)
 
@@ -184,7 +186,7 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at, row_of
     from map_bo.app.trust import recorded_configuration
     from map_bo.loop.reading import created_of
     from map_bo.merging.export.draft import refuse_existing
@@ -199,7 +201,8 @@ def _merge(options: argparse.Namespace) -> None:
         run, trust = os.path.abspath(options.run), options.trust
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)):
             pass  # what is not trusted is refused before anything is fitted
-        choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
+        # A wrong name is refused before checkpoints are read.
+        choice = _choice_of(options) if options.row is None else row_of(run, options)
         out = os.path.abspath(options.out)
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
             written = merge_choice(choice, options, config, run=run, out=out)
@@ -214,8 +217,33 @@ def _resume(options: argparse.Namespace) -> None:
     directory, here = Path(options.run).absolute(), Path.cwd()
     recorded = created_of(directory).get("config")
     with recorded_configuration(options.run, recorded, trust=options.trust) as config:
-        result = drive(config, directory, retry_failed=options.retry_failed)
+        changed: Any = None
+        changes: dict[str, Any] = {}
+        if options.overrides:
+            from map_bo.app.runs.overrides import with_overrides
+
+            choices = (recorded or {}).get("choices") or {}
+            changed, changes = with_overrides(config, options.overrides, choices)
+        result = drive(
+            config,
+            directory,
+            retry_failed=options.retry_failed,
+            changed=changed,
+            changes=changes,
+        )
     show(result, here)
+
+
+def _ask(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import ask
+
+    ask(options)
+
+
+def _tell(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import tell
+
+    tell(options)
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -291,6 +319,12 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
+def _cache(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import show_cache
+
+    show_cache(options)
+
+
 def _init(options: argparse.Namespace) -> None:
     from map_bo.app.init import check_task, is_file, written_file
     from map_bo.values import whole_number
@@ -347,11 +381,11 @@ def _run(arguments: list[str], task: Any = None) -> None:
         task: Function of the composed configuration; the run by default.
     """
     import hydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     from map_bo.app.installed import hidden
-    from map_bo.app.jobs import run_task
+    from map_bo.app.jobs import Refused, run_task
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
@@ -378,9 +412,14 @@ def _run(arguments: list[str], task: Any = None) -> None:
                 if added is None:
                     raise
                 arguments = added
+    except Refused as refused:
+        raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             raise
+        if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+            group, _, option = error.missing_cfg_file.rpartition("/")
+            _fail(f"{group} has no option {option!r}", did_you_mean(option, error.options))
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         lines = dict.fromkeys(line.rstrip() for part in parts for line in part.strip().split("\n"))
         text = "\n".join(line for line in lines if not line.strip().startswith(_INSIDE))
@@ -443,6 +482,8 @@ def _complete(arguments: list[str]) -> None:
 _FUNCTIONS: Mapping[str, Command] = {
     "init": _init,
     "resume": _resume,
+    "ask": _ask,
+    "tell": _tell,
     "choose": _choose,
     "merge": _merge,
     "report": _report,
@@ -450,6 +491,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "import": _import,
     "check": _check,
     "repair": _repair,
+    "cache": _cache,
 }
 
 

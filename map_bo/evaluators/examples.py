@@ -96,6 +96,8 @@ class ExampleEvaluator(ABC):
         ConfigError: When the batch size is no whole number from 1.
     """
 
+    _repeats: bool = True
+
     def __init__(self, *, batch_size: int = 32) -> None:
         self.batch_size = whole_number("batch_size", batch_size, least=1)
 
@@ -122,6 +124,14 @@ class ExampleEvaluator(ABC):
             EvaluationError: Before `prepare`.
         """
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the same weights always have the same outcomes; false where times are measured.
+
+        Only then may measurements be kept for later runs.
+        """
+        return self._repeats
+
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:
         """Get ready, once; see :class:`~map_bo.evaluators.evaluator.Prepares`.
@@ -132,6 +142,23 @@ class ExampleEvaluator(ABC):
         Raises:
             EvaluationError: When the examples cannot be read or do not fit the model.
         """
+
+    @staticmethod
+    def require_ready(found: T | None, said: str) -> T:
+        """Return what `prepare` has found, or refuse what needs it.
+
+        Args:
+            found: What it has found; None before.
+            said: What is lacking, such as "the texts have not been read".
+
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+        if found is None:
+            raise EvaluationError(
+                said, hint="call prepare(model) of the evaluator on the base first"
+            )
+        return found
 
     def check_data(self) -> None:  # noqa: B027  # most have data, and some have none
         """Read the examples alone, where there is no model to get ready with.

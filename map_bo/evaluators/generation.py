@@ -211,12 +211,13 @@ class Generation(ExampleEvaluator):
         return self._known.digest
 
     @property
+    def repeats(self) -> bool:
+        """Whether answers are greedy and no time is measured."""
+        return not self.temperature and "seconds" not in self._measured
+
+    @property
     def _known(self) -> _Prompts:
-        if self._prompts is None:
-            raise EvaluationError(
-                "the prompts have not been read", hint="call prepare(model) first"
-            )
-        return self._prompts
+        return self.require_ready(self._prompts, "the prompts have not been read")
 
     def prepare(self, model: nn.Module) -> None:
         """Read and tokenise the prompts.

@@ -112,7 +112,7 @@ def test_text_and_images_are_compared_by_the_command(
         words = [name, "--root", str(root), "--sets", *sets, "--seeds", "1", "--budget", "8"]
         main([*words, "--size", "12", "--out", str(out), "--work", str(tmp_path / "work" / name)])
         page = (out / "README.md").read_text()
-        assert f"`python experiments/fronts.py {name} --seeds 1 --budget 8 --size 12" in page
+        assert f"`python -m experiments.fronts {name} --seeds 1 --budget 8 --size 12" in page
         numbers = json.loads((out / "numbers.json").read_text())
         for row in numbers["exports"]:
             assert row["loaded"] == pytest.approx(row["live"], abs=1e-6)
@@ -123,5 +123,5 @@ def test_every_study_has_its_claim_command_and_numbers(name: str) -> None:
     text = (ROOT / "experiments" / name / "README.md").read_text()
     assert "Claim:" in text
     recorded = text.partition(FIRST)[2].partition(LAST)[0]
-    assert f"`python experiments/fronts.py {name} " in recorded
+    assert f"`python -m experiments.fronts {name} " in recorded
     assert (ROOT / "experiments" / name / "numbers.json").exists()
