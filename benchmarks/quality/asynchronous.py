@@ -376,7 +376,7 @@ def _equal_evaluations(rows: Sequence[Row]) -> list[str]:
     body = []
     for name, _, _, label in _names(rows):
         cases = _cases(row for row in rows if row["method"] == label)
-        groups = {case: (case,) for case in cases}
+        groups: dict[str, tuple[str, ...]] = {case: (case,) for case in cases}
         for kind, some in (("exact", EXACT), ("noisy", NOISY), ("all", CASES)):
             if len(set(cases) & set(some)) > 1:
                 groups[f"{kind} cases"] = some

@@ -104,7 +104,8 @@ class Noting:
 def test_a_sampler_is_shown_what_is_in_flight() -> None:
     problem = ConcaveQuadratics(2, 2, 0)
     case = cast(Case, type("OnlyAProblem", (), {"problem": problem}))
-    steps = [Ask(3), Tell(1, 1.0), Ask(1), Tell(3, 2.0), Tell(0, 2.5), Ask(1), Tell(2, 3.0)]
+    steps: list[Ask | Tell] = [Ask(3), Tell(1, 1.0), Ask(1), Tell(3, 2.0), Tell(0, 2.5)]
+    steps += [Ask(1), Tell(2, 3.0)]
     sampler = Noting()
     played = list(play(case, sampler, 0, iter(steps)))
     rows = [i / 64 for i in range(5)]
