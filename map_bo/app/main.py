@@ -247,7 +247,7 @@ def _tell(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from map_bo.loop.reading import is_run
+    from map_bo.tracking.jsonl import is_run
 
     if options.more or not is_run(options.run):
         _report_comparison(options)

@@ -21,9 +21,9 @@ from typing import Any
 from map_bo.errors import ConfigError, MissingDependencyError, WorkersError, first_line
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
-from map_bo.workers.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.clusters.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.clusters.serving import Order, build, evaluate, forget
 from map_bo.workers.recipe import Recipe
-from map_bo.workers.serving import Order, build, evaluate, forget
 from map_bo.workers.workers import Task, Workers
 
 __all__ = ["Dask"]
