@@ -21,6 +21,7 @@ from benchmarks.record import RESULTS
 README = Path(__file__).parents[1] / "README.md"
 NESTED = README.parent / "docs" / "nested.md"
 RELIABILITY = README.parent / "docs" / "reliability.md"
+GROW = README.parent / "docs" / "grow.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -45,6 +46,9 @@ PROMISES = {
     "record_damage": "benchmarks.reliability.record_damage",
 }
 
+# Tables of other documents, docs/grow.md; run by themselves.
+PAGES = {"transfer": "benchmarks.quality.transfer"}
+
 
 def filled(text: str, *, full: bool = False) -> str:
     """Return text with the recorded tables between their markers.
@@ -57,6 +61,7 @@ def filled(text: str, *, full: bool = False) -> str:
         *MODULES,
         *STUDY,
         *PROMISES,
+        *PAGES,
         *(name for names in FURTHER.values() for name in names),
     ]
     for name in recorded:
@@ -74,7 +79,7 @@ def filled(text: str, *, full: bool = False) -> str:
 
 
 def main() -> None:
-    modules = {**MODULES, **STUDY, **PROMISES}
+    modules = {**MODULES, **STUDY, **PROMISES, **PAGES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", choices=sorted(modules), default=[*MODULES, *STUDY])
@@ -92,6 +97,7 @@ def main() -> None:
         README.write_text(filled(README.read_text()))
         NESTED.write_text(filled(NESTED.read_text(), full=True))
         RELIABILITY.write_text(filled(RELIABILITY.read_text()))
+        GROW.write_text(filled(GROW.read_text()))
         evidence.write()
 
 

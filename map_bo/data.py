@@ -18,14 +18,18 @@ from torch import Tensor
 
 from map_bo.errors import DataError
 from map_bo.moved import under_old_name
+from map_bo.observed import checked_gradients, checked_recalled, double
 
 __all__ = [
     "Front",
     "Metric",
     "Observations",
     "directions",
+    "is_at",
     "to_maximisation",
 ]
+
+_PRECISION = 1e-6  # problems may work in single precision
 
 Direction = Literal["max", "min"]
 Kind = Literal["proportion", "loss", "unbounded"]
@@ -136,6 +140,11 @@ def to_maximisation(Y: Tensor, metrics: Sequence[Metric]) -> Tensor:
     return Y * directions(metrics).to(Y)
 
 
+def is_at(x: Tensor, proposed: Tensor) -> bool:
+    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
+    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
+
+
 def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Return ``metrics`` as a tuple, or raise when empty or when two share a name."""
     names = [metric.name for metric in metrics]
@@ -150,9 +159,10 @@ def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     return tuple(metrics)
 
 
-def _double(value: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
-    where = value.device if isinstance(value, Tensor) else "cpu"  # never the default device
-    return torch.as_tensor(value, dtype=torch.float64, device=where).detach().cpu()
+_BY_ROW = (
+    *("X", "Y", "Yvar", "counts", "cost", "recalled", "saved"),
+    *("gradients", "gradient_variance"),
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,24 +176,30 @@ class Observations:
     whole rows takes the rows without a reason (:meth:`succeeded`). A failed row without any NaN is
     one that its reason takes back as a whole: none of its values counts as measured.
 
+    A row without a reason that has some of its metrics, and NaN for the others, is *incomplete*:
+    those were not measured there, such as a task that a study gained later. It has not failed.
+
     Attributes:
         X: ``n x d`` coefficients.
-        Y: ``n x m`` measured metrics in their own units and directions; NaN where a metric of a
-            failed row was not measured.
+        Y: ``n x m`` measured metrics in their own units and directions; NaN where a metric was not
+            measured.
         metrics: The ``m`` metrics.
         Yvar: ``n x m`` variance of the measurement noise (metric units squared); 0 where it is
             known to be exact, NaN where it is unknown.
         counts: ``n x m`` number of examples that a proportion was measured on; NaN elsewhere.
         cost: ``n`` seconds that each evaluation took.
-        failures: ``n`` reasons, ``None`` where the evaluation succeeded.
+        failures: ``n`` reasons, ``None`` where the evaluation did not fail.
         gradients: ``n x m x d`` derivatives of the metrics by the coefficients (metric unit per
             unit of the coefficient); NaN where there is none, and where the metric was not
             measured. None when there is none at all, also when all that was given is NaN.
         gradient_variance: ``n x m x d`` variance of the noise of ``gradients``; 0 where it is
             known to be exact, NaN where it is unknown. None exactly when ``gradients`` is.
+        recalled: ``n x m`` booleans: which values were not measured, but come from a cache of
+            earlier evaluations.
+        saved: ``n`` seconds that measuring those had taken; 0 where there are none.
 
     Raises:
-        DataError: When shapes disagree, or a succeeded row holds NaN or infinity.
+        DataError: When shapes disagree, or a row that has not failed holds infinity or nothing.
     """
 
     X: Tensor
@@ -195,12 +211,14 @@ class Observations:
     failures: tuple[str | None, ...] = None  # type: ignore[assignment]
     gradients: Tensor | None = None
     gradient_variance: Tensor | None = None
+    recalled: Tensor = None  # type: ignore[assignment]
+    saved: Tensor = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "metrics", check_metrics(self.metrics))
-        put(self, "X", _double(self.X))
-        put(self, "Y", _double(self.Y))
+        put(self, "X", double(self.X))
+        put(self, "Y", double(self.Y))
         if self.X.dim() != 2 or self.Y.dim() != 2:
             raise DataError(
                 f"X has shape {tuple(self.X.shape)} and Y {tuple(self.Y.shape)}; "
@@ -217,14 +235,14 @@ class Observations:
             )
         for name in ("Yvar", "counts"):
             value = getattr(self, name)
-            value = torch.full_like(self.Y, torch.nan) if value is None else _double(value)
+            value = torch.full_like(self.Y, torch.nan) if value is None else double(value)
             if value.shape != self.Y.shape:
                 raise DataError(
                     f"{name} has shape {tuple(value.shape)}, and Y {tuple(self.Y.shape)}",
                     hint=f"give {name} the shape of Y",
                 )
             put(self, name, value)
-        put(self, "cost", _double([0.0] * n if self.cost is None else self.cost))
+        put(self, "cost", double([0.0] * n if self.cost is None else self.cost))
         put(self, "failures", (None,) * n if self.failures is None else tuple(self.failures))
         if self.cost.shape != (n,) or len(self.failures) != n:
             raise DataError(
@@ -234,13 +252,14 @@ class Observations:
             )
         if not bool(torch.isfinite(self.X).all()):
             raise DataError("X holds NaN or infinity", hint="give finite coefficients")
-        bad = ~torch.isfinite(self.Y).all(-1) & self.ok
+        finite = torch.isfinite(self.Y)
+        bad = (torch.isinf(self.Y).any(-1) | ~finite.any(-1)) & ~self.failed_rows
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
             raise DataError(
                 f"row {rows[0]} of Y holds NaN or infinity: {self.Y[rows[0]].tolist()}",
                 hint="record the row as a failed one: put the reason in `failures`; the values of "
-                "the other metrics are kept",
+                "the other metrics are kept. NaN among other values is a metric not measured",
             )
         if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
             raise DataError(
@@ -252,49 +271,34 @@ class Observations:
                 "counts must be positive, and some are not",
                 hint="use NaN where nothing was counted",
             )
-        gradients, noise = self._checked_gradients()
+        recalled, saved = checked_recalled(self.recalled, self.saved, self.Y)
+        put(self, "recalled", recalled)
+        put(self, "saved", saved)
+        gradients, noise = checked_gradients(
+            self.gradients, self.gradient_variance, (*self.Y.shape, self.X.shape[-1]), self.measured
+        )
         put(self, "gradients", gradients)
         put(self, "gradient_variance", noise)
-
-    def _checked_gradients(self) -> tuple[Tensor | None, Tensor | None]:
-        """Return the gradients and their variances as they are kept, or raise."""
-        if self.gradients is None:
-            if self.gradient_variance is not None:
-                raise DataError(
-                    "gradient_variance was given without gradients", hint="give gradients as well"
-                )
-            return None, None
-        gradients = _double(self.gradients)
-        noise = self.gradient_variance
-        noise = torch.full_like(gradients, torch.nan) if noise is None else _double(noise)
-        shape = (*self.Y.shape, self.X.shape[-1])
-        for name, value in (("gradients", gradients), ("gradient_variance", noise)):
-            if value.shape != shape:
-                raise DataError(
-                    f"{name} must have shape {shape}, got {tuple(value.shape)}",
-                    hint="give one derivative per evaluation, metric and coefficient",
-                )
-        if bool(torch.isinf(gradients).any()):
-            raise DataError("gradients hold infinity", hint="use NaN where there is no gradient")
-        if bool(((noise < 0) | torch.isinf(noise)).any()):
-            raise DataError(
-                "gradient_variance holds negative or infinite variances",
-                hint="use NaN where the variance is not known",
-            )
-        nowhere = gradients.isnan() | ~self.measured.unsqueeze(-1)
-        if bool(nowhere.all()):
-            return None, None
-        return gradients.masked_fill(nowhere, torch.nan), noise.masked_fill(nowhere, torch.nan)
 
     def __len__(self) -> int:
         return len(self.X)
 
     @property
     def ok(self) -> Tensor:
-        """``n`` booleans: which evaluations succeeded."""
+        """``n`` booleans: which evaluations succeeded, with all of their metrics."""
+        return ~self.failed_rows & torch.isfinite(self.Y).all(-1)
+
+    @property
+    def failed_rows(self) -> Tensor:
+        """``n`` booleans: which evaluations failed; an incomplete one did not."""
         return torch.tensor(
-            [reason is None for reason in self.failures], dtype=torch.bool, device="cpu"
+            [reason is not None for reason in self.failures], dtype=torch.bool, device="cpu"
         )
+
+    @property
+    def incomplete(self) -> Tensor:
+        """``n`` booleans: which rows did not fail, and lack metrics that were not measured."""
+        return ~self.failed_rows & ~torch.isfinite(self.Y).all(-1)
 
     @property
     def measured(self) -> Tensor:
@@ -304,7 +308,7 @@ class Observations:
 
     @property
     def partial(self) -> Tensor:
-        """``n`` booleans: which rows failed, but have some of their metrics."""
+        """``n`` booleans: which rows have some of their metrics, but not all."""
         return ~self.ok & self.measured.any(-1)
 
     def of(self, metric: str) -> Observations:
@@ -339,6 +343,8 @@ class Observations:
             cost=self.cost[index],
             gradients=None if gradients is None else gradients[index][:, chosen],
             gradient_variance=None if noise is None else noise[index][:, chosen],
+            recalled=self.recalled[index][:, chosen],
+            saved=self.saved[index],
         )
 
     def with_any(self) -> Observations:
@@ -407,24 +413,19 @@ class Observations:
             ),
             gradients=gradients,
             gradient_variance=noise,
+            recalled=torch.where(lacks, self.recalled, again.recalled),
+            saved=torch.where(more, self.saved + again.saved, again.saved),
         )
 
     def select(self, rows: Tensor | Sequence[int]) -> Observations:
         """Return the given rows (indices or a boolean mask) as observations."""
         index = torch.as_tensor(rows)
         index = index.nonzero().flatten() if index.dtype == torch.bool else index.long()
+        parts = {name: getattr(self, name) for name in _BY_ROW}
         return dataclasses.replace(
             self,
-            X=self.X[index],
-            Y=self.Y[index],
-            Yvar=self.Yvar[index],
-            counts=self.counts[index],
-            cost=self.cost[index],
             failures=tuple(self.failures[i] for i in index.tolist()),
-            gradients=None if self.gradients is None else self.gradients[index],
-            gradient_variance=(
-                None if self.gradient_variance is None else self.gradient_variance[index]
-            ),
+            **{name: part[index] for name, part in parts.items() if part is not None},
         )
 
     def succeeded(self) -> Observations:
@@ -454,16 +455,13 @@ class Observations:
             if any(part.gradients is not None for part in parts)
             else []
         )
+        every = {name: [getattr(part, name) for part in parts] for name in _BY_ROW[:-2]}
         return cls(
-            X=torch.cat([part.X for part in parts]),
-            Y=torch.cat([part.Y for part in parts]),
             metrics=tuple(metrics),
-            Yvar=torch.cat([part.Yvar for part in parts]),
-            counts=torch.cat([part.counts for part in parts]),
-            cost=torch.cat([part.cost for part in parts]),
             failures=tuple(reason for part in parts for reason in part.failures),
             gradients=torch.cat([value for value, _ in gradients]) if gradients else None,
             gradient_variance=torch.cat([noise for _, noise in gradients]) if gradients else None,
+            **{name: torch.cat(values) for name, values in every.items()},
         )
 
     def slopes(self) -> tuple[Tensor, Tensor]:
@@ -545,14 +543,14 @@ class Front:
     def __post_init__(self) -> None:
         put = object.__setattr__
         put(self, "metrics", check_metrics(self.metrics))
-        put(self, "X", _double(self.X))
+        put(self, "X", double(self.X))
         k, m = len(self.X), len(self.metrics)
         for name in _FRONT_FIELDS[1:]:
             shape = (k,) if name in _OF_POINTS else (k, m)
             value = getattr(self, name)
             if value is None and name in ("real", "corrected", *_OF_POINTS):
                 value = torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")
-            put(self, name, _double(value))
+            put(self, name, double(value))
             if getattr(self, name).shape != shape:
                 raise DataError(
                     f"{name} of a front must have shape {shape}, got "
@@ -578,7 +576,7 @@ class Front:
     def with_real(self, rows: Sequence[int], values: Tensor) -> Front:
         """Return this front with measured ``values`` (``len(rows) x m``) at ``rows``."""
         real = self.real.clone()
-        real[torch.as_tensor(list(rows), dtype=torch.long)] = _double(values)
+        real[torch.as_tensor(list(rows), dtype=torch.long)] = double(values)
         return dataclasses.replace(self, real=real)
 
     def select(self, rows: Tensor | Sequence[int]) -> Front:

@@ -88,6 +88,10 @@ class AnotherRunError(StoreError):
     """A run directory that holds a run of other settings than those it is to go on with."""
 
 
+class WorkersError(MapBoError):
+    """Workers cannot be started, are out of reach, or hold something else than the driver."""
+
+
 class ConfigError(MapBoError):
     """A configuration that names something unknown or has a value of the wrong kind."""
 

@@ -83,6 +83,7 @@ _ROOMS = (  # of map_bo that hold settings: what else is a dataclass may write f
     "map_bo.samplers",
     "map_bo.space",
     "map_bo.surrogates",
+    "map_bo.workers.processes",
 )
 _OPTIONS_OF_HYDRA = ("_convert_", "_recursive_")
 

@@ -37,6 +37,13 @@ settings.register_profile(
 settings.load_profile("ci")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give slow tests more time: a machine that does other work beside them is no failure."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(600))
+
+
 @pytest.fixture(autouse=True)
 def handlers_of_the_log() -> Iterator[None]:
     """Take away the handlers that a command run in this process gave the root logger.
@@ -54,8 +61,12 @@ def handlers_of_the_log() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def zoo_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep trained experts in one folder of this session, never in the user's cache."""
+    """Keep trained experts in one folder of this session, never in the user's cache.
+
+    Evaluations are not kept: a test that measures must not be given what another one measured.
+    """
     folder = tmp_path_factory.mktemp("map_bo_cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MAP_BO_CACHE", str(folder))
+        patch.setenv("MAP_BO_EVALUATIONS", "off")
         yield folder

@@ -19,6 +19,7 @@ FLOORS = [
         "values",
         "rng",
         "data",
+        "observed",
         "choice",
         "space",
         "scale",
@@ -53,6 +54,7 @@ ELSEWHERE = {  # modules without a test file of their own -> what tests them
     "app.merge": "integration/test_merging.py",
     "app.schema": "app/test_configuration.py",
     "app.task": "integration/test_command_line.py",
+    "loop.optimize": "loop/test_run.py",
     "samplers.posterior.driven": "contracts/sampler_contract.py",
     "tracking.store": "contracts/store_contract.py",  # a protocol
 }

@@ -67,6 +67,8 @@ def test_to_maximisation_is_its_own_inverse(ways: list[str]) -> None:
         ({"failures": (None,)}, "one entry"),
         ({"X": torch.full((3, 2), torch.nan)}, "X holds NaN"),
         ({"Y": torch.full((3, 2), torch.inf)}, "row 0 of Y holds NaN or infinity"),
+        ({"Y": torch.full((3, 2), torch.nan)}, "row 0 of Y holds NaN or infinity"),
+        ({"Y": torch.tensor([[1.0, torch.inf]] * 3)}, "row 0 of Y holds NaN or infinity"),
         ({"metrics": ()}, "no metrics"),
         ({"metrics": (Metric("a"), Metric("a"))}, "appear twice"),
     ],
@@ -84,6 +86,27 @@ def test_failed_rows_are_kept_and_left_out() -> None:
     assert len(seen.succeeded()) == 5
     assert bool(torch.isnan(seen.Y[3]).all())
     assert seen.failures[3] == "evaluator 'acc' raised ValueError"
+
+
+def test_what_was_not_measured_has_not_failed() -> None:
+    Y = torch.tensor([[1.0, torch.nan], [1.0, 2.0], [torch.nan, 2.0]])
+    seen = observations(3, Y=Y, failures=(None, None, "it broke"))
+    assert seen.ok.tolist() == [False, True, False]
+    assert seen.incomplete.tolist() == [True, False, False]
+    assert seen.failed_rows.tolist() == [False, False, True]
+    assert seen.partial.tolist() == [True, False, True]
+    assert seen.measured.tolist() == [[True, False], [True, True], [False, True]]
+    assert len(seen.of("acc")) == 2
+    assert len(seen.succeeded()) == 1
+    assert len(seen.with_any()) == 3
+    whole = observations(1, X=seen.X[:1], Y=torch.tensor([[1.0, 3.0]]))
+    done = seen.select([0]).completed_by(whole)
+    assert done.Y.tolist() == [[1.0, 3.0]]
+    assert done.ok.tolist() == [True]
+    broke = observations(1, X=seen.X[:1], Y=torch.full((1, 2), torch.nan), failures=("it broke",))
+    kept = seen.select([0]).completed_by(broke)
+    assert kept.failures == ("it broke",)
+    assert kept.measured.tolist() == [[True, False]]
 
 
 def test_select_takes_masks_and_indices() -> None:
@@ -352,3 +375,46 @@ def test_an_anchor_counts_for_the_metrics_that_it_has() -> None:
     assert scale.point[0] == Y[experts, 0].min()
     assert torch.equal(scale.best, whole.best)
     assert varied_metrics(seen).tolist() == [True, True]
+
+
+def test_marks_of_what_was_recalled_stay_with_their_values() -> None:
+    metrics = (Metric("a"), Metric("b"))
+    marks = torch.tensor([[True, False], [False, False], [True, True]])
+    seen = Observations(
+        torch.rand(3, 2),
+        torch.rand(3, 2),
+        metrics,
+        recalled=marks,
+        saved=torch.tensor([1.0, 0.0, 4.0]),
+    )
+    assert torch.equal(seen.select([2, 0]).recalled, marks[[2, 0]])
+    assert seen.select([2, 0]).saved.tolist() == [4.0, 1.0]
+    assert seen.of("b").recalled.tolist() == [[False], [False], [True]]
+    joined = seen.append(seen.select([1]))
+    assert torch.equal(joined.recalled, torch.cat([marks, marks[1:2]]))
+    assert joined.saved.tolist() == [1.0, 0.0, 4.0, 0.0]
+
+
+def test_a_further_attempt_keeps_the_marks_of_what_it_lacks() -> None:
+    metrics = (Metric("a"), Metric("b"))
+    nan = torch.nan
+    first = Observations(
+        torch.zeros(1, 2),
+        torch.tensor([[0.5, nan]]),
+        metrics,
+        cost=torch.tensor([1.0]),
+        failures=("b failed",),
+        recalled=torch.tensor([[True, False]]),
+        saved=torch.tensor([3.0]),
+    )
+    again = dataclasses.replace(
+        first,
+        Y=torch.tensor([[nan, 0.25]]),
+        failures=("a failed",),
+        recalled=torch.tensor([[False, False]]),
+        saved=torch.tensor([0.0]),
+    )
+    whole = first.completed_by(again)
+    assert whole.failures == (None,)
+    assert whole.recalled.tolist() == [[True, False]]
+    assert whole.saved.tolist() == [3.0]

@@ -112,12 +112,14 @@ def test_what_only_looks_like_an_old_option_stays(same: object) -> None:
     "statement",
     [
         "from map_bo.merging.hub import hub_model",
-        "from map_bo.samplers.bins import Bins",
+        pytest.param("from map_bo.samplers.bins import Bins", marks=pytest.mark.slow),
         "from map_bo.problems.merged import MergedModelProblem",  # today a package of this name
-        "from map_bo.tracking.wandb import Wandb",
-        "from map_bo.operators.fisher import Fisher",
-        "from map_bo.operators.statistics import load_statistics",
-        "import map_bo.merging.task_arithmetic",
+        pytest.param("from map_bo.tracking.wandb import Wandb", marks=pytest.mark.slow),
+        pytest.param("from map_bo.operators.fisher import Fisher", marks=pytest.mark.slow),
+        pytest.param(
+            "from map_bo.operators.statistics import load_statistics", marks=pytest.mark.slow
+        ),
+        pytest.param("import map_bo.merging.task_arithmetic", marks=pytest.mark.slow),
     ],
 )
 def test_an_old_import_works_and_warns(statement: str) -> None:

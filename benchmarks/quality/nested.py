@@ -35,7 +35,7 @@ from benchmarks.quality.nested_tables import figure, short, tables
 from benchmarks.quality.scoring import representatives
 from benchmarks.record import RESULTS, finish
 from map_bo.errors import BudgetError
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.nested.budget import BudgetAllocator, node_sizes
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.planning import balanced_tree, most_stages

@@ -27,8 +27,8 @@ from benchmarks.quality.cases import case
 from benchmarks.quality.cases_core import Case
 from benchmarks.record import finish
 from map_bo.data import Metric, Observations
+from map_bo.loop.optimize import optimize
 from map_bo.loop.result import Result
-from map_bo.loop.run import optimize
 from map_bo.pareto.indicators import hypervolume
 from map_bo.problems.problem import Problem
 from map_bo.rng import child, make_generator

@@ -22,7 +22,6 @@ from benchmarks.quality.methods import Method, Parts
 from benchmarks.quality.scoring import choices, coverage, measures, representatives, weights_of
 from map_bo.data import Observations, to_maximisation
 from map_bo.errors import ConfigError, SurrogateError
-from map_bo.loop.evaluation import evaluate_row
 from map_bo.pareto.dominance import non_dominated
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.trust import Coverage, guard
@@ -32,6 +31,7 @@ from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
+from map_bo.workers.evaluation import evaluate_row
 
 __all__ = ["CHECKPOINTS", "Case", "batch_at", "checkpoints", "direct", "run"]
 

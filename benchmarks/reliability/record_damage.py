@@ -37,8 +37,8 @@ import torch
 from benchmarks.record import finish
 from map_bo.app.record_commands import verdict_of
 from map_bo.errors import MapBoError
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_state
-from map_bo.loop.run import optimize
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.settings import Nested
 from map_bo.pareto.gradient import GradientSolver

@@ -26,7 +26,6 @@ from omegaconf import OmegaConf
 from benchmarks.record import finish
 from map_bo.data import Metric, Observations
 from map_bo.errors import MapBoError
-from map_bo.loop.evaluation import TimeLimitExceededError, time_limit
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.rng import make_generator
 from map_bo.samplers.sampler import Sampler
@@ -37,6 +36,7 @@ from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.surrogates.surrogate import Surrogate
+from map_bo.workers.evaluation import TimeLimitExceededError, time_limit
 
 EXAMPLES = 500
 BATCH = 4

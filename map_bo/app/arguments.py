@@ -20,6 +20,7 @@ __all__ = [
     "with_added_key",
     "with_bare_trust",
     "with_configuration",
+    "with_options_last",
 ]
 
 Command = Callable[[argparse.Namespace], None]
@@ -37,6 +38,9 @@ examples:
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
   map-bo resume RUN                                     continue after any interruption
+  map-bo resume RUN loop.budget=48                      extend it, also when it has finished
+  map-bo ask RUN -n 4 --json                            points for a cluster of your own
+  map-bo tell RUN 3 --json '{"rot90": 0.61, "flip": 0.7}'
   map-bo export RUN --to ax.db                          the run as an Ax experiment
   map-bo check RUN                                      whether its record is whole
 
@@ -70,11 +74,50 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     init_options(init)
     init.set_defaults(command=functions["init"])
 
-    resume = _command(commands, "resume", "continue an interrupted run", functions["resume"])
+    resume = _command(
+        commands,
+        "resume",
+        "continue an interrupted run, or extend one that has finished",
+        functions["resume"],
+    )
+    resume.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings from now on, such as loop.budget=48 loop.timeout=600 tracking=wandb",
+    )
     resume.add_argument(
         "--retry-failed", action="store_true", help="repeat the evaluations that failed"
     )
     _trust_option(resume)
+
+    asking = _command(
+        commands,
+        "ask",
+        "propose points of a run that is evaluated elsewhere, and record that they wait",
+        functions["ask"],
+    )
+    asking.add_argument(
+        "-n", dest="count", type=int, default=1, metavar="N", help="how many (default: 1)"
+    )
+    asking.add_argument(
+        "--waiting", action="store_true", help="list the rows that wait instead of proposing some"
+    )
+    asking.add_argument("--json", action="store_true", help="print the rows as JSON")
+    _trust_option(asking)
+
+    telling = _command(
+        commands, "tell", "record what was measured at a row that waits", functions["tell"]
+    )
+    telling.add_argument("row", type=int, metavar="ROW", help="number of the row")
+    telling.add_argument(
+        "--json",
+        required=True,
+        metavar="OUTCOME",
+        help="""'{"METRIC": VALUE, ...}', where a value may be {"value": V, "variance": S, """
+        """"n": N}; or '{"failed": "reason"}'; a file that holds it; or - for standard input""",
+    )
+    _trust_option(telling)
 
     choose = _command(
         commands, "choose", "choose a point of the front by preference", functions["choose"]
@@ -141,6 +184,13 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     repair.add_argument(
         "--append", metavar="FILE", help="add events that were printed for lack of room"
     )
+
+    text = "say what is in the cache of evaluations, or empty it"
+    cache = commands.add_parser("cache", help=text, description=text)
+    cache.add_argument("--file", metavar="FILE", help="another file than that of this user")
+    cache.add_argument("--clear", action="store_true", help="remove all entries")
+    cache.add_argument("--json", action="store_true", help="print what is there as JSON")
+    cache.set_defaults(command=functions["cache"])
     return top
 
 
@@ -217,6 +267,25 @@ def with_bare_trust(arguments: Sequence[str]) -> list[str]:
         bare = this == "--trust" and not _is_package(after)
         found.append("--trust=*" if bare else this)
     return found
+
+
+def with_options_last(arguments: Sequence[str]) -> list[str]:
+    """Return the arguments of ``resume`` with its options after the run and its changes.
+
+    argparse takes a list of words only where no option stands between them.
+    """
+    if list(arguments[:1]) != ["resume"]:
+        return list(arguments)
+    words: list[str] = []
+    options: list[str] = []
+    rest = list(arguments[1:])
+    while rest:
+        this = rest.pop(0)
+        if this == "--trust" and rest:
+            options += [this, rest.pop(0)]
+        else:
+            (options if this.startswith("-") else words).append(this)
+    return ["resume", *words, *options]
 
 
 def _is_package(text: str) -> bool:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig, OmegaConf
 
 from map_bo.app.worker_process import end_with_parent, exit_if_orphaned
-from map_bo.errors import MapBoError
+from map_bo.errors import ConfigError, MapBoError
 from map_bo.moved import current, with_current_targets
 from map_bo.tracking.wandb.run import is_mirrored
 
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
-_MIRRORS = ("progress", "tracking")  # settings that only show a job; its name omits them
+# Settings that change nothing that a job finds; its name omits them.
+_MIRRORS = ("progress", "tracking", "drive", "workers")
 
 
 def job_name(overrides: str) -> str:
@@ -142,6 +143,11 @@ def run_task(config: DictConfig) -> float:
     warn_of_old_names(hydra.runtime.choices)
     directory, choices = Path(hydra.runtime.output_dir), record_of(hydra)
     if hydra.mode == RunMode.MULTIRUN:
+        if not config.get("drive", True):
+            raise ConfigError(
+                "drive=false only creates a run, and this is a sweep of several",
+                hint="create one run with `map-bo run drive=false ...`",
+            )
         _group(config, Path(hydra.sweep.dir).name)
         end_with_parent()
         try:
@@ -149,11 +155,15 @@ def run_task(config: DictConfig) -> float:
         except SystemExit:
             exit_if_orphaned()
             raise
-    from map_bo.app.task import drive, show
+    from map_bo.app.task import create, drive, is_told, show
     from map_bo.tracking.fresh import leaving_nothing, remove_hydra_files
 
+    created_only = not config.get("drive", True) or is_told(config)
     try:
         with leaving_nothing(directory):
+            if created_only:
+                sys.stdout.write(create(config, directory, choices) + "\n")
+                return nan
             result = drive(config, directory, fresh=True, choices=choices)
     except MapBoError as error:
         remove_hydra_files(directory)
@@ -202,16 +212,22 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
-    from map_bo.loop.reading import created_of, is_run, load_state
+    from map_bo.loop.growth import MAY_CHANGE
+    from map_bo.loop.reading import created_of, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
     from map_bo.tracking.fresh import leaving_nothing
+    from map_bo.tracking.jsonl import is_run
 
     if is_run(directory):
-        recorded = (created_of(directory).get("config") or {}).get("tree") or {}
+        recorded = (created_of(directory, extended=False).get("config") or {}).get("tree") or {}
         now: Any = OmegaConf.to_container(config, resolve=True)
         both = (_comparable(with_current_targets(tree)) for tree in (recorded, now))
         refuse_another(*both)
+        in_force = (created_of(directory).get("config") or {}).get("tree") or {}
+        for name in set(MAY_CHANGE) & set(in_force.get("loop") or {}):
+            # A job that was extended by hand goes on as it is.
+            OmegaConf.update(config, f"loop.{name}", in_force["loop"][name], merge=False)
         state, space = load_state(directory)
         if state.summary is not None and _is_shown(config, directory):
             sys.stdout.write(f"already finished: {directory.name}\n")
@@ -248,7 +264,10 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
             found["_target_"] = current(found["_target_"])
         return found
 
-    return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    found = {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    if isinstance(start := found.get("start_from"), Mapping) and not start.get("source"):
+        found["start_from"] = None  # as jobs of version 0.1 have recorded it
+    return found
 
 
 # Launchers send the task to processes that load nothing else of this package and resolve the

@@ -20,6 +20,7 @@ from map_bo.app.arguments import (
     with_added_key,
     with_bare_trust,
     with_configuration,
+    with_options_last,
 )
 from map_bo.errors import ConfigError, MapBoError, SettingsError, did_you_mean, first_line
 
@@ -67,7 +68,8 @@ def _dispatch(arguments: list[str]) -> None:
     elif arguments[:1] in (["-sc"], ["--shell-completion"]):
         _complete(arguments)
     else:
-        options = parser(_FUNCTIONS).parse_args(with_bare_trust(arguments))
+        arguments = with_options_last(with_bare_trust(arguments))
+        options = parser(_FUNCTIONS).parse_args(arguments)
         command: Command = options.command
         command(options)
 
@@ -184,7 +186,7 @@ def _choose(options: argparse.Namespace) -> None:
 
 
 def _merge(options: argparse.Namespace) -> None:
-    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at
+    from map_bo.app.merge import merge_choice, merge_recipe, recipe_at, row_of
     from map_bo.app.trust import recorded_configuration
     from map_bo.loop.reading import created_of
     from map_bo.merging.export.draft import refuse_existing
@@ -199,7 +201,8 @@ def _merge(options: argparse.Namespace) -> None:
         run, trust = os.path.abspath(options.run), options.trust
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)):
             pass  # what is not trusted is refused before anything is fitted
-        choice = _choice_of(options)  # refuses a wrong name before checkpoints are read
+        # A wrong name is refused before checkpoints are read.
+        choice = _choice_of(options) if options.row is None else row_of(run, options)
         out = os.path.abspath(options.out)
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
             written = merge_choice(choice, options, config, run=run, out=out)
@@ -214,12 +217,37 @@ def _resume(options: argparse.Namespace) -> None:
     directory, here = Path(options.run).absolute(), Path.cwd()
     recorded = created_of(directory).get("config")
     with recorded_configuration(options.run, recorded, trust=options.trust) as config:
-        result = drive(config, directory, retry_failed=options.retry_failed)
+        changed: Any = None
+        changes: dict[str, Any] = {}
+        if options.overrides:
+            from map_bo.app.runs.overrides import with_overrides
+
+            choices = (recorded or {}).get("choices") or {}
+            changed, changes = with_overrides(config, options.overrides, choices)
+        result = drive(
+            config,
+            directory,
+            retry_failed=options.retry_failed,
+            changed=changed,
+            changes=changes,
+        )
     show(result, here)
 
 
+def _ask(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import ask
+
+    ask(options)
+
+
+def _tell(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.asking import tell
+
+    tell(options)
+
+
 def _report(options: argparse.Namespace) -> None:
-    from map_bo.loop.reading import is_run
+    from map_bo.tracking.jsonl import is_run
 
     if options.more or not is_run(options.run):
         _report_comparison(options)
@@ -289,6 +317,12 @@ def _repair(options: argparse.Namespace) -> None:
     from map_bo.app.record_commands import repair
 
     repair(options)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import show_cache
+
+    show_cache(options)
 
 
 def _init(options: argparse.Namespace) -> None:
@@ -448,6 +482,8 @@ def _complete(arguments: list[str]) -> None:
 _FUNCTIONS: Mapping[str, Command] = {
     "init": _init,
     "resume": _resume,
+    "ask": _ask,
+    "tell": _tell,
     "choose": _choose,
     "merge": _merge,
     "report": _report,
@@ -455,6 +491,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "import": _import,
     "check": _check,
     "repair": _repair,
+    "cache": _cache,
 }
 
 

@@ -11,12 +11,18 @@ from typing import Any
 
 from map_bo.errors import ConfigError
 
-__all__ = ["merge_choice", "merge_options", "merge_recipe", "recipe_at"]
+__all__ = ["merge_choice", "merge_options", "merge_recipe", "recipe_at", "row_of"]
 
 
 def merge_options(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``map-bo merge`` besides those of a choice."""
     parser.add_argument("--out", required=True, metavar="DIR", help="directory to write (new)")
+    parser.add_argument(
+        "--row",
+        type=int,
+        metavar="N",
+        help="merge with the coefficients of a row that `map-bo ask` has proposed",
+    )
     parser.add_argument(
         "--max-memory",
         metavar="SIZE",
@@ -43,6 +49,45 @@ def merge_options(parser: argparse.ArgumentParser) -> None:
         "--task",
         metavar="EXPERT",
         help="write the merge as a model of this expert's task, with its head and configuration",
+    )
+
+
+def row_of(run: str, options: argparse.Namespace) -> Any:
+    """Return a row that was proposed as a choice, so that its model can be written.
+
+    Args:
+        run: The run's directory.
+        options: The options of the command.
+
+    Raises:
+        ConfigError: When there is no such row, or a choice was given too.
+    """
+    import torch
+
+    from map_bo.loop.reading import load_state
+    from map_bo.loop.result import Choice
+
+    if options.prefer or options.at_least or options.at_most or options.point is not None:
+        raise ConfigError("--row and a choice were both given", hint="give one of them")
+    state, space = load_state(run)
+    if not 0 <= options.row < len(state.X):
+        raise ConfigError(
+            f"--row is {options.row}, and the run has proposed {len(state.X)} rows, counted from 0",
+            hint="see those that wait with `map-bo ask RUN --waiting`",
+        )
+    unknown = torch.full((len(state.metrics),), torch.nan, dtype=torch.float64)
+    outcome = state.outcomes.get(options.row)
+    return Choice(
+        point=options.row,
+        x=state.X[options.row],
+        mean=unknown,
+        lower=unknown,
+        upper=unknown,
+        real=unknown if outcome is None else outcome.Y[0],
+        corrected=unknown,
+        metrics=state.metrics,
+        space=space,
+        notes=("point is the number of a proposed row, not of a point of the front",),
     )
 
 

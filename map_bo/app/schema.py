@@ -25,7 +25,23 @@ from map_bo.loop.stopping import Stop
 __all__ = ["Config", "LoopConfig", "StopConfig", "register"]
 
 _MANDATORY = "???"
-_ELSEWHERE = ("seed", "sampler", "surrogate", "solver")  # of the settings: not below ``loop``
+_ELSEWHERE = (
+    "seed",
+    "sampler",
+    "surrogate",
+    "solver",
+    "workers",
+)  # of the settings: not below ``loop``
+
+
+_START_FROM: Mapping[str, Any] = {
+    "source": None,
+    "experts": None,
+    "metrics": None,
+    "values": None,
+    "trust_data": False,
+    "skip": False,
+}  # the fields of map_bo.loop.transfer.study.StartFrom, which is not loaded for --help
 
 
 def _mirror(name: str, of: type, *, without: tuple[str, ...] = (), **changes: Any) -> Any:
@@ -84,7 +100,8 @@ class Config:
 
     seed: int = Settings.seed
     progress: bool = True
-    start_from: str | None = None
+    drive: bool = True
+    start_from: Any = field(default_factory=lambda: dict(_START_FROM))
     loop: LoopConfig = field(default_factory=LoopConfig)
     problem: dict[str, Any] = field(default_factory=dict)
     operator: dict[str, Any] = field(default_factory=dict)
@@ -92,6 +109,7 @@ class Config:
     sampler: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     nested: dict[str, Any] = field(default_factory=dict)
+    workers: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
 

@@ -57,6 +57,7 @@ def rows_of(state: RunState, space: CoefficientSpace, events: Sequence[Event]) -
     for i, x in enumerate(state.X):
         origin: dict[str, Any] = {"row": i}
         method = "imported" if i in state.imported else sampler
+        method = "verification" if i in state.front_rows else method  # of an earlier front
         if method == sampler:
             for name, here in zip(names, is_anchor[:, i].tolist(), strict=True):
                 if here:
@@ -100,8 +101,19 @@ def _times(events: Sequence[Event]) -> _Times:
                 for i in event.data["indices"]:
                     times.proposed.setdefault(i, event.time)
                     times.observed[i] = event.time
+                for i in event.data.get("complete", ()):
+                    del times.observed[i]
+                first = len(times.proposed)
+                for i in range(len(event.data.get("queue", ()))):
+                    times.proposed[first + i] = event.time
             case "front":
                 times.solved = event.time
+            case "extended" if event.data["reopens"]:
+                first = len(times.proposed)
+                for i, row in enumerate(sorted(times.verified)):
+                    times.proposed[first + i] = times.solved
+                    times.observed[first + i] = times.verified[row]
+                times.verified.clear()
             case "verified":
                 times.verified[event.data["row"]] = event.time
     return times

@@ -160,6 +160,11 @@ class Entropy(ExampleEvaluator):
         """A digest of the inputs and of the classifier's fixed parts."""
         return self._task.digest
 
+    @property
+    def repeats(self) -> bool:
+        """Whether the kind that is used does."""
+        return self._task.repeats
+
     def prepare(self, model: nn.Module) -> None:
         """Get ready as the kind does, without labels.
 

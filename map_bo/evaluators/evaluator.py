@@ -9,17 +9,20 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from map_bo.cached import digest_of
 from map_bo.errors import EvaluationError, MapBoError
 from map_bo.evaluators.isolation.world import stops_the_process
 
 __all__ = [
     "Accuracy",
     "Evaluator",
+    "HasDigest",
     "Inputs",
     "ItemEvaluator",
     "MeanLoss",
@@ -27,6 +30,7 @@ __all__ = [
     "Measurement",
     "Prepares",
     "ReadsHead",
+    "Repeats",
     "Returned",
     "accuracy",
     "binomial_variance",
@@ -152,6 +156,33 @@ class ItemEvaluator(Protocol):
             ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
             example says nothing of a metric, as a document of another task does.
         """
+        ...
+
+
+@runtime_checkable
+class HasDigest(Protocol):
+    """An evaluator whose measurements may be kept for later runs: it says what it depends on.
+
+    It promises that the same weights give the same measurement as long as its digest is the same.
+    A function has one when it is given one: ``score.digest = "version 2 of my examples"``.
+    """
+
+    @property
+    def digest(self) -> str:
+        """Text that changes with the examples and with every setting that decides the outcome.
+
+        It is asked for before each evaluation, after `Prepares.prepare`.
+        """
+        ...
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """An evaluator that says whether the same weights always give the same measurement."""
+
+    @property
+    def repeats(self) -> bool:
+        """Whether they do; not so where it measures times or draws anew."""
         ...
 
 
@@ -320,6 +351,11 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.parameters()), torch.device("cpu"))
 
 
+_SMALL = 1 << 20  # bytes of examples whose digest is taken anew each time
+_digests: WeakKeyDictionary[object, tuple[object, str]] = WeakKeyDictionary()
+"""Evaluator -> the state of its tensors, and the digest that they had in it."""
+
+
 @runtime_checkable
 class _HasLogits(Protocol):
     logits: Tensor
@@ -377,6 +413,23 @@ class _Classification:
                 f"batch_size must be at least 1, got {self.batch_size}",
                 hint="give the number of examples per forward pass",
             )
+
+    @property
+    def digest(self) -> str:
+        """A digest of inputs, labels and batch size."""
+        tensors = {"labels": self.labels}
+        inputs = {"": self.inputs} if isinstance(self.inputs, Tensor) else self.inputs
+        tensors |= {f"input {name}": tensor for name, tensor in inputs.items()}
+        if sum(tensor.nbytes for tensor in tensors.values()) <= _SMALL:
+            return f"{digest_of(tensors)} {self.batch_size}"
+        state = tuple(
+            (id(tensor), tensor.data_ptr(), None if tensor.is_inference() else tensor._version)
+            for tensor in tensors.values()
+        )
+        known = _digests.get(self)
+        if known is None or known[0] != state:
+            known = _digests[self] = state, f"{digest_of(tensors)} {self.batch_size}"
+        return known[1]
 
     def _batches(self, model: nn.Module, *, graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits (``b x classes``, float32) and labels (``b``) of each batch."""

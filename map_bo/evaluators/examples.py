@@ -96,6 +96,8 @@ class ExampleEvaluator(ABC):
         ConfigError: When the batch size is no whole number from 1.
     """
 
+    _repeats: bool = True
+
     def __init__(self, *, batch_size: int = 32) -> None:
         self.batch_size = whole_number("batch_size", batch_size, least=1)
 
@@ -121,6 +123,14 @@ class ExampleEvaluator(ABC):
         Raises:
             EvaluationError: Before `prepare`.
         """
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the same weights always have the same outcomes; false where times are measured.
+
+        Only then may measurements be kept for later runs.
+        """
+        return self._repeats
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> None:

@@ -211,6 +211,11 @@ class Generation(ExampleEvaluator):
         return self._known.digest
 
     @property
+    def repeats(self) -> bool:
+        """Whether answers are greedy and no time is measured."""
+        return not self.temperature and "seconds" not in self._measured
+
+    @property
     def _known(self) -> _Prompts:
         return self.require_ready(self._prompts, "the prompts have not been read")
 

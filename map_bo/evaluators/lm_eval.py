@@ -26,6 +26,7 @@ from map_bo.evaluators.language.harness import (
     Plan,
     Progress,
     Unit,
+    draws,
     load_tasks,
     make_plan,
     measured_by,
@@ -217,6 +218,7 @@ class LMEval(ExampleEvaluator):
         digest = hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()
         columns = [(unit.name, column) for unit in plan.units for column in unit.columns]
         self._ready = _Ready(tuple(leaves), tokenizer, digest, columns)
+        self._repeats = not (self.unsafe_code or draws([leaf.arguments for leaf in leaves]))
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcomes of some documents, ``b x m``, or ``b`` of a single metric."""
@@ -518,8 +520,6 @@ class _Leaf:
 
 
 class _Nothing(dict[str, Any]):
-    """Aggregates nothing, under every name."""
-
     def __missing__(self, name: str) -> Any:
         return lambda values: 0.0
 

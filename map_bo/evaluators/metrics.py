@@ -31,6 +31,7 @@ __all__ = [
     "measure_all",
     "metric_names",
     "metrics_of",
+    "own_names",
     "select_metrics",
 ]
 
@@ -90,6 +91,13 @@ def metric_names(key: str, evaluator: Evaluator) -> dict[str, str]:
     if len(own) == 1:
         return {own[0]: key}
     return {name: f"{key}_{name}" for name in own}
+
+
+def own_names(key: str, evaluator: Evaluator) -> dict[str, str]:
+    """Return the name that each metric has in a run -> one that does not depend on ``key``."""
+    if not isinstance(evaluator, DeclaresMetrics):
+        return {key: "value"}
+    return {name: own for own, name in metric_names(key, evaluator).items()}
 
 
 def measure_all(

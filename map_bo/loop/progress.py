@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol, runtime_checkable
 
@@ -24,12 +24,14 @@ from rich.table import Column
 from map_bo.data import Observations
 from map_bo.evaluators.evaluator import measuring
 from map_bo.evaluators.examples import listening
+from map_bo.workers.workers import Task
 
 __all__ = [
     "CountsExamples",
     "Progress",
     "Reporter",
     "RichProgress",
+    "ShowsWorkers",
     "Silent",
     "follow",
     "silent",
@@ -62,6 +64,15 @@ class CountsExamples(Protocol):
 
     def scored(self, evaluator: str | None, done: int, total: int) -> None:
         """An evaluator has scored ``done`` of its ``total`` examples."""
+        ...
+
+
+@runtime_checkable
+class ShowsWorkers(Protocol):
+    """A reporter that is also told, about once a second, what each worker does."""
+
+    def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
+        """Each of ``running`` is a worker, its task, and the seconds since that began."""
         ...
 
 
@@ -177,6 +188,7 @@ class _BarReporter:
         else:
             pairs = zip(outcome.metrics, outcome.Y[0].tolist(), strict=True)
             last = " ".join(f"{metric.name} {value:.4g}" for metric, value in list(pairs)[:4])
+        last = f"{last}{_from_the_cache(outcome)}"
         self._bar.update(self._task, advance=1, last=last, examples="")
 
 
@@ -187,6 +199,7 @@ class _LogReporter:
         self._total, self._interval = total, interval
         self._begun = self._said = time.monotonic()
         self._before = self._here = 0  # evaluations recorded earlier, and measured since
+        self._recalled = 0  # of the latter, those that come from the cache
         self._what = "starting"
 
     def done(self, count: int) -> None:
@@ -201,6 +214,7 @@ class _LogReporter:
 
     def measured(self, outcome: Observations) -> None:
         self._here += 1
+        self._recalled += int(bool(outcome.recalled.all()))
 
     def _say(self, more: str) -> None:
         now = time.monotonic()
@@ -212,7 +226,17 @@ class _LogReporter:
         if self._here and done < self._total:
             seconds = (now - self._begun) / self._here * (self._total - done)
             left = f", about {_duration(seconds)} left"
-        logger.info("%s%s; %d of %d evaluations done%s", self._what, more, done, self._total, left)
+        kept = f" ({self._recalled} from the cache)" if self._recalled else ""
+        text = "%s%s; %d of %d evaluations done%s%s"
+        logger.info(text, self._what, more, done, self._total, kept, left)
+
+
+def _from_the_cache(outcome: Observations) -> str:
+    """Return how much of an outcome was not measured, in words that follow it."""
+    recalled, m = int(outcome.recalled.sum()), len(outcome.metrics)
+    if not recalled:
+        return ""
+    return " (from the cache)" if recalled == m else f" ({recalled} of {m} from the cache)"
 
 
 def _duration(seconds: float) -> str:

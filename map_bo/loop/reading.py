@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,26 +19,31 @@ from urllib.parse import quote
 
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
 from map_bo.foreign import read_json, understood
+from map_bo.loop.growth import created_in_force
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
+from map_bo.loop.run import Run
+from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, check_created, replay
 from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
+from map_bo.problems.told import ToldProblem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, screened
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale
-from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.jsonl import JsonlStore, is_run
+from map_bo.tracking.store import Event
 from map_bo.tracking.wandb.run import wandb_run_of
 
 __all__ = [
     "as_in_run",
     "clear_failure",
     "created_of",
-    "is_run",
     "load_result",
     "load_state",
+    "open_run",
     "read_runs",
     "record_failure",
     "recorded_surrogate",
@@ -59,20 +64,62 @@ def _reading(run_dir: str | Path) -> AbstractContextManager[None]:
     )
 
 
-def created_of(run_dir: str | Path) -> dict[str, Any]:
-    """Return the data of the ``created`` event of a run.
+def created_of(run_dir: str | Path, *, extended: bool = True) -> dict[str, Any]:
+    """Return what is recorded of a run's start, with the settings in force.
+
+    It is the data of its ``created`` event after all extensions (:mod:`map_bo.loop.growth`), or
+    without them where they are not asked for (``extended``).
 
     Raises:
         StoreError: When the directory holds no run.
     """
     with _reading(run_dir):
-        for event in JsonlStore.open(Path(run_dir)).read():
-            if event.kind == "created":
-                return dict(check_created(event.data))
+        events = _checked(JsonlStore.open(Path(run_dir)).read())
+        if not extended:
+            events = (event for event in events if event.kind == "created")
+        created = created_in_force(events)
+        if created is not None:
+            return created
     raise StoreError(
         f"the record in {run_dir} does not begin with a run",
         hint="name a directory that `map-bo run` wrote",
     )
+
+
+def _checked(events: Iterable[Event]) -> Iterator[Event]:
+    for event in events:
+        if event.kind == "created":
+            check_created(event.data)
+        yield event
+
+
+def open_run(run_dir: str | Path, *, trust: Trust = ()) -> Run:
+    """Return a recorded run, to ask for rows and to tell their outcomes.
+
+    Everything comes from the record: no checkpoint is read, and the run cannot evaluate a point
+    itself. Several processes may have the same run open; see :class:`map_bo.loop.run.Run`.
+
+    Args:
+        run_dir: The run's directory.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
+
+    Raises:
+        StoreError: When there is no run, or it is a nested one.
+        SettingsError: When its settings cannot be built again, or their package is not trusted.
+    """
+    created = created_of(run_dir)
+    if created.get("nested"):
+        raise StoreError(
+            "a nested run measures points of many nodes, which cannot be asked for by hand",
+            hint="drive it with `map-bo resume RUN`, or start a run without nested=...",
+        )
+    with _reading(run_dir):
+        values = {name: from_plain(part, trust=trust) for name, part in created["settings"].items()}
+        metrics = tuple(decode_metric(metric) for metric in created["metrics"])
+        space = CoefficientSpace.from_description(created["space"])
+        problem = ToldProblem(space, metrics, created["problem"])
+        settings = Settings.checked(**values)
+    return Run(problem, settings, JsonlStore.open(Path(run_dir)))
 
 
 def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
@@ -166,12 +213,6 @@ def recorded_surrogate(created: Mapping[str, Any], *, trust: Trust = ()) -> Surr
             hint="the record was changed by hand",
         )
     return surrogate
-
-
-def is_run(directory: str | Path) -> bool:
-    """Return whether a directory holds the record of a run."""
-    path = Path(directory) / _EVENTS
-    return path.is_file() and path.stat().st_size > 0
 
 
 def record_failure(directory: Path, error: BaseException) -> None:

@@ -52,7 +52,7 @@ class Recommendation:
         seconds: Time for fitting, for solving, and for assessing how certain the front is.
         kept: What the surrogate was fitted to: the observations without outliers.
         uncertainty: What the posterior says about the front as a whole, as plain data; see
-            :class:`map_bo.loop.front_posterior.FrontUncertainty`.
+            :class:`map_bo.loop.posterior.front_posterior.FrontUncertainty`.
     """
 
     front: Front

@@ -5,30 +5,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from torch import Generator
 
 from map_bo.constraints import check_constraints
 from map_bo.data import Observations
 from map_bo.errors import (
     BudgetError,
-    DataError,
-    EvaluationError,
     StoreError,
     SurrogateError,
 )
 from map_bo.evaluators.isolation.world import callers_world, own_maths
-from map_bo.loop.evaluation import evaluate_recorded, refuse_another_problem
-from map_bo.loop.expected_gain import check_stopping
-from map_bo.loop.front_posterior import with_uncertainty
-from map_bo.loop.known import begin_with, check_known, notes_on_imported
-from map_bo.loop.mirrors import trackers
-from map_bo.loop.progress import Progress, Reporter, RichProgress, follow, silent
+from map_bo.loop import growth
+from map_bo.loop.driving import Steps, closing_workers, together
+from map_bo.loop.known import imported_of, notes_on_imported
+from map_bo.loop.outcomes import check_told
+from map_bo.loop.posterior.expected_gain import check_stopping
+from map_bo.loop.posterior.front_posterior import with_uncertainty
+from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.recommend import (
     Recommendation,
     notes_on_constraints,
@@ -46,29 +43,35 @@ from map_bo.loop.state import (
     replay,
     run_identity,
 )
-from map_bo.loop.stopping import notes_on, stop_record
+from map_bo.loop.stopping import notes_on, refuse_failures, stop_record
 from map_bo.loop.summary import (
     ObservedVolume,
     last_set_aside,
+    notes_on_anchors,
     notes_on_bounds,
+    notes_on_former_surrogate,
     outliers_of,
     summarise,
     versions,
 )
+from map_bo.loop.transfer.completing import completing
 from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
-from map_bo.samplers.sampler import SeesThroughSurrogate, proposed
+from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.outliers import Screening
 from map_bo.surrogates.prediction import predict
-from map_bo.surrogates.rehearsal import is_foreign, rehearse
 from map_bo.tracking.codec import encode_observations, encode_tensor
-from map_bo.tracking.fresh import leaving_nothing
-from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
+from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore, SharedStore
-from map_bo.tracking.tracker import Tracker, Trackers, Tracking
+from map_bo.tracking.tracker import Tracker, Trackers
 from map_bo.values import whole_number
+from map_bo.workers.attempts import Attempts, Ended
+from map_bo.workers.evaluation import refuse_another_problem
+from map_bo.workers.flights import Flights
+from map_bo.workers.inline import InlineWorkers
+from map_bo.workers.workers import Workers
 
-__all__ = ["ObservedVolume", "Run", "check_surrogates", "optimize"]
+__all__ = ["ObservedVolume", "Run"]
 
 logger = logging.getLogger(__name__)
 
@@ -105,32 +108,28 @@ class Run:
         self.problem = problem
         self.settings = settings
         self.store = store
-        self.generator: Generator = make_generator(settings.seed)
+        self.generator: torch.Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
         settings.check_space(problem.space)
-        anchors = len(problem.space.anchors())
-        if settings.search < anchors:
-            self.notes.append(
-                f"the budget leaves {settings.search} evaluations for the search, fewer than the "
-                f"{anchors} of base, experts and uniform blend, so a design that starts with these "
-                "skips the last of them"
-            )
+        self.notes += notes_on_anchors(settings, problem.space)
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
-        self._count = 0
-        self._driving = False
+        self._count, self._driving = 0, False
         events = list(store.read())
-        over = any(event.kind == "finished" for event in events)
+        over, changes = growth.is_over(events), False
         identity = run_identity(problem, settings, finished=over)
         with ExitStack() as turn:
             if not events and isinstance(store, SharedStore):  # another may create it just now
                 turn.enter_context(store.turn())
                 events = store.after(0)
-            recorded = next((event.data for event in events if event.kind == "created"), None)
+            recorded: Mapping[str, Any] | None = growth.created_in_force(events)
             if recorded is not None:  # first: what is of another run cannot be replayed as this one
                 refuse_another({"nested": recorded.get("nested")}, {"nested": None})
+                recorded, changes = growth.recorded_as(recorded, identity)
+                if over and changes:  # something may be measured after all
+                    identity = run_identity(problem, settings)
                 refuse_another(recorded, identity)
             self.state: RunState = replay(events, problem.metrics, problem.space.d)
             self._aside = last_set_aside(events)  # by the fit behind the last proposal
@@ -138,25 +137,11 @@ class Run:
             if recorded is None:
                 self._record("created", {**identity, "versions": versions(), "config": config})
                 return
-        self._note_former_surrogate()
+        self.notes += notes_on_former_surrogate(self.state, settings.sampler)
         for event in events:
             self._trackers.observe(event)
-
-    def _note_former_surrogate(self) -> None:
-        """Say so where the sampler of a run of version 0.1 looked through another surrogate."""
-        sampler, state = self.settings.sampler, self.state
-        version = str(state.created.get("versions", {}).get("map-bo", ""))
-        if (
-            version.startswith("0.1.")
-            and state.front is None
-            and isinstance(sampler, SeesThroughSurrogate)
-            and sampler.surrogate is None
-        ):
-            self.notes.append(
-                f"the run was begun by map-bo {version}, whose sampler looked through a quadratic "
-                f"of its own; from evaluation {len(state.X) + 1} on, it looks through the "
-                "run's surrogate"
-            )
+        if changes:
+            self._extend(growth.keep_grown_budget(settings, self.state))
 
     def _observed_volume(self) -> ObservedVolume:
         settings = self.settings
@@ -189,6 +174,9 @@ class Run:
 
     def _take(self, event: Event, after: RunState) -> None:
         self.state = after
+        if event.kind == "extended":
+            self.settings = growth.adopt(self.settings, event.data)
+            self._volume = self._observed_volume()
         self._aside = last_set_aside([event], self._aside)
         self._count += 1
         self._trackers.observe(event)
@@ -199,6 +187,31 @@ class Run:
             after = advance(self.state, event)  # before writing: the record must be replayable
             self.store.append(event)
             self._take(event, after)
+
+    def extend(self, *, config: Mapping[str, Any] | None = None, **changes: Any) -> None:
+        """Change settings of the run, whether it has finished or not; nothing is evaluated.
+
+        Where the search had ended and its budget grows, it goes on with all that was measured, the
+        verified points of its front included, and the front is solved anew.
+
+        Args:
+            config: Changes of the recorded configuration: key -> ``from`` and ``to``.
+            **changes: Those of :data:`.growth.MAY_CHANGE`, such as ``budget=48``.
+
+        Raises:
+            ConfigError: On a setting that may not change, or a value that is not possible.
+            BudgetError: When less is left for the search than what has been paid for.
+        """
+        growth.refuse_unchangeable(changes)
+        self._extend(dataclasses.replace(self.settings, **changes), config)
+
+    def _extend(self, settings: Settings, config: Mapping[str, Any] | None = None) -> None:
+        with self._turn():
+            data = growth.extension(settings, self.state, config)
+            if data is not None:
+                growth.remove_old_report(data, self.store)
+                self._record("extended", data)
+            self.settings = settings
 
     @own_maths()
     def ask(self, n: int) -> list[int]:
@@ -216,7 +229,7 @@ class Run:
             if self.state.front is not None:
                 raise StoreError(
                     "the front of this run has been solved, so no row can be proposed",
-                    hint="start a new run with all observations: map_bo.optimize(..., known=...)",
+                    hint="extend it: run.extend(budget=N), or `map-bo resume RUN loop.budget=N`",
                 )
             room = self.settings.search - len(self.state.X)
             if room < 1:
@@ -247,32 +260,18 @@ class Run:
         return list(range(first, first + len(X)))
 
     @own_maths()
-    def tell(self, index: int, outcome: Observations) -> None:
-        """Record the outcome (one row) of the proposed row ``index``.
+    def tell(self, index: int, outcome: Observations | Mapping[str, Any]) -> None:
+        """Record the outcome of the proposed row ``index``: one row, or its values by name.
 
         Raises:
-            DataError: When the outcome is not :class:`~map_bo.data.Observations`.
+            DataError: When it is neither :class:`~map_bo.data.Observations` nor what
+                :func:`map_bo.loop.outcomes.outcome_of` reads.
             StoreError: When the row was not proposed or has its outcome already, when the outcome
                 belongs to another problem or another point, or when another process drives the
                 run.
         """
-        if not isinstance(outcome, Observations):
-            raise DataError(
-                f"an outcome must be Observations, got {type(outcome).__name__}",
-                hint="tell map_bo.Observations(X=..., Y=..., metrics=...) of the one row",
-            )
         with self._turn():
-            waits = type(index) is not bool and index in self.state.pending
-            if len(outcome) != 1 or not waits:
-                raise StoreError(
-                    f"row {index} cannot take {len(outcome)} outcomes"
-                    if waits
-                    else f"row {index} does not wait for an outcome",
-                    hint=f"tell one outcome for one of the rows that wait: {self.state.pending}"
-                    if self.state.pending
-                    else "no row waits for an outcome: ask for rows first",
-                )
-            index = int(index)
+            index, outcome = check_told(index, outcome, self.state)
             refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.
@@ -289,75 +288,197 @@ class Run:
             StoreError: When the front has been solved, because it rests on the evaluations.
         """
         with self._turn():
-            return self._reopen_failures()
-
-    def _reopen_failures(self) -> int:
-        if self.state.front is not None:
-            raise StoreError(
-                "the front of this run has been solved, so failed evaluations cannot be repeated",
-                hint="start a new run to evaluate them",
-            )
-        failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
-        if failed:
-            self._record("reopened", {"indices": failed})
-            self._volume = self._observed_volume()
-        return len(failed)
+            if self.state.front is not None:
+                raise StoreError(
+                    "the front has been solved, so failed evaluations cannot be repeated",
+                    hint="extend it too: `map-bo resume RUN loop.budget=N --retry-failed`",
+                )
+            failed = [i for i, out in self.state.outcomes.items() if out.failures[0] is not None]
+            if failed:
+                self._record("reopened", {"indices": failed})
+                self._volume = self._observed_volume()
+            return len(failed)
 
     @own_maths()
-    def drive(self, progress: Progress = silent) -> Result:
+    def drive(self, progress: Progress = silent, *, workers: Workers | None = None) -> Result:
         """Do what is left of the run and return its result.
+
+        Args:
+            progress: Shows what is being done.
+            workers: Who evaluates; by default those of the settings, opened for this run.
 
         Raises:
             EvaluationError: When too large a share of the evaluations failed.
             StoreError: When the record cannot be written.
+            WorkersError: When workers cannot be started, or are out of reach.
         """
-        with ExitStack() as alone:
+        with self.alone():
+            total = self.settings.search + self.settings.verifications
+            with self._opened(workers) as held, follow(progress, total) as report:
+                flights = Flights(held)
+                [recommendation] = together([self.steps(flights, report)], flights, report)
+            return self.conclude(recommendation)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Drive the run in the block: no other process does, and others' writing is refused."""
+        with ExitStack() as stack:
             if isinstance(self.store, SharedStore):
-                alone.enter_context(self.store.lock())
+                stack.enter_context(self.store.lock())
             with self._turn():
                 self._driving = True
-            alone.callback(setattr, self, "_driving", False)
-            return self._drive(progress)
+            stack.callback(setattr, self, "_driving", False)
+            yield
 
-    def _drive(self, progress: Progress) -> Result:
+    @contextmanager
+    def _opened(self, workers: Workers | None) -> Iterator[Workers]:
         if not self.state.outcomes:
-            check_surrogates(self.settings, self.problem)
-        if self.state.summary is None and isinstance(self.problem, Preparable):
-            with callers_world():
-                self.problem.prepare()
-        with follow(progress, self.settings.search + self.settings.verifications) as report:
+            self.settings.rehearse(self.problem.space, self.problem.metrics)
+        given = self.settings.workers
+        assert not isinstance(given, int)  # settings of workers, since they were read
+        if workers is not None or given is None or self.state.summary is not None:
+            held = workers or InlineWorkers(completing(self.problem, self.state))
+            if held.local and self.state.summary is None and isinstance(self.problem, Preparable):
+                with callers_world():
+                    self.problem.prepare()
+            yield held
+            return
+        with callers_world():
+            held = given.open(self.problem)
+        with closing_workers(held):
+            yield held
+
+    def steps(
+        self, flights: Flights, report: Reporter, *, node: str = ""
+    ) -> Steps[Recommendation | None]:
+        """Do what is left of the run up to the verification of its front, step by step.
+
+        It yields whenever it waits for evaluations, so that other runs can use the same workers
+        meanwhile; see :func:`map_bo.loop.driving.together`.
+
+        Returns:
+            The front that was solved; None where it had been solved before.
+        """
+        settings = self.settings
+        attempts = Attempts(
+            completing(self.problem, self.state),
+            flights,
+            generator=self.generator,
+            record=self._record,
+            retries=settings.retries,
+            timeout=settings.timeout,
+            node=node,
+        )
+        try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
-            while self._searching(report):
-                room = self.settings.search - len(self.state.X)
-                waiting = self.state.pending or self.ask(min(self.settings.batch, room))
-                for index in waiting:
-                    report.evaluating(f"evaluation {index + 1}")
-                    outcome = self._attempts(self.state.X[index], "index", index)
-                    self.tell(index, outcome)
-                    if len(self.state.outcomes) == 1:  # in time to do something about it
-                        for note in notes_on_bounds(outcome):
-                            logger.warning("%s", note)
-                    report.measured(outcome)
-                    self._stop_on_failures(outcome)
+            while self._searching(report, attempts) or attempts.in_flight("index"):
+                self._begin_evaluations(attempts, report)
+                yield
+                self._settle(attempts, report)
             recommendation = None
             if self.state.front is None:
                 report.evaluating("solving for the front")
                 recommendation = self._recommend()
-            for row in self.state.front_data["verify"]:
-                if row not in self.state.verified:
+            chosen: list[int] = self.state.front_data["verify"]
+            while waiting := [row for row in chosen if row not in self.state.verified]:
+                flying = attempts.in_flight("verify")
+                for row in [row for row in waiting if row not in flying][: attempts.free]:
                     report.evaluating(f"verifying front point {row}")
-                    outcome = self._verify(row)
-                    report.measured(outcome)
-        return self._finish(recommendation)
+                    self._begin(attempts, "verify", row)
+                yield
+                self._settle(attempts, report)
+        except BaseException as error:
+            if not isinstance(error, StoreError):  # what has been measured meanwhile is kept
+                with suppress(Exception):
+                    self._settle(attempts, report)
+            attempts.interrupt()
+            raise
+        return recommendation
 
-    def _searching(self, report: Reporter) -> bool:
+    def _begin_evaluations(self, attempts: Attempts, report: Reporter) -> None:
+        """Begin attempts while workers are free: of rows that wait, then of new ones."""
+        while attempts.free and self._goes_on:
+            flying = attempts.in_flight("index")
+            waiting = [row for row in self.state.pending if row not in flying]
+            if not waiting:
+                room = self.settings.search - len(self.state.X)
+                together = self.settings.is_asynchronous(attempts.flights.workers.size)
+                n = min(attempts.free if together else self.settings.batch, room)
+                if n < 1 or (flying and not together):
+                    return
+                report.evaluating(f"proposing evaluation {len(self.state.X) + 1}")
+                begun = time.perf_counter()
+                waiting = self.ask(n)
+                attempts.flights.look_ahead(time.perf_counter() - begun if together else 0.0)
+            for row in waiting[: attempts.free]:
+                report.evaluating(f"evaluation {row + 1}")
+                self._begin(attempts, "index", row)
+
+    def _begin(self, attempts: Attempts, kind: Literal["index", "verify"], row: int) -> None:
+        state = self.state
+        searching = kind == "index"
+        assert searching or state.front is not None
+        attempts.begin(
+            kind,
+            row,
+            state.X[row] if state.front is None or searching else state.front.X[row],
+            attempt=(state.attempts if searching else state.verify_attempts).get(row, 0),
+            deaths=(state.deaths if searching else state.verify_deaths).get(row, 0),
+        )
+
+    def _settle(self, attempts: Attempts, report: Reporter) -> None:
+        """Record the attempts that have ended, as outcomes or as ones to be repeated."""
+        for ended in attempts.ended():
+            outcome = self._outcome(ended)
+            if outcome is None:
+                continue
+            if ended.kind == "index":
+                self.tell(int(ended.row), outcome)
+                if len(self.state.outcomes) == 1:  # in time to do something about it
+                    for note in notes_on_bounds(outcome):
+                        logger.warning("%s", note)
+            else:
+                data = {"row": ended.row, "observation": encode_observations(outcome)}
+                self._record("verified", data)
+            report.measured(outcome)
+            if ended.kind == "index":
+                refuse_failures(self.state.seen.failures, outcome, self.settings.max_failure_share)
+
+    def _outcome(self, ended: Ended) -> Observations | None:
+        """Return the outcome of a row whose attempt has ended; None where it is tried again."""
+        state, row, searching = self.state, int(ended.row), ended.kind == "index"
+        attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
+        before = (state.attempted if searching else state.verify_attempted).get(row)
+        outcome = ended.outcome if before is None else before.completed_by(ended.outcome)
+        reason = outcome.failures[0]
+        # One death of a worker alone never costs a point.
+        retries = max(1, self.settings.retries) if ended.lost else self.settings.retries
+        if reason is None or ended.given_up or attempt >= retries:
+            return outcome
+        what = f"evaluation {row + 1}" if searching else f"verifying front point {row}"
+        logger.warning("%s failed and is tried again: %s", what, reason)
+        self._record("attempt", {ended.kind: row, "reason": reason, **_kept(outcome)})
+        return None
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the search has neither been stopped nor used up its budget."""
+        state = self.state
+        done = len(state.outcomes) >= self.settings.search
+        return state.front is None and not state.stopped and not done
+
+    def _searching(self, report: Reporter, attempts: Attempts) -> bool:
         """Return whether the search goes on; check the stopping rule first if a check is due."""
+        if not self._goes_on:
+            return False
         state, stop, space = self.state, self.settings.stop, self.problem.space
         done = len(state.outcomes)
-        if state.front is not None or state.stopped or done >= self.settings.search:
-            return False
         due = not any(check["evaluations"] == done for check in state.checks)
-        if stop is None or not due or state.pending or int(state.seen.ok.sum()) < stop.first(space):
+        # Asynchronously, something is always being evaluated.
+        waiting = len(state.pending) > len(attempts.in_flight("index")) or (
+            state.pending and not self.settings.is_asynchronous(attempts.flights.workers.size)
+        )
+        if stop is None or not due or waiting or int(state.seen.ok.sum()) < stop.first(space):
             return True
         report.evaluating("checking whether the search can stop")
         try:
@@ -371,55 +492,6 @@ class Run:
         if check["stop"]:
             logger.info("the search stops after %d evaluations: %s", done, check["stop"])
         return check["stop"] is None
-
-    def _verify(self, row: int) -> Observations:
-        assert self.state.front is not None
-        outcome = self._attempts(self.state.front.X[row], "verify", row)
-        self._record("verified", {"row": row, "observation": encode_observations(outcome)})
-        return outcome
-
-    def _attempts(
-        self, x: torch.Tensor, name: Literal["index", "verify"], row: int
-    ) -> Observations:
-        """Measure ``x`` (``d``), again where it fails, and return its outcome."""
-        searching = name == "index"
-        while True:
-            state, retries = self.state, self.settings.retries
-            attempt = (state.attempts if searching else state.verify_attempts).get(row, 0)
-            deaths = (state.deaths if searching else state.verify_deaths).get(row, 0)
-            outcome, final = evaluate_recorded(
-                self.problem,
-                x,
-                name={name: row},
-                attempt=attempt,
-                deaths=deaths,
-                retries=retries,
-                record=self._record,
-                timeout=self.settings.timeout,
-                generator=child(
-                    self.generator, "evaluate" if searching else "verify", row, attempt
-                ),
-            )
-            before = (state.attempted if searching else state.verify_attempted).get(row)
-            outcome = outcome if before is None else before.completed_by(outcome)
-            reason = outcome.failures[0]
-            if reason is None or final or attempt >= retries:
-                return outcome
-            what = f"evaluation {row + 1}" if searching else f"verifying front point {row}"
-            logger.warning("%s failed and is tried again: %s", what, reason)
-            self._record("attempt", {name: row, "reason": reason, **_kept(outcome)})
-
-    def _stop_on_failures(self, last: Observations) -> None:
-        failed = sum(reason is not None for reason in self.state.seen.failures)
-        total = len(self.state.outcomes)
-        allowed = self.settings.max_failure_share
-        if last.failures[0] is not None and failed >= 3 and failed > allowed * total:
-            raise EvaluationError(
-                f"{failed} of {total} evaluations failed, more than the allowed share of "
-                f"{allowed:g}; the last: {last.failures[0]}",
-                hint="fix the evaluator and resume the run (--retry-failed repeats the failed "
-                "evaluations); all measurements are kept",
-            )
 
     def _recommend(self) -> Recommendation:
         seen, space = self.state.seen, self.problem.space
@@ -461,7 +533,12 @@ class Run:
                 self._record("corrected", found)
         return again
 
-    def _finish(self, found: Recommendation | None) -> Result:
+    def conclude(self, found: Recommendation | None) -> Result:
+        """Return the result when all steps are done, and record the summary.
+
+        Args:
+            found: What the steps returned.
+        """
         again = self._correct()
         state = self.state
         directory = self.store.directory if isinstance(self.store, JsonlStore) else None
@@ -504,11 +581,12 @@ class Run:
                 *notes_on_constraints(self.settings.requirements),
                 *notes_on_feasibility(result.front, self.settings.requirements),
                 *notes_on_imported(state),
+                *growth.notes_on_extensions(state.extensions),
                 *notes_on(stop),
                 *(outlier.note() for outlier in aside),
             ],
             outliers=aside,
-        )
+        ) | imported_of(state)
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 
@@ -518,81 +596,3 @@ def _kept(outcome: Observations) -> dict[str, Any]:
     if not bool(outcome.partial.any()):
         return {}
     return {"observation": encode_observations(outcome)}
-
-
-def check_surrogates(settings: Settings, problem: Problem) -> None:
-    """Try out the surrogates of somebody else's that a run is to use; see `rehearse`.
-
-    Raises:
-        SurrogateError: When one of them would fail once the evaluations were paid for.
-    """
-    used = [settings.surrogate]
-    if isinstance(settings.sampler, SeesThroughSurrogate) and settings.sampler.surrogate:
-        used.append(settings.sampler.surrogate)
-    for surrogate in used:
-        if is_foreign(surrogate):
-            rehearse(surrogate, problem.space, problem.metrics)
-
-
-@own_maths()
-def optimize(
-    problem: Problem,
-    budget: int,
-    *,
-    seed: int = 0,
-    run_dir: str | Path | None = None,
-    progress: bool | Progress = True,
-    known: Observations | None = None,
-    config: Mapping[str, Any] | None = None,
-    tracking: str | Tracking | Sequence[str | Tracking] = "local",
-    **settings: Any,
-) -> Result:
-    """Find the Pareto front of a problem in ``budget`` evaluations.
-
-    Args:
-        problem: What to optimise.
-        budget: Number of evaluations. It includes the final verification of front points (10 %,
-            at most 8); see ``verify`` and ``verify_extra`` of :class:`Settings`.
-        seed: The same seed gives the same run.
-        run_dir: Where to record the run. When it already holds this same run, the run is resumed,
-            or returned if it had finished. None keeps the record in memory.
-        progress: Whether to show a progress bar.
-        known: Observations from elsewhere, recorded at the start of a new run; they count in its
-            budget.
-        config: Extra plain data to record with the run.
-        tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
-            ``run_dir``), ``"wandb"``, settings such as
-            :class:`map_bo.tracking.wandb.mirror.Wandb`, or several of these.
-        **settings: Any other field of :class:`Settings`: ``sampler``, ``surrogate``, ``solver``,
-            ``batch``, ``verify``, ``guard``, ``retries``, ``timeout`` ...
-
-    Returns:
-        The front and all measurements.
-
-    Raises:
-        ConfigError: On an unknown setting, or a value of the wrong type.
-        BudgetError: When the budget is too small for a front.
-        EvaluationError: When too many evaluations failed.
-        StoreError: When ``run_dir`` holds another run, is in use, or cannot be written.
-    """
-    chosen = Settings.checked(budget=budget, seed=seed, **settings)
-    bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
-
-    if known is not None:  # before the store: refused observations leave no run behind
-        check_known(known, problem.metrics, problem.space)
-
-    def run(store: RunStore, tracker: Tracker) -> Result:
-        if known is not None:
-            begin_with(known, store, Run(problem, chosen, store, config=config).state)
-        return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
-
-    if run_dir is None:
-        with trackers(tracking, None) as tracker:
-            return run(MemoryStore(), tracker)
-    directory = absolute_directory(run_dir)
-    mirrors = trackers(tracking, directory)  # before the store: a wrong name leaves no run behind
-    exists = (directory / "events.jsonl").exists()
-    with leaving_nothing(directory, fresh=not exists):
-        store = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
-        with store.lock(), mirrors as tracker:
-            return run(store, tracker)

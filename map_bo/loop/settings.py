@@ -16,11 +16,13 @@ from map_bo.loop.stopping import Stop
 from map_bo.values import real_number, switch, whole_number
 
 if TYPE_CHECKING:
+    from map_bo.data import Metric
     from map_bo.pareto.solver import FrontSolver
     from map_bo.samplers.sampler import Sampler
     from map_bo.space import CoefficientSpace
     from map_bo.surrogates.feasibility import Requirements
     from map_bo.surrogates.surrogate import Surrogate
+    from map_bo.workers.workers import WorkerSettings
 
 __all__ = ["Settings"]
 
@@ -116,6 +118,13 @@ class Settings:
         outliers: ``"auto"`` sets values aside that no fit to the others explains
             (:mod:`map_bo.surrogates.outliers`): they stay in the record and are listed in summary
             and report. ``"keep"`` fits to everything.
+        workers: Who evaluates: a number of processes, or settings such as
+            :class:`map_bo.workers.processes.Processes`. ``None`` evaluates in the driver's own
+            process, one row after another.
+        asynchronous: Whether a new point is proposed as soon as a worker is free, given those that
+            are being evaluated. ``False`` proposes ``batch`` points when all earlier ones have
+            their outcomes, so that proposals are the same for any number of workers. ``None`` is
+            true where there is more than one worker.
     """
 
     budget: int
@@ -136,6 +145,8 @@ class Settings:
     constraints: Sequence[Constraint] | Mapping[str, Any] | None = None
     stop: Stop | None = None
     outliers: Literal["auto", "keep"] = "auto"
+    workers: WorkerSettings | int | None = None
+    asynchronous: bool | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -161,6 +172,9 @@ class Settings:
             )
         for name in ("verify_extra", "guard"):
             put(self, name, switch(name, getattr(self, name)))
+        if self.asynchronous is not None:
+            put(self, "asynchronous", switch("asynchronous", self.asynchronous))
+        self._read_workers()
         if self.timeout is not None:
             if not real_number("timeout", self.timeout, hint=_NO_LIMIT) > 0:
                 raise ConfigError(f"timeout must be positive, got {self.timeout}", hint=_NO_LIMIT)
@@ -196,6 +210,12 @@ class Settings:
                 f"and the search has {self.search}",
                 hint="lower stop.least, raise the budget, or leave the stopping rule out",
             )
+
+    def _read_workers(self) -> None:
+        if self.workers is not None:
+            from map_bo.workers.reading import read_workers
+
+            object.__setattr__(self, "workers", read_workers(self.workers))
 
     def _hand_on(self, requirements: Requirements) -> None:
         from map_bo.samplers.sampler import with_requirements
@@ -262,6 +282,23 @@ class Settings:
                 "latin_hypercube, dirichlet, tied or ax; or merge with one operator",
             )
 
+    def rehearse(self, space: CoefficientSpace, metrics: Sequence[Metric]) -> None:
+        """Try out the surrogates of somebody else's that a run is to use.
+
+        Raises:
+            SurrogateError: When one would fail once the evaluations were paid for; see
+                :func:`map_bo.surrogates.rehearsal.rehearse`.
+        """
+        from map_bo.samplers.sampler import SeesThroughSurrogate
+        from map_bo.surrogates.rehearsal import is_foreign, rehearse
+
+        used = [self.surrogate]
+        if isinstance(self.sampler, SeesThroughSurrogate) and self.sampler.surrogate:
+            used.append(self.sampler.surrogate)
+        for surrogate in used:
+            if is_foreign(surrogate):
+                rehearse(surrogate, space, tuple(metrics))
+
     def check_reference(self, names: Sequence[str]) -> None:
         """Refuse a reference point that does not give one value for each of the metrics.
 
@@ -316,3 +353,7 @@ class Settings:
     def search(self) -> int:
         """How many evaluations the search has."""
         return self.budget if self.verify_extra else self.budget - self.verifications
+
+    def is_asynchronous(self, workers: int) -> bool:
+        """Return whether proposals are made one by one, with so many workers."""
+        return workers > 1 if self.asynchronous is None else self.asynchronous

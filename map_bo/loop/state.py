@@ -8,15 +8,19 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
 ``started``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``attempt``: an
-               evaluation begins; one that neither ends nor is interrupted took its process along
+               evaluation begins; one that neither ends nor is interrupted took its process along,
+               unless a ``worker`` of another process evaluates it
 ``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again; ``observation``: what it measured all the same
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
                ``hypervolume`` of all points measured until then, once base and experts are known
+``extended``   ``settings`` and ``config`` that were changed; ``reopens``: whether the search goes
+               on where it had ended (:mod:`map_bo.tracking.extension`)
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows; ``source``: where they come from
+               rows; ``source``: where they come from; ``complete``: those of the rows that are to
+               be completed in what they lack; ``queue``: ``X`` of further rows to evaluate
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
@@ -38,8 +42,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from map_bo.data import Front, Metric, Observations
+from map_bo.data import Front, Metric, Observations, is_at
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.loop.growth import with_defaults, with_resampling
 from map_bo.loop.settings import Settings
 from map_bo.plain import Described, flat, identity_of, modernise, to_plain
 from map_bo.problems.problem import Problem, digests_of_examples
@@ -50,6 +55,7 @@ from map_bo.tracking.codec import (
     decode_tensor,
     encode_metric,
 )
+from map_bo.tracking.extension import with_extension
 from map_bo.tracking.store import Event
 
 __all__ = [
@@ -58,7 +64,6 @@ __all__ = [
     "advance",
     "check_created",
     "difference",
-    "is_at",
     "problem_identity",
     "refuse_another",
     "refuse_outcome",
@@ -78,9 +83,9 @@ def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str 
     for part, value in identity.items():
         if part == "examples" and part not in recorded:  # of a record that does not tell them
             continue
-        told = _with_resampling(recorded.get(part), value)
+        told = with_resampling(recorded.get(part), value)
         if part == "settings":
-            told = _with_defaults(told, value)
+            told = with_defaults(told, value)
         before |= flat(modernise(told, value), part)
         now |= flat(value, part)
     for values in (before, now):
@@ -122,8 +127,9 @@ def run_identity(
         **parts: Further parts of the identity.
     """
     examples = {} if finished else digests_of_examples(problem)
+    fields = identity_of(dataclasses.replace(settings, workers=None, asynchronous=None))["fields"]
     identity = {
-        "settings": identity_of(settings)["fields"],
+        "settings": {name: fields[name] for name in fields if name not in _NOT_OF_THE_RUN},
         **parts,
         "problem": problem_identity(problem),
         "space": problem.space.describe(),
@@ -132,6 +138,9 @@ def run_identity(
     }
     plain: dict[str, Any] = json.loads(json.dumps(identity))
     return plain
+
+
+_NOT_OF_THE_RUN = ("workers", "asynchronous")  # who evaluates, and when, may change
 
 
 def problem_identity(problem: Problem) -> Any:
@@ -148,35 +157,6 @@ def problem_identity(problem: Problem) -> Any:
         except SettingsError:
             pass
     return {"type": type(problem).__name__}
-
-
-def _with_defaults(recorded: Any, now: Mapping[str, Any]) -> Any:
-    """Return recorded settings with the defaults of those that their version did not know."""
-    if not isinstance(recorded, Mapping):
-        return recorded
-    simple = {
-        each.name: identity_of(each.default)
-        for each in dataclasses.fields(Settings)
-        if each.name in now and each.default is not dataclasses.MISSING
-    }
-    return {**simple, **recorded}
-
-
-def _with_resampling(recorded: Any, now: Any) -> Any:
-    """Return the description of a problem with what version 0.1 left out of its metrics.
-
-    That a metric draws new examples was recorded with the run's own metrics, and is compared there.
-    """
-    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
-        return recorded
-    ours, theirs = now.get("metrics"), recorded.get("metrics")
-    if not isinstance(ours, list) or not isinstance(theirs, list) or len(ours) != len(theirs):
-        return recorded
-    both = zip(ours, theirs, strict=True)
-    return {
-        **recorded,
-        "metrics": [{"resampling": a.get("resampling"), **modernise(b, a)} for a, b in both],
-    }
 
 
 @dataclass(frozen=True, eq=False)
@@ -200,6 +180,9 @@ class RunState:
         proposing: Seconds spent on proposals.
         checks: The checks of the stopping rule, in order.
         imported: Index of a proposed row whose outcome comes from elsewhere -> its source.
+        extensions: What the events ``extended`` hold, in order; ``created`` has the settings in
+            force after them.
+        front_rows: Proposed rows that were measured as points of a front that was set back.
     """
 
     metrics: tuple[Metric, ...]
@@ -219,6 +202,8 @@ class RunState:
     imported: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     attempted: Mapping[int, Observations] = field(default_factory=dict)
     verify_attempted: Mapping[int, Observations] = field(default_factory=dict)
+    extensions: tuple[Mapping[str, Any], ...] = ()
+    front_rows: tuple[int, ...] = ()
 
     @property
     def seen(self) -> Observations:
@@ -295,6 +280,8 @@ def advance(state: RunState, event: Event) -> RunState:
             )
         case "reopened":
             return _reopened(state, data)
+        case "extended":
+            return _extended(state, data)
         case "imported":
             return _with_imported(state, data)
         case "front":
@@ -340,14 +327,6 @@ def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:
             hint="measure the proposed row as it is; results of other points are taken by "
             "map_bo.optimize(..., known=observations)",
         )
-
-
-def is_at(x: Tensor, proposed: Tensor) -> bool:
-    """Return whether ``x`` is the ``proposed`` point (``d`` each), to single precision."""
-    return torch.allclose(x.double(), proposed, rtol=_PRECISION, atol=_PRECISION)
-
-
-_PRECISION = 1e-6  # problems may work in single precision
 
 
 def _rounded(x: Tensor) -> list[float]:
@@ -444,7 +423,9 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
         done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
     if done:
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
-    begun = deaths.get(row, 0) + (1 if kind == "started" else -1)
+    # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
+    change = -1 if kind != "started" else 0 if data.get("worker") else 1
+    begun = deaths.get(row, 0) + change
     changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
     if kind == "attempt":
         changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
@@ -471,7 +452,7 @@ def _with_correction(state: RunState, data: Mapping[str, Any]) -> RunState:
 def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
     again = _rows(data["indices"], len(state.X), "proposed rows")
     for index in again:
-        if index not in state.outcomes or state.outcomes[index].failures[0] is None:
+        if index not in state.outcomes or bool(state.outcomes[index].ok[0]):
             raise StoreError(f"row {index} has not failed, and is to be repeated", hint=_EDITED)
     # What they have measured all the same is kept, as between two attempts.
     halves = {index: state.outcomes[index] for index in again}
@@ -483,7 +464,29 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
         attempted={**_without(state.attempted, again), **kept},
         deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
-        imported=_without(state.imported, again),
+        imported=_without(state.imported, [i for i in again if not halves[i].incomplete.any()]),
+    )
+
+
+def _extended(state: RunState, data: Mapping[str, Any]) -> RunState:
+    new, extensions = dataclasses.replace, (*state.extensions, data)
+    state = new(state, created=with_extension(state.created, data), extensions=extensions)
+    if not data["reopens"]:
+        return state
+    found = {len(state.X) + i: state.verified[row] for i, row in enumerate(sorted(state.verified))}
+    return new(
+        state,
+        X=torch.cat([state.X, *(row.X for row in found.values())]),
+        outcomes={**state.outcomes, **found},
+        front_rows=(*state.front_rows, *found),
+        front=None,
+        front_data={},
+        verified={},
+        verify_attempts={},
+        verify_deaths={},
+        verify_attempted={},
+        summary=None,
+        checks=() if state.stopped else state.checks,  # the rule is asked again
     )
 
 
@@ -537,15 +540,19 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
             f"imported rows have numbers {indices}, and the record holds {first} rows before them",
             hint=_EDITED,
         )
-    return dataclasses.replace(
+    queue = decode_tensor(data.get("queue", [])).reshape(-1, state.X.shape[-1])
+    if not bool(queue.isfinite().all()):
+        raise StoreError("a queued row holds NaN or infinity", hint=_EDITED)
+    after = dataclasses.replace(
         state,
-        X=torch.cat([state.X, found.X[added]]),
+        X=torch.cat([state.X, found.X[added], queue]),
         outcomes={
             **state.outcomes,
             **{i: found.select([row]) for row, i in enumerate(indices)},
         },
         imported={**state.imported, **dict.fromkeys(indices, source)},
     )
+    return _reopened(after, {"indices": data["complete"]}) if "complete" in data else after
 
 
 def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunState:

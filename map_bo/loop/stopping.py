@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
-from map_bo.errors import ConfigError, did_you_mean
+from map_bo.errors import ConfigError, EvaluationError, did_you_mean
 from map_bo.values import real_number, whole_number
 
 if TYPE_CHECKING:
+    from map_bo.data import Observations
     from map_bo.space import CoefficientSpace
 
-__all__ = ["Criterion", "Stop", "notes_on", "stop_record"]
+__all__ = ["Criterion", "Stop", "notes_on", "refuse_failures", "stop_record"]
 
 Criterion = Literal["regret", "hypervolume"]
 
@@ -28,7 +29,7 @@ class Stop:
             the best choice, averaged over preferences, on the scale from the reference point (0)
             to the best expert (1). ``"hypervolume"``: by how much the hypervolume of the true front
             is expected to exceed that of the mean's front, as a share of the latter; a lower
-            estimate, see :func:`map_bo.loop.expected_gain.expected_gain`.
+            estimate, see :func:`map_bo.loop.posterior.expected_gain.expected_gain`.
         tolerance: The search stops when the expected gain is at most this ...
         patience: ... in so many rounds in a row.
         least: Evaluations that have to succeed before the first check; ``None`` is ``2 N + 2`` for
@@ -110,6 +111,27 @@ class Stop:
         what = f"expected {self.criterion} still to be gained"
         shown = ", ".join(f"{gain:.2g}" for gain in last)
         return f"{what} at most {self.tolerance:g} for {rounds} ({shown})"
+
+
+def refuse_failures(failures: Sequence[str | None], last: Observations, allowed: float) -> None:
+    """Refuse to go on where too large a share of the evaluations has failed.
+
+    Args:
+        failures: The reason of each evaluation that failed, None of one that did not.
+        last: The last of them.
+        allowed: The share that may fail.
+
+    Raises:
+        EvaluationError: When the last one has failed, at least three have, and more than this.
+    """
+    failed, total = sum(reason is not None for reason in failures), len(failures)
+    if last.failures[0] is not None and failed >= 3 and failed > allowed * total:
+        raise EvaluationError(
+            f"{failed} of {total} evaluations failed, more than the allowed share of "
+            f"{allowed:g}; the last: {last.failures[0]}",
+            hint="fix the evaluator and resume the run (--retry-failed repeats the failed "
+            "evaluations); all measurements are kept",
+        )
 
 
 def stop_record(

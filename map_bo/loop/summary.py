@@ -17,7 +17,7 @@ from map_bo.data import Front, Observations
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.indicators import hypervolume
-from map_bo.samplers.sampler import SeesThroughSurrogate
+from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, without
@@ -28,7 +28,9 @@ __all__ = [
     "commit",
     "comparison",
     "last_set_aside",
+    "notes_on_anchors",
     "notes_on_bounds",
+    "notes_on_former_surrogate",
     "outliers_of",
     "summarise",
     "versions",
@@ -222,6 +224,18 @@ def last_set_aside(
         return ()
 
 
+def notes_on_anchors(settings: Settings, space: CoefficientSpace) -> list[str]:
+    """Return that a search is too short for the base, the experts and their blend, if it is."""
+    anchors = len(space.anchors())
+    if settings.search >= anchors:
+        return []
+    return [
+        f"the budget leaves {settings.search} evaluations for the search, fewer than the "
+        f"{anchors} of base, experts and uniform blend, so a design that starts with these "
+        "skips the last of them"
+    ]
+
+
 def notes_on_bounds(seen: Observations) -> list[str]:
     """Return which metrics have values that they cannot have, in a sentence each.
 
@@ -280,6 +294,21 @@ def _options(front: Front, seen: Observations, space: CoefficientSpace) -> dict[
     return {"choice": {"name": placed.axis.name, **counts}}
 
 
+def _recalled(seen: Observations, verification: Observations) -> dict[str, Any]:
+    """Return what came from the cache of evaluations; nothing where nothing did."""
+    every = seen.append(verification)
+    marks = every.recalled & every.measured
+    if not bool(marks.any()):
+        return {}
+    return {
+        "cache": {
+            "evaluations": int((marks == every.measured).all(-1).logical_and(marks.any(-1)).sum()),
+            "metrics": int(marks.sum()),
+            "seconds_saved": round(float(every.saved.sum()), 4),
+        }
+    }
+
+
 def summarise(
     *,
     front: Front,
@@ -312,7 +341,8 @@ def summarise(
             "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
-        "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
+        "partial": sum(int((x.partial & x.failed_rows).sum()) for x in (seen, verification)),
+        **_recalled(seen, verification),
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,
         "front_points": len(front),
@@ -343,3 +373,19 @@ def summarise(
         "versions": versions(),
         "commit": commit(),
     }
+
+
+def notes_on_former_surrogate(state: RunState, sampler: Sampler) -> list[str]:
+    """Return a note where the sampler of a run of version 0.1 looked through another surrogate."""
+    version = str(state.created.get("versions", {}).get("map-bo", ""))
+    if (
+        not version.startswith("0.1.")
+        or state.front is not None
+        or not isinstance(sampler, SeesThroughSurrogate)
+        or sampler.surrogate is not None
+    ):
+        return []
+    return [
+        f"the run was begun by map-bo {version}, whose sampler looked through a quadratic of its "
+        f"own; from evaluation {len(state.X) + 1} on, it looks through the run's surrogate"
+    ]

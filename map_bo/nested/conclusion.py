@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Front, Observations
-from map_bo.loop.evaluation import deaths_of, evaluate_recorded
-from map_bo.loop.front_posterior import assess
+from map_bo.loop.posterior.front_posterior import assess
 from map_bo.loop.result import Choice, Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, replay
@@ -33,6 +32,9 @@ from map_bo.tracking.codec import (
     encode_tensor,
 )
 from map_bo.tracking.store import Event
+from map_bo.workers.attempts import measure_each
+from map_bo.workers.evaluation import deaths_of
+from map_bo.workers.flights import Flights
 
 __all__ = ["Final", "Selection", "conclude", "select"]
 
@@ -93,6 +95,7 @@ def conclude(
     events: Sequence[Event],
     append: Callable[[Event], None],
     directory: Path | None,
+    flights: Flights | None = None,
 ) -> NestedResult:
     """Record the outcome of a nested run like that of a flat one; what is recorded stays.
 
@@ -107,6 +110,7 @@ def conclude(
         events: The record, which grows with ``append``.
         append: Adds an event to the record.
         directory: The directory of the record.
+        flights: Where selections are measured; None measures them here.
     """
     final = finals[0]
     node, result = final.node, final.result
@@ -133,7 +137,8 @@ def conclude(
     step(Event("front", {"front": encode_front(front), **data}), count)
     count += 1
     known = {int(e.data["row"]): e for e in events if e.kind == "verified"}
-    for row, found in _verify(final, front, selections, settings, verify, known, events, append):
+    verified = _verify(final, front, selections, settings, verify, known, events, append, flights)
+    for row, found in verified:
         one = {"row": row, "observation": encode_observations(found)}
         step(Event("verified", one), count)
         count += 1
@@ -247,6 +252,7 @@ def _verify(
     known: Mapping[int, Event],
     events: Sequence[Event],
     append: Callable[[Event], None],
+    flights: Flights | None,
 ) -> list[tuple[int, Observations]]:
     """Return the measurements at points of the front, in the full space.
 
@@ -261,24 +267,31 @@ def _verify(
     names = [metric.name for metric in node.whole.metrics]
     eye = torch.eye(node.whole.space.d, dtype=torch.float64)
     whole = NodeProblem(node.whole, names, node.whole.space, eye, node.ledger)
-    found = []
-    for row in range(min(verify, len(front))):
-        if row in known:
-            outcome = decode_observations(known[row].data["observation"], whole.metrics)
-        else:
-            outcome, _ = evaluate_recorded(
-                whole,
-                front.X[row],
-                name={"verify": row},
-                attempt=0,
-                deaths=deaths_of(events, {"verify": row}),
-                retries=settings.retries,
-                record=lambda kind, data: append(Event(kind, data)),
-                timeout=settings.timeout,
-                generator=child(make_generator(settings.seed), "verify", row),
-            )
-        found.append((row, outcome))
-    return found
+    chosen = range(min(verify, len(front)))
+    generator = make_generator(settings.seed)
+    measured = measure_each(
+        whole,
+        "verify",
+        {
+            row: (front.X[row], child(generator, "verify", row))
+            for row in chosen
+            if row not in known
+        },
+        flights=flights,
+        record=lambda kind, data: append(Event(kind, data)),
+        deaths=lambda row: deaths_of(events, {"verify": row}),
+        retries=settings.retries,
+        timeout=settings.timeout,
+    )
+    return [
+        (
+            row,
+            decode_observations(known[row].data["observation"], whole.metrics)
+            if row in known
+            else measured[row],
+        )
+        for row in chosen
+    ]
 
 
 def _summary(

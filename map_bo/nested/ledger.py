@@ -90,12 +90,25 @@ class Ledger:
         last = self.measured if before is None else before
         return [name for name in names if name not in known or known[name].number >= last]
 
-    def add(self, outcome: Observations) -> None:
-        """Record one row of the full space; what failed costs its data sets and adds no value."""
+    def add(self, outcome: Observations, *, by: str = "") -> None:
+        """Record one row of the full space; what failed costs its data sets and adds no value.
+
+        Args:
+            outcome: The row.
+            by: The node that it was measured for, where nodes run side by side.
+        """
         names = [metric.name for metric in outcome.metrics]
         data = {"names": names, "observation": encode_observations(outcome)}
-        self.record(MEASURED, data)
+        self.record(MEASURED, {**data, "by": by} if by else data)
         self._keep(outcome.X[0], outcome)
+
+    def spent_by(self, node: str) -> int:
+        """Return the data sets that a node has measured side by side with others."""
+        return sum(
+            len(event.data["names"])
+            for event in self.events
+            if event.kind == MEASURED and event.data.get("by", "").partition("@")[0] == node
+        )
 
     def record(self, kind: str, data: Mapping[str, Any]) -> None:
         """Add an event to the record."""

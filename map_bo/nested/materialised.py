@@ -157,6 +157,13 @@ class MaterialisedRun(NestedRun):
                     f"{name} needs an operator that is linear in its coefficients",
                     hint="use operator=task_arithmetic, or nested.promote=points without it",
                 )
+        if settings.workers is not None:
+            raise ConfigError(
+                "workers cannot evaluate a nested run of this operator: the merges that nodes "
+                "promote, which they would have to hold, are made during the run",
+                hint="leave out workers, use operator=task_arithmetic, or merge all experts at "
+                "once with nested=none",
+            )
         if len(nested.preferences) > 1:
             # Each has experts of its own at the root, and a result is in the space of one root.
             raise ConfigError(

@@ -7,17 +7,19 @@ one number per child (:class:`ChildMean`). :class:`Seeded` starts a run from kno
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import ConfigError, EvaluationError, MapBoError
+from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
-from map_bo.loop.progress import Progress
+from map_bo.loop.driving import Steps, together
+from map_bo.loop.progress import Progress, Reporter, follow
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
@@ -27,64 +29,29 @@ from map_bo.nested.ledger import Ledger
 from map_bo.nested.record import NodeStore
 from map_bo.nested.settings import Nested
 from map_bo.plain import identity_of
-from map_bo.problems.problem import Divisible, Preparable, Problem
+from map_bo.problems.problem import Preparable, Problem, select_metrics
 from map_bo.rng import child_seed, make_generator
 from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate, proposed
 from map_bo.scale import SAME_POINT
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.informed import Informed
 from map_bo.surrogates.surrogate import Surrogate
+from map_bo.workers.flights import Flights
 
 __all__ = [
     "ChildMean",
     "Node",
     "NodeProblem",
     "Seeded",
+    "drive_nodes",
     "inform",
+    "node_run",
     "node_settings",
     "promoted_part",
-    "run_node",
-    "select_metrics",
 ]
 
 
-def select_metrics(problem: Problem, names: Sequence[str]) -> Problem:
-    """Return the problem with these metrics alone.
-
-    A problem that is not :class:`Divisible` measures all metrics, and the others are dropped.
-    """
-    if isinstance(problem, Divisible):
-        return problem.restricted(names)
-    return _MetricSubset(problem, tuple(names))
-
-
-class _MetricSubset:
-    def __init__(self, problem: Problem, names: tuple[str, ...]) -> None:
-        self.problem = problem
-        all_names = [metric.name for metric in problem.metrics]
-        self._columns = [all_names.index(name) for name in names]
-
-    @property
-    def space(self) -> CoefficientSpace:
-        return self.problem.space
-
-    @property
-    def metrics(self) -> tuple[Metric, ...]:
-        return tuple(self.problem.metrics[j] for j in self._columns)
-
-    @known_numerics()
-    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
-        with callers_world():
-            seen = self.problem.evaluate(X, generator=generator)
-        return replace(
-            seen,
-            Y=seen.Y[:, self._columns],
-            metrics=self.metrics,
-            Yvar=seen.Yvar[:, self._columns],
-            counts=seen.counts[:, self._columns],
-            gradients=None,
-            gradient_variance=None,
-        )
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,6 +132,7 @@ class NodeProblem:
         directions: ``k x d``: the coefficients in the full space per unit of each.
         ledger: All measurements; those made here are added to it.
         means: What the node optimises instead of the metrics themselves.
+        key: The node's name, by which the record tells what it cost beside other nodes.
     """
 
     def __init__(
@@ -175,7 +143,9 @@ class NodeProblem:
         directions: Tensor,
         ledger: Ledger,
         means: ChildMean | None = None,
+        key: str = "",
     ) -> None:
+        self._key = key
         self._whole, self.names, self._ledger = whole, tuple(names), ledger
         self.space, self.directions, self.means = space, directions, means
         known = {metric.name: metric for metric in whole.metrics}
@@ -216,16 +186,31 @@ class NodeProblem:
         """Return whether everything at ``u`` (``k``) is known, so that evaluating only looks up."""
         return not self._ledger.missing(self.full(u.unsqueeze(0))[0], self.names)
 
-    def _row(self, u: Tensor, generator: Generator) -> Observations:
+    def request(self, u: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the point in the full space, and the metrics that are not known there."""
         [x] = self.full(u.unsqueeze(0))
-        missing = self._ledger.missing(x, self.names)
-        cost = torch.zeros(1, dtype=torch.float64)
+        return x, tuple(self._ledger.missing(x, self.names))
+
+    def receive(self, u: Tensor, seen: Observations | None) -> Observations:
+        """Return the row of ``u`` (``k``), with what was measured for it in the ledger."""
+        found = self._received(u, seen, by=self._key)
+        return found if self.means is None else self.means.of_rows(found)
+
+    def _row(self, u: Tensor, generator: Generator) -> Observations:
+        x, missing = self.request(u)
+        seen = None
         if missing:
             part = select_metrics(self._whole, missing)
             with callers_world():
                 seen = part.evaluate(x.unsqueeze(0), generator=generator)
+        return self._received(u, seen)
+
+    def _received(self, u: Tensor, seen: Observations | None, *, by: str = "") -> Observations:
+        [x] = self.full(u.unsqueeze(0))
+        cost = torch.zeros(1, dtype=torch.float64)
+        if seen is not None:
             reason = seen.failures[0]
-            self._ledger.add(replace(seen, X=x.unsqueeze(0)))
+            self._ledger.add(replace(seen, X=x.unsqueeze(0)), by=by)
             if reason is not None:
                 failed = self._ledger.partial(x, self.names, reason)
                 return replace(failed, X=u.unsqueeze(0), cost=seen.cost)
@@ -352,7 +337,13 @@ class Node:
     def problem(self) -> NodeProblem:
         """Return the problem that the node optimises."""
         return NodeProblem(
-            self.whole, self.names, self.space, self.directions, self.ledger, self.means
+            self.whole,
+            self.names,
+            self.space,
+            self.directions,
+            self.ledger,
+            self.means,
+            self.key,
         )
 
     def full(self, U: Tensor) -> Tensor:
@@ -425,29 +416,26 @@ def node_settings(
     )
 
 
-def run_node(
+def node_run(
     node: Node,
     settings: Settings,
     store: NodeStore,
-    progress: Progress,
     *,
     inform: Callable[[Surrogate], Surrogate] | None = None,
     sampler: Sampler | None = None,
-) -> Result:
-    """Run a node to its end, or resume it.
+) -> Run:
+    """Return the run of a node, from where its record ends.
 
     Args:
         node: The node.
         settings: Those of :func:`node_settings`.
         store: Its record.
-        progress: Shows the progress of the run.
         inform: Turns a surrogate into one that knows more; applied to that of the settings, and
             to that of the sampler where it has its own.
         sampler: Replaces that of the settings.
 
     Raises:
-        EvaluationError: When too many evaluations failed.
-        StoreError: When the record belongs to other settings, or cannot be written.
+        StoreError: When the record belongs to other settings.
     """
     if sampler is not None:
         settings = replace(settings, sampler=sampler)
@@ -457,10 +445,52 @@ def run_node(
             surrogate=inform(settings.surrogate),
             sampler=_informed_sampler(settings.sampler, inform),
         )
+    return Run(node.problem(), settings, store)
+
+
+def drive_nodes(
+    runs: Sequence[tuple[Node, Run, Progress]], flights: Flights | None, report: Reporter
+) -> list[Result]:
+    """Do the runs of nodes to their ends, and return their results.
+
+    Args:
+        runs: Each node, its run, and what shows its progress.
+        flights: Where they are evaluated side by side; None evaluates here, one run after another.
+        report: That of the whole run.
+
+    Raises:
+        EvaluationError: When too many evaluations of a node failed.
+        StoreError: When the record cannot be written.
+    """
+    if flights is None:
+        results = []
+        for node, run, progress in runs:
+            with _told(node):
+                results.append(run.drive(progress))
+        return results
+    with ExitStack() as stack:
+        steps = []
+        for node, run, progress in runs:
+            stack.enter_context(run.alone())
+            total = run.settings.search + run.settings.verifications
+            shown = stack.enter_context(follow(progress, total))
+            steps.append(_named(node, run.steps(flights, shown, node=node.key)))
+        found = together(steps, flights, report)
+        return [run.conclude(one) for (_, run, _), one in zip(runs, found, strict=True)]
+
+
+def _named(node: Node, steps: Steps[T]) -> Steps[T]:
+    with _told(node):
+        return (yield from steps)
+
+
+@contextmanager
+def _told(node: Node) -> Iterator[None]:
+    """Name the node in the error that too many failures are."""
     try:
-        return Run(node.problem(), settings, store).drive(progress)
-    except MapBoError as error:
-        if node.key == "root" or not isinstance(error, EvaluationError):
+        yield
+    except EvaluationError as error:
+        if node.key == "root":
             raise
         raise EvaluationError(f"node {node.key}: {error.message}", hint=error.hint) from error
 

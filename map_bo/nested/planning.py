@@ -20,7 +20,6 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations, to_maximisation
 from map_bo.errors import ConfigError, EvaluationError, TreeError
-from map_bo.loop.evaluation import deaths_of, evaluate_recorded
 from map_bo.loop.settings import Settings
 from map_bo.nested.composition import expert_part
 from map_bo.nested.ledger import Ledger
@@ -35,6 +34,9 @@ from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import fit_screened
 from map_bo.surrogates.prediction import predicted_mean
+from map_bo.workers.attempts import measure_each
+from map_bo.workers.evaluation import deaths_of
+from map_bo.workers.flights import Flights
 
 __all__ = [
     "HasSimilarity",
@@ -205,11 +207,13 @@ def plan(
     ledger: Ledger,
     *,
     generator: Generator,
+    flights: Flights | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> Group:
     """Return the tree that the settings ask for.
 
-    The orders ``"score"`` and ``"conflict"`` need measurements, which go into the ledger.
+    The orders ``"score"`` and ``"conflict"`` need measurements, which go into the ledger. They are
+    made by the workers of ``flights``, or here.
 
     Raises:
         TreeError: When the experts cannot have such a tree.
@@ -225,7 +229,7 @@ def plan(
     names = list(experts)
     if nested.order == "score" and len(experts) > 1:
         say("measuring the experts on their own tasks")
-        scores = _scores(problem, tasks, settings, ledger, generator=generator)
+        scores = _scores(problem, tasks, settings, ledger, flights, generator=generator)
         return tree_by_score(scores, lambda items: size or items, stages)
     if nested.order == "similarity":
         if not isinstance(problem, HasSimilarity):
@@ -236,7 +240,7 @@ def plan(
         names = order_by_affinity(experts, problem.similarity())
     elif nested.order == "conflict":
         say("measuring how the experts disturb each other")
-        seen = _probe(problem, tasks, nested, settings, ledger, generator=generator)
+        seen = _probe(problem, tasks, nested, settings, ledger, flights, generator=generator)
         names = order_by_affinity(experts, conflict(seen, problem.space, settings))
     if size is not None:
         return grouped_tree(names, size)
@@ -269,14 +273,21 @@ def order_cost(nested: Nested, tasks: Tasks, space: CoefficientSpace, *, compose
 
 
 def _scores(
-    problem: Problem, tasks: Tasks, settings: Settings, ledger: Ledger, *, generator: Generator
+    problem: Problem,
+    tasks: Tasks,
+    settings: Settings,
+    ledger: Ledger,
+    flights: Flights | None,
+    *,
+    generator: Generator,
 ) -> dict[str, float]:
     """Return how well each expert does its own tasks on average; larger is better."""
     space, found = problem.space, {}
     for expert in space.experts:
         node = NodeProblem(problem, tasks.of[expert], space, _identity(space), ledger)
         x = space.project(_alone(space, expert).unsqueeze(0))[0]
-        outcome = _measure(node, x, expert, settings, ledger, child(generator, expert))
+        rows: dict[str | int, tuple[Tensor, Generator]] = {expert: (x, child(generator, expert))}
+        outcome = _measure(node, rows, settings, ledger, flights)
         if outcome.failures[0] is not None:
             raise EvaluationError(
                 f"expert {expert} could not be measured: {outcome.failures[0]}",
@@ -292,6 +303,7 @@ def _probe(
     nested: Nested,
     settings: Settings,
     ledger: Ledger,
+    flights: Flights | None,
     *,
     generator: Generator,
 ) -> Observations:
@@ -300,33 +312,31 @@ def _probe(
     seen = Observations.empty(space.d, node.metrics)
     count = probe_count(nested, len(space.experts))
     X, _ = proposed(Sobol(), seen, space, count, pending=None, generator=child(generator, "probe"))
-    for i, x in enumerate(X):
-        outcome = _measure(node, x, str(i), settings, ledger, child(generator, "probe", i))
-        seen = seen.append(outcome)
-    return seen
+    rows: dict[str | int, tuple[Tensor, Generator]] = {
+        str(i): (x, child(generator, "probe", i)) for i, x in enumerate(X)
+    }
+    return _measure(node, rows, settings, ledger, flights)
 
 
 def _measure(
     node: NodeProblem,
-    x: Tensor,
-    name: str,
+    rows: Mapping[str | int, tuple[Tensor, Generator]],
     settings: Settings,
     ledger: Ledger,
-    generator: Generator,
+    flights: Flights | None,
 ) -> Observations:
-    """Measure ``x`` (``d``) before the nodes run; ``name`` tells it apart in the record."""
-    outcome, _ = evaluate_recorded(
+    """Measure rows (``d`` each) before the nodes run; names tell them apart in the record."""
+    found = measure_each(
         node,
-        x,
-        name={"probe": name},
-        attempt=0,
-        deaths=deaths_of(ledger.events, {"probe": name}),
-        retries=settings.retries,
+        "probe",
+        rows,
+        flights=flights,
         record=ledger.record,
+        deaths=lambda row: deaths_of(ledger.events, {"probe": row}),
+        retries=settings.retries,
         timeout=settings.timeout,
-        generator=generator,
     )
-    return outcome
+    return Observations.joined(list(found.values()), node.space.d, node.metrics)
 
 
 def conflict(seen: Observations, space: CoefficientSpace, settings: Settings) -> Tensor:

@@ -11,6 +11,12 @@ from copy import deepcopy
 from typing import Any
 
 from map_bo.errors import StoreError
+from map_bo.loop.growth import (
+    changed_settings,
+    created_in_force,
+    refuse_nested_changes,
+    with_changes,
+)
 from map_bo.loop.result import Result
 from map_bo.loop.state import check_created, refuse_another
 from map_bo.loop.summary import versions
@@ -118,11 +124,32 @@ class Record:
                 f"the record does not begin with a run but with {before[0].kind!r}",
                 hint="see `map-bo check RUN`",
             )
-        refuse_another(check_created(before[0].data), identity)
+        check_created(before[0].data)
+        created = created_in_force(before) or {}
+        changes = changed_settings(created.get("settings", {}), identity["settings"])
+        refuse_another(with_changes(created, changes), identity)
+        refuse_nested_changes(changes)
         for event in before:
             check_nested_event(event)
             self._events.append(event)
             self._trackers.observe(event)
+        if changes:
+            self.extend(settings=changes)
+
+    def extend(
+        self,
+        *,
+        settings: Mapping[str, Mapping[str, Any]] | None = None,
+        config: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Record that settings or the recorded configuration are others from now on.
+
+        Args:
+            settings: Name -> ``from`` and ``to``; see :mod:`map_bo.tracking.extension`.
+            config: Key -> the same.
+        """
+        told = {"settings": dict(settings or {}), "config": dict(config or {})}
+        self._record("extended", **told, reopens=False)
 
     @property
     def spent(self) -> int:
@@ -156,11 +183,14 @@ class Record:
         assert begun is not None
         return begun
 
-    def _finish(self, name: str, results: Sequence[Result], begun: Mapping[str, Any]) -> None:
-        """Record the cost of a node."""
+    def _finish(
+        self, name: str, results: Sequence[Result], begun: Mapping[str, Any], *, alone: bool = True
+    ) -> None:
+        """Record the cost of a node, which may have run ``alone`` or beside others."""
         if self._recorded("done", name) is None:
             count = sum(len(result.seen) + len(result.verification) for result in results)
-            spent = self.spent - int(begun["spent"])
+            alike = self.spent - int(begun["spent"])
+            spent = alike if alone else self.ledger.spent_by(name)
             self._record(
                 "done",
                 node=name,

@@ -19,9 +19,10 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
+from map_bo.loop.driving import closing_workers
 from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.result import Result
-from map_bo.loop.run import check_surrogates
+from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import run_identity
 from map_bo.nested.budget import BudgetAllocator, node_sizes
@@ -32,10 +33,11 @@ from map_bo.nested.nodes import (
     ChildMean,
     Node,
     Seeded,
+    drive_nodes,
     inform,
+    node_run,
     node_settings,
     promoted_part,
-    run_node,
 )
 from map_bo.nested.planning import order_cost, plan, probe_count
 from map_bo.nested.promotion import choose_merge, representatives, weights_of
@@ -51,6 +53,7 @@ from map_bo.tracking.codec import decode_tensor, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import RunStore
 from map_bo.tracking.tracker import Tracker
+from map_bo.workers.flights import Flights
 
 __all__ = ["NestedRun", "NodeProgress", "ProgressTotals"]
 
@@ -199,44 +202,78 @@ class NestedRun(Record):
             StoreError: When the record cannot be written.
         """
         if self._recorded("planned") is None:
-            check_surrogates(self.settings, self.problem)
-        if isinstance(self.problem, Preparable) and self._recorded("finished") is None:
-            with callers_world():
-                self.problem.prepare()
-        tree = self._tree()
+            self.settings.rehearse(self.problem.space, self.problem.metrics)
+        with self._flights() as flights:
+            return self._drive(progress, flights)
+
+    @contextmanager
+    def _flights(self) -> Iterator[Flights | None]:
+        """Open the workers that all nodes share; None where rows are evaluated here."""
+        over = self._recorded("finished") is not None
+        given = self.settings.workers
+        assert not isinstance(given, int)  # settings of workers, since they were read
+        if given is None or over:
+            if isinstance(self.problem, Preparable) and not over:
+                with callers_world():
+                    self.problem.prepare()
+            yield None
+            return
+        with callers_world():
+            workers = given.open(self.problem)
+        with closing_workers(workers):
+            yield Flights(workers)
+
+    def _drive(self, progress: Progress, flights: Flights | None) -> NestedResult:
+        tree = self._tree(flights)
         allocator = self._allocator(tree)
         promoted: dict[NodePath, list[Part]] = {}
-        records: list[NodeRecord] = []
+        records: dict[NodePath, NodeRecord] = {}
         finals: list[Final] = []
         total = sum(allocator.plan().values()) + self.nested.refine
         with follow(progress, total) as report:
             totals = ProgressTotals(report)
-            for path, group in tree.nodes():
-                begun = self._begin(path_name(path), allocator.allocate, path)
-                nodes, of = self._nodes(path, group, promoted)
-                done = self._recorded("done", path_name(path))
-                if path and done is not None:  # only what it promoted is needed of it
-                    promoted[path] = self._parts(path, group, nodes)
-                    totals.done(int(done["evaluations"]))
-                else:
-                    each = int(begun["evaluations"]) // len(nodes)
-                    results = [self._run(n, each, NodeProgress(totals, group.label)) for n in nodes]
-                    found = [Final(nodes[i], results[i]) for i in of]
+            for groups in tree.waves(alone=flights is None):
+                begun = {
+                    path: self._begin(path_name(path), allocator.allocate, path)
+                    for path, _ in groups
+                }
+                nodes = {path: self._nodes(path, group, promoted) for path, group in groups}
+                open_ones = []
+                for path, group in groups:
+                    done = self._recorded("done", path_name(path))
+                    if path and done is not None:  # only what it promoted is needed of it
+                        promoted[path] = self._parts(path, group, nodes[path][0])
+                        totals.done(int(done["evaluations"]))
+                    else:
+                        open_ones.append((path, group))
+                shares = []
+                for path, group in open_ones:
+                    own, _ = nodes[path]
+                    each = int(begun[path]["evaluations"]) // len(own)
+                    shares += [(node, each, NodeProgress(totals, group.label)) for node in own]
+                every = iter(self._run_nodes(shares, flights, report))
+                for path, group in open_ones:
+                    own, of = nodes[path]
+                    results = [next(every) for _ in own]
+                    found = [Final(own[i], results[i]) for i in of]
                     finals = self._rescale(path_name(path), found)
                     if path:
                         self._promote(path, group, finals)
-                        promoted[path] = self._parts(path, group, nodes)
-                    self._finish(path_name(path), results, begun)
-                parts = promoted.get(path, [])
-                records.append(self._node_record(path_name(path), group, nodes[0], parts))
+                        promoted[path] = self._parts(path, group, own)
+                    self._finish(path_name(path), results, begun[path], alone=flights is None)
+                for path, group in groups:
+                    own, parts = nodes[path][0], promoted.get(path, [])
+                    records[path] = self._node_record(path_name(path), group, own[0], parts)
+            done_nodes = [records[path] for path, _ in tree.nodes()]
             if self.nested.refine:
-                begun = self._begin(REFINE, lambda path, spent: self.nested.refine, ())
+                started = self._begin(REFINE, lambda path, spent: self.nested.refine, ())
                 shown = NodeProgress(totals, "all experts")
-                node, result = self._refine(int(begun["evaluations"]), shown)
+                node, run = self._refine(int(started["evaluations"]))
+                [result] = drive_nodes([(node, run, shown)], flights, report)
                 finals = self._rescale(REFINE, [Final(node, result)]) * len(self.preferences)
                 whole = Group(tree.leaves)
-                self._finish(REFINE, [result], begun)
-                records.append(self._node_record(REFINE, whole, node, []))
+                self._finish(REFINE, [result], started)
+                done_nodes.append(self._node_record(REFINE, whole, node, []))
             report.evaluating("the front of all tasks")
             self._before_conclusion(finals[0])
             selections = None
@@ -247,7 +284,7 @@ class NestedRun(Record):
                 ]
             return conclude(
                 tree,
-                records,
+                done_nodes,
                 finals,
                 selections,
                 settings=self.settings,
@@ -256,9 +293,10 @@ class NestedRun(Record):
                 events=self._events,
                 append=self._append,
                 directory=self.store.directory if isinstance(self.store, JsonlStore) else None,
+                flights=flights,
             )
 
-    def _tree(self) -> Group:
+    def _tree(self, flights: Flights | None) -> Group:
         planned = self._recorded("planned")
         if planned is not None:
             return Group.of(list(planned["tree"]))
@@ -270,6 +308,7 @@ class NestedRun(Record):
             self.settings,
             self.ledger,
             generator=generator,
+            flights=flights,
         )
         tree.check(self.problem.space.experts)
         self._allocator(tree)  # refuses a budget that is too small before anything is merged
@@ -353,7 +392,23 @@ class NestedRun(Record):
     def _weights(node: Node, preference: Mapping[str, float]) -> dict[str, float]:
         return weights_of(preference, node.names if node.means is None else node.means.children)
 
-    def _run(self, node: Node, evaluations: int, progress: Progress) -> Result:
+    def _run_nodes(
+        self,
+        shares: Sequence[tuple[Node, int, NodeProgress]],
+        flights: Flights | None,
+        report: Reporter,
+    ) -> list[Result]:
+        """Run nodes with their shares of evaluations: side by side, or each as the last ends."""
+        if flights is None:
+            return [
+                result
+                for node, each, shown in shares
+                for result in drive_nodes([(node, self._run(node, each), shown)], None, report)
+            ]
+        runs = [(node, self._run(node, each), shown) for node, each, shown in shares]
+        return drive_nodes(runs, flights, report)
+
+    def _run(self, node: Node, evaluations: int) -> Run:
         free, known = self._start(node)
         fronts = node.is_root and self.nested.promote != "point"
         verify = self.settings.verify if fronts else 0
@@ -363,7 +418,7 @@ class NestedRun(Record):
         informing = partial(inform, node=node, before=known)
         store = NodeStore(node.key, self._append, self._events)
         shares = self.shares and node.means is None
-        return run_node(node, settings, store, progress, inform=informing if shares else None)
+        return node_run(node, settings, store, inform=informing if shares else None)
 
     def _start(self, node: Node) -> tuple[int, int]:
         """Return the state in which a run of a node began, and record it the first time.
@@ -449,8 +504,8 @@ class NestedRun(Record):
             ),
         )
 
-    def _refine(self, evaluations: int, progress: Progress) -> tuple[Node, Result]:
-        """Search on in the full space, from all points that were measured on all tasks."""
+    def _refine(self, evaluations: int) -> tuple[Node, Run]:
+        """Return a search on in the full space, from all points that were measured on all tasks."""
         space = self.problem.space
         parts = [expert_part(space, name) for name in space.experts]
         node = Node.of(REFINE, parts, self.tasks.metrics, self.problem, self.ledger, is_root=False)
@@ -472,12 +527,11 @@ class NestedRun(Record):
             evaluations + len(points),
             verify=min(self.settings.verifications, evaluations // 2),
         )
-        result = run_node(
+        run = node_run(
             node,
             dataclasses.replace(settings, stop=None),
             NodeStore(REFINE, self._append, self._events),
-            progress,
             inform=informing,
             sampler=Seeded(points, sampler),
         )
-        return node, result
+        return node, run

@@ -99,6 +99,19 @@ class Group:
                 yield from child.nodes((*at, i))
         yield at, self
 
+    def waves(self, *, alone: bool) -> list[list[tuple[NodePath, Group]]]:
+        """Return the groups in waves: those of one are made of groups of earlier waves alone.
+
+        Args:
+            alone: Whether each group is a wave of its own, in the order of :meth:`nodes`.
+        """
+        if alone:
+            return [[one] for one in self.nodes()]
+        found: dict[int, list[tuple[NodePath, Group]]] = {}
+        for path, group in self.nodes():
+            found.setdefault(group.stage, []).append((path, group))
+        return [found[stage] for stage in sorted(found)]
+
     def check(self, experts: Sequence[str]) -> None:
         """Refuse a tree that does not hold exactly these experts, each once.
 

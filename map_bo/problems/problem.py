@@ -6,6 +6,7 @@ Whatever else a problem may be able to do is a protocol of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -14,7 +15,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.examples import ExampleEvaluator
-from map_bo.evaluators.isolation.world import callers_world
+from map_bo.evaluators.isolation.world import callers_world, known_numerics
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
@@ -24,11 +25,13 @@ __all__ = [
     "Divisible",
     "Exportable",
     "ExportsAdapters",
+    "Forwards",
     "HasEvaluators",
     "Preparable",
     "Problem",
     "description_of",
     "digests_of_examples",
+    "select_metrics",
 ]
 
 
@@ -128,6 +131,25 @@ def digests_of_examples(problem: Problem) -> dict[str, str]:
 
 
 @runtime_checkable
+class Forwards(Protocol):
+    """A problem whose rows another one measures, such as a node of a nested run.
+
+    ``evaluate`` does it all in one step; workers that hold the other problem do it in two.
+    """
+
+    def request(self, x: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+        """Return the point of the other problem, and which of its metrics are to be measured.
+
+        None are where everything at ``x`` (``d``) is known.
+        """
+        ...
+
+    def receive(self, x: Tensor, seen: Observations | None) -> Observations:
+        """Return the row of ``x`` (``d``), given what the other problem has measured for it."""
+        ...
+
+
+@runtime_checkable
 class Divisible(Protocol):
     """A problem that can measure some of its metrics and spare itself the others."""
 
@@ -138,6 +160,46 @@ class Divisible(Protocol):
             DataError: When there is no such metric.
         """
         ...
+
+
+def select_metrics(problem: Problem, names: Sequence[str]) -> Problem:
+    """Return the problem with these metrics alone.
+
+    A problem that is not :class:`Divisible` measures all metrics, and the others are dropped.
+    """
+    if isinstance(problem, Divisible):
+        return problem.restricted(names)
+    return _MetricSubset(problem, tuple(names))
+
+
+class _MetricSubset:
+    def __init__(self, problem: Problem, names: tuple[str, ...]) -> None:
+        self.problem = problem
+        all_names = [metric.name for metric in problem.metrics]
+        self._columns = [all_names.index(name) for name in names]
+
+    @property
+    def space(self) -> CoefficientSpace:
+        return self.problem.space
+
+    @property
+    def metrics(self) -> tuple[Metric, ...]:
+        return tuple(self.problem.metrics[j] for j in self._columns)
+
+    @known_numerics()
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        with callers_world():
+            seen = self.problem.evaluate(X, generator=generator)
+        return replace(
+            seen,
+            Y=seen.Y[:, self._columns],
+            metrics=self.metrics,
+            Yvar=seen.Yvar[:, self._columns],
+            counts=seen.counts[:, self._columns],
+            recalled=seen.recalled[:, self._columns],
+            gradients=None,
+            gradient_variance=None,
+        )
 
 
 @runtime_checkable

@@ -206,7 +206,8 @@ def decode_metric(data: Mapping[str, Any]) -> Metric:
 def encode_observations(observations: Observations) -> dict[str, Any]:
     """Return ``observations`` as plain data, without the metrics (the run records them once).
 
-    Gradients and their variances are included only where there are any.
+    Gradients and their variances are included only where there are any, and so are the marks of
+    what came from a cache of evaluations.
     """
     fields = ["X", "Y", "Yvar", "counts", "cost"]
     if observations.gradients is not None:
@@ -215,7 +216,33 @@ def encode_observations(observations: Observations) -> dict[str, Any]:
         "d": observations.X.shape[-1],
         **{name: encode_tensor(getattr(observations, name)) for name in fields},
         "failures": list(observations.failures),
+        **_encode_recalled(observations),
     }
+
+
+def _encode_recalled(observations: Observations) -> dict[str, Any]:
+    # Only where there are some, so that all other records stay as they were.
+    if not bool(observations.recalled.any()):
+        return {}
+    return {
+        "source": "cache",
+        "recalled": observations.recalled.tolist(),
+        "saved": encode_tensor(observations.saved),
+    }
+
+
+def _decode_recalled(data: Any, m: int) -> Tensor | None:
+    if not data:
+        return None
+    if not all(
+        isinstance(row, list) and len(row) == m and all(isinstance(one, bool) for one in row)
+        for row in data
+    ):
+        raise DataError(
+            f"the marks of what was recalled are {_short(data)}, not {m} booleans per row",
+            hint="restore the record from a copy: it was edited by hand",
+        )
+    return torch.tensor(data, dtype=torch.bool).reshape(-1, m)
 
 
 def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> Observations:
@@ -236,6 +263,8 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
         failures=tuple(data["failures"]),
         gradients=_gradients(data, "gradients"),
         gradient_variance=_gradients(data, "gradient_variance"),
+        recalled=_decode_recalled(data.get("recalled"), m),  # type: ignore[arg-type]
+        saved=decode_tensor(data["saved"]) if data.get("saved") else None,  # type: ignore[arg-type]
     )
 
 

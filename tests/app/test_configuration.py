@@ -55,7 +55,7 @@ GROUPS = {
 
 # Of models of the hub; run by tests/integration/test_suites.py on stand-ins in a folder.
 OF_FILES = {"checkpoints", "hf", "images", "clip_eight", "glue_flan_t5", "glue_gpt2"}
-OF_FILES |= {"text", "decoder"}
+OF_FILES |= {"text", "decoder", "told"}  # told: has neither names nor metrics of its own
 OF_SUITES = {"clip_b32", "clip_b16", "clip_l14", "flan_t5_glue", "flan_t5_glue_lora"}
 OF_SUITES |= {"flan_t5_large_glue_lora", "gpt2_glue"}
 
@@ -217,7 +217,7 @@ def test_a_tree_by_hand_has_to_be_given() -> None:
 def test_the_composed_defaults_are_those_of_the_settings() -> None:
     loop: Any = OmegaConf.to_container(composed().loop)
     fresh = Settings(budget=24)
-    parts = {"seed", "sampler", "surrogate", "solver"}
+    parts = {"seed", "sampler", "surrogate", "solver", "workers"}
     assert set(loop) == {one.name for one in fields(Settings)} - parts
     # A rule is a node of its own; without a criterion it is no rule.
     assert loop.pop("stop") == {**asdict(Stop()), "criterion": None}
@@ -236,7 +236,7 @@ def test_the_configuration_repeats_no_default_and_describes_every_option() -> No
     assert yaml.safe_load(text)["loop"] == {"budget": 24}
     described = set(re.findall(r"^#   (loop[.\w]*) {2,}\S", text, re.MULTILINE)) | {"loop.budget"}
     options = {f"loop.{one.name}" for one in fields(Settings)}
-    options -= {"loop.seed", "loop.sampler", "loop.surrogate", "loop.solver"}
+    options -= {f"loop.{name}" for name in ("seed", "sampler", "surrogate", "solver", "workers")}
     assert described == options | {f"loop.stop.{one.name}" for one in fields(Stop)}
 
 

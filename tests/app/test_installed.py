@@ -19,7 +19,7 @@ from map_bo.app.main import main
 from map_bo.app.schema import register
 from map_bo.errors import ConfigError
 from map_bo.loop.mirrors import Local
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.plain import from_plain
 from map_bo.problems.merged.imported import imported_problem

@@ -279,6 +279,7 @@ def test_a_damaged_record_is_searched_again(damage: str, cache: Path) -> None:
 # --- with the rest
 
 
+@pytest.mark.slow
 def test_a_case_can_be_optimised() -> None:
     for name, options in (("digits-mlp-2-noisy", TINY), ("botorch-branin-currin", {})):
         one = case(name, **options)

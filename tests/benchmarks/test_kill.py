@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.quality.kill import Trial, table
 from benchmarks.quality.kill_stand import Stand, Whole, events, files, story
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.problems.synthetic import ConcaveQuadratics
 from map_bo.samplers.designs.space_filling import Sobol

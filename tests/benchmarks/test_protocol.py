@@ -12,7 +12,7 @@ from benchmarks.quality.methods import METHODS
 from benchmarks.quality.protocol import hidden, run
 from benchmarks.quality.scoring import choices, representatives, weights_of
 from map_bo.data import Metric, Observations
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.problems.problem import Problem
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace

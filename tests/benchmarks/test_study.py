@@ -90,6 +90,7 @@ def test_a_larger_budget_goes_on_where_the_smaller_one_ended(tmp_path: Path, log
     assert outcomes(grown) == outcomes(whole)
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_it_ends_like_one_never_killed(tmp_path: Path, log: Path) -> None:
     code = (
         "from pathlib import Path; from tests.benchmarks.test_study import small, silent;"

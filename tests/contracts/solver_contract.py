@@ -112,6 +112,7 @@ class SolverContract:
         other = solve(solver, space, 3, seed=6)
         assert first.shape != other.shape or not torch.equal(first, other)
 
+    @pytest.mark.slow
     def test_a_fresh_process_gives_the_same_front(self, solver: FrontSolver) -> None:
         # Other numbers of threads may end in other digits.
         given = base64.b64encode(pickle.dumps(solver)), str(torch.get_num_threads())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from map_bo.errors import DataError, EvaluationError
 from map_bo.evaluators.evaluator import (
     Evaluator,
+    HasDigest,
     Measurement,
     accuracy,
     binomial_variance,
@@ -300,3 +301,27 @@ def test_what_preparing_ends_with_is_a_refusal_among_the_others() -> None:
     assert isinstance(found.value.__cause__, IndexError)
     with pytest.raises(KeyboardInterrupt):
         prepare_evaluators({"a": Raises(KeyboardInterrupt())}, lambda name: nullcontext(MODEL))
+
+
+def test_a_digest_changes_with_all_that_decides_the_outcome() -> None:
+    inputs, labels = torch.rand(6, 3), torch.arange(6) % 2
+    one = accuracy(inputs, labels)
+    assert isinstance(one, HasDigest)
+    assert one.digest == accuracy(inputs.clone(), labels.clone()).digest
+    others = [
+        accuracy(inputs + 1e-6, labels),
+        accuracy(inputs, 1 - labels),
+        accuracy(inputs, labels, batch_size=2),
+        accuracy({"x": inputs}, labels),
+        accuracy({"y": inputs}, labels),
+    ]
+    assert len({one.digest, *(other.digest for other in others)}) == 6
+
+
+def test_the_digest_of_many_examples_is_taken_again_when_they_change() -> None:
+    inputs, labels = torch.zeros(300_000), torch.zeros(300_000, dtype=torch.long)
+    one = accuracy(inputs, labels)
+    before = one.digest
+    assert one.digest is before  # kept
+    inputs[7] = 1
+    assert one.digest != before

@@ -321,3 +321,16 @@ def test_batches_change_nothing_in_other_architectures(
         losses.append(reader.score(model, torch.arange(5)))
     assert texts[0] == texts[1]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "repeats"),
+    [
+        ({}, True),
+        ({"temperature": 0.7}, False),
+        ({"metrics": ["score", "seconds"]}, False),
+        ({"metrics": ["score", "tokens"]}, True),
+    ],
+)
+def test_what_is_drawn_or_timed_does_not_repeat(settings: dict[str, Any], repeats: bool) -> None:
+    assert Generation(data="prompts.csv", **settings).repeats is repeats

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from map_bo.data import Metric, Observations
+from map_bo.loop.optimize import optimize
 from map_bo.loop.result import Choice, Result
-from map_bo.loop.run import Run, optimize
+from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.space import CoefficientSpace

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, SpaceError
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_result
 from map_bo.loop.result import Result
-from map_bo.loop.run import optimize
 from map_bo.loop.settings import Settings
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
 from map_bo.merging.vectors.linear_merge import TaskArithmetic

@@ -13,9 +13,9 @@ import map_bo
 from map_bo.constraints import AtLeast, AtMost, Constraint
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError
+from map_bo.loop.optimize import optimize
 from map_bo.loop.recommend import recommend
 from map_bo.loop.result import Result
-from map_bo.loop.run import optimize
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.rng import make_generator
 from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty

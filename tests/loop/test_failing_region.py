@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.loop.optimize import optimize
 from map_bo.loop.recommend import recommend
 from map_bo.loop.result import Result, recorded_requirements
-from map_bo.loop.run import optimize
 from map_bo.loop.state import RunState, advance
 from map_bo.rng import make_generator
 from map_bo.samplers.adaptive import Adaptive

@@ -8,8 +8,9 @@ import pytest
 
 from map_bo.errors import ConfigError
 from map_bo.loop.mirrors import Local, trackers
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_state
-from map_bo.loop.run import Run, optimize
+from map_bo.loop.run import Run
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import Event
 from tests.loop.bowls import Bowls, quick

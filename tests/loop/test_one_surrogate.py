@@ -7,7 +7,8 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.errors import SamplerError, SurrogateError
-from map_bo.loop.run import Run, optimize
+from map_bo.loop.optimize import optimize
+from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.pareto.gradient import GradientSolver
 from map_bo.samplers.adaptive import Adaptive

@@ -159,3 +159,28 @@ def test_a_narrow_terminal_shows_counts_and_times_whole(monkeypatch: pytest.Monk
 )
 def test_durations_are_short(seconds: float, text: str) -> None:
     assert progress._duration(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("marks", "text"),
+    [
+        ([False, False], ""),
+        ([True, True], " (from the cache)"),
+        ([False, True], " (1 of 2 from the cache)"),
+    ],
+)
+def test_what_comes_from_the_cache_is_told(marks: list[bool], text: str) -> None:
+    row = torch.tensor([[0.5, 0.25]])
+    seen = Observations(row, row, (Metric("a"), Metric("b")), recalled=torch.tensor([marks]))
+    assert progress._from_the_cache(seen) == text
+
+
+def test_the_log_counts_what_comes_from_the_cache(caplog: pytest.LogCaptureFixture) -> None:
+    row = torch.tensor([[0.5]])
+    kept = Observations(row, row, (Metric("a"),), recalled=torch.tensor([[True]]))
+    with caplog.at_level(logging.INFO):
+        report = progress._LogReporter(4, 0.0)
+        for outcome in (kept, Observations(row, row, (Metric("a"),)), kept):
+            report.measured(outcome)
+        report.evaluating("evaluation 4 of 4")
+    assert "3 of 4 evaluations done (2 from the cache)" in caplog.text

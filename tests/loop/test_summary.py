@@ -7,7 +7,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
-from map_bo.loop.summary import notes_on_bounds
+from map_bo.loop.summary import _recalled, notes_on_bounds
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import Bowls, quick
 
@@ -66,3 +66,19 @@ def test_values_that_a_metric_cannot_have_are_told(
     notes = notes_on_bounds(Observations(torch.rand(3, 2), Y, (metric,)))
     assert len(notes) == (said is not None)
     assert said is None or said in notes[0]
+
+
+def test_the_summary_says_what_came_from_the_cache() -> None:
+    metrics = (Metric("a"), Metric("b"))
+    seen = Observations(
+        torch.rand(3, 2),
+        torch.rand(3, 2),
+        metrics,
+        recalled=torch.tensor([[True, True], [True, False], [False, False]]),
+        saved=torch.tensor([4.0, 0.5, 0.0]),
+    )
+    empty = Observations.empty(2, metrics)
+    assert _recalled(seen, empty) == {
+        "cache": {"evaluations": 1, "metrics": 3, "seconds_saved": 4.5}
+    }
+    assert _recalled(seen.select([2]), empty) == {}

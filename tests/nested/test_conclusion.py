@@ -3,6 +3,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.reading import load_nested
 from map_bo.nested.settings import Nested
@@ -30,6 +32,7 @@ def test_all_runs_of_the_root_are_in_the_record() -> None:
     assert len(result.seen) == result.nodes[-1].evaluations
 
 
+@pytest.mark.slow
 def test_a_chosen_merge_that_could_not_be_measured_is_not_tried_again(tmp_path: Path) -> None:
     how, folder = Nested(stages=2, promote="point"), tmp_path / "run"
     quiet: dict[str, Any] = {"nested": how, "progress": False, "tracking": "none", **options()}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from map_bo.operators.sparse import Ties
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from map_bo.tracking.store import Event, RunStore
+from map_bo.workers.workers import Workers
 from tests.nested.electing import Counted, by_hand, electing, models
 from tests.nested.hills import Hills, options, quick
 
@@ -285,6 +287,19 @@ def test_what_needs_a_linear_operator_is_refused(settings: dict[str, Any], match
     assert not counted.names
 
 
+def test_workers_are_refused_where_merges_do_not_compose() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Given:
+        count: int | None = 2
+
+        def open(self, problem: object) -> Workers:
+            raise AssertionError("nothing is started")
+
+    with pytest.raises(ConfigError, match="workers cannot evaluate a nested run") as caught:
+        nested_run(electing(), quick(workers=Given()), Nested(), MemoryStore())
+    assert "task_arithmetic" in str(caught.value.hint)
+
+
 def test_the_operator_says_which_run_it_is() -> None:
     assert not composes(electing())
     assert composes(electing(operator=None))
@@ -333,6 +348,7 @@ def test_a_full_disk_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "resume" in str(caught.value.hint)
 
 
+@pytest.mark.slow
 def test_searched_settings_are_each_nodes_own() -> None:
     def problem() -> Any:
         return electing(operator=Ties(search=["density"]))

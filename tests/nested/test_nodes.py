@@ -12,8 +12,8 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, SpaceError
 from map_bo.nested.ledger import Ledger
-from map_bo.nested.nodes import ChildMean, NodeProblem, select_metrics
-from map_bo.problems.problem import Problem
+from map_bo.nested.nodes import ChildMean, NodeProblem
+from map_bo.problems.problem import Problem, select_metrics
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from tests.contracts.problem_contract import ProblemContract

@@ -47,6 +47,7 @@ def test_every_node_looks_through_the_surrogate_of_the_run_and_what_was_measured
     assert found == {node: ({informed}, informed) for node in found}
 
 
+@pytest.mark.slow
 def test_a_surrogate_of_the_samplers_own_is_informed_too() -> None:
     found = through(quick(18, sampler=Adaptive(SMALL, surrogate=GP())))
     own, of_run = f"Informed({GP()!r})", f"Informed({Quadratic()!r})"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from map_bo.errors import StoreError
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.nested.optimize import optimize_nested
 from map_bo.nested.settings import Nested
 from tests.nested.hills import Hills, nested, options, outcome

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from map_bo.errors import (
+    AnotherRunError,
     BudgetError,
     ConfigError,
     EvaluationError,
@@ -23,6 +24,7 @@ from map_bo.space import CoefficientSpace, LinearConstraint
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import Event
 from tests.nested.hills import VARIANTS, Hills, nested, outcome, quick
+from tests.workers.late import LateWorkers, last
 
 
 @functools.cache
@@ -241,3 +243,113 @@ def test_constraints_with_negative_weights_compose() -> None:
     )
     result = nested(Hills(box=space), budget=30, stages=2)
     assert bool(space.contains(result.front.X).all())
+
+
+def test_what_may_change_of_a_nested_run_and_what_may_not() -> None:
+    how, store, problem = Nested(**VARIANTS["points"]), MemoryStore(), Hills()
+    with pytest.raises(CrashError):
+        NestedRun(problem, quick(24), how, CrashingStore(store, 30)).drive()
+    before = len(list(store.read()))
+    with pytest.raises(AnotherRunError, match=r"budget of a nested run .* was 24 and is 30") as e:
+        NestedRun(problem, quick(30), how, store)
+    assert "retries, timeout, max_failure_share" in str(e.value.hint)
+    with pytest.raises(AnotherRunError, match=r"settings\.seed was 0 and is 1"):
+        NestedRun(problem, quick(24, seed=1), how, store)
+    assert len(list(store.read())) == before
+    changed = quick(24, retries=3, timeout=60.0)
+    expected = outcome(NestedRun(Hills(), quick(24), how, MemoryStore()).drive())
+    assert outcome(NestedRun(Hills(), changed, how, store).drive()) == expected
+    told = [event for event in store.read() if event.subject == "extended"]
+    assert told[0].kind == "extended"
+    assert set(told[0].data["settings"]) == {"retries", "timeout"}
+    assert any(event.kind == "node" for event in told), "the node at work has them too"
+    count = len(list(store.read()))
+    NestedRun(Hills(), changed, how, store).drive()
+    assert len(list(store.read())) == count
+
+
+class TestSideBySide:
+    """Nodes on workers whose results come late, in an order of their own."""
+
+    @staticmethod
+    def run(
+        problem: Hills, workers: LateWorkers, store: Any = None, **settings: Any
+    ) -> tuple[NestedResult, MemoryStore]:
+        @dataclasses.dataclass(frozen=True)
+        class Given:
+            count: int | None = None
+
+            def open(self, problem: object) -> LateWorkers:
+                return workers
+
+        kept = MemoryStore() if store is None else store
+        how = {k: settings.pop(k) for k in list(settings) if k in Nested.__dataclass_fields__}
+        run = NestedRun(
+            problem, quick(48, workers=Given(), **settings), Nested(**how), kept
+        )  # fmt: skip
+        return run.drive(), kept
+
+    def test_nodes_of_a_stage_run_at_the_same_time(self) -> None:
+        problem = Hills()
+        workers = LateWorkers(problem, 4, pick=last)
+        result, _ = self.run(problem, workers, stages=2)
+        nodes = [task.node for task in workers.tasks]
+        first = [node for node in nodes if node != "root"]
+        assert len(set(first[:4])) == 2
+        assert nodes.index("root") > max(i for i, node in enumerate(nodes) if node != "root")
+        assert workers.closed is False
+        assert len(result.front) > 0
+        # The driver evaluates nothing itself, and no measurement is paid twice.
+        assert len(problem.measured) == result.data_sets
+        assert len(set(problem.measured)) == len(problem.measured)
+
+    def test_what_nodes_cost_adds_up(self) -> None:
+        problem = Hills()
+        result, store = self.run(problem, LateWorkers(problem, 3, pick=last), stages=2)
+        done = [event.data for event in store.read() if event.kind == "done"]
+        assert len(done) == 3
+        assert sum(data["data_sets"] for data in done) == result.data_sets
+        assert all(data["data_sets"] > 0 for data in done)
+
+    def test_in_batches_it_is_the_run_of_one_process(self) -> None:
+        alone = nested(Hills(), budget=48, stages=2)
+        problem = Hills()
+        workers = LateWorkers(problem, 3, pick=last)
+        result, _ = self.run(problem, workers, stages=2, asynchronous=False)
+        assert torch.equal(result.front.X, alone.front.X)
+
+    @pytest.mark.parametrize("order", ["score", "conflict"])
+    def test_what_the_order_needs_is_measured_by_workers_too(self, order: str) -> None:
+        problem = Hills()
+        workers = LateWorkers(problem, 3, pick=last)
+        result, _ = self.run(problem, workers, stages=2, order=order)
+        assert any(task.kind == "probe" for task in workers.tasks)
+        assert len(problem.measured) == result.data_sets
+
+    def test_given_preferences_are_verified_by_workers_too(self) -> None:
+        problem = Hills()
+        workers = LateWorkers(problem, 3)
+        result, _ = self.run(problem, workers, **VARIANTS["preferences"], verify=2)
+        assert any(task.kind == "verify" for task in workers.tasks)
+        assert len(problem.measured) == result.data_sets
+
+    @pytest.mark.parametrize("after", [4, 17, 30, 55, 80, 105])
+    def test_a_killed_driver_goes_on_and_measures_nothing_twice(self, after: int) -> None:
+        problem = Hills()
+        _, store = self.run(problem, LateWorkers(problem, 3, pick=last), stages=2)
+        events = list(store.read())[:after]
+        again = MemoryStore()
+        for event in events:
+            again.append(event)
+        known = {
+            (name, tuple(event.data["observation"]["X"]["values"][0]))
+            if isinstance(event.data["observation"]["X"], dict)
+            else (name, str(event.data["observation"]["X"]))
+            for event in events
+            if event.kind == "measured"
+            for name in event.data["names"]
+        }
+        fresh = Hills()
+        result, _ = self.run(fresh, LateWorkers(fresh, 3, pick=last), again, stages=2)
+        assert len(result.front) > 0
+        assert len(known) + len(fresh.measured) == result.data_sets

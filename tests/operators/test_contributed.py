@@ -66,6 +66,7 @@ def test_in_python(merged: Path, tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "again").digest() == open_checkpoint(merged).digest()
 
 
+@pytest.mark.slow
 def test_from_the_directory_where_the_module_stands(merged: Path, tmp_path: Path) -> None:
     """As by the console script, whose directory is not that of the user."""
     own = Path(ROOT / "tests" / "operators" / "contributed.py").read_text()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.loop.settings import Settings
 from map_bo.rng import make_generator
 from map_bo.samplers.adaptive import Adaptive

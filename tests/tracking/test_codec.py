@@ -285,3 +285,22 @@ def test_a_front_comes_back_with_what_is_known_of_it_and_from_before_it_was() ->
     assert bool(old.probability.isnan().all())
     assert bool(old.feasible.isnan().all())
     assert "feasible" not in encode_front(old), "a run in which nothing failed is as it was"
+
+
+def test_what_was_recalled_is_written_only_where_something_was() -> None:
+    plain = Observations(torch.rand(2, 3), torch.rand(2, 2), (Metric("a"), Metric("b")))
+    assert not {"source", "recalled", "saved"} & encode_observations(plain).keys()
+    marks = torch.tensor([[True, False], [False, False]])
+    seen = Observations(
+        plain.X, plain.Y, plain.metrics, recalled=marks, saved=torch.tensor([2.5, 0.0])
+    )
+    data = through_json(encode_observations(seen))
+    assert data["source"] == "cache"
+    back = decode_observations(data, seen.metrics)
+    assert torch.equal(back.recalled, marks)
+    assert back.saved.tolist() == [2.5, 0.0]
+    old = decode_observations(through_json(encode_observations(plain)), plain.metrics)
+    assert not bool(old.recalled.any())
+    for bad in ([[True]], [[1, 0], [0, 0]], "yes", [[True, False]]):
+        with pytest.raises(DataError):
+            decode_observations({**data, "recalled": bad}, seen.metrics)

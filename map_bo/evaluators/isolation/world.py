@@ -42,6 +42,7 @@ from map_bo.evaluators.isolation.global_state import (
 __all__ = [
     "TimeLimitExceededError",
     "callers_dtype",
+    "callers_settings",
     "callers_world",
     "isolated",
     "known_numerics",
@@ -247,6 +248,13 @@ def callers_world() -> Iterator[None]:
 def callers_dtype() -> torch.dtype:
     """Return the caller's default dtype, inside `known_numerics` or outside."""
     return torch.get_default_dtype() if _here.caller is None else _here.caller.dtype
+
+
+def callers_settings() -> str:
+    """Return what of the caller's settings a model's outputs depend on, in words."""
+    caller = _here.caller or _Numerics.read()
+    matrices = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    return repr((caller.dtype, caller.autocast, *matrices))
 
 
 @contextmanager

@@ -29,6 +29,7 @@ __all__ = [
     "Plan",
     "Progress",
     "Unit",
+    "draws",
     "load_tasks",
     "make_plan",
     "measured_by",
@@ -140,6 +141,15 @@ class Plan:
                 name = f"{unit.name}_{name}"
             found[unit.name, column.key] = column.named(name)
         return found
+
+
+def draws(arguments: object) -> bool:
+    """Return whether any of the requests, or their settings of generation, ask for random draws."""
+    if isinstance(arguments, Mapping):
+        if arguments.get("do_sample") is True:
+            return True
+        return any(map(draws, arguments.values()))
+    return isinstance(arguments, list | tuple) and any(map(draws, arguments))
 
 
 def require_harness() -> None:

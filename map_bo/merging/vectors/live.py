@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import reduce
 from types import TracebackType
 from typing import Any
@@ -22,17 +22,11 @@ from map_bo.merging.checkpoints.saved_names import (
     saved_as,
     state_tensors,
 )
-from map_bo.merging.vectors.module_state import (
-    ModuleState,
-    TensorHooks,
-    casting,
-    hooks_of,
-    restore_hooks,
-    same_items,
-)
+from map_bo.merging.vectors.bound import Bound, HeldWeights
+from map_bo.merging.vectors.module_state import ModuleState, casting
 from map_bo.merging.vectors.operator import PreparedMerge
 
-__all__ = ["LiveModel", "model_ties", "names_of_base"]
+__all__ = ["LiveModel", "model_ties", "names_of_base", "ties_of_base"]
 
 
 def model_ties(model: nn.Module) -> dict[str, str]:
@@ -59,6 +53,15 @@ def names_of_base(model: nn.Module, known: Collection[str]) -> dict[str, str]:
     return {own: there for there, own in found.names.items()}
 
 
+def ties_of_base(model: nn.Module, known: Collection[str]) -> dict[str, str]:
+    """Return the ties of a model, as `model_ties` does, under the names of the base (``known``)."""
+    ties = model_ties(model)
+    if not ties or set(ties.values()) <= set(known):
+        return ties
+    names = names_of_base(model, known)
+    return {names.get(alias, alias): names.get(kept, kept) for alias, kept in ties.items()}
+
+
 def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
     first: dict[object, str] = {}
     ties: dict[str, str] = {}
@@ -67,52 +70,6 @@ def _ties(named: Mapping[str, Tensor]) -> dict[str, str]:
         if canonical != name:
             ties[name] = canonical
     return ties
-
-
-@dataclass(eq=False)
-class _Bound:
-    """One tensor of the model: what it was before, and what it is while it is live."""
-
-    tensor: Tensor
-    found: Tensor  # the memory that it had
-    grad: Tensor | None
-    requires_grad: bool
-    live: Tensor  # the memory that it has while live: a view of the buffer, or a copy
-    slot: Slot | None  # None for a tensor that is not merged
-    value: Tensor | None = None  # what a tensor that is not merged starts each candidate with
-    tags: dict[str, Any] = field(default_factory=dict)  # attributes that somebody gave it
-    hooks: TensorHooks = (None, None)
-
-    def __post_init__(self) -> None:
-        self.tags = dict(vars(self.tensor))
-        self.hooks = hooks_of(self.tensor)
-
-    def attach(self) -> None:
-        """Give the tensor its live memory, whatever an evaluator did to it."""
-        self._point_at(self.live)
-
-    def restore(self) -> None:
-        """Give the tensor back what it had."""
-        self._point_at(self.found)
-        self.tensor.grad = self.grad
-
-    def _point_at(self, memory: Tensor) -> None:
-        tensor = self.tensor
-        tensor.grad = None  # a gradient of another shape would forbid the exchange
-        if tensor.grad_fn is not None:  # it was computed in place from others
-            tensor.detach_()
-        try:
-            tensor.data = memory
-        except RuntimeError:  # of another kind now, such as a tensor without memory
-            kind = type(tensor)
-            other = nn.Parameter(memory, False) if issubclass(kind, nn.Parameter) else memory[...]
-            torch.utils.swap_tensors(tensor, other)  # type: ignore[no-untyped-call]
-        if tensor.requires_grad != self.requires_grad:
-            tensor.requires_grad_(self.requires_grad)
-        if not same_items(vars(tensor), self.tags):
-            vars(tensor).clear()
-            vars(tensor).update(self.tags)
-        restore_hooks(tensor, self.hooks)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +140,7 @@ class LiveModel:
         self._layout = layout
         self._fixed = dict(fixed or {})
         self._flat: Tensor | None = None
-        self._bound: list[_Bound] = []
+        self._bound: list[Bound] = []
         self._views: list[tuple[Tensor, Slot]] = []  # pieces of the live memory
         self._modes: list[tuple[nn.Module, bool]] = []
         self._stand_ins: list[_StandIn] = []
@@ -193,6 +150,7 @@ class LiveModel:
         self._headed = False
         self._entered = False
         self._written = False
+        self._held: HeldWeights | None = None
         self.cast_inputs = False
         shapes = {name: value.shape for name, value in self._fixed.items()}
         named = state_tensors(model)
@@ -226,7 +184,7 @@ class LiveModel:
         if self._written:
             self.clean()
         flat = self.flat
-        self._written = True
+        self._written, self._held = True, None
         prepared.write(c, flat)
         with torch.no_grad():
             for bound in self._bound:
@@ -235,6 +193,24 @@ class LiveModel:
             for view, slot in self._views:
                 view.copy_(slot.of(flat))
         return self.model
+
+    def hold(self) -> None:
+        """Keep in mind the weights as they are now, for `rewind`."""
+        self._held = HeldWeights(self._bound, self.flat)
+
+    def rewind(self) -> bool:
+        """Undo what was done to the model since `hold`, as `clean` does.
+
+        Returns:
+            Whether the merged weights are those that were held, bit for bit. Where they are not,
+            or none are held, the candidate has to be written again.
+        """
+        if self._written:
+            self.clean()
+        if self._held is None or not self._held.intact():
+            self._held = None
+        self._written = self._held is not None
+        return self._written
 
     def put_head(self, head: Mapping[str, Tensor], labels: Mapping[int, str] | None = None) -> None:
         """Give the model the head of a task, until the next `write`.
@@ -311,6 +287,10 @@ class LiveModel:
             raise MergeError("the model is not live", hint="use it inside `with`")
         return [(bound.tensor, bound.slot) for bound in self._bound if bound.slot is not None]
 
+    def written_tensors(self) -> list[Tensor]:
+        """Return the tensors of the model whose values `write` decides; only while entered."""
+        return [bound.tensor for bound in self._bound if bound.value is None]
+
     def require_whole(self) -> None:
         """Refuse a model with tensors that are several in its files, as gradients need to.
 
@@ -361,10 +341,10 @@ class LiveModel:
         """Leave the model as it was found."""
         self._restore()
 
-    def _bindings(self, flat: Tensor) -> list[_Bound]:
+    def _bindings(self, flat: Tensor) -> list[Bound]:
         named = state_tensors(self.model)
         names = {id(tensor): name for name, tensor in reversed(named.items())}
-        bound: list[_Bound] = []
+        bound: list[Bound] = []
         copies: dict[object, Tensor] = {}
         cut = {part.name for part, _ in self._pieces}  # all of it is filled after each candidate
         for tensor in _tensors(self.model):
@@ -382,7 +362,7 @@ class LiveModel:
                     found = tensor.detach().clone()
                     value = self._fixed[canonical].to(found) if canonical in self._fixed else found
             bound.append(
-                _Bound(tensor, tensor.data, tensor.grad, tensor.requires_grad, live, slot, value)
+                Bound(tensor, tensor.data, tensor.grad, tensor.requires_grad, live, slot, value)
             )
         lives = {id(each.tensor): each.live for each in bound}
         self._views = [(part.of(lives[id(named[part.name])]), s) for part, s in self._pieces]
@@ -397,6 +377,8 @@ class LiveModel:
         """
         assert self._state is not None
         with torch.inference_mode(False), torch.no_grad():
+            if self._held is not None and not self._held.untouched():
+                self._held = None
             self._remove_head()
             changes, troubles = self._state.restore()
             if self._headed:  # what was changed was changed by `put_head` too
@@ -410,6 +392,10 @@ class LiveModel:
                     continue
                 if bound.value is not None:
                     bound.live.copy_(bound.value)
+            if troubles:
+                self._held = None
+            elif self._held is not None:
+                self._held.renew()
         self._written = False
         return changes, troubles
 
@@ -464,7 +450,7 @@ class LiveModel:
             for module, mode in self._modes:
                 module.training = mode
         self._bound, self._views, self._modes, self._stand_ins = [], [], [], []
-        self._state, self._inputs = None, None
+        self._state, self._inputs, self._held = None, None, None
 
 
 def _tensors(model: nn.Module) -> list[Tensor]:

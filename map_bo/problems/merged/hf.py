@@ -22,6 +22,7 @@ from map_bo.merging.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.problems.merged.imported import imported_problem
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 
 __all__ = ["hf_problem"]
 
@@ -39,6 +40,7 @@ _BESIDE_WEIGHTS: Mapping[str, tuple[str, ...]] = {  # setting of evaluators -> f
 }
 
 
+@rebuilt
 def hf_problem(
     *,
     base: str,
@@ -61,6 +63,7 @@ def hf_problem(
     recalibration: str | None = None,
     max_memory: int | str | None = None,
     cache_dir: str | None = None,
+    cache: bool = True,
 ) -> MergedModelProblem:
     """Return the problem of merging models that are measured by ready evaluators.
 
@@ -93,6 +96,7 @@ def hf_problem(
         recalibration: ``module:callable`` that returns batches.
         max_memory: Cap of the memory for task vectors.
         cache_dir: Where task vectors that do not fit are mapped from.
+        cache: Whether measurements are kept for later runs, and taken from earlier ones.
 
     Raises:
         ConfigError: Naming everything that is wrong with base, experts and tasks, what the
@@ -149,6 +153,7 @@ def hf_problem(
         recalibration=recalibration,
         max_memory=max_memory,
         cache_dir=cache_dir,
+        cache=cache,
     )
 
 

@@ -29,6 +29,7 @@ from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.merged.architecture import require_configuration, transformers_model
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 
 __all__ = ["import_callable", "imported_problem"]
 
@@ -40,6 +41,7 @@ _DTYPES: dict[str, StorageDtype] = {
 }
 
 
+@rebuilt
 def imported_problem(
     model: str | None,
     *,
@@ -61,6 +63,7 @@ def imported_problem(
     recalibration: str | None = None,
     max_memory: int | str | None = None,
     cache_dir: str | None = None,
+    cache: bool = True,
 ) -> MergedModelProblem:
     """Return the problem of merging checkpoints on disk.
 
@@ -96,6 +99,7 @@ def imported_problem(
         max_memory: Cap of the memory for task vectors, in bytes or such as ``2GB``; see
             :class:`~map_bo.problems.merged.problem.MergedModelProblem`.
         cache_dir: Where task vectors that do not fit are mapped from; likewise.
+        cache: Whether measurements are kept for later runs, and taken from earlier ones; likewise.
 
     Raises:
         EvaluationError: When gradients are asked of an evaluator that has none.
@@ -123,6 +127,11 @@ def imported_problem(
         raise ConfigError(
             f"missing must be one of {', '.join(get_args(MissingRule))}, got {missing!r}",
             hint="set problem.missing to one of them",
+        )
+    if not isinstance(cache, bool):  # a path of somebody else's configuration is none of ours
+        raise ConfigError(
+            f"cache must be true or false, got {cache!r:.80}",
+            hint="set the environment variable MAP_BO_EVALUATIONS to use another file",
         )
     measures = {
         name: _evaluator(where, f"problem.evaluators.{name}") for name, where in evaluators.items()
@@ -172,6 +181,7 @@ def imported_problem(
         else import_callable(recalibration, "problem.recalibration"),
         max_memory=max_memory,
         cache_dir=cache_dir,
+        cache=cache,
     )
 
 

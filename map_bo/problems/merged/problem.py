@@ -6,7 +6,6 @@ import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +19,6 @@ from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.isolation.world import callers_dtype, callers_world, known_numerics
 from map_bo.evaluators.metrics import (
     check_names,
-    entries_of,
     evaluator_of,
     evaluators_of,
     measure_all,
@@ -38,25 +36,22 @@ from map_bo.merging.export.draft import refuse_existing
 from map_bo.merging.export.model import ExportSettings, export_model
 from map_bo.merging.vectors.blocks import with_known_blocks
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
-from map_bo.merging.vectors.live import LiveModel, model_ties, names_of_base
+from map_bo.merging.vectors.live import LiveModel, ties_of_base
 from map_bo.merging.vectors.operator import (
-    HasDerivatives,
     Linear,
     MergeOperator,
-    PreparedMerge,
     Weights,
     chosen_merge,
     recipe_of,
 )
-from map_bo.merging.vectors.recalibration import (
-    Batches,
-    Recalibration,
-    require_batch_norm,
-    statistics,
-)
+from map_bo.merging.vectors.recalibration import Batches, Recalibration, statistics
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
+from map_bo.problems.evaluation_cache import EvaluationCache, read_cache
+from map_bo.problems.merged.elsewhere import Placeable
 from map_bo.problems.merged.heads import TaskHeads
+from map_bo.problems.merged.loading import Loaded, make_live
+from map_bo.problems.merged.measured import MeasuredRows
 from map_bo.problems.merged.parts import (
     blocks_to_weigh,
     build_model,
@@ -66,29 +61,18 @@ from map_bo.problems.merged.parts import (
     check_statistics,
     choose_storage,
     describe_problem,
-    prepare_on_base,
-    require_derivatives,
     ties_matter,
     watched,
     weigh_space,
 )
+from map_bo.problems.merged.recalled import Recall
 from map_bo.rng import child_seed
 from map_bo.space import CoefficientSpace
 
 __all__ = ["MergedModelProblem"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    """What evaluating needs: the task vectors, the operator bound to them, and the live model."""
-
-    vectors: TaskVectors
-    prepared: PreparedMerge
-    live: LiveModel
-    derivatives: HasDerivatives | None  # where gradients were asked for
-
-
-class MergedModelProblem:
+class MergedModelProblem(Placeable):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -96,8 +80,9 @@ class MergedModelProblem:
 
     The model may be in use elsewhere: outside `evaluate` and `load` it has its own weights.
     Evaluators get it in evaluation mode, with gradients as the caller has them. The weights are
-    written anew before each evaluator, and what one does to the model, to torch or to the process
-    is undone, so it reaches no other; see :func:`map_bo.evaluators.isolation.world.isolated`.
+    merged once per candidate, and again after an evaluator that changed them. What one does to the
+    model, to torch or to the process is undone, so it reaches no other; see
+    :func:`map_bo.evaluators.isolation.world.isolated`.
 
     Args:
         model: The architecture: a module (its weights do not matter and stay as they are), or
@@ -138,6 +123,8 @@ class MergedModelProblem:
         max_memory: Cap of the memory for task vectors, in bytes or such as ``"2GB"``: what does not
             fit is stored narrower or mapped from a file, as `Storage.of` says.
         cache_dir: Where such files are; by default in `cache_root`. Given alone, rows are mapped.
+        cache: Whether measurements are kept for later runs and taken from earlier ones, where all
+            that they depend on has a digest; or the file or `EvaluationCache` that they are in.
 
     Raises:
         MergeError: When experts, model, operator and space do not fit each other; when gradients
@@ -171,6 +158,7 @@ class MergedModelProblem:
         recalibration: Batches | None = None,
         max_memory: int | str | None = None,
         cache_dir: str | Path | None = None,
+        cache: EvaluationCache | str | Path | bool | None = True,
     ) -> None:
         check_names(experts, "expert")
         check_names(evaluators, "evaluator")
@@ -202,17 +190,16 @@ class MergedModelProblem:
             max_memory=max_memory,
             cache_dir=cache_dir,
         )
-        self._check_base = check_base
-        self._missing = missing
-        self._gradients = gradients
+        self._check_base, self._missing, self._gradients = check_base, missing, gradients
         if gradients:
             check_gradients(
                 self._evaluators, self._operator, recalibrated=recalibration is not None
             )
         self._recalibration = None if recalibration is None else Recalibration(recalibration)
-        self._model: nn.Module | None = None
         self._measured: CoefficientSpace | None = None
-        self._loaded: _Loaded | None = None
+        self._loaded: Loaded | None = None
+        self._cache = read_cache(cache)
+        self._recall: Recall | None = None
 
     @property
     def space(self) -> CoefficientSpace:
@@ -268,43 +255,39 @@ class MergedModelProblem:
             MergeError: When checkpoints, model and operator do not fit each other.
         """
         X = self._space.check(X)
-        n, m = len(X), len(self._metrics)
-        columns = {metric.name: (j, metric) for j, metric in enumerate(self._metrics)}
-        Y, Yvar, counts = (torch.full((n, m), torch.nan, dtype=torch.float64) for _ in range(3))
-        gradients, noise = (torch.full((n, m, X.shape[1]), torch.nan).double() for _ in range(2))
-        cost = torch.zeros(n, dtype=torch.float64)
-        failures: list[str | None] = [None] * n
-        loaded = self._load()
+        measured, loaded = MeasuredRows(X, self._metrics), self._load()
         # Under another default dtype, models and inputs come in different ones.
         loaded.live.cast_inputs = callers_dtype() != torch.float32
         with loaded.live as live:
+            recall = self._recalls(live)
             for i, x in enumerate(X):
-                start, reasons = time.perf_counter(), []
-                for key, evaluator in self._evaluators.items():
+                start, again = time.perf_counter(), False
+                known, reasons = recall.fill(measured, i, x, self._evaluators)
+                others = [key for key in self._evaluators if key not in known]
+                for key in others:
+                    evaluator, begun = self._evaluators[key], time.perf_counter()
                     try:
-                        model = self._write(x, key)
+                        model = self._write(x, key, again=again, hold=key != others[-1])
+                        again = True
                         with watched(key, live, child_seed(generator, key, i)):
                             if loaded.derivatives is None:
                                 found = measure_all(key, evaluator, model)
                             else:
-                                j = columns[key][0]
-                                seen, gradients[i, j], noise[i, j] = measure_with_gradient(
+                                seen, *slopes = measure_with_gradient(
                                     key, evaluator, live, loaded.derivatives
                                 )
+                                measured.put_gradient(i, key, *slopes)
                                 found = {key: seen}
                     except EvaluationError as error:
                         reasons.append(error.reason)
                         continue
-                    entries, wrong = entries_of(found, columns)
+                    wrong = measured.put(i, found)
                     reasons += wrong
-                    for name, entry in entries.items():
-                        j = columns[name][0]
-                        Y[i, j], Yvar[i, j], counts[i, j] = entry
-                failures[i] = "; ".join(reasons) or None
-                cost[i] = time.perf_counter() - start
-        return Observations(
-            X, Y, self._metrics, Yvar, counts, cost, tuple(failures), gradients, noise
-        )
+                    if not wrong:
+                        recall.keep(key, evaluator, found, time.perf_counter() - begun)
+                measured.end(i, reasons, time.perf_counter() - start)
+                recall.save()
+        return measured.observations()
 
     @contextmanager
     def load(self, x: Tensor, *, metric: str | None = None) -> Iterator[nn.Module]:
@@ -395,7 +378,7 @@ class MergedModelProblem:
             MergeError: When it cannot be written; nothing is left behind.
         """
         row, model = self._row(x), self._architecture()
-        ties = self._model_ties(model)
+        ties = ties_of_base(model, self._base.names)
         weights: Weights | None = None
         operator, names, c = chosen_merge(self._operator, self._experts, self._space.names, row)
         if isinstance(operator, Linear):
@@ -430,6 +413,7 @@ class MergedModelProblem:
         part = copy.copy(self)
         part._metrics = metrics
         part._evaluators = evaluators_of(self._evaluators, metrics)
+        part.made_by(MergedModelProblem.restricted, self, tuple(names))
         return part
 
     @property
@@ -477,8 +461,10 @@ class MergedModelProblem:
             max_memory=self._max_memory,
             cache_dir=self._cache_dir,
             missing=self._missing,
+            cache=self._cache or False,
         )
         problem._metrics = metrics  # of an evaluator of several, perhaps not all
+        problem.made_by(MergedModelProblem.with_experts, self, dict(experts), tuple(names))
         problem._heads = self._heads  # merges of experts have none of their own
         return problem
 
@@ -522,15 +508,25 @@ class MergedModelProblem:
             recalibrated=self._statistics(row),
         )
 
-    def _write(self, x: Tensor, key: str | None = None) -> nn.Module:
-        """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any."""
+    def _write(
+        self, x: Tensor, key: str | None = None, *, again: bool = False, hold: bool = False
+    ) -> nn.Module:
+        """Merge ``x`` (``d``) into the live model, with the head of an evaluator's task, if any.
+
+        ``again``: it may still be there from before; ``hold``: it will be wanted again.
+        """
         loaded = self._load()
-        model = loaded.live.write(loaded.prepared, x)
+        live, model = loaded.live, loaded.live.model
+        kept = again and live.rewind()
+        if not kept:
+            live.write(loaded.prepared, x)
         head = None if key is None else self._heads.of_task(key)
         if head is not None:
-            loaded.live.put_head(head.tensors, head.labels)
+            live.put_head(head.tensors, head.labels)
         if self._recalibration is not None:
-            self._recalibration(model, x)
+            self._recalibration(model, x)  # of one that is kept, the same numbers once more
+        if hold and (not kept or self._recalibration is not None):
+            live.hold()
         return model
 
     def _statistics(self, x: Tensor) -> dict[str, Tensor]:
@@ -544,7 +540,27 @@ class MergedModelProblem:
         x = torch.as_tensor(x, dtype=torch.float64)
         return self._space.check(x[None] if x.dim() == 1 else x.reshape(1, -1))[0]
 
-    def _load(self) -> _Loaded:
+    def _recalls(self, live: LiveModel) -> Recall:
+        """Return what looks measurements up; it does nothing where none may have been kept."""
+        if self._recall is None:
+            self._recall = Recall.of(
+                None if self._gradients else self._cache,
+                live,
+                self._evaluators,
+                self._metrics,
+                self._heads,
+                self._recalibration,
+                base=self._base,
+                experts=self._experts,
+                operator=self._operator,
+                names=self._space.names,
+                missing=self._missing,
+                storage=(self._storage.dtype, self._storage.cache is not None),
+                ties=ties_of_base(live.model, self._base.names),
+            )
+        return self._recall
+
+    def _load(self) -> Loaded:
         """Read the checkpoints and build the model, once."""
         if self._loaded is not None:
             return self._loaded
@@ -555,43 +571,24 @@ class MergedModelProblem:
             dtype=self._storage.dtype,
             device=self._device,
             check_base=self._check_base,
-            ties=self._model_ties(model),
+            ties=ties_of_base(model, self._base.names),
             cache=self._storage.cache,
             spare_memory=self._storage.spare_memory,
         )
         check_statistics(self._operator, self._experts)
-        live = LiveModel(
+        self._loaded = make_live(
             model,
-            vectors.layout,
-            fixed=vectors.fixed,
-            heads=self._heads.names,
-            spare=self._heads.spare,
+            vectors,
+            self._operator,
+            self._evaluators,
+            self._heads,
+            recalibrated=self._recalibration is not None,
+            gradients=self._gradients,
         )
-        if live.device != vectors.rows.device:
-            raise MergeError(
-                f"the model is on {live.device} and the task vectors on {vectors.rows.device}",
-                hint=f"move the model, or pass device={str(live.device)!r}",
-            )
-        if self._recalibration is not None:
-            require_batch_norm(model)
-        if self._gradients:
-            live.require_whole()
-        prepared = self._operator.prepare(vectors)
-        derivatives = require_derivatives(prepared, self._operator) if self._gradients else None
-        prepare_on_base(self._evaluators, live, vectors, self._heads)
-        self._loaded = _Loaded(vectors, prepared, live, derivatives)
         return self._loaded
 
     def _ties(self) -> dict[str, str]:
-        return join_ties(self._base, self._model_ties(self._architecture()))
-
-    def _model_ties(self, model: nn.Module) -> dict[str, str]:
-        """Return the ties of a model under the names of the base."""
-        ties = model_ties(model)
-        if not ties or set(ties.values()) <= set(self._base.names):
-            return ties
-        names = names_of_base(model, self._base.names)
-        return {names.get(alias, alias): names.get(kept, kept) for alias, kept in ties.items()}
+        return join_ties(self._base, ties_of_base(self._architecture(), self._base.names))
 
     def _architecture(self) -> nn.Module:
         if self._model is None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from map_bo.evaluators.perplexity import Perplexity
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.expert_training import (
     BatchLoss,
     TunedProblem,
@@ -84,6 +85,7 @@ class DecoderZoo(TunedZoo):
         return Perplexity(data=held_out(folder, size), tokenizer=str(base), unit="document")
 
 
+@rebuilt
 def decoder_problem(
     root: str | Path | None = None,
     *,
@@ -101,6 +103,7 @@ def decoder_problem(
     progress: bool = False,
     dtype: StorageDtype = torch.float32,
     max_memory: int | str | None = None,
+    cache: bool = True,
 ) -> TunedProblem:
     """Return the problem of merging language models fine-tuned on domains of text.
 
@@ -125,6 +128,7 @@ def decoder_problem(
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors; see `MergedModelProblem`.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
 
     Raises:
         CheckpointError: When the language model cannot be read.
@@ -139,6 +143,7 @@ def decoder_problem(
         cache_dir=cache_dir,
         progress=progress,
         max_memory=max_memory,
+        cache=cache,
         operator=operator,
         lower=lower,
         upper=upper,

@@ -36,6 +36,7 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.data import (
     TEST_EXAMPLES,
     TRANSFORM_NAMES,
@@ -236,6 +237,7 @@ class DigitsProblem(MergedModelProblem):
         }
 
 
+@rebuilt
 def digits_problem(
     experts: int = 4,
     *,
@@ -255,6 +257,7 @@ def digits_problem(
     measure: str = "accuracy",
     gradients: bool = False,
     max_memory: int | str | None = None,
+    cache: bool = True,
     examples: int | None = None,
 ) -> MergedModelProblem:
     """Return the problem of merging real experts on transformed digits.
@@ -283,6 +286,7 @@ def digits_problem(
         measure: ``"accuracy"``, ``"probability"`` or ``"loss"``; see `DigitsZoo.evaluators`.
         gradients: Measure derivatives by the coefficients too; an accuracy has none.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
         examples: The name of ``size`` in version 0.1; it goes in version 0.3.
 
     Raises:
@@ -339,6 +343,7 @@ def digits_problem(
         measure=measure,
         gradients=gradients,
         max_memory=max_memory,
+        cache=cache,
         # Without a cap this folder is for trained experts alone.
         cache_dir=None if max_memory is None else cache_dir,
     )

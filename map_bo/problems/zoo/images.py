@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from map_bo.cached import digest_of
 from map_bo.errors import DataError
 from map_bo.evaluators.data import Data
 from map_bo.evaluators.evaluator import Measurement, accuracy
@@ -31,6 +32,7 @@ from map_bo.problems.cache import (
     write_network,
 )
 from map_bo.problems.merged.problem import MergedModelProblem
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.image_sets import IMAGE_SETS, read_image_set
 from map_bo.problems.zoo.image_training import (
     IMAGE_TRAINING_VERSION,
@@ -168,6 +170,11 @@ class HeadAccuracy:
         self.head, self.inputs, self.labels = head, inputs, labels
         self._accuracy = accuracy(inputs, labels, batch_size=len(labels))
 
+    @property
+    def digest(self) -> str:
+        """A digest of the head, the images and their classes."""
+        return f"{digest_of(self.head.state_dict())} {self._accuracy.digest}"
+
     def __call__(self, model: nn.Module) -> Measurement:
         """Return the accuracy in [0, 1] with the number of images."""
         return self._accuracy(nn.Sequential(model, self.head))
@@ -211,6 +218,7 @@ class ImagesProblem(MergedModelProblem):
         }
 
 
+@rebuilt
 def images_problem(
     root: str | Path | None = None,
     *,
@@ -225,6 +233,7 @@ def images_problem(
     cache_dir: str | Path | None = None,
     progress: bool = False,
     dtype: torch.dtype = torch.float32,
+    cache: bool = True,
     data: Mapping[str, Mapping[str, Data | Mapping[str, Any] | str]] | None = None,
     examples: int | None = None,
 ) -> ImagesProblem:
@@ -246,6 +255,7 @@ def images_problem(
         cache_dir: Where trained encoders are kept; see :func:`map_bo.problems.cache.cache_root`.
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors: float32 or bfloat16.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
         data: Further sets of the user's own, of at most ten classes: name ->
             ``{"train": ..., "test": ...}``, each a data block
             (:class:`~map_bo.evaluators.data.Data`) with the roles ``image`` and ``label``.
@@ -264,6 +274,7 @@ def images_problem(
         size,
         files=zoo.checkpoints(cache_dir, progress=progress),
         operator=operator,
+        cache=cache,
         lower=lower,
         upper=upper,
         fixed=fixed,

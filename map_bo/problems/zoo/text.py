@@ -21,6 +21,7 @@ from map_bo.evaluators.text.classification import TextClassification
 from map_bo.merging.vectors.operator import MergeOperator
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.problems.cache import read_network, write_network
+from map_bo.problems.rebuilding import rebuilt
 from map_bo.problems.zoo.expert_training import (
     BatchLoss,
     TunedProblem,
@@ -103,6 +104,7 @@ class TextZoo(TunedZoo):
         )
 
 
+@rebuilt
 def text_problem(
     root: str | Path | None = None,
     *,
@@ -120,6 +122,7 @@ def text_problem(
     progress: bool = False,
     dtype: StorageDtype = torch.float32,
     max_memory: int | str | None = None,
+    cache: bool = True,
 ) -> TunedProblem:
     """Return the problem of merging encoders fine-tuned on real text sets, under frozen heads.
 
@@ -144,6 +147,7 @@ def text_problem(
         progress: Show a progress bar while training.
         dtype: Storage of the task vectors; see `MergedModelProblem`.
         max_memory: Cap of the memory for task vectors; see `MergedModelProblem`.
+        cache: Whether measurements are kept for later runs; see `MergedModelProblem`.
 
     Raises:
         CheckpointError: When the encoder cannot be read.
@@ -158,6 +162,7 @@ def text_problem(
         cache_dir=cache_dir,
         progress=progress,
         max_memory=max_memory,
+        cache=cache,
         operator=operator,
         lower=lower,
         upper=upper,

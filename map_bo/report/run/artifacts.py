@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from map_bo.report.run.plots import write_plots
 from map_bo.report.run.tables import write_evaluations_csv, write_front_csv
 from map_bo.report.view import RunView
 
-__all__ = ["write_report", "write_summary"]
+__all__ = ["remove_report", "write_report", "write_summary"]
 
 _HINT = "restore the record of the run from a copy if it was edited by hand"
 
@@ -43,6 +44,20 @@ def write_report(view: RunView, directory: Path) -> None:
         write_summary(view.summary, directory / "summary.json")
         plots = write_plots(view, directory / "plots")
         write_html(view, directory / "report.html", plots)
+
+
+def remove_report(directory: Path) -> None:
+    """Remove what :func:`write_report` wrote of a run that goes on: it tells of another front.
+
+    Plots of other formats and whatever else is in the directory stay, and so does what cannot be
+    removed.
+    """
+    names = ("summary.json", "front.csv", "evaluations.csv", "report.html")
+    for path in [*(directory / name for name in names), *directory.glob("plots/*.png")]:
+        with suppress(OSError):
+            path.unlink()
+    with suppress(OSError):
+        (directory / "plots").rmdir()
 
 
 def write_summary(summary: Mapping[str, Any], path: Path) -> None:

@@ -32,7 +32,8 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         where = f", {checked['counted']}" if checked.get("counted") else ""
         evaluations += f"; {checked['points']} of them measured front points{where}"
     failed = summary.get("failures", sum(reason is not None for reason in view.seen.failures))
-    partial = summary.get("partial", int(view.seen.partial.sum()))
+    partly_failed = view.seen.partial & view.seen.failed_rows
+    partial = summary.get("partial", int(partly_failed.sum()))
     partly = f" ({partial} of them in some metrics only)" if partial else ""
     real = int(front.verified.sum())
     points = "1 predicted point" if len(front) == 1 else f"{len(front)} predicted points"
@@ -46,6 +47,12 @@ def facts(view: RunView) -> list[tuple[str, str]]:
                 f"{nested['data_sets']} measurements of one task at one point, as many as "
                 f"{float(nested['flat_evaluations']):.1f} evaluations of all tasks",
             )
+        )
+    kept = summary.get("cache")
+    if isinstance(kept, Mapping) and kept:
+        evaluations += (
+            f"; {kept['evaluations']} of them and {kept['metrics']} measurements in all came from "
+            f"the cache, which saved {seconds(float(kept['seconds_saved']))}"
         )
     rows += [
         ("of all tasks" if nested else "evaluations", evaluations),

@@ -210,10 +210,12 @@ class WandbMirror:
         numbers = self._numbers.of(event)
         if self._seen <= self._state["events"]:
             return
+        run = self._open()
+        if event.kind == "extended":
+            config = _configuration(self._numbers.created)
+            run.config.update(config, allow_val_change=True)  # type: ignore[no-untyped-call]
         if numbers:
             self._log(numbers)
-        else:
-            self._open()
         self._keep(events=self._seen, whole=False)
 
     def finish(self, *, whole: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from map_bo.data import Front, Metric
 from map_bo.tracking.codec import decode_front, decode_metric, decode_observations, decode_tensor
+from map_bo.tracking.extension import with_extension
 from map_bo.tracking.store import Event
 
 __all__ = ["Numbers", "flat", "front_table"]
@@ -23,7 +24,7 @@ class Numbers:
     After the last event, ``front`` has real and corrected values.
 
     Attributes:
-        created: The data of the ``created`` event; empty before it.
+        created: The data of the ``created`` event, with the settings in force; empty before it.
         front: The front, once it has been solved.
         summary: The summary, once the run has finished; empty before.
         names: Names of the ``d`` coefficients.
@@ -51,6 +52,8 @@ class Numbers:
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
         ``imported``: ``evaluation`` after them, and ``imported``, their number.
+        ``extended``: the settings that were changed, below ``settings/``, and ``evaluation``, which
+        counts the points of a front that was set back.
         ``node``: the numbers of an event of a node of a nested run, below ``nested/NODE/``;
         ``measured``: ``nested/data_sets`` so far.
         ``checked`` and ``front``: all recorded numbers, below ``stop/``, ``surrogate/``,
@@ -86,6 +89,15 @@ class Numbers:
                 count = len(data["indices"])
                 self._evaluations += count
                 return {"evaluation": self._evaluations, "imported": count}
+            case "extended":
+                self.created = with_extension(self.created, data)
+                changed = {name: change["to"] for name, change in data["settings"].items()}
+                numbers = flat(changed, "settings")
+                if data["reopens"]:
+                    self._evaluations += self._verifications
+                    self._verifications, self.front, self.summary = 0, None, {}
+                    numbers["evaluation"] = self._evaluations
+                return numbers
             case "node":
                 node = self._nodes.setdefault(data["node"], Numbers())
                 found = node.of(Event(data["kind"], data["data"], event.time))
@@ -121,6 +133,7 @@ class Numbers:
             **_named("noise", names, outcome.Yvar[0].sqrt()),
             "seconds": float(outcome.cost[0]),
             "failed": float(outcome.failures[0] is not None),
+            **({"recalled": float(outcome.recalled.sum())} if bool(outcome.recalled.any()) else {}),
         }
 
     def _verified(self, data: Mapping[str, Any]) -> dict[str, float]:

@@ -9,7 +9,15 @@ import pytest
 
 from map_bo.data import Metric
 from map_bo.errors import EvaluationError
-from map_bo.evaluators.language.harness import Column, Plan, Progress, Unit, make_plan, outcome_of
+from map_bo.evaluators.language.harness import (
+    Column,
+    Plan,
+    Progress,
+    Unit,
+    draws,
+    make_plan,
+    outcome_of,
+)
 from tests.evaluators.harness_tasks import write_tasks
 
 needs_harness = pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is not installed")
@@ -88,3 +96,10 @@ def test_tasks_are_found_without_reading_data(tmp_path: Path) -> None:
         "the group 'no_tasks' has no tasks",
         "no metric of 'corpus' can be measured (mcc are no means over documents)",
     ]
+
+
+def test_a_request_that_draws_is_found_wherever_it_stands() -> None:
+    greedy = [[[("a prompt", {"until": ["\n"], "do_sample": False})]]]
+    assert not draws(greedy)
+    assert draws([*greedy, [[("a prompt", {"do_sample": True, "temperature": 1.0})]]])
+    assert not draws([[[("the context", " a continuation")]]])

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from map_bo.data import Metric
 from map_bo.errors import MapBoError
 from map_bo.evaluators.evaluator import Measurement, mean_loss
-from map_bo.loop.run import optimize
+from map_bo.loop.optimize import optimize
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from tests.evaluators.surroundings import surroundings

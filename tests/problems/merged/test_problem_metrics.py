@@ -14,8 +14,8 @@ from map_bo.data import Metric
 from map_bo.errors import AnotherRunError, DataError
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.metrics import SeveralMetrics
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_state
-from map_bo.loop.run import optimize
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol

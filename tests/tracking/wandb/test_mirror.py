@@ -14,9 +14,9 @@ import wandb as library
 from torch import Tensor
 
 from map_bo.errors import ConfigError
+from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_result, load_state
 from map_bo.loop.result import Result
-from map_bo.loop.run import optimize
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.wandb.mirror import Wandb, WandbMirror, default_mode
 from tests.loop.bowls import Bowls, quick

@@ -21,7 +21,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.loop.joint_posterior import JointPosterior, plausible_points, volumes
+from map_bo.loop.posterior.joint_posterior import JointPosterior, plausible_points, volumes
 from map_bo.loop.recommend import of_columns
 from map_bo.loop.settings import Settings
 from map_bo.loop.stopping import Criterion

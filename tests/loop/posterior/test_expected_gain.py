@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.loop.expected_gain import (
+from map_bo.loop.posterior.expected_gain import (
     _conditioned,
     _missing_volume,
     _regret,
     check_stopping,
     expected_gain,
 )
-from map_bo.loop.joint_posterior import JointPosterior
+from map_bo.loop.posterior.joint_posterior import JointPosterior
 from map_bo.loop.run import Run
 from map_bo.loop.stopping import Criterion, Stop
 from map_bo.pareto.indicators import preference_weights

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.data import Metric, Observations, to_maximisation
-from map_bo.loop.joint_posterior import (
+from map_bo.loop.posterior.joint_posterior import (
     JointPosterior,
     plausible_points,
     real_draws,

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.loop.front_posterior import (
+from map_bo.loop.posterior.front_posterior import (
     FrontUncertainty,
     assess,
     expected_optimism,
@@ -17,7 +17,7 @@ from map_bo.loop.front_posterior import (
     hypervolume_interval,
     left_out_optimism,
 )
-from map_bo.loop.joint_posterior import plausible_points
+from map_bo.loop.posterior.joint_posterior import plausible_points
 from map_bo.loop.recommend import recommend
 from map_bo.pareto.dominance import dominates
 from map_bo.pareto.gradient import GradientSolver
@@ -154,7 +154,7 @@ def test_a_surrogate_that_cannot_leave_out_estimates_no_optimism() -> None:
 def test_of_a_very_large_front_only_some_points_have_a_probability(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("map_bo.loop.front_posterior._MOST_POINTS", 25)
+    monkeypatch.setattr("map_bo.loop.posterior.front_posterior._MOST_POINTS", 25)
     sure = assessed(2, 12, 60)
     assert int(sure.front.probability.isfinite().sum()) == 25
 

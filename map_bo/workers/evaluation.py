@@ -19,7 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations
+from map_bo.data import Observations, is_at
 from map_bo.errors import ConfigError, DataError, EvaluationError, MapBoError, StoreError
 from map_bo.evaluators.isolation.global_state import World
 from map_bo.evaluators.isolation.world import (
@@ -28,7 +28,6 @@ from map_bo.evaluators.isolation.world import (
     known_numerics,
     stops_the_process,
 )
-from map_bo.loop.state import is_at
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.problems.problem import Problem
 from map_bo.rng import child_seed
@@ -160,6 +159,8 @@ def _fault(result: Observations, problem: Problem, x: Tensor) -> str | None:
         )
     if result.X.shape[-1] != len(x) or not is_at(result.X[0], x.double()):
         return f"the problem returned the outcome of another point: {result.X[0].tolist()}"
+    if bool(result.incomplete.any()):
+        return f"the problem returned NaN without a reason: {result.Y[0].tolist()}"
     return None
 
 
@@ -176,6 +177,12 @@ def refuse_another_problem(index: int, outcome: Observations, problem: Problem) 
             f"{[metric.name for metric in outcome.metrics]}",
             hint=f"tell an outcome with {problem.space.d} coefficients and metrics "
             f"{[metric.name for metric in problem.metrics]}",
+        )
+    if bool(outcome.incomplete.any()):
+        raise StoreError(
+            f"the outcome of row {index} lacks metrics without a reason: {outcome.Y[0].tolist()}",
+            hint="measure all metrics of a proposed row, or tell why it failed in `failures`; the "
+            "values of the other metrics are kept",
         )
 
 

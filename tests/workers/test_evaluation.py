@@ -15,8 +15,8 @@ import torch
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, SpaceError
 from map_bo.evaluators.isolation import global_state
-from map_bo.loop.evaluation import TimeLimitExceededError, evaluate_row, time_limit
 from map_bo.rng import make_generator
+from map_bo.workers.evaluation import TimeLimitExceededError, evaluate_row, time_limit
 from tests.evaluators.surroundings import surroundings
 from tests.loop.bowls import Bowls
 

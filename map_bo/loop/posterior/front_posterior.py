@@ -15,7 +15,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Front, Metric, Observations, to_maximisation
-from map_bo.loop.joint_posterior import (
+from map_bo.loop.posterior.joint_posterior import (
     DIRECTIONS,
     JointPosterior,
     plausible_points,

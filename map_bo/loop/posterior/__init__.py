@@ -1,0 +1,1 @@
+"""What the surrogate of a run still says of its front: uncertainty, and gains to be expected."""

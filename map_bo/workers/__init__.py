@@ -1,0 +1,1 @@
+"""Workers: who evaluates the rows of a run, in this process or in many."""
