@@ -23,6 +23,7 @@ NESTED = README.parent / "docs" / "nested.md"
 RELIABILITY = README.parent / "docs" / "reliability.md"
 ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
 GROW = README.parent / "docs" / "grow.md"
+WORKERS = README.parent / "docs" / "workers.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -48,8 +49,11 @@ PROMISES = {
     "record_damage": "benchmarks.reliability.record_damage",
 }
 
-# Tables of other documents, docs/grow.md; run by themselves.
-PAGES = {"transfer": "benchmarks.quality.transfer"}
+# Tables of other documents, docs/grow.md and workers.md; run by themselves.
+PAGES = {
+    "transfer": "benchmarks.quality.transfer",
+    "workers": "benchmarks.speed.workers",
+}
 
 
 def filled(text: str, *, full: bool = False) -> str:
@@ -101,6 +105,7 @@ def main() -> None:
         RELIABILITY.write_text(filled(RELIABILITY.read_text()))
         ASYNCHRONOUS.write_text(filled(ASYNCHRONOUS.read_text()))
         GROW.write_text(filled(GROW.read_text()))
+        WORKERS.write_text(filled(WORKERS.read_text()))
         evidence.write()
 
 
