@@ -280,6 +280,8 @@ def _words(process: BaseProcess | None) -> str:
     code = None if process is None else process.exitcode
     if code is None:
         return "went out of reach"
+    if code == signal.SIGTERM:  # pebble's processes leave with its number
+        return "was asked to end: signal 15 (SIGTERM)"
     if code >= 0:
         return f"ended with exit code {code}: it left with os._exit"
     try:

@@ -22,6 +22,7 @@ from map_bo.workers.workers import Outcome
         (-9, "was killed: signal 9 (SIGKILL); out of memory?"),
         (0, "ended with exit code 0: it left with os._exit"),
         (3, "ended with exit code 3: it left with os._exit"),
+        (15, "was asked to end: signal 15 (SIGTERM)"),
         (-200, "died: signal 200 (unknown)"),
         (None, "went out of reach"),
     ],
