@@ -299,7 +299,8 @@ def is_right(problem: ZooProblem, name: str, model: nn.Module, size: int) -> Ten
         )
     with torch.inference_mode():
         logits = measure.head(model(measure.inputs))
-    return (logits.argmax(-1) == measure.labels).double().clone()
+    right: Tensor = (logits.argmax(-1) == measure.labels).double().clone()
+    return right
 
 
 def first_half(outcomes: Tensor) -> Tensor:

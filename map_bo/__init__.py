@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
     from map_bo.evaluators.metrics import SeveralMetrics
-    from map_bo.loop.optimize import optimize
-    from map_bo.loop.reading import load_result, open_run
+    from map_bo.loop.optimize import open_run, optimize
+    from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
@@ -193,7 +193,7 @@ _HOME = {
     "load_result": "map_bo.loop.reading",
     "merge_checkpoints": "map_bo.merging.export.model",
     "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
-    "open_run": "map_bo.loop.reading",
+    "open_run": "map_bo.loop.optimize",
     "optimize": "map_bo.loop.optimize",
     "optimize_nested": "map_bo.nested.optimize",
 }

@@ -22,12 +22,9 @@ from map_bo.foreign import read_json, understood
 from map_bo.loop.growth import created_in_force
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
-from map_bo.loop.run import Run
-from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, check_created, replay
 from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
-from map_bo.problems.told import ToldProblem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, screened
@@ -43,7 +40,6 @@ __all__ = [
     "created_of",
     "load_result",
     "load_state",
-    "open_run",
     "read_runs",
     "record_failure",
     "recorded_surrogate",
@@ -91,35 +87,6 @@ def _checked(events: Iterable[Event]) -> Iterator[Event]:
         if event.kind == "created":
             check_created(event.data)
         yield event
-
-
-def open_run(run_dir: str | Path, *, trust: Trust = ()) -> Run:
-    """Return a recorded run, to ask for rows and to tell their outcomes.
-
-    Everything comes from the record: no checkpoint is read, and the run cannot evaluate a point
-    itself. Several processes may have the same run open; see :class:`map_bo.loop.run.Run`.
-
-    Args:
-        run_dir: The run's directory.
-        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
-
-    Raises:
-        StoreError: When there is no run, or it is a nested one.
-        SettingsError: When its settings cannot be built again, or their package is not trusted.
-    """
-    created = created_of(run_dir)
-    if created.get("nested"):
-        raise StoreError(
-            "a nested run measures points of many nodes, which cannot be asked for by hand",
-            hint="drive it with `map-bo resume RUN`, or start a run without nested=...",
-        )
-    with _reading(run_dir):
-        values = {name: from_plain(part, trust=trust) for name, part in created["settings"].items()}
-        metrics = tuple(decode_metric(metric) for metric in created["metrics"])
-        space = CoefficientSpace.from_description(created["space"])
-        problem = ToldProblem(space, metrics, created["problem"])
-        settings = Settings.checked(**values)
-    return Run(problem, settings, JsonlStore.open(Path(run_dir)))
 
 
 def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -272,6 +273,12 @@ class ProcessWorkers:
         now = time.monotonic()
         flights = [(slot.name, slot.flight) for slot in self._slots]
         return [(name, one.task, now - one.begun) for name, one in flights if one is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what they are, for the summary of a run."""
+        devices = [slot.place.label for slot in self._slots if slot.place.label]
+        told = {"devices": devices} if devices else {}
+        return {"kind": "processes", "threads": self.threads, **told}
 
     def processes(self) -> list[int]:
         """Return the ids of the processes that hold the problem now."""

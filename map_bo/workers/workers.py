@@ -7,11 +7,11 @@ run writes its record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -19,7 +19,17 @@ from torch import Generator, Tensor
 from map_bo.data import Observations
 from map_bo.problems.problem import Problem
 
-__all__ = ["KeepsLogs", "Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers"]
+__all__ = [
+    "DescribesWorkers",
+    "KeepsLogs",
+    "Key",
+    "Kind",
+    "Outcome",
+    "Settled",
+    "Task",
+    "WorkerSettings",
+    "Workers",
+]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
@@ -143,6 +153,15 @@ class Workers(Protocol):
 
     def close(self, *, abandon: bool = False) -> None:
         """End the workers: when they are idle, or at once where what they do is ``abandon``ed."""
+        ...
+
+
+@runtime_checkable
+class DescribesWorkers(Protocol):
+    """Workers that say what they are, for the summary of a run."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data, such as their kind and their threads."""
         ...
 
 

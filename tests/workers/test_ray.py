@@ -99,14 +99,14 @@ def two_nodes() -> Iterator[str]:
     from ray.cluster_utils import Cluster
 
     store = 80 * 2**20
-    cluster = Cluster(
+    cluster: Any = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": store, "include_dashboard": False},
     )
     for _ in range(2):
         cluster.add_node(num_cpus=1, object_store_memory=store)
     yield cluster.address
-    cluster.shutdown()  # type: ignore[no-untyped-call]
+    cluster.shutdown()
 
 
 @pytest.mark.slow
@@ -141,7 +141,7 @@ def test_a_machine_that_dies_takes_its_row_along_and_one_that_joins_takes_its_pl
     from ray.cluster_utils import Cluster
 
     store = 80 * 2**20
-    cluster = Cluster(
+    cluster: Any = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": store, "include_dashboard": False},
     )
@@ -165,7 +165,7 @@ def test_a_machine_that_dies_takes_its_row_along_and_one_that_joins_takes_its_pl
         finally:
             workers.close(abandon=True)
     finally:
-        cluster.shutdown()  # type: ignore[no-untyped-call]
+        cluster.shutdown()
 
 
 def until(what: Callable[[], bool]) -> None:

@@ -25,7 +25,7 @@ __all__ = ["ask", "tell"]
 
 def ask(options: argparse.Namespace) -> None:
     """Propose rows and record them, or list those that wait; print them."""
-    from map_bo.loop.reading import open_run
+    from map_bo.loop.optimize import open_run
     from map_bo.values import whole_number
 
     count = whole_number("-n", options.count, least=1, hint="give how many rows to propose")
@@ -91,7 +91,7 @@ def _progress(run: Run, place: str) -> str:
 
 def tell(options: argparse.Namespace) -> None:
     """Record the outcome of a row that waits."""
-    from map_bo.loop.reading import open_run
+    from map_bo.loop.optimize import open_run
 
     outcome = _outcome(options.json)
     if options.trust:

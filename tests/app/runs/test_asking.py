@@ -15,7 +15,8 @@ import torch
 
 import map_bo
 from map_bo.app.main import main
-from map_bo.loop.reading import load_result, load_state, open_run
+from map_bo.loop.optimize import open_run
+from map_bo.loop.reading import load_result, load_state
 from map_bo.loop.run import Run
 from map_bo.problems.told import told_problem
 from map_bo.tracking.jsonl import JsonlStore
@@ -116,7 +117,7 @@ def test_a_run_made_in_python_is_asked_by_its_record_alone(
 
 ASKING = """
 import sys
-from map_bo.loop.reading import open_run
+from map_bo.loop.optimize import open_run
 run = open_run(sys.argv[1])
 for _ in range(4):
     [row] = run.ask(1)

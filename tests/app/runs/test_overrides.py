@@ -36,6 +36,9 @@ def test_settings_and_what_shows_the_run_may_change() -> None:
     found, changes = with_overrides(config, ["tracking.local.normalised=true"])
     assert found.tracking.local.normalised is True
     assert set(changes) == {"tracking"}
+    found, _ = with_overrides(config, ["workers=3", "loop.asynchronous=false"])
+    assert found.workers.count == 3
+    assert found.loop.asynchronous is False
     found, _ = with_overrides(config, ["tracking=[local,wandb]"])
     assert set(found.tracking) == {"local", "wandb"}
 
