@@ -23,7 +23,7 @@ import os
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,7 @@ class Sizes:
     tasks: int  # of the overhead
     gigabytes: float
     memory_workers: int
+    samplers: tuple[str, ...] = ("sobol", "default")
 
 
 FULL = Sizes(8, 64, 2.0, 200, 1.0, 4)
@@ -131,7 +132,8 @@ def throughput(sizes: Sizes) -> tuple[list[str], dict[str, Any]]:
         problem = Sleeper(sizes.seconds, heavy)
         workers = Processes(sizes.workers, threads=1).open(problem)
         try:
-            for name, settings in samplers.items():
+            for name in sizes.samplers:
+                settings = samplers[name]
                 wall = {}
                 for batches in (True, False):
                     how = {"batch": sizes.workers, "asynchronous": False} if batches else {}
@@ -295,11 +297,12 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="tiny sizes: does it run?")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--gigabytes", type=float, help="size of the model (default: 1)")
+    parser.add_argument("--samplers", nargs="+", choices=FULL.samplers, default=FULL.samplers)
     parser.add_argument("--out", type=Path, help="write the numbers as JSON")
     options = parser.parse_args()
-    sizes = SMOKE if options.smoke else FULL
+    sizes = replace(SMOKE if options.smoke else FULL, samplers=tuple(options.samplers))
     if options.gigabytes:
-        sizes = Sizes(**{**vars(sizes), "gigabytes": options.gigabytes})
+        sizes = replace(sizes, gigabytes=options.gigabytes)
     measure = {"throughput": throughput, "overhead": overhead, "memory": memory}
     table: list[str] = []
     data: dict[str, Any] = {}

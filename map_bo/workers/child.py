@@ -16,13 +16,24 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing import spawn
+from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from map_bo.errors import MapBoError
     from map_bo.workers.resident import Resident
 
-__all__ = ["Place", "Ready", "ask_for_signal", "begin", "end_with", "evaluate", "ready"]
+__all__ = [
+    "Place",
+    "Ready",
+    "WithoutScript",
+    "ask_for_signal",
+    "begin",
+    "end_with",
+    "evaluate",
+    "ready",
+]
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _LOOK = 1.0  # seconds between two looks at the parent, where the system sends no signal
@@ -82,6 +93,35 @@ class _Here:
 
 
 _here = _Here()
+
+
+class WithoutScript(SpawnProcess):
+    """A spawned process that does not import the driver's script.
+
+    It is here, as the new process imports the module of its class before anything else.
+    """
+
+    @staticmethod
+    def _Popen(process_obj: Any) -> Any:
+        own = threading.get_ident()
+        original = spawn.get_preparation_data
+
+        def prepared(name: str) -> Any:
+            data: dict[str, Any] = original(name)
+            if threading.get_ident() == own:
+                data.pop("init_main_from_path", None)
+                data.pop("init_main_from_name", None)
+            return data
+
+        with _starting:
+            spawn.get_preparation_data = prepared
+            try:
+                return SpawnProcess._Popen(process_obj)
+            finally:
+                spawn.get_preparation_data = original
+
+
+_starting = threading.Lock()
 
 
 def begin(place: Place) -> None:

@@ -18,9 +18,9 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing import spawn
 from multiprocessing.context import SpawnContext, SpawnProcess
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import MapBoError, WorkersError
-from map_bo.workers.child import Place, Ready, begin, evaluate, ready
+from map_bo.workers.child import Place, Ready, WithoutScript, begin, evaluate, ready
 from map_bo.workers.workers import Outcome, Task
 
 __all__ = ["Slot", "settle"]
@@ -41,32 +41,6 @@ _ENDING = 1.0  # seconds that a process has to end when it is asked to
 _STARTS = 3  # attempts to put a new process in the place of one that has died
 
 
-class _Process(SpawnProcess):
-    """A spawned process that does not import the driver's script."""
-
-    @staticmethod
-    def _Popen(process_obj: Any) -> Any:
-        own = threading.get_ident()
-        original = spawn.get_preparation_data
-
-        def prepared(name: str) -> Any:
-            data: dict[str, Any] = original(name)
-            if threading.get_ident() == own:
-                data.pop("init_main_from_path", None)
-                data.pop("init_main_from_name", None)
-            return data
-
-        with _starting:
-            spawn.get_preparation_data = prepared
-            try:
-                return SpawnProcess._Popen(process_obj)
-            finally:
-                spawn.get_preparation_data = original
-
-
-_starting = threading.Lock()
-
-
 class _Context(SpawnContext):
     """Starts the processes of one pool, and knows the latest of them.
 
@@ -77,7 +51,7 @@ class _Context(SpawnContext):
 
     def __init__(self, *, script: bool) -> None:
         super().__init__()
-        self._kind: type[BaseProcess] = SpawnProcess if script else _Process
+        self._kind: type[BaseProcess] = SpawnProcess if script else WithoutScript
         self.started: list[BaseProcess] = []
 
     def Process(self, *args: Any, **kwargs: Any) -> BaseProcess:  # type: ignore[override]
@@ -306,6 +280,8 @@ def _words(process: BaseProcess | None) -> str:
     code = None if process is None else process.exitcode
     if code is None:
         return "went out of reach"
+    if code == signal.SIGTERM:  # pebble's processes leave with its number
+        return "was asked to end: signal 15 (SIGTERM)"
     if code >= 0:
         return f"ended with exit code {code}: it left with os._exit"
     try:
@@ -318,12 +294,24 @@ def _words(process: BaseProcess | None) -> str:
 
 
 def _lost_at_start(process: BaseProcess | None, place: Place) -> WorkersError:
-    where = f"see {place.log}" if place.log else "see what it printed to standard error"
+    where = "see what it printed to standard error"
+    if place.log:  # which goes with the directory of a run that has measured nothing
+        said = _last_lines(Path(place.log))
+        where = f"it printed last: {said}" if said else f"it printed nothing to {place.log}"
     return WorkersError(
         f"a worker {_words(process)} before it was ready",
         hint=f"{where}; a script whose functions workers need must start the run below "
         '`if __name__ == "__main__":`',
     )
+
+
+def _last_lines(file: Path, most: int = 400) -> str:
+    """Return the end of a text file, on one line."""
+    try:
+        text = file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return " | ".join(text.split("\n")[-6:]).strip(" |")[-most:]
 
 
 def _at_worker(error: MapBoError) -> MapBoError:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,8 @@ import torch
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import WorkersError
-from map_bo.workers.slot import _hard_limit, _words, settle
+from map_bo.workers.child import Place
+from map_bo.workers.slot import _Context, _hard_limit, _lost_at_start, _words, settle
 from map_bo.workers.workers import Outcome
 
 
@@ -20,6 +22,7 @@ from map_bo.workers.workers import Outcome
         (-9, "was killed: signal 9 (SIGKILL); out of memory?"),
         (0, "ended with exit code 0: it left with os._exit"),
         (3, "ended with exit code 3: it left with os._exit"),
+        (15, "was asked to end: signal 15 (SIGTERM)"),
         (-200, "died: signal 200 (unknown)"),
         (None, "went out of reach"),
     ],
@@ -42,3 +45,19 @@ def test_a_late_outcome_changes_nothing() -> None:
     settle(future, Outcome(first.key, row))
     settle(future, error=WorkersError("gone"))
     assert future.result() is first
+
+
+def test_what_a_worker_printed_before_it_was_lost_is_told(tmp_path: Path) -> None:
+    process: Any = SimpleNamespace(exitcode=-11)
+    log = tmp_path / "worker-1.log"
+    place = Place(b"", {}, 1, log=str(log))
+    assert "it printed nothing to" in str(_lost_at_start(process, place))
+    log.write_text("first\nImportError: no module named mine\n")
+    error = _lost_at_start(process, place)
+    assert error.message == "a worker died: signal 11 (SIGSEGV) before it was ready"
+    assert "it printed last: first | ImportError: no module named mine;" in str(error)
+
+
+def test_a_process_imports_nothing_heavy_for_its_own_class() -> None:
+    process = _Context(script=False).Process(target=print)
+    assert type(process).__module__ == "map_bo.workers.child"

@@ -76,6 +76,8 @@ class Placeable(Rebuilt):
         self._loaded = self._recall = None
         if not isinstance(self._source, nn.Module):
             self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # for other processes on it
 
     def memory(self) -> int:
         """Return about how many bytes rows and the model take where they live.
