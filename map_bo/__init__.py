@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
     from map_bo.evaluators.metrics import SeveralMetrics
-    from map_bo.loop.optimize import optimize
+    from map_bo.loop.optimize import open_run, optimize
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from map_bo.problems.evaluation_cache import EvaluationCache
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
+    from map_bo.problems.told import ToldProblem
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
     from map_bo.workers.dask import Dask
@@ -119,6 +120,7 @@ __all__ = [
     "TableProblem",
     "TaskArithmetic",
     "Ties",
+    "ToldProblem",
     "WeightedAverage",
     "__version__",
     "digits_problem",
@@ -126,6 +128,7 @@ __all__ = [
     "load_result",
     "merge_checkpoints",
     "open_checkpoint",
+    "open_run",
     "optimize",
     "optimize_nested",
 ]
@@ -183,12 +186,14 @@ _HOME = {
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
     "Ties": "map_bo.operators.sparse",
+    "ToldProblem": "map_bo.problems.told",
     "WeightedAverage": "map_bo.operators.averages",
     "digits_problem": "map_bo.problems.zoo.digits",
     "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
     "merge_checkpoints": "map_bo.merging.export.model",
     "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
+    "open_run": "map_bo.loop.optimize",
     "optimize": "map_bo.loop.optimize",
     "optimize_nested": "map_bo.nested.optimize",
 }

@@ -222,7 +222,8 @@ def main() -> None:
     if lacking:
         raise SystemExit(f"not installed: {', '.join(lacking)}; pip install 'map-bo[ray,dask]'")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of the clusters that are started here
+    # The clusters that are started here have a token of their own.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     cut = 5.0 if options.smoke else options.cut
     budget, seconds = (9, 0.5) if options.smoke else (24, 2.0)
     with tempfile.TemporaryDirectory() as scratch, two_hosts():

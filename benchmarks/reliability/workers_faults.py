@@ -33,6 +33,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -82,23 +83,16 @@ def cluster(kind: str, folder: Path) -> Iterator[str | None]:
                 *["dask", "scheduler", "--no-dashboard", "--host", "127.0.0.1", "--port"],
                 port,
             )
-            common = [
-                "--no-dashboard",
-                "--nthreads",
-                "1",
-                "--memory-limit",
-                "0",
-                "--host",
-                "127.0.0.1",
-            ]
+            common = ["--no-dashboard", *("--nthreads", "1"), *("--memory-limit", "0")]
             for number in range(2):
                 start(f"node-{number}", "dask", "worker", address, *common)
         else:
-            address = f"127.0.0.1:{port}"
+            here = import_module("ray").util.get_node_ip_address()
+            address = f"{here}:{port}"
             common = f"--block --disable-usage-stats --object-store-memory {STORE}".split()
             ray = ("ray.scripts.scripts", "start", *common)
             head = f"--head --port {port} --num-cpus 0 --include-dashboard false".split()
-            start("head", *ray, *head, "--node-ip-address", "127.0.0.1")
+            start("head", *ray, *head, "--node-ip-address", here)
             time.sleep(15)
             for number in range(2):
                 start(f"node-{number}", *ray, "--address", address, "--num-cpus", "1")
@@ -337,7 +331,8 @@ def main() -> None:
     if lacking:
         raise SystemExit(f"not installed: {', '.join(lacking)}; pip install 'map-bo[ray,dask]'")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # of the clusters that are started here
+    # The clusters that are started here have a token of their own.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     until = time.monotonic() + 60 * options.minutes
     each = 2 if options.smoke else -(-options.kills // len(kinds))

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -23,6 +23,8 @@ from map_bo.loop.transfer.study import StartFrom
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
 from map_bo.tracking.tracker import Tracking
+from map_bo.workers.recipe import BuildsByRecipe, Recipe
+from map_bo.workers.workers import KeepsLogs, WorkerSettings
 
 __all__ = [
     "build_nested",
@@ -30,6 +32,9 @@ __all__ = [
     "build_settings",
     "build_start",
     "build_tracking",
+    "build_workers",
+    "log_workers",
+    "problem_of",
     "refuse_unknown",
     "working_directory",
 ]
@@ -73,7 +78,51 @@ def build_settings(config: DictConfig) -> Settings:
             hint="write it as loop.reference={METRIC: VALUE, ...}, or leave it out",
         )
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
-    return Settings.checked(seed=config.get("seed", Settings.seed), **loop, **parts)
+    workers = build_workers(config)
+    return Settings.checked(
+        seed=config.get("seed", Settings.seed), workers=workers, **loop, **parts
+    )
+
+
+def build_workers(config: DictConfig) -> WorkerSettings | None:
+    """Build ``config.workers``, which get the problem's configuration as the way to build it.
+
+    Returns:
+        None where the process of the run evaluates, as where an old record lacks the group.
+
+    Raises:
+        ConfigError: On an unknown key, or a value that is not possible.
+    """
+    if "workers" not in config or not config.workers:
+        return None
+    built = _build(config, "workers")
+    if not isinstance(built, WorkerSettings):
+        raise ConfigError(
+            f"workers must build settings of workers, and builds a {type(built).__name__}",
+            hint="choose them with workers=inline, workers=4, or workers=processes",
+        )
+    if isinstance(built, BuildsByRecipe):
+        return built.with_recipe(Recipe.configured({"problem": _container(config, "problem")}))
+    return built
+
+
+def problem_of(tree: Mapping[str, Any]) -> Problem:
+    """Build the problem of a resolved configuration, as workers do.
+
+    Args:
+        tree: Its group ``problem``, as plain data.
+
+    Raises:
+        ConfigError: As :func:`build_problem`.
+    """
+    return build_problem(OmegaConf.create(dict(tree)))
+
+
+def log_workers(settings: Settings, directory: Path) -> Settings:
+    """Return settings whose workers, where they are others, keep their logs in a run directory."""
+    if isinstance(settings.workers, KeepsLogs):
+        return replace(settings, workers=settings.workers.with_logs(directory / "workers"))
+    return settings
 
 
 def build_start(config: DictConfig) -> StartFrom | None:

@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
 # Settings that change nothing that a job finds; its name omits them.
-_MIRRORS = ("progress", "tracking", "drive")
+_MIRRORS = ("progress", "tracking", "drive", "workers")
 
 
 def job_name(overrides: str) -> str:
@@ -213,10 +213,11 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
     from map_bo.loop.growth import MAY_CHANGE
-    from map_bo.loop.reading import created_of, is_run, load_state
+    from map_bo.loop.reading import created_of, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
     from map_bo.tracking.fresh import leaving_nothing
+    from map_bo.tracking.jsonl import is_run
 
     if is_run(directory):
         recorded = (created_of(directory, extended=False).get("config") or {}).get("tree") or {}

@@ -21,6 +21,7 @@ from map_bo.app.arguments import (
     with_bare_trust,
     with_configuration,
     with_options_last,
+    with_workers,
 )
 from map_bo.errors import ConfigError, MapBoError, SettingsError, did_you_mean, first_line
 
@@ -223,7 +224,7 @@ def _resume(options: argparse.Namespace) -> None:
             from map_bo.app.runs.overrides import with_overrides
 
             choices = (recorded or {}).get("choices") or {}
-            changed, changes = with_overrides(config, options.overrides, choices)
+            changed, changes = with_overrides(config, with_workers(options.overrides), choices)
         result = drive(
             config,
             directory,
@@ -247,7 +248,7 @@ def _tell(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from map_bo.loop.reading import is_run
+    from map_bo.tracking.jsonl import is_run
 
     if options.more or not is_run(options.run):
         _report_comparison(options)
@@ -400,7 +401,7 @@ def _run(arguments: list[str], task: Any = None) -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")
-    arguments = [surrogate_of_sampler(argument) for argument in arguments]
+    arguments = [surrogate_of_sampler(argument) for argument in with_workers(arguments)]
     try:
         while True:
             sys.argv = ["map-bo", *arguments]

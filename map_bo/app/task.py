@@ -53,6 +53,7 @@ def drive(
         build_settings,
         build_start,
         build_tracking,
+        log_workers,
         refuse_unknown,
     )
     from map_bo.app.trust import trust_words
@@ -70,8 +71,10 @@ def drive(
     refuse_unknown(config)
     with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
         settings, nested = build_settings(config), build_nested(config)
+        settings = log_workers(settings, directory)
         start = build_start(config)
         after = settings if changed is None else build_settings(changed)
+        after = log_workers(after, directory)
         shown = config if changed is None else changed
         mirrors = trackers(build_tracking(shown), directory)
     if nested is not None and start is not None:

@@ -162,6 +162,8 @@ def _rule(target: Any, key: str, above: str) -> str:
         return ""  # what their kinds would import is found by the kinds
     if target in (_IMPORTED, _HF):
         return "code" if key in _CODE else "" if key in _DATA or key == "operator" else "maybe"
+    if key == "factory" and str(target).startswith("map_bo.workers."):
+        return "code"
     return "" if str(target).startswith("map_bo.") else "maybe"
 
 

@@ -8,13 +8,12 @@ from typing import Any
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import BudgetError, DataError, StoreError
-from map_bo.loop.reading import is_run
 from map_bo.loop.state import RunState, advance
 from map_bo.loop.transfer.embedding import Taken
 from map_bo.scale import anchor_rows, same_points
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_observations, encode_tensor
-from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.jsonl import JsonlStore, is_run
 from map_bo.tracking.store import Event, RunStore
 
 __all__ = [

@@ -317,7 +317,7 @@ class Run:
             with self._opened(workers) as held, follow(progress, total) as report:
                 flights = Flights(held)
                 [recommendation] = together([self.steps(flights, report)], flights, report)
-            return self.conclude(recommendation)
+            return self.conclude(recommendation, **flights.describe())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -533,11 +533,12 @@ class Run:
                 self._record("corrected", found)
         return again
 
-    def conclude(self, found: Recommendation | None) -> Result:
+    def conclude(self, found: Recommendation | None, **told: Any) -> Result:
         """Return the result when all steps are done, and record the summary.
 
         Args:
             found: What the steps returned.
+            told: What else the summary holds.
         """
         again = self._correct()
         state = self.state
@@ -587,6 +588,7 @@ class Run:
             ],
             outliers=aside,
         ) | imported_of(state)
+        summary |= told
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 

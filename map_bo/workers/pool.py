@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from map_bo.errors import ConfigError, WorkersError, first_line
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
-from map_bo.workers.crew import Answer, Crew, Hand
+from map_bo.workers.clusters.crew import Answer, Crew, Hand
+from map_bo.workers.clusters.serving import Order, build, evaluate_or_build
 from map_bo.workers.recipe import Recipe
-from map_bo.workers.serving import Order, build, evaluate_or_build
 from map_bo.workers.workers import Task, Workers
 
 __all__ = ["Pool"]

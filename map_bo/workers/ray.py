@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,9 +23,9 @@ from urllib.parse import urlsplit
 from map_bo.errors import ConfigError, MissingDependencyError, WorkersError, first_line
 from map_bo.problems.problem import Problem
 from map_bo.values import real_number, whole_number
-from map_bo.workers.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.clusters.crew import Answer, Crew, Hand, OutOfReachError
+from map_bo.workers.clusters.serving import Order, build, evaluate, forget
 from map_bo.workers.recipe import Recipe
-from map_bo.workers.serving import Order, build, evaluate, forget
 from map_bo.workers.workers import Task, Workers
 
 __all__ = ["Ray"]
@@ -89,6 +89,12 @@ class Ray:
         """What one worker takes of a machine, in Ray's words."""
         needs = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **(self.resources or {})}
         return {name: float(amount) for name, amount in needs.items() if amount}
+
+    def with_recipe(self, recipe: Recipe) -> Ray:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        if self.recipe is not None or self.factory is not None:
+            return self
+        return replace(self, recipe=recipe)
 
     def open(self, problem: Problem) -> Workers:
         """Connect to the cluster, and start an actor for each worker.
@@ -313,10 +319,16 @@ def _require_cluster(address: str) -> None:
     command += ["--address", f"{host}:{port}"]
     try:
         done = subprocess.run(command, capture_output=True, timeout=_HEALTH, check=False)
-    except subprocess.TimeoutExpired:
-        code = 1
+    except subprocess.TimeoutExpired as error:
+        code, said = 1, error.stderr or b""
     else:
-        code = done.returncode
+        code, said = done.returncode, done.stderr
+    if code and b"AuthenticationError" in said:
+        raise WorkersError(
+            f"the Ray cluster at {address} asks for a token that this process does not have",
+            hint="set RAY_AUTH_MODE=token, and copy the token of the machine that started the "
+            "cluster (~/.ray/auth_token) to RAY_AUTH_TOKEN or to the same file here",
+        )
     if code:
         raise WorkersError(
             f"what answers at {address} is not a Ray cluster that this version of Ray can use",

@@ -9,7 +9,8 @@ import pytest
 
 from map_bo.errors import ConfigError, WorkersError
 from map_bo.workers.pool import Pool
-from map_bo.workers.workers import Workers, WorkerSettings, read_workers
+from map_bo.workers.reading import read_workers
+from map_bo.workers.workers import Workers, WorkerSettings
 from tests.contracts.cluster_contract import SOON, ClusterContract
 from tests.workers.perils import Perils, task
 

@@ -11,67 +11,27 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from map_bo.errors import ConfigError, DataError, StoreError, first_line
+from map_bo.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from map_bo.loop.run import Run
 
-__all__ = ["ask", "open_recorded", "tell"]
-
-
-def open_recorded(directory: str | Path, *, trust: Sequence[str] = ()) -> Run:
-    """Return a run by its record alone, to ask and tell.
-
-    Args:
-        directory: The run's directory.
-        trust: Packages whose classes the record may name.
-
-    Raises:
-        StoreError: When there is no run, or it is a nested one.
-        SettingsError: When its settings cannot be built again, or their package is not trusted.
-    """
-    from map_bo.foreign import understood
-    from map_bo.loop.reading import created_of
-    from map_bo.loop.run import Run
-    from map_bo.loop.settings import Settings
-    from map_bo.plain import from_plain
-    from map_bo.problems.told import ToldProblem
-    from map_bo.space import CoefficientSpace
-    from map_bo.tracking.codec import decode_metric
-    from map_bo.tracking.jsonl import JsonlStore
-
-    created = created_of(directory)
-    if created.get("nested"):
-        raise StoreError(
-            "a nested run measures points of many nodes, which cannot be asked for by hand",
-            hint="drive it with `map-bo resume RUN`, or start a run without nested=...",
-        )
-    edited = "restore the record from a copy if it was edited by hand"
-    with understood(StoreError, f"the record in {directory}", hint=edited):
-        values = {
-            name: from_plain(value, trust=trust) for name, value in created["settings"].items()
-        }
-        problem = ToldProblem(
-            CoefficientSpace.from_description(created["space"]),
-            tuple(decode_metric(metric) for metric in created["metrics"]),
-            created["problem"],
-        )
-        settings = Settings.checked(**values)
-    return Run(problem, settings, JsonlStore.open(Path(directory)))
+__all__ = ["ask", "tell"]
 
 
 def ask(options: argparse.Namespace) -> None:
     """Propose rows and record them, or list those that wait; print them."""
+    from map_bo.loop.optimize import open_run
     from map_bo.values import whole_number
 
     count = whole_number("-n", options.count, least=1, hint="give how many rows to propose")
     if options.trust:
         sys.path.append(os.getcwd())
-    run = open_recorded(options.run, trust=options.trust)
+    run = open_run(options.run, trust=options.trust)
     rows = run.state.pending if options.waiting else run.ask(count)
     told = [_row(run, options.run, row) for row in rows]
     if options.json:
@@ -131,10 +91,12 @@ def _progress(run: Run, place: str) -> str:
 
 def tell(options: argparse.Namespace) -> None:
     """Record the outcome of a row that waits."""
+    from map_bo.loop.optimize import open_run
+
     outcome = _outcome(options.json)
     if options.trust:
         sys.path.append(os.getcwd())
-    run = open_recorded(options.run, trust=options.trust)
+    run = open_run(options.run, trust=options.trust)
     run.tell(options.row, outcome)
     sys.stdout.write(f"row {options.row} told: {_progress(run, options.run)}\n")
 

@@ -98,9 +98,14 @@ def _composed(group: str, word: str) -> Any:
     from map_bo.app.schema import register
 
     register()
+    word = word.lstrip("+")
+    count = word.partition("=")[2]
+    # A number of workers is short for so many processes.
+    many = group == "workers" and count.isdecimal()
+    words = ["workers=processes", f"workers.count={count}"] if many else [word]
     try:
         with initialize_config_module("map_bo.conf", version_base="1.3"):
-            return compose(config_name="config", overrides=[word.lstrip("+")])[group]
+            return compose(config_name="config", overrides=words)[group]
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
             f"{word} cannot be chosen: {first_line(error)}",

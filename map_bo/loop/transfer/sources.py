@@ -11,14 +11,14 @@ from typing import Any, TypeAlias
 
 from map_bo.data import Observations
 from map_bo.errors import DataError, StoreError
-from map_bo.loop.reading import created_of, is_run, load_state
+from map_bo.loop.reading import created_of, load_state
 from map_bo.loop.result import Result
 from map_bo.loop.state import problem_identity
 from map_bo.loop.transfer.embedding import Taken, embed
 from map_bo.loop.transfer.study import HasStudy, StartFrom, Study
 from map_bo.loop.transfer.table import read_table
 from map_bo.problems.problem import Problem, digests_of_examples
-from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.jsonl import JsonlStore, is_run
 
 __all__ = ["Known", "is_database", "take"]
 

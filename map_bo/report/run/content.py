@@ -78,6 +78,10 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     if isinstance(spent, Mapping) and spent:
         parts = (f"{name} {seconds(float(value))}" for name, value in spent.items())
         rows.append(("time", ", ".join(parts)))
+    workers = summary.get("workers")
+    if isinstance(workers, Mapping) and "utilisation" in workers:
+        which = f"{workers.get('count', '?')} {workers.get('kind', '')}".strip()
+        rows.append(("workers", f"{which}, busy {float(workers['utilisation']):.0%} of the time"))
     return rows
 
 

@@ -176,7 +176,8 @@ class PosteriorDriven:
 
     The design goes on instead, with the reason in the log, when fewer evaluations succeeded than
     there are experts and two more (or than ``initial``, if that is less), when the surrogate
-    cannot be fitted, and when the choice fails numerically or ends in points known already.
+    cannot be fitted, and when the choice fails numerically or ends in points known already. No
+    reason is logged while outcomes enough for a fit are on their way.
 
     Attributes:
         surrogate: What the sampler looks through. ``None`` is the surrogate of the run; outside

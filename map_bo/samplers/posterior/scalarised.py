@@ -160,8 +160,9 @@ class QLogNParEGO(AcquisitionDriven):
     """Noisy expected improvement of augmented Chebyshev scalarisations with random weights.
 
     Knowles, *ParEGO*, 2006; Daulton et al., 2021, section 5.2, in botorch's logarithmic form. Each
-    point has weights of its own, uniform on the simplex. Any number of metrics. The phases and
-    what happens on failures: :class:`PosteriorDriven`.
+    point has weights of its own, uniform on the simplex. Any number of metrics. A pending point
+    joins the candidate: what counts is the better of both. The phases and what happens on
+    failures: :class:`PosteriorDriven`.
     """
 
     def acquisition(

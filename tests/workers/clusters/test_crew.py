@@ -10,8 +10,8 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.errors import ConfigError, WorkersError
-from map_bo.workers import crew as module
-from map_bo.workers.crew import (
+from map_bo.workers.clusters import crew as module
+from map_bo.workers.clusters.crew import (
     Answer,
     Built,
     Crew,

@@ -23,7 +23,7 @@ import torch
 from map_bo.data import Observations
 from map_bo.errors import MapBoError, WorkersError, first_line
 from map_bo.problems.problem import Problem
-from map_bo.workers.crew import Answer, Built, Missing, Refused
+from map_bo.workers.clusters.crew import Answer, Built, Missing, Refused
 from map_bo.workers.recipe import Recipe
 from map_bo.workers.resident import (
     EstimatesMemory,

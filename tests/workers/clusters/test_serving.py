@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from map_bo.errors import ConfigError, SpaceError, WorkersError
-from map_bo.workers.crew import Answer, Built, Missing, Refused
+from map_bo.workers.clusters.crew import Answer, Built, Missing, Refused
+from map_bo.workers.clusters.serving import Order, build, evaluate, evaluate_or_build, forget
 from map_bo.workers.inline import InlineWorkers
-from map_bo.workers.serving import Order, build, evaluate, evaluate_or_build, forget
 from map_bo.workers.workers import Outcome
 from tests.workers.perils import Perils, task
 
