@@ -1,18 +1,22 @@
-"""`map-bo check RUN` and `map-bo repair RUN`: is a record whole, and what of it can be saved."""
+"""`map-bo check RUN`, `map-bo repair RUN` and `map-bo cache`: what is on disk, is it whole."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from map_bo.errors import ConfigError
+
 if TYPE_CHECKING:
     from map_bo.tracking.store import Event
 
-__all__ = ["Verdict", "check", "repair", "verdict_of"]
+__all__ = ["Verdict", "check", "repair", "show_cache", "verdict_of"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,36 @@ def _described(run: Path, verdict: Verdict) -> str:
             f"`map-bo resume {run}` makes the other evaluations again"
         )
     return "\n".join(said) + "\n"
+
+
+def show_cache(options: argparse.Namespace) -> None:
+    """Print what is in the cache of evaluations, or empty it."""
+    from map_bo.problems.evaluation_cache import EvaluationCache
+
+    cache = EvaluationCache(options.file)
+    if options.file and not cache.path.is_file():
+        raise ConfigError(
+            f"there is no file {options.file}", hint="leave --file out for that of this user"
+        )
+    if options.clear:
+        count = cache.clear()
+        sys.stdout.write(f"removed {count} {'entry' if count == 1 else 'entries'}\n")
+        return
+    told = cache.describe()
+    if options.json:
+        sys.stdout.write(json.dumps(told, indent=1) + "\n")
+        return
+    total = sum(told["entries"].values())
+    sys.stdout.write(f"{told['path']}: {total} entries, {told['bytes'] / 1e6:.1f} MB\n")
+    if total:
+        first, last = (
+            time.strftime("%Y-%m-%d", time.localtime(told[end])) for end in ("oldest", "newest")
+        )
+        sys.stdout.write(
+            f"measuring them took {told['seconds']:.0f} s in all, from {first} to {last}\n"
+        )
+    for name, count in told["entries"].items():
+        sys.stdout.write(f"  {name}: {count}\n")
 
 
 def repair(options: argparse.Namespace) -> None:

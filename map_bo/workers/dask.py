@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,12 @@ class Dask:
         put(self, "patience", real_number("patience", self.patience, least=0, hint="in seconds"))
         for name, amount in (self.resources or {}).items():
             real_number(f"resources[{name!r}]", amount, least=0, hint="give an amount per worker")
+
+    def with_recipe(self, recipe: Recipe) -> Dask:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        if self.recipe is not None or self.factory is not None:
+            return self
+        return replace(self, recipe=recipe)
 
     def open(self, problem: Problem) -> Workers:
         """Connect to the scheduler, and have its workers build the problem.

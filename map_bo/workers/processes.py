@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,6 +89,11 @@ class Processes:
             whole_number("threads", self.threads, least=1, most=_MOST, hint=hint)
         if self.memory is not None:
             parse_bytes(self.memory, "memory")
+        if self.recipe is not None and not isinstance(self.recipe, Recipe):
+            raise ConfigError(
+                f"recipe must be a Recipe, got {self.recipe!r:.80}",
+                hint="leave it out, or give a factory",
+            )
         if self.devices is not None:
             given = [self.devices] if isinstance(self.devices, str) else list(self.devices)
             if not given:
@@ -95,6 +101,16 @@ class Processes:
                     "devices is empty", hint="name some, such as devices=['cuda:0'], or none at all"
                 )
             object.__setattr__(self, "devices", tuple(str(_device(name)) for name in given))
+
+    def with_recipe(self, recipe: Recipe) -> Processes:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        if self.recipe is not None or self.factory is not None:
+            return self
+        return replace(self, recipe=recipe)
+
+    def with_logs(self, folder: str | Path) -> Processes:
+        """Return the settings with a folder for logs, unless they have one already."""
+        return self if self.logs is not None else replace(self, logs=folder)
 
     def open(self, problem: Problem) -> ProcessWorkers:
         """Start the processes and wait until each has the problem ready.
@@ -257,6 +273,12 @@ class ProcessWorkers:
         now = time.monotonic()
         flights = [(slot.name, slot.flight) for slot in self._slots]
         return [(name, one.task, now - one.begun) for name, one in flights if one is not None]
+
+    def describe(self) -> dict[str, Any]:
+        """Return what they are, for the summary of a run."""
+        devices = [slot.place.label for slot in self._slots if slot.place.label]
+        told = {"devices": devices} if devices else {}
+        return {"kind": "processes", "threads": self.threads, **told}
 
     def processes(self) -> list[int]:
         """Return the ids of the processes that hold the problem now."""

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
@@ -89,6 +89,12 @@ class Ray:
         """What one worker takes of a machine, in Ray's words."""
         needs = {"CPU": self.cpus_per_worker, "GPU": self.gpus_per_worker, **(self.resources or {})}
         return {name: float(amount) for name, amount in needs.items() if amount}
+
+    def with_recipe(self, recipe: Recipe) -> Ray:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        if self.recipe is not None or self.factory is not None:
+            return self
+        return replace(self, recipe=recipe)
 
     def open(self, problem: Problem) -> Workers:
         """Connect to the cluster, and start an actor for each worker.

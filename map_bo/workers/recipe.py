@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 from map_bo.errors import ConfigError, MapBoError, WorkersError, first_line
 from map_bo.problems.problem import Problem
+from map_bo.workers.workers import WorkerSettings
 
-__all__ = ["LARGEST", "Recipe"]
+__all__ = ["LARGEST", "BuildsByRecipe", "Recipe"]
 
 LARGEST = 16 * 2**20
 """Bytes that a problem may take on its way to a worker."""
@@ -150,6 +151,15 @@ class Recipe:
                 hint="return what has `space`, `metrics` and `evaluate(X, *, generator)`",
             )
         return made
+
+
+@runtime_checkable
+class BuildsByRecipe(Protocol):
+    """Settings of workers that can be given the recipe of the problem."""
+
+    def with_recipe(self, recipe: Recipe) -> WorkerSettings:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        ...
 
 
 def unpickled(content: bytes) -> Any:

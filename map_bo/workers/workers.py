@@ -7,10 +7,11 @@ run writes its record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
@@ -18,7 +19,17 @@ from torch import Generator, Tensor
 from map_bo.data import Observations
 from map_bo.problems.problem import Problem
 
-__all__ = ["Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers"]
+__all__ = [
+    "DescribesWorkers",
+    "KeepsLogs",
+    "Key",
+    "Kind",
+    "Outcome",
+    "Settled",
+    "Task",
+    "WorkerSettings",
+    "Workers",
+]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
@@ -146,6 +157,15 @@ class Workers(Protocol):
 
 
 @runtime_checkable
+class DescribesWorkers(Protocol):
+    """Workers that say what they are, for the summary of a run."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data, such as their kind and their threads."""
+        ...
+
+
+@runtime_checkable
 class WorkerSettings(Protocol):
     """Settings of workers, which open them over a problem."""
 
@@ -161,6 +181,15 @@ class WorkerSettings(Protocol):
             WorkersError: When they cannot be started, or hold another problem than the driver.
             ConfigError: When the problem cannot be built elsewhere; the hint says how it can.
         """
+        ...
+
+
+@runtime_checkable
+class KeepsLogs(Protocol):
+    """Settings of workers that can write what workers print to files."""
+
+    def with_logs(self, folder: str | Path) -> WorkerSettings:
+        """Return the settings with a folder for logs, unless they have one already."""
         ...
 
 
