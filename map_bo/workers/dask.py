@@ -96,8 +96,13 @@ class Dask:
             if value is not None:
                 put(self, name, whole_number(name, value, least=1, hint=f"such as {name}=4"))
         put(self, "patience", real_number("patience", self.patience, least=0, hint="in seconds"))
-        for name, amount in (self.resources or {}).items():
-            real_number(f"resources[{name!r}]", amount, least=0, hint="give an amount per worker")
+        if self.resources is not None:
+            hint = "give an amount per worker"
+            amounts = {
+                str(name): real_number(f"resources[{name!r}]", amount, least=0, hint=hint)
+                for name, amount in self.resources.items()
+            }
+            put(self, "resources", amounts)
 
     def with_recipe(self, recipe: Recipe) -> Dask:
         """Return the settings with a recipe, unless they have one or a factory already."""
