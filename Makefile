@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: lock demo test test-slow test-portable test-oldest test-mergekit test-mutation lint types bench study clean
+.PHONY: lock demo test test-slow test-portable test-oldest test-mergekit test-clusters test-mutation lint types bench study clean
 
 demo: $(STAMP)
 	$(BIN)/python experiments/quickstart/demo.py
@@ -39,6 +39,16 @@ test-oldest:
 test-mergekit: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[benchmark]"
 	$(BIN)/python -m pytest -m "not gpu and not data" tests/operators/mergekit
+
+# Workers on Ray and Dask clusters that the tests start on this machine, in an environment of its own:
+# Hydra's launchers need an older cloudpickle than distributed does.
+test-clusters:
+	test -x .venv-clusters/bin/python || $(PYTHON) -m venv .venv-clusters
+	sed '/^cloudpickle==/d' constraints.txt > .venv-clusters/constraints.txt
+	.venv-clusters/bin/python -m pip install --quiet --constraint .venv-clusters/constraints.txt --editable ".[ray,dask]" \
+		hypothesis pytest pytest-timeout
+	.venv-clusters/bin/python -m pytest -m "not gpu and not data" tests/workers/test_ray.py \
+		tests/workers/test_dask.py tests/workers/test_pool.py tests/workers/clusters
 
 # Plants small bugs, one at a time, in the code that decides, and lists those that no test notices.
 # Hours for all of it; an interrupted run goes on. ONLY takes a part: make test-mutation
@@ -92,4 +102,4 @@ lock:
 	rm -rf .lock-header .lock-body .venv-lock
 
 clean:
-	rm -rf $(VENV) .venv-oldest .venv-mutation mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) .venv-oldest .venv-clusters .venv-mutation mutants build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

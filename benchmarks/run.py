@@ -21,6 +21,9 @@ from benchmarks.record import RESULTS
 README = Path(__file__).parents[1] / "README.md"
 NESTED = README.parent / "docs" / "nested.md"
 RELIABILITY = README.parent / "docs" / "reliability.md"
+ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
+GROW = README.parent / "docs" / "grow.md"
+WORKERS = README.parent / "docs" / "workers.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -36,13 +39,20 @@ FURTHER = {
 ARGUMENTS = {"merge": ("--peers",)}
 # Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
 STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
-# What docs/reliability.md promises, measured; run by themselves.
+# What docs/reliability.md and docs/asynchronous.md promise, measured; run by themselves.
 PROMISES = {
     "constraints": "benchmarks.quality.constraints",
     "outliers": "benchmarks.quality.outliers",
     "confidence": "benchmarks.quality.confidence",
     "invariance": "benchmarks.quality.invariance",
+    "asynchronous": "benchmarks.quality.asynchronous",
     "record_damage": "benchmarks.reliability.record_damage",
+}
+
+# Tables of other documents, docs/grow.md and workers.md; run by themselves.
+PAGES = {
+    "transfer": "benchmarks.quality.transfer",
+    "workers": "benchmarks.speed.workers",
 }
 
 
@@ -57,6 +67,7 @@ def filled(text: str, *, full: bool = False) -> str:
         *MODULES,
         *STUDY,
         *PROMISES,
+        *PAGES,
         *(name for names in FURTHER.values() for name in names),
     ]
     for name in recorded:
@@ -74,7 +85,7 @@ def filled(text: str, *, full: bool = False) -> str:
 
 
 def main() -> None:
-    modules = {**MODULES, **STUDY, **PROMISES}
+    modules = {**MODULES, **STUDY, **PROMISES, **PAGES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", choices=sorted(modules), default=[*MODULES, *STUDY])
@@ -92,6 +103,9 @@ def main() -> None:
         README.write_text(filled(README.read_text()))
         NESTED.write_text(filled(NESTED.read_text(), full=True))
         RELIABILITY.write_text(filled(RELIABILITY.read_text()))
+        ASYNCHRONOUS.write_text(filled(ASYNCHRONOUS.read_text()))
+        GROW.write_text(filled(GROW.read_text()))
+        WORKERS.write_text(filled(WORKERS.read_text()))
         evidence.write()
 
 

@@ -409,25 +409,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--sets", nargs="*", help="sets, one expert each")
     parser.add_argument("--out", type=Path, help="folder of the study; experiments/NAME")
     parser.add_argument("--work", type=Path, help="what is kept; in the cache by default")
-    options = parser.parse_args(argv)
-    given = {k: v for k in ("size", "sets") if (v := getattr(options, k)) is not None}
-    problem = PROBLEMS[options.name](options.root, progress=True, **given)
-    text = json.dumps([options.name, given], sort_keys=True)
-    key = hashlib.sha256(text.encode()).hexdigest()[:8]
-    work = options.work or cache_root() / "fronts" / f"{options.name}-{key}"
-    numbers, found = compare(
-        problem,
-        work,
-        seeds=range(options.seeds),
-        budget=options.budget,
-        say=partial(print, flush=True),
+    parser.add_argument(
+        "--time", action="store_true", help="only measure the seconds of the recorded study anew"
     )
+    options = parser.parse_args(argv)
     out = options.out or HERE / options.name
-    out.mkdir(parents=True, exist_ok=True)
+    given = {k: v for k in ("size", "sets") if (v := getattr(options, k)) is not None}
+    seeds, budget = options.seeds, options.budget
+    if options.time:
+        numbers = json.loads((out / "numbers.json").read_text())
+        given = {"size": numbers["problem"]["size"], **given}
+        seeds, budget = len(numbers["seeds"]), numbers["budget"]
+    problem = PROBLEMS[options.name](options.root, progress=True, **given)
+    if options.time:
+        numbers["seconds"] |= split_time(problem, problem.space.anchors().X[-1])
+    else:
+        text = json.dumps([options.name, given], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:8]
+        numbers, found = compare(
+            problem,
+            options.work or cache_root() / "fronts" / f"{options.name}-{key}",
+            seeds=range(seeds),
+            budget=budget,
+            say=partial(print, flush=True),
+        )
+        out.mkdir(parents=True, exist_ok=True)
+        plot(numbers, found, out / "front.png")
     (out / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    plot(numbers, found, out / "front.png")
-    command = f"python -m experiments.fronts {options.name} --seeds {options.seeds}"
-    command += f" --budget {options.budget}"
+    command = f"python -m experiments.fronts {options.name} --seeds {seeds} --budget {budget}"
     for name, value in given.items():
         command += f" --{name} {' '.join(value) if isinstance(value, list) else value}"
     page = out / "README.md"

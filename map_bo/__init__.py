@@ -17,16 +17,18 @@ from typing import TYPE_CHECKING, Any
 from map_bo.moved import OldNames
 
 if TYPE_CHECKING:
+    from map_bo.ax.known import AxDatabase
     from map_bo.constraints import AtLeast, AtMost
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
     from map_bo.evaluators.metrics import SeveralMetrics
-    from map_bo.loop.optimize import optimize
+    from map_bo.loop.optimize import open_run, optimize
     from map_bo.loop.reading import load_result
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
+    from map_bo.loop.transfer.study import StartFrom
     from map_bo.merging.checkpoints.checkpoint import open_checkpoint
     from map_bo.merging.export.model import ExportSettings, merge_checkpoints
     from map_bo.merging.vectors.linear_merge import TaskArithmetic
@@ -55,8 +57,13 @@ if TYPE_CHECKING:
     from map_bo.problems.evaluation_cache import EvaluationCache
     from map_bo.problems.merged.problem import MergedModelProblem
     from map_bo.problems.table import TableProblem
+    from map_bo.problems.told import ToldProblem
     from map_bo.problems.zoo.digits import digits_problem
     from map_bo.space import CoefficientSpace, LinearConstraint
+    from map_bo.workers.dask import Dask
+    from map_bo.workers.pool import Pool
+    from map_bo.workers.processes import Processes
+    from map_bo.workers.ray import Ray
 
 __version__ = "0.2.0"
 
@@ -64,11 +71,13 @@ __all__ = [
     "TSVM",
     "AtLeast",
     "AtMost",
+    "AxDatabase",
     "Breadcrumbs",
     "Choice",
     "CoefficientSpace",
     "Consensus",
     "Dare",
+    "Dask",
     "DataFreeRegMean",
     "Della",
     "DepthProfile",
@@ -94,8 +103,11 @@ __all__ = [
     "Observations",
     "OperatorChoice",
     "Pcb",
+    "Pool",
     "Preference",
+    "Processes",
     "Ram",
+    "Ray",
     "RegMean",
     "RegMeanPlusPlus",
     "Result",
@@ -104,9 +116,11 @@ __all__ = [
     "Settings",
     "SeveralMetrics",
     "Slerp",
+    "StartFrom",
     "TableProblem",
     "TaskArithmetic",
     "Ties",
+    "ToldProblem",
     "WeightedAverage",
     "__version__",
     "digits_problem",
@@ -114,6 +128,7 @@ __all__ = [
     "load_result",
     "merge_checkpoints",
     "open_checkpoint",
+    "open_run",
     "optimize",
     "optimize_nested",
 ]
@@ -121,11 +136,13 @@ __all__ = [
 _HOME = {
     "AtLeast": "map_bo.constraints",
     "AtMost": "map_bo.constraints",
+    "AxDatabase": "map_bo.ax.known",
     "Breadcrumbs": "map_bo.operators.sparse",
     "Choice": "map_bo.loop.result",
     "CoefficientSpace": "map_bo.space",
     "Consensus": "map_bo.operators.consensus",
     "Dare": "map_bo.operators.sparse",
+    "Dask": "map_bo.workers.dask",
     "DataFreeRegMean": "map_bo.operators.statistics.data_free",
     "Della": "map_bo.operators.sparse",
     "DepthProfile": "map_bo.operators.depth",
@@ -151,8 +168,11 @@ _HOME = {
     "Observations": "map_bo.data",
     "OperatorChoice": "map_bo.operators.searchable",
     "Pcb": "map_bo.operators.pcb",
+    "Pool": "map_bo.workers.pool",
     "Preference": "map_bo.pareto.preferences",
+    "Processes": "map_bo.workers.processes",
     "Ram": "map_bo.operators.shared_regions",
+    "Ray": "map_bo.workers.ray",
     "RegMean": "map_bo.operators.statistics.regmean",
     "RegMeanPlusPlus": "map_bo.operators.statistics.regmean",
     "Result": "map_bo.loop.result",
@@ -161,16 +181,19 @@ _HOME = {
     "Settings": "map_bo.loop.settings",
     "SeveralMetrics": "map_bo.evaluators.metrics",
     "Slerp": "map_bo.operators.averages",
+    "StartFrom": "map_bo.loop.transfer.study",
     "TSVM": "map_bo.operators.spectral.tsv",
     "TableProblem": "map_bo.problems.table",
     "TaskArithmetic": "map_bo.merging.vectors.linear_merge",
     "Ties": "map_bo.operators.sparse",
+    "ToldProblem": "map_bo.problems.told",
     "WeightedAverage": "map_bo.operators.averages",
     "digits_problem": "map_bo.problems.zoo.digits",
     "load_nested": "map_bo.nested.reading",
     "load_result": "map_bo.loop.reading",
     "merge_checkpoints": "map_bo.merging.export.model",
     "open_checkpoint": "map_bo.merging.checkpoints.checkpoint",
+    "open_run": "map_bo.loop.optimize",
     "optimize": "map_bo.loop.optimize",
     "optimize_nested": "map_bo.nested.optimize",
 }

@@ -176,16 +176,19 @@ class Observations:
     whole rows takes the rows without a reason (:meth:`succeeded`). A failed row without any NaN is
     one that its reason takes back as a whole: none of its values counts as measured.
 
+    A row without a reason that has some of its metrics, and NaN for the others, is *incomplete*:
+    those were not measured there, such as a task that a study gained later. It has not failed.
+
     Attributes:
         X: ``n x d`` coefficients.
-        Y: ``n x m`` measured metrics in their own units and directions; NaN where a metric of a
-            failed row was not measured.
+        Y: ``n x m`` measured metrics in their own units and directions; NaN where a metric was not
+            measured.
         metrics: The ``m`` metrics.
         Yvar: ``n x m`` variance of the measurement noise (metric units squared); 0 where it is
             known to be exact, NaN where it is unknown.
         counts: ``n x m`` number of examples that a proportion was measured on; NaN elsewhere.
         cost: ``n`` seconds that each evaluation took.
-        failures: ``n`` reasons, ``None`` where the evaluation succeeded.
+        failures: ``n`` reasons, ``None`` where the evaluation did not fail.
         gradients: ``n x m x d`` derivatives of the metrics by the coefficients (metric unit per
             unit of the coefficient); NaN where there is none, and where the metric was not
             measured. None when there is none at all, also when all that was given is NaN.
@@ -196,7 +199,7 @@ class Observations:
         saved: ``n`` seconds that measuring those had taken; 0 where there are none.
 
     Raises:
-        DataError: When shapes disagree, or a succeeded row holds NaN or infinity.
+        DataError: When shapes disagree, or a row that has not failed holds infinity or nothing.
     """
 
     X: Tensor
@@ -249,13 +252,14 @@ class Observations:
             )
         if not bool(torch.isfinite(self.X).all()):
             raise DataError("X holds NaN or infinity", hint="give finite coefficients")
-        bad = ~torch.isfinite(self.Y).all(-1) & self.ok
+        finite = torch.isfinite(self.Y)
+        bad = (torch.isinf(self.Y).any(-1) | ~finite.any(-1)) & ~self.failed_rows
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
             raise DataError(
                 f"row {rows[0]} of Y holds NaN or infinity: {self.Y[rows[0]].tolist()}",
                 hint="record the row as a failed one: put the reason in `failures`; the values of "
-                "the other metrics are kept",
+                "the other metrics are kept. NaN among other values is a metric not measured",
             )
         if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
             raise DataError(
@@ -281,10 +285,20 @@ class Observations:
 
     @property
     def ok(self) -> Tensor:
-        """``n`` booleans: which evaluations succeeded."""
+        """``n`` booleans: which evaluations succeeded, with all of their metrics."""
+        return ~self.failed_rows & torch.isfinite(self.Y).all(-1)
+
+    @property
+    def failed_rows(self) -> Tensor:
+        """``n`` booleans: which evaluations failed; an incomplete one did not."""
         return torch.tensor(
-            [reason is None for reason in self.failures], dtype=torch.bool, device="cpu"
+            [reason is not None for reason in self.failures], dtype=torch.bool, device="cpu"
         )
+
+    @property
+    def incomplete(self) -> Tensor:
+        """``n`` booleans: which rows did not fail, and lack metrics that were not measured."""
+        return ~self.failed_rows & ~torch.isfinite(self.Y).all(-1)
 
     @property
     def measured(self) -> Tensor:
@@ -294,7 +308,7 @@ class Observations:
 
     @property
     def partial(self) -> Tensor:
-        """``n`` booleans: which rows failed, but have some of their metrics."""
+        """``n`` booleans: which rows have some of their metrics, but not all."""
         return ~self.ok & self.measured.any(-1)
 
     def of(self, metric: str) -> Observations:

@@ -83,6 +83,9 @@ _ROOMS = (  # of map_bo that hold settings: what else is a dataclass may write f
     "map_bo.samplers",
     "map_bo.space",
     "map_bo.surrogates",
+    "map_bo.workers.dask",
+    "map_bo.workers.processes",
+    "map_bo.workers.ray",
 )
 _OPTIONS_OF_HYDRA = ("_convert_", "_recursive_")
 

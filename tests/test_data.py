@@ -67,6 +67,8 @@ def test_to_maximisation_is_its_own_inverse(ways: list[str]) -> None:
         ({"failures": (None,)}, "one entry"),
         ({"X": torch.full((3, 2), torch.nan)}, "X holds NaN"),
         ({"Y": torch.full((3, 2), torch.inf)}, "row 0 of Y holds NaN or infinity"),
+        ({"Y": torch.full((3, 2), torch.nan)}, "row 0 of Y holds NaN or infinity"),
+        ({"Y": torch.tensor([[1.0, torch.inf]] * 3)}, "row 0 of Y holds NaN or infinity"),
         ({"metrics": ()}, "no metrics"),
         ({"metrics": (Metric("a"), Metric("a"))}, "appear twice"),
     ],
@@ -84,6 +86,27 @@ def test_failed_rows_are_kept_and_left_out() -> None:
     assert len(seen.succeeded()) == 5
     assert bool(torch.isnan(seen.Y[3]).all())
     assert seen.failures[3] == "evaluator 'acc' raised ValueError"
+
+
+def test_what_was_not_measured_has_not_failed() -> None:
+    Y = torch.tensor([[1.0, torch.nan], [1.0, 2.0], [torch.nan, 2.0]])
+    seen = observations(3, Y=Y, failures=(None, None, "it broke"))
+    assert seen.ok.tolist() == [False, True, False]
+    assert seen.incomplete.tolist() == [True, False, False]
+    assert seen.failed_rows.tolist() == [False, False, True]
+    assert seen.partial.tolist() == [True, False, True]
+    assert seen.measured.tolist() == [[True, False], [True, True], [False, True]]
+    assert len(seen.of("acc")) == 2
+    assert len(seen.succeeded()) == 1
+    assert len(seen.with_any()) == 3
+    whole = observations(1, X=seen.X[:1], Y=torch.tensor([[1.0, 3.0]]))
+    done = seen.select([0]).completed_by(whole)
+    assert done.Y.tolist() == [[1.0, 3.0]]
+    assert done.ok.tolist() == [True]
+    broke = observations(1, X=seen.X[:1], Y=torch.full((1, 2), torch.nan), failures=("it broke",))
+    kept = seen.select([0]).completed_by(broke)
+    assert kept.failures == ("it broke",)
+    assert kept.measured.tolist() == [[True, False]]
 
 
 def test_select_takes_masks_and_indices() -> None:

@@ -33,7 +33,7 @@ from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.workers.evaluation import evaluate_row
 
-__all__ = ["CHECKPOINTS", "Case", "batch_at", "checkpoints", "direct", "run"]
+__all__ = ["CHECKPOINTS", "Case", "answer_after", "batch_at", "checkpoints", "direct", "run"]
 
 CHECKPOINTS = (6, 8, 12, 16, 24, 32, 48, 64, 96, 120)
 # How much more a solved preference must promise than the best point of the front; as in
@@ -148,6 +148,19 @@ def run(
             checkpoints={**record.checkpoints, n: dataclasses.replace(answer, numbers=numbers)},
         )
         yield record
+
+
+def answer_after(case: Case, entry: Method, seen: Observations, seed: int) -> Checkpoint:
+    """Return the scored answer of a method to evaluations that were made in any way.
+
+    Args:
+        case: The case.
+        entry: The method.
+        seen: All evaluations.
+        seed: Seed of the preferences and of the solver.
+    """
+    n = len(seen)
+    return _answered(case, entry, entry.make(n), case.problem, seen, n, seed)
 
 
 def direct(case: Case, seed: int, evaluations: int) -> Record:

@@ -21,6 +21,7 @@ __all__ = [
     "with_bare_trust",
     "with_configuration",
     "with_options_last",
+    "with_workers",
 ]
 
 Command = Callable[[argparse.Namespace], None]
@@ -37,6 +38,7 @@ examples:
   map-bo report SWEEP                                   write that comparison again
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
+  map-bo run map_bo.yaml workers=4                      four evaluations at a time
   map-bo resume RUN                                     continue after any interruption
   map-bo resume RUN loop.budget=48                      extend it, also when it has finished
   map-bo ask RUN -n 4 --json                            points for a cluster of your own
@@ -347,6 +349,24 @@ def surrogate_of_sampler(override: str) -> str:
     return f"sampler/surrogate={value}"
 
 
+def with_workers(arguments: Sequence[str]) -> list[str]:
+    """Return overrides in which ``workers=4`` is what Hydra takes it for: so many processes.
+
+    ``workers=0`` is the process of the run itself. Several numbers, as of a sweep, stay several.
+    """
+    found = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key.lstrip("+") != "workers" or not _NUMBERS.fullmatch(value):
+            found.append(argument)
+        elif value == "0":
+            found.append("workers=inline")
+        else:
+            found += ["workers=processes", f"workers.count={value}"]
+    return found
+
+
+_NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)*")
 _MAPPINGS = re.compile(r"problem\.(tasks|experts|evaluators|heads|metrics)\.")
 
 

@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -19,15 +19,22 @@ from map_bo.app.schema import Config
 from map_bo.errors import ConfigError, MapBoError, did_you_mean, first_line
 from map_bo.loop.mirrors import Local
 from map_bo.loop.settings import Settings
+from map_bo.loop.transfer.study import StartFrom
 from map_bo.nested.settings import Nested
 from map_bo.problems.problem import Problem
 from map_bo.tracking.tracker import Tracking
+from map_bo.workers.recipe import BuildsByRecipe, Recipe
+from map_bo.workers.workers import KeepsLogs, WorkerSettings
 
 __all__ = [
     "build_nested",
     "build_problem",
     "build_settings",
+    "build_start",
     "build_tracking",
+    "build_workers",
+    "log_workers",
+    "problem_of",
     "refuse_unknown",
     "working_directory",
 ]
@@ -71,7 +78,88 @@ def build_settings(config: DictConfig) -> Settings:
             hint="write it as loop.reference={METRIC: VALUE, ...}, or leave it out",
         )
     parts = {name: _build(config, name) for name in ("surrogate", "sampler", "solver")}
-    return Settings.checked(seed=config.get("seed", Settings.seed), **loop, **parts)
+    workers = build_workers(config)
+    return Settings.checked(
+        seed=config.get("seed", Settings.seed), workers=workers, **loop, **parts
+    )
+
+
+def build_workers(config: DictConfig) -> WorkerSettings | None:
+    """Build ``config.workers``, which get the problem's configuration as the way to build it.
+
+    Returns:
+        None where the process of the run evaluates, as where an old record lacks the group.
+
+    Raises:
+        ConfigError: On an unknown key, or a value that is not possible.
+    """
+    if "workers" not in config or not config.workers:
+        return None
+    built = _build(config, "workers")
+    if not isinstance(built, WorkerSettings):
+        raise ConfigError(
+            f"workers must build settings of workers, and builds a {type(built).__name__}",
+            hint="choose them with workers=inline, workers=4, or workers=processes",
+        )
+    if isinstance(built, BuildsByRecipe):
+        return built.with_recipe(Recipe.configured({"problem": _container(config, "problem")}))
+    return built
+
+
+def problem_of(tree: Mapping[str, Any]) -> Problem:
+    """Build the problem of a resolved configuration, as workers do.
+
+    Args:
+        tree: Its group ``problem``, as plain data.
+
+    Raises:
+        ConfigError: As :func:`build_problem`.
+    """
+    return build_problem(OmegaConf.create(dict(tree)))
+
+
+def log_workers(settings: Settings, directory: Path) -> Settings:
+    """Return settings whose workers, where they are others, keep their logs in a run directory."""
+    if isinstance(settings.workers, KeepsLogs):
+        return replace(settings, workers=settings.workers.with_logs(directory / "workers"))
+    return settings
+
+
+def build_start(config: DictConfig) -> StartFrom | None:
+    """Build ``config.start_from``: a path, or the fields of `StartFrom`; None where it is empty.
+
+    Raises:
+        ConfigError: On an unknown key, or a value that is not possible.
+    """
+    given = config.get("start_from")
+    if isinstance(given, DictConfig):
+        given = OmegaConf.to_container(given, resolve=True)
+    if given is None or isinstance(given, str):
+        return StartFrom(given) if given else None
+    if not isinstance(given, Mapping):
+        raise ConfigError(
+            f"start_from must be a path or a mapping, got {given!r:.80}",
+            hint="write start_from=PATH, or start_from.source=PATH and its other options",
+        )
+    known = [field.name for field in fields(StartFrom)]
+    for key in given:
+        if key not in known:
+            hint = did_you_mean(key, known, before="start_from.")
+            raise ConfigError(f"there is no option start_from.{key}", hint=hint)
+    source = given.get("source")
+    if not isinstance(source, str | None):
+        raise ConfigError(
+            f"start_from.source must be a path, got {source!r:.80}",
+            hint="name the directory of a run, a CSV file, or an SQLite file of Ax",
+        )
+    if not source:
+        if any(value for key, value in given.items() if key != "source"):
+            raise ConfigError(
+                "start_from has options and no source",
+                hint="name the older study with start_from.source=PATH",
+            )
+        return None
+    return StartFrom(**{str(key): value for key, value in given.items()})
 
 
 def build_nested(config: DictConfig) -> Nested | None:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RENAMED",
+    "Refused",
     "job_name",
     "record_of",
     "register_job_name",
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
 # Settings that change nothing that a job finds; its name omits them.
-_MIRRORS = ("progress", "tracking", "drive")
+_MIRRORS = ("progress", "tracking", "drive", "workers")
 
 
 def job_name(overrides: str) -> str:
@@ -111,11 +112,26 @@ def warn_of_old_names(choices: Mapping[str, str | None]) -> None:
             )
 
 
+class Refused(BaseException):
+    """A user's mistake on its way through Hydra, which prints the overrides of any `Exception`.
+
+    Attributes:
+        error: What is to be told.
+    """
+
+    def __init__(self, error: MapBoError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 def run_task(config: DictConfig) -> float:
     """Make the run that ``config`` describes in Hydra's output directory.
 
     Returns:
         The hypervolume of the predicted front, which is the value of the job in a sweep.
+
+    Raises:
+        Refused: When the user made a mistake, and the run is not a job of a sweep.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -149,9 +165,9 @@ def run_task(config: DictConfig) -> float:
                 sys.stdout.write(create(config, directory, choices) + "\n")
                 return nan
             result = drive(config, directory, fresh=True, choices=choices)
-    except MapBoError:
+    except MapBoError as error:
         remove_hydra_files(directory)
-        raise
+        raise Refused(error) from error
     show(result, Path.cwd())
     return float(result.summary["hypervolume"]["predicted front"])
 
@@ -197,10 +213,11 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
     from map_bo.loop.growth import MAY_CHANGE
-    from map_bo.loop.reading import created_of, is_run, load_state
+    from map_bo.loop.reading import created_of, load_state
     from map_bo.loop.result import Result
     from map_bo.loop.state import refuse_another
     from map_bo.tracking.fresh import leaving_nothing
+    from map_bo.tracking.jsonl import is_run
 
     if is_run(directory):
         recorded = (created_of(directory, extended=False).get("config") or {}).get("tree") or {}
@@ -247,7 +264,10 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
             found["_target_"] = current(found["_target_"])
         return found
 
-    return {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    found = {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    if isinstance(start := found.get("start_from"), Mapping) and not start.get("source"):
+        found["start_from"] = None  # as jobs of version 0.1 have recorded it
+    return found
 
 
 # Launchers send the task to processes that load nothing else of this package and resolve the

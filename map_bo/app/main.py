@@ -21,8 +21,9 @@ from map_bo.app.arguments import (
     with_bare_trust,
     with_configuration,
     with_options_last,
+    with_workers,
 )
-from map_bo.errors import ConfigError, MapBoError, SettingsError, first_line
+from map_bo.errors import ConfigError, MapBoError, SettingsError, did_you_mean, first_line
 
 __all__ = ["main"]
 
@@ -223,7 +224,7 @@ def _resume(options: argparse.Namespace) -> None:
             from map_bo.app.runs.overrides import with_overrides
 
             choices = (recorded or {}).get("choices") or {}
-            changed, changes = with_overrides(config, options.overrides, choices)
+            changed, changes = with_overrides(config, with_workers(options.overrides), choices)
         result = drive(
             config,
             directory,
@@ -247,7 +248,7 @@ def _tell(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from map_bo.loop.reading import is_run
+    from map_bo.tracking.jsonl import is_run
 
     if options.more or not is_run(options.run):
         _report_comparison(options)
@@ -381,11 +382,11 @@ def _run(arguments: list[str], task: Any = None) -> None:
         task: Function of the composed configuration; the run by default.
     """
     import hydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf.errors import OmegaConfBaseException
 
     from map_bo.app.installed import hidden
-    from map_bo.app.jobs import run_task
+    from map_bo.app.jobs import Refused, run_task
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
@@ -400,7 +401,7 @@ def _run(arguments: list[str], task: Any = None) -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")
-    arguments = [surrogate_of_sampler(argument) for argument in arguments]
+    arguments = [surrogate_of_sampler(argument) for argument in with_workers(arguments)]
     try:
         while True:
             sys.argv = ["map-bo", *arguments]
@@ -412,9 +413,14 @@ def _run(arguments: list[str], task: Any = None) -> None:
                 if added is None:
                     raise
                 arguments = added
+    except Refused as refused:
+        raise refused.error from None
     except (HydraException, OmegaConfBaseException) as error:
         if asked == "1":
             raise
+        if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
+            group, _, option = error.missing_cfg_file.rpartition("/")
+            _fail(f"{group} has no option {option!r}", did_you_mean(option, error.options))
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         lines = dict.fromkeys(line.rstrip() for part in parts for line in part.strip().split("\n"))
         text = "\n".join(line for line in lines if not line.strip().startswith(_INSIDE))

@@ -34,6 +34,16 @@ _ELSEWHERE = (
 )  # of the settings: not below ``loop``
 
 
+_START_FROM: Mapping[str, Any] = {
+    "source": None,
+    "experts": None,
+    "metrics": None,
+    "values": None,
+    "trust_data": False,
+    "skip": False,
+}  # the fields of map_bo.loop.transfer.study.StartFrom, which is not loaded for --help
+
+
 def _mirror(name: str, of: type, *, without: tuple[str, ...] = (), **changes: Any) -> Any:
     """Return a dataclass with the fields and defaults of settings, in types that Hydra knows.
 
@@ -91,7 +101,7 @@ class Config:
     seed: int = Settings.seed
     progress: bool = True
     drive: bool = True
-    start_from: str | None = None
+    start_from: Any = field(default_factory=lambda: dict(_START_FROM))
     loop: LoopConfig = field(default_factory=LoopConfig)
     problem: dict[str, Any] = field(default_factory=dict)
     operator: dict[str, Any] = field(default_factory=dict)
@@ -99,6 +109,7 @@ class Config:
     sampler: dict[str, Any] = field(default_factory=dict)
     solver: dict[str, Any] = field(default_factory=dict)
     nested: dict[str, Any] = field(default_factory=dict)
+    workers: dict[str, Any] = field(default_factory=dict)
     tracking: dict[str, Any] = field(default_factory=dict)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
     from map_bo.loop.result import Result
     from map_bo.loop.run import Run
+    from map_bo.loop.transfer.embedding import Taken
+    from map_bo.loop.transfer.study import StartFrom
     from map_bo.problems.problem import Problem
 
 __all__ = ["create", "drive", "is_told", "show"]
@@ -48,7 +51,9 @@ def drive(
         build_nested,
         build_problem,
         build_settings,
+        build_start,
         build_tracking,
+        log_workers,
         refuse_unknown,
     )
     from map_bo.app.trust import trust_words
@@ -66,17 +71,20 @@ def drive(
     refuse_unknown(config)
     with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
         settings, nested = build_settings(config), build_nested(config)
+        settings = log_workers(settings, directory)
+        start = build_start(config)
         after = settings if changed is None else build_settings(changed)
+        after = log_workers(after, directory)
         shown = config if changed is None else changed
         mirrors = trackers(build_tracking(shown), directory)
-    if nested is not None and config.get("start_from") is not None:
+    if nested is not None and start is not None:
         raise ConfigError(
-            "a nested run cannot start from an experiment: its nodes measure other points",
+            "a nested run cannot start from an older study: its nodes measure other points",
             hint="leave out start_from, or merge all experts at once with nested=none",
         )
     problem = build_problem(config)  # before the store: an error here leaves no run behind
     begun = not fresh and _has_begun(directory)
-    experiment = None if begun else _experiment(config.get("start_from"), problem)
+    beginning = None if begun or start is None else _beginning(start, problem)
     store = JsonlStore.create(directory) if fresh else JsonlStore.open(directory)
     plain = _plain(config, choices)
     with store.lock(), mirrors as tracker:
@@ -86,8 +94,8 @@ def drive(
             if changes:
                 run.extend(config=changes)
         else:
-            if experiment is not None:
-                _start_from(experiment, Run(problem, settings, store, config=plain))
+            if beginning is not None:
+                _start_from(beginning, Run(problem, settings, store, config=plain))
             run = Run(problem, settings, store, config=plain, tracker=tracker)
             if changed is not None:
                 run.extend(config=changes, **{name: getattr(after, name) for name in MAY_CHANGE})
@@ -127,7 +135,13 @@ def create(config: DictConfig, directory: Path, choices: Mapping[str, Any] | Non
     Raises:
         ConfigError: When the run would be nested, whose points cannot be asked for.
     """
-    from map_bo.app.build import build_nested, build_problem, build_settings, refuse_unknown
+    from map_bo.app.build import (
+        build_nested,
+        build_problem,
+        build_settings,
+        build_start,
+        refuse_unknown,
+    )
     from map_bo.errors import ConfigError
     from map_bo.foreign import understood
     from map_bo.loop.run import Run
@@ -136,6 +150,7 @@ def create(config: DictConfig, directory: Path, choices: Mapping[str, Any] | Non
     refuse_unknown(config)
     with understood(ConfigError, "the configuration", hint="see it with `map-bo run --cfg job`"):
         settings, nested = build_settings(config), build_nested(config)
+        start = build_start(config)
     if nested is not None:
         raise ConfigError(
             "the points of a nested run cannot be asked for: each of its nodes has a space of "
@@ -143,10 +158,10 @@ def create(config: DictConfig, directory: Path, choices: Mapping[str, Any] | Non
             hint="merge all experts at once with nested=none, or let the run drive itself",
         )
     problem = build_problem(config)
-    experiment = _experiment(config.get("start_from"), problem)
+    beginning = None if start is None else _beginning(start, problem)
     run = Run(problem, settings, JsonlStore.create(directory), config=_plain(config, choices))
-    if experiment is not None:
-        _start_from(experiment, run)
+    if beginning is not None:
+        _start_from(beginning, run)
     place = shlex.quote(_relative(directory, Path.cwd()))
     return (
         f"{place} holds a new run of {settings.search} evaluations; it waits to be asked:\n"
@@ -193,26 +208,49 @@ def _has_begun(directory: Path) -> bool:
     return any(event.kind != "created" for event in JsonlStore.open(directory).read())
 
 
-def _experiment(database: str | None, problem: Problem) -> Experiment | None:
-    """Return the Ax experiment that a run starts from, after checking that it fits."""
-    if database is None:
-        return None
+def _beginning(start: StartFrom, problem: Problem) -> Experiment | Taken:
+    """Return what a run starts from, after checking that it fits.
+
+    An Ax experiment that holds all coefficients and metrics of the run is returned as it is, so
+    that the record tells trial by trial what was taken.
+    """
     from map_bo.ax.database import read_experiment
-    from map_bo.ax.observations import names_in
+    from map_bo.ax.known import AxDatabase, fits
+    from map_bo.loop.transfer.sources import is_database, take
 
-    experiment = read_experiment(database)
-    names_in(experiment, problem.space, problem.metrics)
-    return experiment
+    path = Path(str(start.source))
+    if not (path.is_file() and is_database(path)):
+        return take(start, problem)
+    experiment = read_experiment(path)
+    mapped = start.experts or start.metrics or start.values or start.skip
+    if not mapped and fits(experiment, problem.space, problem.metrics):
+        return experiment
+    return take(replace(start, source=AxDatabase(path, experiment=experiment)), problem)
 
 
-def _start_from(experiment: Experiment, run: Run) -> None:
-    """Record the trials of an Ax experiment as the first evaluations of a run."""
+def _start_from(beginning: Experiment | Taken, run: Run) -> None:
+    """Record an older study as the first evaluations of a run, and queue the anchors it lacks."""
     from map_bo.app.ax_commands import report_recorded
     from map_bo.ax.recording import record
+    from map_bo.loop.known import begin_with, notes_on_imported
+    from map_bo.loop.reading import load_state
+    from map_bo.loop.transfer.embedding import Taken
     from map_bo.tracking.jsonl import JsonlStore
 
     assert isinstance(run.store, JsonlStore)
-    report_recorded(record(experiment, run.store))
+    search = run.settings.search
+    if isinstance(beginning, Taken):
+        state = begin_with(beginning, run.store, run.state, search)
+        sys.stdout.write(f"{len(state.imported)} evaluations recorded\n")
+        sys.stdout.writelines(f"{note}\n" for note in notes_on_imported(state)[1:])
+    else:
+        report_recorded(record(beginning, run.store, search=search))
+        state = load_state(run.store.directory)[0]
+    if state.pending:
+        sys.stdout.write(
+            f"base, experts or blend to be measured first: {len(state.pending)} "
+            "(`map-bo ask RUN --waiting` lists them)\n"
+        )
 
 
 def show(result: Result, here: Path) -> None:

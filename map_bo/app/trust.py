@@ -162,6 +162,8 @@ def _rule(target: Any, key: str, above: str) -> str:
         return ""  # what their kinds would import is found by the kinds
     if target in (_IMPORTED, _HF):
         return "code" if key in _CODE else "" if key in _DATA or key == "operator" else "maybe"
+    if key == "factory" and str(target).startswith("map_bo.workers."):
+        return "code"
     return "" if str(target).startswith("map_bo.") else "maybe"
 
 
@@ -324,5 +326,10 @@ def _located(tree: Mapping[str, Any], folder: Path | None) -> Mapping[str, Any]:
         }
 
     found = located({key: tree[key] for key in ("problem", "operator") if key in tree}, False)
-    start = located({"experts": tree.get("start_from")}, False)["experts"]
+    start = tree.get("start_from")
+    if isinstance(start, Mapping):
+        source = located({"experts": start.get("source")}, False)["experts"]
+        start = {**start, **({"source": source} if "source" in start else {})}
+    else:
+        start = located({"experts": start}, False)["experts"]
     return {**tree, **found, **({"start_from": start} if "start_from" in tree else {})}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -190,7 +191,8 @@ def _attach(experiment: Experiment, rows: list[Row], names: Names) -> None:
     if not measured:
         return
     errors = torch.cat([outcome.Yvar for _, outcome in measured]).sqrt()
-    errors[:, errors.isnan().any(0)] = torch.nan
+    there = torch.cat([outcome.measured for _, outcome in measured])
+    errors[:, (errors.isnan() & there).any(0)] = torch.nan
     table = [
         {
             "trial_index": trial,
@@ -202,5 +204,6 @@ def _attach(experiment: Experiment, rows: list[Row], names: Names) -> None:
         }
         for (trial, outcome), spread in zip(measured, errors.tolist(), strict=True)
         for name, value, sem in zip(names.metrics, outcome.Y[0].tolist(), spread, strict=True)
+        if not math.isnan(value)
     ]
     experiment.attach_data(Data(df=pd.DataFrame(table)))

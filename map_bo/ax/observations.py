@@ -217,6 +217,8 @@ def _row(
     if not status.is_completed:
         raise _LeftOutError(f"it is {status.name.lower().replace('_', ' ')}")
     if missing := [name for name in names.metrics if name not in measured]:
+        if original is not None and bool(original.incomplete.any()) and measured:
+            return original
         raise _LeftOutError(f"it has no value for {', '.join(missing)}")
     means, sems = zip(*(measured[name] for name in names.metrics), strict=True)
     Y = torch.tensor([means], dtype=torch.float64)

@@ -40,11 +40,17 @@ class Recorded:
     left_out: tuple[LeftOut, ...]
 
 
-def record(experiment: Experiment, store: JsonlStore) -> Recorded:
+def record(experiment: Experiment, store: JsonlStore, *, search: int | None = None) -> Recorded:
     """Record the trials of ``experiment`` in a run, all that can be taken or none.
 
     Trials that the run knows already, because they were exported from it or recorded before, are
     left out. The run then goes on with ``map-bo resume`` or ``map_bo.optimize(run_dir=...)``.
+
+    Args:
+        experiment: The experiment.
+        store: The store of the run.
+        search: How many evaluations the search of the run has, where it starts with these; see
+            :func:`map_bo.loop.known.include`.
 
     Raises:
         DataError: When the experiment has other parameters or metrics, or comes from a run of
@@ -64,12 +70,13 @@ def record(experiment: Experiment, store: JsonlStore) -> Recorded:
         known = _known(found, state, run_id(events), source)
         found = found.without(known, "the run has it already")
         trials = [[origin.trial, origin.arm] for origin in found.origins]
-        waiting = len(state.pending)
-        after = include(found.observations, store, state, {**source, "trials": trials})
+        waiting = state.pending
+        told = {**source, "trials": trials}
+        after = include(found.observations, store, state, told, search=search)
     return Recorded(
         taken=len(found.observations),
-        failed=int((~found.observations.ok).sum()),
-        completed=waiting - len(after.pending),
+        failed=int(found.observations.failed_rows.sum()),
+        completed=sum(row in after.outcomes for row in waiting),
         evaluations=len(after.outcomes),
         left_out=tuple(sorted(found.left_out, key=lambda left: (left.trial, left.arm))),
     )

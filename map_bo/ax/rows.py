@@ -101,6 +101,11 @@ def _times(events: Sequence[Event]) -> _Times:
                 for i in event.data["indices"]:
                     times.proposed.setdefault(i, event.time)
                     times.observed[i] = event.time
+                for i in event.data.get("complete", ()):
+                    del times.observed[i]
+                first = len(times.proposed)
+                for i in range(len(event.data.get("queue", ()))):
+                    times.proposed[first + i] = event.time
             case "front":
                 times.solved = event.time
             case "extended" if event.data["reopens"]:

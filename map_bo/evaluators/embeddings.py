@@ -154,11 +154,7 @@ class Embeddings(ExampleEvaluator):
         Raises:
             EvaluationError: Before `prepare`.
         """
-        if self._state is None:
-            raise EvaluationError(
-                "the texts have not been read", hint="call prepare(model) of the evaluator first"
-            )
-        return self._state
+        return self.require_ready(self._state, "the texts have not been read")
 
     @property
     def size(self) -> int:

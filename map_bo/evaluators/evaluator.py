@@ -361,6 +361,13 @@ class _HasLogits(Protocol):
     logits: Tensor
 
 
+_HEADED = (
+    "AutoModel makes models without a head, also where experts bring one; make the model by "
+    "AutoModelForSequenceClassification, AutoModelForImageClassification or AutoModelForCausalLM, "
+    "or score the encoder under a head of the evaluator's own (head=FILE, head='fit')"
+)
+
+
 def logits_of(output: object) -> Tensor:
     """Return the logits of a model's output: the output itself, or what it has as ``logits``.
 
@@ -373,7 +380,9 @@ def logits_of(output: object) -> Tensor:
         return output.logits
     raise EvaluationError(
         f"the model returned a {type(output).__name__}, which has no logits",
-        hint="evaluate a model with a classification head",
+        hint=_HEADED
+        if type(output).__module__.startswith("transformers.")
+        else "evaluate a model with a classification head",
     )
 
 

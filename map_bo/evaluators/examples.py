@@ -143,6 +143,23 @@ class ExampleEvaluator(ABC):
             EvaluationError: When the examples cannot be read or do not fit the model.
         """
 
+    @staticmethod
+    def require_ready(found: T | None, said: str) -> T:
+        """Return what `prepare` has found, or refuse what needs it.
+
+        Args:
+            found: What it has found; None before.
+            said: What is lacking, such as "the texts have not been read".
+
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+        if found is None:
+            raise EvaluationError(
+                said, hint="call prepare(model) of the evaluator on the base first"
+            )
+        return found
+
     def check_data(self) -> None:  # noqa: B027  # most have data, and some have none
         """Read the examples alone, where there is no model to get ready with.
 

@@ -217,11 +217,7 @@ class Generation(ExampleEvaluator):
 
     @property
     def _known(self) -> _Prompts:
-        if self._prompts is None:
-            raise EvaluationError(
-                "the prompts have not been read", hint="call prepare(model) first"
-            )
-        return self._prompts
+        return self.require_ready(self._prompts, "the prompts have not been read")
 
     def prepare(self, model: nn.Module) -> None:
         """Read and tokenise the prompts.

@@ -180,11 +180,7 @@ class LMEval(ExampleEvaluator):
 
     @property
     def _known(self) -> _Ready:
-        if self._ready is None:
-            raise EvaluationError(
-                "the tasks have not been loaded", hint="call prepare(model) first"
-            )
-        return self._ready
+        return self.require_ready(self._ready, "the tasks have not been loaded")
 
     def prepare(self, model: nn.Module) -> None:
         """Load the tasks, and write their prompts.

@@ -167,11 +167,7 @@ class Perplexity(ExampleEvaluator):
 
     @property
     def _known(self) -> _Documents:
-        if self._documents is None:
-            raise EvaluationError(
-                "the documents have not been read", hint="call prepare(model) first"
-            )
-        return self._documents
+        return self.require_ready(self._documents, "the documents have not been read")
 
     def prepare(self, model: nn.Module) -> None:
         """Read and tokenise the documents.

@@ -18,8 +18,10 @@ from map_bo.data import Front, Observations
 from map_bo.errors import AnotherRunError, BudgetError, ConfigError, did_you_mean
 from map_bo.loop.settings import Settings
 from map_bo.plain import identity_of, modernise
+from map_bo.report.run.artifacts import remove_report
 from map_bo.tracking.extension import with_extension
-from map_bo.tracking.store import Event
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event, RunStore
 
 __all__ = [
     "MAY_CHANGE",
@@ -34,6 +36,7 @@ __all__ = [
     "recorded_as",
     "refuse_nested_changes",
     "refuse_unchangeable",
+    "remove_old_report",
     "with_changes",
     "with_defaults",
     "with_resampling",
@@ -131,9 +134,7 @@ def is_over(events: Iterable[Event]) -> bool:
     return over
 
 
-def keep_grown_budget(
-    settings: Settings, created: Mapping[str, Any], extensions: Sequence[Mapping[str, Any]]
-) -> Settings:
+def keep_grown_budget(settings: Settings, state: Standing) -> Settings:
     """Return the settings, with the budget in force where they have one that was extended since.
 
     So a script, or one of several workers, that still names the budget with which the run was
@@ -141,12 +142,11 @@ def keep_grown_budget(
 
     Args:
         settings: Those that a run is opened with.
-        created: What is recorded of its start, with the settings in force.
-        extensions: The extensions of the run so far.
+        state: Where the run stands.
     """
-    changes = [change["settings"].get("budget") for change in extensions]
+    changes = [change["settings"].get("budget") for change in state.extensions]
     before = {change["from"] for change in changes if change is not None}
-    now = created["settings"].get("budget")
+    now = state.created["settings"].get("budget")
     if not isinstance(now, int) or settings.budget not in before or settings.budget >= now:
         return settings
     return dataclasses.replace(settings, budget=now)
@@ -173,6 +173,11 @@ class Standing(Protocol):
     @property
     def verified(self) -> Mapping[int, Observations]:
         """Row of the front -> its outcome."""
+        ...
+
+    @property
+    def extensions(self) -> tuple[Mapping[str, Any], ...]:
+        """What its extensions so far hold."""
         ...
 
     @property
@@ -212,6 +217,20 @@ def extension(
                 raise _too_small(settings, len(state.X), len(state.verified))
             reopens = state.front is not None or (bool(state.stopped) and now[0] > before[0])
     return {"settings": changes, "config": config, "reopens": reopens}
+
+
+def remove_old_report(data: Mapping[str, Any], store: RunStore) -> None:
+    """Remove the files for people where an extension sets the front back.
+
+    It is done before the event is recorded, so that an old summary never stands beside a record
+    that goes on.
+
+    Args:
+        data: What the event ``extended`` will hold.
+        store: The store of the run.
+    """
+    if data["reopens"] and isinstance(store, JsonlStore):
+        remove_report(store.directory)
 
 
 _SIZES = ("budget", "verify", "verify_extra")

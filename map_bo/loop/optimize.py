@@ -1,4 +1,4 @@
-"""A whole run in one call."""
+"""A whole run in one call, and a recorded run opened by its record."""
 
 from __future__ import annotations
 
@@ -6,15 +6,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from map_bo.data import Observations
+from map_bo.errors import StoreError
 from map_bo.evaluators.isolation.world import own_maths
-from map_bo.loop.known import begin_with, check_known
+from map_bo.foreign import understood
+from map_bo.loop.known import begin_with, has_begun
 from map_bo.loop.mirrors import trackers
 from map_bo.loop.progress import Progress, RichProgress, silent
+from map_bo.loop.reading import created_of
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
+from map_bo.loop.transfer.sources import Known, take
+from map_bo.plain import Trust, from_plain
 from map_bo.problems.problem import Problem
+from map_bo.problems.told import ToldProblem
+from map_bo.space import CoefficientSpace
+from map_bo.tracking.codec import decode_metric
 from map_bo.tracking.fresh import leaving_nothing
 from map_bo.tracking.jsonl import JsonlStore, MemoryStore, absolute_directory
 from map_bo.tracking.store import RunStore
@@ -25,7 +32,7 @@ if TYPE_CHECKING:
 
     from map_bo.workers.workers import WorkerSettings
 
-__all__ = ["optimize"]
+__all__ = ["open_run", "optimize"]
 
 
 @own_maths()
@@ -36,7 +43,7 @@ def optimize(
     seed: int = 0,
     run_dir: str | Path | None = None,
     progress: bool | Progress = True,
-    known: Observations | None = None,
+    known: Known | None = None,
     config: Mapping[str, Any] | None = None,
     tracking: str | Tracking | Sequence[str | Tracking] = "local",
     workers: WorkerSettings | Executor | int | None = None,
@@ -54,8 +61,12 @@ def optimize(
             (:data:`map_bo.loop.growth.MAY_CHANGE`) are then the new ones, also of a run that had
             finished (:meth:`map_bo.loop.run.Run.extend`). None keeps the record in memory.
         progress: Whether to show a progress bar.
-        known: Observations from elsewhere, recorded at the start of a new run; they count in its
-            budget.
+        known: What an older study has measured, recorded at the start of a new run; its rows count
+            in the budget. Observations, a :class:`~map_bo.loop.result.Result`, the directory of a
+            run, a CSV file, ``map_bo.AxDatabase(FILE)``, or one of these in a
+            :class:`map_bo.StartFrom` with a mapping of names. Experts and metrics may have been
+            added since: old points have 0 for a new expert, and a new metric is one that was not
+            measured there. Anchors that the study lacks are measured first.
         config: Extra plain data to record with the run.
         tracking: Mirrors of the record: ``"none"``, ``"local"`` (tables, plots and a page in
             ``run_dir``), ``"wandb"``, settings such as
@@ -78,12 +89,14 @@ def optimize(
     chosen = Settings.checked(budget=budget, seed=seed, workers=workers, **settings)
     bar = progress if isinstance(progress, Progress) else (RichProgress() if progress else silent)
 
-    if known is not None:  # before the store: refused observations leave no run behind
-        check_known(known, problem.metrics, problem.space)
+    # Before the store: what is refused leaves no run behind.
+    begun = run_dir is not None and has_begun(absolute_directory(run_dir))
+    taken = None if known is None or begun else take(known, problem)
 
     def run(store: RunStore, tracker: Tracker) -> Result:
-        if known is not None:
-            begin_with(known, store, Run(problem, chosen, store, config=config).state)
+        if taken is not None:
+            state = Run(problem, chosen, store, config=config).state
+            begin_with(taken, store, state, chosen.search)
         return Run(problem, chosen, store, config=config, tracker=tracker).drive(bar)
 
     if run_dir is None:
@@ -96,3 +109,36 @@ def optimize(
         store = JsonlStore.open(directory) if exists else JsonlStore.create(directory)
         with store.lock(), mirrors as tracker:
             return run(store, tracker)
+
+
+def open_run(run_dir: str | Path, *, trust: Trust = ()) -> Run:
+    """Return a recorded run, to ask for rows and to tell their outcomes.
+
+    Everything comes from the record: no checkpoint is read, and the run cannot evaluate a point
+    itself. Several processes may have the same run open; see :class:`map_bo.loop.run.Run`.
+
+    Args:
+        run_dir: The run's directory.
+        trust: Packages whose classes the record may name; see :func:`map_bo.plain.from_plain`.
+
+    Raises:
+        StoreError: When there is no run, or it is a nested one.
+        SettingsError: When its settings cannot be built again, or their package is not trusted.
+    """
+    created = created_of(run_dir)
+    if created.get("nested"):
+        raise StoreError(
+            "a nested run measures points of many nodes, which cannot be asked for by hand",
+            hint="drive it with `map-bo resume RUN`, or start a run without nested=...",
+        )
+    with understood(
+        StoreError,
+        f"the record in {run_dir}",
+        hint="restore it from a copy if it was edited by hand",
+    ):
+        values = {name: from_plain(part, trust=trust) for name, part in created["settings"].items()}
+        metrics = tuple(decode_metric(metric) for metric in created["metrics"])
+        space = CoefficientSpace.from_description(created["space"])
+        problem = ToldProblem(space, metrics, created["problem"])
+        settings = Settings.checked(**values)
+    return Run(problem, settings, JsonlStore.open(Path(run_dir)))

@@ -12,6 +12,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError, StoreError, did_you_mean
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.metrics import entry_of
+from map_bo.loop.state import RunState
 from map_bo.values import real_number
 
 __all__ = ["check_told", "outcome_of"]
@@ -116,20 +117,14 @@ def _bounds(metric: Metric) -> str:
 
 
 def check_told(
-    index: int,
-    outcome: Observations | Mapping[str, Any],
-    X: Tensor,
-    waiting: Sequence[int],
-    metrics: Sequence[Metric],
+    index: int, outcome: Observations | Mapping[str, Any], state: RunState
 ) -> tuple[int, Observations]:
     """Return the number of a row that waits, and the outcome that it is told.
 
     Args:
         index: The number that was given.
         outcome: What was given as its outcome, by name where it is a mapping.
-        X: ``n x d`` all rows that were proposed.
-        waiting: The rows that wait.
-        metrics: The ``m`` metrics.
+        state: Where the run stands.
 
     Raises:
         DataError: When the outcome is neither, or of other metrics.
@@ -141,6 +136,7 @@ def check_told(
             hint='tell {"metric": value, ...}, or map_bo.Observations(X=..., Y=..., metrics=...) '
             "of the one row",
         )
+    waiting = state.pending
     waits = type(index) is not bool and index in waiting
     several = not isinstance(outcome, Mapping) and len(outcome) != 1
     if several or not waits:
@@ -148,11 +144,11 @@ def check_told(
             f"row {index} cannot take {len(outcome)} outcomes"
             if waits
             else f"row {index} does not wait for an outcome",
-            hint=f"tell one outcome for one of the rows that wait: {list(waiting)}"
+            hint=f"tell one outcome for one of the rows that wait: {waiting}"
             if waiting
             else "no row waits for an outcome: ask for rows first",
         )
     index = int(index)
     if isinstance(outcome, Mapping):
-        return index, outcome_of(outcome, X[index], metrics)
+        return index, outcome_of(outcome, state.X[index], state.metrics)
     return index, outcome

@@ -191,6 +191,12 @@ class _BarReporter:
         last = f"{last}{_from_the_cache(outcome)}"
         self._bar.update(self._task, advance=1, last=last, examples="")
 
+    def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
+        if running:
+            self._bar.update(
+                self._task, description=_workers(running), examples=_each(running, queued)
+            )
+
 
 class _LogReporter:
     """Writes a line to the log where the last one is long enough ago."""
@@ -208,6 +214,11 @@ class _LogReporter:
     def evaluating(self, what: str) -> None:
         self._what = what
         self._say("")
+
+    def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
+        if running:
+            self._what = f"{_workers(running)}: {_each(running, queued).strip()}"
+            self._say("")
 
     def scored(self, evaluator: str | None, done: int, total: int) -> None:
         self._say(f", {evaluator or 'an evaluator'}: {done} of {total} examples")
@@ -237,6 +248,18 @@ def _from_the_cache(outcome: Observations) -> str:
     if not recalled:
         return ""
     return " (from the cache)" if recalled == m else f" ({recalled} of {m} from the cache)"
+
+
+def _workers(running: Sequence[tuple[str, Task, float]]) -> str:
+    """Return how many workers are at work."""
+    return f"{len(running)} worker{'s' if len(running) > 1 else ''} at work"
+
+
+def _each(running: Sequence[tuple[str, Task, float]], queued: int) -> str:
+    """Return what each worker evaluates and since when, the longest first, and what waits."""
+    longest = sorted(running, key=lambda one: -one[2])
+    words = [f"{task.words} on {name} for {_duration(seconds)}" for name, task, seconds in longest]
+    return ", ".join([*words, *([f"{queued} waiting"] if queued else [])]) + "  "
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, screened
 from map_bo.surrogates.surrogate import Surrogate
 from map_bo.tracking.codec import decode_metric, decode_scale
-from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.jsonl import JsonlStore, is_run
 from map_bo.tracking.store import Event
 from map_bo.tracking.wandb.run import wandb_run_of
 
@@ -38,7 +38,6 @@ __all__ = [
     "as_in_run",
     "clear_failure",
     "created_of",
-    "is_run",
     "load_result",
     "load_state",
     "read_runs",
@@ -181,12 +180,6 @@ def recorded_surrogate(created: Mapping[str, Any], *, trust: Trust = ()) -> Surr
             hint="the record was changed by hand",
         )
     return surrogate
-
-
-def is_run(directory: str | Path) -> bool:
-    """Return whether a directory holds the record of a run."""
-    path = Path(directory) / _EVENTS
-    return path.is_file() and path.stat().st_size > 0
 
 
 def record_failure(directory: Path, error: BaseException) -> None:

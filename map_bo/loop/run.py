@@ -10,7 +10,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
-from torch import Generator
 
 from map_bo.constraints import check_constraints
 from map_bo.data import Observations
@@ -22,7 +21,7 @@ from map_bo.errors import (
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
 from map_bo.loop.driving import Steps, closing_workers, together
-from map_bo.loop.known import notes_on_imported
+from map_bo.loop.known import imported_of, notes_on_imported
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
@@ -55,8 +54,8 @@ from map_bo.loop.summary import (
     summarise,
     versions,
 )
+from map_bo.loop.transfer.completing import completing
 from map_bo.problems.problem import Preparable, Problem
-from map_bo.report.run.artifacts import remove_report
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.outliers import Screening
@@ -109,7 +108,7 @@ class Run:
         self.problem = problem
         self.settings = settings
         self.store = store
-        self.generator: Generator = make_generator(settings.seed)
+        self.generator: torch.Generator = make_generator(settings.seed)
         self.notes: list[str] = []
         settings.check_reference([metric.name for metric in problem.metrics])
         check_constraints(settings.requirements.constraints, problem.metrics)
@@ -117,8 +116,7 @@ class Run:
         self.notes += notes_on_anchors(settings, problem.space)
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
-        self._count = 0
-        self._driving = False
+        self._count, self._driving = 0, False
         events = list(store.read())
         over, changes = growth.is_over(events), False
         identity = run_identity(problem, settings, finished=over)
@@ -143,8 +141,7 @@ class Run:
         for event in events:
             self._trackers.observe(event)
         if changes:
-            before = self.state.extensions
-            self._extend(growth.keep_grown_budget(settings, self.state.created, before))
+            self._extend(growth.keep_grown_budget(settings, self.state))
 
     def _observed_volume(self) -> ObservedVolume:
         settings = self.settings
@@ -212,8 +209,7 @@ class Run:
         with self._turn():
             data = growth.extension(settings, self.state, config)
             if data is not None:
-                if data["reopens"] and isinstance(self.store, JsonlStore):
-                    remove_report(self.store.directory)  # first: an old summary must not lie
+                growth.remove_old_report(data, self.store)
                 self._record("extended", data)
             self.settings = settings
 
@@ -275,8 +271,7 @@ class Run:
                 run.
         """
         with self._turn():
-            state, metrics = self.state, self.problem.metrics
-            index, outcome = check_told(index, outcome, state.X, state.pending, metrics)
+            index, outcome = check_told(index, outcome, self.state)
             refuse_another_problem(index, outcome, self.problem)
             refuse_outcome(self.state, index, outcome)
             # What was proposed is what was measured, in whatever precision.
@@ -322,7 +317,7 @@ class Run:
             with self._opened(workers) as held, follow(progress, total) as report:
                 flights = Flights(held)
                 [recommendation] = together([self.steps(flights, report)], flights, report)
-            return self.conclude(recommendation)
+            return self.conclude(recommendation, **flights.describe())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -342,7 +337,7 @@ class Run:
         given = self.settings.workers
         assert not isinstance(given, int)  # settings of workers, since they were read
         if workers is not None or given is None or self.state.summary is not None:
-            held = InlineWorkers(self.problem) if workers is None else workers
+            held = workers or InlineWorkers(completing(self.problem, self.state))
             if held.local and self.state.summary is None and isinstance(self.problem, Preparable):
                 with callers_world():
                     self.problem.prepare()
@@ -366,7 +361,7 @@ class Run:
         """
         settings = self.settings
         attempts = Attempts(
-            self.problem,
+            completing(self.problem, self.state),
             flights,
             generator=self.generator,
             record=self._record,
@@ -538,11 +533,12 @@ class Run:
                 self._record("corrected", found)
         return again
 
-    def conclude(self, found: Recommendation | None) -> Result:
+    def conclude(self, found: Recommendation | None, **told: Any) -> Result:
         """Return the result when all steps are done, and record the summary.
 
         Args:
             found: What the steps returned.
+            told: What else the summary holds.
         """
         again = self._correct()
         state = self.state
@@ -591,7 +587,8 @@ class Run:
                 *(outlier.note() for outlier in aside),
             ],
             outliers=aside,
-        )
+        ) | imported_of(state)
+        summary |= told
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 

@@ -213,7 +213,7 @@ class Settings:
 
     def _read_workers(self) -> None:
         if self.workers is not None:
-            from map_bo.workers.workers import read_workers
+            from map_bo.workers.reading import read_workers
 
             object.__setattr__(self, "workers", read_workers(self.workers))
 

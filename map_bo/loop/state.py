@@ -19,7 +19,8 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
                on where it had ended (:mod:`map_bo.tracking.extension`)
 ``reopened``   ``indices``: failed rows that are to be evaluated again
 ``imported``   ``indices``, ``observations``: outcomes from elsewhere, of rows that waited or of new
-               rows; ``source``: where they come from
+               rows; ``source``: where they come from; ``complete``: those of the rows that are to
+               be completed in what they lack; ``queue``: ``X`` of further rows to evaluate
 ``front``      the predicted front and which of its points to verify
 ``verified``   ``row``, ``observation``: what was measured at a front point
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
@@ -451,7 +452,7 @@ def _with_correction(state: RunState, data: Mapping[str, Any]) -> RunState:
 def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
     again = _rows(data["indices"], len(state.X), "proposed rows")
     for index in again:
-        if index not in state.outcomes or state.outcomes[index].failures[0] is None:
+        if index not in state.outcomes or bool(state.outcomes[index].ok[0]):
             raise StoreError(f"row {index} has not failed, and is to be repeated", hint=_EDITED)
     # What they have measured all the same is kept, as between two attempts.
     halves = {index: state.outcomes[index] for index in again}
@@ -463,7 +464,7 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
         attempted={**_without(state.attempted, again), **kept},
         deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
-        imported=_without(state.imported, again),
+        imported=_without(state.imported, [i for i in again if not halves[i].incomplete.any()]),
     )
 
 
@@ -539,15 +540,19 @@ def _with_imported(state: RunState, data: Mapping[str, Any]) -> RunState:
             f"imported rows have numbers {indices}, and the record holds {first} rows before them",
             hint=_EDITED,
         )
-    return dataclasses.replace(
+    queue = decode_tensor(data.get("queue", [])).reshape(-1, state.X.shape[-1])
+    if not bool(queue.isfinite().all()):
+        raise StoreError("a queued row holds NaN or infinity", hint=_EDITED)
+    after = dataclasses.replace(
         state,
-        X=torch.cat([state.X, found.X[added]]),
+        X=torch.cat([state.X, found.X[added], queue]),
         outcomes={
             **state.outcomes,
             **{i: found.select([row]) for row, i in enumerate(indices)},
         },
         imported={**state.imported, **dict.fromkeys(indices, source)},
     )
+    return _reopened(after, {"indices": data["complete"]}) if "complete" in data else after
 
 
 def replay(events: Iterable[Event], metrics: tuple[Metric, ...], d: int) -> RunState:

@@ -341,7 +341,7 @@ def summarise(
             "counted": "on top of the budget" if settings.verify_extra else "inside the budget",
         },
         "failures": sum(r is not None for r in seen.failures + verification.failures),
-        "partial": int(seen.partial.sum()) + int(verification.partial.sum()),
+        "partial": sum(int((x.partial & x.failed_rows).sum()) for x in (seen, verification)),
         **_recalled(seen, verification),
         "outliers": [outlier.describe() for outlier in outliers],
         "seed": settings.seed,

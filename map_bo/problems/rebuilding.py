@@ -63,7 +63,8 @@ def rebuilt(function: Callable[P, R]) -> Callable[P, R]:
     @wraps(function)
     def make(*args: P.args, **kwargs: P.kwargs) -> R:
         made = function(*args, **kwargs)
-        made.made_by(make, *args, **kwargs)
+        if isinstance(made, Rebuilt):
+            made.made_by(make, *args, **kwargs)
         return made
 
     return make

@@ -54,8 +54,9 @@ class Sampler(Protocol):
             seen: All evaluations so far, the failed ones included.
             space: The space to propose in.
             n: How many points to return.
-            pending: ``p x d`` points that are being evaluated now; proposals take them into
-                account and do not repeat them.
+            pending: ``p x d`` points that are being evaluated now, in the order in which they
+                were proposed. Proposals neither repeat nor crowd them, and points that are asked
+                one by one with those before pending are as good as a batch.
             generator: Source of all randomness. A run passes the same generator at every call and
                 a sampler only derives children from it (:func:`map_bo.rng.child`), named by how
                 many points were seen and are pending, so nothing depends on earlier draws.

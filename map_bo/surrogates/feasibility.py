@@ -93,9 +93,11 @@ class WorkingRegion:
                 the last successes.
             space: Their space.
         """
-        works = seen.ok
-        if bool(works.all()):
+        if not bool(seen.failed_rows.any()):
             return None
+        if bool(seen.incomplete.any()):  # what was not measured neither works nor fails
+            seen = seen.select(~seen.incomplete)
+        works = seen.ok
         bad, good = (~works).nonzero().flatten(), works.nonzero().flatten()
         bad = bad[-max(_ROWS // 2, _ROWS - len(good)) :]
         rows = torch.cat([bad, good[max(0, len(good) - (_ROWS - len(bad))) :]]).sort().values

@@ -23,7 +23,7 @@ from map_bo.tracking.codec import decode_event, encode_line
 from map_bo.tracking.examine import DamageError, Line, examine, walk
 from map_bo.tracking.store import Event
 
-__all__ = ["JsonlStore", "MemoryStore"]
+__all__ = ["JsonlStore", "MemoryStore", "is_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -527,6 +527,12 @@ class JsonlStore:
                 ) from error
             self._left = None
             return copy
+
+
+def is_run(directory: str | Path) -> bool:
+    """Return whether a directory holds the record of a run."""
+    path = Path(directory) / _EVENTS
+    return path.is_file() and path.stat().st_size > 0
 
 
 def _write_all(descriptor: int, line: bytes) -> None:

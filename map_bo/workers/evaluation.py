@@ -159,6 +159,8 @@ def _fault(result: Observations, problem: Problem, x: Tensor) -> str | None:
         )
     if result.X.shape[-1] != len(x) or not is_at(result.X[0], x.double()):
         return f"the problem returned the outcome of another point: {result.X[0].tolist()}"
+    if bool(result.incomplete.any()):
+        return f"the problem returned NaN without a reason: {result.Y[0].tolist()}"
     return None
 
 
@@ -175,6 +177,12 @@ def refuse_another_problem(index: int, outcome: Observations, problem: Problem) 
             f"{[metric.name for metric in outcome.metrics]}",
             hint=f"tell an outcome with {problem.space.d} coefficients and metrics "
             f"{[metric.name for metric in problem.metrics]}",
+        )
+    if bool(outcome.incomplete.any()):
+        raise StoreError(
+            f"the outcome of row {index} lacks metrics without a reason: {outcome.Y[0].tolist()}",
+            hint="measure all metrics of a proposed row, or tell why it failed in `failures`; the "
+            "values of the other metrics are kept",
         )
 
 

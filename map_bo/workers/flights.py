@@ -8,10 +8,11 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Any
 
 from map_bo.data import Observations
 from map_bo.errors import WorkersError
-from map_bo.workers.workers import Outcome, Settled, Task, Workers
+from map_bo.workers.workers import DescribesWorkers, Outcome, Settled, Task, Workers
 
 __all__ = ["Flights"]
 
@@ -147,6 +148,19 @@ class Flights:
     def measured(self) -> int:
         """How many tasks have ended."""
         return int(self._count)
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a summary says of the workers; nothing of the driver's own process."""
+        workers = self.workers
+        if workers.local:
+            return {}
+        told = dict(workers.describe()) if isinstance(workers, DescribesWorkers) else {}
+        used = {
+            "count": workers.size,
+            "evaluations": self.measured,
+            "utilisation": round(self.utilisation, 4),
+        }
+        return {"workers": {**told, **used}}
 
 
 def _result(future: Future[Outcome], task: Task) -> Outcome:

@@ -17,14 +17,15 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from types import FunctionType, ModuleType
-from typing import Any, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
 from map_bo.errors import ConfigError, MapBoError, WorkersError, first_line
 from map_bo.problems.problem import Problem
+from map_bo.workers.workers import WorkerSettings
 
-__all__ = ["LARGEST", "Recipe"]
+__all__ = ["LARGEST", "BuildsByRecipe", "Recipe"]
 
 LARGEST = 16 * 2**20
 """Bytes that a problem may take on its way to a worker."""
@@ -152,6 +153,15 @@ class Recipe:
         return made
 
 
+@runtime_checkable
+class BuildsByRecipe(Protocol):
+    """Settings of workers that can be given the recipe of the problem."""
+
+    def with_recipe(self, recipe: Recipe) -> WorkerSettings:
+        """Return the settings with a recipe, unless they have one or a factory already."""
+        ...
+
+
 def unpickled(content: bytes) -> Any:
     """Return the problem that :meth:`Recipe.of` has pickled."""
     return pickle.loads(content)
@@ -256,7 +266,7 @@ class _Pickler(pickle.Pickler):
         what = "class" if isinstance(value, type) else "function"
         where = getattr(value, "__module__", None)
         if "<lambda>" in name or "<locals>" in name:
-            kind = "a lambda" if name == "<lambda>" else f"the local {what} {name}"
+            kind = "a lambda" if name.endswith("<lambda>") else f"the local {what} {name}"
             raise ConfigError(
                 f"the problem cannot be built in another process: it holds {kind} of "
                 f"{where}, which cannot be imported",

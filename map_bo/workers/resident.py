@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 
 import map_bo
+from map_bo.data import Metric
 from map_bo.errors import WorkersError, listed
 from map_bo.evaluators.isolation.world import callers_world
 from map_bo.problems.problem import (
@@ -132,6 +133,7 @@ class Resident:
         *,
         expected: Mapping[str, str] | None = None,
         device: str | None = None,
+        label: str = "",
         sharing: int = 1,
         mapped: bool = True,
     ) -> Self:
@@ -141,6 +143,7 @@ class Resident:
             recipe: How to build it.
             expected: The driver's :func:`identity_of_problem`; None checks nothing.
             device: Where it is to live, such as ``"cuda:0"``; None leaves that to the problem.
+            label: What the device is called in the worker's name, where that is another name.
             sharing: How many workers share the device.
             mapped: Whether to share what can be shared with other processes of this machine.
 
@@ -154,7 +157,7 @@ class Resident:
             if device is not None and isinstance(problem, OnDevice):
                 problem = problem.on(device)
             if isinstance(problem, OnDevice) and problem.device.type != "cpu":
-                name += f"/{problem.device}"
+                name += f"/{label or problem.device}"
                 _require_room(problem, problem.device, sharing)
             elif mapped and isinstance(problem, MapsRows):
                 problem = problem.with_mapped_rows()
@@ -177,6 +180,10 @@ class Resident:
             generator=make_generator(task.seed),
         )
         return Outcome(task.key, row, self.name)
+
+    def metrics(self, task: Task) -> tuple[Metric, ...]:
+        """Return the metrics that a task asks for."""
+        return self._measuring(task.metrics).metrics
 
     def _measuring(self, metrics: tuple[str, ...] | None) -> Problem:
         if metrics is None or metrics == tuple(metric.name for metric in self.problem.metrics):

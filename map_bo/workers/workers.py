@@ -7,20 +7,29 @@ run writes its record.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError
 from map_bo.problems.problem import Problem
-from map_bo.values import whole_number
 
-__all__ = ["Key", "Kind", "Outcome", "Settled", "Task", "WorkerSettings", "Workers", "read_workers"]
+__all__ = [
+    "DescribesWorkers",
+    "KeepsLogs",
+    "Key",
+    "Kind",
+    "Outcome",
+    "Settled",
+    "Task",
+    "WorkerSettings",
+    "Workers",
+]
 
 Kind = Literal["index", "verify", "probe"]
 """Of which part of a run a row is: the search, the verification, or the probes of a nested run."""
@@ -148,6 +157,15 @@ class Workers(Protocol):
 
 
 @runtime_checkable
+class DescribesWorkers(Protocol):
+    """Workers that say what they are, for the summary of a run."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Return plain data, such as their kind and their threads."""
+        ...
+
+
+@runtime_checkable
 class WorkerSettings(Protocol):
     """Settings of workers, which open them over a problem."""
 
@@ -166,39 +184,18 @@ class WorkerSettings(Protocol):
         ...
 
 
+@runtime_checkable
+class KeepsLogs(Protocol):
+    """Settings of workers that can write what workers print to files."""
+
+    def with_logs(self, folder: str | Path) -> WorkerSettings:
+        """Return the settings with a folder for logs, unless they have one already."""
+        ...
+
+
 @dataclass(frozen=True, eq=False)
 class Settled:
     """A task that has ended: the task, and its outcome."""
 
     task: Task
     outcome: Outcome
-
-
-def read_workers(given: object) -> WorkerSettings | None:
-    """Return settings of workers from what a user may give.
-
-    Args:
-        given: None or 0 for the driver's own process; a number of processes; settings; or an
-            executor (:class:`map_bo.workers.pool.Pool`).
-
-    Raises:
-        ConfigError: When it is none of these.
-    """
-    if given is None or isinstance(given, WorkerSettings):
-        return None if given is None else given
-    if isinstance(given, Executor):
-        from map_bo.workers.pool import Pool
-
-        return Pool(given)
-    if isinstance(given, int | float | str) and not isinstance(given, bool):
-        hint = "give a number of processes, such as workers=4"
-        count = whole_number("workers", given, least=0, hint=hint)
-        if not count:
-            return None
-        from map_bo.workers.processes import Processes
-
-        return Processes(count)
-    raise ConfigError(
-        f"workers must be a number of processes or settings of workers, got {given!r:.80}",
-        hint="give workers=4, map_bo.Processes(4, devices=[...]), or map_bo.Pool(executor)",
-    )

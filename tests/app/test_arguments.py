@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.app.arguments import surrogate_of_sampler, with_added_key
+from map_bo.app.arguments import surrogate_of_sampler, with_added_key, with_workers
 
 
 @pytest.mark.parametrize(
@@ -40,3 +40,20 @@ def test_keys_of_the_users_own_mappings_need_no_plus(key: str, added: bool) -> N
     assert found == (["seed=1", f"++{key}=8", f"{key}_more=9"] if added else None)
     assert with_added_key(found or given, f"Could not override '{key}'.") is None
     assert with_added_key(given, "something else") is None
+
+
+@pytest.mark.parametrize(
+    ("given", "taken"),
+    [
+        ("workers=4", ["workers=processes", "workers.count=4"]),
+        ("workers=1,4", ["workers=processes", "workers.count=1,4"]),
+        ("workers=-1", ["workers=processes", "workers.count=-1"]),
+        ("workers=2.5", ["workers=processes", "workers.count=2.5"]),
+        ("workers=0", ["workers=inline"]),
+        ("workers=ray", ["workers=ray"]),
+        ("workers.count=4", ["workers.count=4"]),
+        ("seed=4", ["seed=4"]),
+    ],
+)
+def test_a_number_of_workers_is_so_many_processes(given: str, taken: list[str]) -> None:
+    assert with_workers([given]) == taken

@@ -42,6 +42,8 @@ from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.tracker import Tracking
 from map_bo.tracking.wandb.mirror import Wandb
+from map_bo.workers.processes import Processes
+from map_bo.workers.resident import identity_of_problem
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = {
@@ -55,7 +57,7 @@ GROUPS = {
 
 # Of models of the hub; run by tests/integration/test_suites.py on stand-ins in a folder.
 OF_FILES = {"checkpoints", "hf", "images", "clip_eight", "glue_flan_t5", "glue_gpt2"}
-OF_FILES |= {"text", "decoder"}
+OF_FILES |= {"text", "decoder", "told"}  # told: has neither names nor metrics of its own
 OF_SUITES = {"clip_b32", "clip_b16", "clip_l14", "flan_t5_glue", "flan_t5_glue_lora"}
 OF_SUITES |= {"flan_t5_large_glue_lora", "gpt2_glue"}
 
@@ -79,8 +81,8 @@ def test_every_file_composes(group: str, name: str) -> None:
     assert config.loop.budget >= 1
     if group == "tracking":  # several may be chosen, each a node of its own
         assert set(config.tracking) == {name} - {"none"}
-    elif group == "nested" and name == "none":
-        assert not config.nested
+    elif (group, name) in (("nested", "none"), ("workers", "inline")):
+        assert not config[group]
     elif group != "experiment":
         assert "_target_" in config[group]
 
@@ -96,6 +98,38 @@ def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
 def test_digits_build_with_every_operator(name: str, zoo_cache: Path) -> None:
     problem = build_problem(composed(f"operator={name}", "problem.experts=2", "+problem.epochs=1"))
     assert problem.space.d >= 2
+
+
+def test_workers_are_built_with_the_problem_s_configuration_as_their_recipe() -> None:
+    assert build_settings(composed()).workers is None
+    settings = build_settings(composed("workers=processes", "workers.count=3", "problem=bumps"))
+    assert isinstance(settings.workers, Processes)
+    assert (settings.workers.count, settings.workers.threads) == (3, None)
+    recipe = settings.workers.recipe
+    assert recipe is not None
+    built, mine = recipe.build(), build_problem(composed("problem=bumps"))
+    assert identity_of_problem(built) == identity_of_problem(mine)
+
+
+def test_a_run_recorded_before_there_were_workers_has_none() -> None:
+    plain = OmegaConf.to_container(composed(), resolve=True)
+    assert isinstance(plain, dict)
+    del plain["workers"]
+    assert build_settings(OmegaConf.create(plain)).workers is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["workers=processes", "workers.count=0"], "count must be .*got 0"),
+        (["workers=processes", "workers.devices=[gpu]"], "'gpu' is not a device"),
+        (["workers=processes", "+workers.cuont=3"], "has no option 'cuont'"),
+        (["+workers._target_=map_bo.Metric", "+workers.name=m"], "builds a Metric"),
+    ],
+)
+def test_wrong_workers_are_told(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        build_settings(composed(*overrides))
 
 
 @pytest.mark.parametrize("group", ["surrogate", "sampler", "solver"])

@@ -14,7 +14,10 @@ from map_bo.errors import ConfigError
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    names = ("init", "resume", "choose", "merge", "report", "export", "import", "check", "repair")
+    names = [
+        *("init", "resume", "ask", "tell", "choose", "merge", "report", "export", "import"),
+        *("check", "repair", "cache"),
+    ]
     return parser(dict.fromkeys(names, lambda options: None)).parse_args(["init", *arguments])
 
 

@@ -15,6 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from map_bo.app.jobs import job_name, register_job_name, run_job
 from map_bo.app.schema import register
+from map_bo.app.task import drive
+from map_bo.tracking.jsonl import JsonlStore
 from tests.unsealed import unseal
 
 TOLD = {"overrides": ["seed=0"], "choices": {"surrogate": "quadratic"}}
@@ -202,3 +204,22 @@ def test_the_seed_of_a_job_is_its_own_override() -> None:
     plain = OmegaConf.to_container(composed("seed=7"))
     assert isinstance(plain, dict)
     assert plain["seed"] == 7
+
+
+def test_a_job_that_was_extended_by_hand_goes_on_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = tmp_path / "job"
+    run_job(composed(), job, TOLD)
+    config = composed("loop.budget=11")
+    drive(composed(), job, changed=config, changes={})
+    events = (job / "events.jsonl").read_bytes()
+    capsys.readouterr()
+    assert run_job(composed(), job, TOLD) > 0
+    assert "already finished" in capsys.readouterr().out
+    assert (job / "events.jsonl").read_bytes() == events
+    store = JsonlStore.open(job)
+    whole = [json.loads(line)["kind"] for line in events.splitlines()]
+    store.keep(whole.index("extended") + 1)
+    run_job(composed(), job, TOLD)
+    assert json.loads((job / "summary.json").read_text())["evaluations"] == 11

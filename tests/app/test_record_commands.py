@@ -10,6 +10,7 @@ from map_bo.app.main import main
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_result, load_state
+from map_bo.loop.run import Run
 from map_bo.nested.optimize import optimize_nested
 from map_bo.problems.evaluation_cache import CachedMeasurements, EvaluationCache
 from map_bo.tracking.jsonl import JsonlStore
@@ -171,6 +172,18 @@ def test_a_record_of_which_nothing_is_whole_is_left_alone(
     assert "restore it from a copy" in failing(capsys, "repair", str(run))
     assert (run / "events.jsonl").read_bytes() == damaged
     assert "holds no run" in failing(capsys, "check", str(run.parent))
+
+
+def test_a_run_that_was_extended_is_whole_and_shows_the_budget_in_force(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (run / "summary.json").write_text("{}")  # left by a mirror that could not be removed
+    Run(Bowls(), quick(12, verify=None, retries=1), JsonlStore.open(run))
+    (run / "summary.json").write_text("{}")
+    status, said = checked(run, capsys)
+    assert (status, "8 of 12 evaluations, not finished" in said) == (0, True), said
+    change(run, lambda lines: [*lines[:-1], lines[-1].replace(b'"reopens":true', b'"reopens":3')])
+    assert checked(run, capsys)[0] == 1
 
 
 def test_the_cache_of_evaluations_is_shown_and_emptied(

@@ -352,3 +352,17 @@ def test_trust_alone_takes_no_directory(tmp_path: Path, monkeypatch: pytest.Monk
     assert with_bare_trust(["--trust", "--out", "x"]) == ["--trust=*", "--out", "x"]
     assert with_bare_trust(["run", "--trust"]) == ["run", "--trust=*"]
     assert os.path.isdir("run")
+
+
+def test_a_factory_of_workers_is_code_and_their_other_settings_are_not() -> None:
+    node = {"_target_": "map_bo.workers.processes.Processes", "count": 2, "logs": "a:b"}
+    assert foreign_code({"workers": node}) == []
+    [found] = foreign_code({"workers": {**node, "factory": "mine.problems:make"}})
+    assert (found.where, found.package) == ("workers.factory", "mine")
+
+
+def test_a_recipe_in_a_record_is_not_built_from_it() -> None:
+    recipe = {"_target_": "map_bo.workers.recipe.Recipe", "factory": "os:system", "args": ["no"]}
+    node = {"_target_": "map_bo.workers.processes.Processes", "count": 2, "recipe": recipe}
+    found = foreign_code({"workers": node})
+    assert [one.named for one in found] == ["map_bo.workers.recipe.Recipe", "os:system"]

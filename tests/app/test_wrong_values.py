@@ -221,3 +221,27 @@ def test_every_key_on_the_command_line(
     tell = partial(told, capsys)
     for number, (key, value) in enumerate(itertools.product(every, WRITTEN)):
         tell(tmp_path / f"run{number}", f"{key}={value}")
+
+
+def test_a_mistake_is_told_without_the_overrides(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *SMALL, f"hydra.run.dir={tmp_path / 'run'}", "loop.verify=99"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("sampler=sobl", "did you mean 'sobol'?"), ("operator=zzz", "choose from breadcrumbs, ")],
+)
+def test_an_option_that_is_none_of_a_group_is_told_with_the_nearest(
+    override: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["run", *SMALL, f"hydra.run.dir={tmp_path / 'run'}", override])
+    said = capsys.readouterr().err
+    group, _, option = override.partition("=")
+    assert caught.value.code == 2
+    assert said.startswith(f"error: {group} has no option {option!r}\nhint: {hint}")

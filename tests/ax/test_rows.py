@@ -45,3 +45,16 @@ def test_a_run_has_an_identity(tmp_path: Path) -> None:
     a, b = (list(JsonlStore.open(tmp_path / name).read()) for name in "ab")
     assert run_id(a) == run_id(a[:1]) != run_id(b)
     assert run_id([]) == ""
+
+
+def test_points_of_a_front_that_was_set_back_are_rows_with_their_times(tmp_path: Path) -> None:
+    Run(Bowls(), quick(), JsonlStore.create(tmp_path)).drive()
+    Run(Bowls(), quick(11), JsonlStore.open(tmp_path)).drive()
+    state, space = load_state(tmp_path)
+    rows = rows_of(state, space, list(JsonlStore.open(tmp_path).read()))
+    assert [row.method for row in rows[4:]] == ["Sobol"] * 2 + ["verification"] * 2 + ["Sobol"] + [
+        "verification"
+    ] * 2
+    assert [row.origin["row"] for row in rows[:9]] == list(range(9))
+    times = [row.finished or 0.0 for row in rows]
+    assert 0 < min(times) <= max(times[:8]) < times[8] < min(times[9:])

@@ -21,6 +21,7 @@ from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, SamplerError
 from map_bo.loop.settings import Settings
 from map_bo.rng import child, make_generator
+from map_bo.samplers.posterior.covariance import Covariances, measurement_noise
 from map_bo.samplers.sampler import (
     FillsSpace,
     Sampler,
@@ -84,18 +85,51 @@ def fresh_process() -> ProcessPoolExecutor:
 
 
 def propose_elsewhere(
-    sampler: Sampler, space: CoefficientSpace, seed: int, threads: int
+    sampler: Sampler, space: CoefficientSpace, seed: int, threads: int, in_flight: int = 0
 ) -> list[list[float]]:
-    """Propose two points after eight; runs in the other process.
+    """Propose two points after eight, and so many in flight; runs in the other process.
 
     A product over more threads, or fewer, may end in other digits.
     """
     torch.set_num_threads(threads)
     seen = some_seen(space, 8)
+    pending = space.sample(in_flight, generator=make_generator(98)) if in_flight else None
     points: list[list[float]] = sampler.propose(
-        seen, space, 2, generator=make_generator(seed)
+        seen, space, 2, pending=pending, generator=make_generator(seed)
     ).tolist()
     return points
+
+
+def in_turn(
+    sampler: Sampler, seen: Observations, space: CoefficientSpace, n: int, *, generator: Generator
+) -> Tensor:
+    """Return ``n x d`` points, asked one by one with those before pending."""
+    found = seen.X[:0]
+    for _ in range(n):
+        waiting = found if len(found) else None
+        X = sampler.propose(seen, space, 1, pending=waiting, generator=generator)
+        found = torch.cat([found, X])
+    return found
+
+
+def away(A: Tensor, B: Tensor, space: CoefficientSpace) -> Tensor:
+    """Return distances ``a x b``: largest difference of a coefficient, share of its range."""
+    return torch.cdist(space.normalise(A), space.normalise(B), p=torch.inf)
+
+
+def learned(seen: Observations, X: Tensor, space: CoefficientSpace) -> float:
+    """Return the share of the variance all over the space that measuring ``X`` would take off.
+
+    That is under the quadratic; what is measured there does not matter.
+    """
+    model = Quadratic().fit(seen, space)
+    noise = measurement_noise(model, seen.X)
+    everywhere = space.sample(200, generator=make_generator(1))
+    before, after = (
+        Covariances(model, everywhere[:1], noise, pending).to(everywhere)[1].sum(-1)
+        for pending in (None, X)
+    )
+    return float(((before - after) / before).mean())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +149,9 @@ class SamplerContract:
 
     telling = 2
     """How many proposals tell two surrogates apart, by far."""
+
+    crowded = 0.02
+    """Largest difference of a coefficient, share of its range, up to which points are crowded."""
 
     @pytest.fixture
     def sampler(self) -> Sampler:
@@ -200,6 +237,50 @@ class SamplerContract:
         X = sampler.propose(before, space, 3, pending=pending, generator=generator)
         space.check(X)
         assert len(torch.unique(torch.cat([pending, X]), dim=0)) == 6
+
+    def test_what_is_pending_is_not_crowded(self, sampler: Sampler, box: CoefficientSpace) -> None:
+        # As many points are pending both times, so a sampler that does not look where they are
+        # proposes the same point again, or its neighbour.
+        seen, generator = some_seen(box, 16), make_generator(0)
+        elsewhere = torch.tensor([[0.123, 0.456, 0.789]], dtype=torch.float64)
+        first = sampler.propose(seen, box, 1, pending=elsewhere, generator=generator)
+        then = sampler.propose(seen, box, 1, pending=first, generator=generator)
+        assert float(away(first, then, box)) > self.crowded
+
+    @pytest.mark.slow
+    def test_points_asked_in_turn_are_as_good_as_a_batch(
+        self, sampler: Sampler, box: CoefficientSpace
+    ) -> None:
+        seen, generator = some_seen(box, 16), make_generator(0)
+        batch = sampler.propose(seen, box, 4, generator=generator)
+        each = in_turn(sampler, seen, box, 4, generator=generator)
+        if isinstance(sampler, FillsSpace):
+            assert torch.equal(each, batch)
+        distances = away(each, each, box) + torch.eye(4)
+        assert float(distances.min()) > self.crowded
+        assert learned(seen, each, box) > 0.5 * learned(seen, batch, box)
+
+    def test_with_points_in_flight_the_seed_decides(
+        self, sampler: Sampler, box: CoefficientSpace
+    ) -> None:
+        seen = some_seen(box, 12, failed=(7,))
+        pending = box.sample(3, generator=make_generator(98))
+        first, again = (
+            sampler.propose(seen, box, 2, pending=pending, generator=make_generator(7))
+            for _ in range(2)
+        )
+        assert torch.equal(first, again)
+        given = torch.cat([seen.X, pending])
+        assert torch.equal(given, torch.cat([some_seen(box, 12).X, pending]))  # nothing is written
+        assert float(away(first, given, box).min()) > 0
+
+    @pytest.mark.slow
+    def test_with_points_in_flight_a_fresh_process_proposes_the_same(
+        self, sampler: Sampler, box: CoefficientSpace
+    ) -> None:
+        arguments = sampler, box, 5, torch.get_num_threads(), 3
+        elsewhere = fresh_process().submit(propose_elsewhere, *arguments).result()
+        assert elsewhere == propose_elsewhere(*arguments)
 
     def test_failed_evaluations_are_not_proposed_again(
         self, sampler: Sampler, box: CoefficientSpace, generator: Generator

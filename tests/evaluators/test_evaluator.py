@@ -18,6 +18,7 @@ from map_bo.evaluators.evaluator import (
     Measurement,
     accuracy,
     binomial_variance,
+    logits_of,
     mean_loss,
     measure,
     prepare_evaluators,
@@ -233,6 +234,13 @@ def test_an_output_without_logits_is_refused() -> None:
 
     with pytest.raises(EvaluationError, match="returned a str, which has no logits"):
         accuracy(torch.eye(3), torch.tensor([0, 1, 2]))(Texts())
+
+
+def test_of_a_model_without_its_head_the_right_class_is_named() -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    with pytest.raises(EvaluationError) as caught:
+        logits_of(outputs.BaseModelOutputWithPooling(last_hidden_state=torch.zeros(1, 2, 3)))
+    assert "AutoModelForSequenceClassification" in str(caught.value.hint)
 
 
 class Ready:

@@ -114,6 +114,13 @@ def test_text_and_images_are_compared_by_the_command(
         page = (out / "README.md").read_text()
         assert f"`python -m experiments.fronts {name} --seeds 1 --budget 8 --size 12" in page
         numbers = json.loads((out / "numbers.json").read_text())
+        main([*words[:3], *words[3:6], "--out", str(out), "--time"])
+        again = json.loads((out / "numbers.json").read_text())
+        assert again["seconds"] != numbers["seconds"]
+        assert {**again, "seconds": numbers["seconds"]} == numbers
+        assert (out / "README.md").read_text().partition("One evaluation")[0] == (
+            page.partition("One evaluation")[0]
+        )
         for row in numbers["exports"]:
             assert row["loaded"] == pytest.approx(row["live"], abs=1e-6)
 

@@ -199,7 +199,8 @@ def test_launchers_do_the_same_jobs(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if launcher == "ray":  # the others belong to the extra `dev`
-        pytest.importorskip("ray", reason="Ray is not installed: pip install 'map-bo[ray]'")
+        reason = "Hydra's launcher for Ray is not installed: pip install 'map-bo[ray-launcher]'"
+        pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason=reason)
         monkeypatch.setenv("HOME", str(tmp_path))  # it keeps a token there
         monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     results = []

@@ -54,7 +54,7 @@ def test_only_whole_numbers_of_rows_are_asked_for(bowls: Bowls, n: Any) -> None:
     assert len(run.state.X) == 0
 
 
-@pytest.mark.parametrize("outcome", [None, [0.1, 0.2], torch.zeros(1, 2), {"near a": 0.1}])
+@pytest.mark.parametrize("outcome", [None, [0.1, 0.2], torch.zeros(1, 2), "0.1"])
 def test_what_is_no_observations_is_refused(bowls: Bowls, outcome: Any) -> None:
     run = Run(bowls, quick(8), MemoryStore())
     run.ask(1)

@@ -16,6 +16,7 @@ from map_bo.loop import progress
 from map_bo.loop.progress import RichProgress, follow, silent
 from map_bo.loop.run import Run
 from map_bo.tracking.jsonl import MemoryStore
+from map_bo.workers.workers import Task
 from tests.loop.bowls import Bowls, quick
 
 
@@ -184,3 +185,33 @@ def test_the_log_counts_what_comes_from_the_cache(caplog: pytest.LogCaptureFixtu
             report.measured(outcome)
         report.evaluating("evaluation 4 of 4")
     assert "3 of 4 evaluations done (2 from the cache)" in caplog.text
+
+
+RUNNING = [
+    ("host/1", Task("index", 4, 0, (0.5,), 1), 12.0),
+    ("host/2", Task("verify", 2, 0, (0.5,), 1), 200.0),
+]
+
+
+def test_the_log_shows_what_each_worker_does(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        report = progress._LogReporter(4, 0.0)
+        report.working([], 0)
+        assert caplog.text == ""
+        report.working(RUNNING, 3)
+    assert (
+        "2 workers at work: verifying front point 2 on host/2 for 3 min, "
+        "evaluation 5 on host/1 for 12 s, 3 waiting; 0 of 4 evaluations done" in caplog.text
+    )
+
+
+def test_the_bar_shows_what_each_worker_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        progress, "Console", lambda file: Console(file=shown, force_terminal=True, width=200)
+    )
+    with follow(RichProgress(), 4) as report:
+        assert isinstance(report, progress.ShowsWorkers)
+        report.working(RUNNING[:1], 0)
+    assert "1 worker at work" in shown.getvalue()
+    assert "evaluation 5 on host/1 for 12 s" in shown.getvalue()

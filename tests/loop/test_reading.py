@@ -8,9 +8,10 @@ import torch
 
 from map_bo.errors import AnotherRunError, StoreError
 from map_bo.loop.optimize import optimize
-from map_bo.loop.reading import clear_failure, is_run, read_runs, record_failure
+from map_bo.loop.reading import clear_failure, read_runs, record_failure
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
+from map_bo.tracking.jsonl import is_run
 from tests.loop.bowls import Bowls
 from tests.unsealed import unseal
 

@@ -250,6 +250,10 @@ def test_reopened_failures_end_the_checks_that_were_made_without_them() -> None:
     ("returned", "reason"),
     [
         (lambda X, m: Observations(X, torch.full((1, 2), torch.nan), m), "NaN or infinity"),
+        (
+            lambda X, m: Observations(X, torch.tensor([[1.0, torch.nan]]), m),
+            "returned NaN without a reason",
+        ),
         (lambda X, m: Observations(X, torch.zeros(1, 3), m), "1 evaluations of 2 metrics"),
         (lambda X, m: Observations(X, torch.zeros(1, 1), m[:1]), "rows of"),
         (lambda X, m: 1 / 0, "ZeroDivisionError"),

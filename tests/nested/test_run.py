@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from map_bo.errors import (
+    AnotherRunError,
     BudgetError,
     ConfigError,
     EvaluationError,
@@ -242,6 +243,29 @@ def test_constraints_with_negative_weights_compose() -> None:
     )
     result = nested(Hills(box=space), budget=30, stages=2)
     assert bool(space.contains(result.front.X).all())
+
+
+def test_what_may_change_of_a_nested_run_and_what_may_not() -> None:
+    how, store, problem = Nested(**VARIANTS["points"]), MemoryStore(), Hills()
+    with pytest.raises(CrashError):
+        NestedRun(problem, quick(24), how, CrashingStore(store, 30)).drive()
+    before = len(list(store.read()))
+    with pytest.raises(AnotherRunError, match=r"budget of a nested run .* was 24 and is 30") as e:
+        NestedRun(problem, quick(30), how, store)
+    assert "retries, timeout, max_failure_share" in str(e.value.hint)
+    with pytest.raises(AnotherRunError, match=r"settings\.seed was 0 and is 1"):
+        NestedRun(problem, quick(24, seed=1), how, store)
+    assert len(list(store.read())) == before
+    changed = quick(24, retries=3, timeout=60.0)
+    expected = outcome(NestedRun(Hills(), quick(24), how, MemoryStore()).drive())
+    assert outcome(NestedRun(Hills(), changed, how, store).drive()) == expected
+    told = [event for event in store.read() if event.subject == "extended"]
+    assert told[0].kind == "extended"
+    assert set(told[0].data["settings"]) == {"retries", "timeout"}
+    assert any(event.kind == "node" for event in told), "the node at work has them too"
+    count = len(list(store.read()))
+    NestedRun(Hills(), changed, how, store).drive()
+    assert len(list(store.read())) == count
 
 
 class TestSideBySide:

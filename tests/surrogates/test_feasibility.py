@@ -186,3 +186,21 @@ def test_an_option_that_fails_closes_no_other() -> None:
     # 0 and 2 stand on either side of 1, and are as far from it as from each other.
     first, last = (likely[points[:, 2] == code].mean() for code in (0, 2))
     assert float((first - last).abs()) < 0.1
+
+
+def test_what_was_not_measured_says_nothing_of_where_evaluations_fail() -> None:
+    space = CoefficientSpace.box(("a", "b"))
+    metrics = (Metric("x", kind="unbounded"), Metric("z", kind="unbounded"))
+    X = torch.rand(12, 2, generator=make_generator(0), dtype=torch.float64)
+    Y = torch.stack([X.sum(-1), X.prod(-1)], -1)
+    Y[:6, 1] = torch.nan
+    seen = Observations(X, Y, metrics)
+    assert WorkingRegion.of(seen, space) is None
+    reasons = tuple("broke" if i in (7, 8) else None for i in range(12))
+    Y = torch.where(torch.tensor([r is not None for r in reasons]).unsqueeze(-1), torch.nan, Y)
+    failing = Observations(X, Y, metrics, failures=reasons)
+    region = WorkingRegion.of(failing, space)
+    alone = WorkingRegion.of(failing.select(range(6, 12)), space)
+    assert region is not None
+    assert alone is not None
+    assert torch.equal(region.probability(X), alone.probability(X))

@@ -8,6 +8,7 @@ import torch
 from map_bo.data import Observations
 from map_bo.errors import WorkersError
 from map_bo.workers.flights import Flights
+from map_bo.workers.inline import InlineWorkers
 from map_bo.workers.workers import Outcome, Task
 from tests.loop.bowls import Bowls
 
@@ -115,3 +116,13 @@ def test_utilisation_is_a_share() -> None:
     flights.landed(self)
     assert flights.utilisation == 1.0
     assert flights.measured == 1
+
+
+def test_what_a_summary_says_of_workers_and_nothing_of_the_drivers_process() -> None:
+    workers = ByHand(2)
+    flights = Flights(workers)
+    flights.launch(flights, task(0))
+    workers.futures[0].set_result(outcome(task(0), 1e6))
+    flights.landed(flights)
+    assert flights.describe() == {"workers": {"count": 2, "evaluations": 1, "utilisation": 1.0}}
+    assert Flights(InlineWorkers(Bowls())).describe() == {}

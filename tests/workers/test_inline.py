@@ -7,7 +7,9 @@ from map_bo.data import Observations
 from map_bo.errors import MergeError
 from map_bo.workers.inline import InlineWorkers
 from map_bo.workers.workers import Task, Workers
+from tests.contracts.workers_contract import WorkersContract
 from tests.loop.bowls import Bowls
+from tests.workers.troubled import Troubled
 
 
 def test_it_evaluates_when_it_is_given_a_task() -> None:
@@ -33,3 +35,9 @@ def test_a_failure_is_an_outcome_and_an_error_of_the_set_up_is_not() -> None:
     assert row.failures == ("RuntimeError: no such layer",)
     with pytest.raises(MergeError, match="does not fit"):
         workers.submit(Task("index", 1, 0, (0.0, 0.0), 1))
+
+
+class TestInline(WorkersContract):
+    @pytest.fixture
+    def workers(self) -> Workers:
+        return InlineWorkers(Troubled())

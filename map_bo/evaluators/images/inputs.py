@@ -156,11 +156,7 @@ class ImageEvaluator(ExampleEvaluator):
         Raises:
             EvaluationError: Before `prepare`.
         """
-        if self._examples is None:
-            raise EvaluationError(
-                "the images have not been read", hint="call prepare(model) on the base first"
-            )
-        return self._examples
+        return self.require_ready(self._examples, "the images have not been read")
 
     @property
     def image_digest(self) -> str:

@@ -104,7 +104,8 @@ class ZeroShot(ImageEvaluator):
             the same, so that merges of vision towers alone pay for the texts once, and merges of
             whole models are measured as they will be used.
         metrics: ``accuracy``, ``loss`` (cross-entropy, nats), ``probability`` (of the right class),
-            ``entropy`` (of the prediction, nats). With entropy alone no classes are read.
+            ``entropy`` (of the prediction, nats). With entropy alone labels are
+            read for the names of classes that are not given, and for nothing else.
         batch_size: Images per forward pass, and texts.
         cache_dir: Folder above that of many images, which are kept on disk; by default the user's
             cache.
@@ -228,8 +229,7 @@ class ZeroShot(ImageEvaluator):
 
     def _class_names(self) -> tuple[str, ...]:
         """Return the name of each class, or refuse names that do not fit the data."""
-        known = self.examples.label_names if self.labelled else None
-        given = self.classes
+        known, given = self._names_in_data(), self.classes
         if given is None:
             if known is None:
                 raise EvaluationError(
@@ -263,6 +263,20 @@ class ZeroShot(ImageEvaluator):
                 hint="give one name for each class, in the order of their indices",
             )
         return names
+
+    def _names_in_data(self) -> tuple[str, ...] | None:
+        """Return the names of the classes in the data, if there are any and they are needed.
+
+        Without labels too they may be needed: of a folder they are those of its folders.
+        """
+        if self.labelled:
+            return self.examples.label_names
+        if self.classes is not None and not isinstance(self.classes, Mapping):
+            return None
+        try:
+            return self.data.read(("image", "label")).label_names
+        except EvaluationError:  # the images have no labels
+            return None
 
 
 def _require(model: nn.Module) -> ImagesAndText:

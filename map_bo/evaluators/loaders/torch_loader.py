@@ -127,11 +127,7 @@ class TorchLoader(ExampleEvaluator):
 
     @property
     def _known(self) -> LoadedBatches:
-        if self._batches is None:
-            raise EvaluationError(
-                "the loader has not been read", hint="call prepare(model) on the base first"
-            )
-        return self._batches
+        return self.require_ready(self._batches, "the loader has not been read")
 
     def prepare(self, model: nn.Module) -> None:
         """Read the loader, once, and score a batch of it.

@@ -220,7 +220,8 @@ def tokenise(
         cache_dir: Folder above that of the tokens; see `map_bo.cached.cache_root`.
 
     Raises:
-        EvaluationError: For a text of which no token is left, and where texts cannot be cut.
+        EvaluationError: For a text of which no token is left, where texts cannot be cut, and where
+            the tokenizer knows none of their words.
     """
 
     def make() -> dict[str, Tensor]:
@@ -255,6 +256,7 @@ def tokenise(
             f"max_length is {max_length}, which leaves no room beside what the tokenizer adds",
             hint="raise max_length",
         )
+    _check_known(tokenizer, tokens, where)
     full = int((tokens.lengths >= max_length).sum())
     if full:
         logger.info(
@@ -265,6 +267,30 @@ def tokenise(
             max_length,
         )
     return tokens
+
+
+def _check_known(tokenizer: PreTrainedTokenizerBase, tokens: Tokens, where: str) -> None:
+    """Refuse texts of which a tokenizer knows nothing, and warn where it knows less than half."""
+    unknown = tokenizer.unk_token_id
+    if not isinstance(unknown, int):
+        return
+    added = torch.tensor([one for one in tokenizer.all_special_ids if one != unknown])
+    words = tokens.ids[~torch.isin(tokens.ids, added)]
+    lost = int((words == unknown).sum())
+    if lost and lost == len(words):
+        raise EvaluationError(
+            f"the tokenizer knows no word of {where}: all {lost} tokens are "
+            f"{tokenizer.unk_token!r}",
+            hint="give the tokenizer that the model was trained with, and texts in its language",
+        )
+    if lost > len(words) / 2:
+        logger.warning(
+            "the tokenizer knows less than half of %s: %d of %d tokens are %r",
+            where,
+            lost,
+            len(words),
+            tokenizer.unk_token,
+        )
 
 
 def _source_of(model: nn.Module) -> str:

@@ -34,6 +34,8 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
+_LOSSY = ("missing", "vocabulary")  # changes after which the expert may not be what it was
+
 MissingRule = Literal["refuse", "base"]
 """Refuse an expert that lacks tensors of the base, or leave those as they are in the base."""
 
@@ -125,8 +127,11 @@ def align_experts(
             aligned = fit_vocabulary(aligned, base, vocabulary, label=label)
         result[label] = aligned
         if aligned is not expert:
-            for line in changes_told(aligned.vocabulary_changes):
-                logger.warning("expert %r: %s", label, line)
+            changes = aligned.vocabulary_changes
+            lossy = set(changes_told({key: changes.get(key) for key in _LOSSY}))
+            for line in changes_told(changes):
+                level = logging.WARNING if line in lossy else logging.INFO
+                logger.log(level, "expert %r: %s", label, line)
     kept = {name for name in base.names if any(_under(name, module) for module in modules)}
     check_metadata(experts, base, vocabulary=vocabulary, heads=kept)
     return result

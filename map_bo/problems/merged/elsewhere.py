@@ -73,7 +73,7 @@ class Placeable(Rebuilt):
 
     def release(self) -> None:
         """Give back what was loaded; the next evaluation loads it again."""
-        self._loaded = None
+        self._loaded = self._recall = None
         if not isinstance(self._source, nn.Module):
             self._model = None
 

@@ -7,7 +7,7 @@ Everything that is wrong with it is said at once, before anything is evaluated.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,7 @@ def hf_problem(
             )
     if root is not None:
         folder = Path(root).expanduser()
+        _require_some(folder, [base, *(experts or {}).values(), *_places(tasks or {})])
         base = _in_folder(base, folder)
         experts = {name: _in_folder(one, folder) for name, one in (experts or {}).items()}
         tasks = {name: _with_folder(one, folder) for name, one in (tasks or {}).items()}
@@ -207,6 +208,32 @@ def _in_folder(place: str, root: Path) -> str:
         if path.exists():
             return str(path)
     return place
+
+
+def _places(settings: Any) -> Iterator[str]:
+    """Yield where the settings of tasks say that data, tokenizers and processors are."""
+    for key, value in settings.items() if isinstance(settings, Mapping) else ():
+        if key in _PLACES and isinstance(value, str):
+            yield value
+        else:
+            yield from _places(value)
+
+
+def _require_some(root: Path, places: Sequence[str]) -> None:
+    """Refuse a folder in which nothing of what is named lies, though it lies nowhere else here."""
+    elsewhere = [one for one in places if not Path(one).expanduser().exists()]
+    if not root.is_dir():
+        raise ConfigError(
+            f"problem.root is {root}, which is not a folder",
+            hint="give the folder that holds the models and data sets, or leave it out",
+        )
+    if elsewhere and all(_in_folder(one, root) == one for one in places):
+        raise ConfigError(
+            f"problem.root is {root}, which holds none of the {len(elsewhere)} models and data "
+            f"sets that are named, such as {elsewhere[0]}",
+            hint=f"put them there, as {root / elsewhere[0].partition('@')[0]}; without "
+            "problem.root they are taken from the hub",
+        )
 
 
 def _with_folder(settings: Any, root: Path) -> Any:

@@ -192,7 +192,7 @@ def measure(record: RunRecord, variant: str, scale: Scale) -> ScaledRun:
         "observed_hypervolume_real": volumes[-1] if volumes else 0.0,
         "front_hypervolume_predicted": hypervolume(gains(front.mean), zero),
         "evaluations": outcome.evaluations,
-        "failures": float((~seen.ok).sum()),
+        "failures": float(seen.failed_rows.sum()),
         "seconds_evaluating": float(seen.cost.nansum()),
         "seconds_choosing": sum(value for name, value in spent.items() if name != "evaluate"),
     }

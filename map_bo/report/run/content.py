@@ -32,7 +32,8 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         where = f", {checked['counted']}" if checked.get("counted") else ""
         evaluations += f"; {checked['points']} of them measured front points{where}"
     failed = summary.get("failures", sum(reason is not None for reason in view.seen.failures))
-    partial = summary.get("partial", int(view.seen.partial.sum()))
+    partly_failed = view.seen.partial & view.seen.failed_rows
+    partial = summary.get("partial", int(partly_failed.sum()))
     partly = f" ({partial} of them in some metrics only)" if partial else ""
     real = int(front.verified.sum())
     points = "1 predicted point" if len(front) == 1 else f"{len(front)} predicted points"
@@ -77,6 +78,10 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     if isinstance(spent, Mapping) and spent:
         parts = (f"{name} {seconds(float(value))}" for name, value in spent.items())
         rows.append(("time", ", ".join(parts)))
+    workers = summary.get("workers")
+    if isinstance(workers, Mapping) and "utilisation" in workers:
+        which = f"{workers.get('count', '?')} {workers.get('kind', '')}".strip()
+        rows.append(("workers", f"{which}, busy {float(workers['utilisation']):.0%} of the time"))
     return rows
 
 

@@ -283,7 +283,7 @@ def _evaluations(view: RunView) -> str:
         ]
         head = f"<tr>{_column('evaluation')}{_column('reason', name=True)}</tr>"
         caption = "Evaluations that failed; they have no score."
-        if bool(view.seen.partial.any()):
+        if bool((view.seen.partial & view.seen.failed_rows).any()):
             caption += " Where some metrics were measured, the surrogate is fitted to these."
         parts.append(_table(caption, head, rows))
     else:
@@ -316,13 +316,14 @@ def _evaluations_table(view: RunView) -> str:
             cell.replace("</td>", " (outlier)</td>") if (i + 1, metric.name) in aside else cell
             for cell, metric in zip(_real_cells(y, metrics), metrics, strict=True)
         ]
-        if failure is None:
-            cells += "".join(shown)
-        elif partial[i]:
+        if partial[i]:
+            lacking = "failed" if failure is not None else "not measured"
             cells += "".join(
-                "<td>failed</td>" if math.isnan(value) else cell
+                f"<td>{lacking}</td>" if math.isnan(value) else cell
                 for value, cell in zip(y, shown, strict=True)
             )
+        elif failure is None:
+            cells += "".join(shown)
         else:
             cells += f'<td colspan="{len(metrics)}">failed</td>'
         spent = "" if math.isnan(cost) else f"{cost:.2f}"

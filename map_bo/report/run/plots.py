@@ -89,7 +89,7 @@ def progress_figure(view: RunView) -> Figure:
     if bool(checked.any()):
         start = len(view.seen) - int(checked.sum())
         axes.axvspan(start, len(view.seen), color="#f1f1f1", zorder=1, label="verification")
-    failed = (~view.seen.ok).nonzero().flatten() + 1
+    failed = view.seen.failed_rows.nonzero().flatten() + 1
     if len(failed):
         axes.plot(
             failed.numpy(),

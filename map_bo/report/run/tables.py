@@ -27,8 +27,8 @@ def write_evaluations_csv(
     Columns: ``c:NAME`` for each coefficient, of a choice the code of its option and in
     ``option:NAME`` the option's name; for each metric ``y:NAME`` (measured, own unit),
     ``var:NAME`` (noise variance) and ``n:NAME`` (examples it was measured on); ``cost`` (seconds)
-    and ``failure`` (the reason). What is unknown is empty, as is what a failed evaluation did not
-    measure; what it measured all the same is there.
+    and ``failure`` (the reason). What is unknown is empty, as is what was not measured; what a
+    failed evaluation measured all the same is there.
 
     Raises:
         OSError: When the file cannot be written; it is then as it was before.

@@ -219,7 +219,7 @@ def _attach(client: Client, seen: Observations, space: CoefficientSpace) -> None
     rows = zip(space.project(seen.X), seen.Y.tolist(), errors.tolist(), seen.failures, strict=True)
     for x, values, spread, reason in rows:
         trial = client.attach_trial(_named(x, space))
-        if reason is not None:
+        if reason is not None or any(map(math.isnan, values)):  # Ax takes whole trials only
             client.mark_trial_abandoned(trial)
             continue
         client.complete_trial(

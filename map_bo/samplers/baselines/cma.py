@@ -47,7 +47,9 @@ class CMAES:
     out of the ranking; a generation of which fewer succeeded than are selected is asked anew. A
     search that has converged starts again at a random point.
 
-    Points asked for while every search waits for pending ones come from the Sobol design.
+    Points asked for while every search waits for pending ones come from the Sobol design, and so
+    do those asked for while one of the first ``initial`` evaluations is on its way. So the order
+    in which outcomes arrive changes no search: a generation that is complete is told as a whole.
 
     Attributes:
         weights: How many weightings are searched; with a single metric there is one.
@@ -97,7 +99,7 @@ class CMAES:
             waiting = pending.to(torch.float64)
         # Nothing yet, but it refuses a negative number and evaluations of another space.
         found = design.propose(seen, space, min(n, 0), pending=pending, generator=generator)
-        if int(seen.ok.sum()) >= self.initial_points(space):
+        if self._is_founded(seen, space, waiting, generator):
             with warnings.catch_warnings():
                 # What the package warns of (few solutions told, flat costs) is expected here.
                 warnings.simplefilter("ignore")
@@ -110,6 +112,27 @@ class CMAES:
         """Return how many evaluations must succeed before the first generation."""
         experts = len(space.experts)
         return experts + 2 + max(2, experts // 2) if self.initial is None else self.initial
+
+    def _is_founded(
+        self, seen: Observations, space: CoefficientSpace, waiting: Tensor, source: Generator
+    ) -> bool:
+        """Return whether the evaluations that set scale and starts are settled.
+
+        They are the first that succeed, in the order in which they were proposed. An outcome that
+        is still on its way could come between them, and every search would have asked for other
+        points: while a point of the design is pending that comes before one of them, the design
+        goes on.
+        """
+        good = seen.succeeded()
+        if len(good) < self.initial_points(space):
+            return False
+        if not len(waiting):
+            return True
+        nothing, count = seen.select([]), len(seen) + len(waiting)
+        design = Sobol(anchors=self.anchors).propose(nothing, space, count, generator=source)
+        founding = _rows(good.X[: self.initial_points(space)], design, space)
+        pending = _rows(waiting, design, space)
+        return not bool(((pending >= 0) & (pending < founding.max())).any())
 
     def _next(
         self,

@@ -5,7 +5,8 @@ evaluations that succeed come from a Sobol design (with the anchors in front). F
 best ``population`` of *everything* that succeeded survive, as the algorithm ranks them, and mate:
 tournaments, simulated binary crossover (Deb and Agrawal 1995) and polynomial mutation. Asked for
 as many points as the population at a time this is the usual generation, asked for fewer it is its
-steady-state form. Failed evaluations never survive and never enter the design's count.
+steady-state form. Failed evaluations never survive and never enter the design's count. Pending
+points count towards the design and are not bred again; they cannot mate before they are measured.
 
 The survival and the operators are pymoo's (Blank and Deb 2020).
 """

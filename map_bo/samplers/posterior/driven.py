@@ -176,7 +176,8 @@ class PosteriorDriven:
 
     The design goes on instead, with the reason in the log, when fewer evaluations succeeded than
     there are experts and two more (or than ``initial``, if that is less), when the surrogate
-    cannot be fitted, and when the choice fails numerically or ends in points known already.
+    cannot be fitted, and when the choice fails numerically or ends in points known already. No
+    reason is logged while outcomes enough for a fit are on their way.
 
     Attributes:
         surrogate: What the sampler looks through. ``None`` is the surrogate of the run; outside
@@ -239,7 +240,10 @@ class PosteriorDriven:
         needed = max(2, min(self.initial_points(space), len(space.experts) + 2))
         if first == n or succeeded < needed:
             if first < n:
-                _log.warning(
+                # What is on its way is no reason to worry.
+                coming = succeeded + len(waiting) + first >= needed
+                _log.log(
+                    logging.DEBUG if coming else logging.WARNING,
                     "%d of %d evaluations succeeded and a fit needs %d: the design goes on",
                     succeeded,
                     count,
@@ -369,13 +373,13 @@ class PosteriorDriven:
             model=model,
             good=good,
             space=space,
-            taken=torch.cat([seen.X[~seen.ok], waiting]),
+            taken=torch.cat([seen.X[seen.failed_rows], waiting]),
             known=torch.cat([seen.X, waiting]),
             scale=Scale.of(seen, space, self.reference, self.requirements.constraints),
             generator=child(generator, "acquisition", len(seen) + len(waiting)),
             feasibility=self.requirements.given(every, space, model),
             worth=self._worth(every, space, model),
-            failed=int((~seen.ok).sum()),
+            failed=int(seen.failed_rows.sum()),
             seed=seed,
             whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )

@@ -75,7 +75,8 @@ _TIE = 1e-3  # share of the variance criterion that decides between equal regret
 class FrontUncertainty(AcquisitionDriven):
     """Chooses the measurements that most reduce the doubt about the front; see the module.
 
-    Any number of metrics. The phases and what happens on failures: :class:`PosteriorDriven`;
+    Any number of metrics. Pending points count as measured: what they will tell is taken off, by
+    where they are. The phases and what happens on failures: :class:`PosteriorDriven`;
     ``mc_samples`` are the outcomes ``z`` that a measurement is imagined to have under
     ``"regret"``. By default the first fit comes right after the anchors.
 

@@ -312,7 +312,8 @@ class QLogNEHVI(_Hypervolume):
 
     Each point maximises the logarithm of the expected improvement of the noisy hypervolume
     (Daulton, Balandat and Bakshy, 2021; Ament et al., 2023). With a single metric it is the noisy
-    expected improvement. The phases and what happens on failures: :class:`PosteriorDriven`.
+    expected improvement. Pending points join the baseline. The phases and what happens on
+    failures: :class:`PosteriorDriven`.
     """
 
     def acquisition(
@@ -347,8 +348,8 @@ class QLogEHVI(_Hypervolume):
     Daulton, Balandat and Bakshy, *Differentiable Expected Hypervolume Improvement for Parallel
     Multi-Objective Bayesian Optimization*, NeurIPS 2020, in the logarithmic form of Ament et al.,
     2023. The front to improve on is that of the posterior mean at the evaluated points, taken as
-    certain; :class:`QLogNEHVI` integrates over it. With a single metric both are the noisy
-    expected improvement.
+    certain, pending points included; :class:`QLogNEHVI` integrates over it. With a single metric
+    both are the noisy expected improvement.
     """
 
     def acquisition(

@@ -34,7 +34,8 @@ from torch.quasirandom import SobolEngine
 from map_bo.errors import SamplerError
 from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed
-from map_bo.samplers.posterior.acquisition import AcquisitionDriven
+from map_bo.samplers.designs.space_filling import sobol_points
+from map_bo.samplers.posterior.acquisition import AcquisitionDriven, first_points
 from map_bo.samplers.posterior.covariance import Covariances, JointDraws, measurement_noise
 from map_bo.samplers.posterior.driven import Situation
 from map_bo.samplers.posterior.hypervolume import positive_part
@@ -50,6 +51,7 @@ __all__ = [
     "unit_volume",
 ]
 
+_REDRAWS = 16  # of weights whose best point is pending already
 _SOFT = 1e-4  # width over which the positive part of an improvement is smoothed
 
 
@@ -158,8 +160,9 @@ class QLogNParEGO(AcquisitionDriven):
     """Noisy expected improvement of augmented Chebyshev scalarisations with random weights.
 
     Knowles, *ParEGO*, 2006; Daulton et al., 2021, section 5.2, in botorch's logarithmic form. Each
-    point has weights of its own, uniform on the simplex. Any number of metrics. The phases and
-    what happens on failures: :class:`PosteriorDriven`.
+    point has weights of its own, uniform on the simplex. Any number of metrics. A pending point
+    joins the candidate: what counts is the better of both. The phases and what happens on
+    failures: :class:`PosteriorDriven`.
     """
 
     def acquisition(
@@ -199,8 +202,14 @@ class ScalarisedUCB(AcquisitionDriven):
     and the scalarisation of these gains is maximised: a weighted sum with weights uniform on the
     simplex, or the length of a ray (:func:`ray_lengths`) uniform on the sphere (Paria, Kandasamy
     and Poczos, *A Flexible Framework for Multi-Objective Bayesian Optimization using Random
-    Scalarizations*, 2019). Any number of metrics. Pending points lower the deviations around
-    them. The phases and what happens on failures: :class:`PosteriorDriven`.
+    Scalarizations*, 2019). Any number of metrics. The phases and what happens on failures:
+    :class:`PosteriorDriven`.
+
+    Pending points lower the deviations around them (Desautels, Krause and Burdick, *Parallelizing
+    Exploration-Exploitation Tradeoffs in Gaussian Process Bandit Optimization*, 2014). That alone
+    moves a well-known optimum hardly at all, and many weights share one at an end of the front:
+    weights for which a pending point is better than anything known or drawn at random are drawn
+    again.
 
     Attributes:
         beta: Deviations above the mean.
@@ -224,14 +233,26 @@ class ScalarisedUCB(AcquisitionDriven):
         self, situation: Situation, pending: Tensor, generator: Generator
     ) -> AcquisitionFunction:
         """Return the upper bound for a scalarisation drawn from ``generator``."""
-        m = len(situation.good.metrics)
-        if self.scalarisation == "linear":
-            weights = preference_weights(1, m, generator=child(generator, "weights"))[0]
-        else:
-            weights = sphere_directions(1, m, seed=child_seed(generator, "weights"))[0]
-        return UpperBound(
+        weights = self._weights(situation, generator)
+        bound = UpperBound(
             situation, weights, self.beta, pending, rays=self.scalarisation != "linear"
         )
+        waiting = pending[situation.failed :]
+        if len(waiting) and len(weights) > 1:
+            pool = sobol_points(situation.space, generator=child(generator, "pool"))
+            others = torch.cat([first_points(pool, self.raw_samples), situation.good.X])
+            for i in range(_REDRAWS):
+                if bound.is_better_among(others, waiting):
+                    return bound
+                bound.weights = self._weights(situation, child(generator, "again", i))
+            bound.weights = weights
+        return bound
+
+    def _weights(self, situation: Situation, generator: Generator) -> Tensor:
+        m = len(situation.good.metrics)
+        if self.scalarisation == "linear":
+            return preference_weights(1, m, generator=child(generator, "weights"))[0]
+        return sphere_directions(1, m, seed=child_seed(generator, "weights"))[0]
 
     def renewed(
         self,
@@ -267,6 +288,11 @@ class UpperBound(AcquisitionFunction):
         """Let pending points (``q x d``) count as measured."""
         model = self.situation.model
         self.covariances = Covariances(model, self.situation.good.X[:1], self.noise, X_pending)
+
+    def is_better_among(self, X: Tensor, others: Tensor) -> bool:
+        """Return whether the best of ``X`` (``n x d``) is better than all ``others``."""
+        with torch.no_grad():
+            return bool(self(X.unsqueeze(1)).amax() > self(others.unsqueeze(1)).amax())
 
     @t_batch_mode_transform(expected_q=1)  # type: ignore[arg-type]  # as botorch's own classes
     def forward(self, X: Tensor) -> Tensor:

@@ -26,7 +26,8 @@ class IntegratedVariance(AcquisitionDriven):
 
     Cohn, *Neural Network Exploration Using Optimal Experiment Design*, 1996, section 3; for the
     quadratic it is I-optimal design under the fitted prior and noise, one point at a time. Any
-    number of metrics. The phases and what happens on failures: :class:`PosteriorDriven`.
+    number of metrics. Pending points count as measured. The phases and what happens on failures:
+    :class:`PosteriorDriven`.
 
     Attributes:
         targets: Sobol points that stand for the space.

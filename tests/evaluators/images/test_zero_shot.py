@@ -178,6 +178,19 @@ def test_the_digest_is_of_images_and_texts(place: Path) -> None:
     assert len(set(digests)) == 4
 
 
+def test_entropy_takes_the_names_of_folders(place: Path, tmp_path: Path) -> None:
+    model = clip()
+    named = ready(place, model, metrics="entropy")
+    assert named.class_names == ("dark blue", "green", "red")
+    listed = ready(place, model, metrics="entropy", classes=list(named.class_names))
+    items = torch.arange(named.size)
+    assert torch.equal(named.score(model, items), listed.score(model, items))
+    paths = [str(path) for path in sorted((place / "images").glob("*/*.png"))]
+    (tmp_path / "images.csv").write_text("\n".join(["image", *paths]) + "\n")
+    with pytest.raises(EvaluationError, match="no names in the data"):
+        ready(place, model, metrics="entropy", data=str(tmp_path / "images.csv"))
+
+
 def test_classes_can_be_named(place: Path) -> None:
     model = clip()
     as_listed = ready(place, model, classes=["blue", "green", "red"])
@@ -210,7 +223,6 @@ def test_settings_that_are_not_possible(place: Path, more: Mapping[str, Any], me
         ({"classes": {"red": "red"}}, "do not name"),
         ({"classes": ["red", "green", "red"]}, "'red' and 'red' have the same embedding"),
         ({"classes": ["lilac", "mauve", "red"]}, "'lilac' and 'mauve' have the same embedding"),
-        ({"metrics": "entropy"}, "no names in the data"),
         ({"tokenizer": "/nowhere/at/all"}, "tokenizer of '/nowhere/at/all' cannot be used"),
         ({"tokenizer": None}, "no tokenizer was given"),
         ({"processor": None}, "nothing says how the images are prepared"),

@@ -66,6 +66,16 @@ def test_a_text_without_tokens_is_refused() -> None:
         tokenise(bare, ["good", " "], model=tiny_bert(), max_length=8, where="a.csv", rows=[3, 7])
 
 
+def test_texts_of_which_no_word_is_known_are_refused(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(EvaluationError, match=r"no word of a.csv: all 3 tokens are '\[UNK\]'"):
+        tokens(["xyzzy plugh", "qwertz"])
+    tokens(["xyzzy plugh", "good"])
+    assert "less than half of a.csv: 2 of 3 tokens" in caplog.text
+    caplog.clear()
+    tokens(["good plugh", "good"])
+    assert not caplog.text
+
+
 def test_many_texts_are_tokenised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("map_bo.evaluators.text.tokens._COSTLY", 3)
     first = tokens(["good film", "bad"], cache_dir=tmp_path)

@@ -254,3 +254,19 @@ def test_a_model_that_was_given_is_asked_for_with_the_rest(tmp_path: Path) -> No
         )
     assert "the split is empty" in caught.value.message
     assert "config.json" not in caught.value.message
+
+
+def test_a_root_that_holds_nothing_is_told_as_such(tmp_path: Path) -> None:
+    given: dict[str, Any] = {
+        "base": "org/base",
+        "experts": {"x": "org/x@main"},
+        "tasks": {"x": {"kind": "zero_shot", "data": {"path": "org/images", "split": "test"}}},
+    }
+    with pytest.raises(ConfigError, match="holds none of the 3 models and data sets") as caught:
+        hf_problem(root=str(tmp_path), **given)
+    assert str(tmp_path / "org" / "base") in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="which is not a folder"):
+        hf_problem(root=str(tmp_path / "none"), **given)
+    (tmp_path / "images").mkdir()  # one of them is there, so the others are told one by one
+    with pytest.raises(ConfigError, match="parts of the configuration cannot be used"):
+        hf_problem(root=str(tmp_path), **given)

@@ -97,3 +97,11 @@ def test_constrained_metrics_are_told_with_their_bounds() -> None:
 def test_failures_are_numbered_from_one() -> None:
     view = make_view(2, failures=(4, 9))
     assert failure_rows(view) == [(n, "RuntimeError: CUDA out of memory") for n in (5, 10)]
+
+
+def test_it_is_said_how_busy_workers_were() -> None:
+    told = {"kind": "processes", "count": 4, "utilisation": 0.934}
+    view = dataclasses.replace(make_view(2), summary={"workers": told})
+    assert ("workers", "4 processes, busy 93% of the time") in facts(view)
+    view = dataclasses.replace(make_view(2), summary={"workers": {"count": 4, "utilisation": 1}})
+    assert ("workers", "4, busy 100% of the time") in facts(view)

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from map_bo.data import Metric
 from map_bo.report.page_style import STYLE
@@ -214,3 +215,14 @@ def test_what_is_sure_stands_apart_and_in_tables_of_even_rows(tmp_path: Path) ->
     _, plain = page_of(make_view(2, points=9, verify=2), tmp_path)
     assert "probability is" not in plain
     assert "Optimism of the prediction" not in plain
+
+
+def test_what_was_not_measured_is_no_failure_in_the_table(tmp_path: Path) -> None:
+    view = make_view(m=2)
+    Y = view.seen.Y.clone()
+    row = int(view.seen.ok.nonzero()[-1])
+    Y[row, 1] = torch.nan
+    before = page_of(view, tmp_path)[1]
+    text = page_of(replace(view, seen=replace(view.seen, Y=Y)), tmp_path)[1]
+    assert text.count("<td>not measured</td>") == before.count("<td>not measured</td>") + 1
+    assert text.count("failed") == before.count("failed")

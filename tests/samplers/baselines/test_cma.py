@@ -99,6 +99,32 @@ def test_what_others_measured_where_a_search_asks_is_used() -> None:
     assert torch.equal(sampler.propose(shuffled, BOX, 7, generator=generator), second)
 
 
+def test_the_order_in_which_outcomes_arrive_changes_no_search() -> None:
+    sampler, generator = CMAES(weights=2, initial=6), make_generator(0)
+    design = run(sampler, measured, 6).X
+    design = Sobol().propose(measured(design), BOX, 2, generator=generator)
+    design = torch.cat([run(sampler, measured, 6).X, design])
+    # Seven have an outcome, and the third, one of the first six, has none: the design goes on.
+    late = design[2:3]
+    seen = measured(design[[0, 1, 3, 4, 5, 6, 7]])
+    X = sampler.propose(seen, BOX, 2, pending=late, generator=generator)
+    following = Sobol().propose(measured(design), BOX, 2, generator=generator)
+    assert torch.equal(X, following)
+    # One that comes after the first six may be late: what is asked is what is asked with it.
+    seen, late = measured(design[:7]), design[7:]
+    first = sampler.propose(seen, BOX, 5, pending=late, generator=generator)
+    assert torch.equal(first, sampler.propose(measured(design), BOX, 5, generator=generator))
+    # Outcomes of a generation arrive in any order; the next one is asked when it is complete.
+    generation = sampler.propose(measured(design), BOX, 14, generator=generator)
+    some, rest = generation[:7][[5, 0, 3]], generation[:7][[1, 2, 4, 6]]
+    seen = measured(torch.cat([design, some, rest]))
+    straight = measured(torch.cat([design, generation[:7]]))
+    after = sampler.propose(straight, BOX, 7, pending=generation[7:], generator=generator)
+    assert torch.equal(
+        sampler.propose(seen, BOX, 7, pending=generation[7:], generator=generator), after
+    )
+
+
 def test_pending_generations_let_the_others_go_on_then_the_design() -> None:
     sampler, generator = CMAES(weights=2, initial=6, population=5), make_generator(0)
     seen = run(sampler, measured, 6)

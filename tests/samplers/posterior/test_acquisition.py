@@ -86,6 +86,20 @@ def test_proposals_of_one_call_keep_apart() -> None:
     assert float(torch.pdist(X).min()) > 0.02
 
 
+@pytest.mark.parametrize(("failed", "warns"), [((), False), ((0, 1, 2, 3, 4), True)])
+def test_outcomes_that_are_on_their_way_are_no_failures(
+    failed: tuple[int, ...], warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    points = Sobol().propose(measured(torch.zeros(0, 2)), BOX, 8, generator=make_generator(0))
+    sampler = small(initial=4)
+    seen, pending = measured(points[:5], failed=failed), points[5:]
+    if not failed:
+        seen, pending = seen.select([0]), points[1:]
+    X = sampler.propose(seen, BOX, 1, pending=pending, generator=make_generator(0))
+    assert not is_repeat(X, points, BOX).any()
+    assert ("evaluations succeeded" in caplog.text) == warns
+
+
 def test_pending_points_and_their_surroundings_are_avoided() -> None:
     seen = some_seen(BOX, 12)
     pending = small().propose(seen, BOX, 1, generator=make_generator(0))

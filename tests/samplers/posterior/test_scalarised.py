@@ -20,6 +20,7 @@ from map_bo.samplers.posterior.scalarised import (
     QLogNParEGO,
     ScalarisedImprovement,
     ScalarisedUCB,
+    UpperBound,
     log_improvements,
     ray_lengths,
     sphere_directions,
@@ -161,6 +162,23 @@ def test_every_point_of_a_batch_has_its_own_scalarisation() -> None:
     at = situation(2, 30)
     X = ScalarisedUCB(beta=0.0, **SIZES).choose(at, 4)
     assert float(torch.pdist(X).min()) > 1e-3
+
+
+@pytest.mark.parametrize("scalarisation", ["linear", "chebyshev"])
+def test_weights_whose_best_point_is_pending_are_drawn_again(scalarisation: Any) -> None:
+    at, generator = situation(2, 30), make_generator(4)
+    sampler = ScalarisedUCB(scalarisation=scalarisation, restarts=4, steps=60)
+    alone = sampler.acquisition(at, at.taken, generator)
+    grid = at.space.sample(2000, generator=make_generator(5)).unsqueeze(1)
+    with torch.no_grad():
+        best, worst = (grid[getattr(alone(grid), which)()] for which in ("argmax", "argmin"))
+    assert isinstance(alone, UpperBound)
+    for pending, same in ((worst, True), (best, False)):
+        after = sampler.acquisition(at, pending, generator)
+        assert isinstance(after, UpperBound)
+        assert torch.equal(after.weights, alone.weights) == same
+        with torch.no_grad():
+            assert float(after(pending.unsqueeze(1))) < float(after(grid).max())
 
 
 @pytest.mark.parametrize("m", [1, 8])

@@ -3,10 +3,13 @@ from __future__ import annotations
 import torch
 
 from map_bo.data import Metric, Observations
+from map_bo.loop.run import Run
 from map_bo.space import CoefficientSpace
 from map_bo.tracking.codec import encode_metric, encode_observations
+from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.store import Event
 from map_bo.tracking.wandb.numbers import Numbers
+from tests.loop.bowls import Bowls, quick
 
 
 def test_imported_observations_are_counted_among_the_evaluations() -> None:
@@ -45,3 +48,15 @@ def test_a_proposal_shows_the_scores_of_the_fit_it_was_chosen_by() -> None:
     assert found["surrogate/round/metrics/m/log_density"] == -1.5
     assert found["surrogate/round/n"] == 5
     assert not [name for name in found if "pit" in name]
+
+
+def test_an_extension_counts_the_points_of_its_front_among_the_evaluations() -> None:
+    store, numbers = MemoryStore(), Numbers()
+    Run(Bowls(), quick(8), store).drive()
+    Run(Bowls(), quick(11), store).drive()
+    told = [(event.kind, numbers.of(event)) for event in store.read()]
+    [extended] = [found for kind, found in told if kind == "extended"]
+    assert extended == {"settings/budget": 11, "evaluation": 8}
+    assert [found["evaluation"] for kind, found in told if kind == "observed"][-1] == 9
+    assert [found["verification"] for kind, found in told if kind == "verified"] == [1, 2, 1, 2]
+    assert numbers.created["settings"]["budget"] == numbers.summary["budget"] == 11

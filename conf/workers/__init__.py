@@ -1,0 +1,1 @@
+"""Configuration files, packaged as a part of ``map_bo.conf``."""

@@ -1,0 +1,1 @@
+"""Commands on a run that has begun: other settings, asking and telling."""

@@ -1,0 +1,1 @@
+"""What workers of all clusters share: the crew that directs them, and what runs in each."""
