@@ -21,6 +21,7 @@ from benchmarks.record import RESULTS
 README = Path(__file__).parents[1] / "README.md"
 NESTED = README.parent / "docs" / "nested.md"
 RELIABILITY = README.parent / "docs" / "reliability.md"
+CLUSTERS = README.parent / "docs" / "clusters.md"
 ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
 GROW = README.parent / "docs" / "grow.md"
 WORKERS = README.parent / "docs" / "workers.md"
@@ -47,6 +48,8 @@ PROMISES = {
     "invariance": "benchmarks.quality.invariance",
     "asynchronous": "benchmarks.quality.asynchronous",
     "record_damage": "benchmarks.reliability.record_damage",
+    "two_hosts": "benchmarks.reliability.two_hosts",
+    "workers_faults": "benchmarks.reliability.workers_faults",
 }
 
 # Tables of other documents, docs/grow.md and workers.md; run by themselves.
@@ -103,6 +106,7 @@ def main() -> None:
         README.write_text(filled(README.read_text()))
         NESTED.write_text(filled(NESTED.read_text(), full=True))
         RELIABILITY.write_text(filled(RELIABILITY.read_text()))
+        CLUSTERS.write_text(filled(CLUSTERS.read_text()))
         ASYNCHRONOUS.write_text(filled(ASYNCHRONOUS.read_text()))
         GROW.write_text(filled(GROW.read_text()))
         WORKERS.write_text(filled(WORKERS.read_text()))

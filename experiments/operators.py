@@ -490,10 +490,12 @@ def words(numbers: Mapping[str, Any], command: str) -> str:
     both = [row for row in numbers["operators"].values() if "grid" in row and "search" in row]
     better = sum(row["search"]["reported"] > row["grid"]["reported"] for row in both)
     waiting = [row["label"] for row in numbers["operators"].values() if "search" not in row]
-    lines += [
-        "",
+    verdict = (
         f"The search's choice has more than the best of the grid in {better} of {len(both)} "
-        "operators.",
+        "operators."
+    )
+    lines += [
+        *(["", verdict] if both else []),
         *(["", f"Not searched yet: {', '.join(waiting)}."] if waiting else []),
         "",
         "Accuracies on the second half:",

@@ -14,6 +14,7 @@ those of a run without workers. It needs root, `ip`, Ray and distributed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import secrets
 import shutil
@@ -214,8 +215,15 @@ def main() -> None:
     parser.add_argument("--smoke", action="store_true", help="a cut of a few seconds")
     parser.add_argument("--only", nargs="+", choices=sorted(PACKAGE), default=sorted(PACKAGE))
     parser.add_argument("--cut", type=float, default=60.0, help="seconds without a network")
+    parser.add_argument("--join", nargs="+", type=Path, help="only join what these files record")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.join:
+        rows = [
+            row for part in options.join for row in json.loads(part.read_text())["data"]["rows"]
+        ]
+        finish("Two hosts", table(rows), {"rows": rows}, options.out)
+        return
     if os.geteuid() != 0 or shutil.which("ip") is None:
         raise SystemExit("two hosts need root and `ip` (of iproute2), to make network namespaces")
     lacking = [PACKAGE[kind] for kind in options.only if find_spec(PACKAGE[kind]) is None]

@@ -20,6 +20,7 @@ disturbed.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import resource
@@ -324,8 +325,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
     parser.add_argument("--minutes", type=float, default=1e9, help="then begin no run")
+    parser.add_argument("--join", nargs="+", type=Path, help="only join what these files record")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.join:
+        rows = [
+            row for part in options.join for row in json.loads(part.read_text())["data"]["rows"]
+        ]
+        finish("Faults of workers", table(rows), {"rows": rows}, options.out)
+        return
     kinds = ["processes"] if options.smoke else options.only
     lacking = [PACKAGE[kind] for kind in kinds if find_spec(PACKAGE[kind]) is None]
     if lacking:
@@ -336,7 +344,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     until = time.monotonic() + 60 * options.minutes
     each = 2 if options.smoke else -(-options.kills // len(kinds))
-    draw, rows = random.Random(options.seed), list[dict[str, Any]]()
+    draw, rows = random.Random(options.seed), []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         root = Path(scratch)
         whole = root / "whole"

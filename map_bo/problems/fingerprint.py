@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import logging
 import re
 import sys
@@ -44,7 +45,10 @@ from map_bo.plain import Described
 __all__ = ["fingerprint", "library_version"]
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis))
-_BY_TEXT = (torch.dtype, torch.device, torch.layout, torch.memory_format, range, slice, PurePath)
+_BY_TEXT = (
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+    *(range, slice, PurePath, inspect.Signature),
+)
 _BUILTIN = (
     *(BuiltinFunctionType, MethodWrapperType, WrapperDescriptorType),
     *(MemberDescriptorType, GetSetDescriptorType),
@@ -58,7 +62,10 @@ _OF_CLASSES = {  # written by Python, or text for people
 }
 _HOOKS = re.compile(r"_(forward|backward)(_pre)?_hooks")  # by numbers that count in the process
 _NOT_OF_RESULTS = re.compile(r".*_hooks(_with_kwargs|_always_called)?|_is_full_backward_hook")
-_NAMES_OF_PLACES = {"_name_or_path", "name_or_path", "_commit_hash", "transformers_version"}
+_NAMES_OF_PLACES = {  # and other notes of transformers that differ from process to process
+    *("_name_or_path", "name_or_path", "_commit_hash", "transformers_version"),
+    "_original_object_hash",
+}
 _NOTES = {"warnings_issued", "training"}
 _ROOMS = ("merging", "operators", "evaluators", "problems")  # of map_bo, that decide numbers
 _DEEPEST = 200

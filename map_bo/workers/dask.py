@@ -96,8 +96,13 @@ class Dask:
             if value is not None:
                 put(self, name, whole_number(name, value, least=1, hint=f"such as {name}=4"))
         put(self, "patience", real_number("patience", self.patience, least=0, hint="in seconds"))
-        for name, amount in (self.resources or {}).items():
-            real_number(f"resources[{name!r}]", amount, least=0, hint="give an amount per worker")
+        if self.resources is not None:
+            hint = "give an amount per worker"
+            amounts = {
+                str(name): real_number(f"resources[{name!r}]", amount, least=0, hint=hint)
+                for name, amount in self.resources.items()
+            }
+            put(self, "resources", amounts)
 
     def with_recipe(self, recipe: Recipe) -> Dask:
         """Return the settings with a recipe, unless they have one or a factory already."""
@@ -255,9 +260,11 @@ class _Engine:
                     answer.set_exception(failed)
 
         # Dask calls back in one thread for all, which fetching from a dead worker would block.
-        running.add_done_callback(
-            lambda _: threading.Thread(target=fetch, name="map-bo-fetch", daemon=True).start()
-        )
+        def arrived(_: object) -> None:
+            if _in_thread(fetch, "map-bo-fetch") is None:
+                fetch()
+
+        running.add_done_callback(arrived)
         return answer
 
     def blame(self, error: BaseException) -> str | None:
@@ -275,11 +282,9 @@ class _Engine:
         """End the process of a worker, without waiting for it."""
         if self._handles.get(handle.address) is not handle:
             return  # it is gone already
-        thread = threading.Thread(
-            target=self._restart, args=(handle,), name="map-bo-restart", daemon=True
-        )
-        self._restarts.append(thread)
-        thread.start()
+        thread = _in_thread(lambda: self._restart(handle), "map-bo-restart")
+        if thread is not None:
+            self._restarts.append(thread)
 
     def _restart(self, handle: _Handle) -> None:
         client, address = self._client, handle.address
@@ -299,10 +304,10 @@ class _Engine:
         for thread in self._restarts:
             thread.join(_CLOSE)
         client = self._client
-        clean = threading.Thread(target=self._forget, name="map-bo-forget", daemon=True)
         if client.status == "running":
-            clean.start()
-            clean.join(_CLOSE)
+            clean = _in_thread(self._forget, "map-bo-forget")
+            if clean is not None:
+                clean.join(_CLOSE)
         with suppress(Exception):
             client.close(timeout=_CONNECT)
 
@@ -312,6 +317,17 @@ class _Engine:
             self._client.run(
                 forget, self.order.token, self.order.driver, workers=alive, on_error="ignore"
             )
+
+
+def _in_thread(function: Callable[[], None], name: str) -> threading.Thread | None:
+    """Call a function in a thread of its own; None where the system has no room for one."""
+    thread = threading.Thread(target=function, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # out of memory, or of processes
+        logger.error("%s: %s", name, error)
+        return None
+    return thread
 
 
 def _leave() -> None:

@@ -81,8 +81,13 @@ class Ray:
                 )
             put(self, name, value)
         put(self, "patience", real_number("patience", self.patience, least=0, hint="in seconds"))
-        for name, amount in (self.resources or {}).items():
-            real_number(f"resources[{name!r}]", amount, least=0, hint="give an amount per worker")
+        if self.resources is not None:
+            hint = "give an amount per worker"
+            amounts = {
+                str(name): real_number(f"resources[{name!r}]", amount, least=0, hint=hint)
+                for name, amount in self.resources.items()
+            }
+            put(self, "resources", amounts)
 
     @property
     def needs(self) -> dict[str, float]:

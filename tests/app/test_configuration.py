@@ -42,7 +42,9 @@ from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
 from map_bo.tracking.tracker import Tracking
 from map_bo.tracking.wandb.mirror import Wandb
+from map_bo.workers.dask import Dask
 from map_bo.workers.processes import Processes
+from map_bo.workers.ray import Ray
 from map_bo.workers.resident import identity_of_problem
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -111,6 +113,17 @@ def test_workers_are_built_with_the_problem_s_configuration_as_their_recipe() ->
     assert identity_of_problem(built) == identity_of_problem(mine)
 
 
+def test_workers_of_a_cluster_are_built_with_it_too() -> None:
+    ray = build_settings(composed("workers=ray", "workers.count=3", "problem=bumps")).workers
+    assert isinstance(ray, Ray)
+    assert (ray.count, ray.gpus_per_worker, ray.recipe is None) == (3, 0, False)
+    words = ("workers=dask", "workers.address=tcp://h:1", "workers.resources={GPU: 1}")
+    dask = build_settings(composed(*words, "problem=bumps")).workers
+    assert isinstance(dask, Dask)
+    assert (dask.address, dask.count, dask.recipe is None) == ("tcp://h:1", None, False)
+    assert type(dask.resources) is dict
+
+
 def test_a_run_recorded_before_there_were_workers_has_none() -> None:
     plain = OmegaConf.to_container(composed(), resolve=True)
     assert isinstance(plain, dict)
@@ -121,6 +134,8 @@ def test_a_run_recorded_before_there_were_workers_has_none() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
+        (["workers=ray", "workers.count=0"], "count must be .*got 0"),
+        (["workers=dask"], "by its address or by its scheduler file, got neither"),
         (["workers=processes", "workers.count=0"], "count must be .*got 0"),
         (["workers=processes", "workers.devices=[gpu]"], "'gpu' is not a device"),
         (["workers=processes", "+workers.cuont=3"], "has no option 'cuont'"),

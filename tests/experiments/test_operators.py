@@ -32,7 +32,7 @@ from map_bo.scale import Scale
 from tests.problems.fake_images import write_images
 
 ROOT = Path(__file__).parents[2]
-STUDIES = ()  # those with numbers
+STUDIES = ("text", "vision")
 EXPERTS = ("a", "b", "c", "d")
 
 

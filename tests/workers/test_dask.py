@@ -125,15 +125,18 @@ def test_an_address_where_nothing_listens_is_told_in_seconds(
 @pytest.mark.filterwarnings("ignore")  # Dask's own, as it comes and goes
 class TestDask(ClusterContract):
     @pytest.fixture(scope="class")
-    def settings(self, two_workers: str) -> WorkerSettings:
+    @classmethod
+    def settings(cls, two_workers: str) -> WorkerSettings:
         return Dask(two_workers, patience=90)
 
     @pytest.fixture(scope="class")
-    def elsewhere(self, two_workers: str) -> Callable[[str], WorkerSettings]:
+    @classmethod
+    def elsewhere(cls, two_workers: str) -> Callable[[str], WorkerSettings]:
         return lambda factory: Dask(two_workers, factory=factory)
 
     @pytest.fixture(scope="class")
-    def workers(self, settings: WorkerSettings) -> Iterator[Workers]:
+    @classmethod
+    def workers(cls, settings: WorkerSettings) -> Iterator[Workers]:
         held = settings.open(Perils())
         yield held
         held.close()

@@ -86,20 +86,24 @@ class TestPool(ClusterContract):
     survives = False
 
     @pytest.fixture(scope="class")
-    def executor(self) -> Iterator[ProcessPoolExecutor]:
+    @classmethod
+    def executor(cls) -> Iterator[ProcessPoolExecutor]:
         with spawned(2) as processes:
             yield processes
 
     @pytest.fixture(scope="class")
-    def settings(self, executor: ProcessPoolExecutor) -> WorkerSettings:
+    @classmethod
+    def settings(cls, executor: ProcessPoolExecutor) -> WorkerSettings:
         return Pool(executor)
 
     @pytest.fixture(scope="class")
-    def elsewhere(self, executor: ProcessPoolExecutor) -> Callable[[str], WorkerSettings]:
+    @classmethod
+    def elsewhere(cls, executor: ProcessPoolExecutor) -> Callable[[str], WorkerSettings]:
         return lambda factory: Pool(executor, factory=factory)
 
     @pytest.fixture(scope="class")
-    def workers(self, settings: WorkerSettings) -> Iterator[Workers]:
+    @classmethod
+    def workers(cls, settings: WorkerSettings) -> Iterator[Workers]:
         held = settings.open(Perils())
         yield held
         held.close()

@@ -114,15 +114,18 @@ def two_nodes() -> Iterator[str]:
 @pytest.mark.filterwarnings("ignore")  # Ray's own, as it comes and goes
 class TestRay(ClusterContract):
     @pytest.fixture(scope="class")
-    def settings(self, two_nodes: str) -> WorkerSettings:
+    @classmethod
+    def settings(cls, two_nodes: str) -> WorkerSettings:
         return Ray(2, address=two_nodes, cpus_per_worker=0.5, patience=90)
 
     @pytest.fixture(scope="class")
-    def elsewhere(self, two_nodes: str) -> Callable[[str], WorkerSettings]:
+    @classmethod
+    def elsewhere(cls, two_nodes: str) -> Callable[[str], WorkerSettings]:
         return lambda factory: Ray(2, address=two_nodes, cpus_per_worker=0.5, factory=factory)
 
     @pytest.fixture(scope="class")
-    def workers(self, settings: WorkerSettings) -> Iterator[Workers]:
+    @classmethod
+    def workers(cls, settings: WorkerSettings) -> Iterator[Workers]:
         held = settings.open(Perils())
         yield held
         held.close()

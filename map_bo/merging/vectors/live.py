@@ -405,10 +405,12 @@ class LiveModel:
         needed = self._flat.numel() * self._flat.element_size()
         if self._flat.untyped_storage().nbytes() < needed:
             self._flat.untyped_storage().resize_(needed)
+            self._held = None
         for bound in self._bound:
             storage = bound.live.untyped_storage()
             if bound.slot is None and storage.nbytes() < bound.live.nbytes:
                 storage.resize_(bound.live.nbytes)
+                self._held = None
 
     def _stand_in(self) -> None:
         """Put ordinary tensors where the model has inference tensors."""

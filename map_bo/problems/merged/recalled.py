@@ -12,8 +12,10 @@ import json
 import logging
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import metadata
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -25,6 +27,7 @@ from map_bo.errors import EvaluationError, MapBoError
 from map_bo.evaluators.evaluator import Evaluator, HasDigest, Measurement, Repeats
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_settings
+from map_bo.evaluators.lm_eval import LMEval
 from map_bo.evaluators.metrics import SeveralMetrics, metric_names, own_names
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
 from map_bo.merging.vectors.live import LiveModel
@@ -41,6 +44,7 @@ __all__ = ["Recall", "digest_of_batches", "why_not_kept"]
 logger = logging.getLogger(__name__)
 
 _DEAR = 1.0  # seconds; what took longer is written at once, whatever happens to the row
+_OF_TASKS = (".py", ".yaml", ".yml", ".json", ".jsonl", ".txt")
 _LIBRARIES = (  # that models and evaluators compute with
     *("torch", "numpy", "transformers", "tokenizers", "lm_eval", "datasets", "torchmetrics"),
     *("open_clip_torch", "timm", "torchvision", "pillow", "scikit-learn", "scipy"),
@@ -84,6 +88,7 @@ class Recall:
         context: A digest of all that measurements depend on beside the row and the evaluator.
         metrics: The metrics of the problem.
         heads: The task heads.
+        own: Name -> fingerprint of what the model itself has where task heads are put.
     """
 
     def __init__(
@@ -92,7 +97,9 @@ class Recall:
         context: str,
         metrics: Sequence[Metric],
         heads: TaskHeads,
+        own: Mapping[str, str] | None = None,
     ) -> None:
+        self._own = dict(own or {})
         self._cache, self._context, self._metrics, self._heads = cache, context, metrics, heads
         self._told: set[str] = set()
         self._fixed: dict[str, tuple[Evaluator, str]] = {}
@@ -134,19 +141,23 @@ class Recall:
             return nothing
         if all(why_not_kept(one, key, metrics) for key, one in evaluators.items()):
             return nothing
+        # What the model has in the place of a task head is drawn anew whenever it is built.
+        named = (*live.model.named_parameters(), *live.model.named_buffers())
+        own = {name: tensor for name, tensor in named if name in heads.names}
         try:
             content = [
                 base.digest(),
                 [[k, one.digest(), dict(one.vocabulary_changes)] for k, one in experts.items()],
                 fingerprint((operator, settings, given, live.cast_inputs)),
-                fingerprint(live.model, written=live.written_tensors()),
+                fingerprint(live.model, written=[*live.written_tensors(), *own.values()]),
                 *_machine(live.device),
                 _versions(),
             ]
         except MapBoError as error:
             logger.info("evaluations are not kept: %s", error.message)
             return nothing
-        return cls(cache, _digest(content), metrics, heads)
+        found = {name: fingerprint(tensor) for name, tensor in own.items()}
+        return cls(cache, _digest(content), metrics, heads, found)
 
     def fill(
         self, measured: MeasuredRows, i: int, x: Tensor, evaluators: Mapping[str, Evaluator]
@@ -214,7 +225,10 @@ class Recall:
 
     def _head_of(self, key: str) -> object:
         head = self._heads.of_task(key)
-        return None if head is None else [head.expert, sorted(head.tensors)]
+        if head is None:
+            return self._own
+        left = {name: found for name, found in self._own.items() if name not in head.tensors}
+        return [head.expert, sorted(head.tensors), left]
 
     def _of_evaluator(self, key: str, evaluator: Evaluator) -> str | None:
         """Return a digest of an evaluator and of what it measures with, or None."""
@@ -248,18 +262,48 @@ def _identity(evaluator: Evaluator) -> list[Any]:
     if isinstance(evaluator, SeveralMetrics):
         found.append([encode_metric(metric) for metric in evaluator.metrics])
     if isinstance(inner, ExampleEvaluator):
-        functions = {k: v for k, v in vars(inner).items() if isinstance(v, FunctionType)}
         found += [
             [encode_metric(metric) for metric in inner.metrics],
             inner.batch_size,
-            fingerprint(functions),
+            fingerprint(_code_of(inner)),
+            [_identity(one) for one in vars(inner).values() if isinstance(one, ExampleEvaluator)],
         ]
+    if isinstance(inner, LMEval):
+        found.append([_files_of(Path(folder)) for folder in inner.include_path])
     kind = inner if isinstance(inner, FunctionType) else type(inner)
     try:
         found.append(fingerprint(kind))
     except MapBoError:  # what it depends on, it says itself
         found.append(f"{kind.__module__}:{kind.__qualname__}")
     return found
+
+
+def _code_of(evaluator: ExampleEvaluator) -> dict[str, object]:
+    """Return the functions and metrics of others that an evaluator calls: graders, outcomes."""
+    parts: dict[str, object] = {}
+    for name, value in vars(evaluator).items():
+        parts[name] = value
+        inner = value if isinstance(value, Mapping) else {}
+        if is_dataclass(value) and not isinstance(value, type):
+            inner = vars(value)
+        parts |= {f"{name}.{key}": one for key, one in inner.items()}
+    return {
+        name: value
+        for name, value in parts.items()
+        if callable(value)
+        and not isinstance(value, ExampleEvaluator)
+        # Tokens and pixels are in the evaluator's own digest.
+        and not name.endswith(("tokenizer", "processor"))
+    }
+
+
+def _files_of(folder: Path) -> list[list[str]]:
+    """Return name and digest of the files of tasks, which may hold code."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.suffix in _OF_TASKS)
+    return [
+        [f.relative_to(folder).as_posix(), hashlib.sha256(f.read_bytes()).hexdigest()]
+        for f in files
+    ]
 
 
 def _digest(content: object) -> str:

@@ -298,8 +298,7 @@ class Crew:
                 pass
         except MapBoError as error:
             self._give_up(error)
-        except BaseException as error:
-            logger.exception("the thread that directs the workers failed")
+        except BaseException as error:  # of an engine, or memory: whoever waits has to hear of it
             self._give_up(
                 WorkersError(
                     f"directing the workers failed: {type(error).__name__}: {error}",
@@ -518,13 +517,12 @@ class Crew:
             self._changed.notify_all()
 
     def _drop_everything(self) -> None:
-        """Answer whoever still waits."""
+        """Answer whoever still waits, then end what is abandoned."""
         with self._lock:
             self._closing = True
-            jobs = [post.job for post in self._posts.values() if post.job is not None]
-            for post in self._posts.values():
-                if post.job is not None and self._abandoned:
-                    post.hand.kill()
+            at_work = [post for post in self._posts.values() if post.job is not None]
+            jobs = [post.job for post in at_work if post.job is not None]
+            for post in at_work:
                 post.job, post.answer = None, None
         with suppress(queue.Empty):
             while True:
@@ -538,6 +536,9 @@ class Crew:
                 with suppress(InvalidStateError):
                     job.future.set_exception(self._fatal)
         self._waiting.clear()
+        for post in at_work if self._abandoned or self._fatal is not None else ():
+            with suppress(Exception):
+                post.hand.kill()
 
 
 def _settle(job: _Job, outcome: Outcome) -> None:

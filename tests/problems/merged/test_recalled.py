@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +21,7 @@ from map_bo.evaluators.metrics import SeveralMetrics
 from map_bo.loop.optimize import optimize
 from map_bo.merging.vectors.linear_merge import TaskArithmetic
 from map_bo.operators.sparse import Ties
-from map_bo.problems.evaluation_cache import EvaluationCache
+from map_bo.problems.evaluation_cache import EVALUATIONS_VARIABLE, EvaluationCache
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.rng import make_generator
 from map_bo.surrogates.quadratic import Quadratic
@@ -360,3 +364,103 @@ def test_a_run_is_the_same_with_and_without_what_is_kept(store: EvaluationCache)
     assert told["metrics"] == 2 * told["evaluations"]
     assert told["seconds_saved"] > 0
     assert "cache" not in without.summary
+
+
+def test_functions_that_a_ready_evaluator_calls_count(store: EvaluationCache) -> None:
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from map_bo.evaluators.loaders.torch_loader import TorchLoader
+
+    data = DataLoader(TensorDataset(inputs("mlp"), LABELS), batch_size=2)
+
+    def one(logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits.argmax(-1) == targets).double()
+
+    def other(logits: Tensor, targets: Tensor) -> Tensor:
+        return (logits.argmin(-1) == targets).double()
+
+    def scaled(by: float) -> Callable[[Tensor, Tensor], Tensor]:
+        return lambda logits, targets: by * one(logits, targets)
+
+    def seen(outcome: Any) -> Observations:
+        return evaluate(problem(store, {"a": TorchLoader(loader=data, outcome=outcome)}))
+
+    for outcome in (one, other, "accuracy", scaled(0.5), scaled(0.25)):
+        assert not bool(seen(outcome).recalled.any())
+        assert bool(seen(outcome).recalled.all())
+
+
+def test_settings_of_metrics_over_sets_count(store: EvaluationCache) -> None:
+    torchmetrics = pytest.importorskip("torchmetrics.classification")
+    from torch.utils.data import DataLoader, TensorDataset
+
+    from map_bo.evaluators.loaders.torch_loader import TorchLoader
+
+    data = DataLoader(TensorDataset(inputs("mlp"), LABELS), batch_size=2)
+    for average in ("macro", "micro"):
+        for again in (False, True):
+            metric = torchmetrics.MulticlassF1Score(num_classes=3, average=average)
+            made = problem(store, {"a": TorchLoader(loader=data, outcome=metric)})
+            assert bool(evaluate(made).recalled.all()) is again
+
+
+HUGGING_FACE = """
+    import sys
+    import torch
+    from pathlib import Path
+    from map_bo.problems.merged.hf import hf_problem
+    from map_bo.rng import make_generator
+
+    folder = Path(sys.argv[1])
+    decoders = hf_problem(
+        base=str(folder / "base"),
+        experts={name: str(folder / name) for name in ("cats", "dogs")},
+        tasks={
+            name: {"kind": "perplexity", "data": str(folder / f"{name}.txt")}
+            for name in ("cats", "dogs")
+        },
+    )
+    classifiers = hf_problem(
+        base=str(folder / "bert"),
+        experts={name: str(folder / name) for name in ("film", "topic")},
+        tasks={
+            name: {"kind": "text_classification", "data": str(folder / f"{name}.jsonl")}
+            for name in ("film", "topic")
+        },
+    )
+    for problem in (decoders, classifiers):
+        seen = problem.evaluate(
+            torch.tensor([[0.3, 0.4]], dtype=torch.float64), generator=make_generator(0)
+        )
+        assert seen.failures == (None,), seen.failures
+        print(seen.recalled.tolist(), seen.Y.tolist())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_another_process_recalls_models_of_transformers_wherever_they_lie(
+    tmp_path: Path,
+) -> None:
+    pytest.importorskip("transformers")
+    from tests.integration.hf_models import write_classifiers, write_decoders
+
+    write_decoders(tmp_path / "here")
+    write_classifiers(tmp_path / "here")
+
+    def seen(folder: str) -> list[str]:
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(HUGGING_FACE), str(tmp_path / folder)],
+            env={**os.environ, EVALUATIONS_VARIABLE: str(tmp_path / "kept.sqlite")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()
+
+    first = seen("here")
+    assert [line.startswith("[[False, False]]") for line in first] == [True, True]
+    (tmp_path / "here").rename(tmp_path / "there")
+    second = seen("there")
+    assert second == [line.replace("False, False", "True, True") for line in first]
