@@ -40,20 +40,20 @@ FURTHER = {
 ARGUMENTS = {"merge": ("--peers",)}
 # Longer than all others together; they have documents of their own, docs/evidence.md and nested.md.
 STUDY = {"quality": "benchmarks.quality", "nested": "benchmarks.quality.nested"}
-# What docs/reliability.md and docs/asynchronous.md promise, measured; run by themselves.
+# What docs/reliability.md promises, measured; run by themselves.
 PROMISES = {
     "constraints": "benchmarks.quality.constraints",
     "outliers": "benchmarks.quality.outliers",
     "confidence": "benchmarks.quality.confidence",
     "invariance": "benchmarks.quality.invariance",
-    "asynchronous": "benchmarks.quality.asynchronous",
     "record_damage": "benchmarks.reliability.record_damage",
-    "two_hosts": "benchmarks.reliability.two_hosts",
-    "workers_faults": "benchmarks.reliability.workers_faults",
 }
 
-# Tables of other documents, docs/grow.md and workers.md; run by themselves.
+# Tables of other documents, each beside what it is about; run by themselves.
 PAGES = {
+    "asynchronous": "benchmarks.quality.asynchronous",
+    "two_hosts": "benchmarks.reliability.two_hosts",
+    "workers_faults": "benchmarks.reliability.workers_faults",
     "transfer": "benchmarks.quality.transfer",
     "workers": "benchmarks.speed.workers",
 }
