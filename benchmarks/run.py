@@ -48,12 +48,15 @@ PROMISES = {
     "invariance": "benchmarks.quality.invariance",
     "record_damage": "benchmarks.reliability.record_damage",
 }
+# What docs/clusters.md promises, measured where there are Ray and Dask; run by themselves.
+CLUSTER_TRIALS = {
+    "two_hosts": "benchmarks.reliability.two_hosts",
+    "workers_faults": "benchmarks.reliability.workers_faults",
+}
 
 # Tables of other documents, each beside what it is about; run by themselves.
 PAGES = {
     "asynchronous": "benchmarks.quality.asynchronous",
-    "two_hosts": "benchmarks.reliability.two_hosts",
-    "workers_faults": "benchmarks.reliability.workers_faults",
     "transfer": "benchmarks.quality.transfer",
     "workers": "benchmarks.speed.workers",
 }
@@ -70,6 +73,7 @@ def filled(text: str, *, full: bool = False) -> str:
         *MODULES,
         *STUDY,
         *PROMISES,
+        *CLUSTER_TRIALS,
         *PAGES,
         *(name for names in FURTHER.values() for name in names),
     ]
@@ -88,7 +92,7 @@ def filled(text: str, *, full: bool = False) -> str:
 
 
 def main() -> None:
-    modules = {**MODULES, **STUDY, **PROMISES, **PAGES}
+    modules = {**MODULES, **STUDY, **CLUSTER_TRIALS, **PROMISES, **PAGES}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true")
     parser.add_argument("--only", nargs="+", choices=sorted(modules), default=[*MODULES, *STUDY])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.run import MODULES, PROMISES, RELIABILITY, filled
+from benchmarks.run import CLUSTER_TRIALS, CLUSTERS, MODULES, PROMISES, RELIABILITY, filled
 from map_bo.app.jobs import RENAMED
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,14 @@ def test_the_tables_of_the_promises_are_the_recorded_ones() -> None:
     for name in (*PROMISES, "kill"):
         assert f"<!-- table:{name} -->\n" in text
         assert f"<!-- /table:{name} -->" in text
+
+
+def test_the_tables_of_the_trials_of_clusters_are_the_recorded_ones() -> None:
+    text = CLUSTERS.read_text()
+    assert filled(text) == text, "run `python -m benchmarks.run --readme`"
+    for name in CLUSTER_TRIALS:
+        assert f"<!-- table:{name} -->\n" in text
+        assert (ROOT / "benchmarks" / "results" / f"{name}.json").exists()
 
 
 def test_every_benchmark_has_its_table_and_its_record() -> None:
