@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ __all__ = [
     "Command",
     "pairs",
     "parser",
+    "require_distinct_jobs",
     "surrogate_of_sampler",
     "with_added_key",
     "with_bare_trust",
@@ -364,6 +365,39 @@ def with_workers(arguments: Sequence[str]) -> list[str]:
         else:
             found += ["workers=processes", f"workers.count={value}"]
     return found
+
+
+def require_distinct_jobs(arguments: Sequence[str], unnamed: Collection[str]) -> None:
+    """Refuse a sweep over what is not in the names of its jobs, which would share a directory.
+
+    Args:
+        arguments: Those of the command, as Hydra gets them.
+        unnamed: Groups and settings that are not in the names.
+
+    Raises:
+        ConfigError: Naming the override.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    named = any(argument.startswith("hydra.sweep.subdir=") for argument in arguments)
+    if named or not {"-m", "--multirun", "hydra.mode=MULTIRUN"} & set(arguments):
+        return
+    for argument in arguments:
+        group = re.split(r"[.@=]", argument.lstrip("+~"), maxsplit=1)[0]
+        if group not in unnamed or "=" not in argument:
+            continue
+        try:
+            several = OverridesParser.create().parse_override(argument).is_sweep_override()
+        except HydraException:
+            continue  # Hydra says what is wrong with it
+        if several:
+            raise ConfigError(
+                f"a sweep cannot vary {group}, got {argument}: it is in the name of no job, so "
+                "these jobs would share one directory",
+                hint="give one value, or name the jobs yourself, such as "
+                "'hydra.sweep.subdir=${hydra.job.num}'",
+            )
 
 
 _NUMBERS = re.compile(r"-?[\d.]+(,-?[\d.]+)*")

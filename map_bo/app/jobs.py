@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "RENAMED",
+    "UNNAMED",
     "Refused",
     "job_name",
     "record_of",
@@ -36,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 _LONGEST = 80
 _LOCAL, _WANDB = "map_bo.loop.mirrors.Local", "map_bo.tracking.wandb.mirror.Wandb"
-# Settings that change nothing that a job finds; its name omits them.
-_MIRRORS = ("progress", "tracking", "drive", "workers")
+UNNAMED = ("progress", "tracking", "drive", "workers")
+"""Settings that a job's name omits: they show it, or say where it evaluates."""
 
 
 def job_name(overrides: str) -> str:
@@ -72,7 +73,7 @@ def _name_of(overrides: Sequence[str]) -> str:
 def _matters(override: str) -> bool:
     """Return whether an override changes what a job finds."""
     group = re.split(r"[.@=]", override.lstrip("+~"), maxsplit=1)[0]
-    return group not in _MIRRORS
+    return group not in UNNAMED
 
 
 def record_of(hydra: Any) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def _comparable(tree: Mapping[str, Any]) -> dict[str, Any]:
             found["_target_"] = current(found["_target_"])
         return found
 
-    found = {key: kept(value) for key, value in tree.items() if key not in _MIRRORS}
+    found = {key: kept(value) for key, value in tree.items() if key not in UNNAMED}
     if isinstance(start := found.get("start_from"), Mapping) and not start.get("source"):
         found["start_from"] = None  # as jobs of version 0.1 have recorded it
     return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import logging
 import os
 import shlex
 import sys
@@ -16,6 +17,7 @@ from map_bo.app.arguments import (
     Command,
     pairs,
     parser,
+    require_distinct_jobs,
     surrogate_of_sampler,
     with_added_key,
     with_bare_trust,
@@ -210,11 +212,19 @@ def _merge(options: argparse.Namespace) -> None:
     sys.stdout.write(written + "\n")
 
 
+def log_to_stderr() -> None:
+    """Show the log, as `run` does: progress where there is no terminal, and warnings."""
+    logging.basicConfig(
+        level=logging.INFO, format="[%(asctime)s][%(name)s][%(levelname)s] - %(message)s"
+    )
+
+
 def _resume(options: argparse.Namespace) -> None:
     from map_bo.app.task import drive, show
     from map_bo.app.trust import recorded_configuration
     from map_bo.loop.reading import created_of
 
+    log_to_stderr()
     directory, here = Path(options.run).absolute(), Path.cwd()
     recorded = created_of(directory).get("config")
     with recorded_configuration(options.run, recorded, trust=options.trust) as config:
@@ -386,7 +396,7 @@ def _run(arguments: list[str], task: Any = None) -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from map_bo.app.installed import hidden
-    from map_bo.app.jobs import Refused, run_task
+    from map_bo.app.jobs import UNNAMED, Refused, run_task
     from map_bo.app.schema import register
     from map_bo.app.worker_process import announce_sweep
 
@@ -401,6 +411,7 @@ def _run(arguments: list[str], task: Any = None) -> None:
     asked = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"
     compose = hydra.main(version_base="1.3", config_path="pkg://map_bo.conf", config_name="config")
+    require_distinct_jobs(arguments, UNNAMED)
     arguments = [surrogate_of_sampler(argument) for argument in with_workers(arguments)]
     try:
         while True:
@@ -420,7 +431,10 @@ def _run(arguments: list[str], task: Any = None) -> None:
             raise
         if isinstance(error, MissingConfigException) and error.options and error.missing_cfg_file:
             group, _, option = error.missing_cfg_file.rpartition("/")
-            _fail(f"{group} has no option {option!r}", did_you_mean(option, error.options))
+            hint = did_you_mean(option, error.options)
+            if group == "workers":
+                hint += "; workers=4 is short for four processes"
+            _fail(f"{group} has no option {option!r}", hint)
         parts = [str(error)] + ([str(error.__cause__)] if error.__cause__ else [])
         lines = dict.fromkeys(line.rstrip() for part in parts for line in part.strip().split("\n"))
         text = "\n".join(line for line in lines if not line.strip().startswith(_INSIDE))

@@ -179,13 +179,16 @@ def _refuse_untold(run: Run, directory: Path) -> None:
     state, settings = run.state, run.settings
     place = shlex.quote(_relative(directory, Path.cwd()))
     left = settings.search - len(state.outcomes)
+    fewer = max(3, len(state.X))
+    settle = f"settle for fewer: `map-bo resume {place} loop.budget={fewer}`"
+    if fewer >= settings.search:  # all have been asked for
+        settle = "tell those that will never be made as failed"
     if state.front is None and left > 0:
         raise ConfigError(
             f"{left} of {settings.search} evaluations have no outcome yet "
             f"({len(state.pending)} rows wait), and they are made elsewhere",
             hint=f"list what waits with `map-bo ask {place} --waiting`, ask for more with "
-            f"`map-bo ask {place}`, or settle for fewer: `map-bo resume {place} "
-            f"loop.budget={max(3, len(state.X))}`",
+            f"`map-bo ask {place}`, or {settle}",
         )
     if state.summary is None and settings.verifications:
         raise ConfigError(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import signal
+import time
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TypeAlias, TypeVar
 
 from map_bo.loop.progress import Reporter, ShowsWorkers
+from map_bo.problems.problem import Problem
 from map_bo.workers.evaluation import TerminatedError, terminations_raise
 from map_bo.workers.flights import Flights
-from map_bo.workers.workers import Workers
+from map_bo.workers.workers import Workers, WorkerSettings
 
-__all__ = ["Steps", "closing_workers", "together"]
+__all__ = ["Steps", "closing_workers", "open_workers", "together"]
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 Steps: TypeAlias = Generator[None, None, T]
@@ -67,6 +72,15 @@ def _terminations_end() -> Iterator[None]:
             yield
     except TerminatedError as error:
         raise SystemExit(128 + signal.SIGTERM) from error
+
+
+def open_workers(settings: WorkerSettings, problem: Problem) -> Workers:
+    """Open workers, and tell so in the log, since that may take minutes."""
+    begun = time.monotonic()
+    logger.info("starting the workers: each builds the problem and reads its files")
+    workers = settings.open(problem)
+    logger.info("%d workers ready after %.1f s", workers.size, time.monotonic() - begun)
+    return workers
 
 
 @contextmanager

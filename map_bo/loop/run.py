@@ -20,7 +20,7 @@ from map_bo.errors import (
 )
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
-from map_bo.loop.driving import Steps, closing_workers, together
+from map_bo.loop.driving import Steps, closing_workers, open_workers, together
 from map_bo.loop.known import imported_of, notes_on_imported
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
@@ -344,7 +344,7 @@ class Run:
             yield held
             return
         with callers_world():
-            held = given.open(self.problem)
+            held = open_workers(given, self.problem)
         with closing_workers(held):
             yield held
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
-from map_bo.loop.driving import closing_workers
+from map_bo.loop.driving import closing_workers, open_workers
 from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
@@ -219,7 +219,7 @@ class NestedRun(Record):
             yield None
             return
         with callers_world():
-            workers = given.open(self.problem)
+            workers = open_workers(given, self.problem)
         with closing_workers(workers):
             yield Flights(workers)
 

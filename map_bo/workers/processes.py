@@ -81,7 +81,7 @@ class Processes:
     recipe: Recipe | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        hint = "give a number of processes, such as map_bo.Processes(4)"
+        hint = "give a number of processes, such as workers=4 or map_bo.Processes(4)"
         count = whole_number("count", self.count, least=1, most=_MOST, hint=hint)
         object.__setattr__(self, "count", count)
         if self.threads is not None:

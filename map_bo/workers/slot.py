@@ -283,7 +283,7 @@ def _words(process: BaseProcess | None) -> str:
     if code == signal.SIGTERM:  # pebble's processes leave with its number
         return "was asked to end: signal 15 (SIGTERM)"
     if code >= 0:
-        return f"ended with exit code {code}: it left with os._exit"
+        return f"ended with exit code {code}" + ("" if code == 1 else ": it left with os._exit")
     try:
         name = signal.Signals(-code).name
     except ValueError:

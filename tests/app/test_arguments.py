@@ -2,7 +2,13 @@ from __future__ import annotations
 
 import pytest
 
-from map_bo.app.arguments import surrogate_of_sampler, with_added_key, with_workers
+from map_bo.app.arguments import (
+    require_distinct_jobs,
+    surrogate_of_sampler,
+    with_added_key,
+    with_workers,
+)
+from map_bo.errors import ConfigError
 
 
 @pytest.mark.parametrize(
@@ -57,3 +63,21 @@ def test_keys_of_the_users_own_mappings_need_no_plus(key: str, added: bool) -> N
 )
 def test_a_number_of_workers_is_so_many_processes(given: str, taken: list[str]) -> None:
     assert with_workers([given]) == taken
+
+
+@pytest.mark.parametrize(
+    "given", ["workers=1,2", "workers.count=range(1,3)", "tracking=local,wandb"]
+)
+def test_a_sweep_over_what_no_job_is_named_by_is_refused(given: str) -> None:
+    with pytest.raises(ConfigError, match="would share one directory") as caught:
+        require_distinct_jobs(["-m", "seed=0,1", given], ("workers", "tracking"))
+    assert given in str(caught.value)
+    require_distinct_jobs(["-m", given, "hydra.sweep.subdir=${hydra.job.num}"], ("workers",))
+    require_distinct_jobs([given], ("workers", "tracking"))
+
+
+@pytest.mark.parametrize(
+    "given", ["workers=2", "tracking=[local,wandb]", "seed=0,1", "workers=[", "-c"]
+)
+def test_other_sweeps_are_not_refused(given: str) -> None:
+    require_distinct_jobs(["-m", given], ("workers", "tracking"))

@@ -234,7 +234,11 @@ def test_a_mistake_is_told_without_the_overrides(
 
 @pytest.mark.parametrize(
     ("override", "hint"),
-    [("sampler=sobl", "did you mean 'sobol'?"), ("operator=zzz", "choose from breadcrumbs, ")],
+    [
+        ("sampler=sobl", "did you mean 'sobol'?"),
+        ("operator=zzz", "choose from breadcrumbs, "),
+        ("workers=two", "choose from dask, inline, processes, ray; workers=4 is short for"),
+    ],
 )
 def test_an_option_that_is_none_of_a_group_is_told_with_the_nearest(
     override: str, hint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

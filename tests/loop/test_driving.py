@@ -12,6 +12,7 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.errors import EvaluationError, MergeError
+from map_bo.loop.driving import open_workers
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import replay
@@ -37,6 +38,17 @@ def opened(workers: Workers, **changes: Any) -> tuple[Settings, Any]:
             return workers
 
     return quick(workers=Given(), **changes), MemoryStore()
+
+
+def test_it_is_told_that_workers_are_being_started(caplog: pytest.LogCaptureFixture) -> None:
+    problem = Bowls()
+    settings, _ = opened(LateWorkers(problem, 3, pick=last))
+    assert settings.workers is not None
+    assert not isinstance(settings.workers, int)
+    with caplog.at_level("INFO"):
+        open_workers(settings.workers, problem)
+    assert "starting the workers" in caplog.text
+    assert "3 workers ready after" in caplog.text
 
 
 class TestAsynchronous:

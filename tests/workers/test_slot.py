@@ -21,6 +21,7 @@ from map_bo.workers.workers import Outcome
         (-11, "died: signal 11 (SIGSEGV)"),
         (-9, "was killed: signal 9 (SIGKILL); out of memory?"),
         (0, "ended with exit code 0: it left with os._exit"),
+        (1, "ended with exit code 1"),  # an exception while it began, or os._exit(1)
         (3, "ended with exit code 3: it left with os._exit"),
         (15, "was asked to end: signal 15 (SIGTERM)"),
         (-200, "died: signal 200 (unknown)"),

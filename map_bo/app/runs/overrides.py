@@ -109,7 +109,8 @@ def _composed(group: str, word: str) -> Any:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(
             f"{word} cannot be chosen: {first_line(error)}",
-            hint=f"`map-bo run --help` lists the options of {group}",
+            hint=f"`map-bo run --help` lists the options of {group}"
+            + ("; workers=4 is short for four processes" if group == "workers" else ""),
         ) from error
 
 

@@ -80,7 +80,8 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         rows.append(("time", ", ".join(parts)))
     workers = summary.get("workers")
     if isinstance(workers, Mapping) and "utilisation" in workers:
-        which = f"{workers.get('count', '?')} {workers.get('kind', '')}".strip()
+        count, kind = workers.get("count", "?"), workers.get("kind", "")
+        which = f"{count} {'process' if (count, kind) == (1, 'processes') else kind}".strip()
         rows.append(("workers", f"{which}, busy {float(workers['utilisation']):.0%} of the time"))
     return rows
 

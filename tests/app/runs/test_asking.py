@@ -150,6 +150,8 @@ def test_a_told_run_from_the_command_line_to_its_front(
     rows = asked(capsys, "study", "-n", "6")["rows"]
     said = failing(capsys, "resume", "study")
     assert "6 of 6 evaluations have no outcome yet (6 rows wait)" in said
+    assert "loop.budget=6" not in said  # which would change nothing
+    assert "tell those that will never be made as failed" in said
     for row in rows:
         values = dict(zip(("gsm8k", "humaneval"), row["x"], strict=True))
         main(["tell", "study", str(row["row"]), "--json", json.dumps(values)])

@@ -55,6 +55,7 @@ def test_settings_and_what_shows_the_run_may_change() -> None:
         ("budget=30", "no option 'budget'", "did you mean loop.budget?"),
         ("trackin=none", "no option 'trackin'", "did you mean 'tracking'?"),
         ("tracking=wndb", "tracking=wndb cannot be chosen", "options of tracking"),
+        ("workers=two", "workers=two cannot be chosen", "workers=4 is short for"),
         ("loop.budget=3,4", "gives several values", "map-bo run -m"),
         ("~loop.budget", "would remove a setting", "null"),
         ("loop.budget", "cannot be understood", "loop.budget=48"),

@@ -103,5 +103,7 @@ def test_it_is_said_how_busy_workers_were() -> None:
     told = {"kind": "processes", "count": 4, "utilisation": 0.934}
     view = dataclasses.replace(make_view(2), summary={"workers": told})
     assert ("workers", "4 processes, busy 93% of the time") in facts(view)
+    view = dataclasses.replace(make_view(2), summary={"workers": {**told, "count": 1}})
+    assert ("workers", "1 process, busy 93% of the time") in facts(view)
     view = dataclasses.replace(make_view(2), summary={"workers": {"count": 4, "utilisation": 1}})
     assert ("workers", "4, busy 100% of the time") in facts(view)
