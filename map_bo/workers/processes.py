@@ -23,7 +23,7 @@ import torch
 
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, MapBoError, WorkersError
-from map_bo.merging.vectors.storage import parse_bytes
+from map_bo.merging.vectors.storage import available_bytes, format_bytes, parse_bytes
 from map_bo.problems.problem import Problem
 from map_bo.values import whole_number
 from map_bo.workers.child import Place
@@ -47,6 +47,7 @@ _GRACE = 1.0  # seconds after its limit in which an evaluation may end by itself
 _ENDING = 1.0  # seconds that a process has to end when it is asked to
 _STARTS = 3  # attempts to put a new process in the place of one that has died
 _WORTH_MAPPING = 64 * 2**20  # bytes of weights from which on workers share them
+_LEAST = 128 * 2**20  # bytes that a process takes as soon as it has imported torch
 _MOST = 1024
 
 
@@ -118,12 +119,13 @@ class Processes:
         What ``problem`` has loaded is given back, as far as it can.
 
         Raises:
-            ConfigError: When the problem cannot be built in another process, or there is no such
-                device.
+            ConfigError: When the problem cannot be built in another process, there is no such
+                device, or this machine has too little memory for so many processes.
             WorkersError: When a worker cannot get ready, or holds another problem.
         """
         for name in self.devices or ():
             _require_device(torch.device(name))
+        _require_memory(self.count)
         if self.recipe is not None:
             recipe = self.recipe
         elif self.factory is not None:
@@ -192,6 +194,21 @@ def _require_device(device: torch.device) -> None:
             )
     elif device.type == "mps" and not torch.backends.mps.is_available():
         raise ConfigError("there is no device mps on this machine", hint="leave devices out")
+
+
+def _require_memory(count: int) -> None:
+    """Refuse more processes than this machine has memory for, whatever the problem takes.
+
+    Raises:
+        ConfigError: Saying how many there may be.
+    """
+    left, need = available_bytes(), count * _LEAST
+    if left is not None and need > left:
+        raise ConfigError(
+            f"{count} processes take {format_bytes(need)} of memory at the very least, and this "
+            f"machine has {format_bytes(left)} left",
+            hint=f"use at most {max(1, left // _LEAST)} workers, fewer where the model is large",
+        )
 
 
 def _on(place: Place, name: str) -> Place:

@@ -87,6 +87,15 @@ def test_an_impossible_count_is_refused(count: object) -> None:
         Processes(count)  # type: ignore[arg-type]
 
 
+def test_more_processes_than_there_is_memory_for_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("map_bo.workers.processes.available_bytes", lambda: 10**9)
+    with pytest.raises(ConfigError, match=r"1000 processes take 134 GB .* 1 GB left") as caught:
+        Processes(1000).open(Troubled())
+    assert "at most 7 workers" in str(caught.value.hint)
+
+
 def test_settings_that_are_not_possible_are_refused() -> None:
     with pytest.raises(ConfigError, match="'gpu' is not a device"):
         Processes(2, devices=["gpu"])
