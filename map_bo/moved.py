@@ -347,7 +347,9 @@ def field_today(name: str, today: Container[str]) -> str:
     return next((new for new in known if new in today), name)
 
 
-def under_old_name(owner: str, old: str, new: str, former: T | None, value: T) -> T:
+def under_old_name(
+    owner: str, old: str, new: str, former: T | None, value: T, *, decorated: bool = False
+) -> T:
     """Return an argument that may have been given by its old name, which warns and then counts.
 
     Args:
@@ -356,13 +358,14 @@ def under_old_name(owner: str, old: str, new: str, former: T | None, value: T) -
         new: The name today.
         former: What was given by the old name; None is nothing.
         value: What was given by today's.
+        decorated: Whether the callable is called by a decorator's, one level further away.
     """
     if former is None:
         return value
     warnings.warn(
         f"{owner}({old}=...) is now {owner}({new}=...); the old name goes in version 0.3",
         DeprecationWarning,
-        stacklevel=3,
+        stacklevel=4 if decorated else 3,
     )
     return former
 

@@ -77,6 +77,9 @@ def checked_recalled(
     """
     marks = torch.zeros_like(Y).bool() if recalled is None else recalled.detach().cpu()
     seconds = double([0.0] * len(Y) if saved is None else saved)
+    if marks.dtype == torch.bool and not bool(marks.any()) and not bool(seconds.any()):
+        # Nothing was recalled, so a part of the metrics or rows needs to say nothing of it.
+        return torch.zeros_like(Y).bool(), double([0.0] * len(Y))
     if marks.shape != Y.shape or marks.dtype != torch.bool or seconds.shape != (len(Y),):
         raise DataError(
             f"recalled must be booleans in the shape of Y, {tuple(Y.shape)}, and saved {len(Y)} "

@@ -232,7 +232,7 @@ def test_resume_goes_on_where_the_record_ends(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "surrogate=quadratik"], "hybrid"),
+        (["run", "surrogate=quadratik"], "did you mean 'quadratic'?"),
         (["run", "loop.budgett=3"], "budgett"),
         (["run", "loop.budget=few"], "few"),
         (["run", "problem.experts=99"], "from 2 to 32"),

@@ -119,7 +119,7 @@ def test_a_sweep_over_stages_is_compared_at_equal_cost(shell: Shell, tmp_path: P
         (["loop.budget=8"], "a budget of"),
         (["+nested.stage=2"], "nested has no option 'stage'"),
         (["nested=preferences", "nested.preferences=[{rot90:1}]"], "does not name invert"),
-        (["start_from=ax.db"], "cannot start from an experiment"),
+        (["start_from=ax.db"], "cannot start from an older study"),
     ],
 )
 def test_mistakes_are_told_without_a_trace(

@@ -294,7 +294,7 @@ def digits_problem(
         EvaluationError: When gradients are asked of accuracies.
         MergeError: When the blocks do not fit the network.
     """
-    size = under_old_name("digits_problem", "examples", "size", examples, size)
+    size = under_old_name("digits_problem", "examples", "size", examples, size, decorated=True)
     zoo = DigitsZoo(experts, arch, seed, epochs)
     if blocks is not None:
         if operator is not None:

@@ -265,7 +265,7 @@ def images_problem(
         DataError: When the folder or a set is not there, a setting is not possible, or the cache
             cannot be written.
     """
-    size = under_old_name("images_problem", "examples", "size", examples, size)
+    size = under_old_name("images_problem", "examples", "size", examples, size, decorated=True)
     own = {name: _blocks(name, given) for name, given in (data or {}).items()}
     names = (*sets, *(name for name in own if name not in sets))
     zoo = ImageZoo(ImageRecipe(names, seed, epochs), root, own)
