@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
@@ -13,11 +13,7 @@ import torch
 
 from map_bo.constraints import check_constraints
 from map_bo.data import Observations
-from map_bo.errors import (
-    BudgetError,
-    StoreError,
-    SurrogateError,
-)
+from map_bo.errors import BudgetError, StoreError, SurrogateError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
 from map_bo.loop.driving import Steps, closing_workers, open_workers, together
@@ -428,6 +424,7 @@ class Run:
 
     def _settle(self, attempts: Attempts, report: Reporter) -> None:
         """Record the attempts that have ended, as outcomes or as ones to be repeated."""
+        told: list[tuple[Sequence[str | None], Observations]] = []
         for ended in attempts.ended():
             outcome = self._outcome(ended)
             if outcome is None:
@@ -442,7 +439,9 @@ class Run:
                 self._record("verified", data)
             report.measured(outcome)
             if ended.kind == "index":
-                refuse_failures(self.state.seen.failures, outcome, self.settings.max_failure_share)
+                told.append((self.state.seen.failures, outcome))
+        for failures, outcome in told:  # once everything that has ended is recorded
+            refuse_failures(failures, outcome, self.settings.max_failure_share)
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""

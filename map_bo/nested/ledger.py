@@ -102,14 +102,6 @@ class Ledger:
         self.record(MEASURED, {**data, "by": by} if by else data)
         self._keep(outcome.X[0], outcome)
 
-    def spent_by(self, node: str) -> int:
-        """Return the data sets that a node has measured side by side with others."""
-        return sum(
-            len(event.data["names"])
-            for event in self.events
-            if event.kind == MEASURED and event.data.get("by", "").partition("@")[0] == node
-        )
-
     def record(self, kind: str, data: Mapping[str, Any]) -> None:
         """Add an event to the record."""
         event = Event(kind, data)

@@ -20,7 +20,7 @@ from map_bo.loop.growth import (
 from map_bo.loop.result import Result
 from map_bo.loop.state import check_created, refuse_another
 from map_bo.loop.summary import versions
-from map_bo.nested.ledger import Ledger
+from map_bo.nested.ledger import MEASURED, Ledger
 from map_bo.nested.tree import NodePath
 from map_bo.tracking.store import Event, RunStore
 from map_bo.tracking.tracker import Tracker, Trackers
@@ -189,8 +189,10 @@ class Record:
         """Record the cost of a node, which may have run ``alone`` or beside others."""
         if self._recorded("done", name) is None:
             count = sum(len(result.seen) + len(result.verification) for result in results)
-            alike = self.spent - int(begun["spent"])
-            spent = alike if alone else self.ledger.spent_by(name)
+            shared = any(event.data.get("by") for event in self._events if event.kind == MEASURED)
+            spent = self.spent - int(begun["spent"])
+            if shared or not alone:
+                spent = self._spent_by(name)
             self._record(
                 "done",
                 node=name,
@@ -198,3 +200,18 @@ class Record:
                 evaluations=count,
                 measured=self.ledger.measured,
             )
+
+    def _spent_by(self, node: str) -> int:
+        """Return the data sets that a node has measured, also where others ran beside it.
+
+        What was measured in the driver's process does not name its node: it is of the one that
+        began an evaluation last.
+        """
+        total, last = 0, ""
+        for event in self._events:
+            if event.kind == NODE and event.data["kind"] == "started":
+                last = event.data["node"]
+            elif event.kind == MEASURED:
+                by = event.data.get("by") or event.data.get("node") or last
+                total += len(event.data["names"]) * (by.partition("@")[0] == node)
+        return total

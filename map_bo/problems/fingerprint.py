@@ -8,6 +8,7 @@ certain has none, so that nothing is ever mistaken for something else.
 
 from __future__ import annotations
 
+import dis
 import functools
 import hashlib
 import inspect
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from enum import Enum
 from functools import cache
 from importlib import metadata
-from importlib.util import find_spec
+from importlib.util import find_spec, resolve_name
 from pathlib import Path, PurePath
 from types import (
     BuiltinFunctionType,
@@ -34,6 +35,7 @@ from types import (
     WrapperDescriptorType,
 )
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -149,7 +151,7 @@ class _Walk:
         elif isinstance(value, torch.Generator):
             self._add("generator", value.get_state().numpy().tobytes())
         elif isinstance(value, ModuleType):
-            self._add("module", value.__name__, _version_of_module(value.__name__, where))
+            self._add("module", value.__name__, _version_of_module(value, where))
         elif not self._is_known(value):
             self._object(value, where, deeper)
 
@@ -247,8 +249,22 @@ class _Walk:
         if version is not None:
             self._add(version)
             return
+        if vars(function):
+            self._attributes(vars(function), where, depth)
         names = self._code(function.__code__)
         scope = function.__globals__
+        package = scope.get("__package__")
+        for name in sorted(_imports(function.__code__, package if package else "")):
+            self._add(name)
+            if library_version(name) is not None:
+                continue
+            if name in sys.modules:
+                self.visit(sys.modules[name], f"{name} of {where}", depth)
+            elif name.partition(".")[0] in sys.modules or find_spec(name.partition(".")[0]):
+                raise DataError(
+                    f"{where} imports {name}, which nothing else has imported yet",
+                    hint="import it at the top of its module",
+                )
         for name in sorted(names & scope.keys()):
             self._add(name)
             self.visit(scope[name], f"{name} of {where}", depth)
@@ -327,14 +343,80 @@ def _own_code() -> str:
     return total.hexdigest()
 
 
-def _version_of_module(name: str, where: str) -> str:
-    """Return the version of a module; of one's own a digest of its file."""
-    version = library_version(name)
+def _imports(code: CodeType, package: str) -> set[str]:
+    """Return the modules that code imports when it runs, by their whole names.
+
+    Args:
+        code: The code of a function.
+        package: The package of its module.
+    """
+    found: set[str] = set()
+    before: list[Any] = []
+    for step in dis.get_instructions(code):
+        if step.opname == "IMPORT_NAME":
+            level, wanted = before[-2:]
+            if level and not package:  # it cannot be imported
+                continue
+            name = resolve_name("." * level + step.argval, package) if level else step.argval
+            found.add(name)
+            parts = {f"{name}.{part}" for part in wanted or ()}
+            found |= parts & sys.modules.keys()  # the others are what the module holds
+        if step.opname not in ("EXTENDED_ARG", "CACHE"):
+            before.append(step.argval)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            found |= _imports(constant, package)
+    return found
+
+
+def _version_of_module(module: ModuleType, where: str) -> str:
+    """Return the version of a module; of one's own a digest of its file.
+
+    With it count the files of all of one's own modules that it refers to.
+    """
+    version = library_version(module.__name__)
     if version is not None:
         return version
-    file = vars(sys.modules[name]).get("__file__") if name in sys.modules else None
-    if not isinstance(file, str) or not Path(file).is_file():
+    digest = _digest_of_file(module)
+    if digest is None:
         raise DataError(
-            f"{where} is the module {name}, whose file cannot be read", hint="import what is used"
+            f"{where} is the module {module.__name__}, whose file cannot be read",
+            hint="import what is used",
         )
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    found = {module.__name__: digest}
+    waiting = [module]
+    while waiting:
+        for part in list(vars(waiting.pop()).values()):
+            if isinstance(part, ModuleType):
+                name = part.__name__
+            elif isinstance(part, FunctionType | type):
+                name = part.__module__ or ""
+            else:
+                continue
+            behind = sys.modules.get(name)
+            if not isinstance(behind, ModuleType) or name in found:
+                continue
+            if library_version(name) is not None:
+                continue
+            found[name] = _digest_of_file(behind) or ""  # none of a package without a file
+            waiting.append(behind)
+    return " ".join(f"{name} {found[name]}" for name in sorted(found))
+
+
+_files: WeakKeyDictionary[ModuleType, tuple[object, str]] = WeakKeyDictionary()
+
+
+def _digest_of_file(module: ModuleType) -> str | None:
+    """Return a digest of a module's file as it was when first asked for; None without a file.
+
+    What is written to the file later is not what runs, until the module is loaded again.
+    """
+    spec, known = module.__spec__, _files.get(module)
+    if known is not None and known[0] is spec:
+        return known[1]
+    file = vars(module).get("__file__")
+    if not isinstance(file, str) or not Path(file).is_file():
+        return None
+    digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    _files[module] = spec, digest
+    return digest

@@ -173,24 +173,30 @@ class Attempts:
                 raise SystemExit(128 + signal.SIGTERM) from error
             raise
 
-    def ended(self) -> list[Ended]:
-        """Return the attempts that have ended, in that order, each once.
+    def ended(self) -> Iterator[Ended]:
+        """Yield the attempts that have ended, in that order, each once.
+
+        Those that are not taken, because the loop over them is left, are yielded the next time.
 
         Raises:
             MapBoError: What makes every further evaluation fail as well.
         """
-        found, self._ended = self._ended, []
+        yield from self._take()
         for settled in self.flights.landed(self):
             task, outcome = settled.task, settled.outcome
             x, row = self._points.pop((task.kind, task.row)), outcome.observations
             if isinstance(self._problem, Forwards) and not self.flights.workers.local:
                 row = self._problem.receive(x, row)
-            found.append(
+            self._ended.append(
                 Ended(
                     task.kind, task.row, row, worker=outcome.worker, lost=outcome.lost
                 )
             )  # fmt: skip
-        return found
+        yield from self._take()
+
+    def _take(self) -> Iterator[Ended]:
+        while self._ended:
+            yield self._ended.pop(0)
 
     def interrupt(self) -> None:
         """Record that everything in flight is interrupted, because the run ends."""

@@ -254,6 +254,7 @@ class ProcessWorkers:
         self._queue: deque[tuple[Task, Future[Outcome]]] = deque()
         self._condition = threading.Condition()
         self._news = self._closing = self._abandoned = False
+        self._failure: MapBoError | None = None
         self._begun: Future[None] = Future()
         self._thread = threading.Thread(target=self._supervise, name="map_bo workers", daemon=True)
 
@@ -279,6 +280,9 @@ class ProcessWorkers:
         """Take a task; more than ``size`` of them wait in their order."""
         future: Future[Outcome] = Future()
         with self._condition:
+            if self._failure is not None:
+                settle(future, error=self._failure)
+                return future
             if self._closing:
                 raise WorkersError("these workers have been closed", hint="open new ones")
             self._queue.append((task, future))
@@ -334,7 +338,10 @@ class ProcessWorkers:
                     self._news = False
         except Exception as error:  # not to leave the driver waiting
             logger.exception("the workers cannot be looked after any more")
-            self._give_up(WorkersError(f"the workers cannot be looked after: {error}"))
+            failure = WorkersError(f"the workers cannot be looked after: {error}")
+            with self._condition:
+                self._failure = failure
+            self._give_up(failure)
         finally:
             for slot in self._slots:
                 if slot.flight is not None:
@@ -374,5 +381,5 @@ class ProcessWorkers:
 
     def _dispatch(self) -> None:
         for slot in self._slots:
-            if slot.idle and self._queue:
-                slot.launch(*self._queue.popleft())
+            if slot.idle and self._queue and slot.launch(*self._queue[0]):
+                self._queue.popleft()

@@ -124,13 +124,18 @@ class Slot:
         self._ready = self.pool.schedule(ready)
         self._ready.add_done_callback(lambda _: self._wake())
 
-    def launch(self, task: Task, future: Future[Outcome]) -> None:
-        """Let the process evaluate a task."""
+    def launch(self, task: Task, future: Future[Outcome]) -> bool:
+        """Let the process evaluate a task; return whether it was taken."""
         limit = None if task.timeout is None else _hard_limit(task.timeout)
         self.idle = False
-        inner = self.pool.schedule(evaluate, args=(pickle.dumps(task),), timeout=limit)
+        try:
+            inner = self.pool.schedule(evaluate, args=(pickle.dumps(task),), timeout=limit)
+        except RuntimeError:  # the idle process has died just now, and the pool broke
+            self._again()
+            return False
         self.flight = _Flight(task, future, inner, self.context.latest, time.monotonic())
         inner.add_done_callback(lambda _: self._wake())
+        return True
 
     def look(self, metrics: Sequence[Metric]) -> None:
         """See whether the process has become ready, has ended its task, or has died."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +164,41 @@ class TestFaults:
         settings, store = opened(LateWorkers(problem, 3), budget=12, verify=0, retries=0)
         with pytest.raises(EvaluationError, match="3 of 3 evaluations failed"):
             Run(problem, settings, store).drive()
+
+    @pytest.mark.parametrize("ends", ["failures", "interrupt"])
+    def test_what_has_landed_is_recorded_when_one_of_it_ends_the_run(self, ends: str) -> None:
+        problem = Bowls(fails=lambda number, x: "broken" if number <= 3 else None)
+
+        class Landed(LateWorkers):
+            def submit(self, task: Task) -> Future[Outcome]:
+                future: Future[Outcome] = Future()
+                future.set_result(self._outcome(task))
+                return future
+
+        class Shown:
+            """Is interrupted right after the first row is recorded."""
+
+            @contextmanager
+            def over(self, total: int) -> Iterator[Shown]:
+                yield self
+
+            def done(self, count: int) -> None: ...
+
+            def evaluating(self, what: str) -> None: ...
+
+            count = 0
+
+            def measured(self, outcome: Observations) -> None:
+                self.count += 1
+                if ends == "interrupt" and self.count == 1:
+                    raise KeyboardInterrupt
+
+        settings, store = opened(Landed(problem, 6), budget=12, verify=0)
+        with pytest.raises((EvaluationError, KeyboardInterrupt)) as raised:
+            Run(problem, settings, store).drive(Shown())
+        if ends == "failures":
+            assert "3 of 3 evaluations failed" in str(raised.value)
+        assert kinds(store).count("observed") == 6
 
 
 class TestKilledDrivers:

@@ -311,6 +311,27 @@ class TestSideBySide:
         assert sum(data["data_sets"] for data in done) == result.data_sets
         assert all(data["data_sets"] > 0 for data in done)
 
+    @pytest.mark.parametrize("after", [20, 60, 100])
+    @pytest.mark.parametrize("side_by_side", [True, False])
+    def test_what_nodes_cost_adds_up_when_a_resumed_run_has_other_workers(
+        self, side_by_side: bool, after: int
+    ) -> None:
+        problem, store = Hills(), MemoryStore()
+        settings, how = quick(48), Nested(stages=2)
+        if side_by_side:
+            self.run(problem, LateWorkers(problem, 3, pick=last), store, stages=2)
+        else:
+            NestedRun(problem, settings, how, store).drive()
+        again, fresh = MemoryStore(), Hills()
+        for event in list(store.read())[:after]:
+            again.append(event)
+        if side_by_side:
+            result = NestedRun(fresh, settings, how, again).drive()
+        else:
+            result, _ = self.run(fresh, LateWorkers(fresh, 3, pick=last), again, stages=2)
+        done = [event.data for event in again.read() if event.kind == "done"]
+        assert sum(data["data_sets"] for data in done) == result.data_sets
+
     def test_in_batches_it_is_the_run_of_one_process(self) -> None:
         alone = nested(Hills(), budget=48, stages=2)
         problem = Hills()

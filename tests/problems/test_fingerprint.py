@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import importlib
+import shutil
 import subprocess
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -212,3 +214,70 @@ def test_another_process_finds_the_same() -> None:
     net = Net()
     here = f"{fingerprint(net, written=net.parameters())} {fingerprint({'a', 'b', 'c'})}\n"
     assert found == {here}
+
+
+@pytest.fixture
+def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder whose modules can be imported, and are forgotten afterwards."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if name.startswith("written_"):
+            del sys.modules[name]
+    library_version.cache_clear()
+
+
+def write(folder: Path, name: str, text: str) -> None:
+    """Write a module anew, as another process would find it."""
+    (folder / f"{name}.py").write_text(text)
+    for known in [one for one in sys.modules if one.startswith("written_")]:
+        del sys.modules[known]
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    importlib.invalidate_caches()
+    library_version.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import written_outer\ndef f(x): return written_outer.grade(x)",
+        "def f(x):\n from written_outer import grade\n return grade(x)",
+        "import written_inner as w\ndef f(x): return w.norm(x)",
+    ],
+)
+def test_modules_behind_modules_count(written: Path, text: str) -> None:
+    def found(inner: str) -> str:
+        write(written, "written_inner", inner)
+        write(written, "written_outer", "from written_inner import norm\ngrade = norm\n")
+        importlib.import_module("written_outer")
+        return fingerprint(function_of(text))
+
+    assert found("def norm(x): return x") == found("def norm(x): return x")
+    assert found("def norm(x): return x") != found("def norm(x): return -x")
+
+
+def test_a_file_that_is_edited_after_its_import_is_not_what_runs(written: Path) -> None:
+    write(written, "written_inner", "def norm(x): return x")
+    function = function_of("import written_inner\ndef f(x): return written_inner.norm(x)")
+    before = fingerprint(function)
+    (written / "written_inner.py").write_text("def norm(x): return -x")
+    assert fingerprint(function) == before
+    importlib.invalidate_caches()
+    importlib.reload(sys.modules["written_inner"])
+    assert fingerprint(function) != before
+
+
+def test_imports_of_a_function_that_cannot_be_told_have_none(written: Path) -> None:
+    write(written, "written_inner", "def norm(x): return x")
+    function = function_of("def f(x):\n import written_inner\n return written_inner.norm(x)")
+    with pytest.raises(DataError, match="imports written_inner, which nothing else has imported"):
+        fingerprint(function)
+    absent = function_of("def f(x):\n try:\n  import written_nowhere\n except ImportError: pass")
+    assert fingerprint(absent)
+
+
+def test_attributes_of_functions_count() -> None:
+    one, other = (function_of("def f(x): return f.least") for _ in range(2))
+    vars(one)["least"], vars(other)["least"] = 0.5, 0.6
+    assert fingerprint(one) != fingerprint(other)

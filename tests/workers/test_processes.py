@@ -21,6 +21,7 @@ from map_bo.workers import processes
 from map_bo.workers.child import Place
 from map_bo.workers.processes import Processes, ProcessWorkers
 from map_bo.workers.recipe import Recipe
+from map_bo.workers.slot import Slot
 from tests.contracts.workers_contract import IsolationContract, result, task
 from tests.loop.bowls import quick
 from tests.workers.troubled import Troubled, Unbuildable, make_troubled
@@ -300,3 +301,43 @@ def test_the_problem_of_the_driver_gives_back_what_it_has_loaded(
         Processes(1).open(problem)
     assert problem._loaded is None
     assert isinstance(problem, Problem)
+
+
+class TestSupervision:
+    """What happens where a pool breaks or the supervising thread fails, without a process."""
+
+    @pytest.fixture
+    def idle(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[ProcessWorkers]:
+        """Workers that think that their one process is ready."""
+        monkeypatch.setattr(Slot, "start", lambda slot: setattr(slot, "idle", True))
+        monkeypatch.setattr(Slot, "look", lambda slot, metrics: None)
+        workers = ProcessWorkers([Place(b"", {}, 1)], (map_bo.Metric("m"),), script=False)
+        workers.start()
+        yield workers
+        workers.close(abandon=True)
+
+    def test_a_task_that_meets_a_broken_pool_waits_for_the_next(
+        self, idle: ProcessWorkers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        again: list[Slot] = []
+        monkeypatch.setattr(Slot, "_again", lambda slot: again.append(slot))
+        [slot] = idle._slots
+        slot.pool.stop()  # type: ignore[no-untyped-call]
+        waiting = idle.submit(task(0))
+        until = time.monotonic() + 5
+        while not again and time.monotonic() < until:
+            time.sleep(0.01)
+        assert again == [slot]
+        assert not waiting.done()
+        assert [one for one, _ in idle._queue] == [task(0)]
+
+    def test_nobody_waits_for_workers_that_are_not_looked_after(
+        self, idle: ProcessWorkers, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def fails(*arguments: object) -> bool:
+            raise OSError("too many open files")
+
+        monkeypatch.setattr(Slot, "launch", fails)
+        for _ in range(2):  # the second comes when nobody looks any more
+            with pytest.raises(WorkersError, match="too many open files"):
+                idle.submit(task(0)).result(timeout=5)
