@@ -48,8 +48,11 @@ class TestProcesses(IsolationContract):
         assert host
 
     def test_what_is_evaluated_is_shown(self, opened: ProcessWorkers) -> None:
+        until = time.monotonic() + 60
+        ready: set[str] = set()  # another test may have killed one of them
+        while len(ready) < 2 and time.monotonic() < until:
+            ready |= {f.result().worker for f in [opened.submit(task()) for _ in range(2)]}
         futures = [opened.submit(task(row, "sleep", timeout=0.5)) for row in range(3)]
-        until = time.monotonic() + 30  # another test may have killed one of them
         shown = opened.running()
         while len(shown) < 2 and time.monotonic() < until:
             time.sleep(0.1)
