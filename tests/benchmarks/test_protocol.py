@@ -119,6 +119,7 @@ class _WideCase(fake_cases.FakeCase):
         return super().truth((X + 3) / 6)
 
 
+@pytest.mark.slow
 def test_intervals_are_checked_in_the_box_that_was_searched() -> None:
     plain = fake_cases.case("noisy")
     case = _WideCase(**{field.name: getattr(plain, field.name) for field in fields(plain)})

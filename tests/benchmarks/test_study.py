@@ -199,6 +199,7 @@ def test_the_digest_knows_the_settings_behind_the_name() -> None:
     assert digest(truth, "plain", 1, direct=60) != digest(truth, "plain", 1, direct=90)
 
 
+@pytest.mark.slow
 def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     study = small(tmp_path, methods=("random+surrogate",), seeds=1)
     study.run(silent)

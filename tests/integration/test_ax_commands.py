@@ -22,6 +22,9 @@ from tests.integration.conftest import SMALL, Shell
 VALUES = {"rot90": (0.4, 0.01), "m_invert": (0.5, 0.01), "flip": (0.6, 0.01)}
 
 
+pytestmark = pytest.mark.slow  # importing Ax takes seconds, in every process
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _ax() -> None:
     import_ax("a test")

@@ -53,6 +53,7 @@ def test_a_nested_run_says_what_it_merged_and_what_that_cost(nested: Path) -> No
     assert "measurements of one task at one point" in page
 
 
+@pytest.mark.slow
 def test_wandb_has_the_numbers_of_every_node(nested: Path) -> None:
     logged = {key for row in sessions(nested)[0].history for key in row}
     assert any(key.startswith("nested/0/metric/") for key in logged)

@@ -100,6 +100,7 @@ def test_panels_name_what_the_runs_logged(sweep: Path) -> None:
     assert chosen == {"quadratic", "gp"}
 
 
+@pytest.mark.slow
 def test_without_a_login_the_local_report_is_written(
     sweep: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

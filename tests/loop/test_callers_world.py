@@ -131,6 +131,7 @@ def assert_same(result: Result, choice: Choice, expected: tuple[Result, Choice])
     assert torch.equal(choice.x, expected[1].x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "world"),
     [
@@ -202,6 +203,7 @@ def test_ask_and_tell_in_inference_mode() -> None:
     assert not found.is_inference()
 
 
+@pytest.mark.slow
 def test_runs_in_threads_propose_what_each_proposes_alone() -> None:
     def draw() -> None:
         torch.manual_seed(5)  # noqa: TID251

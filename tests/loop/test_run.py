@@ -64,7 +64,7 @@ def outcome(result: Result) -> list[Any]:
     ("after", "batch"),
     [
         (True, 1),
-        (False, 3),
+        pytest.param(False, 3, marks=pytest.mark.slow),
         pytest.param(False, 1, marks=pytest.mark.slow),
         pytest.param(True, 3, marks=pytest.mark.slow),
     ],

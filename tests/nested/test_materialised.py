@@ -115,6 +115,7 @@ def test_the_exported_model_is_the_one_merged_again_by_hand(name: str, tmp_path:
     assert "name: elect" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOWS)
 def test_measured_values_are_those_of_the_models_merged_by_hand(name: str) -> None:
     result, _, _ = finished(name)
@@ -168,6 +169,7 @@ class CrashingStore:
         return self.inner.read()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["points", pytest.param("published", marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_goes_on_to_the_same_end(name: str, tmp_path: Path) -> None:
     expected, whole, _ = finished(name)

@@ -113,6 +113,7 @@ def survives(name: str, deaths: int) -> None:
         assert len(again.measured) - len(problem.measured) <= 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["points", pytest.param("preferences", marks=pytest.mark.slow)])
 def test_a_run_killed_anywhere_and_resumed_equals_one_never_killed(name: str) -> None:
     survives(name, deaths=4)
@@ -311,6 +312,7 @@ class TestSideBySide:
         assert sum(data["data_sets"] for data in done) == result.data_sets
         assert all(data["data_sets"] > 0 for data in done)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("after", [20, 60, 100])
     @pytest.mark.parametrize("side_by_side", [True, False])
     def test_what_nodes_cost_adds_up_when_a_resumed_run_has_other_workers(
@@ -332,6 +334,7 @@ class TestSideBySide:
         done = [event.data for event in again.read() if event.kind == "done"]
         assert sum(data["data_sets"] for data in done) == result.data_sets
 
+    @pytest.mark.slow
     def test_in_batches_it_is_the_run_of_one_process(self) -> None:
         alone = nested(Hills(), budget=48, stages=2)
         problem = Hills()
@@ -354,6 +357,7 @@ class TestSideBySide:
         assert any(task.kind == "verify" for task in workers.tasks)
         assert len(problem.measured) == result.data_sets
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("after", [4, 17, 30, 55, 80, 105])
     def test_a_killed_driver_goes_on_and_measures_nothing_twice(self, after: int) -> None:
         problem = Hills()

@@ -102,6 +102,7 @@ def test_runs_take_turns_and_evaluators_do_not() -> None:
     assert order == ["first", "other"]
 
 
+@pytest.mark.slow
 def test_a_forked_process_is_not_locked_out() -> None:
     code = (
         "import os, threading, time\n"

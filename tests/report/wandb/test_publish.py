@@ -73,6 +73,7 @@ def test_a_report_is_made_without_a_network() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_saved_report_holds_words_panels_and_runs(server: Server) -> None:
     who = account()
     assert who == Account("team", server.url)
