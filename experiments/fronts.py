@@ -47,7 +47,7 @@ from map_bo.rng import child, make_generator
 from map_bo.scale import widths
 from map_bo.space import CoefficientSpace
 
-__all__ = ["Kept", "compare", "main"]
+__all__ = ["Kept", "KeptRows", "compare", "main"]
 
 HERE = Path(__file__).parent
 ZooProblem = TunedProblem | ImagesProblem
@@ -56,6 +56,41 @@ PROBLEMS: dict[str, Callable[..., ZooProblem]] = {
     "lm": decoder_problem,
     "vision": images_problem,
 }
+
+
+class KeptRows:
+    """What was measured at points, one line of JSON each, in a file that is added to.
+
+    Args:
+        problem: What is measured; the name of the file holds a digest of its description.
+        folder: Where the file is.
+        name: The name of the file begins with it.
+    """
+
+    def __init__(self, problem: ZooProblem | MergedModelProblem, folder: Path, name: str) -> None:
+        text = json.dumps(problem.describe(), sort_keys=True, default=str)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / f"{name}-{digest}.jsonl"
+        self._rows: dict[str, dict[str, Any]] = {}
+        if self._file.exists():
+            for line in self._file.read_text().splitlines():
+                if line.endswith("}"):  # the last one may have been cut by a kill
+                    row = json.loads(line)
+                    self._rows[_key(row["X"])] = row
+
+    def at(self, x: Sequence[float], measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Return what is kept of ``x`` (``d``); what is not is measured and kept, under ``X``."""
+        if _key(x) not in self._rows:
+            row = {"X": list(x), **measure()}
+            with self._file.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            self._rows[_key(x)] = row
+        return self._rows[_key(x)]
+
+
+def _key(x: Sequence[float]) -> str:
+    return " ".join(f"{value:.12f}" for value in x)
 
 
 class Kept:
@@ -70,24 +105,11 @@ class Kept:
         self.problem = problem
         self.space: CoefficientSpace = problem.space
         self.metrics: tuple[Metric, ...] = problem.metrics
-        text = json.dumps(problem.describe(), sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / f"evaluations-{digest}.jsonl"
-        self._rows: dict[str, dict[str, Any]] = {}
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                if line.endswith("}"):  # the last one may have been cut by a kill
-                    row = json.loads(line)
-                    self._rows[self._key(row["X"])] = row
+        self._rows = KeptRows(problem, folder, "evaluations")
 
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         """Return the evaluations of ``X`` (``n x d``); those that are not kept are made."""
-        rows = []
-        for x in X.tolist():
-            if self._key(x) not in self._rows:
-                self._measure(x, generator)
-            rows.append(self._rows[self._key(x)])
+        rows = [self._rows.at(x, partial(self._measure, x, generator)) for x in X.tolist()]
         columns = {
             name: torch.tensor([row[name] for row in rows], dtype=torch.float64)
             for name in ("X", "Y", "Yvar", "counts", "cost")
@@ -99,20 +121,11 @@ class Kept:
         """Return what the problem says of itself."""
         return self.problem.describe()
 
-    def _measure(self, x: list[float], generator: Generator) -> None:
+    def _measure(self, x: list[float], generator: Generator) -> dict[str, Any]:
         point = torch.tensor([x], dtype=torch.float64)
         seen = self.problem.evaluate(point, generator=generator)
-        row = {
-            name: getattr(seen, name)[0].tolist() for name in ("X", "Y", "Yvar", "counts", "cost")
-        }
-        row["failure"] = seen.failures[0]
-        with self._file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        self._rows[self._key(x)] = row
-
-    @staticmethod
-    def _key(x: Sequence[float]) -> str:
-        return " ".join(f"{value:.12f}" for value in x)
+        row = {name: getattr(seen, name)[0].tolist() for name in ("Y", "Yvar", "counts", "cost")}
+        return {**row, "failure": seen.failures[0]}
 
 
 def gains(seen: Observations, anchors: Observations) -> Tensor:

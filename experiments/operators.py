@@ -17,7 +17,6 @@ marks of its ``OPERATORS.md``.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,6 +29,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 import map_bo
+from experiments.fronts import KeptRows
 from experiments.record_numbers import FIRST, LAST, with_numbers
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, DataError
@@ -231,16 +231,7 @@ class Halves:
         self.problem = problem
         self.space: CoefficientSpace = problem.space
         self.metrics: tuple[Metric, ...] = problem.metrics
-        text = json.dumps(problem.describe(), sort_keys=True, default=str)
-        digest = hashlib.sha256(text.encode()).hexdigest()[:12]
-        folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / f"outcomes-{digest}.jsonl"
-        self._rows: dict[str, dict[str, Any]] = {}
-        if self._file.exists():
-            for line in self._file.read_text().splitlines():
-                if line.endswith("}"):  # the last one may have been cut by a kill
-                    row = json.loads(line)
-                    self._rows[self._key(row["X"])] = row
+        self._rows = KeptRows(problem, folder, "outcomes")
 
     def outcomes(self, x: Tensor) -> Tensor:
         """Return which examples the merge with ``x`` (``d``) gets right: ``m x n`` of 0 and 1."""
@@ -268,23 +259,17 @@ class Halves:
         return {**self.problem.describe(), "half": "first"}
 
     def _row(self, x: list[float]) -> dict[str, Any]:
-        if self._key(x) not in self._rows:
-            start = time.perf_counter()
-            with self.problem.load(torch.tensor(x, dtype=torch.float64)) as model:
-                right = [
-                    is_right(self.problem, metric.name, model, self.problem.size)
-                    for metric in self.metrics
-                ]
-            marks = ["".join(str(int(one)) for one in found.tolist()) for found in right]
-            row = {"X": x, "right": marks, "cost": time.perf_counter() - start}
-            with self._file.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            self._rows[self._key(x)] = row
-        return self._rows[self._key(x)]
+        return self._rows.at(x, partial(self._measure, x))
 
-    @staticmethod
-    def _key(x: Sequence[float]) -> str:
-        return " ".join(f"{value:.12f}" for value in x)
+    def _measure(self, x: list[float]) -> dict[str, Any]:
+        start = time.perf_counter()
+        with self.problem.load(torch.tensor(x, dtype=torch.float64)) as model:
+            right = [
+                is_right(self.problem, metric.name, model, self.problem.size)
+                for metric in self.metrics
+            ]
+        marks = ["".join(str(int(one)) for one in found.tolist()) for found in right]
+        return {"right": marks, "cost": time.perf_counter() - start}
 
 
 def is_right(problem: ZooProblem, name: str, model: nn.Module, size: int) -> Tensor:

@@ -222,7 +222,7 @@ def extension(
 def remove_old_report(data: Mapping[str, Any], store: RunStore) -> None:
     """Remove the files for people where an extension sets the front back.
 
-    It is done before the event is recorded, so that an old summary never stands beside a record
+    It is done before the event is recorded, so that there is never an old summary of a record
     that goes on.
 
     Args:

@@ -333,7 +333,8 @@ class Run:
         given = self.settings.workers
         assert not isinstance(given, int)  # settings of workers, since they were read
         if workers is not None or given is None or self.state.summary is not None:
-            held = workers or InlineWorkers(completing(self.problem, self.state))
+            here = InlineWorkers(completing(self.problem, self.state))
+            held: Workers = here if workers is None else workers
             if held.local and self.state.summary is None and isinstance(self.problem, Preparable):
                 with callers_world():
                     self.problem.prepare()

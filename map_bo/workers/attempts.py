@@ -15,20 +15,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import StoreError
 from map_bo.problems.problem import Forwards, Problem
 from map_bo.rng import child
-from map_bo.workers.evaluation import (
-    Remembers,
-    TerminatedError,
-    evaluate_recorded,
-    terminations_raise,
-)
+from map_bo.workers.evaluation import Remembers, TerminatedError, terminations_raise
 from map_bo.workers.flights import Flights
+from map_bo.workers.inline import InlineWorkers
 from map_bo.workers.workers import Kind, Task
 
 __all__ = ["Attempts", "Ended", "measure_each"]
@@ -187,11 +182,8 @@ class Attempts:
             x, row = self._points.pop((task.kind, task.row)), outcome.observations
             if isinstance(self._problem, Forwards) and not self.flights.workers.local:
                 row = self._problem.receive(x, row)
-            self._ended.append(
-                Ended(
-                    task.kind, task.row, row, worker=outcome.worker, lost=outcome.lost
-                )
-            )  # fmt: skip
+            ended = Ended(task.kind, task.row, row, worker=outcome.worker, lost=outcome.lost)
+            self._ended.append(ended)
         yield from self._take()
 
     def _take(self) -> Iterator[Ended]:
@@ -232,25 +224,12 @@ def measure_each(
         MapBoError: What makes every further evaluation fail as well.
     """
     found: dict[str | int, Observations] = {}
-    if flights is None:
-        for row, (x, generator) in rows.items():
-            found[row], _ = evaluate_recorded(
-                problem,
-                x,
-                name={kind: row},
-                attempt=0,
-                deaths=deaths(row),
-                retries=retries,
-                record=record,
-                timeout=timeout,
-                generator=generator,
-            )
+    if not rows:
         return found
-    generators = [generator for _, generator in rows.values()]
     attempts = Attempts(
         problem,
-        flights,
-        generator=generators[0] if generators else torch.Generator(),
+        Flights(InlineWorkers(problem)) if flights is None else flights,
+        generator=next(generator for _, generator in rows.values()),  # each row has its own
         record=record,
         retries=retries,
         timeout=timeout,
@@ -262,7 +241,7 @@ def measure_each(
                 row = waiting.pop(0)
                 x, generator = rows[row]
                 attempts.begin(kind, row, x, attempt=0, deaths=deaths(row), generator=generator)
-            flights.wait(1.0)
+            attempts.flights.wait(1.0)
             found.update({ended.row: ended.outcome for ended in attempts.ended()})
     except BaseException:
         attempts.interrupt()

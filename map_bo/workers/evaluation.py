@@ -1,18 +1,13 @@
-"""One evaluation: with a time limit, and with any failure turned into a recorded reason.
-
-:func:`evaluate_recorded` also records that it begins, so that a point at which the process dies is
-given up after some deaths instead of ending every resume.
-"""
+"""One evaluation: with a time limit, and with any failure turned into a recorded reason."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
@@ -38,7 +33,6 @@ __all__ = [
     "TerminatedError",
     "TimeLimitExceededError",
     "deaths_of",
-    "evaluate_recorded",
     "evaluate_row",
     "refuse_another_problem",
     "terminations_raise",
@@ -225,59 +219,14 @@ class Remembers(Protocol):
         ...
 
 
-def evaluate_recorded(
-    problem: Problem,
-    x: Tensor,
-    *,
-    name: Mapping[str, Any],
-    attempt: int,
-    deaths: int,
-    retries: int,
-    record: Callable[[str, Mapping[str, Any]], None],
-    timeout: float | None,
-    generator: Generator,
-) -> tuple[Observations, bool]:
-    """Evaluate one row as :func:`evaluate_row` does, and record that it begins.
-
-    An exception that passes through ends the process in good order; that is recorded too, so what
-    stays open is the death of a process: a segmentation fault, an abort, too little memory, or a
-    kill. A point is given up after more than ``retries`` deaths; one alone never costs a point.
-
-    Args:
-        problem: What to evaluate.
-        x: ``d`` coefficients.
-        name: What the record calls the evaluation: ``index``, ``verify`` or ``probe``.
-        attempt: How often it has failed before.
-        deaths: How many processes have died in it.
-        retries: How often an evaluation is tried again.
-        record: Appends an event to the record.
-        timeout: Seconds that it may take; None means no limit.
-        generator: The source of chance.
-
-    Returns:
-        One row, and whether it was given up, so that it is not tried again.
-    """
-    known = isinstance(problem, Remembers) and problem.remembers(x)
-    if deaths > max(1, retries) and not known:
-        reason = f"the process ended during this evaluation {deaths} times"
-        return Observations.failed(x.unsqueeze(0), problem.metrics, reason), True
-    process = os.getpid()
-    try:
-        with terminations_raise():
-            record("started", {**name, "attempt": attempt})
-            return evaluate_row(problem, x, timeout=timeout, generator=generator), False
-    except StoreError:
-        raise  # nothing can be recorded
-    except BaseException as error:
-        if os.getpid() == process:  # and not a process that an evaluator has forked
-            with suppress(StoreError):
-                record("interrupted", name)
-        if isinstance(error, TerminatedError):
-            raise SystemExit(128 + signal.SIGTERM) from error
-        raise
-
-
 def deaths_of(events: Iterable[Event], name: Mapping[str, Any]) -> int:
-    """Return how many processes have died in the evaluation of this ``name``."""
-    kinds = [e.kind for e in events if all(e.data.get(key) == name[key] for key in name)]
+    """Return how many processes have died in the evaluation of this ``name``.
+
+    What workers evaluated when the driver died does not count.
+    """
+    kinds = [
+        event.kind
+        for event in events
+        if all(event.data.get(key) == name[key] for key in name) and not event.data.get("worker")
+    ]
     return max(0, kinds.count("started") - kinds.count("interrupted"))

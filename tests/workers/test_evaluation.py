@@ -16,7 +16,8 @@ from map_bo.data import Observations
 from map_bo.errors import ConfigError, EvaluationError, SpaceError
 from map_bo.evaluators.isolation import global_state
 from map_bo.rng import make_generator
-from map_bo.workers.evaluation import TimeLimitExceededError, evaluate_row, time_limit
+from map_bo.tracking.store import Event
+from map_bo.workers.evaluation import TimeLimitExceededError, deaths_of, evaluate_row, time_limit
 from tests.evaluators.surroundings import surroundings
 from tests.loop.bowls import Bowls
 
@@ -195,3 +196,11 @@ def test_a_time_limit_does_not_interrupt_what_puts_things_back(
     )
     assert done == [1]
     assert row.failures in [("it took longer than 0.05 s",), (None,)]
+
+
+def test_what_workers_evaluated_when_the_driver_died_is_no_death() -> None:
+    here = Event("started", {"probe": "3", "attempt": 0})
+    there = Event("started", {"probe": "3", "attempt": 0, "worker": True})
+    assert deaths_of([here, there, there, there], {"probe": "3"}) == 1
+    assert deaths_of([here, here, Event("interrupted", {"probe": "3"})], {"probe": "3"}) == 1
+    assert deaths_of([here], {"probe": "4"}) == 0
