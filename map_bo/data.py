@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -17,8 +17,19 @@ import torch
 from torch import Tensor
 
 from map_bo.errors import DataError
+from map_bo.examples.sets import ExampleOutcomes
 from map_bo.moved import under_old_name
-from map_bo.observed import checked_gradients, checked_recalled, double
+from map_bo.observed import (
+    check_noise,
+    checked_covariance,
+    checked_examples,
+    checked_gradients,
+    checked_like,
+    checked_recalled,
+    double,
+    joined_covariance,
+    joined_examples,
+)
 
 __all__ = [
     "Front",
@@ -197,6 +208,11 @@ class Observations:
         recalled: ``n x m`` booleans: which values were not measured, but come from a cache of
             earlier evaluations.
         saved: ``n`` seconds that measuring those had taken; 0 where there are none.
+        examples: ``n`` mappings from an evaluator's name to the outcomes of the examples that it
+            scored; empty where there are none.
+        covariance: ``m x n x n`` covariance of the measurement noise among the rows (metric units
+            squared), whose diagonal is ``Yvar``; 0 where a metric was not measured. None where
+            the noise of the rows is independent.
 
     Raises:
         DataError: When shapes disagree, or a row that has not failed holds infinity or nothing.
@@ -213,6 +229,8 @@ class Observations:
     gradient_variance: Tensor | None = None
     recalled: Tensor = None  # type: ignore[assignment]
     saved: Tensor = None  # type: ignore[assignment]
+    examples: tuple[Mapping[str, ExampleOutcomes], ...] = None  # type: ignore[assignment]
+    covariance: Tensor | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -234,14 +252,7 @@ class Observations:
                 f"{', '.join(metric.name for metric in self.metrics)}",
             )
         for name in ("Yvar", "counts"):
-            value = getattr(self, name)
-            value = torch.full_like(self.Y, torch.nan) if value is None else double(value)
-            if value.shape != self.Y.shape:
-                raise DataError(
-                    f"{name} has shape {tuple(value.shape)}, and Y {tuple(self.Y.shape)}",
-                    hint=f"give {name} the shape of Y",
-                )
-            put(self, name, value)
+            put(self, name, checked_like(name, getattr(self, name), self.Y))
         put(self, "cost", double([0.0] * n if self.cost is None else self.cost))
         put(self, "failures", (None,) * n if self.failures is None else tuple(self.failures))
         if self.cost.shape != (n,) or len(self.failures) != n:
@@ -261,16 +272,7 @@ class Observations:
                 hint="record the row as a failed one: put the reason in `failures`; the values of "
                 "the other metrics are kept. NaN among other values is a metric not measured",
             )
-        if bool(((self.Yvar < 0) | torch.isinf(self.Yvar)).any()):
-            raise DataError(
-                "Yvar holds negative or infinite variances",
-                hint="use NaN where the variance is not known",
-            )
-        if bool((self.counts <= 0).any()):
-            raise DataError(
-                "counts must be positive, and some are not",
-                hint="use NaN where nothing was counted",
-            )
+        check_noise(self.Yvar, self.counts)
         recalled, saved = checked_recalled(self.recalled, self.saved, self.Y)
         put(self, "recalled", recalled)
         put(self, "saved", saved)
@@ -279,6 +281,8 @@ class Observations:
         )
         put(self, "gradients", gradients)
         put(self, "gradient_variance", noise)
+        put(self, "examples", checked_examples(self.examples, n))
+        put(self, "covariance", checked_covariance(self.covariance, m, n))
 
     def __len__(self) -> int:
         return len(self.X)
@@ -345,6 +349,10 @@ class Observations:
             gradient_variance=None if noise is None else noise[index][:, chosen],
             recalled=self.recalled[index][:, chosen],
             saved=self.saved[index],
+            examples=tuple(self.examples[i] for i in index.tolist()),
+            covariance=None
+            if self.covariance is None
+            else self.covariance[chosen][:, index][:, :, index],
         )
 
     def with_any(self) -> Observations:
@@ -415,6 +423,7 @@ class Observations:
             gradient_variance=noise,
             recalled=torch.where(lacks, self.recalled, again.recalled),
             saved=torch.where(more, self.saved + again.saved, again.saved),
+            examples=joined_examples(self.examples, again.examples),
         )
 
     def select(self, rows: Tensor | Sequence[int]) -> Observations:
@@ -425,6 +434,8 @@ class Observations:
         return dataclasses.replace(
             self,
             failures=tuple(self.failures[i] for i in index.tolist()),
+            examples=tuple(self.examples[i] for i in index.tolist()),
+            covariance=None if self.covariance is None else self.covariance[:, index][:, :, index],
             **{name: part[index] for name, part in parts.items() if part is not None},
         )
 
@@ -461,6 +472,8 @@ class Observations:
             failures=tuple(reason for part in parts for reason in part.failures),
             gradients=torch.cat([value for value, _ in gradients]) if gradients else None,
             gradient_variance=torch.cat([noise for _, noise in gradients]) if gradients else None,
+            examples=tuple(row for part in parts for row in part.examples),
+            covariance=joined_covariance([(part.covariance, part.Yvar) for part in parts]),
             **{name: torch.cat(values) for name, values in every.items()},
         )
 

@@ -1,15 +1,31 @@
-"""Checks of what observations hold beside their values: derivatives, and what was recalled."""
+"""Checks of what observations hold beside their values.
+
+Derivatives, what was recalled, outcomes of examples, and noise that rows have in common.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from map_bo.errors import DataError
+from map_bo.examples.sets import ExampleOutcomes
 
-__all__ = ["checked_gradients", "checked_recalled", "double"]
+__all__ = [
+    "check_noise",
+    "checked_covariance",
+    "checked_examples",
+    "checked_gradients",
+    "checked_like",
+    "checked_recalled",
+    "double",
+    "joined_covariance",
+    "joined_examples",
+]
+
+Outcomes = Mapping[str, ExampleOutcomes]
 
 
 def double(value: Tensor | Sequence[Sequence[float]] | Sequence[float]) -> Tensor:
@@ -87,3 +103,107 @@ def checked_recalled(
             hint="leave both out where nothing came from a cache of evaluations",
         )
     return marks, seconds
+
+
+def checked_like(name: str, given: Tensor | None, Y: Tensor) -> Tensor:
+    """Return numbers in the shape of ``Y`` (``n x m``); NaN where None is given.
+
+    Raises:
+        DataError: When they have another shape.
+    """
+    value = torch.full_like(Y, torch.nan) if given is None else double(given)
+    if value.shape != Y.shape:
+        raise DataError(
+            f"{name} has shape {tuple(value.shape)}, and Y {tuple(Y.shape)}",
+            hint=f"give {name} the shape of Y",
+        )
+    return value
+
+
+def check_noise(Yvar: Tensor, counts: Tensor) -> None:
+    """Refuse variances that are negative or infinite, and counts that are not positive.
+
+    Raises:
+        DataError: When there are such.
+    """
+    if bool(((Yvar < 0) | torch.isinf(Yvar)).any()):
+        raise DataError(
+            "Yvar holds negative or infinite variances",
+            hint="use NaN where the variance is not known",
+        )
+    if bool((counts <= 0).any()):
+        raise DataError(
+            "counts must be positive, and some are not",
+            hint="use NaN where nothing was counted",
+        )
+
+
+def checked_examples(given: Sequence[Outcomes] | None, n: int) -> tuple[Outcomes, ...]:
+    """Return outcomes of examples as observations keep them: ``n`` mappings.
+
+    Raises:
+        DataError: When there is not one for each row, or one is something else.
+    """
+    rows = ({},) * n if given is None else tuple(dict(row) for row in given)
+    if len(rows) != n or not all(
+        isinstance(one, ExampleOutcomes) for row in rows for one in row.values()
+    ):
+        raise DataError(
+            f"examples must be {n} mappings from evaluators to ExampleOutcomes, got {len(rows)}",
+            hint="give one mapping per evaluation, empty where no example was scored",
+        )
+    return rows
+
+
+def joined_examples(before: Sequence[Outcomes], after: Sequence[Outcomes]) -> tuple[Outcomes, ...]:
+    """Return the outcomes of two attempts at the same rows; where both have one, the latter's."""
+    return tuple(
+        {
+            **old,
+            **{name: old[name].joined(one) if name in old else one for name, one in new.items()},
+        }
+        for old, new in zip(before, after, strict=True)
+    )
+
+
+def checked_covariance(given: Tensor | None, m: int, n: int) -> Tensor | None:
+    """Return a covariance of noise among rows as observations keep it, ``m x n x n``.
+
+    Raises:
+        DataError: When it has another shape, is not finite, or not symmetric.
+    """
+    if given is None:
+        return None
+    value = double(given)
+    if value.shape != (m, n, n) or not bool(value.isfinite().all()):
+        raise DataError(
+            f"covariance must be finite and of shape {(m, n, n)}, got {tuple(value.shape)}",
+            hint="give one matrix among the rows per metric, 0 where nothing was measured",
+        )
+    size = value.diagonal(dim1=-1, dim2=-2).abs().amax(-1) if n else value.new_zeros(m)
+    if n and bool(((value - value.mT).abs().amax((-1, -2)) > 1e-8 * size).any()):
+        raise DataError(
+            "covariance is not symmetric", hint="give the covariance of row i with row j, and back"
+        )
+    return value
+
+
+def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """Return the covariance of the rows of several parts, which have nothing in common.
+
+    Args:
+        parts: Covariance (None where rows are independent) and ``n x m`` variances of each.
+    """
+    if all(covariance is None for covariance, _ in parts):
+        return None
+    blocks = [
+        torch.diag_embed(variance.mT.nan_to_num(nan=0.0)) if covariance is None else covariance
+        for covariance, variance in parts
+    ]
+    n, at = sum(block.shape[-1] for block in blocks), 0
+    whole = blocks[0].new_zeros(len(blocks[0]), n, n)
+    for block in blocks:
+        end = at + block.shape[-1]
+        whole[:, at:end, at:end] = block
+        at = end
+    return whole

@@ -20,6 +20,7 @@ FLOORS = [
         "rng",
         "data",
         "observed",
+        "examples",
         "choice",
         "space",
         "scale",

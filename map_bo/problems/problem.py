@@ -13,9 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
+from map_bo.errors import DataError
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
+from map_bo.examples.sets import ExampleSet, Part, order_of
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
@@ -27,10 +29,12 @@ __all__ = [
     "ExportsAdapters",
     "Forwards",
     "HasEvaluators",
+    "HasExamples",
     "Preparable",
     "Problem",
     "description_of",
     "digests_of_examples",
+    "on_parts",
     "select_metrics",
 ]
 
@@ -147,6 +151,61 @@ class Forwards(Protocol):
     def receive(self, x: Tensor, seen: Observations | None) -> Observations:
         """Return the row of ``x`` (``d``), given what the other problem has measured for it."""
         ...
+
+
+@runtime_checkable
+class HasExamples(Protocol):
+    """A problem whose metrics are measured on examples, and that can score some of them alone.
+
+    What it evaluates has the outcome of every example in ``Observations.examples``.
+    """
+
+    @property
+    def example_sets(self) -> Mapping[str, ExampleSet]:
+        """The set of each evaluator, by its name, in the order of the metrics; prepared."""
+        ...
+
+    def on_examples(self, wanted: Mapping[str, Tensor]) -> Problem:
+        """Return the problem that measures some metrics on some examples.
+
+        Args:
+            wanted: Evaluator -> ``n`` indices of its examples. Its metrics are measured on these,
+                and those of evaluators that are not named are not measured. One that is not
+                divisible is called as a whole.
+
+        Raises:
+            DataError: When there is no such evaluator or example.
+        """
+        ...
+
+
+def on_parts(problem: Problem, parts: Sequence[Part], seed: int) -> Problem:
+    """Return the problem that measures parts of its examples alone.
+
+    Args:
+        problem: A problem that has examples.
+        parts: Positions in the order of each evaluator.
+        seed: What the orders are drawn by.
+
+    Raises:
+        DataError: When the problem cannot, or has no such evaluator or position.
+    """
+    if not isinstance(problem, HasExamples):
+        raise DataError(
+            f"{type(problem).__name__} cannot measure some of its examples alone",
+            hint="leave loop.items out, or let it have `example_sets` and `on_examples`",
+        )
+    sets, wanted = problem.example_sets, {}
+    for part in parts:
+        if part.evaluator not in sets or part.stop > sets[part.evaluator].size:
+            known = {name: one.size for name, one in sets.items()}
+            raise DataError(
+                f"there are no examples {part.start} to {part.stop} of {part.evaluator!r}",
+                hint=f"the sizes are {known}",
+            )
+        order = order_of(sets[part.evaluator], seed, part.evaluator)
+        wanted[part.evaluator] = order[part.start : part.stop]
+    return problem.on_examples(wanted)
 
 
 @runtime_checkable

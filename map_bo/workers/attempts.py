@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import StoreError
+from map_bo.examples.sets import Part
 from map_bo.problems.problem import Forwards, Problem
 from map_bo.rng import child
 from map_bo.workers.evaluation import Remembers, TerminatedError, terminations_raise
@@ -101,6 +102,9 @@ class Attempts:
         attempt: int,
         deaths: int,
         generator: Generator | None = None,
+        parts: Sequence[Part] | None = None,
+        metrics: Sequence[str] | None = None,
+        order: int = 0,
     ) -> None:
         """Begin an attempt.
 
@@ -112,7 +116,10 @@ class Attempts:
             deaths: How many processes have died in it; it is given up after more than ``retries``,
                 and one death alone never costs a point.
             generator: The source of chance; by default a child of the run's, named by the part of
-                the run, the row and the attempt.
+                the run, the row and the attempt, and by where the parts begin.
+            parts: Which examples to score; None for all, as the problem measures them.
+            metrics: Names of the metrics that are measured on them.
+            order: The seed that the orders of the examples are drawn by.
 
         Raises:
             StoreError: When nothing can be recorded.
@@ -124,24 +131,27 @@ class Attempts:
             failed = Observations.failed(x.unsqueeze(0), problem.metrics, reason)
             self._ended.append(Ended(kind, row, failed, given_up=True))
             return
-        point, metrics = x, None
+        point, names = x, None if metrics is None else tuple(metrics)
         if isinstance(problem, Forwards) and not self.flights.workers.local:
-            point, metrics = problem.request(x)
-            if not metrics:
+            point, names = problem.request(x)
+            if not names:
                 self._ended.append(Ended(kind, row, problem.receive(x, None)))
                 return
         if generator is None:
             part = "evaluate" if kind == "index" else kind
-            generator = child(self._generator, part, row, attempt)
+            further = [f"{one.evaluator} {one.start}" for one in parts or () if one.start]
+            generator = child(self._generator, part, row, attempt, *further)
         task = Task.of(
             kind,
             row,
             attempt,
             point,
             generator=generator,
-            metrics=metrics,
+            metrics=names,
             timeout=self._timeout,
             node=self._node,
+            parts=parts,
+            order=order,
         )
         self._points[kind, row] = x
         with self._recorded_end(kind, row):

@@ -24,9 +24,10 @@ from map_bo.evaluators.isolation.world import (
     stops_the_process,
 )
 from map_bo.merging.vectors.live import LiveModel
-from map_bo.problems.problem import Problem
+from map_bo.problems.problem import Problem, on_parts, select_metrics
 from map_bo.rng import child_seed
 from map_bo.tracking.store import Event
+from map_bo.workers.workers import Task
 
 __all__ = [
     "Remembers",
@@ -34,6 +35,7 @@ __all__ = [
     "TimeLimitExceededError",
     "deaths_of",
     "evaluate_row",
+    "measuring",
     "refuse_another_problem",
     "terminations_raise",
     "time_limit",
@@ -88,6 +90,18 @@ def time_limit(seconds: float | None) -> Iterator[None]:
         if left:  # an alarm of the caller's own, which may be overdue
             passed = time.monotonic() - start
             signal.setitimer(signal.ITIMER_REAL, max(left - passed, _SOON), interval)
+
+
+def measuring(problem: Problem, task: Task) -> Problem:
+    """Return the problem that measures what a task asks for.
+
+    Raises:
+        DataError: When the problem does not have such metrics or examples.
+    """
+    if task.parts is not None:
+        return on_parts(problem, task.parts, task.order)
+    names = tuple(metric.name for metric in problem.metrics)
+    return problem if task.metrics in (None, names) else select_metrics(problem, task.metrics or ())
 
 
 @known_numerics()

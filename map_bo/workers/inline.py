@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 from map_bo.problems.problem import Problem
 from map_bo.rng import make_generator
-from map_bo.workers.evaluation import evaluate_row
+from map_bo.workers.evaluation import evaluate_row, measuring
 from map_bo.workers.workers import Outcome, Task
 
 __all__ = ["InlineWorkers"]
@@ -33,7 +33,7 @@ class InlineWorkers:
         """Evaluate the task, and return its future with the outcome in it."""
         future: Future[Outcome] = Future()
         row = evaluate_row(
-            self._problem,
+            measuring(self._problem, task),
             task.point,
             timeout=task.timeout,
             generator=make_generator(task.seed),

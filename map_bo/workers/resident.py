@@ -21,11 +21,10 @@ from map_bo.problems.problem import (
     Problem,
     description_of,
     digests_of_examples,
-    select_metrics,
 )
 from map_bo.rng import make_generator
 from map_bo.tracking.codec import encode_metric
-from map_bo.workers.evaluation import evaluate_row
+from map_bo.workers.evaluation import evaluate_row, measuring
 from map_bo.workers.recipe import Recipe
 from map_bo.workers.workers import Outcome, Task
 
@@ -174,7 +173,7 @@ class Resident:
             MapBoError: What makes every further evaluation fail as well.
         """
         row = evaluate_row(
-            self._measuring(task.metrics),
+            self._measuring(task),
             task.point,
             timeout=task.timeout,
             generator=make_generator(task.seed),
@@ -183,14 +182,14 @@ class Resident:
 
     def metrics(self, task: Task) -> tuple[Metric, ...]:
         """Return the metrics that a task asks for."""
-        return self._measuring(task.metrics).metrics
+        return self._measuring(task).metrics
 
-    def _measuring(self, metrics: tuple[str, ...] | None) -> Problem:
-        if metrics is None or metrics == tuple(metric.name for metric in self.problem.metrics):
-            return self.problem
-        if metrics not in self._parts:
-            self._parts[metrics] = select_metrics(self.problem, metrics)
-        return self._parts[metrics]
+    def _measuring(self, task: Task) -> Problem:
+        if task.parts is not None or task.metrics is None:
+            return measuring(self.problem, task)
+        if task.metrics not in self._parts:
+            self._parts[task.metrics] = measuring(self.problem, task)
+        return self._parts[task.metrics]
 
 
 def _require_same(expected: Mapping[str, str], found: Mapping[str, str], worker: str) -> None:

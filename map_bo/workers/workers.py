@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
+from map_bo.examples.sets import Part
 from map_bo.problems.problem import Problem
 
 __all__ = [
@@ -51,6 +52,9 @@ class Task:
         metrics: Names of the metrics to measure; None for all.
         timeout: Seconds that it may take; None for no limit.
         node: Of a nested run, whose evaluation it is.
+        parts: Which examples to score, by positions in the orders of their evaluators; None for
+            all, as the problem measures them.
+        order: The seed that these orders are drawn by.
     """
 
     kind: Kind
@@ -61,6 +65,8 @@ class Task:
     metrics: tuple[str, ...] | None = None
     timeout: float | None = None
     node: str = ""
+    parts: tuple[Part, ...] | None = None
+    order: int = 0
 
     @property
     def key(self) -> Key:
@@ -93,6 +99,8 @@ class Task:
         metrics: Sequence[str] | None = None,
         timeout: float | None = None,
         node: str = "",
+        parts: Sequence[Part] | None = None,
+        order: int = 0,
     ) -> Task:
         """Return the task of a row (``d``), which is evaluated with this generator."""
         return cls(
@@ -104,6 +112,8 @@ class Task:
             None if metrics is None else tuple(metrics),
             timeout,
             node,
+            None if parts is None else tuple(parts),
+            order,
         )
 
 

@@ -1,0 +1,170 @@
+"""Examples: the sets that metrics are measured on, and the outcome of each example.
+
+An evaluator that scores example by example has a *set* of them. Every run puts each set into one
+random order; an evaluation covers the examples up to some position of it, so those of two rows
+nest, and what two rows have in common is all that the smaller one has. Sets are numbered as their
+evaluators number them; the order only says which come first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from map_bo.errors import DataError
+from map_bo.rng import child, make_generator
+
+__all__ = ["ExampleOutcomes", "ExampleSet", "Part", "check_parts", "order_of"]
+
+
+class Part(NamedTuple):
+    """Which examples of an evaluator are to be scored: positions ``[start, stop)`` of its order.
+
+    An evaluator that cannot score some of its examples has a set of size 1: all of them.
+    """
+
+    evaluator: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleSet:
+    """The examples that one evaluator scores.
+
+    Attributes:
+        metrics: Names in the run of the metrics that are measured on them.
+        size: How many there are; 1 where the evaluator can only be called as a whole.
+        digest: Digest of the examples; empty where the evaluator has none.
+        strata: ``size`` integers, the label of each example where labels are known.
+        divisible: Whether some of them can be scored without the others.
+    """
+
+    metrics: tuple[str, ...]
+    size: int
+    digest: str = ""
+    strata: Tensor | None = None
+    divisible: bool = True
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or (self.strata is not None and self.strata.shape != (self.size,)):
+            shape = None if self.strata is None else tuple(self.strata.shape)
+            raise DataError(
+                f"a set of {self.size} examples has strata of shape {shape}",
+                hint="give at least one example, and one stratum per example or none",
+            )
+
+
+def order_of(examples: ExampleSet, seed: int, key: str) -> Tensor:
+    """Return the random order of a set: ``size`` indices, each once.
+
+    With strata, every stretch of it holds each stratum in about its share: the ``k``-th of the
+    ``n`` examples of a stratum comes at about ``k / n`` of the way.
+
+    Args:
+        examples: The set.
+        seed: Seed of the run.
+        key: Name of the evaluator, so that sets of equal size have orders of their own.
+    """
+    source = child(make_generator(seed), "examples", key, examples.size, examples.digest)
+    shuffled = torch.randperm(examples.size, generator=source)
+    if examples.strata is None:
+        return shuffled
+    labels = examples.strata[shuffled]
+    at = torch.empty(examples.size, dtype=torch.float64)
+    for label in sorted(set(labels.tolist())):
+        rows = (labels == label).nonzero().flatten()
+        within = torch.rand(len(rows), generator=source, dtype=torch.float64)
+        at[rows] = (torch.arange(len(rows)) + within) / len(rows)
+    return shuffled[at.argsort(stable=True)]
+
+
+@dataclass(frozen=True, eq=False)
+class ExampleOutcomes:
+    """Outcomes of one evaluator on some of its examples, of one row.
+
+    Attributes:
+        items: ``n`` indices of examples, ascending, each once.
+        values: ``n x k`` outcomes, one column for each of the evaluator's ``k`` metrics; NaN where
+            an example failed.
+        size: How many examples the set has in all.
+        means: Whether each of the metrics is the mean of its outcomes; ``k`` booleans.
+    """
+
+    items: Tensor
+    values: Tensor
+    size: int
+    means: tuple[bool, ...]
+
+    def __post_init__(self) -> None:
+        put = object.__setattr__
+        items, values = self.items.detach().cpu().long(), self.values.detach().cpu().double()
+        values = values.unsqueeze(-1) if values.dim() == 1 else values
+        if items.dim() != 1 or values.shape != (len(items), len(self.means)):
+            raise DataError(
+                f"{tuple(items.shape)} examples have outcomes of shape {tuple(values.shape)} for "
+                f"{len(self.means)} metrics",
+                hint="give one outcome per example and metric",
+            )
+        order = items.argsort()
+        items = items[order]
+        inside = len(items) and 0 <= int(items[0]) and int(items[-1]) < self.size
+        if not inside or bool((items[1:] == items[:-1]).any()):
+            raise DataError(
+                f"the examples of an outcome are not different ones of {self.size}",
+                hint="score each example at most once, and at least one",
+            )
+        put(self, "items", items)
+        put(self, "values", values[order])
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all examples of the set were scored."""
+        return len(self.items) == self.size
+
+    def joined(self, more: ExampleOutcomes) -> ExampleOutcomes:
+        """Return these outcomes and ``more`` of the same set; of an example in both, the latter.
+
+        Raises:
+            DataError: When they are of different sets.
+        """
+        if (more.size, more.means) != (self.size, self.means):
+            raise DataError(
+                f"outcomes on {self.size} examples cannot be joined with some on {more.size}",
+                hint="the data of an evaluator must stay the same throughout a run",
+            )
+        kept = ~torch.isin(self.items, more.items)
+        return ExampleOutcomes(
+            torch.cat([self.items[kept], more.items]),
+            torch.cat([self.values[kept], more.values]),
+            self.size,
+            self.means,
+        )
+
+    def row(self) -> Tensor:
+        """Return the outcomes by example, ``size x k``, NaN where an example was not scored."""
+        spread = self.values.new_full((self.size, len(self.means)), torch.nan)
+        spread[self.items] = self.values
+        return spread
+
+
+def check_parts(parts: Sequence[Part]) -> tuple[Part, ...]:
+    """Return parts as a tuple, or refuse them.
+
+    Raises:
+        DataError: When one is empty, or an evaluator appears twice.
+    """
+    names = [part.evaluator for part in parts]
+    if len(set(names)) < len(names) or any(not 0 <= p.start < p.stop for p in parts):
+        raise DataError(
+            f"parts of examples must not be empty, and of different evaluators, got {list(parts)}",
+            hint="give one range of positions per evaluator",
+        )
+    return tuple(Part(*part) for part in parts)
