@@ -93,12 +93,15 @@ class ExampleOutcomes:
             an example failed.
         size: How many examples the set has in all.
         means: Whether each of the metrics is the mean of its outcomes; ``k`` booleans.
+        metrics: Names in the run of the ``k`` metrics; empty where they are not told, which is
+            enough for an evaluator that measures a single metric under its own name.
     """
 
     items: Tensor
     values: Tensor
     size: int
     means: tuple[bool, ...]
+    metrics: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -109,6 +112,13 @@ class ExampleOutcomes:
                 f"{tuple(items.shape)} examples have outcomes of shape {tuple(values.shape)} for "
                 f"{len(self.means)} metrics",
                 hint="give one outcome per example and metric",
+            )
+        put(self, "metrics", tuple(self.metrics))
+        if self.metrics and len(set(self.metrics)) != len(self.means):
+            raise DataError(
+                f"outcomes in {len(self.means)} columns are of the metrics "
+                f"{', '.join(self.metrics)}",
+                hint="name one metric per column, each once, or none",
             )
         order = items.argsort()
         items = items[order]
@@ -140,13 +150,37 @@ class ExampleOutcomes:
                 f"outcomes on {self.size} examples cannot be joined with some on {more.size}",
                 hint="the data of an evaluator must stay the same throughout a run",
             )
+        if self.metrics and more.metrics and more.metrics != self.metrics:
+            raise DataError(
+                f"outcomes of {', '.join(self.metrics)} cannot be joined with those of "
+                f"{', '.join(more.metrics)}",
+                hint="the metrics of an evaluator must stay the same throughout a run",
+            )
         kept = ~torch.isin(self.items, more.items)
         return ExampleOutcomes(
             torch.cat([self.items[kept], more.items]),
             torch.cat([self.values[kept], more.values]),
             self.size,
             self.means,
+            more.metrics or self.metrics,
         )
+
+    def columns(self, evaluator: str) -> dict[str, int]:
+        """Return the name in the run of each metric -> its column.
+
+        Args:
+            evaluator: What the evaluator is called; it names a single metric that has no other.
+
+        Raises:
+            DataError: When there are several metrics, and none of them has a name.
+        """
+        if not self.metrics and len(self.means) > 1:
+            raise DataError(
+                f"evaluator {evaluator!r} gives outcomes of {len(self.means)} metrics without "
+                "their names",
+                hint="give ExampleOutcomes the names in `metrics`",
+            )
+        return {name: j for j, name in enumerate(self.metrics or (evaluator,))}
 
     def row(self) -> Tensor:
         """Return the outcomes by example, ``size x k``, NaN where an example was not scored."""

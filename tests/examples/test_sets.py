@@ -74,3 +74,18 @@ def test_parts_are_of_different_evaluators_and_not_empty() -> None:
     for wrong in ([Part("a", 2, 2)], [Part("a", 0, 2), Part("a", 2, 4)]):
         with pytest.raises(DataError):
             check_parts(wrong)
+
+
+def test_columns_are_found_by_the_metrics_names():
+    one = ExampleOutcomes(torch.tensor([0]), torch.ones(1), 3, (True,))
+    assert one.columns("task") == {"task": 0}
+    two = ExampleOutcomes(torch.tensor([0]), torch.ones(1, 2), 3, (True, False), ("a", "b"))
+    assert two.columns("task") == {"a": 0, "b": 1}
+    more = ExampleOutcomes(torch.tensor([1]), torch.ones(1, 2), 3, (True, False))
+    assert two.joined(more).metrics == ("a", "b")
+    with pytest.raises(DataError, match="without their names"):
+        more.columns("task")
+    with pytest.raises(DataError, match="2 columns are of the metrics a, a"):
+        ExampleOutcomes(torch.tensor([1]), torch.ones(1, 2), 3, (True, False), ("a", "a"))
+    with pytest.raises(DataError, match="of a, b cannot be joined with those of b, a"):
+        two.joined(ExampleOutcomes(more.items, more.values, 3, more.means, ("b", "a")))
