@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.data import Metric, Observations
+from map_bo.data import Metric, Observations, Resampling
 from map_bo.loop.posterior.front_posterior import expected_optimism
 from map_bo.loop.posterior.joint_posterior import real_draws
 from map_bo.pareto.gradient import GradientSolver
@@ -28,6 +28,7 @@ from map_bo.samplers.posterior.scalarised import HypervolumeScalarised
 from map_bo.samplers.posterior.thompson import ThompsonFronts
 from map_bo.samplers.posterior.variance import IntegratedVariance
 from map_bo.samplers.published.bins import Bins
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.features import group_sizes, space_features, space_groups
@@ -403,7 +404,7 @@ def gradients_of(seen: Observations) -> Observations:
 
 @pytest.mark.parametrize("surrogate", [Quadratic(), GP()], ids=repr)
 def test_metrics_with_gradients_take_the_diagonal(surrogate: Surrogate) -> None:
-    seen = gradients_of(noisy(6))
+    seen = gradients_of(noisy(5))
     plain = dataclasses.replace(seen, covariance=None)
     found = said(surrogate.fit(seen, SPACE), points())
     assert_same(found, said(surrogate.fit(plain, SPACE), points()), 1e-9, 1e-12)
@@ -412,7 +413,7 @@ def test_metrics_with_gradients_take_the_diagonal(surrogate: Surrogate) -> None:
     assert some is not None
     only = dataclasses.replace(seen, gradients=some.index_fill(1, torch.tensor([1, 2]), torch.nan))
     mixed = said(surrogate.fit(only, SPACE), points())
-    without = said(surrogate.fit(noisy(6), SPACE), points())
+    without = said(surrogate.fit(noisy(5), SPACE), points())
     torch.testing.assert_close(mixed[0][:, 0], found[0][:, 0], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(mixed[0][:, 1:], without[0][:, 1:], rtol=1e-6, atol=1e-8)
 
@@ -512,3 +513,20 @@ def test_samplers_run(
     assert found.shape == (1, 2)
     assert bool(SPACE.contains(found).all())
     assert not caplog.records  # the design would go on where the choice fails, and say so
+
+
+def test_the_scale_has_a_range_where_only_common_noise_is_larger() -> None:
+    """Base and experts that differ by less than the noise they have in common do differ."""
+    space = CoefficientSpace.box(("a", "b"))
+    X = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    Y = torch.tensor([[0.1, 0.8], [0.9, 0.93], [0.5, 0.8]])
+    common = 0.01 * torch.ones(2, 3, 3).double()
+    own = 0.01 * torch.eye(3).double().expand(2, 3, 3)
+    kinds: tuple[Resampling | None, ...] = (None, "same")
+    for resampling in kinds:
+        metrics = (Metric("x", resampling=resampling), Metric("y", resampling=resampling))
+        for share, rangeless in ((0.0, ()), (0.1, ()), (1.0, ("y",))):
+            covariance = (1 - share) * common + share * own
+            Yvar = covariance.diagonal(dim1=-1, dim2=-2).mT
+            seen = Observations(X, Y, metrics, Yvar=Yvar, covariance=covariance)
+            assert Scale.of(seen, space).rangeless == rangeless
