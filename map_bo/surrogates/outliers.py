@@ -274,6 +274,7 @@ class _Search:
         self.fitted = as_fitted(seen)
         self.z = torch.zeros(len(seen), dtype=torch.float64)
         self.covariance: Tensor | None = None
+        self.unknown = False
 
     def outliers(self, model: SurrogateModel) -> dict[int, tuple[float, float]]:
         """Return row -> what is expected there and its standard deviation, of each outlier.
@@ -281,7 +282,8 @@ class _Search:
         Args:
             model: The fit to all rows, of this metric.
         """
-        self.z = observed_on_link(self.fitted, model.links)[0][:, 0]
+        values, variance = observed_on_link(self.fitted, model.links)
+        self.z, self.unknown = values[:, 0], bool(variance.isnan().any())
         covariance = covariance_on_link(self.fitted, model.links)
         self.covariance = None if covariance is None else covariance[0]
         out = torch.zeros(len(self.seen), dtype=torch.bool)
@@ -357,7 +359,7 @@ class _Search:
     def _misfit(self, model: SurrogateModel) -> Tensor:
         """Return the variance on top of known noise, a scalar: the noise where it is unknown."""
         assert isinstance(model, LeavesOneOut)
-        if bool(self.fitted.Yvar.isnan().any()):
+        if self.unknown:
             return model.training_targets()[1].nanmedian()
         return model.misfit_variance()[0]
 
@@ -383,7 +385,7 @@ class _Search:
             centre, misfit = mean[:, 0], self._misfit(model)
             stretch = self._stretch(model, centre)
             known = self.covariance[rows][:, rows]
-            least = torch.maximum(misfit, 1e-9 * known.diagonal().mean())
+            least = torch.maximum(misfit, 1e-9 * known.diagonal().mean() + 1e-300)
             noise = known + least * torch.eye(len(known), dtype=known.dtype)
             toward = stretch.unsqueeze(-1) * self.covariance[:, rows]
             weights = torch.linalg.solve(noise, toward.mT).mT

@@ -530,3 +530,17 @@ def test_the_scale_has_a_range_where_only_common_noise_is_larger() -> None:
             Yvar = covariance.diagonal(dim1=-1, dim2=-2).mT
             seen = Observations(X, Y, metrics, Yvar=Yvar, covariance=covariance)
             assert Scale.of(seen, space).rangeless == rangeless
+
+
+@pytest.mark.parametrize("surrogate", [Quadratic(), GP()], ids=repr)
+def test_exact_values_at_a_bound_are_screened_with_a_covariance_of_nothing(
+    surrogate: Surrogate,
+) -> None:
+    seen = noisy(12).columns([0], torch.ones(12, dtype=torch.bool))
+    Y = (seen.Y + 0.2).clamp(0.5, 1.0).round(decimals=1)  # some are 1
+    Y[7] = 0.4
+    exact = torch.zeros(1, 12, 12)
+    seen = dataclasses.replace(seen, Y=Y, Yvar=torch.zeros_like(Y), covariance=exact)
+    found = Screened(surrogate).screen(seen, SPACE)
+    with torch.no_grad():
+        assert bool(found.model.link_mean(points()).isfinite().all())
