@@ -45,6 +45,7 @@ from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import (
     LogitLink,
     as_fitted,
+    correlated,
     covariance_on_link,
     observed_on_link,
 )
@@ -274,7 +275,7 @@ class _Search:
         self.fitted = as_fitted(seen)
         self.z = torch.zeros(len(seen), dtype=torch.float64)
         self.covariance: Tensor | None = None
-        self.unknown = False
+        self.at, self.unknown = self.z, False
 
     def outliers(self, model: SurrogateModel) -> dict[int, tuple[float, float]]:
         """Return row -> what is expected there and its standard deviation, of each outlier.
@@ -284,7 +285,11 @@ class _Search:
         """
         values, variance = observed_on_link(self.fitted, model.links)
         self.z, self.unknown = values[:, 0], bool(variance.isnan().any())
-        covariance = covariance_on_link(self.fitted, model.links)
+        self.at = self.z
+        if self.fitted.covariance is not None and bool(correlated(self.fitted.covariance)):
+            with torch.no_grad():
+                self.at = model.link_mean(self.seen.X)[:, 0]
+        covariance = covariance_on_link(self.fitted, model.links, self.at.unsqueeze(-1))
         self.covariance = None if covariance is None else covariance[0]
         out = torch.zeros(len(self.seen), dtype=torch.bool)
         first = model
@@ -364,9 +369,9 @@ class _Search:
         return model.misfit_variance()[0]
 
     def _stretch(self, model: SurrogateModel, mean: Tensor) -> Tensor:
-        """Return by what deviations of noise change from the values to ``mean``, ``n``."""
+        """Return by what deviations of noise change from where they are to ``mean``, ``n``."""
         link = model.links[0]
-        return link.slope(self.z) / link.slope(mean)
+        return link.slope(self.at) / link.slope(mean)
 
     def _at(self, model: SurrogateModel, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted means and standard deviations of all values, noise included, ``n``.
