@@ -1,4 +1,4 @@
-"""`map-bo check RUN`, `map-bo repair RUN` and `map-bo cache`: what is on disk, is it whole."""
+"""`map-bo check`, `repair`, `outcomes` and `cache`: what is on disk, is it whole, as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from map_bo.tracking.side_file import Lost
     from map_bo.tracking.store import Event
 
-__all__ = ["Verdict", "check", "repair", "show_cache", "verdict_of"]
+__all__ = ["Verdict", "check", "repair", "show_cache", "verdict_of", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -295,3 +295,23 @@ def _append(store: object, file: Path) -> int:
         for event in events:
             store.append(event)
     return len(events)
+
+
+def write_table(options: argparse.Namespace) -> None:
+    """Write the outcome of every example in every evaluation of a run as a table."""
+    from map_bo.errors import StoreError
+    from map_bo.loop.reading import examples_of
+    from map_bo.report.run.outcome_table import check_name, write_outcomes
+
+    out = Path(options.out)
+    check_name(out)  # first: before anything is read
+    rows = examples_of(options.run)
+    if not any(rows):
+        raise StoreError(
+            f"the record of {options.run} holds no outcomes of examples: its evaluators give one "
+            "value per model, or it was made before they were kept",
+            hint="see evaluations.csv in the run's directory for the values",
+        )
+    count = write_outcomes(rows, out)
+    made = sum(map(bool, rows))
+    sys.stdout.write(f"{count} outcomes of {made} evaluations written to {out}\n")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 from map_bo.app.main import main
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.loop.optimize import optimize
-from map_bo.loop.reading import load_result, load_state
+from map_bo.loop.reading import load_result, load_state, outcomes_table
 from map_bo.loop.run import Run
 from map_bo.nested.optimize import optimize_nested
 from map_bo.problems.evaluation_cache import CachedMeasurements, EvaluationCache
@@ -325,3 +326,33 @@ def test_a_record_with_lost_outcomes_of_a_nested_run_is_repaired(
     main(["repair", str(tmp_path)])
     status, said = checked(tmp_path, capsys)
     assert (status, "1 measurements of a nested run" in said) == (0, True), said
+    assert set(outcomes_table(tmp_path)["evaluator"]) == {"near a"}
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
+def test_outcomes_are_written_as_a_table(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    main(["outcomes", str(scored), "--out", str(tmp_path / name)])
+    assert (
+        f"96000 outcomes of 8 evaluations written to {tmp_path / name}" in capsys.readouterr().out
+    )
+    table = outcomes_table(scored)
+    assert len(table["row"]) == 96000
+    content = (tmp_path / name).read_bytes()
+    text = (gzip.decompress(content) if name.endswith("gz") else content).decode()
+    lines = text.splitlines()
+    assert lines[0] == "row,evaluator,metric,example,outcome"
+    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == table["outcome"].tolist()
+    last = load_state(scored)[0].data.examples[7]["far from b"]
+    assert table["outcome"][-6000:].tolist() == last.values[:, 0].tolist()
+
+
+def test_a_table_of_nothing_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing(capsys, "outcomes", str(run), "--out", str(tmp_path / "table.csv"))
+    assert "holds no outcomes of examples" in said
+    said = failing(capsys, "outcomes", str(tmp_path / "none"), "--out", str(tmp_path / "table.ods"))
+    assert "'table.ods'" in said, "before anything is read"
+    assert not (tmp_path / "table.csv").exists()
