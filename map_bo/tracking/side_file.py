@@ -35,7 +35,8 @@ __all__ = ["OUTCOMES", "Lost", "SideFile", "without_lost"]
 
 OUTCOMES = "outcomes.bin"
 
-_INLINE = 8192  # characters that stand in the line of the event
+_INLINE = 8192  # characters of all outcomes of an event, up to which they stand in its line
+_SMALL = 512  # characters of outcomes that stand there in any case
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class SideFile:
             StoreError: When another process wrote at the same moment.
         """
         self._put = None
+        if sum(_lengths(event)) <= _INLINE:
+            return event
         large: list[bytes] = []
         start = self.size
 
@@ -184,7 +187,7 @@ class SideFile:
         kept, gone, end, used = [], [], 0, 0
         for number, event in enumerate(events, start=1):
             found, lost, end = self._resolved(event, number, end)
-            used += sum(_lengths(event))
+            used += sum(_lengths(event, elsewhere=True))
             kept.append(found)
             gone += lost
         return kept, gone, max(0, self.size - used)
@@ -250,7 +253,7 @@ class SideFile:
 
 def _large(packed: Any) -> bytes | None:
     """Return the bytes of packed outcomes that are not to stand in the line of their event."""
-    if not isinstance(packed, str) or len(packed) <= _INLINE:
+    if not isinstance(packed, str) or len(packed) <= _SMALL:
         return None
     try:
         content = base64.b64decode(packed.encode("ascii"), validate=True)
@@ -259,14 +262,16 @@ def _large(packed: Any) -> bytes | None:
     return content if base64.b64encode(content).decode("ascii") == packed else None
 
 
-def _lengths(event: Event) -> list[int]:
-    """Return the lengths of all outcomes that an event refers to."""
+def _lengths(event: Event, *, elsewhere: bool = False) -> list[int]:
+    """Return how long the outcomes of an event are, in characters; or ``elsewhere``, in bytes."""
     found: list[int] = []
 
     def look(evaluator: str, one: Mapping[str, Any]) -> Mapping[str, Any]:
-        place = one.get("packed")
-        length = place.get("length") if isinstance(place, Mapping) else None
-        if type(length) is int and length >= 0:
+        packed = one.get("packed")
+        length = packed.get("length") if isinstance(packed, Mapping) else None
+        if isinstance(packed, str) and not elsewhere:
+            found.append(len(packed))
+        elif elsewhere and type(length) is int and length >= 0:
             found.append(length)
         return one
 

@@ -385,3 +385,19 @@ def test_the_new_name_is_durable_before_the_event(
     store.append(event(0))
     store.append(event(1))
     assert synced == [True]
+
+
+def test_many_that_are_not_small_together_go_beside_the_record(tmp_path: Path) -> None:
+    def several(count: int) -> Event:
+        names = {f"task {i}": outcomes(5000, seed=i, kind="bits") for i in range(count)}
+        seen = Observations(torch.zeros(1, 2), torch.zeros(1, 1), METRICS, examples=(names,))
+        return Event("observed", {"observation": encode_observations(seen)}, 1)
+
+    store = JsonlStore.create(tmp_path)
+    store.append(several(8))
+    assert not (tmp_path / "outcomes.bin").exists()
+    store.append(several(20))
+    assert (tmp_path / "outcomes.bin").stat().st_size > 20 * 600
+    lines = (tmp_path / "events.jsonl").read_bytes().splitlines()
+    assert len(lines[1]) < len(lines[0])
+    assert read(tmp_path) == [several(8), several(20)]
