@@ -27,9 +27,9 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import geometric_mean, mean, stdev
 from typing import Any
 
 import torch
@@ -222,8 +222,8 @@ def _groups(rows: Rows) -> Iterator[tuple[str, Callable[[str], Rows]]]:
         yield f"| {name} | {size} | {design} | {n} |", of
 
 
-def tables(rows: Rows) -> list[str]:
-    """Return two Markdown tables: root mean square errors, and coverage."""
+def full_tables(rows: Rows) -> list[str]:
+    """Return two Markdown tables by case: root mean square errors, and coverage."""
     lines = [
         "Root mean square error of the metric on all examples:",
         "",
@@ -250,6 +250,46 @@ def tables(rows: Rows) -> list[str]:
     return lines
 
 
+def short_table(rows: Rows) -> list[str]:
+    """Return a Markdown table: root mean square errors as shares of common's, and coverage.
+
+    Shares are geometric means over the cases, coverage that of the case with the least and of the
+    one with the most.
+    """
+    lines = [
+        "| design | n | common | fresh | regression | item response | contrasts, common | "
+        "contrasts, regression | coverage | coverage of contrasts |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for design, n in sorted({(row["design"], row["n"]) for row in rows}):
+        here = [row for row in rows if (row["design"], row["n"]) == (design, n)]
+        cases = {
+            name: [row for row in here if row["table"] == name]
+            for name in dict.fromkeys(row["table"] for row in here)
+        }
+
+        def mean_of(name: str, method: str, key: str, cases: dict[str, Rows] = cases) -> float:
+            values = [row.get(key) for row in cases[name] if row["method"] == method]
+            known = [value for value in values if value is not None]
+            return mean(known) if known else nan
+
+        def share(method: str, key: str, cases: dict[str, Rows] = cases) -> str:
+            ratios = [
+                sqrt(mean_of(name, method, key) / mean_of(name, "common", "square"))
+                for name in cases
+            ]
+            known = [ratio for ratio in ratios if ratio == ratio]
+            return f"{geometric_mean(known):.2f}" if known else ""
+
+        cells = [share(m, "square") for m in ("fresh", "regression", "item response")]
+        cells += [share(m, "contrast") for m in ("common", "regression")]
+        for key in ("covered", "contrasts covered"):
+            values = [mean_of(name, "regression", key) for name in cases]
+            cells.append(f"{min(values):.2f} to {max(values):.2f}")
+        lines.append(f"| {design} | {n} | 1 | {' | '.join(cells)} |")
+    return lines
+
+
 def _missing(name: str) -> str | None:
     """Return why a table cannot be had here, or None."""
     try:
@@ -269,7 +309,8 @@ def main() -> None:
     torch.set_num_threads(1)
     if options.smoke:
         found = measure("digits-4", 1, rows=12)
-        finish("Estimates from some examples", tables(found), {}, None)
+        lines = [*short_table(found), "", *full_tables(found)]
+        finish("Estimates from some examples", lines, {}, None)
         return
     found, absent = [], {}
     for name in options.only:
@@ -281,11 +322,13 @@ def main() -> None:
             print(f"{name} is left out: {reason}")
     seconds = _seconds()
     lines = [
-        *tables(found),
+        *short_table(found),
         "",
         f"One call for 200 rows of 8 metrics with 50 to 2,000 examples: {seconds:.2f} s.",
     ]
-    data = {"seconds": seconds, "absent": absent, "cells": _means(found)}
+    full = full_tables(found)
+    print("\n".join(full))
+    data = {"seconds": seconds, "absent": absent, "full": full, "cells": _means(found)}
     finish("Estimates from some examples", lines, data, options.out)
 
 
