@@ -263,7 +263,7 @@ def short_table(rows: Rows) -> list[str]:
     ]
     for design, n in sorted({(row["design"], row["n"]) for row in rows}):
         here = [row for row in rows if (row["design"], row["n"]) == (design, n)]
-        cases = {
+        cases: dict[str, Rows] = {
             name: [row for row in here if row["table"] == name]
             for name in dict.fromkeys(row["table"] for row in here)
         }

@@ -84,7 +84,7 @@ def outcome_table(name: str, rows: int | None = None, *, progress: bool = False)
     evaluators, d = problem.evaluators, problem.space.d
     anchors = torch.cat([torch.zeros(1, d), torch.eye(d), torch.full((1, d), 1 / d)]).double()
     engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=20261201)  # type: ignore[no-untyped-call]
-    drawn = engine.draw(wanted)
+    drawn = engine.draw(max(wanted, 1))[:wanted]
     X = torch.cat([anchors, drawn.double()])
     about = problem.describe()
     kept = {key: about[key] for key in ("kind", "zoo", "operator") if key in about}
