@@ -117,7 +117,8 @@ def digests_of_examples(problem: Problem) -> dict[str, str]:
     """Return the digest of the examples of each evaluator that scores one by one.
 
     What was measured on other examples is no measurement of the same problem. They are read, so the
-    problem is prepared; of a problem without such evaluators nothing is read.
+    problem is prepared; of a problem without such evaluators nothing is read. Where there is no
+    digest, as of `Items` without one, their number stands for it.
 
     Args:
         problem: Any problem.
@@ -131,7 +132,7 @@ def digests_of_examples(problem: Problem) -> dict[str, str]:
     if mine and isinstance(problem, Preparable):
         with callers_world():
             problem.prepare()
-    return {name: evaluator.digest for name, evaluator in mine.items()}
+    return {name: one.digest or f"{one.size} examples" for name, one in mine.items()}
 
 
 @runtime_checkable
