@@ -7,18 +7,17 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-import torch
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.errors import DataError, did_you_mean
 from map_bo.evaluators.evaluator import Evaluator
 from map_bo.evaluators.metrics import evaluators_of, metric_names, select_metrics
 from map_bo.examples.sets import ExampleSet
 from map_bo.problems.merged.elsewhere import Placeable
 from map_bo.problems.merged.loading import Loaded
+from map_bo.problems.problem import check_wanted
 
-__all__ = ["Partial", "check_wanted"]
+__all__ = ["Partial"]
 
 
 class Partial(Placeable):
@@ -103,35 +102,3 @@ class Partial(Placeable):
         part._wanted = {k: items for k, items in checked.items() if len(items) < sets[k].size}
         part.made_by(Partial.on_examples, self, dict(checked))
         return part
-
-
-def check_wanted(wanted: Mapping[str, Tensor], sets: Mapping[str, ExampleSet]) -> dict[str, Tensor]:
-    """Return the examples that are wanted, or refuse them.
-
-    Args:
-        wanted: Evaluator -> indices.
-        sets: Evaluator -> what it has.
-
-    Raises:
-        DataError: When there is no such evaluator, no evaluator at all, or examples are not
-            different ones of its set.
-    """
-    if not wanted:
-        raise DataError("no examples are wanted", hint="name at least one evaluator")
-    found: dict[str, Tensor] = {}
-    for key, given in wanted.items():
-        if key not in sets:
-            raise DataError(f"there is no evaluator {key!r}", hint=did_you_mean(key, sets))
-        size = sets[key].size
-        items = torch.as_tensor(given, device="cpu")
-        usual = items.dim() == 1 and len(items) > 0 and not items.is_floating_point()
-        if usual and items.dtype != torch.bool and sets[key].divisible:
-            inside = 0 <= int(items.min()) and int(items.max()) < size
-            usual = inside and len(set(items.tolist())) == len(items)
-        if not usual or items.dtype == torch.bool:
-            raise DataError(
-                f"the examples of {key!r} must be different ones of {size}, got {given!r:.80}",
-                hint=f"give each index from 0 to {size - 1} at most once",
-            )
-        found[key] = items.long()
-    return found

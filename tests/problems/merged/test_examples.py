@@ -20,9 +20,8 @@ from map_bo.evaluators.metrics import SeveralMetrics
 from map_bo.examples.sets import Part
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.problems.evaluation_cache import EvaluationCache
-from map_bo.problems.merged.examples import check_wanted
 from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.problems.problem import HasExamples, digests_of_examples, on_parts
+from map_bo.problems.problem import HasExamples, check_wanted, digests_of_examples, on_parts
 from map_bo.rng import make_generator
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import quick
