@@ -127,11 +127,7 @@ class Scored:
                 own = list(metric_names(self.name, self.evaluator))
                 tables.append(read_outcomes(outcomes, len(asked), own))
                 self._refuse_out_of_bounds(tables[0], metrics)
-            if isinstance(self.evaluator, Summarises):
-                if items is None:
-                    return self.evaluator.summary(outcomes)
-                return self.evaluator.summary(outcomes, items)
-            return self._means(tables[0], metrics)
+            return self._summed(outcomes, tables[0], items, metrics)
 
         found = measurements_of(self.name, self.evaluator, called(self.name, scored, model))
         return found, tables[0]
@@ -140,6 +136,31 @@ class Scored:
         """Return outcomes (``n x k``) of some examples, or of all in order, as they are kept."""
         which = torch.arange(self.size) if items is None else items
         return ExampleOutcomes(which, table, self.size, self.means, self.metrics)
+
+    def summarise(
+        self, metrics: Sequence[Metric], outcomes: ExampleOutcomes
+    ) -> dict[str, Measurement | EvaluationError]:
+        """Return what outcomes that were kept make, by the names in the run.
+
+        Args:
+            metrics: What the metrics of the run are.
+            outcomes: Those of this evaluator.
+        """
+        items = None if outcomes.complete else outcomes.items
+        table = outcomes.values
+        given = table.squeeze(-1) if table.shape[1] == 1 else table
+        try:
+            found = self._summed(given, table, items, metrics)
+            return measurements_of(self.name, self.evaluator, found)
+        except EvaluationError as error:
+            return dict.fromkeys(self.metrics, error)
+
+    def _summed(
+        self, outcomes: Tensor, table: Tensor, items: Tensor | None, metrics: Sequence[Metric]
+    ) -> Any:
+        if not isinstance(self.evaluator, Summarises):
+            return self._means(table, metrics)
+        return self.evaluator.summary(*((outcomes,) if items is None else (outcomes, items)))
 
     def _means(self, table: Tensor, metrics: Sequence[Metric]) -> Any:
         """Return what an evaluator without a summary of its own has measured."""

@@ -18,6 +18,7 @@ from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations, check_metrics
 from map_bo.errors import DataError, EvaluationError
+from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.isolation.world import known_numerics
 from map_bo.evaluators.items import means_over_scored, numbered
 from map_bo.evaluators.metrics import entry_of, select_metrics
@@ -111,6 +112,16 @@ class OutcomeProblem(ABC):
             X, Y, metrics, Yvar, counts, failures=tuple(failures), examples=tuple(examples)
         )
 
+    def summarise(
+        self, evaluator: str, outcomes: ExampleOutcomes
+    ) -> dict[str, Measurement | EvaluationError]:
+        """Return the mean of a task's outcomes, or that too many examples failed."""
+        [metric] = select_metrics(self.metrics, [evaluator])
+        try:
+            return dict(means_over_scored(outcomes.values, [metric], evaluator, {evaluator}))
+        except EvaluationError as error:
+            return {evaluator: error}
+
     def on_examples(self, wanted: Mapping[str, Tensor]) -> _Part:
         """Return the problem that scores these examples alone; see `HasExamples`.
 
@@ -156,6 +167,11 @@ class _Part:
     @known_numerics()
     def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
         return self.whole.observe(X, self.wanted)
+
+    def summarise(
+        self, evaluator: str, outcomes: ExampleOutcomes
+    ) -> dict[str, Measurement | EvaluationError]:
+        return self.whole.summarise(evaluator, outcomes)
 
     def on_examples(self, wanted: Mapping[str, Tensor]) -> _Part:
         return _Part(self.whole, check_wanted(wanted, self.example_sets))

@@ -14,11 +14,11 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError, did_you_mean
-from map_bo.evaluators.evaluator import Evaluator
+from map_bo.errors import DataError, EvaluationError, did_you_mean
+from map_bo.evaluators.evaluator import Evaluator, Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
-from map_bo.examples.sets import ExampleSet, Part, order_of
+from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, order_of
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
@@ -33,6 +33,7 @@ __all__ = [
     "HasExamples",
     "Preparable",
     "Problem",
+    "SummarisesExamples",
     "check_wanted",
     "description_of",
     "digests_of_examples",
@@ -179,6 +180,17 @@ class HasExamples(Protocol):
         Raises:
             DataError: When there is no such evaluator or example.
         """
+        ...
+
+
+@runtime_checkable
+class SummarisesExamples(Protocol):
+    """A problem some of whose metrics are not the mean of the outcomes of their examples."""
+
+    def summarise(
+        self, evaluator: str, outcomes: ExampleOutcomes
+    ) -> Mapping[str, Measurement | EvaluationError]:
+        """Return what outcomes make: metric of the run -> its measurement, or what is wrong."""
         ...
 
 

@@ -10,9 +10,11 @@ from typing import Self
 from torch import Tensor
 
 from map_bo.data import Metric
-from map_bo.evaluators.evaluator import Evaluator
+from map_bo.errors import DataError, EvaluationError, did_you_mean
+from map_bo.evaluators.evaluator import Evaluator, Measurement
+from map_bo.evaluators.isolation.world import known_numerics
 from map_bo.evaluators.metrics import evaluators_of, metric_names, select_metrics
-from map_bo.examples.sets import ExampleSet
+from map_bo.examples.sets import ExampleOutcomes, ExampleSet
 from map_bo.problems.merged.elsewhere import Placeable
 from map_bo.problems.merged.loading import Loaded
 from map_bo.problems.problem import check_wanted
@@ -56,6 +58,7 @@ class Partial(Placeable):
         return {key: one for key, one in self._evaluators.items() if key not in self._wanted}
 
     @property
+    @known_numerics()
     def example_sets(self) -> Mapping[str, ExampleSet]:
         """The examples of each evaluator, by its name, in the order of the metrics.
 
@@ -75,6 +78,29 @@ class Partial(Placeable):
             else:
                 sets[key] = ExampleSet(names, found.size, found.digest, found.strata)
         return sets
+
+    def summarise(
+        self, evaluator: str, outcomes: ExampleOutcomes
+    ) -> Mapping[str, Measurement | EvaluationError]:
+        """Return what outcomes of an evaluator make, as when its examples were scored at once.
+
+        Args:
+            evaluator: What it is called.
+            outcomes: Outcomes that an evaluation gave, or several together.
+
+        Returns:
+            The name of each of its metrics in the run -> its measurement, or what is wrong.
+
+        Raises:
+            DataError: When there is no such evaluator, or it does not score by example.
+        """
+        scored = self._load().scored
+        if evaluator not in scored or evaluator not in self._evaluators:
+            mine = [name for name in scored if name in self._evaluators]
+            raise DataError(
+                f"no evaluator {evaluator!r} scores by example", hint=did_you_mean(evaluator, mine)
+            )
+        return scored[evaluator].summarise(self._metrics, outcomes)
 
     def on_examples(self, wanted: Mapping[str, Tensor]) -> Self:
         """Return the problem that measures some metrics on some examples.

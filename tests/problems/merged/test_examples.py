@@ -13,15 +13,21 @@ from torch import Tensor, nn
 import map_bo
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, EvaluationError
-from map_bo.evaluators.evaluator import accuracy, mean_loss, mean_probability
+from map_bo.evaluators.evaluator import Measurement, accuracy, mean_loss, mean_probability
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.items import Items
 from map_bo.evaluators.metrics import SeveralMetrics
-from map_bo.examples.sets import Part
+from map_bo.examples.sets import ExampleOutcomes, Part
 from map_bo.merging.vectors.live import LiveModel
 from map_bo.problems.evaluation_cache import EvaluationCache
 from map_bo.problems.merged.problem import MergedModelProblem
-from map_bo.problems.problem import HasExamples, check_wanted, digests_of_examples, on_parts
+from map_bo.problems.problem import (
+    HasExamples,
+    SummarisesExamples,
+    check_wanted,
+    digests_of_examples,
+    on_parts,
+)
 from map_bo.rng import make_generator
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.bowls import quick
@@ -286,6 +292,37 @@ class TestParts:
         sets = problem().example_sets
         found = check_wanted({"items": [2, 1]}, sets)  # type: ignore[dict-item]
         assert found["items"].tolist() == [2, 1]
+
+
+class TestSummaries:
+    def test_outcomes_of_two_parts_make_what_scoring_them_at_once_does(self) -> None:
+        made = problem()
+        assert isinstance(made, SummarisesExamples)
+        for key in ("items", "two", "ready", "bare", "called"):
+            first = evaluate(on_parts(made, [Part(key, 0, 15)], 4), X[:1])
+            rest = evaluate(on_parts(made, [Part(key, 15, 40)], 4), X[:1])
+            once = evaluate(on_parts(made, [Part(key, 0, 40)], 4), X[:1])
+            joined = first.examples[0][key].joined(rest.examples[0][key])
+            found = made.summarise(key, joined)
+            assert list(found) == [metric.name for metric in once.metrics]
+            for j, seen in enumerate(found.values()):
+                assert isinstance(seen, Measurement)
+                assert seen.value == pytest.approx(float(once.Y[0, j]), abs=1e-12)
+        whole = evaluate(made, X[:1])
+        found = made.summarise("two", whole.examples[0]["two"])
+        assert [one.value for one in found.values() if isinstance(one, Measurement)] == (
+            whole.Y[0, 2:4].tolist()
+        )
+
+    def test_what_is_wrong_is_told_of_each_metric(self) -> None:
+        made = problem({"a": Items(right, SIZE, metrics=["b", "c"])})
+        failed = ExampleOutcomes(torch.arange(3), torch.full((3, 2), torch.nan), SIZE, (True, True))
+        found = made.summarise("a", failed)
+        assert list(found) == ["a_b", "a_c"]
+        assert all(isinstance(one, EvaluationError) for one in found.values())
+        for name in ("plain", "nobody"):
+            with pytest.raises(DataError, match=f"no evaluator '{name}' scores by example"):
+                problem().summarise(name, failed)
 
 
 class TestWhatGoesWrong:
