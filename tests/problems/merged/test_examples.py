@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import map_bo
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError, EvaluationError
+from map_bo.errors import DataError, EvaluationError, MapBoError
 from map_bo.evaluators.evaluator import Measurement, accuracy, mean_loss, mean_probability
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.items import Items
@@ -440,6 +441,29 @@ class TestOthers:
             "two": "two",
             "bare": "50 examples",
         }
+
+    @pytest.mark.parametrize(
+        ("digest", "size", "told"),
+        [
+            ("two", SIZE, "examples.a was 'one' and is 'two'"),
+            (None, SIZE - 1, "examples.a was 'one' and is '49 examples'"),
+        ],
+    )
+    def test_a_run_is_not_resumed_on_other_examples(
+        self, tmp_path: Path, digest: str | None, size: int, told: str
+    ) -> None:
+        settings = {name: getattr(quick(), name) for name in ("sampler", "surrogate", "solver")}
+
+        def run(budget: int, digest: str | None, size: int) -> map_bo.Result:
+            made = problem({"a": Items(right, size, digest=digest), "b": largest})
+            return map_bo.optimize(
+                made, budget, run_dir=tmp_path / "run", progress=False, verify=0, **settings
+            )
+
+        run(4, "one", SIZE)
+        with pytest.raises(MapBoError, match=told):
+            run(5, digest, size)
+        assert len(run(5, "one", SIZE).seen) == 5
 
 
 class TestCache:
