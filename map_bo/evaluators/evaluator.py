@@ -444,7 +444,7 @@ class _Classification:
 
     def score(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return the outcome of each of ``n`` examples, float64; see `ItemEvaluator`."""
-        some = None if torch.equal(items, torch.arange(len(self.labels))) else items
+        some = None if torch.equal(items, torch.arange(self.size, device="cpu")) else items
         batches = self._batches(model, items=some)
         return torch.cat([self._each(*batch).double().cpu() for batch in batches]).clone()
 

@@ -494,7 +494,7 @@ def numbered(labels: object, size: int, error: type[MapBoError]) -> Tensor:
         numbers = {label: i for i, label in enumerate(dict.fromkeys(given))}
     except TypeError as unhashable:
         raise error(f"labels cannot be compared: {unhashable}", hint=hint) from unhashable
-    return torch.tensor([numbers[label] for label in given])
+    return torch.tensor([numbers[label] for label in given], device="cpu")
 
 
 def refuse_another_size(known: int, found: object) -> None:

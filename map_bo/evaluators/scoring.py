@@ -117,7 +117,7 @@ class Scored:
 
         def scored(model: nn.Module) -> Any:
             refuse_another_size(self.size, self.evaluator.size)
-            asked = torch.arange(self.size) if items is None else items
+            asked = torch.arange(self.size, device="cpu") if items is None else items
             outcomes = self.evaluator.score(model, asked)
             if isinstance(self.evaluator, ExampleEvaluator) and not isinstance(
                 self.evaluator, Items
@@ -134,7 +134,7 @@ class Scored:
 
     def outcomes(self, table: Tensor, items: Tensor | None = None) -> ExampleOutcomes:
         """Return outcomes (``n x k``) of some examples, or of all in order, as they are kept."""
-        which = torch.arange(self.size) if items is None else items
+        which = torch.arange(self.size, device="cpu") if items is None else items
         return ExampleOutcomes(which, table, self.size, self.means, self.metrics)
 
     def summarise(

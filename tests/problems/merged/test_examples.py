@@ -414,6 +414,26 @@ class TestWhatGoesWrong:
             problem({"a": Sized()})
 
 
+def test_what_the_caller_has_switched_does_not_matter() -> None:
+    kept = {k: EVALUATORS[k] for k in ("items", "two", "ready")}
+    plain = problem(kept)
+    seen = evaluate(plain)
+    sets = plain.example_sets
+    switched = problem(kept)
+    with torch.inference_mode(), torch.device("meta"):
+        again = evaluate(switched.on_examples({k: torch.arange(9, device="cpu") for k in kept}))
+        whole = evaluate(switched)
+        strata = switched.example_sets["items"].strata
+    assert torch.equal(whole.Y, seen.Y)
+    assert strata is not None
+    assert sets["items"].strata is not None
+    assert torch.equal(strata, sets["items"].strata)
+    for i, row in enumerate(again.examples):
+        for key, one in row.items():
+            assert torch.equal(one.values, seen.examples[i][key].values[:9])
+            assert not one.values.is_inference()
+
+
 class TestOthers:
     def test_an_evaluator_with_a_call_of_its_own_is_called(self) -> None:
         class Own(Two):
