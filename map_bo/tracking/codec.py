@@ -25,6 +25,7 @@ from torch import Tensor
 from map_bo.constraints import plain_constraints, read_constraints
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
+from map_bo.examples.sets import Part, check_parts
 from map_bo.scale import Scale
 from map_bo.tracking.chain import Link, seal
 from map_bo.tracking.outcomes import decode_examples, encode_examples
@@ -37,6 +38,7 @@ __all__ = [
     "decode_front",
     "decode_metric",
     "decode_observations",
+    "decode_parts",
     "decode_scale",
     "decode_tensor",
     "encode_event",
@@ -44,6 +46,7 @@ __all__ = [
     "encode_line",
     "encode_metric",
     "encode_observations",
+    "encode_parts",
     "encode_scale",
     "encode_tensor",
 ]
@@ -283,6 +286,29 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
 
 def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
     return decode_tensor(data[name]) if data.get(name) else None
+
+
+def encode_parts(parts: Sequence[Part]) -> list[list[Any]]:
+    """Return parts of examples as plain data."""
+    return [[part.evaluator, part.start, part.stop] for part in parts]
+
+
+def decode_parts(data: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Return the parts that the data of an event name; none where they name none.
+
+    Raises:
+        DataError: When they are not parts of different evaluators.
+    """
+    given = data.get("parts", ())
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(one, list | tuple) and [type(value) for value in one] == [str, int, int]
+        for one in given
+    ):
+        raise DataError(
+            f"parts of examples are {_short(given)}",
+            hint="restore the record from a copy: it was edited by hand",
+        )
+    return check_parts([Part(*one) for one in given])
 
 
 def encode_front(front: Front) -> dict[str, Any]:
