@@ -165,7 +165,9 @@ def test_a_row_whose_further_examples_fail_keeps_what_it_has_and_gets_no_more() 
 def test_a_problem_without_examples_is_refused_before_anything_is_evaluated() -> None:
     store = MemoryStore()
     run = Run(ConcaveQuadratics(d=2, m=2), Settings(budget=5, items=50), store)
-    with pytest.raises(ConfigError, match=r"loop\.items is 50, and ConcaveQuadratics does not score"):
+    with pytest.raises(
+        ConfigError, match=r"loop\.items is 50, and ConcaveQuadratics does not score"
+    ):
         run.drive()
     assert kinds(store) == ["created"]
 
