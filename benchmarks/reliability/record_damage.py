@@ -234,8 +234,9 @@ def main() -> None:
         table.append(f"| {name} | {found.total()} | {numbers} |")
     sealed = [counts[name] for name in RECORDS if name != "0.1, untouched"]
     silent, total = sum(found["silent"] for found in sealed), sum(found.total() for found in sealed)
-    table += ["", f"{silent} of {total} damages of records with checksums were silent, and"]
-    table += [f"{beside['silent']} of {beside.total()} of the outcomes beside one."]
+    said = f"{silent} of {total} damages of records with checksums were silent, and "
+    said += f"{beside['silent']} of {beside.total()} of the outcomes beside one."
+    table += ["", said]
     finish("Damage to records", table, {name: dict(c) for name, c in counts.items()}, options.out)
 
 
