@@ -48,8 +48,10 @@ def _row(
     for evaluator, one in row.items():
         # As for digests, an evaluator is mapped by the name of its metric.
         to = how.metrics.get(evaluator, evaluator)
-        known = to is not None and digests.get(to) == study.examples.get(evaluator, "")
-        if to is None or not known or not digests[to] or not one.complete:
+        digest = study.examples.get(evaluator, "")
+        # Their number stands for a digest where there is none.
+        told = digest not in ("", f"{one.size} examples")
+        if to is None or not told or digests.get(to) != digest or not one.complete:
             continue
         new = [names.get(metric) for metric in one.metrics or (evaluator,)]
         if any(name is None for name in new):

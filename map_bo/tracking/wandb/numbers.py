@@ -52,7 +52,7 @@ class Numbers:
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
         ``scored``: ``examples/topped up``, how many examples rows were topped up by so far, and
-        ``metric/NAME`` of the row as measured by then.
+        ``metric/NAME`` of the row as measured by then; nothing where that failed.
         ``imported``: ``evaluation`` after them, and ``imported``, their number.
         ``extended``: the settings that were changed, below ``settings/``, and ``evaluation``, which
         counts the points of a front that was set back.
@@ -87,7 +87,7 @@ class Numbers:
                 if "hypervolume" in data:
                     numbers["hypervolume/observed points"] = data["hypervolume"]
                 return numbers
-            case "scored":
+            case "scored" if "observation" in data:
                 self._topped_up += sum(int(stop) - int(start) for _, start, stop in data["parts"])
                 names = [metric.name for metric in self.metrics]
                 seen = decode_observations(data["observation"], self.metrics)

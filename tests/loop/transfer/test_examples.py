@@ -64,6 +64,7 @@ def test_outcomes_on_the_same_examples_are_taken() -> None:
         ({"x": "1"}, DIGESTS, {}),
         (DIGESTS, {"x": "1"}, {}),
         ({"x": "1", "y": ""}, {"x": "1", "y": ""}, {}),
+        ({"x": "1", "y": "7 examples"}, {"x": "1", "y": "7 examples"}, {}),
         (DIGESTS, {"x": "1", "y": "3"}, {"trust_data": True}),
     ],
 )

@@ -71,3 +71,4 @@ def test_rows_that_are_topped_up_show_their_new_values() -> None:
     assert numbers.of(Event("scored", data))["examples/topped up"] == 20
     found = numbers.of(Event("scored", {**data, "parts": [["m", 30, 35], ["n", 0, 5]]}))
     assert found == {"examples/topped up": 30, "metric/m": float(one.Y[0, 0])}
+    assert numbers.of(Event("scored", {"index": 0, "parts": [["m", 35, 40]], "reason": "x"})) == {}
