@@ -234,7 +234,7 @@ def test_rows_whose_outcomes_are_lost_get_no_more_examples() -> None:
         replay([], problem.metrics, 2),
         X=X,
         outcomes={i: seen.select([i]) for i in range(4)} | {3: failed(seen.select([3]), "broken")},
-        covered=dict.fromkeys(range(4), {"t0": 5, "t1": 5}),
+        covered={row: {"t0": 5, "t1": 5} for row in range(4)},
     )
     scoring = Scoring(problem, Settings(**{**QUICK, "budget": 6, "items": 5}))
     assert scoring.standing(state).busy == {1, 2}
