@@ -167,12 +167,25 @@ class SetsAside(Protocol):
 def fit_screened(surrogate: Surrogate, seen: Observations, space: CoefficientSpace) -> Screening:
     """Return the fit of any surrogate, with what it set aside where it does so.
 
+    Estimates from parts of examples are asked for several times with nothing new measured: which
+    examples come next, then where; so the last fit to such is kept.
+
     Raises:
         SurrogateError: When it cannot be fitted.
     """
+    for of, by, within, last in _last_fit:
+        if of is seen and (by, within) == (surrogate, space):
+            return last
     if isinstance(surrogate, SetsAside):
-        return surrogate.screen(seen, space)
-    return Screening(surrogate.fit(seen, space), seen)
+        found = surrogate.screen(seen, space)
+    else:
+        found = Screening(surrogate.fit(seen, space), seen)
+    if seen.covariance is not None:
+        _last_fit[:] = [(seen, surrogate, space, found)]
+    return found
+
+
+_last_fit: list[tuple[Observations, Surrogate, CoefficientSpace, Screening]] = []
 
 
 def screened(surrogate: Surrogate) -> Surrogate:
