@@ -135,6 +135,8 @@ class Scored:
     def outcomes(self, table: Tensor, items: Tensor | None = None) -> ExampleOutcomes:
         """Return outcomes (``n x k``) of some examples, or of all in order, as they are kept."""
         which = torch.arange(self.size, device="cpu") if items is None else items
+        # They outlive the evaluation, and may come from inference mode.
+        which, table = (one.clone() if one.is_inference() else one for one in (which, table))
         return ExampleOutcomes(which, table, self.size, self.means, self.metrics)
 
     def summarise(
