@@ -235,6 +235,12 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         help="how the weighted metrics become one number (default: %(default)s)",
     )
     parser.add_argument(
+        "--no-blend",
+        action="store_true",
+        help="choose the best merge for the preference also where it is not better than the "
+        "uniform blend beyond doubt",
+    )
+    parser.add_argument(
         "--normalised",
         action="store_true",
         help="show scores as shares of those of each task's own expert, and take the values of "

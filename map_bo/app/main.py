@@ -99,6 +99,7 @@ def _choice_of(options: argparse.Namespace) -> Any:
             at_most=at_most,
             rule=options.rule,
             confidence=options.confidence or None,
+            keep_blend=not options.no_blend,
         )
 
     first = choice(result)  # a wrong name should not wait for the surrogate

@@ -65,7 +65,7 @@ def test_a_choice_is_solved_for_its_preference_when_that_promises_more() -> None
     ).drive()
     assert coarse.model is not None
     wanted = {"near a": 1, "far from b": 1}
-    by_point = replace(coarse, model=None, refitted=None).choose(wanted)
+    by_point = replace(coarse, model=None, refitted=None).choose(wanted, keep_blend=False)
     solved = coarse.choose(wanted)
     assert solved.refined
     assert not by_point.refined
