@@ -237,8 +237,8 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-blend",
         action="store_true",
-        help="choose the best merge for the preference also where it is not better than the "
-        "uniform blend beyond doubt",
+        help="choose the best merge for the preference also where it is not clearly better than "
+        "the uniform blend",
     )
     parser.add_argument(
         "--normalised",

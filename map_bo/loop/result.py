@@ -21,7 +21,6 @@ from map_bo.loop.state import RunState
 from map_bo.loop.verdict.bounds import holding, holding_by_interval, missed_bounds
 from map_bo.loop.verdict.chosen import Choice, with_probability
 from map_bo.loop.verdict.gain import (
-    SURE,
     PosteriorGain,
     joint_draws,
     measured_blend,
@@ -180,10 +179,10 @@ class Result:
 
         It is the best point of the front; or, if optimising the surrogate (when it is available)
         for exactly this preference gives a noticeably better merge, that merge. Unless that is
-        better than the uniform blend beyond doubt (:data:`map_bo.loop.verdict.gain.SURE`), the
-        choice is the uniform blend, where it was measured and keeps the bounds. Where points were
-        verified, both are judged by the corrected predictions. Points that are likely to be
-        infeasible (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
+        clearly better than the uniform blend (:mod:`map_bo.loop.verdict.gain`), the choice is the
+        uniform blend, where it was measured and keeps the bounds. Where points were verified, all
+        are judged by the corrected predictions. Points that are likely to be infeasible
+        (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
 
         Bounds are to hold when the merge is measured, not only in the prediction: the choice keeps
         them with probability ``confidence`` under the posterior, measurement noise included, and
@@ -203,7 +202,7 @@ class Result:
                 the predictions alone.
             corrected: Whether to use the corrected predictions where there are any, instead of
                 those that the front was solved with.
-            keep_blend: Whether the uniform blend stays where nothing is better beyond doubt.
+            keep_blend: Whether the uniform blend stays where nothing is clearly better.
 
         Raises:
             PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
@@ -236,7 +235,7 @@ class Result:
         return self._or_blend(choice, model) if keep_blend else choice
 
     def _or_blend(self, choice: Choice, model: SurrogateModel | None) -> Choice:
-        """Return a choice, or the uniform blend where the choice is not better beyond doubt."""
+        """Return a choice, or the uniform blend where the choice is not clearly better."""
         at, preference = measured_blend(self.seen, self.space), choice.preference
         if at is None or preference is None:
             return choice
@@ -248,22 +247,20 @@ class Result:
             return choice
         if bool(same_points(choice.x[None], blend.X, self.space)):
             return replace(choice, blend=True)
-        X, source = torch.cat([choice.x[None], blend.X]), make_generator(0)
+        source = make_generator(0)
         if model is None:
             real = torch.where(torch.isfinite(choice.real), choice.real, choice.expected)
-            spread = self.front.std[choice.point]
-            noise = blend.Yvar.sqrt()[0]
-            noise = torch.where(noise.isnan(), spread, noise)
-            mean, std = torch.stack([real, blend.Y[0]]), torch.stack([spread, noise])
-            draws = value_draws(mean, std, generator=source)
+            draws = value_draws(real, self.front.std[choice.point], generator=source)
         else:
             fitted = self.seen if model is self.model else self.seen.append(self.verification)
-            draws = joint_draws(model, X, fitted, self.space, generator=source)
-        gain = posterior_gain(draws, 0, 1, preference, self.scale)
+            X = choice.x[None]
+            draws = joint_draws(model, X, fitted, self.space, generator=source)[:, 0]
+        known = self.seen.append(self.verification)
+        gain = posterior_gain(draws, known, at, preference, self.scale)
         unsure = choice.probability is not None and choice.probability < (
             preference.confidence or 0.0
         )
-        if gain.probability >= SURE and not unsure:
+        if gain.counts and not unsure:
             return replace(choice, gain=gain)
         return self._blend(blend, choice, gain, likely if bounded else None)
 
@@ -302,8 +299,8 @@ class Result:
         if self.refitted is not None:
             again = predict(self.refitted, blend.X).mean[0]
         note = (
-            "keep the uniform blend: nothing is better beyond doubt; the best other merge for this "
-            f"preference gains {gain}, and {SURE:g} is asked for"
+            "keep the uniform blend: nothing that was measured or predicted is clearly better; "
+            "--no-blend (keep_blend=False) gives the best other merge for this preference"
         )
         kept = replace(
             self._choice(choice.point, choice.preference),

@@ -46,7 +46,7 @@ class Choice:
             measured; None without bounds.
         gain: What the best merge for the preference is predicted to gain over the uniform blend;
             None where the blend was not compared with.
-        blend: Whether the choice is the uniform blend, because nothing is better beyond doubt.
+        blend: Whether the choice is the uniform blend, because nothing is clearly better.
         problem: The problem, needed to export.
         exports: What writes the model, where it is not the problem itself.
     """

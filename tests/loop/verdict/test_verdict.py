@@ -37,7 +37,8 @@ def right(levels: Tensor, source: torch.Generator, *, common: float = 0.8) -> Te
     shared = torch.randn(1, m, SIZE, generator=source)
     own = torch.randn(n, m, SIZE, generator=source)
     score = math.sqrt(common) * shared + math.sqrt(1 - common) * own
-    return (torch.special.ndtr(score) < levels.unsqueeze(-1)).double()
+    below: Tensor = torch.special.ndtr(score) < levels.unsqueeze(-1)
+    return below.double()
 
 
 def observed(X: Tensor, outcomes: Tensor, metrics: tuple[Metric, ...] = METRICS) -> Observations:
@@ -189,7 +190,7 @@ def test_metrics_to_be_minimised_gain_when_they_fall() -> None:
 
 def test_rows_without_examples_are_compared_by_their_values() -> None:
     seen, x = run_of(5, 0.15)
-    bare = replace(seen, examples=None)
+    bare = replace(seen, examples=({},) * len(seen))
     found = {one.metric: one for one in judged(bare, x).against(BLEND)}
     row = int((seen.X == x).all(-1).nonzero()[0])
     blend = int((seen.X == 0.5).all(-1).nonzero()[0])
