@@ -23,6 +23,7 @@ __all__ = [
     "double",
     "joined_covariance",
     "joined_examples",
+    "stacked_covariance",
 ]
 
 Outcomes = Mapping[str, ExampleOutcomes]
@@ -166,15 +167,19 @@ def joined_examples(before: Sequence[Outcomes], after: Sequence[Outcomes]) -> tu
     )
 
 
-def checked_covariance(given: Tensor | None, m: int, n: int) -> Tensor | None:
+def checked_covariance(given: Tensor | None, measured: Tensor) -> Tensor | None:
     """Return a covariance of noise among rows as observations keep it, ``m x n x n``.
+
+    Args:
+        given: The covariance; None where the noise of the rows is independent.
+        measured: ``n x m`` booleans: where a metric was not measured, the covariance becomes 0.
 
     Raises:
         DataError: When it has another shape, is not finite, or not symmetric.
     """
     if given is None:
         return None
-    value = double(given)
+    value, (n, m) = double(given), measured.shape
     if value.shape != (m, n, n) or not bool(value.isfinite().all()):
         raise DataError(
             f"covariance must be finite and of shape {(m, n, n)}, got {tuple(value.shape)}",
@@ -185,7 +190,10 @@ def checked_covariance(given: Tensor | None, m: int, n: int) -> Tensor | None:
         raise DataError(
             "covariance is not symmetric", hint="give the covariance of row i with row j, and back"
         )
-    return value
+    there = measured.mT
+    if bool(there.all()):
+        return value
+    return value.masked_fill(~(there.unsqueeze(-1) & there.unsqueeze(-2)), 0.0)
 
 
 def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
@@ -196,10 +204,7 @@ def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor |
     """
     if all(covariance is None for covariance, _ in parts):
         return None
-    blocks = [
-        torch.diag_embed(variance.mT.nan_to_num(nan=0.0)) if covariance is None else covariance
-        for covariance, variance in parts
-    ]
+    blocks = [_full(*part) for part in parts]
     n, at = sum(block.shape[-1] for block in blocks), 0
     whole = blocks[0].new_zeros(len(blocks[0]), n, n)
     for block in blocks:
@@ -207,3 +212,21 @@ def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor |
         whole[:, at:end, at:end] = block
         at = end
     return whole
+
+
+def stacked_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """Return the covariance of several parts, of the same rows with other metrics each.
+
+    Args:
+        parts: Covariance (None where rows are independent) and ``n x m`` variances of each.
+    """
+    if all(covariance is None for covariance, _ in parts):
+        return None
+    return torch.cat([_full(*part) for part in parts])
+
+
+def _full(covariance: Tensor | None, variance: Tensor) -> Tensor:
+    """Return a covariance, or that of independent rows with ``n x m`` variances."""
+    if covariance is not None:
+        return covariance
+    return torch.diag_embed(variance.mT.nan_to_num(nan=0.0))

@@ -18,11 +18,13 @@ from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 __all__ = [
     "PIT_BINS",
     "LeavesOneOut",
+    "NoiseInCommon",
     "PromisesLeaveOneOut",
     "Validation",
     "count_log_densities",
     "fitted_rows",
     "log_densities",
+    "noise_covariance",
     "promises_leave_one_out",
     "validate",
 ]
@@ -34,7 +36,15 @@ _NODES = 32  # of the quadrature over a latent logit
 
 @runtime_checkable
 class LeavesOneOut(Protocol):
-    """A model that can predict each of its training rows from all the others."""
+    """A model that can predict each of its training rows from all the others.
+
+    An observation is ``y_i = f_i + e_i``. Where the noise ``e`` has a covariance ``N`` among the
+    rows, the others tell something of ``e_i``, and only ``o_i = e_i - E[e_i | e_-i]``, of variance
+    ``1 / [N^-1]_ii``, is noise of the row's *own*. It takes the place of the noise: the latent
+    value is ``g_i = f_i + E[e_i | e_-i]`` then, so that in all cases the latent mean and the latent
+    plus the noise variance are those of the observation given all others, ``y_i - [P y]_i / P_ii``
+    and ``1 / P_ii``. With independent noise ``g_i`` is ``f_i`` and ``o_i`` is ``e_i``.
+    """
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each latent value without its own row.
@@ -47,7 +57,8 @@ class LeavesOneOut(Protocol):
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return what was fitted and its total noise variance, ``n x m`` each, link scale.
 
-        Rows as in :meth:`leave_one_out`, and NaN in the same places.
+        The noise is the row's own where it has a covariance among the rows. Rows as in
+        :meth:`leave_one_out`, and NaN in the same places.
         """
         ...
 
@@ -65,6 +76,24 @@ class PromisesLeaveOneOut(Protocol):
 def promises_leave_one_out(surrogate: Surrogate) -> bool:
     """Return whether the models of a surrogate are known to leave evaluations out."""
     return isinstance(surrogate, PromisesLeaveOneOut) and surrogate.leaves_one_out
+
+
+@runtime_checkable
+class NoiseInCommon(Protocol):
+    """A model that may have been fitted to rows whose noise has a covariance."""
+
+    def noise_covariance(self) -> Tensor | None:
+        """Return the covariance of the noise of the rows, ``m x n x n``, link scale.
+
+        The misfit is part of it, on the diagonal. Rows as in :meth:`LeavesOneOut.leave_one_out`,
+        with NaN where a metric was not measured. None where the noise of all rows is independent.
+        """
+        ...
+
+
+def noise_covariance(model: SurrogateModel) -> Tensor | None:
+    """Return the covariance of a model's noise among its rows, ``m x n x n``; None without any."""
+    return model.noise_covariance() if isinstance(model, NoiseInCommon) else None
 
 
 def fitted_rows(model: SurrogateModel, seen: Observations) -> Observations:
