@@ -20,6 +20,8 @@ from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
 from map_bo.loop.verdict.bounds import holding, holding_by_interval, missed_bounds
 from map_bo.loop.verdict.chosen import Choice, with_probability
+from map_bo.loop.verdict.confirm import CONFIRMED, Confirmation
+from map_bo.loop.verdict.confirming import confirm_choice, judge_choice, measure_choice
 from map_bo.loop.verdict.gain import (
     PosteriorGain,
     joint_draws,
@@ -27,6 +29,7 @@ from map_bo.loop.verdict.gain import (
     posterior_gain,
     value_draws,
 )
+from map_bo.loop.verdict.verdict import Verdict
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import (
     Preference,
@@ -47,6 +50,9 @@ from map_bo.surrogates.outliers import Outlier
 from map_bo.surrogates.prediction import NORMAL_975, predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_scale
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
+from map_bo.workers.workers import Workers
 
 __all__ = ["Choice", "Exportable", "Result", "recorded_requirements"]
 
@@ -83,6 +89,8 @@ class Result:
         guarded: Whether the front was kept where the data support the surrogate.
         posterior: The uncertainty that was recorded with the front.
         requirements: What the points of the run have to fulfil.
+        confirmed: Points that were measured for real after the run, in their order.
+        settings: The settings of the run as plain data.
     """
 
     front: Front
@@ -98,6 +106,8 @@ class Result:
     refitted: SurrogateModel | None = None
     posterior: Mapping[str, Any] = field(default_factory=dict)
     requirements: Requirements = field(default_factory=Requirements)
+    confirmed: tuple[Confirmation, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -141,6 +151,7 @@ class Result:
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
             requirements=recorded_requirements(state.created.get("settings", {})),
+            settings=state.created.get("settings", {}),
         )
 
     @property
@@ -421,6 +432,85 @@ class Result:
             corrected=unknown if again is None else again.mean[0],
             refined=True,
         )
+
+    @own_maths()
+    def verdict(self, choice: Choice | None = None) -> Verdict:
+        """Return whether a choice is better than the uniform blend, the base and each expert.
+
+        Where the choice is the uniform blend, the best other merge is compared with it, so that
+        the verdict says whether anything is distinguishable from the blend.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+        """
+        choice = self.choose() if choice is None else choice
+        return judge_choice(self, choice, self._beside(choice))
+
+    def _beside(self, choice: Choice) -> Choice:
+        """Return the choice for the same preference whether or not the blend is as good."""
+        preference = choice.preference
+        if preference is None or not choice.blend:
+            return choice
+        return self.choose(
+            preference.weights or None,
+            at_least=preference.at_least,
+            at_most=preference.at_most,
+            rule=preference.rule,
+            confidence=preference.confidence,
+            keep_blend=False,
+        )
+
+    @own_maths()
+    def measure(self, choice: Choice | None = None, *, workers: Workers | None = None) -> Result:
+        """Return the result with a choice measured for real on the examples of the search.
+
+        The measurement is recorded where the run is, and is the last of :attr:`confirmed`.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+            workers: Who evaluates; None evaluates here.
+
+        Raises:
+            MergeError: When the problem is not available.
+            EvaluationError: When it cannot be measured.
+        """
+        choice = self.choose() if choice is None else choice
+        return self._recorded(measure_choice(self, choice, self._beside(choice), workers=workers))
+
+    @own_maths()
+    def confirm(
+        self,
+        choice: Choice | None = None,
+        *,
+        on: Problem | None = None,
+        workers: Workers | None = None,
+    ) -> Result:
+        """Return the result with a choice, the blend, the experts and the base confirmed.
+
+        All of them are measured on examples that the search never saw, and recorded where the run
+        is; the confirmation is the last of :attr:`confirmed`.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+            on: The same problem with other examples, such as those of test sets; by default the
+                run's own problem on what its ``holdout`` has kept from the search.
+            workers: Who evaluates, holding that problem; None evaluates here.
+
+        Raises:
+            MergeError: When the problem is not available.
+            ConfigError: When nothing was held out and no other problem is given.
+            EvaluationError: When the choice cannot be measured.
+        """
+        choice = self.choose() if choice is None else choice
+        return self._recorded(confirm_choice(self, choice, on=on, workers=workers))
+
+    def _recorded(self, found: Confirmation) -> Result:
+        """Return the result with a confirmation, once it is recorded."""
+        if self.run_dir is not None:
+            store = JsonlStore.open(self.run_dir)
+            with store.lock():
+                store.append(Event(CONFIRMED, found.describe()))
+        return replace(self, confirmed=(*self.confirmed, found))
 
     def point(self, number: int) -> Choice:
         """Return a front point by its number (its row in ``front.csv``)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import nan
 from pathlib import Path
@@ -47,6 +48,8 @@ class Choice:
         gain: What the best merge for the preference is predicted to gain over the uniform blend;
             None where the blend was not compared with.
         blend: Whether the choice is the uniform blend, because nothing is clearly better.
+        confirmed: What was found when it was measured for real, as plain data; None where it
+            was not (:meth:`map_bo.loop.verdict.confirm.Confirmation.summary`).
         problem: The problem, needed to export.
         exports: What writes the model, where it is not the problem itself.
     """
@@ -67,6 +70,7 @@ class Choice:
     probability: float | None = None
     gain: PosteriorGain | None = None
     blend: bool = False
+    confirmed: Mapping[str, Any] | None = None
     problem: Problem | None = None
     exports: Exportable | None = None
 
@@ -97,6 +101,8 @@ class Choice:
             notes["gain_over_blend"] = self.gain.describe()
         if self.blend:
             notes["blend"] = True
+        if self.confirmed is not None:
+            notes["confirmed"] = dict(self.confirmed)
         return {
             "point": self.point,
             "refined": self.refined,

@@ -164,6 +164,11 @@ def _most(seen: Observations, blend: int) -> Tensor:
     upward = to_maximisation(seen.Y, seen.metrics).masked_fill(~seen.measured, -math.inf)
     others = (seen.measured.sum(0) - 1).clamp_min(1).double()
     errors = torch.special.ndtri(others / (others + 1)).clamp_min(1.0)
-    noise = as_fitted(seen.select([blend])).Yvar[0].nan_to_num(0.0)
-    best: Tensor = upward.amax(0) - errors * (2 * noise).sqrt()
-    return torch.maximum(best, upward[blend])
+    fitted, rows = as_fitted(seen), seen.measured.any(-1)
+    at = int(rows[:blend].sum())
+    noise = 2 * fitted.Yvar[at].expand(len(fitted), -1)
+    if fitted.covariance is not None:  # what two rows have in common cancels
+        shared = fitted.covariance[:, at].mT
+        noise = fitted.Yvar + fitted.Yvar[at] - 2 * shared
+    best: Tensor = upward[rows] - errors * noise.nan_to_num(0.0).clamp_min(0.0).sqrt()
+    return torch.maximum(best.amax(0), upward[blend])
