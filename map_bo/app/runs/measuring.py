@@ -132,13 +132,13 @@ def with_values(config: DictConfig, values: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: When one has no ``=``, or names no setting of the problem.
     """
-    from omegaconf import OmegaConf
+    from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     if not values:
         return config
     tree: Any = OmegaConf.to_container(config, resolve=True)
-    changed = OmegaConf.create(tree)
+    changed: Any = OmegaConf.create(tree)
     for text in values:
         key, sign, value = text.partition("=")
         key = key.removeprefix("problem.")
@@ -152,8 +152,8 @@ def with_values(config: DictConfig, values: Sequence[str]) -> DictConfig:
             changed = OmegaConf.merge(changed, given)
         except OmegaConfBaseException as error:
             raise ConfigError(f"--on {text!r} cannot be set: {error}") from error
-    assert OmegaConf.is_dict(changed)
-    return changed  # type: ignore[return-value]
+    assert isinstance(changed, DictConfig)
+    return changed
 
 
 def _located(values: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations, directions
-from map_bo.errors import DataError, EvaluationError, StoreError
+from map_bo.errors import DataError, EvaluationError, MapBoError, StoreError
 from map_bo.evaluators.isolation.world import callers_world
 from map_bo.examples.sets import Part, searched
 from map_bo.loop.verdict.verdict import Verdict
@@ -165,7 +165,9 @@ class Confirmation:
                 Verdict.read(data["verdict"]),
                 dict(data["choice"]),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except (
+            MapBoError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, IndexError,
+        ) as error:  # fmt: skip
             raise StoreError(
                 f"a recorded confirmation cannot be read: {error!r}",
                 hint="see `map-bo check RUN`; if it was edited by hand, restore it from a copy",
