@@ -36,6 +36,7 @@ from map_bo.workers.workers import Workers
 __all__ = ["Searched", "confirm_choice", "judge_choice", "measure_choice"]
 
 _OTHER = "the best other merge"
+_THE_BLEND = f"the {BLEND}"
 
 
 class Searched(Protocol):
@@ -98,7 +99,7 @@ def judge_choice(
     if at is not None:
         kept = bool(same_points(choice.x[None], run.seen.X[at : at + 1], run.space))
     if kept:
-        merges = [Merge(_OTHER, other.x, (BLEND,)), Merge(BLEND, choice.x)]
+        merges = [Merge(_OTHER, other.x, (BLEND,)), Merge(_THE_BLEND, choice.x)]
     data = run.seen.append(run.verification)
     return judge(
         merges,
@@ -191,7 +192,7 @@ def confirm_choice(
             search[i] = run.seen.Y[row]
     kept = BLEND in run.space.anchors().names and BLEND not in names
     verdict = judge(
-        [Merge(BLEND if kept else CHOSEN, choice.x)],
+        [Merge(_THE_BLEND if kept else CHOSEN, choice.x)],
         found,
         run.space,
         run.scale,

@@ -63,9 +63,9 @@ def test_the_blend_is_judged_beside_the_best_other_merge(held_out: Result) -> No
     assert verdict.kept
     assert {(one.merge, one.competitor) for one in verdict.comparisons} == {
         ("the best other merge", BLEND),
-        (BLEND, "base"),
-        (BLEND, "e0"),
-        (BLEND, "e1"),
+        ("the uniform blend", "base"),
+        ("the uniform blend", "e0"),
+        ("the uniform blend", "e1"),
     }
 
 
