@@ -236,21 +236,24 @@ def _merge(options: argparse.Namespace) -> None:
             pass  # what is not trusted is refused before anything is fitted
         # A wrong name is refused before checkpoints are read.
         choice = _choice_of(options) if options.row is None else row_of(run, options)
-        if options.measure:
-            choice = _measured(options, choice)
+        if options.row is None or options.measure:
+            choice = _judged(options, choice)
         out = os.path.abspath(options.out)
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
             written = merge_choice(choice, options, config, run=run, out=out)
     sys.stdout.write(written + "\n")
 
 
-def _measured(options: argparse.Namespace, choice: Any) -> Any:
-    """Measure a choice, show it, and return it with its verdict."""
+def _judged(options: argparse.Namespace, choice: Any) -> Any:
+    """Return a choice with its verdict, and measured where that is asked for."""
     from dataclasses import replace
 
+    result = _loaded(options)
+    if not options.measure:
+        return replace(choice, verdict=result.verdict(choice).describe())
     from map_bo.app.runs.measuring import measure, show
 
-    found = measure(options, choice, _loaded(options))
+    found = measure(options, choice, result)
     show(found)
     return replace(choice, real=found.measured.Y[0], confirmed=found.summary())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
-from map_bo.errors import PreferenceError, StoreError
+from map_bo.errors import MapBoError, PreferenceError, StoreError
 from map_bo.evaluators.isolation.world import own_maths
 from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
@@ -445,6 +445,18 @@ class Result:
         """
         choice = self.choose() if choice is None else choice
         return judge_choice(self, choice, self._beside(choice))
+
+    def brief_verdict(self) -> dict[str, Any]:
+        """Return the verdict on the choice for all metrics alike, as part of a summary.
+
+        Empty where there is nothing to choose, or nothing to judge it by: what was measured is
+        recorded whatever comes of that.
+        """
+        try:
+            found = self.verdict()
+        except (MapBoError, ArithmeticError, RuntimeError, ValueError):
+            return {}
+        return {"verdict": found.describe()} if found.comparisons else {}
 
     def _beside(self, choice: Choice) -> Choice:
         """Return the choice for the same preference whether or not the blend is as good."""

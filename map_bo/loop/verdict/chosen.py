@@ -50,6 +50,7 @@ class Choice:
         blend: Whether the choice is the uniform blend, because nothing is clearly better.
         confirmed: What was found when it was measured for real, as plain data; None where it
             was not (:meth:`map_bo.loop.verdict.confirm.Confirmation.summary`).
+        verdict: The verdict on it, as plain data; None where it was not asked for.
         problem: The problem, needed to export.
         exports: What writes the model, where it is not the problem itself.
     """
@@ -71,6 +72,7 @@ class Choice:
     gain: PosteriorGain | None = None
     blend: bool = False
     confirmed: Mapping[str, Any] | None = None
+    verdict: Mapping[str, Any] | None = None
     problem: Problem | None = None
     exports: Exportable | None = None
 
@@ -101,8 +103,9 @@ class Choice:
             notes["gain_over_blend"] = self.gain.describe()
         if self.blend:
             notes["blend"] = True
-        if self.confirmed is not None:
-            notes["confirmed"] = dict(self.confirmed)
+        for name, told in (("confirmed", self.confirmed), ("verdict", self.verdict)):
+            if told is not None:
+                notes[name] = dict(told)
         return {
             "point": self.point,
             "refined": self.refined,

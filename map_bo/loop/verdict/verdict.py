@@ -55,7 +55,7 @@ BLEND = "uniform blend"
 OVERALL = "overall"
 """Stands for the weighted sum of the metrics, in units of the scale."""
 
-_DRAWS = 2000
+_DRAWS = 1000
 _KEEP = "keep the uniform blend"
 
 Ground = Literal["examples", "posterior", "values"]
@@ -176,6 +176,7 @@ class Verdict:
         """Return the verdict as plain data; :meth:`read` reads it back."""
         return {
             "advice": self.advice,
+            "lines": self.lines(),
             "where": self.where,
             "candidates": self.candidates,
             "kept": self.kept,
