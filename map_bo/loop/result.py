@@ -258,15 +258,17 @@ class Result:
             return choice
         if bool(same_points(choice.x[None], blend.X, self.space)):
             return replace(choice, blend=True)
-        source = make_generator(0)
-        if model is None:
+        source, known = make_generator(0), self.seen.append(self.verification)
+        same = same_points(choice.x[None], known.X, self.space)[0] & known.ok
+        if bool(same.any()):  # judged by what was measured, whatever a fit without it predicts
+            draws = known.Y[same].mean(0).expand(2, -1)
+        elif model is None:
             real = torch.where(torch.isfinite(choice.real), choice.real, choice.expected)
             draws = value_draws(real, self.front.std[choice.point], generator=source)
         else:
             fitted = self.seen if model is self.model else self.seen.append(self.verification)
             X = choice.x[None]
             draws = joint_draws(model, X, fitted, self.space, generator=source)[:, 0]
-        known = self.seen.append(self.verification)
         gain = posterior_gain(draws, known, at, preference, self.scale)
         unsure = choice.probability is not None and choice.probability < (
             preference.confidence or 0.0
