@@ -297,8 +297,7 @@ def largest_of(parts: Sequence[Tensor], *, draws: int = 2000, generator: Generat
     largest = torch.zeros(draws, dtype=torch.float64)
     if not bool((size > 0).any()):
         return largest
-    distinct: Tensor = torch.unique(columns[:, size > 0] / size[size > 0], dim=1)
-    columns = distinct.float()
+    columns = _distinct((columns[:, size > 0] / size[size > 0]).float(), generator)
     step = max(1, _CHUNK // max(columns.shape))
     for start in range(0, draws, step):
         count = min(step, draws - start)
@@ -409,6 +408,18 @@ def detectable(discordant: float, n: int, *, level: float = 0.05, wanted: float 
         else:
             high = middle
     return high
+
+
+def _distinct(columns: Tensor, generator: Generator) -> Tensor:
+    """Return the columns (``n x K``) without those that are equal to another.
+
+    Equal columns have equal products with a random vector, and others have not.
+    """
+    normal = torch.randn(len(columns), generator=generator)
+    products, order = (normal @ columns).sort()
+    first = torch.ones_like(products, dtype=torch.bool)
+    first[1:] = (products[1:] - products[:-1]) > 1e-5 * products.abs().amax().clamp_min(1e-30)
+    return columns[:, order[first]]
 
 
 def _checked(differences: Tensor) -> Tensor:

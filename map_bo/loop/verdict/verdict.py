@@ -24,6 +24,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from statistics import NormalDist
 from typing import Any, Literal
 
@@ -34,6 +35,7 @@ from map_bo.data import Observations, directions
 from map_bo.errors import StoreError
 from map_bo.examples.paired import (
     NORMAL_975,
+    PairedDifference,
     compare,
     compare_sums,
     holm,
@@ -56,6 +58,7 @@ OVERALL = "overall"
 """Stands for the weighted sum of the metrics, in units of the scale."""
 
 _DRAWS = 1000
+_CLEAR = 1e-4
 _KEEP = "keep the uniform blend"
 
 Ground = Literal["examples", "posterior", "values"]
@@ -399,35 +402,44 @@ class _Desk:
         source: Generator,
     ) -> Comparison:
         """Compare on examples: one metric of direction ``sign``, or a weighted sum (None)."""
-        z, largest = NORMAL_975, None
-        if self.chosen_here and self.candidates > 1:
+        differences, count = [part.differences for part in parts], self.candidates
+
+        def at(z: float) -> PairedDifference:
+            if sign is None:
+                return compare_sums(differences, z=z)
+            return compare(parts[0].first, parts[0].second, z=z)
+
+        found, turned = at(NORMAL_975), 1.0 if sign is None else sign
+        p, test = found.p, found.test
+        if count > 1 and about[1] != BLEND and count * p < _CLEAR:
+            # Anything is clear of a model that is far off, and a bound tells it as well.
+            found, p = at(NormalDist().inv_cdf(1 - 0.025 / count)), count * p
+            test = f"{test}, one of {count}"
+        elif count > 1:
             every = [self._candidates(part) for part in parts]
             largest = largest_of(every, draws=_DRAWS, generator=child(source, about[2]))
-            z = max(z, float(largest.quantile(0.95)))
-        differences = [part.differences for part in parts]
-        if sign is None:
-            found, sign = compare_sums(differences, z=z), 1.0
-        else:
-            found = compare(parts[0].first, parts[0].second, z=z)
-        p, test = found.p, found.test
-        if largest is not None:
-            scaled = [d / len(d) for d in differences]
-            p, test = max(p, p_of_largest(scaled, largest)), f"{test}, largest of several"
-        low, high = sorted((sign * found.lower, sign * found.upper))
-        gain = sign * found.difference
+            found = at(max(NORMAL_975, float(largest.quantile(0.95))))
+            p = max(p, p_of_largest([d / len(d) for d in differences], largest))
+            test = f"{test}, largest of several"
+        low, high = sorted((turned * found.lower, turned * found.upper))
+        gain = turned * found.difference
         return Comparison(*about, gain, low, high, p, "examples", test, found.n)
+
+    @cached_property
+    def _dense(self) -> dict[str, Tensor]:
+        """Outcomes by evaluator: ``K x size x k`` of the ``K`` rows that have some, else NaN."""
+        found: dict[str, list[Tensor]] = {}
+        for row in self.seen.examples:
+            for name, outcomes in row.items():
+                found.setdefault(name, []).append(outcomes.row().float())
+        return {name: torch.stack(rows) for name, rows in found.items()}
 
     def _candidates(self, part: _Outcomes) -> Tensor:
         """Return the differences of all that could have been chosen, ``n x K``, 0 where unknown."""
-        second, columns = part.second, []
-        for k in range(len(self.seen)):
-            outcomes = self.seen.examples[k].get(part.evaluator)
-            if outcomes is None:
-                continue
-            values = outcomes.row()[part.both]
-            own = sum(weight * values[:, column] for column, weight in part.columns)
-            columns.append(((own - second) / len(second)).nan_to_num(0.0))
-        return torch.stack(columns, -1)
+        every = self._dense[part.evaluator][:, part.both]
+        own = sum((weight * every[..., column] for column, weight in part.columns), torch.zeros(()))
+        differences = (own - part.second.float()) / len(part.second)
+        return differences.nan_to_num(0.0).mT
 
     def _values(
         self, about: tuple[str, str, str], row: int, at: int, weights: Tensor
