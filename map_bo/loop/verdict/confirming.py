@@ -111,6 +111,7 @@ def judge_choice(
         model=run.refitted or run.model,
         fitted=run.seen if run.refitted is None else data,
         kept=kept,
+        expected=not kept and choice.gain is not None,
     )
 
 

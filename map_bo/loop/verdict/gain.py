@@ -36,6 +36,7 @@ __all__ = [
     "PosteriorGain",
     "joint_draws",
     "measured_blend",
+    "most_counted",
     "posterior_gain",
     "value_draws",
 ]
@@ -147,14 +148,14 @@ def posterior_gain(
         scale: The scale of the metrics.
     """
     metrics = scale.metrics
-    least = torch.minimum(to_maximisation(values, metrics), _most(seen, blend))
+    least = torch.minimum(to_maximisation(values, metrics), most_counted(seen, blend))
     blended = utility(seen.Y[blend : blend + 1], preference, scale)
     gains = utility(to_maximisation(least, metrics), preference, scale) - blended
     low, middle, high = gains.quantile(gains.new_tensor([0.025, 0.5, 0.975])).tolist()
     return PosteriorGain(middle, low, high)
 
 
-def _most(seen: Observations, blend: int) -> Tensor:
+def most_counted(seen: Observations, blend: int) -> Tensor:
     """Return the most that a prediction may count for, ``m``, larger is better.
 
     It is the best measured value less what the best of ``K`` measurements exceeds the blend's by

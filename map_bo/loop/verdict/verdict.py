@@ -8,7 +8,8 @@ the first that there is:
                the p-value and the interval are those of the largest of all that could have been
                chosen.
 ``posterior``  the surrogate's joint posterior of both points: the merge was never measured, or
-               not by example. It holds as far as the surrogate does.
+               not by example. It holds as far as the surrogate does, so what it promises counts for
+               no more than what was measured (:func:`map_bo.loop.verdict.gain.most_counted`).
 ``values``     the measured values and the variances of their noise, without any pairing: that is
                cautious, as the noise of the same examples would cancel. Where the merge was chosen
                by these values, it is corrected for all that could have been chosen (Bonferroni).
@@ -31,7 +32,7 @@ from typing import Any, Literal
 import torch
 from torch import Generator, Tensor
 
-from map_bo.data import Observations, directions
+from map_bo.data import Observations, directions, to_maximisation
 from map_bo.errors import StoreError
 from map_bo.examples.paired import (
     NORMAL_975,
@@ -42,11 +43,12 @@ from map_bo.examples.paired import (
     largest_of,
     p_of_largest,
 )
-from map_bo.loop.verdict.gain import joint_draws
+from map_bo.loop.verdict.gain import joint_draws, measured_blend, most_counted, value_draws
 from map_bo.pareto.preferences import Preference
 from map_bo.rng import child
 from map_bo.scale import Scale, anchor_rows, same_points
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.links import as_fitted
 from map_bo.surrogates.surrogate import SurrogateModel
 
 __all__ = ["BLEND", "LEVEL", "OVERALL", "Comparison", "Merge", "Verdict", "judge"]
@@ -130,12 +132,14 @@ class Verdict:
             chosen by what it is tested on.
         where: What it is tested on, such as ``"the examples of the search"``.
         kept: Whether the choice is the uniform blend.
+        expected: Whether the choice is another merge because that is expected to be better.
     """
 
     comparisons: tuple[Comparison, ...]
     candidates: int = 1
     where: str = "the search"
     kept: bool = False
+    expected: bool = False
 
     def against(self, competitor: str, merge: str | None = None) -> tuple[Comparison, ...]:
         """Return the comparisons with one model, those of the metrics first."""
@@ -157,6 +161,12 @@ class Verdict:
         if overall.judged == "worse":
             return f"{_KEEP}: {overall.merge} is {_compared(found)}"
         if all(one.judged == "same" for one in found):
+            if self.expected and overall.gain > 0:
+                return (
+                    f"{overall.merge} is expected to be better than the uniform blend "
+                    f"({_signed(overall.gain)} {overall.metric}), but nothing here is "
+                    "distinguishable from it: measure it, or keep the blend"
+                )
             return f"{_KEEP}: nothing here is distinguishable from it"
         return (
             f"{_KEEP}, unless these tasks matter more than others: {overall.merge} is "
@@ -183,6 +193,7 @@ class Verdict:
             "where": self.where,
             "candidates": self.candidates,
             "kept": self.kept,
+            "expected": self.expected,
             "comparisons": [
                 {key: _finite(value) for key, value in vars(one).items()} | {"judged": one.judged}
                 for one in self.comparisons
@@ -220,6 +231,7 @@ class Verdict:
                 int(data["candidates"]),
                 str(data["where"]),
                 bool(data["kept"]),
+                bool(data["expected"]),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise StoreError(
@@ -241,6 +253,7 @@ def judge(
     chosen_here: bool = True,
     where: str = "the search",
     kept: bool = False,
+    expected: bool = False,
 ) -> Verdict:
     """Compare merges with the anchors that were measured: base, experts and uniform blend.
 
@@ -256,6 +269,7 @@ def judge(
         chosen_here: Whether the merges were chosen by these measurements.
         where: What they are called.
         kept: Whether the choice is the uniform blend.
+        expected: Whether the choice is another merge because that is expected to be better.
     """
     desk = _Desk(seen, space, scale, preference, model, fitted, chosen_here, generator)
     found = [one for merge in merges for one in desk.comparisons(merge)]
@@ -265,6 +279,7 @@ def judge(
         desk.candidates,
         where,
         kept,
+        expected,
     )
 
 
@@ -322,16 +337,36 @@ class _Desk:
         }
         if not against:
             return []
-        draws = None
-        if self.model is not None and self.fitted is not None:
-            X = torch.cat([merge.x[None], self.seen.X[list(against.values())]])
-            source = child(self.generator, "posterior", merge.name)
-            draws = joint_draws(self.model, X, self.fitted, self.space, generator=source)
+        draws = self._promised(merge)
         found = []
-        for k, (name, at) in enumerate(against.items(), 1):
-            pair = None if draws is None else draws[:, 0] - draws[:, k]
+        for name, at in against.items():
+            pair = None
+            if draws is not None:
+                source = child(self.generator, "measured", merge.name, name)
+                pair = draws - self._remeasured(at, source)
             found += self._with(merge.name, name, row, at, pair)
         return found
+
+    def _promised(self, merge: Merge) -> Tensor | None:
+        """Return draws of what the surrogate promises of a merge, ``count x m``, own units.
+
+        A promise counts for no more than the best that was measured.
+        """
+        if self.model is None or self.fitted is None:
+            return None
+        source, X = child(self.generator, "posterior", merge.name), merge.x[None]
+        draws = joint_draws(self.model, X, self.fitted, self.space, generator=source)[:, 0]
+        blend, metrics = measured_blend(self.seen, self.space), self.scale.metrics
+        if blend is None:
+            return draws
+        counted = torch.minimum(to_maximisation(draws, metrics), most_counted(self.seen, blend))
+        return to_maximisation(counted, metrics)
+
+    def _remeasured(self, at: int, source: Generator) -> Tensor:
+        """Return draws of a measured row but for its noise, ``count x m``, own units."""
+        rows = self.seen.measured.any(-1)
+        noise = as_fitted(self.seen).Yvar[int(rows[:at].sum())].nan_to_num(0.0)
+        return value_draws(self.seen.Y[at], noise.sqrt(), generator=source)
 
     def _with(
         self, merge: str, competitor: str, row: int | None, at: int, draws: Tensor | None
@@ -498,7 +533,8 @@ def _posterior(about: tuple[str, str, str], draws: Tensor) -> Comparison:
     """Compare by draws of the gain (``count``)."""
     low, high = draws.quantile(draws.new_tensor([0.025, 0.975])).tolist()
     more, less = int((draws > 0).sum()), int((draws < 0).sum())
-    p = min(1.0, 2 * (1 + min(more, less)) / (1 + len(draws)))
+    even = (len(draws) - more - less) / 2
+    p = min(1.0, 2 * (1 + min(more, less) + even) / (1 + len(draws)))
     gain = float(draws.mean())
     return Comparison(*about, gain, low, high, p, "posterior", "posterior draws")
 

@@ -24,6 +24,8 @@ from map_bo.pareto.preferences import Preference
 from map_bo.rng import child, make_generator
 from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
+from map_bo.surrogates.prediction import predicted_mean
+from map_bo.surrogates.quadratic import Quadratic
 
 SPACE = CoefficientSpace.box(("a", "b"))
 METRICS = (Metric("trec", resampling="same"), Metric("sst2", resampling="same"))
@@ -163,6 +165,9 @@ def test_a_trade_off_is_called_one_and_a_worse_merge_too() -> None:
         "keep the uniform blend: the chosen merge is worse than the uniform blend on b"
     )
     assert "was not measured" in Verdict(()).advice
+    unsure = replace(even, gain=0.02)
+    assert Verdict((unsure,)).advice.startswith("keep the uniform blend: nothing")
+    assert "measure it, or keep the blend" in Verdict((unsure,), expected=True).advice
 
 
 def test_metrics_to_be_minimised_gain_when_they_fall() -> None:
@@ -219,6 +224,20 @@ def test_common_examples_alone_are_compared() -> None:
     assert {one.n for one in found.against(BLEND) if one.metric != OVERALL} == {80}
 
 
+def test_what_a_surrogate_promises_counts_for_no_more_than_was_measured() -> None:
+    inside = torch.rand(12, 2, generator=make_generator(3)).double() / 2
+    X = torch.cat([SPACE.anchors().X, inside])
+    Y = torch.special.expit(2 * X.sum(-1) - 1).unsqueeze(-1).expand(-1, 2)  # it goes on rising
+    seen = Observations(X, Y, METRICS, torch.full_like(Y, 1e-6))
+    model = Quadratic().fit(seen, SPACE)
+    far = torch.tensor([0.9, 0.9]).double()
+    assert float(predicted_mean(model)(far[None]).min()) > float(Y.max()) + 0.05
+    found = judged(seen, far, model=model, fitted=seen)
+    assert {one.ground for one in found.comparisons} == {"posterior"}
+    assert found.advice == "keep the uniform blend: nothing here is distinguishable from it"
+    assert {one.judged for one in found.against("base")} == {"better"}
+
+
 def test_an_unmeasured_blend_is_told() -> None:
     seen, x = run_of(5)
     rows = ~(seen.X == 0.5).all(-1)
@@ -236,7 +255,7 @@ def test_a_verdict_survives_the_record() -> None:
     again = Verdict.read(found.describe())
     assert again == found
     unknown = replace(found.comparisons[0], lower=-math.inf, upper=math.inf)
-    odd = Verdict((unknown,), 3, "held-out examples", True)
+    odd = Verdict((unknown,), 3, "held-out examples", True, True)
     assert Verdict.read(odd.describe()) == odd
     with pytest.raises(StoreError, match="a recorded verdict cannot be read"):
         Verdict.read({"comparisons": [{}], "candidates": 1, "where": "", "kept": False})
