@@ -3,6 +3,7 @@
 python -m benchmarks.quality.plateau_choice --out benchmarks/results/plateau_choice.json
 python -m benchmarks.quality.plateau_choice --cases plateau-4 --seeds 2     nothing recorded
 python -m benchmarks.quality.plateau_choice --settle                        the cases of the rule
+python -m benchmarks.quality.plateau_choice --verdicts 100                  what runs of 8 advise
 python -m benchmarks.quality.plateau_choice --smoke                         does it run?
 
 Whole runs of 6, 8 and 12 evaluations, then ``Result.choose`` for all tasks alike and for seven
@@ -104,12 +105,30 @@ def table(cases: Sequence[str], seeds: int, budgets: Sequence[int]) -> list[str]
     return lines
 
 
+def advice(name: str, seeds: int, budget: int = 8) -> list[str]:
+    """Return how often the verdicts of runs advise to keep the blend, as rows of a table."""
+    case, kept = made(name), 0
+    for seed in range(seeds):
+        file = CACHE / "verdicts" / f"{name}-{case.digest}-{seed}-{budget}.json"
+        if not file.exists():
+            result = map_bo.optimize(
+                case.problem, budget, seed=seed, progress=False, tracking="none"
+            )
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(result.summary["verdict"]["advice"]))
+        kept += json.loads(file.read_text()).startswith("keep the uniform blend")
+    line = f"| {name} | {budget} | {kept} of {seeds} |"
+    print(line, flush=True)
+    return [line]
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what is asked for on the command line."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--cases", nargs="+", default=list(CASES))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--settle", action="store_true", help="the cases of the rule instead")
+    parser.add_argument("--verdicts", type=int, metavar="N", help="the advice of N runs instead")
     parser.add_argument("--smoke", action="store_true", help="one run, nothing recorded")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args(arguments)
@@ -117,6 +136,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     cases = SETTLED if given.settle else given.cases
     if given.smoke:
         table(["digits-mlp-2"], 1, [6])
+        return
+    if given.verdicts:
+        lines = ["| case | evaluations | keep the blend |", "|---|---|---|"]
+        lines += [line for name in cases for line in advice(name, given.verdicts)]
+        finish("What verdicts advise", lines, {"runs": given.verdicts}, given.out)
         return
     lines = table(cases, given.seeds, BUDGETS)
     data = {"cases": list(cases), "seeds": given.seeds}
