@@ -10,6 +10,7 @@ from typing import Any
 
 from map_bo.app.init import init_options, is_file
 from map_bo.app.merge import merge_options
+from map_bo.app.runs.measuring import confirm_options
 from map_bo.errors import ConfigError
 
 __all__ = [
@@ -39,6 +40,7 @@ examples:
   map-bo report SWEEP                                   write that comparison again
   map-bo choose RUN --prefer rot90=2 --at-least flip=0.6
   map-bo merge RUN --prefer rot90=2 --out merged
+  map-bo confirm RUN --prefer rot90=2                   on examples that the search never saw
   map-bo run map_bo.yaml workers=4                      four evaluations at a time
   map-bo resume RUN                                     continue after any interruption
   map-bo resume RUN loop.budget=48                      extend it, also when it has finished
@@ -128,12 +130,24 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
     )
     _choice_options(choose)
     choose.add_argument("--json", action="store_true", help="print the choice as JSON")
+    _measure_option(choose)
 
     merge = _command(
         commands, "merge", "write the merged model of a point of the front", functions["merge"]
     )
     _choice_options(merge)
+    _measure_option(merge)
     merge_options(merge)
+
+    confirm = _command(
+        commands,
+        "confirm",
+        "measure a choice, the uniform blend, the experts and the base on examples that the "
+        "search never saw",
+        functions["confirm"],
+    )
+    _choice_options(confirm)
+    confirm_options(confirm)
 
     report = _command(
         commands,
@@ -246,6 +260,12 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
         help="how the weighted metrics become one number (default: %(default)s)",
     )
     parser.add_argument(
+        "--no-blend",
+        action="store_true",
+        help="choose the best merge for the preference also where it is not clearly better than "
+        "the uniform blend",
+    )
+    parser.add_argument(
         "--normalised",
         action="store_true",
         help="show scores as shares of those of each task's own expert, and take the values of "
@@ -255,6 +275,14 @@ def _choice_options(parser: argparse.ArgumentParser) -> None:
     _trust_option(parser)
     parser.add_argument(
         "--point", type=int, metavar="K", help="choose point K of front.csv instead of a preference"
+    )
+
+
+def _measure_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="evaluate the choice for real, record that, and show it beside the prediction",
     )
 
 

@@ -99,6 +99,7 @@ def _choice_of(options: argparse.Namespace) -> Any:
             at_most=at_most,
             rule=options.rule,
             confidence=options.confidence or None,
+            keep_blend=not options.no_blend,
         )
 
     first = choice(result)  # a wrong name should not wait for the surrogate
@@ -147,8 +148,29 @@ def _look_in(*folders: str | Path | None) -> None:
     sys.path.extend(str(folder) for folder in folders if folder and str(folder) not in sys.path)
 
 
+def _loaded(options: argparse.Namespace) -> Any:
+    """Return the run with its surrogate; without it where the user does not trust that."""
+    try:
+        return _load(options.run, refit=True, trust=options.trust)
+    except SettingsError:
+        if options.trust:
+            raise
+        return _load(options.run)
+
+
+def _confirm(options: argparse.Namespace) -> None:
+    from map_bo.app.runs.measuring import confirm
+
+    confirm(options, _choice_of(options), _loaded(options))
+
+
 def _choose(options: argparse.Namespace) -> None:
     choice = _choice_of(options)
+    found = None
+    if options.measure:
+        from map_bo.app.runs.measuring import measure
+
+        found = measure(options, choice, _loaded(options))
     own = None
     if options.normalised:
         from map_bo.report.normalised import OwnScores
@@ -163,6 +185,8 @@ def _choose(options: argparse.Namespace) -> None:
             names = [metric.name for metric in choice.metrics]
             shares = zip(names, own.normalise(choice.mean).tolist(), strict=True)
             said["normalised"] = {name: None if x != x else x for name, x in shares}
+        if found is not None:
+            said["measured"] = found.summary()
         sys.stdout.write(json.dumps(said, indent=2) + "\n")
         return
     from rich.console import Console
@@ -171,6 +195,7 @@ def _choose(options: argparse.Namespace) -> None:
 
     console = Console()
     where = "Optimised for this preference, near point" if choice.refined else "Point"
+    where = "The uniform blend, near point" if choice.blend else where
     console.print(f"{where} {choice.point} of {options.run}", highlight=False, markup=False)
     print_choice(
         console,
@@ -186,6 +211,11 @@ def _choose(options: argparse.Namespace) -> None:
     )
     for note in choice.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
+    if found is not None:
+        from map_bo.app.runs.measuring import show
+
+        console.print()
+        show(found)
 
 
 def _merge(options: argparse.Namespace) -> None:
@@ -206,10 +236,26 @@ def _merge(options: argparse.Namespace) -> None:
             pass  # what is not trusted is refused before anything is fitted
         # A wrong name is refused before checkpoints are read.
         choice = _choice_of(options) if options.row is None else row_of(run, options)
+        if options.row is None or options.measure:
+            choice = _judged(options, choice)
         out = os.path.abspath(options.out)
         with recorded_configuration(run, recorded, trust=trust, parts=("problem",)) as config:
             written = merge_choice(choice, options, config, run=run, out=out)
     sys.stdout.write(written + "\n")
+
+
+def _judged(options: argparse.Namespace, choice: Any) -> Any:
+    """Return a choice with its verdict, and measured where that is asked for."""
+    from dataclasses import replace
+
+    result = _loaded(options)
+    if not options.measure:
+        return replace(choice, verdict=result.verdict(choice).describe())
+    from map_bo.app.runs.measuring import measure, show
+
+    found = measure(options, choice, result)
+    show(found)
+    return replace(choice, real=found.measured.Y[0], confirmed=found.summary())
 
 
 def log_to_stderr() -> None:
@@ -507,6 +553,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "tell": _tell,
     "choose": _choose,
     "merge": _merge,
+    "confirm": _confirm,
     "report": _report,
     "export": _export,
     "import": _import,

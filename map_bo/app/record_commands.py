@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from map_bo.errors import ConfigError, listed
 
 if TYPE_CHECKING:
+    from map_bo.data import Metric
     from map_bo.tracking.side_file import Lost
     from map_bo.tracking.store import Event
 
@@ -109,6 +110,9 @@ def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
         return 0, "nothing", f"it does not say what was run: {error!r}"
     state, count, refusal = replay_whole(events, metrics, space.d, partly=True)
     message = None if refusal is None else refusal.message
+    confirmed, wrong = _unreadable_confirmation(events[:count], metrics)
+    if wrong is not None:
+        count, message = confirmed, wrong
     if created.get("nested"):
         inner, wrong = _replay_nodes(events[:count])
         if wrong is not None:
@@ -120,6 +124,22 @@ def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
     waiting = f", {len(state.pending)} more proposed" if state.pending else ""
     ended = "finished" if state.summary is not None else "not finished"
     return count, f"{done} of {budget} evaluations{waiting}, {ended}", message
+
+
+def _unreadable_confirmation(
+    events: Sequence[Event], metrics: Sequence[Metric]
+) -> tuple[int, str | None]:
+    """Return how many events come before a confirmation that cannot be read, and what is wrong."""
+    from map_bo.errors import StoreError
+    from map_bo.loop.verdict.confirm import CONFIRMED, Confirmation
+
+    for number, event in enumerate(events):
+        if event.kind == CONFIRMED:
+            try:
+                Confirmation.read(event.data, metrics)
+            except StoreError as error:
+                return number, error.message
+    return len(events), None
 
 
 def _replay_nodes(events: Sequence[Event]) -> tuple[int, str | None]:

@@ -32,13 +32,15 @@ def view_of(result: Result, *, normalised: bool = False) -> RunView:
         result: The run.
         normalised: Whether to show scores normalised by each expert's own too.
     """
+    found = [one.summary() for one in result.confirmed]
+    confirmed = {"confirmed": found} if found else {}
     return RunView(
         title=result.run_dir.name if result.run_dir is not None else "run",
         space=result.space,
         front=result.front,
         seen=result.seen.append(result.verification),
         scale=result.scale,
-        summary=result.summary,
+        summary={**result.summary, **confirmed},
         normalised=normalised,
     )
 

@@ -26,6 +26,7 @@ from map_bo.loop.growth import created_in_force
 from map_bo.loop.recommend import refit as fit_again
 from map_bo.loop.result import Result
 from map_bo.loop.state import RunState, check_created, replay
+from map_bo.loop.verdict.confirm import confirmations
 from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
@@ -182,6 +183,8 @@ def load_result(
         if refit and surrogate is None:
             surrogate = recorded_surrogate(state.created, trust=trust)
         result = Result.of(state, space, problem=problem, run_dir=Path(run_dir))
+        events = JsonlStore.open(Path(run_dir)).read()
+        result = replace(result, confirmed=tuple(confirmations(events, state.metrics)))
         if surrogate is None:
             return result
         surrogate = as_in_run(surrogate, state.created)

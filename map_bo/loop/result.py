@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import nan, sqrt
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any, Literal
 
 import torch
@@ -15,12 +14,22 @@ from torch import Tensor
 
 from map_bo.constraints import AtLeast, AtMost
 from map_bo.data import Front, Metric, Observations, directions, to_maximisation
-from map_bo.errors import MergeError, PreferenceError, StoreError
+from map_bo.errors import MapBoError, PreferenceError, StoreError
 from map_bo.evaluators.isolation.world import own_maths
 from map_bo.loop.recommend import front_without_outliers, notes_on_feasibility
 from map_bo.loop.state import RunState
-from map_bo.merging.export.adapter import AdapterExport
-from map_bo.merging.export.model import ExportSettings
+from map_bo.loop.verdict.bounds import holding, holding_by_interval, missed_bounds
+from map_bo.loop.verdict.chosen import Choice, with_probability
+from map_bo.loop.verdict.confirm import CONFIRMED, Confirmation
+from map_bo.loop.verdict.confirming import confirm_choice, judge_choice, measure_choice
+from map_bo.loop.verdict.gain import (
+    PosteriorGain,
+    joint_draws,
+    measured_blend,
+    posterior_gain,
+    value_draws,
+)
+from map_bo.loop.verdict.verdict import Verdict
 from map_bo.pareto.gradient import ascend
 from map_bo.pareto.preferences import (
     Preference,
@@ -32,147 +41,23 @@ from map_bo.pareto.preferences import (
 )
 from map_bo.pareto.trust import Coverage, guard, penalise
 from map_bo.plain import from_plain
-from map_bo.problems.problem import Exportable, ExportsAdapters, Problem
-from map_bo.scale import Scale
+from map_bo.problems.problem import Exportable, Problem
+from map_bo.rng import make_generator
+from map_bo.scale import Scale, same_points
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.feasibility import Feasibility, Requirements
 from map_bo.surrogates.outliers import Outlier
-from map_bo.surrogates.prediction import (
-    NORMAL_975,
-    holding_probability,
-    predict,
-    predicted_mean,
-    quantile,
-)
+from map_bo.surrogates.prediction import NORMAL_975, predict, predicted_mean
 from map_bo.surrogates.surrogate import SurrogateModel
 from map_bo.tracking.codec import decode_scale
+from map_bo.tracking.jsonl import JsonlStore
+from map_bo.tracking.store import Event
+from map_bo.workers.workers import Workers
 
 __all__ = ["Choice", "Exportable", "Result", "recorded_requirements"]
 
 # Gain in utility (1 is the best expert) from which a solution is preferred to the front's points.
 _NOTICEABLE = 2e-3
-
-
-@dataclass(frozen=True, eq=False)
-class Choice:
-    """One point of a front, chosen by preference or by number.
-
-    Attributes:
-        point: Row of the front; the nearest one when ``refined``.
-        x: ``d`` coefficients.
-        mean: ``m`` predicted metrics, own units.
-        lower: ``m`` lower ends of their 95 % intervals.
-        upper: ``m`` upper ends.
-        real: ``m`` measured metrics, NaN where the point was not verified.
-        corrected: ``m`` metrics predicted with the verified points among the data; NaN where
-            nothing was verified. Where they are known, the choice was made by them.
-        metrics: The metrics.
-        space: The coefficients.
-        feasible: Probability that it can be had, as in :attr:`map_bo.data.Front.feasible`.
-        preference: The preference that it was chosen by, or None when chosen by number.
-        refined: Whether the surrogate was optimised for exactly this preference, starting from
-            ``point``, because that gave a noticeably better prediction than the point itself.
-        notes: What a reader of the choice must know, such as metrics without a range.
-        probability: Probability that all bounds of the preference hold when the merge is
-            measured; None without bounds.
-        problem: The problem, needed to export.
-        exports: What writes the model, where it is not the problem itself.
-    """
-
-    point: int
-    x: Tensor
-    mean: Tensor
-    lower: Tensor
-    upper: Tensor
-    real: Tensor
-    corrected: Tensor
-    metrics: tuple[Metric, ...]
-    space: CoefficientSpace
-    feasible: float = nan
-    preference: Preference | None = None
-    refined: bool = False
-    notes: tuple[str, ...] = ()
-    probability: float | None = None
-    problem: Problem | None = None
-    exports: Exportable | None = None
-
-    @property
-    def expected(self) -> Tensor:
-        """``m`` values that the choice was made by: corrected where known, else predicted."""
-        known = bool(torch.isfinite(self.corrected).all())
-        return self.corrected if known else self.mean
-
-    @property
-    def coefficients(self) -> dict[str, float | str]:
-        """The coefficients by name, and a choice's option; see :meth:`.CoefficientSpace.named`."""
-        return self.space.named(self.x.tolist())
-
-    def describe(self) -> dict[str, Any]:
-        """Return the choice as plain data, with predicted and real values apart."""
-
-        def named(values: Tensor) -> dict[str, float | None]:
-            return {
-                metric.name: value if value == value else None
-                for metric, value in zip(self.metrics, values.tolist(), strict=True)
-            }
-
-        notes: dict[str, Any] = {"notes": list(self.notes)} if self.notes else {}
-        if self.probability is not None:
-            notes["probability"] = self.probability
-        return {
-            "point": self.point,
-            "refined": self.refined,
-            **notes,
-            "coefficients": self.coefficients,
-            **({"feasible": self.feasible} if self.feasible == self.feasible else {}),
-            "predicted": named(self.mean),
-            "predicted_lower": named(self.lower),
-            "predicted_upper": named(self.upper),
-            "corrected": named(self.corrected),
-            "real": named(self.real),
-            "preference": None if self.preference is None else asdict(self.preference),
-        }
-
-    def export(self, out: str | Path, *, settings: ExportSettings | None = None) -> Path:
-        """Merge with these coefficients and write the model, its recipe and a mergekit file.
-
-        Args:
-            out: Folder to create.
-            settings: Limits on memory and file sizes.
-
-        Raises:
-            MergeError: When the problem has no models (a table, a formula), or ``out`` exists.
-        """
-        writer = self.problem if self.exports is None else self.exports
-        if not isinstance(writer, Exportable):
-            raise MergeError(
-                f"{type(self.problem).__name__} has no models to merge",
-                hint="export a run of a problem that merges checkpoints",
-            )
-        record = {"choice": self.describe()}
-        return writer.export(self.x, out, record=record, settings=settings)
-
-    def export_adapter(self, out: str | Path, *, rank: int | None = None) -> AdapterExport:
-        """Write the merge with these coefficients as a LoRA adapter over the base.
-
-        Args:
-            out: Folder to create.
-            rank: Largest rank; None keeps a linear merge of adapters exact.
-
-        Returns:
-            The folder, its rank, and the error that the rank causes.
-
-        Raises:
-            MergeError: When the problem has no models, or the adapter cannot be written.
-        """
-        if not isinstance(self.problem, ExportsAdapters) or self.exports is not None:
-            raise MergeError(
-                f"a merge of {type(self.problem).__name__} cannot be written as an adapter",
-                hint="export an adapter from a run that merges checkpoints, all at once",
-            )
-        return self.problem.export_adapter(
-            self.x, out, rank=rank, record={"choice": self.describe()}
-        )
 
 
 def recorded_requirements(settings: Mapping[str, Any]) -> Requirements:
@@ -183,78 +68,6 @@ def recorded_requirements(settings: Mapping[str, Any]) -> Requirements:
         least=settings.get("least_feasible", default.least),
         constraints=tuple(map(from_plain, settings.get("constraints") or ())),
     )
-
-
-def _holding(model: SurrogateModel, X: Tensor, preference: Preference) -> Tensor:
-    return holding_probability(model, X, at_least=preference.at_least, at_most=preference.at_most)
-
-
-def _holding_by_interval(
-    mean: Tensor, lower: Tensor, upper: Tensor, preference: Preference, metrics: tuple[Metric, ...]
-) -> Tensor:
-    """Return :func:`_holding` from recorded 95 % intervals, without the surrogate (``k``).
-
-    Each metric is a normal of its own width on either side of its median.
-    """
-    names, result = [metric.name for metric in metrics], torch.ones(len(mean)).double()
-    for bounds, side in ((preference.at_least, 1.0), (preference.at_most, -1.0)):
-        for name, bound in bounds.items():
-            j = names.index(name)
-            inside = side * (mean[:, j] - bound)  # how far inside the bound
-            towards, away = mean[:, j] - lower[:, j], upper[:, j] - mean[:, j]
-            if side < 0:
-                towards, away = away, towards
-            width = torch.where(inside >= 0, towards, away) / NORMAL_975
-            sure = (inside >= 0).double()
-            likely = torch.special.ndtr(inside / torch.where(width > 0, width, 1.0))
-            result = result * torch.where(width > 0, likely, sure)
-    return result
-
-
-def _missed(model: SurrogateModel, X: Tensor, preference: Preference, width: Tensor) -> Tensor:
-    """Return by how much ``X`` misses the bounds at the confidence wanted (``n``, 0 for none).
-
-    Several bounds are met together when each is met with their share of the confidence.
-    """
-    if not preference.bounded:
-        return X.new_zeros(len(X))
-    if preference.confidence is None:
-        values = to_maximisation(predicted_mean(model)(X), model.metrics)
-        return shortfall(values, model.metrics, preference, width=width)
-    count = len(preference.at_least) + len(preference.at_most)
-    z = NormalDist().inv_cdf(preference.confidence ** (1 / count))
-    low, high = quantile(model, X, -z), quantile(model, X, z)
-    least, most = replace(preference, at_most={}), replace(preference, at_least={})
-    return shortfall(low, model.metrics, least, width=width) + shortfall(
-        high, model.metrics, most, width=width
-    )
-
-
-def _with_probability(choice: Choice, probability: float) -> Choice:
-    """Return the choice with what is known of its bounds."""
-    preference = choice.preference
-    assert preference is not None
-    values = dict(zip((metric.name for metric in choice.metrics), choice.expected, strict=True))
-    margins = [
-        f"{name} {sign} {bound:g} by {abs(float(values[name]) - bound):.2g}"
-        for bounds, sign in ((preference.at_least, ">="), (preference.at_most, "<="))
-        for name, bound in bounds.items()
-    ]
-    note = (
-        f"the bounds hold with probability {_probability(probability)} when measured; the "
-        f"expected values keep {', '.join(margins)}"
-    )
-    wanted = preference.confidence
-    if wanted is not None and probability < wanted:
-        note += (
-            f"; no merge was found that keeps them with the probability {wanted:g} that was asked "
-            "for: relax a bound, measure more, or lower the confidence"
-        )
-    return replace(choice, probability=probability, notes=(*choice.notes, note))
-
-
-def _probability(value: float) -> str:
-    return "above 0.999" if value > 0.999 else f"{value:.3f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -276,6 +89,8 @@ class Result:
         guarded: Whether the front was kept where the data support the surrogate.
         posterior: The uncertainty that was recorded with the front.
         requirements: What the points of the run have to fulfil.
+        confirmed: Points that were measured for real after the run, in their order.
+        settings: The settings of the run as plain data.
     """
 
     front: Front
@@ -291,6 +106,8 @@ class Result:
     refitted: SurrogateModel | None = None
     posterior: Mapping[str, Any] = field(default_factory=dict)
     requirements: Requirements = field(default_factory=Requirements)
+    confirmed: tuple[Confirmation, ...] = ()
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -334,6 +151,7 @@ class Result:
             guarded=bool(state.created.get("settings", {}).get("guard", True)),
             posterior=state.front_data.get("uncertainty", {}),
             requirements=recorded_requirements(state.created.get("settings", {})),
+            settings=state.created.get("settings", {}),
         )
 
     @property
@@ -366,13 +184,16 @@ class Result:
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
         confidence: float | None = 0.9,
         corrected: bool = True,
+        keep_blend: bool = True,
     ) -> Choice:
         """Return the merge that suits a preference best, without a further evaluation.
 
         It is the best point of the front; or, if optimising the surrogate (when it is available)
-        for exactly this preference gives a noticeably better merge, that merge. Where points were
-        verified, both are judged by the corrected predictions. Points that are likely to be
-        infeasible (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
+        for exactly this preference gives a noticeably better merge, that merge. Unless that is
+        clearly better than the uniform blend (:mod:`map_bo.loop.verdict.gain`), the choice is the
+        uniform blend, where it was measured and keeps the bounds. Where points were verified, all
+        are judged by the corrected predictions. Points that are likely to be infeasible
+        (:attr:`map_bo.data.Front.feasible`) are chosen only where there are no others.
 
         Bounds are to hold when the merge is measured, not only in the prediction: the choice keeps
         them with probability ``confidence`` under the posterior, measurement noise included, and
@@ -392,6 +213,7 @@ class Result:
                 the predictions alone.
             corrected: Whether to use the corrected predictions where there are any, instead of
                 those that the front was solved with.
+            keep_blend: Whether the uniform blend stays where nothing is clearly better.
 
         Raises:
             PreferenceError: On an unknown metric, bad weights, or bounds that no point satisfies.
@@ -415,11 +237,98 @@ class Result:
         x = self._refined(row, preference, model)
         if x is None:
             choice = self._choice(row, preference)
-            return choice if holds is None else _with_probability(choice, float(holds[row]))
-        choice = self._refinement(row, x, preference)
-        if model is None or holds is None:
+            likely = None if holds is None else holds[row]
+        else:
+            choice = self._refinement(row, x, preference)
+            likely = None if holds is None or model is None else holding(model, x[None], preference)
+        if likely is not None:
+            choice = with_probability(choice, float(likely))
+        return self._or_blend(choice, model) if keep_blend else choice
+
+    def _or_blend(self, choice: Choice, model: SurrogateModel | None) -> Choice:
+        """Return a choice, or the uniform blend where the choice is not clearly better."""
+        at, preference = measured_blend(self.seen, self.space), choice.preference
+        if at is None or preference is None:
             return choice
-        return _with_probability(choice, float(_holding(model, x.unsqueeze(0), preference)))
+        blend = self.seen.select([at])
+        bounded, width = preference.bounded, self.front.upper - self.front.lower
+        half = width[choice.point] / 2
+        likely = self._blend_holds(blend, preference, model, half) if bounded else 1.0
+        if likely < (preference.confidence or 0.5):
+            return choice
+        if bool(same_points(choice.x[None], blend.X, self.space)):
+            return replace(choice, blend=True)
+        source, known = make_generator(0), self.seen.append(self.verification)
+        same = same_points(choice.x[None], known.X, self.space)[0] & known.ok
+        if bool(same.any()):  # judged by what was measured, whatever a fit without it predicts
+            draws = known.Y[same].mean(0).expand(2, -1)
+        elif model is None:
+            real = torch.where(torch.isfinite(choice.real), choice.real, choice.expected)
+            draws = value_draws(real, self.front.std[choice.point], generator=source)
+        else:
+            fitted = self.seen if model is self.model else self.seen.append(self.verification)
+            X = choice.x[None]
+            draws = joint_draws(model, X, fitted, self.space, generator=source)[:, 0]
+        gain = posterior_gain(draws, known, at, preference, self.scale)
+        unsure = choice.probability is not None and choice.probability < (
+            preference.confidence or 0.0
+        )
+        if gain.counts and not unsure:
+            return replace(choice, gain=gain)
+        return self._blend(blend, choice, gain, likely if bounded else None)
+
+    def _blend_holds(
+        self,
+        blend: Observations,
+        preference: Preference,
+        model: SurrogateModel | None,
+        half: Tensor,
+    ) -> float:
+        """Return the probability that the measured blend keeps the bounds when measured again.
+
+        Without the surrogate its interval is as wide as those of the front: ``half`` (``m``) of it.
+        """
+        if float(shortfall(blend.Y, self.metrics, preference)) > 0:
+            return 0.0
+        bounded = {*preference.at_least, *preference.at_most}
+        if all(m.resampling == "same" for m in self.metrics if m.name in bounded):
+            return 1.0
+        if model is not None:
+            return float(holding(model, blend.X, preference))
+        low, high = blend.Y - half, blend.Y + half
+        return float(holding_by_interval(blend.Y, low, high, preference, self.metrics))
+
+    def _blend(
+        self, blend: Observations, choice: Choice, gain: PosteriorGain, likely: float | None
+    ) -> Choice:
+        """Return the uniform blend as a choice, in place of another."""
+        real = blend.Y[0]
+        half = NORMAL_975 * blend.Yvar[0].nan_to_num(0.0).sqrt()
+        mean, lower, upper, again = real, real - half, real + half, real
+        if self.model is not None:
+            told = predict(self.model, blend.X, self.seen)
+            mean, lower, upper = told.mean[0], told.lower[0], told.upper[0]
+            again = torch.full_like(real, nan)
+        if self.refitted is not None:
+            again = predict(self.refitted, blend.X).mean[0]
+        note = (
+            "keep the uniform blend: nothing that was measured or predicted is clearly better; "
+            "--no-blend (keep_blend=False) gives the best other merge for this preference"
+        )
+        kept = replace(
+            self._choice(choice.point, choice.preference),
+            x=blend.X[0],
+            mean=mean,
+            lower=lower,
+            upper=upper,
+            real=real,
+            corrected=again,
+            feasible=nan,
+            gain=gain,
+            blend=True,
+        )
+        kept = replace(kept, notes=(*kept.notes, note))
+        return kept if likely is None else with_probability(kept, likely)
 
     def _holds(
         self, values: Tensor, preference: Preference, model: SurrogateModel | None
@@ -428,11 +337,11 @@ class Result:
         front = self.front
         if model is None:
             shift = values - front.mean
-            likely = _holding_by_interval(
+            likely = holding_by_interval(
                 values, front.lower + shift, front.upper + shift, preference, self.metrics
             )
         else:
-            likely = _holding(model, front.X, preference)
+            likely = holding(model, front.X, preference)
         known = torch.isfinite(front.real).all(-1)
         missed = shortfall(front.real.nan_to_num(), self.metrics, preference) > 0
         same = all(
@@ -490,7 +399,7 @@ class Result:
             guarded = penalise(guarded, feasibility.excess, scale=width)
 
         def missed(X: Tensor) -> Tensor:
-            return _missed(model, X, preference, width)
+            return missed_bounds(model, X, preference, width)
 
         def gain(X: Tensor) -> Tensor:
             values = to_maximisation(guarded(X), self.metrics)
@@ -525,6 +434,97 @@ class Result:
             corrected=unknown if again is None else again.mean[0],
             refined=True,
         )
+
+    @own_maths()
+    def verdict(self, choice: Choice | None = None) -> Verdict:
+        """Return whether a choice is better than the uniform blend, the base and each expert.
+
+        Where the choice is the uniform blend, the best other merge is compared with it, so that
+        the verdict says whether anything is distinguishable from the blend.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+        """
+        choice = self.choose() if choice is None else choice
+        return judge_choice(self, choice, self._beside(choice))
+
+    def brief_verdict(self) -> dict[str, Any]:
+        """Return the verdict on the choice for all metrics alike, as part of a summary.
+
+        Empty where there is nothing to choose, or nothing to judge it by: what was measured is
+        recorded whatever comes of that.
+        """
+        try:
+            found = self.verdict()
+        except (MapBoError, ArithmeticError, RuntimeError, ValueError):
+            return {}
+        return {"verdict": found.describe()} if found.comparisons else {}
+
+    def _beside(self, choice: Choice) -> Choice:
+        """Return the choice for the same preference whether or not the blend is as good."""
+        preference = choice.preference
+        if preference is None or not choice.blend:
+            return choice
+        return self.choose(
+            preference.weights or None,
+            at_least=preference.at_least,
+            at_most=preference.at_most,
+            rule=preference.rule,
+            confidence=preference.confidence,
+            keep_blend=False,
+        )
+
+    @own_maths()
+    def measure(self, choice: Choice | None = None, *, workers: Workers | None = None) -> Result:
+        """Return the result with a choice measured for real on the examples of the search.
+
+        The measurement is recorded where the run is, and is the last of :attr:`confirmed`.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+            workers: Who evaluates; None evaluates here.
+
+        Raises:
+            MergeError: When the problem is not available.
+            EvaluationError: When it cannot be measured.
+        """
+        choice = self.choose() if choice is None else choice
+        return self._recorded(measure_choice(self, choice, self._beside(choice), workers=workers))
+
+    @own_maths()
+    def confirm(
+        self,
+        choice: Choice | None = None,
+        *,
+        on: Problem | None = None,
+        workers: Workers | None = None,
+    ) -> Result:
+        """Return the result with a choice, the blend, the experts and the base confirmed.
+
+        All of them are measured on examples that the search never saw, and recorded where the run
+        is; the confirmation is the last of :attr:`confirmed`.
+
+        Args:
+            choice: The choice; by default that for all metrics alike.
+            on: The same problem with other examples, such as those of test sets; by default the
+                run's own problem on what its ``holdout`` has kept from the search.
+            workers: Who evaluates, holding that problem; None evaluates here.
+
+        Raises:
+            MergeError: When the problem is not available.
+            ConfigError: When nothing was held out and no other problem is given.
+            EvaluationError: When the choice cannot be measured.
+        """
+        choice = self.choose() if choice is None else choice
+        return self._recorded(confirm_choice(self, choice, on=on, workers=workers))
+
+    def _recorded(self, found: Confirmation) -> Result:
+        """Return the result with a confirmation, once it is recorded."""
+        if self.run_dir is not None:
+            store = JsonlStore.open(self.run_dir)
+            with store.lock():
+                store.append(Event(CONFIRMED, found.describe()))
+        return replace(self, confirmed=(*self.confirmed, found))
 
     def point(self, number: int) -> Choice:
         """Return a front point by its number (its row in ``front.csv``)."""

@@ -588,7 +588,7 @@ class Run:
         if state.summary is not None:
             return result
         summary = summary_of(result, state, self.settings, self.notes, aside)
-        summary |= told
+        summary |= told | result.brief_verdict()
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)
 

@@ -32,7 +32,7 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 ``checked``    ``evaluations``, ``gain``, ``floor``, ``seconds``, ``stop``: a check of the stopping
                rule after so many evaluations; the reason to stop, or None
 ``corrected``  ``corrected``: the front's predictions with the verified points among the data
-``finished``   the summary
+``finished``   the summary; ``confirmed`` (:mod:`.verdict.confirm`): points measured after it
 """
 
 from __future__ import annotations
@@ -186,9 +186,9 @@ def _joined(rows: list[Observations], state: RunState) -> Observations:
 
 
 _NESTED = frozenset({
-    "node", "measured", "planned", "found", "begun", "handed", "done", "seeds", "space",
+    "node", "measured", "planned", "found", "begun", "handed", "done", "seeds", "space", "confirmed"
 })  # fmt: skip
-"""Kinds that only nested runs have; the state of the whole run does not depend on them."""
+"""Kinds that the state of the whole run does not depend on: most only nested runs have."""
 
 UNREADABLE = (
     MapBoError, KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError,

@@ -43,7 +43,7 @@ def weights_of(
 
 def choose_merge(result: Result, weights: Mapping[str, float]) -> Choice:
     """Return the merge of a node's front that suits the weights and differs from the base."""
-    choice = result.choose(dict(weights))
+    choice = result.choose(dict(weights), keep_blend=False)  # what children give is searched on
     moving = torch.tensor(result.space.owner) >= 0
     if float(choice.x[moving].abs().max()) > _NOTHING:
         return choice

@@ -153,6 +153,7 @@ class NestedResult(Result):
         rule: Literal["weighted_sum", "chebyshev"] = "weighted_sum",
         confidence: float | None = 0.9,
         corrected: bool = True,
+        keep_blend: bool = True,
     ) -> Choice:
         """Return the merge that suits a preference best; see :meth:`Result.choose`.
 
@@ -167,6 +168,7 @@ class NestedResult(Result):
                 rule=rule,
                 confidence=confidence,
                 corrected=corrected,
+                keep_blend=keep_blend,
             )
         inner = replace(self.root, scale=self.scale).choose(
             prefer,
@@ -175,7 +177,14 @@ class NestedResult(Result):
             rule=rule,
             confidence=confidence,
             corrected=corrected,
+            keep_blend=False,  # the blend of the root's children is not that of the experts
         )
+        choice = self._outside(inner)
+        return self._or_blend(choice, None) if keep_blend else choice
+
+    def _outside(self, inner: Choice) -> Choice:
+        """Return a choice of the root in the coefficients of all experts."""
+        assert self.directions is not None
         if not inner.refined:
             own = self._choice(inner.point, inner.preference)
             return replace(own, notes=inner.notes, probability=inner.probability)

@@ -76,6 +76,7 @@ def model_card_text(
         f"{_count(len(experts), 'expert')} fine-tuned from one base, merged with map_bo; "
         "`recipe.yaml` has every input and all digits.",
         *_trade_offs(record.get("choice")),
+        *_verdict(record.get("choice")),
         "## How it was merged",
         f"Operator: {_inline(operator)}",
         _table(("coefficient", "value"), ((name, c) for name, c in coefficients.items())),
@@ -166,6 +167,25 @@ def _is_transformers(base: Checkpoint) -> bool:
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and bool({"model_type", "architectures"} & config.keys())
+
+
+def _verdict(choice: object) -> Iterator[str]:
+    """Yield the section on what the merge was compared with, where the record has any."""
+    if not isinstance(choice, Mapping):
+        return
+    found = choice.get("verdict")
+    confirmed = choice.get("confirmed")
+    if isinstance(confirmed, Mapping):
+        found = confirmed.get("verdict")
+    lines = found.get("lines") if isinstance(found, Mapping) else None
+    if not isinstance(lines, list | tuple) or not lines:
+        return
+    yield "## Verdict"
+    yield "\n".join(f"- {_cell(line)}" for line in lines)
+    if isinstance(confirmed, Mapping) and isinstance(table := confirmed.get("table"), list | tuple):
+        head, *rows = table
+        yield f"Measured on {_cell(confirmed.get('where'))}, beside what the search says:"
+        yield _table([_cell(title) for title in head], rows)
 
 
 def _trade_offs(choice: object) -> Iterator[str]:

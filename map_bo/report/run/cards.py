@@ -39,6 +39,7 @@ from map_bo.report.run.content import (
     metric_rows,
     notes,
 )
+from map_bo.report.run.verdict import confirmed_tables, verdict_lines
 from map_bo.report.view import RunView, representative_rows
 from map_bo.space import CoefficientSpace
 
@@ -97,6 +98,7 @@ def print_summary(view: RunView, console: Console) -> None:
     _print_optimism(view, console)
 
     _print_points(view, console)
+    _print_verdict(view, console)
     _print_normalised(view, console)
     failures = failure_rows(view)
     if failures:
@@ -126,6 +128,24 @@ def _print_optimism(view: RunView, console: Console) -> None:
         table.add_row(*(_text(console, cell) for cell in row))
     console.print(table)
     console.print(_text(console, optimism_words(view)))
+
+
+def _print_verdict(view: RunView, console: Console) -> None:
+    lines = verdict_lines(view)
+    if lines:
+        _heading(console, "Verdict")
+        for line in lines:
+            console.print(_text(console, f"- {line}"))
+    for one in confirmed_tables(view):
+        _heading(console, f"Confirmed on {one.where}")
+        table = _table(console)
+        for j, title in enumerate(one.head):
+            table.add_column(title, justify="right" if j else "left", overflow="fold")
+        for row in one.rows:
+            table.add_row(*(_text(console, cell) for cell in row))
+        console.print(table)
+        for line in one.lines:
+            console.print(_text(console, f"- {line}"))
 
 
 def _print_normalised(view: RunView, console: Console) -> None:

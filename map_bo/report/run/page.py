@@ -36,6 +36,12 @@ from map_bo.report.run.content import (
 )
 from map_bo.report.run.plots import describe_plot
 from map_bo.report.run.tree_plot import tree_section
+from map_bo.report.run.verdict import (
+    COLUMNS,
+    comparison_rows,
+    confirmed_tables,
+    verdict_lines,
+)
 from map_bo.report.view import (
     RunView,
     anchor_values,
@@ -70,6 +76,7 @@ def write_html(view: RunView, path: Path, plots: Sequence[Path]) -> None:
     sections = [
         ("run", "The run", _run(view)),
         ("front", "The front", _front(view, plots)),
+        ("verdict", "Verdict", _verdict(view)),
         ("tree", "The merge tree", tree_section(view, "".join(_figures(view, trees)))),
         ("normalised", "Normalised by each expert's own", _normalised(view)),
         ("hypervolume", "Hypervolume", _hypervolume(view, plots)),
@@ -104,6 +111,34 @@ def _run(view: RunView) -> str:
     said = notes(view)
     listed = "".join(f"<li>{escape(note)}</li>" for note in said)
     return f'<dl class="facts">{items}</dl>' + (f"<h3>Notes</h3><ul>{listed}</ul>" if said else "")
+
+
+def _verdict(view: RunView) -> str:
+    """Return whether the choice is better than what was there anyway, and what was confirmed."""
+
+    def rows(cells: Iterable[Sequence[str]]) -> list[str]:
+        return [
+            f'<tr><th class="name" scope="row">{escape(row[0])}</th>'
+            + "".join(f'<td class="name">{escape(cell)}</td>' for cell in row[1:])
+            + "</tr>"
+            for row in cells
+        ]
+
+    def head(titles: Iterable[str]) -> str:
+        return "<tr>" + "".join(_column(title, name=True) for title in titles) + "</tr>"
+
+    def listed(lines: Iterable[str]) -> str:
+        return "<ul>" + "".join(f"<li>{escape(line)}</li>" for line in lines) + "</ul>"
+
+    parts, lines = [], verdict_lines(view)
+    if lines:
+        caption = "Gains of the choice for all metrics alike; positive is better."
+        table = _table(caption, head(COLUMNS), rows(comparison_rows(view)))
+        parts = [f"<p><strong>{escape(lines[0])}</strong></p>", listed(lines[1:]), table]
+    for one in confirmed_tables(view):
+        caption = f"Measured after the run on {one.where}, beside what the search says."
+        parts += [_table(caption, head(one.head), rows(one.rows)), listed(one.lines)]
+    return "".join(parts)
 
 
 def _front(view: RunView, plots: Sequence[Path]) -> str:

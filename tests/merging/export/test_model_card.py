@@ -57,6 +57,22 @@ def test_notes_of_the_choice_are_in_the_card() -> None:
     assert "Note:" not in card(record={"choice": {**CHOICE, "notes": None}})[1]
 
 
+def test_the_verdict_and_what_was_confirmed_are_in_the_card() -> None:
+    verdict = {"lines": ["keep the uniform blend: nothing here is distinguishable from it"]}
+    body = card(record={"choice": {**CHOICE, "verdict": verdict}})[1]
+    assert "## Verdict\n\n- keep the uniform blend: nothing here" in body
+    confirmed = {
+        "where": "held-out examples",
+        "verdict": {"lines": ["take the chosen merge"]},
+        "table": [["merge", "math: search"], ["the chosen merge", "0.8"]],
+    }
+    body = card(record={"choice": {**CHOICE, "verdict": verdict, "confirmed": confirmed}})[1]
+    assert "- take the chosen merge" in body
+    assert "Measured on held-out examples" in body
+    assert ["the chosen merge", "0.8"] in rows(body, "Verdict")
+    assert "## Verdict" not in card(record={"choice": {**CHOICE, "verdict": "x"}})[1]
+
+
 class TestFrontMatter:
     def test_folders_are_named(self, tmp_path: Path) -> None:
         base = folder(tmp_path / "base", config=json.dumps({"model_type": "gpt2"}))
