@@ -214,9 +214,9 @@ def run_job(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> 
 def _result(config: DictConfig, directory: Path, choices: Mapping[str, Any]) -> Result:
     from map_bo.app.task import drive, show
     from map_bo.loop.growth import MAY_CHANGE
+    from map_bo.loop.identity import refuse_another
     from map_bo.loop.reading import created_of, load_state
     from map_bo.loop.result import Result
-    from map_bo.loop.state import refuse_another
     from map_bo.tracking.fresh import leaving_nothing
     from map_bo.tracking.jsonl import is_run
 

@@ -104,8 +104,8 @@ def merge_choice(
         out: Absolute path of the folder to write.
     """
     from map_bo.app.build import build_problem
+    from map_bo.loop.identity import problem_identity, refuse_another
     from map_bo.loop.reading import created_of
-    from map_bo.loop.state import problem_identity, refuse_another
     from map_bo.merging.export.model import ExportSettings
     from map_bo.nested.materialised import nested_exporter
     from map_bo.nested.reading import is_nested

@@ -10,9 +10,10 @@ from map_bo.ax.experiment import KEY
 from map_bo.ax.observations import Found, LeftOut, Origin, observations_of
 from map_bo.ax.rows import run_id
 from map_bo.errors import DataError
+from map_bo.loop.identity import difference
 from map_bo.loop.known import include
 from map_bo.loop.reading import load_state
-from map_bo.loop.state import RunState, difference
+from map_bo.loop.state import RunState
 from map_bo.tracking.jsonl import JsonlStore
 
 if TYPE_CHECKING:

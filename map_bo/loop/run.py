@@ -16,7 +16,8 @@ from map_bo.data import Observations
 from map_bo.errors import BudgetError, StoreError, SurrogateError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.loop import growth
-from map_bo.loop.driving import Steps, closing_workers, open_workers, together
+from map_bo.loop.driving.steps import Steps, closing_workers, open_workers, together
+from map_bo.loop.identity import refuse_another, run_identity
 from map_bo.loop.known import imported_of, notes_on_imported
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
@@ -31,14 +32,7 @@ from map_bo.loop.recommend import (
 )
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import (
-    RunState,
-    advance,
-    refuse_another,
-    refuse_outcome,
-    replay,
-    run_identity,
-)
+from map_bo.loop.state import RunState, advance, refuse_outcome, replay
 from map_bo.loop.stopping import notes_on, refuse_failures, stop_record
 from map_bo.loop.summary import (
     ObservedVolume,
@@ -351,7 +345,7 @@ class Run:
         """Do what is left of the run up to the verification of its front, step by step.
 
         It yields whenever it waits for evaluations, so that other runs can use the same workers
-        meanwhile; see :func:`map_bo.loop.driving.together`.
+        meanwhile; see :func:`map_bo.loop.driving.steps.together`.
 
         Returns:
             The front that was solved; None where it had been solved before.

@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, EvaluationError
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
-from map_bo.loop.driving import Steps, together
+from map_bo.loop.driving.steps import Steps, together
 from map_bo.loop.progress import Progress, Reporter, follow
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run

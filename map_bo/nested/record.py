@@ -17,8 +17,9 @@ from map_bo.loop.growth import (
     refuse_nested_changes,
     with_changes,
 )
+from map_bo.loop.identity import refuse_another
 from map_bo.loop.result import Result
-from map_bo.loop.state import check_created, refuse_another
+from map_bo.loop.state import check_created
 from map_bo.loop.summary import versions
 from map_bo.nested.ledger import MEASURED, Ledger
 from map_bo.nested.tree import NodePath

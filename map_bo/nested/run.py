@@ -19,12 +19,12 @@ from torch import Tensor
 from map_bo.data import Observations
 from map_bo.errors import ConfigError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
-from map_bo.loop.driving import closing_workers, open_workers
+from map_bo.loop.driving.steps import closing_workers, open_workers
+from map_bo.loop.identity import run_identity
 from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.result import Result
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import run_identity
 from map_bo.nested.budget import BudgetAllocator, node_sizes
 from map_bo.nested.composition import Part, check_nestable, expert_part
 from map_bo.nested.conclusion import Final, conclude, select

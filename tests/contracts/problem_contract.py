@@ -13,7 +13,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import SpaceError
-from map_bo.loop.state import problem_identity
+from map_bo.loop.identity import problem_identity
 from map_bo.problems.problem import Problem
 from map_bo.rng import make_generator
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from map_bo.data import Metric
 from map_bo.errors import AnotherRunError
+from map_bo.loop.identity import difference, problem_identity, refuse_another, run_identity
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
-from map_bo.loop.state import difference, problem_identity, refuse_another, run_identity
 from map_bo.problems.merged.problem import MergedModelProblem
 from map_bo.problems.synthetic import ConcaveQuadratics
 from map_bo.samplers.designs.space_filling import Sobol

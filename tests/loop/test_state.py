@@ -5,7 +5,8 @@ import torch
 
 from map_bo.data import Front, Metric, Observations
 from map_bo.errors import AnotherRunError, StoreError
-from map_bo.loop.state import advance, difference, refuse_another, replay, replay_whole
+from map_bo.loop.identity import difference, refuse_another
+from map_bo.loop.state import advance, replay, replay_whole
 from map_bo.scale import Scale
 from map_bo.tracking.codec import (
     encode_front,

@@ -11,9 +11,9 @@ from typing import Any, TypeAlias
 
 from map_bo.data import Observations
 from map_bo.errors import DataError, StoreError
+from map_bo.loop.identity import problem_identity
 from map_bo.loop.reading import created_of, load_state
 from map_bo.loop.result import Result
-from map_bo.loop.state import problem_identity
 from map_bo.loop.transfer.embedding import Taken, embed
 from map_bo.loop.transfer.study import HasStudy, StartFrom, Study
 from map_bo.loop.transfer.table import read_table

@@ -29,7 +29,7 @@ from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.feasibility import Feasibility, Requirements
-from map_bo.surrogates.outliers import fit_screened
+from map_bo.surrogates.outliers import Screening, fit_screened
 from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel, has_uncertainty
 from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, validate
@@ -356,15 +356,27 @@ class PosteriorDriven:
     def choose(self, situation: Situation, n: int) -> Tensor:
         """Return up to ``n`` new points, ``k x d``, the best first."""
 
-    def _choose(
+    def situation(
         self,
         seen: Observations,
         space: CoefficientSpace,
-        n: int,
         waiting: Tensor,
+        *,
         generator: Generator,
         seed: int,
-    ) -> tuple[Tensor, Mapping[str, Any]]:
+    ) -> tuple[Situation, Screening, Surrogate]:
+        """Return what is known, the fit behind it, and the surrogate that was fitted.
+
+        Args:
+            seen: All evaluations so far.
+            space: The coefficients.
+            waiting: ``p x d`` points that are being evaluated.
+            generator: Source of all randomness; read, never advanced.
+            seed: Seed of what libraries draw that take no generator.
+
+        Raises:
+            SurrogateError: When nothing can be fitted.
+        """
         surrogate = Auto() if self.surrogate is None else self.surrogate
         screening = fit_screened(surrogate, seen, space)
         model, every, seen = screening.model, seen, screening.kept
@@ -383,6 +395,21 @@ class PosteriorDriven:
             seed=seed,
             whole=fitted_rows(model, seen).ok if bool(seen.partial.any()) else None,
         )
+        return situation, screening, surrogate
+
+    def _choose(
+        self,
+        seen: Observations,
+        space: CoefficientSpace,
+        n: int,
+        waiting: Tensor,
+        generator: Generator,
+        seed: int,
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        situation, screening, surrogate = self.situation(
+            seen, space, waiting, generator=generator, seed=seed
+        )
+        model = situation.model
         found = self.choose(situation, n)
         scores = validate(model).describe() if isinstance(model, LeavesOneOut) else {}
         if screening.outliers:

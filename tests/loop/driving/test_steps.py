@@ -14,7 +14,7 @@ import torch
 
 from map_bo.data import Observations
 from map_bo.errors import EvaluationError, MergeError
-from map_bo.loop.driving import open_workers
+from map_bo.loop.driving.steps import open_workers
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import replay

@@ -1,0 +1,1 @@
+"""Allocation: which examples of which row to score next, new rows included."""
