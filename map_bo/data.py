@@ -282,7 +282,7 @@ class Observations:
         put(self, "gradients", gradients)
         put(self, "gradient_variance", noise)
         put(self, "examples", checked_examples(self.examples, n))
-        put(self, "covariance", checked_covariance(self.covariance, m, n))
+        put(self, "covariance", checked_covariance(self.covariance, self.measured))
 
     def __len__(self) -> int:
         return len(self.X)

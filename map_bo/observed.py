@@ -166,15 +166,19 @@ def joined_examples(before: Sequence[Outcomes], after: Sequence[Outcomes]) -> tu
     )
 
 
-def checked_covariance(given: Tensor | None, m: int, n: int) -> Tensor | None:
+def checked_covariance(given: Tensor | None, measured: Tensor) -> Tensor | None:
     """Return a covariance of noise among rows as observations keep it, ``m x n x n``.
+
+    Args:
+        given: The covariance; None where the noise of the rows is independent.
+        measured: ``n x m`` booleans: where a metric was not measured, the covariance becomes 0.
 
     Raises:
         DataError: When it has another shape, is not finite, or not symmetric.
     """
     if given is None:
         return None
-    value = double(given)
+    value, (n, m) = double(given), measured.shape
     if value.shape != (m, n, n) or not bool(value.isfinite().all()):
         raise DataError(
             f"covariance must be finite and of shape {(m, n, n)}, got {tuple(value.shape)}",
@@ -185,7 +189,10 @@ def checked_covariance(given: Tensor | None, m: int, n: int) -> Tensor | None:
         raise DataError(
             "covariance is not symmetric", hint="give the covariance of row i with row j, and back"
         )
-    return value
+    there = measured.mT
+    if bool(there.all()):
+        return value
+    return value.masked_fill(~(there.unsqueeze(-1) & there.unsqueeze(-2)), 0.0)
 
 
 def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:

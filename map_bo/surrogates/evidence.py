@@ -4,7 +4,8 @@ Model, for each of ``m`` outputs alone: ``y = Phi w + e``, ``w_j ~ N(0, s_g(j))`
 variance for each of ``G`` groups of features, and ``e_i ~ N(0, v_i + t)`` with ``v_i`` the known
 variance of row ``i`` (0 where it is unknown) and ``t`` a fitted variance, the *nugget*: the
 noise where it is unknown, the misfit of the model where it is known. (Rows of several kinds, each
-with a nugget of its own, are in :mod:`map_bo.surrogates.gradients`.)
+with a nugget of its own, are in :mod:`map_bo.surrogates.gradients`.) Known noise that rows have in
+common, ``e ~ N(0, C + t I)``, is the same regression on other rows (:class:`Rotation`).
 
 The log variances ``theta = (log t, log s_1 .. log s_G)`` maximise the evidence (type-II maximum
 likelihood; MacKay, *Bayesian Interpolation*, Neural Computation 4(3), 1992, section 4) times
@@ -28,6 +29,7 @@ __all__ = [
     "InRowSpace",
     "InWeightSpace",
     "Regression",
+    "Rotation",
     "Whitened",
     "maximise_evidence",
     "regression",
@@ -53,7 +55,7 @@ class Hyperprior:
 
 
 class Regression(Protocol):
-    """The regression of ``m`` outputs on shared features, as a function of ``theta``."""
+    """The regression of ``m`` outputs on features, as a function of ``theta``."""
 
     def cost(self, theta: Tensor) -> Tensor:
         """Return the negative log evidence, ``...`` for ``... x (1 + G)``."""
@@ -72,14 +74,49 @@ def regression(Phi: Tensor, y: Tensor, known: Tensor, groups: Tensor) -> Regress
     """Return the regression in whichever space is smaller.
 
     Args:
-        Phi: ``n x D`` features, shared by the outputs.
+        Phi: ``n x D`` features that the outputs share, or ``m x n x D`` with those of each.
         y: ``m x n`` standardised targets.
         known: ``m x n`` known variances, 0 where unknown.
         groups: ``D`` index of each feature's group.
     """
-    rows, features = Phi.shape
+    rows, features = Phi.shape[-2:]
     kind = InWeightSpace if features <= rows else InRowSpace
     return kind(Phi, y, known, groups)
+
+
+@dataclass(frozen=True, eq=False)
+class Rotation:
+    """Rows whose noise has a covariance, turned so that it is independent.
+
+    With ``C = U L U'`` the rows ``U' y``, ``U' Phi`` have the noise ``L + t I``, which is diagonal
+    whatever the nugget. Weights, evidence and their derivatives are those of the rows themselves.
+
+    Attributes:
+        axes: ``m x n x n``, ``U``.
+        known: ``m x n``, the diagonal of ``L``.
+    """
+
+    axes: Tensor
+    known: Tensor
+
+    @classmethod
+    def of(cls, covariance: Tensor) -> Rotation:
+        """Return that of ``m x n x n`` covariances; what is below 0 by rounding becomes 0."""
+        values, axes = torch.linalg.eigh(covariance)
+        return cls(axes, values.clamp_min(0.0))
+
+    def select(self, outputs: Tensor) -> Rotation:
+        """Return that of some outputs (``m`` booleans)."""
+        return Rotation(self.axes[outputs], self.known[outputs])
+
+    def rows(self, Phi: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return features (``m x n x D``), targets and known variances of the turned rows.
+
+        Args:
+            Phi: ``n x D`` features.
+            y: ``m x n`` targets.
+        """
+        return self.axes.mT @ Phi, _times(self.axes.mT, y), self.known
 
 
 def _membership(theta: Tensor, groups: Tensor) -> Tensor:
@@ -206,8 +243,9 @@ class InRowSpace:
     def _kernels(self, theta: Tensor) -> Tensor:
         """Return ``dK / dtheta`` for the groups, ``... x G x n x n``."""
         member = _membership(theta, self.groups)
-        parts = self.Phi * member.mT.unsqueeze(-2)
-        return theta[..., 1:].exp()[..., None, None] * (parts @ self.Phi.mT)
+        Phi = self.Phi if self.Phi.dim() == 2 else self.Phi.unsqueeze(-3)
+        parts = Phi * member.mT.unsqueeze(-2)
+        return theta[..., 1:].exp()[..., None, None] * (parts @ Phi.mT)
 
     def _solve(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         kernels = self._kernels(theta)

@@ -26,6 +26,11 @@ much.
 case, for any two (``python -m benchmarks.quality.correlation``); so the share lies between .1 and
 .7, and :data:`DIFFERS` is about the middle of that on a logarithmic scale. Shares of 1, .3, .1 and
 .03 were also tried on some of the cases of the quality study, and .3 was the most even.
+
+Where the outcomes of the examples are known, the share is measured on them
+(:mod:`map_bo.examples.sharing`). Where observations have a covariance of their noise among rows
+(:attr:`map_bo.data.Observations.covariance`), that says it all: what rows have in common is in it,
+and nothing is scaled (:func:`covariance_on_link`).
 """
 
 from __future__ import annotations
@@ -41,6 +46,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import SurrogateError
+from map_bo.examples.sharing import DIFFERS, differing_share
 
 __all__ = [
     "DIFFERS",
@@ -52,6 +58,7 @@ __all__ = [
     "as_fitted",
     "bound_distances",
     "check_enough",
+    "covariance_on_link",
     "from_link",
     "links_for",
     "observed_on_link",
@@ -323,6 +330,39 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
     return torch.stack(values, -1), torch.stack(variances, -1)
 
 
+def covariance_on_link(seen: Observations, links: Sequence[Link]) -> Tensor | None:
+    """Return the covariance of the noise among rows on the link scale, by the delta method.
+
+    ``D C D`` with the covariance ``C`` on the metric's own scale and ``D`` the inverse slopes of
+    the inverse link, at the values of :func:`observed_on_link`, whose variances are the diagonal.
+    What this leaves below 0 of an eigenvalue, where ``C`` was pieced together from estimates, is
+    put to 0.
+
+    Args:
+        seen: Observations of rows that have all of their metrics.
+        links: One link a metric.
+
+    Returns:
+        ``m x n x n``, with 0 for what is unknown; None where the noise of the rows is independent.
+    """
+    if seen.covariance is None:
+        return None
+    Z, variance = observed_on_link(seen, links)
+    slopes = torch.stack([link.slope(Z[:, j]) for j, link in enumerate(links)])
+    # Divided twice: the product of two slopes below 1e-154 is 0 in float64.
+    found = seen.covariance / slopes.unsqueeze(-1) / slopes.unsqueeze(-2)
+    known = variance.mT
+    there = ~known.isnan()  # an unknown variance has no covariances either
+    found = found.masked_fill(~(there.unsqueeze(-1) & there.unsqueeze(-2)), 0.0)
+    found.diagonal(dim1=-1, dim2=-2).copy_(known.nan_to_num(nan=0.0))
+    found = (found + found.mT) / 2
+    values, axes = torch.linalg.eigh(found)
+    if bool((values >= -_ROUNDING * values.abs().amax(-1, keepdim=True)).all()):
+        return found
+    root: Tensor = axes * values.clamp_min(0.0).sqrt().unsqueeze(-2)
+    return root @ root.mT
+
+
 def _distance(y: Tensor, metric: Metric) -> Tensor:
     """Return how far inside values at a bound of the metric are taken to be, ``n``; else 0."""
     far = torch.zeros_like(y)
@@ -384,24 +424,34 @@ def target_units(shift: Tensor, spread: Tensor, links: Sequence[Link]) -> Tensor
     return torch.where(spread > _ROUNDING * size, spread, one)
 
 
-DIFFERS = 0.3
-"""Share of the sampling variance that differs between evaluations on the same examples."""
-
-
 def as_fitted(seen: Observations) -> Observations:
     """Return the rows that a surrogate is fitted to, with the noise that it has to average out.
 
     They are the rows that have any of their metrics; what a partial row lacks is NaN.
 
-    For a metric whose every evaluation is on the same examples, variances are :data:`DIFFERS`
-    times those recorded, and counts ``1 / DIFFERS`` times: so many independent examples would
-    leave as much noise. Everything else stays as it is.
+    For a metric whose every evaluation is on the same examples, variances are a share of those
+    recorded, and counts those by that share: so many independent examples would leave as much
+    noise. The share is :data:`DIFFERS`, or what outcomes of the examples say
+    (:func:`~map_bo.examples.sharing.differing_share`). Everything else stays as it is.
+
+    Rows with a covariance of their noise keep it as it is; its diagonal is their variance, and
+    what was counted plays no part.
     """
     good = seen.with_any()
+    if good.covariance is not None:
+        known = good.covariance.diagonal(dim1=-1, dim2=-2).mT
+        return dataclasses.replace(
+            good,
+            Yvar=torch.where(known > 0, known, good.Yvar),
+            counts=torch.full_like(good.counts, torch.nan),
+        )
     share = torch.tensor(
         [DIFFERS if metric.resampling == "same" else 1.0 for metric in good.metrics],
         dtype=torch.float64,
     )
+    if any(good.examples):
+        measured = differing_share(good)
+        share = torch.where(measured.isfinite() & (share < 1), measured, share)
     return dataclasses.replace(good, Yvar=good.Yvar * share, counts=good.counts / share)
 
 

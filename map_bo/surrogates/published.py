@@ -115,13 +115,16 @@ class _Known(SampledFunctions):
 
 @dataclass(frozen=True)
 class PublishedQuadratic:
-    """Settings of the published fit: there are none."""
+    """Settings of the published fit: there are none.
+
+    The noise of the evaluations plays no part in it, nor does a covariance of that noise.
+    """
 
     certain: ClassVar[bool] = True
     takes_partial_rows: ClassVar[bool] = True
 
     def fit(self, seen: Observations, space: CoefficientSpace) -> PublishedModel:
-        """Fit to the evaluations that succeeded; their noise plays no part.
+        """Fit to the evaluations that succeeded.
 
         Raises:
             SurrogateError: When none succeeded.

@@ -35,6 +35,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.evidence import (
     Hyperprior,
     InWeightSpace,
+    Rotation,
     Whitened,
     maximise_evidence,
     regression,
@@ -61,6 +62,7 @@ from map_bo.surrogates.links import (
     LogitLink,
     as_fitted,
     check_enough,
+    covariance_on_link,
     links_for,
     observed_on_link,
     target_units,
@@ -171,6 +173,10 @@ class Quadratic:
     In a space with a choice it is a hierarchy of quadratics, one that all options share and the
     shrunken deviation of each (:mod:`map_bo.surrogates.features`).
 
+    Where the noise of the evaluations has a covariance, the likelihood is the Gaussian on the link
+    scale with all of it (:func:`~map_bo.surrogates.links.covariance_on_link`); of metrics with
+    gradients only its diagonal is used.
+
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
         likelihood: ``"auto"`` takes the binomial likelihood, by Laplace's approximation, for
@@ -230,6 +236,10 @@ class Quadratic:
         v = variance / scale.unsqueeze(-1).square()
         unknown = v.isnan().any(-1)
         v = v.nan_to_num(nan=0.0)
+        covariance = covariance_on_link(seen, links)
+        turned = None
+        if covariance is not None:
+            turned = Rotation.of(covariance / scale[:, None, None].square())
         Phi, groups, sizes = space_features(seen.X, space), space_groups(space), group_sizes(space)
         theta = y.new_empty(len(y), 1 + len(sizes))
         binomial = torch.tensor([*map(self._is_binomial, seen.metrics, links, seen.counts.mT)])
@@ -249,16 +259,21 @@ class Quadratic:
                     Phi, p * (n + 1) - 0.5, n, shift[rows], scale[rows], groups, hyper
                 )
             else:
-                theta[rows] = maximise_evidence(regression(Phi, y[rows], v[rows], groups), hyper)
+                noisy = _noisy_rows(turned, rows, Phi, y[rows], v[rows])
+                theta[rows] = maximise_evidence(regression(*noisy, groups), hyper)
         parts = [_with_gradients(fit, y, (shift, scale), unknown) for fit in fits]
-        if bool(plain.all()):
+        if bool(plain.all()) and turned is None:
             state = InWeightSpace(Phi, y, v, groups).solve(theta)
             tensors = _tensors(state, y, theta, (shift, scale), unknown)
         else:
             if bool(plain.any()):
-                state = InWeightSpace(Phi, y[plain], v[plain], groups).solve(theta[plain])
+                noisy = _noisy_rows(turned, plain, Phi, y[plain], v[plain])
+                state = InWeightSpace(*noisy, groups).solve(theta[plain])
                 standard = shift[plain], scale[plain]
-                parts.append(_tensors(state, y[plain], theta[plain], standard, unknown[plain]))
+                axes = None if turned is None else turned.axes[plain]
+                parts.append(
+                    _tensors(state, y[plain], theta[plain], standard, unknown[plain], axes)
+                )
             order = [j for fit in fits for j in fit.columns] + plain.nonzero().flatten().tolist()
             back = torch.tensor(order).argsort()
             tensors = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
@@ -329,14 +344,40 @@ class Quadratic:
         )
 
 
+def _noisy_rows(
+    turned: Rotation | None, outputs: Tensor, Phi: Tensor, y: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features, targets and known variances of rows whose noise is independent.
+
+    Args:
+        turned: How the rows are turned to that end; None where it is.
+        outputs: ``m`` booleans: which ``k`` of the outputs.
+        Phi: ``n x D`` features.
+        y: ``k x n`` targets.
+        v: ``k x n`` known variances.
+    """
+    return (Phi, y, v) if turned is None else turned.select(outputs).rows(Phi, y)
+
+
 def _tensors(
     state: Whitened,
     y: Tensor,
     theta: Tensor,
     standard: tuple[Tensor, Tensor],
     unknown: Tensor,
+    axes: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Turn a standardised fit into a model's tensors, in the units of the link scale."""
+    """Turn a standardised fit into a model's tensors, in the units of the link scale.
+
+    Args:
+        state: The solution, of rows that may be turned.
+        y: ``m x n`` targets of the rows themselves.
+        theta: ``m x (1 + G)`` log variances.
+        standard: ``m`` means and ``m`` units of the targets.
+        unknown: ``m`` booleans: whose noise is unknown.
+        axes: ``m x n x n``: how the rows of ``state`` are turned, see
+            :class:`~map_bo.surrogates.evidence.Rotation`.
+    """
     shift, scale = standard
     eye = torch.eye(state.design.shape[-1], dtype=y.dtype)
     inverse = torch.linalg.solve_triangular(state.cholesky, eye, upper=False)
@@ -344,14 +385,18 @@ def _tensors(
     root = (unit * state.scale).unsqueeze(-1) * inverse.mT
     weights = unit * state.scale * state.weights
     weights[:, 0] += shift
-    half = state.cholesky / (unit * state.scale).unsqueeze(-1)
-    precision = half @ half.mT
+    factor = state.cholesky / (unit * state.scale).unsqueeze(-1)
+    precision = factor @ factor.mT
+    half = state.design @ inverse.mT
     # Leave-one-out: removing row i from the posterior multiplies its variance s_i there by
     # 1 / (1 - s_i / v_i) and its residual by the same.
-    own = (state.design @ inverse.mT).square().sum(-1)
-    keep = (1 - own / state.noise).clamp_min(1e-9)
+    if axes is None:
+        own, noise, residual = half.square().sum(-1), state.noise, state.residual
+    else:
+        own, noise, residual = _own_parts(state, half, axes)
+    keep = (1 - own / noise).clamp_min(1e-9)
     nugget = theta[:, 0].exp() * scale.square()
-    noise = state.noise * unit.square()
+    noise = noise * unit.square()
     targets = y * unit + shift[:, None]
     return {
         "weights": weights,
@@ -365,9 +410,34 @@ def _tensors(
         "_misfit": torch.where(unknown, torch.zeros_like(nugget), nugget),
         "_targets": targets,
         "_target_variance": noise,
-        "_loo_mean": targets - unit * state.residual / keep,
+        "_loo_mean": targets - unit * residual / keep,
         "_loo_variance": own * unit.square() / keep,
     }
+
+
+def _own_parts(state: Whitened, half: Tensor, axes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what a row adds where the noise of the rows has a covariance ``N``.
+
+    Given the noise of all others, that of row ``i`` is ``[N^-1]_ii^-1`` in variance: noise of its
+    own, which is independent of all else. With it, the function plus what the others tell of the
+    row's noise takes the place of the function, and rows can be left out as if their noise were
+    independent: with ``P = (A A' + N)^-1 = N^-1 - N^-1 A B^-1 A' N^-1`` an observation has the
+    variance ``1 / P_ii`` given all others and the residual ``[P y]_i / P_ii`` (Rasmussen and
+    Williams, 2006, equations 5.10-5.12), of which ``[N^-1]_ii^-1`` is its own noise.
+
+    Args:
+        state: The solution of the turned rows.
+        half: ``m x n x D``: a root of the posterior covariance at these.
+        axes: ``m x n x n``: how the rows are turned.
+
+    Returns:
+        ``m x n`` posterior variances of what is left without the own noise, variances of that
+        noise, and residuals.
+    """
+    noise = (axes.square() @ state.noise.reciprocal().unsqueeze(-1)).squeeze(-1).reciprocal()
+    taken = (axes @ (half / state.noise.unsqueeze(-1))).square().sum(-1)
+    weights = (axes @ (state.residual / state.noise).unsqueeze(-1)).squeeze(-1)  # P y
+    return taken * noise.square(), noise, weights * noise
 
 
 def _with_gradients(

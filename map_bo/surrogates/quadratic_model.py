@@ -274,7 +274,8 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         """Return the targets and their total variance in the fit, both ``n x m``, link scale.
 
         There is NaN where a metric was not measured. The variance is noise plus misfit. For
-        binomial metrics both are those of the working responses.
+        binomial metrics both are those of the working responses. Where noise has a covariance, it
+        is that of a row's own noise, see :class:`~map_bo.surrogates.validation.LeavesOneOut`.
         """
         return self._targets.mT, self._target_variance.mT
 
@@ -283,7 +284,8 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
 
         ``n x m`` each, link scale, NaN where a metric was not measured; variances of
         prior and noise are held, noise and misfit are not in the variance. Closed form by rank-one
-        downdates.
+        downdates. Where noise has a covariance, what the noise of the other rows tells of the row's
+        own is part of the value.
         """
         return self._loo_mean.mT, self._loo_variance.mT
 

@@ -34,7 +34,15 @@ _NODES = 32  # of the quadrature over a latent logit
 
 @runtime_checkable
 class LeavesOneOut(Protocol):
-    """A model that can predict each of its training rows from all the others."""
+    """A model that can predict each of its training rows from all the others.
+
+    An observation is ``y_i = f_i + e_i``. Where the noise ``e`` has a covariance ``N`` among the
+    rows, the others tell something of ``e_i``, and only ``o_i = e_i - E[e_i | e_-i]``, of variance
+    ``1 / [N^-1]_ii``, is noise of the row's *own*. It takes the place of the noise: the latent
+    value is ``g_i = f_i + E[e_i | e_-i]`` then, so that in all cases the latent mean and the latent
+    plus the noise variance are those of the observation given all others, ``y_i - [P y]_i / P_ii``
+    and ``1 / P_ii``. With independent noise ``g_i`` is ``f_i`` and ``o_i`` is ``e_i``.
+    """
 
     def leave_one_out(self) -> tuple[Tensor, Tensor]:
         """Return mean and variance of each latent value without its own row.
@@ -47,7 +55,8 @@ class LeavesOneOut(Protocol):
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return what was fitted and its total noise variance, ``n x m`` each, link scale.
 
-        Rows as in :meth:`leave_one_out`, and NaN in the same places.
+        The noise is the row's own where it has a covariance among the rows. Rows as in
+        :meth:`leave_one_out`, and NaN in the same places.
         """
         ...
 

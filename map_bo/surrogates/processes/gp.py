@@ -27,9 +27,14 @@ from map_bo.surrogates.links import (
     Link,
     as_fitted,
     check_enough,
+    covariance_on_link,
     links_for,
     observed_on_link,
     target_units,
+)
+from map_bo.surrogates.processes.correlated_noise import (
+    CorrelatedNoiseLikelihood,
+    noise_matrix,
 )
 from map_bo.surrogates.processes.gp_gradients import (
     ConditionedKernel,
@@ -141,7 +146,7 @@ class MetricGP(SingleTaskGP):
     Args:
         X: ``n x d`` coefficients.
         z: ``n`` values on the link scale.
-        variance: ``n`` total noise variances, the nugget included.
+        variance: ``n`` total noise variances, the nugget included, or their covariance ``n x n``.
         kernel: Covariance on the link scale.
         mean: Prior mean.
         metric: The metric.
@@ -180,10 +185,12 @@ class MetricGP(SingleTaskGP):
             constant = ConditionedMean(covariance, mean)
         # gpytorch rounds known noise up to 1e-6, which is for targets of unit variance.
         with gpytorch.settings.min_fixed_noise(double_value=1e-300):
+            alone = variance.dim() == 1
             super().__init__(
                 X,
                 z.unsqueeze(-1),
-                variance.unsqueeze(-1),
+                variance.unsqueeze(-1) if alone else None,
+                likelihood=None if alone else CorrelatedNoiseLikelihood(variance),
                 covar_module=covariance,
                 mean_module=constant,
                 outcome_transform=None,
@@ -193,6 +200,15 @@ class MetricGP(SingleTaskGP):
         self.misfit, self.jitter, self.note, self.cost = misfit, jitter, note, cost
         self.rows = rows
         self.eval()
+
+    @property
+    def noise(self) -> Tensor:
+        """Noise of the rows: ``... x n`` variances, or their covariance, ``... x n x n``."""
+        likelihood = self.likelihood
+        if isinstance(likelihood, CorrelatedNoiseLikelihood):
+            return likelihood.matrix
+        found: Tensor = likelihood.noise
+        return found
 
     @property
     def has_choice(self) -> bool:
@@ -267,7 +283,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
                     process.covar_module,
                     process.train_inputs[0],
                     process.train_targets,
-                    process.likelihood.noise,
+                    process.noise,
                     process.mean_module.constant,
                 )
                 for process in self.processes
@@ -300,7 +316,8 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
 
         Link scale, NaN where a metric was not measured; hyperparameters are held, noise and nugget
         are not in the variance.
-        Rasmussen & Williams, 2006, equations 5.10-5.12.
+        Rasmussen & Williams, 2006, equations 5.10-5.12. Where noise has a covariance, the latent
+        value includes what the noise of the other rows tells of the row's own.
         """
         means, variances = [], []
         for process in self.processes:
@@ -310,7 +327,7 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
             if isinstance(kernel, ConditionedKernel):
                 mean, variance = kernel.leave_one_out(X, residual, noise)
             else:
-                K = kernel(X).to_dense() + torch.diag(noise)
+                K = kernel(X).to_dense() + noise_matrix(process.noise)
                 mean, variance = leave_one_out(K, residual, noise)
             means.append(process.at_all_rows(mean + process.mean_module.constant))
             variances.append(process.at_all_rows(variance + process.jitter))
@@ -319,7 +336,8 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return the targets and their total noise variance, ``n x m`` each, link scale.
 
-        There is NaN where a metric was not measured.
+        There is NaN where a metric was not measured. Where noise has a covariance, the variance is
+        that of a row's own noise, see :class:`~map_bo.surrogates.validation.LeavesOneOut`.
         """
         targets = [process.at_all_rows(process.train_targets) for process in self.processes]
         noise = [process.at_all_rows(process.likelihood.noise) for process in self.processes]
@@ -377,7 +395,9 @@ class GP:
     Hyperparameters are set to the mode of marginal likelihood times priors (botorch's for the
     lengthscales). The constant has a prior variance and is integrated out. Known noise
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
-    unknown noise is fitted. Observed gradients condition the process too, with noise and a nugget
+    unknown noise is fitted. Where the noise of evaluations has a covariance, all of it enters
+    (:func:`~map_bo.surrogates.links.covariance_on_link`); for metrics with gradients, only its
+    diagonal. Observed gradients condition the process too, with noise and a nugget
     of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). All is relative to the spread
     of a metric, so its unit does not matter. In a space with a choice the covariance is multiplied
     by a Hamming kernel over the options, and each has a constant of its own
@@ -461,6 +481,7 @@ def _processes(
     """
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
+    covariance = covariance_on_link(seen, links)
     rows = gradient_rows(seen, links, space)
     U, prior = inputs(seen.X, space), prior.within(space)
     processes = []
@@ -477,6 +498,9 @@ def _processes(
         at = prior.on(U.shape[-1], known_noise=known)
         starts, squared = prior.starts(at, U.shape[-1]), unit.square()
         values = (z - shift) / unit, v / squared
+        if covariance is not None and gradients is None:
+            v = covariance[j]
+            values = values[0], v / squared
         if gradients is None:
             fitted: Fitted = fit(U, *values, prior.trend, at, starts)
             nugget = misfit = fitted.hyperparameters.nugget * squared
@@ -491,7 +515,7 @@ def _processes(
             MetricGP(
                 seen.X,
                 z,
-                v + nugget,
+                v + nugget if v.dim() == 1 else v + torch.diag(nugget.expand(len(z))),
                 kernel=TrendRBFKernel(
                     space,
                     hyper.trend * squared,

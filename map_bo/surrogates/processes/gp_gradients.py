@@ -33,6 +33,7 @@ from torch import Tensor
 
 from map_bo.surrogates.features import quadratic_feature_gradients
 from map_bo.surrogates.gradients import STEEPNESS
+from map_bo.surrogates.processes.correlated_noise import noise_matrix
 from map_bo.surrogates.processes.kernels import (
     Trend,
     TrendRBFKernel,
@@ -367,7 +368,8 @@ class GradientMean:
 
         Args:
             processes: For each output covariance, coefficients (``n x d``), values (``n``), noise
-                variances (``n``) and prior mean; the box is the same for all.
+                variances (``n``; without gradients also their covariance, ``n x n``) and prior
+                mean; the box is the same for all.
         """
         parts = []
         for kernel, X, y, noise, constant in processes:
@@ -376,7 +378,7 @@ class GradientMean:
                 plain, K = kernel.prior, kernel.joint(X, noise)
                 target = torch.cat([target, kernel.observed.values])
             else:
-                plain, K = kernel, kernel(X).to_dense() + torch.diag(noise)
+                plain, K = kernel, kernel(X).to_dense() + noise_matrix(noise)
             lower = psd_safe_cholesky(K)
             weights = torch.cholesky_solve(target.unsqueeze(-1), lower).squeeze(-1)
             own, other = weights[: len(y)], weights[len(y) :]

@@ -31,7 +31,8 @@ class Hybrid:
     constant, linear, square and cross features; the squared-exponential part follows what
     a quadratic cannot. Both are one Gaussian process, fitted jointly by its marginal likelihood.
     In a space with a choice both are hierarchies over its options
-    (:mod:`map_bo.surrogates.features`).
+    (:mod:`map_bo.surrogates.features`). A covariance of the evaluations' noise enters as it does in
+    the :class:`~map_bo.surrogates.processes.gp.GP`.
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.

@@ -7,8 +7,9 @@ Model of one output, on standardised targets ``y`` and unit-cube inputs ``u``::
 
 with trend features ``phi`` in groups ``g``, known variances ``v`` (0 where unknown) and a fitted
 variance ``t``, the *nugget*: the noise where it is unknown, what the process cannot follow where
-it is known. The logarithms of ``t``, ``s``, ``a`` and ``l`` have Gaussian priors and are set to
-their posterior mode. Value and gradient are Rasmussen & Williams, *Gaussian Processes for Machine
+it is known. Known noise that rows have in common is a matrix ``C``, and ``e ~ N(0, C + t I)``. The
+logarithms of ``t``, ``s``, ``a`` and ``l`` have Gaussian priors and are set to their posterior
+mode. Value and gradient are Rasmussen & Williams, *Gaussian Processes for Machine
 Learning*, 2006, equations 5.8 and 5.9, written out for this covariance, which is several times
 faster than automatic differentiation; the search (L-BFGS-B from fixed starts) uses no chance and
 never raises.
@@ -30,6 +31,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from map_bo.surrogates.processes.correlated_noise import noise_matrix
 from map_bo.surrogates.processes.kernels import (
     Trend,
     TrendRBFKernel,
@@ -129,7 +131,7 @@ def negative_log_posterior(
         theta: Logarithms of the hyperparameters.
         U: ``n x d`` inputs in the unit cube.
         y: ``n`` standardised targets.
-        known: ``n`` known noise variances, 0 where unknown.
+        known: ``n`` known noise variances, 0 where unknown; or their ``n x n`` covariance.
         trend: Which trend features, see :func:`trend_features`.
         prior: Prior of ``theta``.
 
@@ -143,7 +145,11 @@ def negative_log_posterior(
     A = centred / hyper.lengthscale
     smooth = hyper.scale * torch.exp(-0.5 * squared_distances(A, A))
     K = (Phi * hyper.trend[groups]) @ Phi.mT + smooth
-    K.diagonal().add_(known + hyper.nugget)
+    if known.dim() == 1:
+        K.diagonal().add_(known + hyper.nugget)
+    else:
+        K = K + known
+        K.diagonal().add_(hyper.nugget)
     lower, info = torch.linalg.cholesky_ex(K)
     if int(info) != 0:
         return None
@@ -183,7 +189,7 @@ def fit(
     Args:
         U: ``n x d`` inputs in the unit cube.
         y: ``n`` standardised targets.
-        known: ``n`` known noise variances, 0 where unknown.
+        known: ``n`` known noise variances, 0 where unknown; or their ``n x n`` covariance.
         trend: Which trend features.
         prior: Prior of the logarithms.
         starts: Where to start.
@@ -259,12 +265,14 @@ def leave_one_out(K: Tensor, y: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
 
     With ``P = K^-1``: mean ``y_i - [P y]_i / P_ii``, variance ``1 / P_ii`` of the observation
     and so ``1 / P_ii - noise_i`` of the latent value (Rasmussen & Williams, *Gaussian Processes
-    for Machine Learning*, 2006, equations 5.10-5.12).
+    for Machine Learning*, 2006, equations 5.10-5.12). Where noise has a covariance, ``noise_i`` is
+    the row's own (:func:`~map_bo.surrogates.processes.correlated_noise.own_noise`), and the latent
+    value is that of the function plus what the noise of the other rows tells of the row's.
 
     Args:
         K: ``n x n`` covariance of the observations, noise included.
         y: ``n`` observations, prior mean subtracted.
-        noise: ``n`` noise variances.
+        noise: ``n`` variances of noise that is independent of all else.
     """
     P = torch.cholesky_inverse(psd_safe_cholesky(K))
     own = P.diagonal()
@@ -341,11 +349,12 @@ class ClosedFormMean:
 
         Args:
             processes: For each output kernel, training inputs (``N x d``), targets (``N``),
-                noise variances (``N``) and prior mean; ``N`` and the box are the same for all.
+                noise variances (``N``, or their covariance ``N x N``) and prior mean; ``N`` and the
+                box are the same for all.
         """
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for kernel, X, y, noise, constant in processes:
-            K = kernel(X).to_dense() + torch.diag(noise)
+            K = kernel(X).to_dense() + noise_matrix(noise)
             lower = psd_safe_cholesky(K)
             alpha = torch.cholesky_solve((y - constant).unsqueeze(-1), lower)  # N x 1
             U = kernel.inputs(X)

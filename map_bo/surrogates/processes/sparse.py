@@ -262,6 +262,9 @@ class SparseModel(SurrogateModel, FantasizeMixin):
 class Sparse:
     """Settings of the sparse process, for many coefficients of which few matter.
 
+    A covariance of the evaluations' noise enters as it does in the
+    :class:`~map_bo.surrogates.processes.gp.GP`.
+
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
         importance: Power of the space's importances that inputs are scaled by, see

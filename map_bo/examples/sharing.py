@@ -1,0 +1,125 @@
+"""How much of the sampling noise of a metric differs between rows that share their examples.
+
+Two rows that are scored on the same examples err together: where their outcomes correlate by
+``rho`` over the examples, the share ``rho`` of the noise of a mean is common to both and cancels
+when they are compared. What is left, ``1 - rho``, is the noise of a comparison
+(:mod:`map_bo.surrogates.links`). Where there are outcomes, ``rho`` is measured on them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from map_bo.data import Observations
+
+__all__ = ["DIFFERS", "differing_share"]
+
+DIFFERS = 0.3
+"""Share of the sampling variance that differs between evaluations on the same examples."""
+
+_LEAST, _MOST = 0.05, 1.0
+_BETWEEN_CASES = 0.15  # standard deviation of the share from case to case: most are .1 to .7
+_BETWEEN_ROWS = 0.2  # and of what one row says of it, from row to row of a case
+_FEWEST = 8  # examples in common, below which a pair of rows says nothing
+_ROWS, _EXAMPLES = 64, 2000  # at most about so many, evenly spaced: they are enough
+_EXACT = 1e-6  # of a value: how closely the mean of outcomes is the value recorded
+
+
+def differing_share(seen: Observations) -> Tensor:
+    """Return the share of the sampling variance that differs between rows, ``m``.
+
+    With the outcomes of two rows on the examples that both have, each less its mean there, the
+    correlation of a metric is pooled over all pairs of rows,
+    ``rho = sum cov_ij / sum s_i s_j``: the mean of the pairwise correlations, weighted by the
+    standard deviations, so that a row that gets everything wrong, and has none, has no say. With
+    equal deviations it is the intraclass correlation ``ICC(3, 1)``, examples as targets and rows
+    as raters (Shrout & Fleiss, *Intraclass correlations: uses in assessing rater reliability*,
+    Psychological Bulletin 86, 1979, equation for case 3).
+
+    Few rows, or few examples, say little of other rows. So ``1 - rho`` is shrunk towards
+    :data:`DIFFERS` by the precision of either: from case to case the share varies by .15, and the
+    estimate has the variance ``.2^2 / (r - 1) + (1 - rho^2)^2 / n`` with ``r`` rows of ``n`` common
+    examples (the second term: Fisher, 1921). The result lies in [.05, 1].
+
+    Args:
+        seen: Evaluations with outcomes of their examples.
+
+    Returns:
+        NaN for a metric that is not the mean of outcomes, or has fewer than two rows with eight
+        examples in common.
+    """
+    found = torch.full((len(seen.metrics),), torch.nan, dtype=torch.float64)
+    for j in range(len(seen.metrics)):
+        outcomes = _outcomes(seen, j)
+        if outcomes is not None:
+            found[j] = _share(outcomes)
+    return found
+
+
+def _share(outcomes: Tensor) -> float:
+    """Return the share by the outcomes of some rows, ``r x size`` with NaN where there is none."""
+    there = (~outcomes.isnan()).double()
+    centre = outcomes.nanmean(-1, keepdim=True).nan_to_num(nan=0.0)
+    values = (outcomes - centre).nan_to_num(nan=0.0)
+    common = there @ there.mT
+    n = common.clamp_min(1.0)
+    # Row i by column j: sums over the examples that both have.
+    sums, squares = values @ there.mT / n, values.square() @ there.mT / n
+    covariance = values @ values.mT / n - sums * sums.mT
+    variance = (squares - sums.square()).clamp_min(0.0)
+    deviations = (variance * variance.mT).sqrt()
+    pairs = torch.ones_like(common).triu(1).bool() & (common >= _FEWEST)
+    size = deviations[pairs].sum()
+    varied = deviations * pairs > 0
+    rows = int((varied | varied.mT).any(-1).sum())
+    if rows < 2 or not float(size) > 0:
+        return torch.nan
+    rho = float(covariance[pairs].sum() / size)
+    examples = float(common[varied].mean())
+    error = _BETWEEN_ROWS**2 / (rows - 1) + (1 - rho**2) ** 2 / examples
+    weight = _BETWEEN_CASES**2 / (_BETWEEN_CASES**2 + error)
+    return min(max(DIFFERS + weight * (1 - rho - DIFFERS), _LEAST), _MOST)
+
+
+def _outcomes(seen: Observations, column: int) -> Tensor | None:
+    """Return the outcomes of a metric by row and example, NaN where one was not scored.
+
+    Of at most 64 rows that have it, and of at most about 2,000 examples. None where no
+    evaluator is known to measure it as the mean of its outcomes.
+    """
+    measured = seen.measured[:, column].tolist()
+    found = _place(seen, column)
+    if found is None:
+        return None
+    name, k = found
+    rows = [
+        row[name] for row, has in zip(seen.examples, measured, strict=True) if has and name in row
+    ]
+    rows = [row for row in rows if row.size == rows[0].size and k < len(row.means)]
+    if len(rows) > _ROWS:
+        rows = [rows[i * (len(rows) - 1) // (_ROWS - 1)] for i in range(_ROWS)]
+    if len(rows) < 2:
+        return None
+    step = -(-rows[0].size // _EXAMPLES)
+    return torch.stack([row.row()[::step, k] for row in rows])
+
+
+def _place(seen: Observations, column: int) -> tuple[str, int] | None:
+    """Return the evaluator of a metric and the column of its outcomes that the metric is mean of.
+
+    An evaluator of one metric has its name; those of several have its name in front of theirs, and
+    which of them a column is shows in its means.
+    """
+    metric = seen.metrics[column].name
+    for i in seen.measured[:, column].nonzero().flatten().tolist():
+        for name, one in seen.examples[i].items():
+            if len(one.means) == 1 and name == metric and one.means[0]:
+                return name, 0
+            if len(one.means) > 1 and metric.startswith(f"{name}_"):
+                value = float(seen.Y[i, column])
+                near = (one.values.nanmean(0) - value).abs() <= _EXACT * max(1.0, abs(value))
+                held = [k for k in near.nonzero().flatten().tolist() if one.means[k]]
+                if held:
+                    return name, held[0]
+    return None
