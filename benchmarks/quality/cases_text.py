@@ -84,7 +84,7 @@ class _Joint(nn.Module):
         self.register_buffer("owner", owner)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        logits = self.trunk(inputs[:, :-1]) @ self.weight.T + self.bias
+        logits: Tensor = self.trunk(inputs[:, :-1]) @ self.weight.T + self.bias
         own = self.owner == inputs[:, -1:].long()
         return logits.masked_fill(~own, -1e4)
 
@@ -106,14 +106,14 @@ def _encoded(part: TextSelection) -> tuple[Tensor, Tensor]:
         order = torch.tensor([len(text) for text in tokens.ids]).argsort(stable=True)
         with torch.inference_mode():
             parts = [
-                features(model, *tokens.padded(rows.tolist())) for rows in order.split(BATCH)
+                features(model, *tokens.padded(rows.tolist())) for rows in torch.split(order, BATCH)
             ]
         write_network(files["features"], {"features": torch.cat(parts)[order.argsort()].half()})
 
     folder = cache_root() / "text-features" / f"{part.name}-{key}"
     held = read_network(trained_files(folder, ("features",), encode)["features"])
     assert held is not None
-    found = held["features"].float()
+    found: Tensor = held["features"].float()
     found = found / found.norm(dim=-1, keepdim=True) * found.shape[-1] ** 0.5
     return found[: len(part.train)], found[len(part.train) :]
 

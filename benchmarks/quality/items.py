@@ -370,13 +370,13 @@ def _regrets(rows: Sequence[Row], cases: Sequence[str], held: Sequence[str]) -> 
 
 def _differences(rows: Sequence[Row], cases: Sequence[str], held: Sequence[str]) -> list[str]:
     # Costs differ between cases of other sizes; shares of the budget do not.
-    shared = [{**row, "evaluations": row["evaluations"] / row["most"]} for row in rows]
+    shared = [{**row, "evaluations": _permille(row["evaluations"] / row["most"])} for row in rows]
     body = []
     for name in held:
         told = []
         for share in (1 / 6, 1 / 3, 1 / 2, 1.0):
             one: Difference | None = paired(
-                shared, name, BASELINE, MEASURE, evaluations=[share], cases=cases
+                shared, name, BASELINE, MEASURE, evaluations=_permille(share), cases=cases
             )
             told.append("" if one is None or name == BASELINE else str(one))
         covered = [
@@ -389,6 +389,10 @@ def _differences(rows: Sequence[Row], cases: Sequence[str], held: Sequence[str])
         )
     head = ["at 1/6", "at 1/3", "at 1/2", "at the end", "coverage"]
     return markdown(["examples", *head], body)
+
+
+def _permille(share: float) -> int:
+    return round(1000 * share)
 
 
 def path_of(case: str, method: str, seed: int) -> Path:
@@ -449,7 +453,9 @@ def main() -> None:
     start = time.time()
     if options.smoke:
         rows = [
-            row for method in ("full", "fixed-100") for row in run("digits-mlp-2", method, 0, (1.0,))
+            row
+            for method in ("full", "fixed-100")
+            for row in run("digits-mlp-2", method, 0, (1.0,))
         ]
     else:
         kept.restore()

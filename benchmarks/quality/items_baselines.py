@@ -17,7 +17,6 @@ coefficients to score on what share next:
 
 from __future__ import annotations
 
-import dataclasses
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -36,7 +35,7 @@ from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed, make_generator
 from map_bo.scale import Scale
 
-__all__ = ["Fixed", "Fidelities", "Ledger", "Policy", "Scoring", "play"]
+__all__ = ["Fidelities", "Fixed", "Ledger", "Policy", "Scoring", "play"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,13 +111,9 @@ class Ledger:
             self._rows.append(Observations.empty(x.shape[-1], self.case.problem.metrics))
         self.stops[row] = max(self.stops[row], min(scoring.stop, self.case.size))
         items = {name: order[: self.stops[row]] for name, order in self.orders.items()}
-        right = {
-            name: self._right[row][:, j][:, items[name]] for j, name in enumerate(self.orders)
-        }
+        right = {name: self._right[row][:, j][:, items[name]] for j, name in enumerate(self.orders)}
         metrics = self.case.problem.metrics
-        self._rows[row] = observed(
-            self.X[row : row + 1], metrics, right, items, self.case.size
-        )
+        self._rows[row] = observed(self.X[row : row + 1], metrics, right, items, self.case.size)
 
 
 def play(
@@ -219,16 +214,15 @@ class Fidelities:
         return [Scoring(max(_LEAST, round(float(best[-1]) * case.size)), x)]
 
     def _optimised(self, acquisition: Any, bounds: Tensor) -> Tensor:
-        from botorch.optim import optimize_acqf
+        from botorch.optim.optimize import optimize_acqf
 
-        options = {"batch_limit": 4, "maxiter": 50}
         found, _ = optimize_acqf(
             acquisition,
             bounds=bounds,
             q=1,
             num_restarts=self.restarts,
             raw_samples=self.raw,
-            options=options,
+            options={"batch_limit": 4, "maxiter": 50},
         )
         point: Tensor = found[0].detach()
         return point
@@ -237,7 +231,8 @@ class Fidelities:
 def _models(inputs: Tensor, values: Tensor, noise: Tensor) -> Any:
     """Return one multi-fidelity process per metric; the fidelity is the last input."""
     from botorch.fit import fit_gpytorch_mll
-    from botorch.models import ModelListGP, SingleTaskMultiFidelityGP
+    from botorch.models.gp_regression_fidelity import SingleTaskMultiFidelityGP
+    from botorch.models.model_list_gp_regression import ModelListGP
     from botorch.models.transforms import Standardize
     from gpytorch.mlls import SumMarginalLogLikelihood
 
@@ -272,11 +267,11 @@ def _onto_all(X: Tensor) -> Tensor:
 
 
 def _gradient(inputs: Tensor, values: Tensor, noise: Tensor, weights: Tensor) -> Any:
-    from botorch.acquisition import PosteriorMean
+    from botorch.acquisition.analytic import PosteriorMean
     from botorch.acquisition.fixed_feature import FixedFeatureAcquisitionFunction
     from botorch.acquisition.knowledge_gradient import qMultiFidelityKnowledgeGradient
     from botorch.acquisition.objective import ScalarizedPosteriorTransform
-    from botorch.optim import optimize_acqf
+    from botorch.optim.optimize import optimize_acqf
 
     d = inputs.shape[-1] - 1
     model = _models(inputs, values, noise)
@@ -313,7 +308,7 @@ def _with_share(inputs: Tensor, values: Tensor, noise: Tensor, weights: Tensor) 
     return MOMF(
         model,
         ref_point=reference,
-        partitioning=FastNondominatedPartitioning(ref_point=reference, Y=Y),
+        partitioning=FastNondominatedPartitioning(ref_point=reference, Y=Y),  # type: ignore[arg-type]
         cost_call=lambda X: X[..., -1:].clamp_min(1e-3),
     )
 
@@ -324,7 +319,7 @@ def _hypervolume(inputs: Tensor, values: Tensor, noise: Tensor, weights: Tensor)
         _get_hv_value_function,
         qMultiFidelityHypervolumeKnowledgeGradient,
     )
-    from botorch.optim import optimize_acqf
+    from botorch.optim.optimize import optimize_acqf
 
     d, pareto = inputs.shape[-1] - 1, 5
     model = _models(inputs, values, noise)

@@ -8,7 +8,7 @@ scored, is the accuracy on all of them.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -184,8 +184,12 @@ def missing(name: str, *, root: str | Path | None = None) -> str | None:
 
 
 @cache
-def item_case(name: str) -> ItemCase:
+def item_case(name: str, *, epochs: int | None = None) -> ItemCase:
     """Return a case by example: ``digits-ARCH-N``, ``images-4`` or ``text-4``.
+
+    Args:
+        name: The case.
+        epochs: Of the training of the digits experts; None for as many as in the study.
 
     Raises:
         ConfigError: When there is no such case.
@@ -193,10 +197,10 @@ def item_case(name: str) -> ItemCase:
     family, *rest = name.split("-")
     if family == "digits" and len(rest) == 2:
         arch, experts = rest
-        networks = digits_networks(DigitsZoo(int(experts), arch))
+        networks = digits_networks(DigitsZoo(int(experts), arch, epochs=epochs))
         _, _, _, targets = digits_split()
         labels = [torch.from_numpy(targets).long()] * int(experts)
-        whole = case_of(name)
+        whole = case_of(name) if epochs is None else case_of(name, epochs=epochs)
     elif name == "images-4":
         whole = case_of(name)
         full = whole.problem
@@ -214,6 +218,3 @@ def item_case(name: str) -> ItemCase:
     names = [metric.name for metric in whole.problem.metrics]
     problem = ByExample(whole.problem, networks, dict(zip(names, labels, strict=True)))
     return ItemCase(replace(whole, problem=problem, widened=None), networks, problem)
-
-
-Maker = Callable[[str], ItemCase]
