@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from map_bo.evaluators.evaluator import Measurement
     from map_bo.evaluators.metrics import SeveralMetrics
     from map_bo.loop.optimize import open_run, optimize
-    from map_bo.loop.reading import load_result
+    from map_bo.loop.reading import load_result, outcomes_table
     from map_bo.loop.result import Choice, Result
     from map_bo.loop.run import Run
     from map_bo.loop.settings import Settings
@@ -131,6 +131,7 @@ __all__ = [
     "open_run",
     "optimize",
     "optimize_nested",
+    "outcomes_table",
 ]
 
 _HOME = {
@@ -196,6 +197,7 @@ _HOME = {
     "open_run": "map_bo.loop.optimize",
     "optimize": "map_bo.loop.optimize",
     "optimize_nested": "map_bo.nested.optimize",
+    "outcomes_table": "map_bo.loop.reading",
 }
 
 

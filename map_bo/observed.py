@@ -23,6 +23,7 @@ __all__ = [
     "double",
     "joined_covariance",
     "joined_examples",
+    "stacked_covariance",
 ]
 
 Outcomes = Mapping[str, ExampleOutcomes]
@@ -203,10 +204,7 @@ def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor |
     """
     if all(covariance is None for covariance, _ in parts):
         return None
-    blocks = [
-        torch.diag_embed(variance.mT.nan_to_num(nan=0.0)) if covariance is None else covariance
-        for covariance, variance in parts
-    ]
+    blocks = [_full(*part) for part in parts]
     n, at = sum(block.shape[-1] for block in blocks), 0
     whole = blocks[0].new_zeros(len(blocks[0]), n, n)
     for block in blocks:
@@ -214,3 +212,21 @@ def joined_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor |
         whole[:, at:end, at:end] = block
         at = end
     return whole
+
+
+def stacked_covariance(parts: Sequence[tuple[Tensor | None, Tensor]]) -> Tensor | None:
+    """Return the covariance of several parts, of the same rows with other metrics each.
+
+    Args:
+        parts: Covariance (None where rows are independent) and ``n x m`` variances of each.
+    """
+    if all(covariance is None for covariance, _ in parts):
+        return None
+    return torch.cat([_full(*part) for part in parts])
+
+
+def _full(covariance: Tensor | None, variance: Tensor) -> Tensor:
+    """Return a covariance, or that of independent rows with ``n x m`` variances."""
+    if covariance is not None:
+        return covariance
+    return torch.diag_embed(variance.mT.nan_to_num(nan=0.0))

@@ -537,10 +537,16 @@ def _noise(seen: Observations) -> Tensor:
     """Return how far rows that differ by noise alone lie apart, ``m``, with a probability of .95.
 
     The number of standard errors of a difference is Bonferroni's for all pairs of rows. Errors on
-    the same examples cancel in a difference. A count of examples is exact to one.
+    the same examples cancel in a difference, and so does what a covariance of the noise says that
+    rows have in common. A count of examples is exact to one.
     """
     same = torch.tensor([metric.resampling == "same" for metric in seen.metrics])
-    variance = seen.Yvar.nan_to_num(0.0).masked_fill(same, 0.0)
+    variance = seen.Yvar.nan_to_num(0.0).masked_fill(same, 0.0).mean(0)
+    n = len(seen)
+    if seen.covariance is not None and n > 1:
+        own = seen.covariance.diagonal(dim1=-1, dim2=-2).sum(-1)
+        common = (seen.covariance.sum((-1, -2)) - own) / (n - 1)
+        variance = ((own - common) / n).clamp_min(0.0)
     whole = [
         (metric.upper or 0.0) - (metric.lower or 0.0) if metric.kind == "proportion" else 0.0
         for metric in seen.metrics
@@ -549,4 +555,4 @@ def _noise(seen: Observations) -> Tensor:
     pairs = max(1, len(seen) * (len(seen) - 1) / 2)
     level = torch.tensor(1 - 0.025 / pairs, dtype=torch.float64)
     errors: Tensor = torch.special.ndtri(level).square()
-    return (2 * (errors * variance.mean(0) + example.square().amax(0))).sqrt()
+    return (2 * (errors * variance + example.square().amax(0))).sqrt()

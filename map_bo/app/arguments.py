@@ -188,6 +188,16 @@ def parser(functions: Mapping[str, Command]) -> argparse.ArgumentParser:
         "--append", metavar="FILE", help="add events that were printed for lack of room"
     )
 
+    outcomes = _command(
+        commands,
+        "outcomes",
+        "write the outcome of every example in every evaluation of a run as a table",
+        functions["outcomes"],
+    )
+    outcomes.add_argument(
+        "--out", required=True, metavar="FILE", help="file that ends in .csv, .csv.gz or .parquet"
+    )
+
     text = "say what is in the cache of evaluations, or empty it"
     cache = commands.add_parser("cache", help=text, description=text)
     cache.add_argument("--file", metavar="FILE", help="another file than that of this user")

@@ -330,6 +330,12 @@ def _repair(options: argparse.Namespace) -> None:
     repair(options)
 
 
+def _outcomes(options: argparse.Namespace) -> None:
+    from map_bo.app.record_commands import write_table
+
+    write_table(options)
+
+
 def _cache(options: argparse.Namespace) -> None:
     from map_bo.app.record_commands import show_cache
 
@@ -506,6 +512,7 @@ _FUNCTIONS: Mapping[str, Command] = {
     "import": _import,
     "check": _check,
     "repair": _repair,
+    "outcomes": _outcomes,
     "cache": _cache,
 }
 

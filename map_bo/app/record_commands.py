@@ -1,4 +1,4 @@
-"""`map-bo check RUN`, `map-bo repair RUN` and `map-bo cache`: what is on disk, is it whole."""
+"""`map-bo check`, `repair`, `outcomes` and `cache`: what is on disk, is it whole, as a table."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from map_bo.errors import ConfigError
+from map_bo.errors import ConfigError, listed
 
 if TYPE_CHECKING:
+    from map_bo.tracking.side_file import Lost
     from map_bo.tracking.store import Event
 
-__all__ = ["Verdict", "check", "repair", "show_cache", "verdict_of"]
+__all__ = ["Verdict", "check", "repair", "show_cache", "verdict_of", "write_table"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Verdict:
         damage: What is wrong with the next line, or with the end of the record.
         unfinished: Bytes of a last line that was never finished.
         cut: Whether lines are missing at the end.
+        lost: Outcomes of examples that these lines refer to and that are not there.
+        loose: Bytes beside the record that no line refers to.
     """
 
     lines: int
@@ -38,6 +41,8 @@ class Verdict:
     damage: str | None
     unfinished: int
     cut: bool = False
+    lost: tuple[Lost, ...] = ()
+    loose: int = 0
 
 
 def verdict_of(run: Path) -> Verdict:
@@ -50,7 +55,7 @@ def verdict_of(run: Path) -> Verdict:
     from map_bo.tracking.examine import examine
     from map_bo.tracking.jsonl import JsonlStore
 
-    JsonlStore.open(run)
+    store = JsonlStore.open(run)
     try:
         found = examine(run / "events.jsonl")
     except OSError as error:
@@ -58,7 +63,9 @@ def verdict_of(run: Path) -> Verdict:
             f"the record in {run} cannot be read: {error.strerror or error}",
             hint="make its files readable",
         ) from error
-    count, holds, refusal = _replay(found.events)
+    events, lost, loose = store.examine_outcomes(found.events)
+    count, holds, refusal = _replay(events)
+    lost = [one for one in lost if one.line <= count]
     damage = None if found.damage is None else f"line {found.damage.number}: {found.damage.reason}"
     if refusal is not None:
         damage = f"line {count + 1}: {refusal}"
@@ -68,8 +75,19 @@ def verdict_of(run: Path) -> Verdict:
     if cut:
         damage = "there is a summary.json, and the record does not end with the end of the run: "
         damage += "whole lines are missing at its end"
+    if damage is None and lost:
+        damage = _told(lost)
     sealed = max(0, found.link.sealed - (found.link.lines - count))
-    return Verdict(count, sealed, holds, damage, found.unfinished, cut)
+    return Verdict(count, sealed, holds, damage, found.unfinished, cut, tuple(lost), loose)
+
+
+def _told(lost: Sequence[Lost]) -> str:
+    """Return which outcomes are lost, in words."""
+    first, more = lost[0], len(lost) - 1
+    return (
+        f"line {first.line}: the outcomes of the examples of {first.evaluator[:40]!r} are lost: "
+        f"{first.reason}{f'; and {more} more' if more else ''}"
+    )
 
 
 def _replay(events: Sequence[Event]) -> tuple[int, str, str | None]:
@@ -155,10 +173,22 @@ def _described(run: Path, verdict: Verdict) -> str:
             f"  unfinished: {verdict.unfinished} bytes that a killed process left; the next "
             "`map-bo resume` cuts them off"
         )
+    if verdict.loose:
+        said.append(
+            f"  {verdict.loose} bytes of outcomes beside the record belong to no line, as a killed "
+            "process leaves them; they are passed over"
+        )
     if verdict.damage is not None:
         said.append(f"  damage: {verdict.damage}")
+        if verdict.lost:
+            said.append(
+                f"  `map-bo repair {run}` leaves out the outcomes of {_places(verdict.lost)} and "
+                "keeps all values"
+            )
         if not verdict.lines:
             said.append("  no line is whole, so nothing can be saved: restore it from a copy")
+            return "\n".join(said) + "\n"
+        if verdict.lost and verdict.damage == _told(verdict.lost):
             return "\n".join(said) + "\n"
         said.append(
             f"  `map-bo resume {run}` makes the missing evaluations again"
@@ -167,6 +197,13 @@ def _described(run: Path, verdict: Verdict) -> str:
             f"`map-bo resume {run}` makes the other evaluations again"
         )
     return "\n".join(said) + "\n"
+
+
+def _places(lost: Sequence[Lost]) -> str:
+    """Return how many outcomes are lost, and whose, in words."""
+    lines, names = len({one.line for one in lost}), dict.fromkeys(one.evaluator for one in lost)
+    count = f"{lines} line{'s' if lines > 1 else ''}"
+    return f"{count} ({listed([name[:40] for name in names], most=8)})"
 
 
 def show_cache(options: argparse.Namespace) -> None:
@@ -207,16 +244,21 @@ def repair(options: argparse.Namespace) -> None:
     run = Path(options.run)
     verdict = verdict_of(run)
     store = JsonlStore.open(run)
-    if verdict.damage is not None and not verdict.cut:
+    if verdict.damage is not None and (verdict.lost or not verdict.cut):
         if not verdict.lines:
             raise StoreError(
                 f"no line of the record in {run} is whole ({verdict.damage})",
                 hint="restore it from a copy",
             )
-        copy = store.keep(verdict.lines)
+        copy = store.keep(verdict.lines, verdict.lost)
         sys.stdout.write(
             f"{verdict.lines} lines are kept ({verdict.holds}); the record as it was is in {copy}\n"
         )
+        if verdict.lost:
+            sys.stdout.write(
+                f"the outcomes of examples in {_places(verdict.lost)} are lost and were left out; "
+                "all values are kept\n"
+            )
     elif options.append is None:
         sys.stdout.write(f"{run} needs no repair: {verdict.holds}\n")
     if options.append is not None:
@@ -243,6 +285,7 @@ def _append(store: object, file: Path) -> int:
         ) from error
     with store.lock():
         before = list(store.read())
+        events = store.restored(events)  # of a line that was written, and cut off since
         count, _, wrong = _replay([*before, *events])
         if wrong is not None or count < len(before) + len(events):
             raise StoreError(
@@ -252,3 +295,23 @@ def _append(store: object, file: Path) -> int:
         for event in events:
             store.append(event)
     return len(events)
+
+
+def write_table(options: argparse.Namespace) -> None:
+    """Write the outcome of every example in every evaluation of a run as a table."""
+    from map_bo.errors import StoreError
+    from map_bo.loop.reading import examples_of
+    from map_bo.report.run.outcome_table import check_name, write_outcomes
+
+    out = Path(options.out)
+    check_name(out)  # first: before anything is read
+    rows = examples_of(options.run)
+    if not any(rows):
+        raise StoreError(
+            f"the record of {options.run} holds no outcomes of examples: its evaluators give one "
+            "value per model, or it was made before they were kept",
+            hint="see evaluations.csv in the run's directory for the values",
+        )
+    count = write_outcomes(rows, out)
+    made = sum(map(bool, rows))
+    sys.stdout.write(f"{count} outcomes of {made} evaluations written to {out}\n")

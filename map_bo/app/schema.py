@@ -91,6 +91,7 @@ else:
         without=_ELSEWHERE,
         stop=(StopConfig | None, field(default_factory=StopConfig)),
         constraints=(Any, field(default=None)),
+        items=(Any, field(default="full")),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from map_bo.errors import DataError
 from map_bo.rng import child, make_generator
 
-__all__ = ["ExampleOutcomes", "ExampleSet", "Part", "check_parts", "order_of"]
+__all__ = ["ExampleOutcomes", "ExampleSet", "Part", "check_parts", "order_of", "searched"]
 
 
 class Part(NamedTuple):
@@ -81,6 +81,17 @@ def order_of(examples: ExampleSet, seed: int, key: str) -> Tensor:
         within = torch.rand(len(rows), generator=source, dtype=torch.float64)
         at[rows] = (torch.arange(len(rows)) + within) / len(rows)
     return shuffled[at.argsort(stable=True)]
+
+
+def searched(size: int, holdout: float) -> int:
+    """Return how many positions of an order a search uses; those after them are held out.
+
+    Args:
+        size: Examples of the set; a set of one, such as that of an evaluator that cannot be
+            divided, is never held out.
+        holdout: Share of the examples that is held out.
+    """
+    return max(1, size - round(holdout * size)) if size > 1 else size
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,8 +12,6 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from torch import Tensor
-
 from map_bo.data import Front, Observations
 from map_bo.errors import AnotherRunError, BudgetError, ConfigError, did_you_mean
 from map_bo.loop.settings import Settings
@@ -156,8 +154,8 @@ class Standing(Protocol):
     """Where a run stands, as far as it decides what a change does to it; see `RunState`."""
 
     @property
-    def X(self) -> Tensor:
-        """``n x d`` every row proposed so far."""
+    def committed(self) -> int:
+        """How many full evaluations the search has made or waits for."""
         ...
 
     @property
@@ -213,8 +211,8 @@ def extension(
         before = _sizes({**{name: getattr(settings, name) for name in _SIZES}, **old})
         now = settings.search, settings.verifications
         if before != now:
-            if settings.search < len(state.X) + len(state.verified):
-                raise _too_small(settings, len(state.X), len(state.verified))
+            if settings.search < state.committed + len(state.verified):
+                raise _too_small(settings, state.committed, len(state.verified))
             reopens = state.front is not None or (bool(state.stopped) and now[0] > before[0])
     return {"settings": changes, "config": config, "reopens": reopens}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -64,6 +65,15 @@ class CountsExamples(Protocol):
 
     def scored(self, evaluator: str | None, done: int, total: int) -> None:
         """An evaluator has scored ``done`` of its ``total`` examples."""
+        ...
+
+
+@runtime_checkable
+class CountsCost(Protocol):
+    """A reporter of evaluations some of which are of few examples."""
+
+    def paid(self, done: float) -> None:
+        """As many examples have been scored as ``done`` full evaluations score."""
         ...
 
 
@@ -191,6 +201,9 @@ class _BarReporter:
         last = f"{last}{_from_the_cache(outcome)}"
         self._bar.update(self._task, advance=1, last=last, examples="")
 
+    def paid(self, done: float) -> None:
+        self._bar.update(self._task, completed=done)
+
     def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
         if running:
             self._bar.update(
@@ -206,6 +219,7 @@ class _LogReporter:
         self._begun = self._said = time.monotonic()
         self._before = self._here = 0  # evaluations recorded earlier, and measured since
         self._recalled = 0  # of the latter, those that come from the cache
+        self._paid: float | None = None  # full evaluations, where rows are measured on parts
         self._what = "starting"
 
     def done(self, count: int) -> None:
@@ -227,12 +241,15 @@ class _LogReporter:
         self._here += 1
         self._recalled += int(bool(outcome.recalled.all()))
 
+    def paid(self, done: float) -> None:
+        self._paid = done
+
     def _say(self, more: str) -> None:
         now = time.monotonic()
         if now - self._said < self._interval:
             return
         self._said = now
-        done = self._before + self._here
+        done = self._before + self._here if self._paid is None else math.floor(self._paid)
         left = ""
         if self._here and done < self._total:
             seconds = (now - self._begun) / self._here * (self._total - done)

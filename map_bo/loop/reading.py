@@ -17,7 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from numpy.typing import NDArray
+
 from map_bo.errors import AnotherRunError, MapBoError, SettingsError, StoreError
+from map_bo.examples.sets import ExampleOutcomes
 from map_bo.foreign import read_json, understood
 from map_bo.loop.growth import created_in_force
 from map_bo.loop.recommend import refit as fit_again
@@ -26,10 +29,11 @@ from map_bo.loop.state import RunState, check_created, replay
 from map_bo.plain import Trust, flat, from_plain, read_repr
 from map_bo.problems.problem import Problem
 from map_bo.report.comparison.runs import Outcome, RunRecord, Status
+from map_bo.report.run.outcome_table import outcome_columns
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.outliers import Outlier, screened
 from map_bo.surrogates.surrogate import Surrogate
-from map_bo.tracking.codec import decode_metric, decode_scale
+from map_bo.tracking.codec import decode_metric, decode_observations, decode_scale
 from map_bo.tracking.jsonl import JsonlStore, is_run
 from map_bo.tracking.store import Event
 from map_bo.tracking.wandb.run import wandb_run_of
@@ -38,8 +42,10 @@ __all__ = [
     "as_in_run",
     "clear_failure",
     "created_of",
+    "examples_of",
     "load_result",
     "load_state",
+    "outcomes_table",
     "read_runs",
     "record_failure",
     "recorded_surrogate",
@@ -99,6 +105,50 @@ def load_state(run_dir: str | Path) -> tuple[RunState, CoefficientSpace]:
         metrics = tuple(decode_metric(metric) for metric in created["metrics"])
         space = CoefficientSpace.from_description([created["space"], *spaces][-1])
         return replay(events, metrics, space.d), space
+
+
+def examples_of(run_dir: str | Path) -> tuple[Mapping[str, ExampleOutcomes], ...]:
+    """Return the outcomes of examples of each evaluation of a recorded run.
+
+    The evaluations are those of ``evaluations.csv``: the search, then the verification. Of a nested
+    run they are its measurements, in their order.
+
+    Returns:
+        For each evaluation, evaluator -> its outcomes; empty where there are none.
+
+    Raises:
+        StoreError: When there is no run, or its record is damaged.
+    """
+    state, _ = load_state(run_dir)
+    if not state.created.get("nested"):
+        return state.data.examples
+    with _reading(run_dir):
+        named = {metric.name: metric for metric in state.metrics}
+        return tuple(
+            row
+            for event in JsonlStore.open(Path(run_dir)).read()
+            if event.kind == "measured" and "node" not in event.data
+            for row in decode_observations(
+                event.data["observation"], [named[name] for name in event.data["names"]]
+            ).examples
+        )
+
+
+def outcomes_table(run_dir: str | Path) -> dict[str, NDArray[Any]]:
+    """Return the outcome of every example in every evaluation of a recorded run, as columns.
+
+    ``pandas.DataFrame(map_bo.outcomes_table(run))`` is a data frame of them, and so with other
+    libraries. ``map-bo outcomes RUN --out FILE`` writes the table.
+
+    Returns:
+        Columns of equal length by name: ``row`` (of ``evaluations.csv``, from 0), ``evaluator``,
+        ``metric``, ``example`` (as its evaluator numbers them) and ``outcome`` (in the metric's own
+        unit, rounded as the record keeps it; NaN where the example failed).
+
+    Raises:
+        StoreError: When there is no run, or its record is damaged.
+    """
+    return outcome_columns(examples_of(run_dir))
 
 
 def load_result(

@@ -11,6 +11,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Front, Metric, Observations
+from map_bo.errors import SurrogateError
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.pareto.dominance import non_dominated
@@ -25,10 +26,11 @@ from map_bo.surrogates.outliers import Outlier, Screening, fit_screened
 from map_bo.surrogates.prediction import predict, predicted_mean
 from map_bo.surrogates.surrogate import DescribesSelection, Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, validate
-from map_bo.tracking.codec import encode_front, encode_scale
+from map_bo.tracking.codec import encode_front, encode_scale, encode_tensor
 
 __all__ = [
     "Recommendation",
+    "corrections",
     "front_without_outliers",
     "notes_on_constraints",
     "notes_on_feasibility",
@@ -248,3 +250,30 @@ def refit(state: RunState, space: CoefficientSpace, surrogate: Surrogate) -> Scr
     if not bool(state.verification.ok.any()):
         return None
     return fit_screened(surrogate, state.data, space)
+
+
+def corrections(
+    state: RunState, space: CoefficientSpace, settings: Settings
+) -> tuple[Screening | None, dict[str, Any], str | None]:
+    """Fit again with the verified points among the data, for new predictions of the front.
+
+    Returns:
+        The fit, or None when nothing was verified or it cannot be done; what is to be recorded:
+        the predictions and, where something failed, the points' probabilities of being feasible;
+        and why it cannot be done.
+    """
+    try:
+        again = refit(state, space, settings.run_surrogate)
+    except SurrogateError as error:
+        return None, {}, f"the predictions could not be corrected: {error.reason}"
+    front, found = state.front, {}
+    done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
+    if front is not None and not done and len(state.verification):
+        if again is not None:
+            found["corrected"] = encode_tensor(predict(again.model, front.X).mean)
+        fitted = settings.run_surrogate.fit(state.seen, space) if again is None else again.model
+        feasibility = settings.requirements.given(state.data, space, fitted)
+        if feasibility is not None:
+            with torch.no_grad():
+                found["feasible"] = encode_tensor(feasibility.probability(front.X))
+    return again, found, None

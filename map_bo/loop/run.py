@@ -15,25 +15,24 @@ from map_bo.constraints import check_constraints
 from map_bo.data import Observations
 from map_bo.errors import BudgetError, StoreError, SurrogateError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
+from map_bo.examples.sets import Part
 from map_bo.loop import growth
+from map_bo.loop.driving.scoring import Scoring
 from map_bo.loop.driving.steps import Steps, closing_workers, open_workers, together
 from map_bo.loop.identity import refuse_another, run_identity
-from map_bo.loop.known import imported_of, notes_on_imported
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
-from map_bo.loop.progress import Progress, Reporter, follow, silent
+from map_bo.loop.progress import CountsCost, Progress, Reporter, follow, silent
 from map_bo.loop.recommend import (
     Recommendation,
-    notes_on_constraints,
-    notes_on_feasibility,
+    corrections,
     recommend,
-    refit,
 )
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_outcome, replay
-from map_bo.loop.stopping import notes_on, refuse_failures, stop_record
+from map_bo.loop.stopping import refuse_failures
 from map_bo.loop.summary import (
     ObservedVolume,
     last_set_aside,
@@ -41,7 +40,7 @@ from map_bo.loop.summary import (
     notes_on_bounds,
     notes_on_former_surrogate,
     outliers_of,
-    summarise,
+    summary_of,
     versions,
 )
 from map_bo.loop.transfer.completing import completing
@@ -49,8 +48,7 @@ from map_bo.problems.problem import Preparable, Problem
 from map_bo.rng import child, make_generator
 from map_bo.samplers.sampler import proposed
 from map_bo.surrogates.outliers import Screening
-from map_bo.surrogates.prediction import predict
-from map_bo.tracking.codec import encode_observations, encode_tensor
+from map_bo.tracking.codec import encode_observations, encode_parts, encode_tensor
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event, RunStore, SharedStore
 from map_bo.tracking.tracker import Tracker, Trackers
@@ -107,6 +105,8 @@ class Run:
         self._volume = self._observed_volume()
         self._trackers = Trackers([] if tracker is None else [tracker])
         self._count, self._driving = 0, False
+        self._scoring: Scoring | None = None
+        self._spent_up = False
         events = list(store.read())
         over, changes = growth.is_over(events), False
         identity = run_identity(problem, settings, finished=over)
@@ -230,7 +230,7 @@ class Run:
                 )
             return self._propose(min(n, room))
 
-    def _propose(self, n: int) -> list[int]:
+    def _propose(self, n: int, parts: Sequence[Part] = ()) -> list[int]:
         start = time.perf_counter()
         waiting = self.state.pending
         X, scores = proposed(
@@ -245,7 +245,9 @@ class Run:
         first = len(self.state.X)
         X = self.problem.space.check(X)
         seconds = time.perf_counter() - start
-        about = {"surrogate": dict(scores)} if scores else {}
+        about: dict[str, Any] = {"surrogate": dict(scores)} if scores else {}
+        if parts:
+            about["parts"] = encode_parts(parts)
         self._record("proposed", {"X": encode_tensor(X), "seconds": seconds, **about})
         return list(range(first, first + len(X)))
 
@@ -267,6 +269,9 @@ class Run:
             # What was proposed is what was measured, in whatever precision.
             outcome = dataclasses.replace(outcome, X=self.state.X[index : index + 1])
             data = {"index": index, "observation": encode_observations(outcome)}
+            if self._scoring is not None and (parts := self._scoring.flying.pop(index, ())):
+                share = self._scoring.share(parts, self.state)
+                data |= {"parts": encode_parts(parts), "share": share}
             seen = self.state.seen.append(outcome)
             self._record("observed", {**data, **self._volume.after(seen, self._aside)})
 
@@ -307,7 +312,8 @@ class Run:
             with self._opened(workers) as held, follow(progress, total) as report:
                 flights = Flights(held)
                 [recommendation] = together([self.steps(flights, report)], flights, report)
-            return self.conclude(recommendation, **flights.describe())
+            spent = {} if self._scoring is None else self._scoring.describe(self.state)
+            return self.conclude(recommendation, **flights.describe(), **spent)
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -360,6 +366,8 @@ class Run:
             timeout=settings.timeout,
             node=node,
         )
+        if settings.scores_parts and self.state.summary is None:
+            self._scoring = Scoring(self.problem, settings)
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self._searching(report, attempts) or attempts.in_flight("index"):
@@ -391,6 +399,10 @@ class Run:
         while attempts.free and self._goes_on:
             flying = attempts.in_flight("index")
             waiting = [row for row in self.state.pending if row not in flying]
+            if not waiting and self._scoring is not None:
+                if not self._begin_scoring(attempts, report, self._scoring):
+                    return
+                continue
             if not waiting:
                 room = self.settings.search - len(self.state.X)
                 together = self.settings.is_asynchronous(attempts.flights.workers.size)
@@ -405,22 +417,58 @@ class Run:
                 report.evaluating(f"evaluation {row + 1}")
                 self._begin(attempts, "index", row)
 
-    def _begin(self, attempts: Attempts, kind: Literal["index", "verify"], row: int) -> None:
-        state = self.state
+    def _begin_scoring(self, attempts: Attempts, report: Reporter, scoring: Scoring) -> bool:
+        """Begin what the allocation says comes next; return whether there was anything."""
+        flying = attempts.in_flight("index")
+        together = self.settings.is_asynchronous(attempts.flights.workers.size)
+        if flying and not together:
+            return False
+        begun = 0
+        while attempts.free and (together or begun < self.settings.batch):
+            report.evaluating("choosing which examples to score")
+            action = scoring.next(self.state, self.generator)
+            if action is None:
+                self._spent_up = not scoring.flying
+                break
+            row = self._propose(1, action.parts)[0] if action.row is None else action.row
+            report.evaluating(action.words(row))
+            self._begin(attempts, "index", row, action.parts)
+            begun += 1
+        return begun > 0 and together
+
+    def _begin(
+        self,
+        attempts: Attempts,
+        kind: Literal["index", "verify"],
+        row: int,
+        parts: Sequence[Part] = (),
+    ) -> None:
+        state, scoring = self.state, self._scoring
         searching = kind == "index"
         assert searching or state.front is not None
+        if scoring is not None:
+            parts = parts or (scoring.first(state, row) if searching else scoring.everything)
+            if searching:
+                scoring.flying[row] = tuple(parts)
         attempts.begin(
             kind,
             row,
             state.X[row] if state.front is None or searching else state.front.X[row],
             attempt=(state.attempts if searching else state.verify_attempts).get(row, 0),
             deaths=(state.deaths if searching else state.verify_deaths).get(row, 0),
+            parts=parts or None,
+            metrics=scoring.metrics(parts) if scoring is not None else None,
+            order=self.settings.seed,
         )
 
     def _settle(self, attempts: Attempts, report: Reporter) -> None:
         """Record the attempts that have ended, as outcomes or as ones to be repeated."""
         told: list[tuple[Sequence[str | None], Observations]] = []
         for ended in attempts.ended():
+            if ended.kind == "index" and ended.row in self.state.outcomes:
+                self._take_more(ended)
+                report.measured(ended.outcome)
+                continue
             outcome = self._outcome(ended)
             if outcome is None:
                 continue
@@ -435,6 +483,8 @@ class Run:
             report.measured(outcome)
             if ended.kind == "index":
                 told.append((self.state.seen.failures, outcome))
+        if self._scoring is not None and isinstance(report, CountsCost):
+            report.paid(self.state.spent + len(self.state.verified))
         for failures, outcome in told:  # once everything that has ended is recorded
             refuse_failures(failures, outcome, self.settings.max_failure_share)
 
@@ -454,11 +504,21 @@ class Run:
         self._record("attempt", {ended.kind: row, "reason": reason, **_kept(outcome)})
         return None
 
+    def _take_more(self, ended: Ended) -> None:
+        """Record that a row was measured on further examples, or that this failed."""
+        assert self._scoring is not None
+        row, least = int(ended.row), 1 if ended.lost else 0
+        again = self.state.attempts.get(row, 0) < max(least, self.settings.retries)
+        again = again and not ended.given_up
+        self._record(*self._scoring.more(row, self.state, ended.outcome, again=again))
+
     @property
     def _goes_on(self) -> bool:
         """Whether the search has neither been stopped nor used up its budget."""
         state = self.state
-        done = len(state.outcomes) >= self.settings.search
+        done = self._spent_up or (
+            self._scoring is None and len(state.outcomes) >= self.settings.search
+        )
         return state.front is None and not state.stopped and not done
 
     def _searching(self, report: Reporter, attempts: Attempts) -> bool:
@@ -495,36 +555,12 @@ class Run:
         return found
 
     def _correct(self) -> Screening | None:
-        """Fit again with the verified points among the data, and record the new predictions.
-
-        Where something failed, the points' probabilities of being feasible are recorded too.
-
-        Returns:
-            The fit, or None when nothing was verified or it cannot be done.
-        """
-        state = self.state
-        try:
-            again = refit(state, self.problem.space, self.settings.run_surrogate)
-        except SurrogateError as error:
-            self.notes.append(f"the predictions could not be corrected: {error.reason}")
-            return None
-        front = state.front
-        done = state.summary is not None or front is None or bool(front.corrected.isfinite().any())
-        if front is not None and not done and len(state.verification):
-            found = {}
-            if again is not None:
-                found["corrected"] = encode_tensor(predict(again.model, front.X).mean)
-            fitted = (
-                self.settings.run_surrogate.fit(state.seen, self.problem.space)
-                if again is None
-                else again.model
-            )
-            feasibility = self.settings.requirements.given(state.data, self.problem.space, fitted)
-            if feasibility is not None:
-                with torch.no_grad():
-                    found["feasible"] = encode_tensor(feasibility.probability(front.X))
-            if found:
-                self._record("corrected", found)
+        """Record the corrections of the front; return the fit, or None where there is none."""
+        again, found, note = corrections(self.state, self.problem.space, self.settings)
+        if note is not None:
+            self.notes.append(note)
+        if found:
+            self._record("corrected", found)
         return again
 
     def conclude(self, found: Recommendation | None, **told: Any) -> Result:
@@ -551,37 +587,7 @@ class Run:
         )
         if state.summary is not None:
             return result
-        unused = self.settings.search - len(state.outcomes)
-        stop = stop_record(self.settings.stop, state.checks, unused)
-        summary = summarise(
-            front=result.front,
-            seen=result.seen,
-            verification=result.verification,
-            space=result.space,
-            scale=result.scale,
-            settings=self.settings,
-            optimism=result.optimism(),
-            uncertainty=result.uncertainty(),
-            stop=stop,
-            surrogate=state.front_data["surrogate"],
-            seconds={
-                "propose": state.proposing,
-                "evaluate": float(torch.cat([result.seen.cost, result.verification.cost]).sum()),
-                **state.front_data["seconds"],
-                **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
-            },
-            notes=[
-                *self.notes,
-                *result.scale.notes(),
-                *notes_on_constraints(self.settings.requirements),
-                *notes_on_feasibility(result.front, self.settings.requirements),
-                *notes_on_imported(state),
-                *growth.notes_on_extensions(state.extensions),
-                *notes_on(stop),
-                *(outlier.note() for outlier in aside),
-            ],
-            outliers=aside,
-        ) | imported_of(state)
+        summary = summary_of(result, state, self.settings, self.notes, aside)
         summary |= told
         self._record("finished", {"summary": summary})
         return dataclasses.replace(result, summary=summary)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 from map_bo.constraints import Constraint, read_constraints
@@ -18,6 +19,7 @@ from map_bo.values import real_number, switch, whole_number
 if TYPE_CHECKING:
     from map_bo.data import Metric
     from map_bo.pareto.solver import FrontSolver
+    from map_bo.samplers.allocation.allocation import Allocation
     from map_bo.samplers.sampler import Sampler
     from map_bo.space import CoefficientSpace
     from map_bo.surrogates.feasibility import Requirements
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings"]
 
+_HELD_OUT = "give the share of the examples that the search never sees, such as 0.3"
 _NO_LIMIT = "give seconds, or None for no limit"
 _WORDS = {"sampler": "sampler", "surrogate": "surrogate", "solver": "front solver"}
 _EXAMPLES = {
@@ -125,6 +128,14 @@ class Settings:
             are being evaluated. ``False`` proposes ``batch`` points when all earlier ones have
             their outcomes, so that proposals are the same for any number of workers. ``None`` is
             true where there is more than one worker.
+        items: Which examples a row is measured on, where evaluators score example by example:
+            ``"full"`` for all of them; a number for the same first examples of every set;
+            ``"auto"`` for what settles the front per cost, with more examples for rows where they
+            tell something (:class:`map_bo.samplers.allocation.front_doubt.FrontDoubt`);
+            ``"halving"``; or settings of an allocation. The budget counts full evaluations: as many
+            examples as so many evaluations of everything.
+        holdout: Share of every set's examples that the search never sees, so that what it chooses
+            can be confirmed on them.
     """
 
     budget: int
@@ -147,6 +158,8 @@ class Settings:
     outliers: Literal["auto", "keep"] = "auto"
     workers: WorkerSettings | int | None = None
     asynchronous: bool | None = None
+    items: Allocation | int | str = "full"
+    holdout: float = 0.0
 
     def __post_init__(self) -> None:
         put = object.__setattr__
@@ -175,6 +188,7 @@ class Settings:
         if self.asynchronous is not None:
             put(self, "asynchronous", switch("asynchronous", self.asynchronous))
         self._read_workers()
+        self._read_items()
         if self.timeout is not None:
             if not real_number("timeout", self.timeout, hint=_NO_LIMIT) > 0:
                 raise ConfigError(f"timeout must be positive, got {self.timeout}", hint=_NO_LIMIT)
@@ -204,6 +218,8 @@ class Settings:
             put(self, "sampler", with_reference(self.sampler, self.reference))
         self._hand_on(self.requirements)
         assert self.run_sampler  # here, so that a sampler refuses the surrogate before any run
+        if self.scores_parts:
+            assert self.allocation
         if self.stop is not None and (self.stop.least or 0) >= self.search:
             raise ConfigError(
                 f"the first check of the stopping rule comes after {self.stop.least} evaluations, "
@@ -216,6 +232,48 @@ class Settings:
             from map_bo.workers.reading import read_workers
 
             object.__setattr__(self, "workers", read_workers(self.workers))
+
+    def _read_items(self) -> None:
+        hint = "give 'full', 'auto', 'halving', or a number of examples"
+        if isinstance(self.items, str):
+            if self.items not in ("full", "auto", "halving"):
+                raise ConfigError(f"there is no loop.items {self.items!r}", hint=hint)
+        elif isinstance(self.items, int | Real):
+            put = object.__setattr__
+            put(self, "items", whole_number("items", self.items, least=1, hint=hint))
+        else:
+            from map_bo.samplers.allocation.allocation import Allocation
+
+            if isinstance(self.items, type) or not isinstance(self.items, Allocation):
+                raise ConfigError(f"items must be an allocation, got {self.items!r}", hint=hint)
+        held = real_number("holdout", self.holdout, least=0, hint=_HELD_OUT)
+        if not held < 1:
+            raise ConfigError(f"holdout must be below 1, got {held:g}", hint=_HELD_OUT)
+        object.__setattr__(self, "holdout", float(held))
+
+    @property
+    def scores_parts(self) -> bool:
+        """Whether rows may be measured on some of their examples alone."""
+        return self.items != "full" or self.holdout > 0
+
+    @property
+    def allocation(self) -> Allocation:
+        """What says which examples of which row are scored next, as the run uses it."""
+        from map_bo.samplers.allocation.fixed import Fixed, Full, SuccessiveHalving
+        from map_bo.samplers.allocation.front_doubt import FrontDoubt
+        from map_bo.samplers.posterior.front_uncertainty import FrontUncertainty
+
+        if isinstance(self.items, int):
+            return Fixed(self.items)
+        if not isinstance(self.items, str):
+            found = self.items
+        elif self.items == "auto":
+            found = FrontDoubt(FrontUncertainty(reference=self.reference))
+        else:
+            found = SuccessiveHalving() if self.items == "halving" else Full()
+        if isinstance(found, FrontDoubt):
+            return found.through(self.run_surrogate, self.requirements)
+        return found
 
     def _hand_on(self, requirements: Requirements) -> None:
         from map_bo.samplers.sampler import with_requirements

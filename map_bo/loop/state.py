@@ -5,6 +5,7 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 ``created``    settings, problem (its description), space, metrics, versions; ``examples``: the
                digests of those that ready evaluators score
 ``proposed``   ``X``: rows to evaluate, numbered on from the rows proposed before; ``seconds``;
+               ``parts``: the examples that they are to be measured on, where not on all of them;
                ``surrogate``: the fit they were chosen by, if there was one: its ``settings``,
                ``model`` and leave-one-out scores
 ``started``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``attempt``: an
@@ -13,7 +14,12 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 ``interrupted``  ``index`` or ``verify``: the process ended in good order during the evaluation
 ``attempt``    ``index`` (of a proposed row) or ``verify`` (row of the front), ``reason``: an
                evaluation failed and is tried again; ``observation``: what it measured all the same
+``scored``     ``index`` of a row that has its outcome, ``parts``: further examples that it was
+               measured on, ``share``: their cost in full evaluations; ``observation``: the row by
+               all of its examples, with the outcomes of the further ones alone, or ``reason`` why
+               it failed, after which the row gets no more
 ``observed``   ``index``, ``observation``: the outcome of a proposed row, a failure included;
+               ``parts`` and ``share`` as in ``scored``, where it was not measured on everything;
                ``hypervolume`` of all points measured until then, once base and experts are known
 ``extended``   ``settings`` and ``config`` that were changed; ``reopens``: whether the search goes
                on where it had ended (:mod:`map_bo.tracking.extension`)
@@ -32,18 +38,24 @@ Events and their data (those of nested runs are in :mod:`map_bo.nested.record`):
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from map_bo.data import Front, Metric, Observations, is_at
-from map_bo.errors import MapBoError, StoreError
+from map_bo.errors import DataError, MapBoError, StoreError
+from map_bo.examples.estimates import estimated
+from map_bo.examples.sets import Part, searched
+from map_bo.observed import joined_examples
 from map_bo.tracking.codec import (
     decode_front,
     decode_observations,
+    decode_parts,
     decode_scale,
     decode_tensor,
 )
@@ -85,6 +97,10 @@ class RunState:
         extensions: What the events ``extended`` hold, in order; ``created`` has the settings in
             force after them.
         front_rows: Proposed rows that were measured as points of a front that was set back.
+        planned: Index of a proposed row -> the examples that it is to be measured on at first.
+        covered: Index of a row that was measured on parts -> evaluator -> positions that it covers.
+        paid: Index of such a row -> what it has cost, in full evaluations.
+        closed: Indices of rows that get no more examples, because that failed.
     """
 
     metrics: tuple[Metric, ...]
@@ -106,11 +122,39 @@ class RunState:
     verify_attempted: Mapping[int, Observations] = field(default_factory=dict)
     extensions: tuple[Mapping[str, Any], ...] = ()
     front_rows: tuple[int, ...] = ()
+    planned: Mapping[int, tuple[Part, ...]] = field(default_factory=dict)
+    covered: Mapping[int, Mapping[str, int]] = field(default_factory=dict)
+    paid: Mapping[int, float] = field(default_factory=dict)
+    closed: frozenset[int] = frozenset()
+
+    @cached_property
+    def seen(self) -> Observations:
+        """All outcomes of the search, in the order they were proposed.
+
+        Where rows were measured on parts of their examples, they are estimates for all of them.
+        """
+        return self.estimated(_joined([self.outcomes[i] for i in sorted(self.outcomes)], self))
+
+    def estimated(self, measured: Observations) -> Observations:
+        """Return measurements of this run as what a surrogate is fitted to."""
+        return estimated(measured, sizes=self.sizes(measured)) if self.covered else measured
+
+    def sizes(self, measured: Observations) -> dict[str, int]:
+        """Return how many examples count as all, of each evaluator that scored some."""
+        held = float(self.created.get("settings", {}).get("holdout", 0.0))
+        sets = {name: one.size for row in measured.examples for name, one in row.items()}
+        return {name: searched(size, held) for name, size in sets.items()}
 
     @property
-    def seen(self) -> Observations:
-        """All outcomes of the search, in the order they were proposed."""
-        return _joined([self.outcomes[i] for i in sorted(self.outcomes)], self)
+    def spent(self) -> float:
+        """What the outcomes of the search have cost, in full evaluations."""
+        return sum(self.paid.get(row, 1.0) for row in self.outcomes)
+
+    @property
+    def committed(self) -> int:
+        """How many full evaluations the search has made or waits for, rounded up."""
+        planned = sum(i not in self.planned for i in self.pending)
+        return math.ceil(self.spent - 1e-9) + planned
 
     @property
     def verification(self) -> Observations:
@@ -122,10 +166,14 @@ class RunState:
         """Why the search stopped before its budget was spent; None when it did not."""
         return self.checks[-1]["stop"] if self.checks else None
 
-    @property
+    @cached_property
     def data(self) -> Observations:
-        """All outcomes: the search, then the verification."""
-        return self.seen.append(self.verification)
+        """All outcomes: the search, then the verification; estimates, as :attr:`seen`."""
+        if not self.covered:
+            return self.seen.append(self.verification)
+        search = [self.outcomes[i] for i in sorted(self.outcomes)]
+        checks = [self.verified[row] for row in sorted(self.verified)]
+        return self.estimated(_joined([*search, *checks], self))
 
     @property
     def pending(self) -> list[int]:
@@ -168,7 +216,14 @@ def advance(state: RunState, event: Event) -> RunState:
             if not bool(rows.isfinite().all()):
                 raise StoreError("a proposed row holds NaN or infinity", hint=_EDITED)
             seconds = state.proposing + _number(data["seconds"])
-            return new(state, X=torch.cat([state.X, rows]), proposing=seconds)
+            parts = decode_parts(data)
+            planned = {len(state.X) + i: parts for i in range(len(rows))} if parts else {}
+            return new(
+                state,
+                X=torch.cat([state.X, rows]),
+                proposing=seconds,
+                planned={**state.planned, **planned},
+            )
         case "started" | "interrupted" | "attempt":
             return _with_attempt(state, event.kind, data)
         case "observed":
@@ -179,7 +234,10 @@ def advance(state: RunState, event: Event) -> RunState:
                 state,
                 outcomes={**state.outcomes, index: outcome},
                 deaths=_without(state.deaths, [index]),
+                **_with_parts(state, index, data),
             )
+        case "scored":
+            return _scored(state, data)
         case "reopened":
             return _reopened(state, data)
         case "extended":
@@ -209,6 +267,47 @@ def advance(state: RunState, event: Event) -> RunState:
         f"there is no event {event.kind!r} in a run",
         hint="read the run with the version of map-bo that wrote it",
     )
+
+
+def _with_parts(state: RunState, index: int, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what changes in the state by the parts that a row was measured on."""
+    parts = decode_parts(data)
+    if not parts:
+        return {}
+    covered = dict(state.covered.get(index, {}))
+    for part in parts:
+        if part.start != covered.get(part.evaluator, 0):
+            raise StoreError(
+                f"row {index} covers {covered.get(part.evaluator, 0)} examples of "
+                f"{part.evaluator!r} before those from {part.start}",
+                hint=_EDITED,
+            )
+        covered[part.evaluator] = part.stop
+    paid = {**state.paid, index: state.paid.get(index, 0.0) + _number(data["share"])}
+    return {"covered": {**state.covered, index: covered}, "paid": paid}
+
+
+def _scored(state: RunState, data: Mapping[str, Any]) -> RunState:
+    """Return the state after a row that has its outcome was measured on more examples."""
+    index = _row(data["index"], len(state.X), "proposed rows")
+    before = state.outcomes.get(index)
+    if before is None:
+        raise StoreError(f"row {index} gets more examples before it has any", hint=_EDITED)
+    new = dataclasses.replace
+    state = new(state, deaths=_without(state.deaths, [index]))
+    if "reason" in data:
+        paid = {**state.paid, index: state.paid.get(index, 1.0) + _number(data["share"])}
+        return new(state, paid=paid, closed=state.closed | {index})
+    after = _outcome(data["observation"], state)
+    if not is_at(after.X[0], state.X[index]):
+        raise StoreError(f"more examples of row {index} belong to another point", hint=_EDITED)
+    try:
+        examples = joined_examples(before.examples, after.examples)
+    except DataError as error:
+        raise StoreError(f"more examples of row {index}: {error.message}", hint=_EDITED) from error
+    outcomes = {**state.outcomes, index: new(after, examples=examples)}
+    calm = _without(state.attempts, [index])
+    return new(state, outcomes=outcomes, attempts=calm, **_with_parts(state, index, data))
 
 
 def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:
@@ -323,7 +422,7 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
     else:
         row, name = _row(data["index"], len(state.X), "proposed rows"), ""
         done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
-    if done:
+    if done and not data.get("parts"):
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
     # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
     change = -1 if kind != "started" else 0 if data.get("worker") else 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -14,8 +15,13 @@ from torch import Tensor
 
 from map_bo.constraints import Constraint, plain_constraints
 from map_bo.data import Front, Observations
+from map_bo.loop.growth import notes_on_extensions
+from map_bo.loop.known import imported_of, notes_on_imported
+from map_bo.loop.recommend import notes_on_constraints, notes_on_feasibility
+from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
+from map_bo.loop.stopping import notes_on, stop_record
 from map_bo.pareto.indicators import hypervolume
 from map_bo.samplers.sampler import Sampler, SeesThroughSurrogate
 from map_bo.scale import Scale, anchor_rows
@@ -33,6 +39,7 @@ __all__ = [
     "notes_on_former_surrogate",
     "outliers_of",
     "summarise",
+    "summary_of",
     "versions",
 ]
 
@@ -389,3 +396,54 @@ def notes_on_former_surrogate(state: RunState, sampler: Sampler) -> list[str]:
         f"the run was begun by map-bo {version}, whose sampler looked through a quadratic of its "
         f"own; from evaluation {len(state.X) + 1} on, it looks through the run's surrogate"
     ]
+
+
+def summary_of(
+    result: Result,
+    state: RunState,
+    settings: Settings,
+    notes: Sequence[str],
+    outliers: Sequence[Outlier],
+) -> dict[str, Any]:
+    """Return the summary of a run whose steps are done.
+
+    Args:
+        result: What it found.
+        state: Where it stands.
+        settings: How it was done.
+        notes: What was noticed on the way.
+        outliers: Values that the last fit set aside.
+    """
+    unused = settings.search - len(state.outcomes)
+    if settings.scores_parts:
+        unused = max(0, math.floor(settings.search - state.spent + 1e-9))
+    stop = stop_record(settings.stop, state.checks, unused)
+    return summarise(
+        front=result.front,
+        seen=result.seen,
+        verification=result.verification,
+        space=result.space,
+        scale=result.scale,
+        settings=settings,
+        optimism=result.optimism(),
+        uncertainty=result.uncertainty(),
+        stop=stop,
+        surrogate=state.front_data["surrogate"],
+        seconds={
+            "propose": state.proposing,
+            "evaluate": float(torch.cat([result.seen.cost, result.verification.cost]).sum()),
+            **state.front_data["seconds"],
+            **({"stop": sum(x["seconds"] for x in state.checks)} if state.checks else {}),
+        },
+        notes=[
+            *notes,
+            *result.scale.notes(),
+            *notes_on_constraints(settings.requirements),
+            *notes_on_feasibility(result.front, settings.requirements),
+            *notes_on_imported(state),
+            *notes_on_extensions(state.extensions),
+            *notes_on(stop),
+            *(outlier.note() for outlier in outliers),
+        ],
+        outliers=outliers,
+    ) | imported_of(state)

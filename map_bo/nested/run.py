@@ -156,6 +156,12 @@ class NestedRun(Record):
         self.tasks = Tasks.assign(space.experts, problem.metrics, nested.tasks)
         for number, preference in enumerate(nested.preferences, start=1):
             self.tasks.check_preference(preference, number)
+        if settings.scores_parts:
+            raise ConfigError(
+                f"loop.items is {settings.items!r} and loop.holdout {settings.holdout:g}, and the "
+                "nodes of a nested run measure all examples",
+                hint="leave both out, or search without nesting: nested=none",
+            )
         if settings.constraints:
             raise ConfigError(
                 "a nested run cannot keep constraints: its nodes measure some of the metrics, and "

@@ -13,11 +13,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError
-from map_bo.evaluators.evaluator import Evaluator
+from map_bo.errors import DataError, EvaluationError
+from map_bo.evaluators.evaluator import Evaluator, Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
-from map_bo.examples.sets import ExampleSet, Part, order_of
+from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, order_of
 from map_bo.merging.export.adapter import AdapterExport
 from map_bo.merging.export.model import ExportSettings
 from map_bo.space import CoefficientSpace
@@ -32,6 +32,7 @@ __all__ = [
     "HasExamples",
     "Preparable",
     "Problem",
+    "SummarisesExamples",
     "description_of",
     "digests_of_examples",
     "on_parts",
@@ -176,6 +177,17 @@ class HasExamples(Protocol):
         Raises:
             DataError: When there is no such evaluator or example.
         """
+        ...
+
+
+@runtime_checkable
+class SummarisesExamples(Protocol):
+    """A problem some of whose metrics are not the mean of the outcomes of their examples."""
+
+    def summarise(
+        self, evaluator: str, outcomes: ExampleOutcomes
+    ) -> Mapping[str, Measurement | EvaluationError]:
+        """Return what outcomes make: metric of the run -> its measurement, or what is wrong."""
         ...
 
 

@@ -46,10 +46,11 @@ from map_bo.surrogates.validation import (
     LeavesOneOut,
     count_log_densities,
     log_densities,
+    noise_covariance,
     promises_leave_one_out,
 )
 
-__all__ = ["Auto", "AutoModel", "Selection", "SideBySide", "leaving_out"]
+__all__ = ["Auto", "AutoModel", "Selection", "SideBySide", "leaving_out", "noise_matrices"]
 
 _FEWEST = 8  # evaluations from which on scores decide, however few coefficients there are
 _MANY = 8  # coefficients up to which few evaluations are enough for a hybrid
@@ -315,6 +316,23 @@ class AutoModel(SideBySide):
         pairs = [model.training_targets() for model in leaving_out(self.models)]
         return self.arranged([z for z, _ in pairs]), self.arranged([v for _, v in pairs])
 
+    def noise_covariance(self) -> Tensor | None:
+        """Return that of the chosen models, ``m x n x n``; None where all have none."""
+        found = noise_matrices(self.models)
+        return None if found is None else self.arranged(found, 0)
+
+
+def noise_matrices(models: Sequence[SurrogateModel]) -> list[Tensor] | None:
+    """Return the covariance of the noise of each model's rows; None where all are independent."""
+    found = [noise_covariance(model) for model in models]
+    if all(one is None for one in found):
+        return None
+    independent = [model.training_targets()[1].mT for model in leaving_out(models)]
+    return [
+        torch.diag_embed(variance) if one is None else one
+        for one, variance in zip(found, independent, strict=True)
+    ]
+
 
 def leaving_out(models: Sequence[SurrogateModel]) -> list[LeavesOneOut]:
     """Return models that leave evaluations out as such.
@@ -377,6 +395,9 @@ class Auto:
     and its prior decides; there the process is taken (real merges of 12 and 16 experts, and of 2
     to 6 experts in 4 and 6 blocks: about a sixth less regret than the quadratic at 30
     evaluations).
+
+    A covariance of the evaluations' noise goes to the candidates, whose densities are those of
+    each evaluation given all others then, with what their noise tells of its own.
 
     Attributes:
         candidates: Name and settings, simplest first; by default quadratic (up to 32

@@ -20,10 +20,18 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import SurrogateError
+from map_bo.observed import stacked_covariance
 from map_bo.plain import identity_of
 from map_bo.scale import same_points
 from map_bo.space import CoefficientSpace
-from map_bo.surrogates.auto import AutoModel, Selection, SideBySide, leaving_out
+from map_bo.surrogates.auto import (
+    AutoModel,
+    Selection,
+    SideBySide,
+    leaving_out,
+    noise_matrices,
+)
+from map_bo.surrogates.quadratic_model import spread_matrix
 from map_bo.surrogates.surrogate import (
     PointCovariances,
     SampledFunctions,
@@ -145,6 +153,18 @@ class InformedLeavingOut(InformedModel):
     def training_targets(self) -> tuple[Tensor, Tensor]:
         """Return the run's own rows as fitted and their total noise variance, ``n x m`` each."""
         return self._own([part.training_targets() for part in leaving_out(self.whole.models)])
+
+    def noise_covariance(self) -> Tensor | None:
+        """Return that among the run's own rows, ``m x n x n``; None where it is independent."""
+        found = noise_matrices(self.whole.models)
+        if found is None:
+            return None
+        parts = []
+        for matrix, held in zip(found, self.whole.columns, strict=True):
+            there = self.rows[:, held[0]]
+            ahead = matrix.shape[-1] - int(there.sum())
+            parts.append(spread_matrix(matrix[:, ahead:, ahead:], there))
+        return self.whole.arranged(parts, 0)
 
     def _own(self, pairs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
         rows = [self.rows[:, held[0]] for held in self.whole.columns]
@@ -300,6 +320,8 @@ def _columns(seen: Observations, columns: list[int], X: Tensor) -> Observations:
         counts=seen.counts[:, columns],
         cost=seen.cost,
         failures=tuple(None if whole else reason for reason, whole in reasons),
+        examples=seen.examples,
+        covariance=None if seen.covariance is None else seen.covariance[columns],
     )
 
 
@@ -311,6 +333,7 @@ def _side_by_side(parts: list[Observations]) -> Observations:
         metrics=tuple(part.metrics[0] for part in parts),
         Yvar=torch.cat([part.Yvar for part in parts], -1),
         counts=torch.cat([part.counts for part in parts], -1),
+        covariance=stacked_covariance([(part.covariance, part.Yvar) for part in parts]),
     )
 
 

@@ -435,14 +435,15 @@ def as_fitted(seen: Observations) -> Observations:
     (:func:`~map_bo.examples.sharing.differing_share`). Everything else stays as it is.
 
     Rows with a covariance of their noise keep it as it is; its diagonal is their variance, and
-    what was counted plays no part.
+    what was counted plays no part, except where that is all that is known of the noise.
     """
     good = seen.with_any()
     if good.covariance is not None:
         known = good.covariance.diagonal(dim1=-1, dim2=-2).mT
+        stated = torch.where(good.Yvar.isnan(), _binomial_variance(good), good.Yvar)
         return dataclasses.replace(
             good,
-            Yvar=torch.where(known > 0, known, good.Yvar),
+            Yvar=torch.where(known > 0, known, stated),
             counts=torch.full_like(good.counts, torch.nan),
         )
     share = torch.tensor(
@@ -453,6 +454,19 @@ def as_fitted(seen: Observations) -> Observations:
         measured = differing_share(good)
         share = torch.where(measured.isfinite() & (share < 1), measured, share)
     return dataclasses.replace(good, Yvar=good.Yvar * share, counts=good.counts / share)
+
+
+def _binomial_variance(seen: Observations) -> Tensor:
+    """Return the variance of counted proportions, ``n x m``; NaN where nothing was counted."""
+    found = torch.full_like(seen.Y, torch.nan)
+    for j, metric in enumerate(seen.metrics):
+        if metric.kind == "proportion":
+            assert metric.lower is not None
+            assert metric.upper is not None
+            width, n = metric.upper - metric.lower, seen.counts[:, j]
+            p = (((seen.Y[:, j] - metric.lower) / width).clamp(0, 1) * n + 0.5) / (n + 1)
+            found[:, j] = width**2 * p * (1 - p) / (n + 1)
+    return found
 
 
 def check_enough(seen: Observations, what: str, *, needed: int = 2) -> None:

@@ -19,6 +19,9 @@ metric:
 3. *Corroboration.* Where the nearest other evaluation of a suspect is a suspect on the same side,
    the two agree on something real, such as a narrow region in which merges break: both are kept.
 
+Where the noise of the evaluations has a covariance, a value is also predicted from what the noise
+of the others tells of its own: what all err by together makes none of them an outlier.
+
 All is decided anew at every fit, so a value is taken back once later evaluations bear it out. The
 record keeps every value; only the fit, and what is scaled by it, goes without.
 """
@@ -39,7 +42,12 @@ from map_bo.errors import SurrogateError
 from map_bo.plain import identity_of
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import inputs
-from map_bo.surrogates.links import LogitLink, as_fitted, observed_on_link
+from map_bo.surrogates.links import (
+    LogitLink,
+    as_fitted,
+    covariance_on_link,
+    observed_on_link,
+)
 from map_bo.surrogates.surrogate import (
     Surrogate,
     SurrogateModel,
@@ -265,6 +273,7 @@ class _Search:
         self.surrogate, self.seen, self.space = surrogate, seen, space
         self.fitted = as_fitted(seen)
         self.z = torch.zeros(len(seen), dtype=torch.float64)
+        self.covariance: Tensor | None = None
 
     def outliers(self, model: SurrogateModel) -> dict[int, tuple[float, float]]:
         """Return row -> what is expected there and its standard deviation, of each outlier.
@@ -273,6 +282,8 @@ class _Search:
             model: The fit to all rows, of this metric.
         """
         self.z = observed_on_link(self.fitted, model.links)[0][:, 0]
+        covariance = covariance_on_link(self.fitted, model.links)
+        self.covariance = None if covariance is None else covariance[0]
         out = torch.zeros(len(self.seen), dtype=torch.bool)
         first = model
         for _ in range(math.ceil(MOST * len(self.seen))):
@@ -287,13 +298,13 @@ class _Search:
             distance, rest = self._distances(model, ~out), self.z[~out]
             beyond = torch.maximum(self.z - rest.max(), rest.min() - self.z) > rest.std() / 2
             far = out & (distance.abs() > torch.where(beyond, CUTOFF, 2 * CUTOFF))
-            far &= (self.z - self._at(model)[0]).abs() > rest.std()
+            far &= (self.z - self._at(model, ~out)[0]).abs() > rest.std()
             far &= ~self._agree(far, distance)
             if torch.equal(far, out):
                 break
             out = far
             model = self._fit(~out) if bool(out.any()) else model
-        mean, deviation = self._at(model)
+        mean, deviation = self._at(model, ~out)
         link = model.links[0]
         unit = deviation * link.slope(mean)
         expected = link.inverse(mean)
@@ -334,14 +345,54 @@ class _Search:
         there = ~mean.isnan()  # a model of several metrics has rows without this one
         found, at = torch.zeros_like(self.z), torch.zeros_like(self.z)
         at[rows] = mean[there]
-        variance = latent[there] + self._noise(model, at)[rows]
+        noise = self._noise(model, at)[rows]
+        if self.covariance is not None:
+            misfit = self._misfit(model)
+            own = (model.training_targets()[1][there, 0] - misfit).clamp_min(0.0)
+            noise = own * self._stretch(model, at)[rows].square() + misfit
+        variance = latent[there] + noise
         found[rows] = (self.z - at)[rows] / variance.sqrt()
         return found
 
-    def _at(self, model: SurrogateModel) -> tuple[Tensor, Tensor]:
-        """Return predicted means and standard deviations of all values, noise included, ``n``."""
+    def _misfit(self, model: SurrogateModel) -> Tensor:
+        """Return the variance on top of known noise, a scalar: the noise where it is unknown."""
+        assert isinstance(model, LeavesOneOut)
+        if bool(self.fitted.Yvar.isnan().any()):
+            return model.training_targets()[1].nanmedian()
+        return model.misfit_variance()[0]
+
+    def _stretch(self, model: SurrogateModel, mean: Tensor) -> Tensor:
+        """Return by what deviations of noise change from the values to ``mean``, ``n``."""
+        link = model.links[0]
+        return link.slope(self.z) / link.slope(mean)
+
+    def _at(self, model: SurrogateModel, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return predicted means and standard deviations of all values, noise included, ``n``.
+
+        With a covariance ``C`` of the noise, those of values that are not in ``rows`` are given the
+        noise there: with ``W = C_i,rest (C_rest + t I)^-1`` the value is
+        ``f_i + W (z - f)_rest`` plus what that leaves of its noise.
+
+        Args:
+            model: The fit to ``rows``.
+            rows: ``n`` booleans.
+        """
         with torch.no_grad():
             mean, covariance = model.joint(self.seen.X)
+        if self.covariance is not None:
+            centre, misfit = mean[:, 0], self._misfit(model)
+            stretch = self._stretch(model, centre)
+            known = self.covariance[rows][:, rows]
+            least = torch.maximum(misfit, 1e-9 * known.diagonal().mean())
+            noise = known + least * torch.eye(len(known), dtype=known.dtype)
+            toward = stretch.unsqueeze(-1) * self.covariance[:, rows]
+            weights = torch.linalg.solve(noise, toward.mT).mT
+            own = stretch.square() * self.covariance.diagonal() - (weights * toward).sum(-1)
+            away = torch.eye(len(centre), dtype=centre.dtype)
+            away[:, rows] -= weights
+            latent = ((away @ covariance[0]) * away).sum(-1)
+            total = latent.clamp_min(0.0) + own.clamp_min(0.0) + misfit
+            return centre + weights @ (self.z - centre)[rows], total.sqrt()
         latent = covariance[0].diagonal().clamp_min(0.0)
         return mean[:, 0], (latent + self._noise(model, mean[:, 0])).sqrt()
 
@@ -351,7 +402,7 @@ class _Search:
         These are at least the model's own, and larger where it is too sure of what it was fitted
         to.
         """
-        mean, deviation = self._at(model)
+        mean, deviation = self._at(model, rows)
         size = self._residuals(model, rows)[rows].square().mean().sqrt()
         return (self.z - mean) / (deviation * size.clamp_min(1.0))
 

@@ -277,6 +277,12 @@ class Quadratic:
             order = [j for fit in fits for j in fit.columns] + plain.nonzero().flatten().tolist()
             back = torch.tensor(order).argsort()
             tensors = {name: torch.cat([part[name] for part in parts])[back] for name in parts[0]}
+        if covariance is not None:
+            matrix = torch.diag_embed(tensors["_target_variance"])
+            nugget = (tensors["log_variances"][:, 0].exp() * scale.square())[:, None, None]
+            own = nugget * torch.eye(len(seen), dtype=y.dtype)
+            matrix[plain] = (covariance + own)[plain]
+            tensors["_noise_matrix"] = matrix
         return QuadraticModel(seen.metrics, tuple(links), space, tensors)
 
     def _fit_gradients(

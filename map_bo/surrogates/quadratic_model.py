@@ -33,6 +33,7 @@ __all__ = [
     "QuadraticFunctions",
     "QuadraticModel",
     "gaussian_posterior",
+    "spread_matrix",
     "transformed",
 ]
 
@@ -73,6 +74,14 @@ def transformed(posterior: Posterior, X: Tensor, transform: PosteriorTransform |
 
 
 _OF_ROWS = ("_targets", "_target_variance", "_loo_mean", "_loo_variance")
+
+
+def spread_matrix(matrix: Tensor, rows: Tensor) -> Tensor:
+    """Return a matrix among some rows (``n`` booleans) as one among all, NaN at the others."""
+    at = rows.nonzero().flatten()
+    spread = matrix.new_full((*matrix.shape[:-2], len(rows), len(rows)), torch.nan)
+    spread[..., at.unsqueeze(-1), at] = matrix
+    return spread
 
 
 class QuadraticModel(SurrogateModel, FantasizeMixin):
@@ -121,6 +130,7 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
     _target_variance: Tensor
     _loo_mean: Tensor
     _loo_variance: Tensor
+    _noise_matrix: Tensor
 
     @property
     def batch_shape(self) -> torch.Size:
@@ -198,6 +208,8 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
             spread = tensors[name].new_full((len(tensors[name]), len(rows)), torch.nan)
             spread[:, rows] = tensors[name]
             tensors[name] = spread
+        if "_noise_matrix" in tensors:
+            tensors["_noise_matrix"] = spread_matrix(tensors["_noise_matrix"], rows)
         return QuadraticModel(self.metrics, self.links, self.space, tensors)
 
     @classmethod
@@ -288,6 +300,10 @@ class QuadraticModel(SurrogateModel, FantasizeMixin):
         own is part of the value.
         """
         return self._loo_mean.mT, self._loo_variance.mT
+
+    def noise_covariance(self) -> Tensor | None:
+        """Return that of the rows, misfit included, ``m x n x n``; None where it is independent."""
+        return self._noise_matrix if "_noise_matrix" in self._fields else None
 
     def joint(self, X: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean (``q x m``) and covariance (``m x q x q``) of each metric at ``X``."""

@@ -18,11 +18,13 @@ from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 __all__ = [
     "PIT_BINS",
     "LeavesOneOut",
+    "NoiseInCommon",
     "PromisesLeaveOneOut",
     "Validation",
     "count_log_densities",
     "fitted_rows",
     "log_densities",
+    "noise_covariance",
     "promises_leave_one_out",
     "validate",
 ]
@@ -74,6 +76,24 @@ class PromisesLeaveOneOut(Protocol):
 def promises_leave_one_out(surrogate: Surrogate) -> bool:
     """Return whether the models of a surrogate are known to leave evaluations out."""
     return isinstance(surrogate, PromisesLeaveOneOut) and surrogate.leaves_one_out
+
+
+@runtime_checkable
+class NoiseInCommon(Protocol):
+    """A model that may have been fitted to rows whose noise has a covariance."""
+
+    def noise_covariance(self) -> Tensor | None:
+        """Return the covariance of the noise of the rows, ``m x n x n``, link scale.
+
+        The misfit is part of it, on the diagonal. Rows as in :meth:`LeavesOneOut.leave_one_out`,
+        with NaN where a metric was not measured. None where the noise of all rows is independent.
+        """
+        ...
+
+
+def noise_covariance(model: SurrogateModel) -> Tensor | None:
+    """Return the covariance of a model's noise among its rows, ``m x n x n``; None without any."""
+    return model.noise_covariance() if isinstance(model, NoiseInCommon) else None
 
 
 def fitted_rows(model: SurrogateModel, seen: Observations) -> Observations:

@@ -25,8 +25,10 @@ from torch import Tensor
 from map_bo.constraints import plain_constraints, read_constraints
 from map_bo.data import Front, Metric, Observations, to_maximisation
 from map_bo.errors import DataError, StoreError
+from map_bo.examples.sets import Part, check_parts
 from map_bo.scale import Scale
 from map_bo.tracking.chain import Link, seal
+from map_bo.tracking.outcomes import decode_examples, encode_examples
 from map_bo.tracking.store import Event
 
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "decode_front",
     "decode_metric",
     "decode_observations",
+    "decode_parts",
     "decode_scale",
     "decode_tensor",
     "encode_event",
@@ -43,6 +46,7 @@ __all__ = [
     "encode_line",
     "encode_metric",
     "encode_observations",
+    "encode_parts",
     "encode_scale",
     "encode_tensor",
 ]
@@ -207,7 +211,9 @@ def encode_observations(observations: Observations) -> dict[str, Any]:
     """Return ``observations`` as plain data, without the metrics (the run records them once).
 
     Gradients and their variances are included only where there are any, and so are the marks of
-    what came from a cache of evaluations.
+    what came from a cache of evaluations, and the outcomes of examples, rounded as
+    :func:`map_bo.tracking.outcomes.as_recorded` does. A covariance among rows is not: it is an
+    estimate, made anew from what is recorded.
     """
     fields = ["X", "Y", "Yvar", "counts", "cost"]
     if observations.gradients is not None:
@@ -217,7 +223,14 @@ def encode_observations(observations: Observations) -> dict[str, Any]:
         **{name: encode_tensor(getattr(observations, name)) for name in fields},
         "failures": list(observations.failures),
         **_encode_recalled(observations),
+        **_encode_examples(observations),
     }
+
+
+def _encode_examples(observations: Observations) -> dict[str, Any]:
+    # Only where there are some, so that all other records stay as they were.
+    rows = encode_examples(observations.examples) if any(observations.examples) else []
+    return {"examples": rows} if any(rows) else {}
 
 
 def _encode_recalled(observations: Observations) -> dict[str, Any]:
@@ -253,8 +266,10 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
         DataError: When the parts contradict each other or the metrics.
     """
     d, m = int(data["d"]), len(metrics)
+    X = _matrix(data["X"], d)
+    examples = data.get("examples")
     return Observations(
-        X=_matrix(data["X"], d),
+        X=X,
         Y=_matrix(data["Y"], m),
         metrics=tuple(metrics),
         Yvar=_matrix(data["Yvar"], m),
@@ -265,11 +280,35 @@ def decode_observations(data: Mapping[str, Any], metrics: Sequence[Metric]) -> O
         gradient_variance=_gradients(data, "gradient_variance"),
         recalled=_decode_recalled(data.get("recalled"), m),  # type: ignore[arg-type]
         saved=decode_tensor(data["saved"]) if data.get("saved") else None,  # type: ignore[arg-type]
+        examples=None if examples is None else decode_examples(examples, len(X)),  # type: ignore[arg-type]
     )
 
 
 def _gradients(data: Mapping[str, Any], name: str) -> Tensor | None:
     return decode_tensor(data[name]) if data.get(name) else None
+
+
+def encode_parts(parts: Sequence[Part]) -> list[list[Any]]:
+    """Return parts of examples as plain data."""
+    return [[part.evaluator, part.start, part.stop] for part in parts]
+
+
+def decode_parts(data: Mapping[str, Any]) -> tuple[Part, ...]:
+    """Return the parts that the data of an event name; none where they name none.
+
+    Raises:
+        DataError: When they are not parts of different evaluators.
+    """
+    given = data.get("parts", ())
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(one, list | tuple) and [type(value) for value in one] == [str, int, int]
+        for one in given
+    ):
+        raise DataError(
+            f"parts of examples are {_short(given)}",
+            hint="restore the record from a copy: it was edited by hand",
+        )
+    return check_parts([Part(*one) for one in given])
 
 
 def encode_front(front: Front) -> dict[str, Any]:

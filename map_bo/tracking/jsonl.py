@@ -10,7 +10,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,17 @@ from filelock import FileLock, Timeout
 from map_bo.errors import StoreError
 from map_bo.tracking.chain import Link
 from map_bo.tracking.codec import decode_event, encode_line
+from map_bo.tracking.durable import (
+    FULL,
+    hint_of,
+    new_name,
+    reason_of,
+    sync_directory,
+    sync_file,
+    write_all,
+)
 from map_bo.tracking.examine import DamageError, Line, examine, walk
+from map_bo.tracking.side_file import OUTCOMES, Lost, SideFile, without_lost
 from map_bo.tracking.store import Event
 
 __all__ = ["JsonlStore", "MemoryStore", "is_run"]
@@ -35,11 +45,8 @@ _TAIL = 64  # bytes at the end of the file by which it is recognised: the last c
 _LONGEST_STEP = 600.0  # seconds to wait for the step of another process, such as a slow proposal
 _SETTLES = 0.3  # seconds in which the name of the lock's owner may still be that of the one before
 
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_PASSING = (*_FULL, errno.EIO)
+_PASSING = (*FULL, errno.EIO)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_GONE = (errno.ENOENT, errno.ESTALE, errno.ENOTDIR)
 
 _MEASUREMENTS = frozenset({"observed", "verified", "measured"})
 _NOT_AWAITED = frozenset({"started"})
@@ -121,6 +128,9 @@ class JsonlStore:
     a damaged last line, which readers refuse, is copied to a file beside the record by the next
     writer, which says so and goes on without it.
 
+    Large outcomes of examples stand in a file beside it (:mod:`map_bo.tracking.side_file`); the
+    events that are read hold them all the same.
+
     Only the holder of the lock writes: :meth:`lock` for a process that drives the run,
     :meth:`turn` for one step of several processes that ask and tell. :meth:`append` takes a turn
     where neither is held; reading needs no lock. Where locks do not work, a handle still notices
@@ -140,6 +150,7 @@ class JsonlStore:
         self.directory = Path(directory)
         # An evaluator may change the working directory.
         self._path = self.directory.absolute() / _EVENTS
+        self._side = SideFile(self._path.with_name(OUTCOMES))
         self._owner = self._path.with_name(_OWNER)
         self._file_lock = FileLock(self._path.with_name(_LOCK), thread_local=False)
         self._thread_lock = threading.RLock()
@@ -160,10 +171,10 @@ class JsonlStore:
             os.close(os.open(store._path, os.O_WRONLY | os.O_CREAT, 0o666))
             # A new name is durable only once the directory that holds it has been written.
             for changed in {store.directory, *(path.parent for path in missing)}:
-                _sync_directory(changed)
+                sync_directory(changed)
         except OSError as error:
             raise StoreError(
-                f"the run directory {store.directory} cannot be created: {_reason(error)}",
+                f"the run directory {store.directory} cannot be created: {reason_of(error)}",
                 hint="name a directory that you can write to",
             ) from error
         if next(store.read(), None) is not None:
@@ -256,9 +267,9 @@ class JsonlStore:
                     hint = "its file system has no locks: put the run on a local disk, or on a "
                     hint += "network file system that is mounted with locks"
                 else:
-                    hint = _hint(error)
+                    hint = hint_of(error)
                 raise StoreError(
-                    f"the run in {self.directory} cannot be locked: {_reason(error)}",
+                    f"the run in {self.directory} cannot be locked: {reason_of(error)}",
                     hint=f"{hint}; no measurement is lost",
                 ) from error
 
@@ -283,28 +294,34 @@ class JsonlStore:
         """
         with self.turn():
             left = self._look() if self._left is None else self._left
-            line, link = encode_line(event, left.link)
-            self._write(line, event, left)
-            self._left = _Left(link, left.size + len(line), left.file, line[-_TAIL:])
+            line, link = encode_line(event, left.link)  # as it is printed where it is not written
+            self._left = self._write(line, link, event, left)
 
-    def _write(self, line: bytes, event: Event, left: _Left) -> None:
+    def _write(self, line: bytes, link: Link, event: Event, left: _Left) -> _Left:
         begun, pause = time.monotonic(), 0.25
         awaited = event.subject not in _NOT_AWAITED
         while True:
             try:
-                return self._try_to_write(line, left, sync=awaited)
+                stored = self._side.put(event)  # first: what an event refers to is there
+                short, after = (line, link) if stored is event else encode_line(stored, left.link)
+                try:
+                    self._try_to_write(short, left, sync=awaited)
+                except BaseException:
+                    self._side.take_back()
+                    raise
+                return _Left(after, left.size + len(short), left.file, short[-_TAIL:])
             except OSError as error:
                 waited = time.monotonic() - begun
                 if error.errno not in _PASSING or waited >= self.patience:
                     self._print(line, event)
                     raise StoreError(
-                        f"an event cannot be written to {self._path}: {_reason(error)}",
-                        hint=f"{_hint(error)} and resume; no earlier measurement is lost",
+                        f"an event cannot be written to {self._path}: {reason_of(error)}",
+                        hint=f"{hint_of(error)} and resume; no earlier measurement is lost",
                     ) from error
                 if pause == 0.25:
                     logger.warning(
                         "%s: %s; the event in hand (%s) is kept and tried again for %g s",
-                        self._path, _reason(error), event.subject, self.patience,
+                        self._path, reason_of(error), event.subject, self.patience,
                     )  # fmt: skip
                 try:
                     time.sleep(min(pause, self.patience - waited))
@@ -322,7 +339,7 @@ class JsonlStore:
             self._check(descriptor, left)
             try:
                 self._half_written = True
-                _write_all(descriptor, line)
+                write_all(descriptor, line)
                 if sync:
                     os.fsync(descriptor)
                 end = os.fstat(descriptor).st_size
@@ -401,7 +418,8 @@ class JsonlStore:
                 status = os.fstat(file.fileno())
         except OSError as error:
             raise StoreError(
-                f"{self._path} cannot be opened for writing: {_reason(error)}", hint=_hint(error)
+                f"{self._path} cannot be opened for writing: {reason_of(error)}",
+                hint=hint_of(error),
             ) from error
         return _Left(link, end, (status.st_dev, status.st_ino), tail), events
 
@@ -410,7 +428,7 @@ class JsonlStore:
         with open(self._path, "rb") as file:
             file.seek(damage.start)
             line = file.read()
-        path = _new_name(self._path.with_name(f"events.line-{damage.number}.damaged"))
+        path = new_name(self._path.with_name(f"events.line-{damage.number}.damaged"))
         with open(path, "xb") as copy:
             copy.write(line)
             copy.flush()
@@ -430,13 +448,12 @@ class JsonlStore:
         """
         try:
             with open(self._path, "rb") as file:
-                for line in walk(file):
-                    yield line.event
+                yield from self._side.restore(line.event for line in walk(file))
         except DamageError as damage:
             raise self._damaged(damage) from damage
         except OSError as error:
             raise StoreError(
-                f"{self._path} cannot be read: {_reason(error)}",
+                f"{self._path} cannot be read: {reason_of(error)}",
                 hint="make the file readable, or name another run",
             ) from error
 
@@ -452,11 +469,27 @@ class JsonlStore:
             left = self._left
             if left is None:
                 self._left, events = self._walk_on(None)
-                return events[count:]
+                return self.restored(events)[count:]
             news = self._news(left)
             if count < left.link.lines:
                 return list(self.read())[count:]
-            return news[count - left.link.lines :]
+            return self.restored(news, left.link.lines + 1)[count - left.link.lines :]
+
+    def restored(self, events: Iterable[Event], line: int = 1) -> list[Event]:
+        """Return events as their lines hold them with their large outcomes in place.
+
+        Args:
+            events: The events.
+            line: Number of the first one's line.
+
+        Raises:
+            StoreError: When outcomes are not there as they were written.
+        """
+        return list(self._side.restore(events, line))
+
+    def examine_outcomes(self, events: Iterable[Event]) -> tuple[list[Event], list[Lost], int]:
+        """Look at all that events refer to; see :meth:`.side_file.SideFile.examine`."""
+        return self._side.examine(events)
 
     def _news(self, left: _Left) -> list[Event]:
         try:
@@ -471,7 +504,7 @@ class JsonlStore:
                     raise self._changed("its last line is another one")
         except OSError as error:
             raise StoreError(
-                f"{self._path} cannot be read: {_reason(error)}", hint=_hint(error)
+                f"{self._path} cannot be read: {reason_of(error)}", hint=hint_of(error)
             ) from error
         if now.st_size == left.size:
             return []
@@ -490,8 +523,12 @@ class JsonlStore:
             hint=damage.hint or hint,
         )
 
-    def keep(self, lines: int) -> Path:
+    def keep(self, lines: int, lost: Sequence[Lost] = ()) -> Path:
         """Cut the record after its first ``lines``, which are whole, with a copy of it beside.
+
+        Args:
+            lines: How many.
+            lost: Outcomes of examples to leave out, as they are lost.
 
         Returns:
             The copy.
@@ -501,14 +538,13 @@ class JsonlStore:
                 cannot be written; the record is then as it was.
         """
         with self._thread_lock, self._locked(step=True):
-            copy = _new_name(self._path.with_name("events.before-repair.jsonl"))
+            copy = new_name(self._path.with_name("events.before-repair.jsonl"))
             new = self._path.with_name(f".{_EVENTS}.{os.getpid()}.tmp")
             try:
                 shutil.copyfile(self._path, copy)
-                _sync_file(copy)
+                sync_file(copy)
                 with open(self._path, "rb") as old, open(new, "wb") as file:
-                    for line in old.readlines()[:lines]:
-                        file.write(line)
+                    file.writelines(without_lost(old.readlines()[:lines], lost))
                 found = examine(new)
                 if found.link.lines != lines or found.damage is not None:
                     new.unlink()
@@ -517,13 +553,13 @@ class JsonlStore:
                         f"the first {lines} lines of {self._path} are not whole",
                         hint=f"see `map-bo check {self.directory}`",
                     )
-                _sync_file(new)
+                sync_file(new)
                 new.replace(self._path)
-                _sync_directory(self._path.parent)
+                sync_directory(self._path.parent)
             except OSError as error:
                 raise StoreError(
-                    f"the record in {self.directory} cannot be repaired: {_reason(error)}",
-                    hint=_hint(error),
+                    f"the record in {self.directory} cannot be repaired: {reason_of(error)}",
+                    hint=hint_of(error),
                 ) from error
             self._left = None
             return copy
@@ -533,53 +569,3 @@ def is_run(directory: str | Path) -> bool:
     """Return whether a directory holds the record of a run."""
     path = Path(directory) / _EVENTS
     return path.is_file() and path.stat().st_size > 0
-
-
-def _write_all(descriptor: int, line: bytes) -> None:
-    rest = memoryview(line)
-    while rest:
-        rest = rest[os.write(descriptor, rest) :]
-
-
-def _new_name(path: Path) -> Path:
-    """Return ``path``, with a number where that exists: nothing is overwritten."""
-    found, number = path, 1
-    while found.exists():
-        number += 1
-        found = path.with_name(f"{path.stem}-{number}{path.suffix}")
-    return found
-
-
-def _sync_file(path: Path) -> None:
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())
-
-
-def _sync_directory(path: Path) -> None:
-    if os.name != "posix":
-        return  # elsewhere a directory cannot be opened, and its entries are durable anyway
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _reason(error: BaseException) -> str:
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _hint(error: BaseException) -> str:
-    """Return what to do about an error of the operating system."""
-    number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL:
-        return "free some disk space"
-    if number == errno.EFBIG:
-        return "raise the limit on the size of files (ulimit -f)"
-    if number in _DENIED:
-        return "make the run directory and its files writable"
-    if number in _GONE:
-        return "put the run directory back where it was"
-    if number == errno.EIO:
-        return "look after the disk or the network file system"
-    return "see to the run directory and its file system"

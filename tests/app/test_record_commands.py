@@ -1,23 +1,29 @@
 from __future__ import annotations
 
+import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from map_bo.app.main import main
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.loop.optimize import optimize
-from map_bo.loop.reading import load_result, load_state
+from map_bo.loop.reading import load_result, load_state, outcomes_table
 from map_bo.loop.run import Run
 from map_bo.nested.optimize import optimize_nested
 from map_bo.problems.evaluation_cache import CachedMeasurements, EvaluationCache
+from map_bo.rng import make_generator
+from map_bo.tracking.codec import encode_event, encode_metric, encode_observations
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event
 from tests.integration.mistakes import failing
 from tests.loop.bowls import Bowls, quick
 from tests.nested.hills import Hills
+from tests.tracking.scored import ScoredBowls
 from tests.unsealed import unseal
 
 PARTS = {name: getattr(quick(), name) for name in ("sampler", "surrogate", "solver")}
@@ -205,3 +211,148 @@ def test_the_cache_of_evaluations_is_shown_and_emptied(
         main(["cache", "--file", str(tmp_path / "none")])
     assert end.value.code == 2
     assert "there is no file" in capsys.readouterr().err
+
+
+# Outcomes of examples
+
+
+@pytest.fixture
+def scored(tmp_path: Path) -> Path:
+    """A finished run whose outcomes of examples stand beside its record."""
+    optimize(ScoredBowls(), 8, run_dir=tmp_path / "run", progress=False, tracking="none", **PARTS)
+    return tmp_path / "run"
+
+
+def test_outcomes_beside_a_record_are_part_of_it(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, said = checked(scored, capsys)
+    assert (status, "belong to no line" in said) == (0, False)
+    with open(scored / "outcomes.bin", "ab") as file:
+        file.write(b"left by a kill")
+    status, said = checked(scored, capsys)
+    assert (status, "14 bytes of outcomes beside the record belong to no line" in said) == (0, True)
+    main(["repair", str(scored)])
+    assert "needs no repair" in capsys.readouterr().out
+    moved = scored.rename(scored.with_name("moved"))
+    assert checked(moved, capsys)[0] == 0
+    assert len(load_state(moved)[0].outcomes[0].examples[0]) == 2
+
+
+def test_lost_outcomes_are_refused_and_a_repair_keeps_the_values(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, _ = load_state(scored)
+    before = (scored / "events.jsonl").read_bytes()
+    os.truncate(scored / "outcomes.bin", (scored / "outcomes.bin").stat().st_size // 2)
+    said = failing(capsys, "choose", str(scored))
+    assert "outcomes of the examples of 'far from b'" in said
+    assert f"map-bo repair {scored}" in said
+    status, said = checked(scored, capsys)
+    assert status == 1
+    assert "the outcomes of the examples of 'far from b' are lost: outcomes.bin has" in said
+    assert "; and 4 more" in said
+    assert "leaves out the outcomes of 5 lines (far from b) and keeps all values" in said
+    assert "makes the other evaluations again" not in said
+    main(["repair", str(scored)])
+    said = capsys.readouterr().out
+    assert "8 of 8 evaluations, finished" in said
+    assert "examples in 5 lines (far from b) are lost and were left out" in said
+    assert (scored / "events.before-repair.jsonl").read_bytes() == before
+    assert checked(scored, capsys)[0] == 0
+    after, _ = load_state(scored)
+    assert torch.equal(after.data.Y, whole.data.Y)
+    assert after.summary == whole.summary
+    kept = [len(row) for row in after.data.examples]
+    assert kept == [2, 2, 2, 1, 1, 1, 1, 1]
+    last = {name: one.values for name, one in after.data.examples[7].items()}
+    assert torch.equal(last["near a"], whole.data.examples[7]["near a"].values)
+
+
+def test_damage_to_both_files_is_repaired_at_once(
+    scored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (scored / "outcomes.bin").unlink()
+    change(scored, lambda lines: [*lines[:-3], lines[-3].replace(b"[", b"[ ", 1), *lines[-2:]])
+    status, said = checked(scored, capsys)
+    assert (status, "leaves out the outcomes of" in said) == (1, True)
+    assert "makes the other evaluations again" in said
+    main(["repair", str(scored)])
+    assert checked(scored, capsys)[0] == 0
+    optimize(ScoredBowls(), 8, run_dir=scored, progress=False, tracking="none", **PARTS)
+    assert load_state(scored)[0].summary is not None
+
+
+def test_a_printed_measurement_is_added_with_its_outcomes(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = list(JsonlStore.open(scored).read())
+    lines = (scored / "events.jsonl").read_bytes().splitlines(keepends=True)
+    row = next(i for i, line in enumerate(lines) if b'"kind":"observed"' in line)
+    for printed in (encode_event(whole[row]), lines[row]):  # as it is printed, and as it stood
+        change(scored, lambda lines, row=row: lines[:row])  # type: ignore[misc]
+        (tmp_path / "printed").write_bytes(printed)
+        main(["repair", str(scored), "--append", str(tmp_path / "printed")])
+        assert "1 events were added" in capsys.readouterr().out
+        assert list(JsonlStore.open(scored).read()) == whole[: row + 1]
+
+
+def test_a_record_with_lost_outcomes_of_a_nested_run_is_repaired(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = JsonlStore.create(tmp_path)
+    X = torch.full((1, 2), 0.5)
+    problem = ScoredBowls()
+    seen = problem.evaluate(X, generator=make_generator(0))
+    created = {
+        "settings": {},
+        "space": problem.space.describe(),
+        "metrics": [encode_metric(metric) for metric in problem.metrics],
+        "nested": {"tree": []},
+    }
+    store.append(Event("created", created))
+    names = [metric.name for metric in problem.metrics]
+    store.append(Event("measured", {"names": names, "observation": encode_observations(seen)}))
+    inner = {"index": 0, "observation": encode_observations(seen)}
+    node = {"node": "root", "kind": "created", "data": created}
+    proposed = {"node": "root", "kind": "proposed", "data": {"X": X.tolist(), "seconds": 0.0}}
+    store.append(Event("node", node))
+    store.append(Event("node", proposed))
+    store.append(Event("node", {"node": "root", "kind": "observed", "data": inner}))
+    assert checked(tmp_path, capsys)[0] == 0
+    (tmp_path / "outcomes.bin").unlink()
+    status, said = checked(tmp_path, capsys)
+    assert (status, "leaves out the outcomes of 2 lines" in said) == (1, True)
+    main(["repair", str(tmp_path)])
+    status, said = checked(tmp_path, capsys)
+    assert (status, "1 measurements of a nested run" in said) == (0, True), said
+    assert set(outcomes_table(tmp_path)["evaluator"]) == {"near a"}
+
+
+@pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
+def test_outcomes_are_written_as_a_table(
+    scored: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    main(["outcomes", str(scored), "--out", str(tmp_path / name)])
+    assert (
+        f"96000 outcomes of 8 evaluations written to {tmp_path / name}" in capsys.readouterr().out
+    )
+    table = outcomes_table(scored)
+    assert len(table["row"]) == 96000
+    content = (tmp_path / name).read_bytes()
+    text = (gzip.decompress(content) if name.endswith("gz") else content).decode()
+    lines = text.splitlines()
+    assert lines[0] == "row,evaluator,metric,example,outcome"
+    assert [float(line.rpartition(",")[2]) for line in lines[1:]] == table["outcome"].tolist()
+    last = load_state(scored)[0].data.examples[7]["far from b"]
+    assert table["outcome"][-6000:].tolist() == last.values[:, 0].tolist()
+
+
+def test_a_table_of_nothing_is_refused(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = failing(capsys, "outcomes", str(run), "--out", str(tmp_path / "table.csv"))
+    assert "holds no outcomes of examples" in said
+    said = failing(capsys, "outcomes", str(tmp_path / "none"), "--out", str(tmp_path / "table.ods"))
+    assert "'table.ods'" in said, "before anything is read"
+    assert not (tmp_path / "table.csv").exists()

@@ -320,6 +320,37 @@ class SurrogateContract:
         again = surrogate.fit(failed.append(seen), space)
         torch.testing.assert_close(again.link_mean(X), model.link_mean(X))
 
+    def test_a_covariance_of_the_noise_is_taken(
+        self, surrogate: Surrogate, seen: Observations, space: CoefficientSpace, X: Tensor
+    ) -> None:
+        # A diagonal one is independent noise; beside it, what was counted plays no part.
+        unit = torch.tensor([0.02, 0.01, 0.02], dtype=torch.float64)
+        plain = dataclasses.replace(
+            seen,
+            Yvar=unit.square().expand(len(seen), 3),
+            counts=torch.full_like(seen.counts, torch.nan),
+        )
+        diagonal = torch.diag_embed(plain.Yvar.mT)
+        expected = moments(surrogate.fit(plain, space), X)
+        alone = surrogate.fit(dataclasses.replace(plain, covariance=diagonal), space)
+        for one, other in zip(moments(alone, X), expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-8)
+        common = diagonal + 4 * (unit.square())[:, None, None]
+        together = dataclasses.replace(
+            seen, Yvar=common.diagonal(dim1=-1, dim2=-2).mT, covariance=common
+        )
+        model = surrogate.fit(together, space)
+        mean, variance = moments(model, X)
+        assert bool(mean.isfinite().all())
+        assert bool((variance >= 0).all())
+        with torch.no_grad():
+            torch.testing.assert_close(model.link_mean(X), mean, rtol=1e-6, atol=1e-6)
+        if isinstance(model, LeavesOneOut):
+            left_out, latent = model.leave_one_out()
+            targets, own = model.training_targets()
+            assert left_out.shape == targets.shape == seen.Y.shape
+            assert bool((latent >= 0).all() & (own > 0).all())
+
     def test_a_fixed_coefficient_does_no_harm(
         self,
         surrogate: Surrogate,

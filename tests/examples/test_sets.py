@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from map_bo.errors import DataError
-from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, check_parts, order_of
+from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, check_parts, order_of, searched
 
 
 @given(st.integers(1, 60), st.integers(0, 5), st.integers(1, 5))
@@ -89,3 +89,9 @@ def test_columns_are_found_by_the_metrics_names():
         ExampleOutcomes(torch.tensor([1]), torch.ones(1, 2), 3, (True, False), ("a", "a"))
     with pytest.raises(DataError, match="of a, b cannot be joined with those of b, a"):
         two.joined(ExampleOutcomes(more.items, more.values, 3, more.means, ("b", "a")))
+
+
+def test_a_holdout_takes_its_share_and_leaves_something_to_search() -> None:
+    assert [searched(n, 0.3) for n in (1, 2, 10, 797)] == [1, 1, 7, 558]
+    assert searched(10, 0.0) == 10
+    assert searched(3, 0.99) == 1

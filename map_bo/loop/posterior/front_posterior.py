@@ -20,6 +20,7 @@ from map_bo.loop.posterior.joint_posterior import (
     JointPosterior,
     plausible_points,
     real_draws,
+    root,
     volumes,
 )
 from map_bo.loop.recommend import Recommendation, objectives
@@ -32,7 +33,7 @@ from map_bo.scale import Scale, broken, farthest_rows
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import from_link
 from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
-from map_bo.surrogates.validation import LeavesOneOut, fitted_rows
+from map_bo.surrogates.validation import LeavesOneOut, fitted_rows, noise_covariance
 
 __all__ = [
     "FrontUncertainty",
@@ -128,9 +129,10 @@ def expected_optimism(
     The winner's curse, by simulation. A truth ``f`` is drawn from the posterior; evaluations
     ``z' = f(X) + e`` are simulated with the noise and misfit of the real ones; the surrogate is
     fitted to them, hyperparameters held; its own front over ``front`` and ``pool`` is taken;
-    and its predictions there are compared with the drawn truth. With ``V`` the variances of the
-    evaluations and ``S`` the joint posterior covariance, the refitted mean is ``mu + S(x, X) V^-1
-    (z' - z)``, because ``k(x, X) (K + V)^-1 = S(x, X) V^-1``; so nothing is fitted again.
+    and its predictions there are compared with the drawn truth. With ``V`` the covariance of the
+    noise of the evaluations and ``S`` the joint posterior covariance, the refitted mean is
+    ``mu + S(x, X) V^-1 (z' - z)``, because ``k(x, X) (K + V)^-1 = S(x, X) V^-1``; so nothing is
+    fitted again.
 
     It cannot see what the surrogate does not model: wrong hyperparameters, or a truth whose
     deviations have another form than the misfit. So it is the optimism of a surrogate that is
@@ -164,6 +166,14 @@ def expected_optimism(
     change = F[:, q:] + total.sqrt() * (noise * signs) - targets  # z' - z
     weights = change / total.clamp_min(1e-300)  # V^-1 (z' - z)
     weights = weights.nan_to_num(nan=0.0)  # what was not measured has no weight
+    together = noise_covariance(model)
+    if together is not None:
+        for j, V in enumerate(together):
+            there = ~V.diagonal().isnan()
+            V = V[there][:, there]
+            drawn = (noise * signs)[:, there, j] @ root(V).mT
+            change = F[:, q:][:, there, j] + drawn - targets[there, j]
+            weights[:, there, j] = torch.linalg.solve(V, change.mT).mT
     moved = torch.einsum("jqn,snj->sqj", joint.covariance[:, :q, q:], weights)
     predicted = joint.gains(joint.mean[:q] + moved)
     error = misfit.sqrt() * torch.randn(

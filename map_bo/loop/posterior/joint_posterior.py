@@ -20,7 +20,7 @@ from map_bo.space import CoefficientSpace
 from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import Link, from_link
 from map_bo.surrogates.surrogate import SurrogateModel, draw_signs
-from map_bo.surrogates.validation import LeavesOneOut
+from map_bo.surrogates.validation import LeavesOneOut, noise_covariance
 
 __all__ = ["DIRECTIONS", "JointPosterior", "plausible_points", "real_draws", "volumes"]
 
@@ -104,7 +104,8 @@ def real_draws(
     correlation ``exp(-|u - u'|^2 / (2 l^2))`` in the unit cube, ``l = 0.1 sqrt(d)``. At an
     evaluated point with value ``z`` and noise variance ``v`` the misfit has been seen:
     ``e | f, z ~ N(w (z - f), w v)`` with ``w = s / (s + v)``, and a point of ``X`` that was
-    evaluated takes the draw of its evaluation.
+    evaluated takes the draw of its evaluation. Where the noise of the rows has a covariance ``V``,
+    ``e | f, z ~ N(s N^-1 (z - f), s I - s^2 N^-1)`` with ``N = V + s I``.
 
     Args:
         model: The fitted surrogate.
@@ -134,6 +135,11 @@ def real_draws(
             share = misfit / total.clamp_min(1e-300)
             width = (share * (total - misfit).clamp_min(0.0)).sqrt()
             told = share * (targets - F[:, k:]) + width * normal[:, k:]
+            together = noise_covariance(model)
+            if together is not None:
+                gaps = zip(together, misfit, (targets - F[:, k:]).unbind(-1), strict=True)
+                parts = zip(gaps, normal[:, k:].unbind(-1), strict=True)
+                told = torch.stack([_told(*gap, drawn) for gap, drawn in parts], -1)
             # Where a metric of a partial row was not measured, nothing of the misfit was seen.
             error[:, k:] = torch.where(targets.isnan(), error[:, k:], told)
         F = F + error
@@ -143,6 +149,26 @@ def real_draws(
         F[:, rows] = F[:, k + same[rows].int().argmax(-1)]
     values = joint.gains(F)
     return values[:, :k], values[:, k:]
+
+
+def _told(noise: Tensor, misfit: Tensor, gap: Tensor, normal: Tensor) -> Tensor:
+    """Return draws of the misfit of one metric at rows whose noise has a covariance.
+
+    Args:
+        noise: ``n x n`` covariance of noise and misfit; NaN where the metric was not measured.
+        misfit: The variance of the misfit, a scalar.
+        gap: ``s x n`` measured values minus the drawn function.
+        normal: ``s x n`` standard normal numbers.
+
+    Returns:
+        ``s x n``; NaN where the metric was not measured.
+    """
+    there = ~noise.diagonal().isnan()
+    solved = torch.linalg.inv(noise[there][:, there])
+    left = misfit * torch.eye(len(solved), dtype=solved.dtype) - misfit.square() * solved
+    drawn = torch.full_like(gap, torch.nan)
+    drawn[:, there] = misfit * gap[:, there] @ solved + normal[:, there] @ root(left).mT
+    return drawn
 
 
 def volumes(gains: Tensor, *, generator: Generator) -> Tensor:

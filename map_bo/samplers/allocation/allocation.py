@@ -37,6 +37,13 @@ class Action(NamedTuple):
     row: int | None
     parts: tuple[Part, ...]
 
+    def words(self, row: int) -> str:
+        """Return what is done, of the row with this number, as progress shows it."""
+        if self.row is None:
+            return f"evaluation {row + 1}"
+        said = ", ".join(f"{one.evaluator} {one.start + 1}-{one.stop}" for one in self.parts)
+        return f"evaluation {row + 1}, examples {said}"
+
 
 @dataclass(frozen=True, eq=False)
 class Standing:

@@ -343,6 +343,14 @@ class GPModel(ModelListGP, SurrogateModel):  # type: ignore[misc]
         noise = [process.at_all_rows(process.likelihood.noise) for process in self.processes]
         return torch.stack(targets, -1), torch.stack(noise, -1)
 
+    def noise_covariance(self) -> Tensor | None:
+        """Return that of the rows, nugget included, ``m x n x n``; None where it is independent."""
+        processes = self.processes
+        if not any(isinstance(one.likelihood, CorrelatedNoiseLikelihood) for one in processes):
+            return None
+        found = [(one, noise_matrix(one.noise)) for one in processes]
+        return torch.stack([one.at_all_rows(one.at_all_rows(noise).mT).mT for one, noise in found])
+
     def misfit_variance(self) -> Tensor:
         """Return the fitted variance on top of known noise (``m``, link scale), else 0."""
         return torch.tensor([process.misfit for process in self.processes], dtype=torch.float64)

@@ -241,6 +241,14 @@ class SparseModel(SurrogateModel, FantasizeMixin):
         targets, _ = self.processes.training_targets()
         return targets[:, self._first], self._noise()
 
+    def noise_covariance(self) -> Tensor | None:
+        """Return that of the rows, ``m x n x n``; None where it is independent.
+
+        Processes of a mixture differ in their nuggets alone; the mean of these is on the diagonal.
+        """
+        every = self.processes.noise_covariance()
+        return None if every is None else self._mixed(every.movedim(0, -1)).movedim(-1, 0)
+
     def misfit_variance(self) -> Tensor:
         """Return the fitted variance on top of known noise (``m``, link scale), else 0."""
         return self._mixed(self.processes.misfit_variance())

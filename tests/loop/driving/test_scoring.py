@@ -1,0 +1,229 @@
+"""Runs whose rows are measured on parts of their examples."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from map_bo.data import Observations
+from map_bo.errors import ConfigError, StoreError
+from map_bo.examples.sets import order_of
+from map_bo.loop.run import Run
+from map_bo.loop.settings import Settings
+from map_bo.loop.state import replay
+from map_bo.problems.synthetic import ConcaveQuadratics
+from map_bo.samplers.allocation.fixed import SuccessiveHalving
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.surrogates.quadratic import Quadratic
+from map_bo.tracking.jsonl import MemoryStore
+from map_bo.workers.pool import Pool
+from tests.loop.items import ItemProblem
+
+QUICK: dict[str, Any] = {"sampler": Sobol(), "surrogate": Quadratic(), "verify": 1}
+HALVING = SuccessiveHalving(share=0.25, factor=2)
+
+
+def kinds(store: MemoryStore) -> list[str]:
+    """Return the kinds of the events."""
+    return [event.kind for event in store.read()]
+
+
+def plain(store: MemoryStore) -> list[tuple[str, Any]]:
+    """Return events without their times."""
+
+    def timeless(data: Any) -> Any:
+        if isinstance(data, Mapping):
+            left_out = ("seconds", "cost", "versions", "summary")
+            return {k: timeless(v) for k, v in data.items() if k not in left_out}
+        return [timeless(one) for one in data] if isinstance(data, list | tuple) else data
+
+    return [(event.kind, timeless(event.data)) for event in store.read()]
+
+
+def driven(problem: ItemProblem, store: MemoryStore | None = None, **settings: Any) -> Run:
+    """Return a run that was driven to its end."""
+    run = Run(problem, Settings(**{**QUICK, **settings}), store or MemoryStore())
+    run.drive()
+    return run
+
+
+def test_a_fixed_subset_buys_more_rows_for_the_same_examples() -> None:
+    problem = ItemProblem(2, 100)
+    run = driven(problem, budget=5, items=25)
+    assert len(run.state.outcomes) == 16  # four full evaluations of the search
+    assert run.state.spent == pytest.approx(4.0)
+    assert problem.calls[:16] == [{"t0": 25, "t1": 25}] * 16
+    assert problem.calls[16:] == [{"t0": 100, "t1": 100}]  # the verification is in full
+    summary = run.state.summary
+    assert summary is not None
+    assert summary["full_evaluations"] == pytest.approx(4.0)
+    assert summary["examples"]["t0"] == {
+        "scored": 400,
+        "full": 100,
+        "held_out": 0,
+        "median": 25.0,
+    }
+
+
+def test_all_rows_cover_the_same_examples() -> None:
+    run = driven(ItemProblem(2, 100), budget=5, items=25)
+    items = [row.examples[0]["t0"].items.tolist() for row in run.state.outcomes.values()]
+    assert all(one == items[0] for one in items)
+    order = order_of(ItemProblem(2, 100).example_sets["t0"], 0, "t0")
+    assert items[0] == sorted(order[:25].tolist())
+
+
+def test_rows_are_topped_up_and_their_measurement_is_that_of_all_their_examples() -> None:
+    store = MemoryStore()
+    run = driven(ItemProblem(2, 100), store, budget=6, items=HALVING)
+    assert "scored" in kinds(store)
+    for row, outcome in run.state.outcomes.items():
+        for j, name in enumerate(("t0", "t1")):
+            values = outcome.examples[0][name].values
+            assert len(values) == run.state.covered[row][name]
+            assert float(outcome.Y[0, j]) == pytest.approx(float(values.mean()))
+            assert float(outcome.counts[0, j]) == len(values)
+    assert run.state.spent <= 5 + 1e-9
+
+
+def test_held_out_examples_are_never_scored() -> None:
+    seen: set[int] = set()
+
+    class Watching(ItemProblem):
+        def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+            found = super().evaluate(X, generator=generator)
+            for row in found.examples:
+                seen.update(row["t0"].items.tolist())
+            return found
+
+    problem = Watching(2, 100)
+    driven(problem, budget=5, holdout=0.3)
+    order = order_of(problem.example_sets["t0"], 0, "t0")
+    assert seen == set(order[:70].tolist())
+
+
+@pytest.mark.parametrize("items", [25, HALVING])
+def test_a_run_goes_on_from_any_event_as_if_it_had_not_stopped(items: Any) -> None:
+    whole = MemoryStore()
+    driven(ItemProblem(2, 60), whole, budget=5, items=items)
+    events = list(whole.read())
+    stops = [i for i, event in enumerate(events) if event.kind in ("observed", "scored")]
+    for stop in (stops[0], stops[len(stops) // 2], stops[-1]):
+        store = MemoryStore()
+        for event in events[: stop + 1]:
+            store.append(event)
+        driven(ItemProblem(2, 60), store, budget=5, items=items)
+        assert plain(store) == plain(whole)
+
+
+class Failing(ItemProblem):
+    """A task that fails once many examples of it are wanted."""
+
+    def on_examples(self, wanted: Mapping[str, Tensor]) -> ItemProblem:
+        part = super().on_examples(wanted)
+        assert isinstance(part, Failing)
+        return part
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        found = super().evaluate(X, generator=generator)
+        if self.wanted is not None and len(self.wanted) == 1 and "t1" in self.wanted:
+            return dataclasses.replace(
+                Observations.failed(X, self.metrics, "no memory"), cost=found.cost
+            )
+        return found
+
+
+def test_a_row_whose_further_examples_fail_keeps_what_it_has_and_gets_no_more() -> None:
+    store = MemoryStore()
+    problem = Failing(2, 100)
+
+    class OneTask(SuccessiveHalving):
+        def next(self, standing: Any, *, generator: Generator) -> Any:
+            action = super().next(standing, generator=generator)
+            if action is None or action.row is None:
+                return action
+            return action._replace(parts=action.parts[1:])  # t1 alone
+
+    run = driven(problem, store, budget=6, items=OneTask(share=0.25, factor=2), retries=1)
+    assert run.state.closed
+    for row in run.state.closed:
+        assert run.state.outcomes[row].failures[0] is None
+        assert run.state.covered[row]["t1"] == 25
+        tries = [e for e in store.read() if e.kind == "attempt" and e.data["index"] == row]
+        assert [e.data["reason"] for e in tries] == ["no memory"]
+    reasons = [e.data.get("reason") for e in store.read() if e.kind == "scored"]
+    assert "no memory" in reasons
+
+
+def test_a_problem_without_examples_is_refused_before_anything_is_evaluated() -> None:
+    store = MemoryStore()
+    run = Run(ConcaveQuadratics(d=2, m=2), Settings(budget=5, items=50), store)
+    with pytest.raises(ConfigError, match=r"loop\.items is 50, and ConcaveQuadratics does not score"):
+        run.drive()
+    assert kinds(store) == ["created"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("items", "some", "there is no loop.items 'some'"),
+        ("items", 0, "items must be a whole number of at least 1"),
+        ("items", 2.5, "items must be a whole number"),
+        ("items", SuccessiveHalving, "items must be an allocation"),
+        ("holdout", 1.0, "holdout must be below 1, got 1"),
+        ("holdout", -0.1, "holdout must be a number of at least 0"),
+    ],
+)
+def test_impossible_settings_are_refused(setting: str, value: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        Settings(budget=5, **{setting: value})
+
+
+def test_parts_travel_to_workers() -> None:
+    alone, store = MemoryStore(), MemoryStore()
+    driven(ItemProblem(2, 60), alone, budget=5, items=15)
+    run = Run(ItemProblem(2, 60), Settings(**QUICK, budget=5, items=15), store)
+    with ThreadPoolExecutor(1) as executor:
+        settings = Pool(executor, factory=lambda: ItemProblem(2, 60))
+        run.drive(workers=settings.open(run.problem))
+    here = [row.Y.tolist() for row in run.state.outcomes.values()]
+    there = replay(alone.read(), run.problem.metrics, 2).outcomes.values()
+    assert here == [row.Y.tolist() for row in there]
+
+
+def test_a_record_of_parts_must_follow_from_what_came_before() -> None:
+    store = MemoryStore()
+    driven(ItemProblem(2, 60), store, budget=5, items=HALVING)
+    events = list(store.read())
+    at = next(i for i, event in enumerate(events) if event.kind == "scored")
+    lying = copy.deepcopy(dict(events[at].data))
+    lying["parts"][0][1] += 1
+    changed = [*events[:at], dataclasses.replace(events[at], data=lying)]
+    metrics = ItemProblem(2, 60).metrics
+    with pytest.raises(StoreError, match="covers 15 examples of 't0' before those from 16"):
+        replay(changed, metrics, 2)
+
+
+def test_a_budget_grows_in_full_evaluations() -> None:
+    problem = ItemProblem(2, 100)
+    store = MemoryStore()
+    driven(problem, store, budget=5, items=25)
+    run = Run(problem, Settings(**QUICK, budget=8, items=25), store)
+    run.drive()
+    assert run.state.spent == pytest.approx(7.0)
+
+
+def test_truth_is_found_on_a_share_of_the_examples() -> None:
+    problem = ItemProblem(2, 400)
+    run = driven(problem, budget=4, items=40, verify=0)
+    result = run.drive()
+    x = result.choose({"t0": 1, "t1": 1}).x
+    blend = problem.truth(torch.tensor([0.5, 0.5]).double())
+    assert float(problem.truth(x).mean()) > float(blend.mean()) - 0.05
