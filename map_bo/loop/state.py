@@ -422,7 +422,7 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
     else:
         row, name = _row(data["index"], len(state.X), "proposed rows"), ""
         done, attempts, deaths = row in state.outcomes, state.attempts, state.deaths
-    if done and not data.get("parts"):
+    if done and (name or row not in state.covered):
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
     # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
     change = -1 if kind != "started" else 0 if data.get("worker") else 1

@@ -76,7 +76,7 @@ def test_parts_are_of_different_evaluators_and_not_empty() -> None:
             check_parts(wrong)
 
 
-def test_columns_are_found_by_the_metrics_names():
+def test_columns_are_found_by_the_metrics_names() -> None:
     one = ExampleOutcomes(torch.tensor([0]), torch.ones(1), 3, (True,))
     assert one.columns("task") == {"task": 0}
     two = ExampleOutcomes(torch.tensor([0]), torch.ones(1, 2), 3, (True, False), ("a", "b"))

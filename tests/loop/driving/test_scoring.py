@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from map_bo.samplers.allocation.fixed import SuccessiveHalving
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
 from map_bo.tracking.jsonl import MemoryStore
-from map_bo.workers.pool import Pool
 from tests.loop.items import ItemProblem
 
 QUICK: dict[str, Any] = {"sampler": Sobol(), "surrogate": Quadratic(), "verify": 1}
@@ -165,7 +163,9 @@ def test_a_row_whose_further_examples_fail_keeps_what_it_has_and_gets_no_more() 
 def test_a_problem_without_examples_is_refused_before_anything_is_evaluated() -> None:
     store = MemoryStore()
     run = Run(ConcaveQuadratics(d=2, m=2), Settings(budget=5, items=50), store)
-    with pytest.raises(ConfigError, match=r"loop\.items is 50, and ConcaveQuadratics does not score"):
+    with pytest.raises(
+        ConfigError, match=r"loop\.items is 50, and ConcaveQuadratics does not score"
+    ):
         run.drive()
     assert kinds(store) == ["created"]
 
@@ -186,18 +186,6 @@ def test_impossible_settings_are_refused(setting: str, value: Any, said: str) ->
         Settings(budget=5, **{setting: value})
 
 
-def test_parts_travel_to_workers() -> None:
-    alone, store = MemoryStore(), MemoryStore()
-    driven(ItemProblem(2, 60), alone, budget=5, items=15)
-    run = Run(ItemProblem(2, 60), Settings(**QUICK, budget=5, items=15), store)
-    with ThreadPoolExecutor(1) as executor:
-        settings = Pool(executor, factory=lambda: ItemProblem(2, 60))
-        run.drive(workers=settings.open(run.problem))
-    here = [row.Y.tolist() for row in run.state.outcomes.values()]
-    there = replay(alone.read(), run.problem.metrics, 2).outcomes.values()
-    assert here == [row.Y.tolist() for row in there]
-
-
 def test_a_record_of_parts_must_follow_from_what_came_before() -> None:
     store = MemoryStore()
     driven(ItemProblem(2, 60), store, budget=5, items=HALVING)
@@ -207,7 +195,7 @@ def test_a_record_of_parts_must_follow_from_what_came_before() -> None:
     lying["parts"][0][1] += 1
     changed = [*events[:at], dataclasses.replace(events[at], data=lying)]
     metrics = ItemProblem(2, 60).metrics
-    with pytest.raises(StoreError, match="covers 15 examples of 't0' before those from 16"):
+    with pytest.raises(StoreError, match="covers 25 examples of 't0' before those from 26"):
         replay(changed, metrics, 2)
 
 

@@ -15,7 +15,8 @@ from tests.examples.test_information import spread
 def posterior(prior: Tensor, N: Tensor, at: Tensor) -> Tensor:
     """Return the posterior covariance of a Gaussian vector after some entries were measured."""
     gain = prior[:, at] @ torch.linalg.inv(prior[at][:, at] + N)
-    return prior - gain @ prior[at]
+    after: Tensor = prior - gain @ prior[at]
+    return after
 
 
 def test_the_precision_that_is_gained_gives_the_posterior_of_a_new_fit() -> None:
