@@ -25,6 +25,7 @@ CLUSTERS = README.parent / "docs" / "clusters.md"
 ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
 GROW = README.parent / "docs" / "grow.md"
 WORKERS = README.parent / "docs" / "workers.md"
+ITEMS = README.parent / "docs" / "items.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -57,6 +58,7 @@ CLUSTER_TRIALS = {
 # Tables of other documents, each beside what it is about; run by themselves.
 PAGES = {
     "asynchronous": "benchmarks.quality.asynchronous",
+    "items": "benchmarks.quality.items",
     "transfer": "benchmarks.quality.transfer",
     "workers": "benchmarks.speed.workers",
 }
@@ -114,6 +116,7 @@ def main() -> None:
         ASYNCHRONOUS.write_text(filled(ASYNCHRONOUS.read_text()))
         GROW.write_text(filled(GROW.read_text()))
         WORKERS.write_text(filled(WORKERS.read_text()))
+        ITEMS.write_text(filled(ITEMS.read_text()))
         evidence.write()
 
 

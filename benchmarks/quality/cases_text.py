@@ -85,7 +85,7 @@ class _Joint(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         logits: Tensor = self.trunk(inputs[:, :-1]) @ self.weight.T + self.bias
-        own = self.owner == inputs[:, -1:].long()
+        own = torch.eq(self.get_buffer("owner"), inputs[:, -1:].long())
         return logits.masked_fill(~own, -1e4)
 
 

@@ -37,14 +37,21 @@ import torch
 
 from benchmarks.quality import kept
 from benchmarks.quality.analysis import Difference, paired
-from benchmarks.quality.items_baselines import Fidelities, Fixed, play
+from benchmarks.quality.items_baselines import Fidelities, Fixed, Policy, Step, play
 from benchmarks.quality.items_cases import ItemCase, item_case, missing
+from benchmarks.quality.items_overhead import overhead, overhead_table
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.protocol import answer_after
 from benchmarks.quality.scoring import best_attained, weights_of
 from benchmarks.quality.tables import markdown
 from benchmarks.record import RESULTS, finish
 from map_bo.data import Observations
+from map_bo.loop.run import Run
+from map_bo.loop.settings import Settings
+from map_bo.loop.state import advance, replay
+from map_bo.samplers.allocation.front_doubt import FrontDoubt
+from map_bo.tracking.jsonl import MemoryStore
+from map_bo.tracking.store import Event
 
 __all__ = [
     "CASES",
@@ -53,6 +60,7 @@ __all__ = [
     "SHARES",
     "Reached",
     "answers",
+    "by_run",
     "cost_of",
     "curves",
     "reach",
@@ -62,7 +70,6 @@ __all__ = [
 
 Row = dict[str, Any]
 Curve = Sequence[tuple[float, float]]
-Trail = Iterator[tuple[float, Observations]]
 
 CACHE = Path(".bench_cache") / "items"
 VERSION = 1
@@ -80,6 +87,7 @@ MEASURE = "regret"
 BASELINE = "full"
 RESAMPLES = 2000
 _DIRECT = 3000
+_SMALLEST = 3  # budget of a run
 _LARGEST = 1.0  # evaluations that one action costs at most
 
 
@@ -97,24 +105,72 @@ class Arm:
 
     Attributes:
         label: What tables call it.
-        trail: Case, seed, what it may spend in evaluations of all examples -> cost and rows after
-            each action.
+        trail: Case, seed, what it may spend in evaluations of all examples -> the run's steps.
+        anytime: Whether one run serves all costs. Otherwise what it does depends on what it may
+            spend, and it starts anew for each of them that is a whole number, from 2 on.
     """
 
     label: str
-    trail: Callable[[ItemCase, int, float], Trail]
+    trail: Callable[[ItemCase, int, float], Iterator[Step]]
+    anytime: bool = True
 
 
-def _by_hand(policy: Any) -> Callable[[ItemCase, int, float], Trail]:
-    def trail(case: ItemCase, seed: int, most: float) -> Trail:
+def _by_hand(policy: Policy) -> Callable[[ItemCase, int, float], Iterator[Step]]:
+    def trail(case: ItemCase, seed: int, most: float) -> Iterator[Step]:
         return play(case, policy, seed, most, until=time.monotonic() + LIMIT)
+
+    return trail
+
+
+class _Clock:
+    """Remembers when each event of a run was recorded."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def observe(self, event: Event) -> None:
+        self.times.append(time.perf_counter())
+
+    def finish(self, *, whole: bool) -> None:
+        pass
+
+
+def settings_of(items: str | int, seed: int, most: float) -> Settings:
+    """Return the settings of a run that may spend ``most`` evaluations, without verification.
+
+    Settings refuse a budget below three. What ``"auto"`` does with less is what it does within
+    three when base, experts and blend have that much less at first.
+    """
+    budget = max(_SMALLEST, round(most))
+    if items == "auto" and budget > most:
+        begin = FrontDoubt().begin * most / budget
+        return Settings(budget=budget, seed=seed, verify=0, items=FrontDoubt(begin=begin))
+    return Settings(budget=budget, seed=seed, verify=0, items=items)
+
+
+def by_run(items: str | int) -> Callable[[ItemCase, int, float], Iterator[Step]]:
+    """Return the steps of a run of the package, without verification; it is not cut short."""
+
+    def trail(case: ItemCase, seed: int, most: float) -> Iterator[Step]:
+        settings = settings_of(items, seed, most)
+        store, clock = MemoryStore(), _Clock()
+        start = time.perf_counter()
+        Run(case.problem, settings, store, tracker=clock).drive()
+        d, metrics = case.problem.space.d, case.problem.metrics
+        state = replay([], metrics, d)
+        for event, moment in zip(store.read(), clock.times, strict=True):
+            state = advance(state, event)
+            if event.kind in ("observed", "scored"):
+                yield Step(cost_of(state.seen), state.seen, moment - start)
 
     return trail
 
 
 METHODS_OF: dict[str, Arm] = {
     "full": Arm("all examples (default)", _by_hand(Fixed())),
+    "auto": Arm("`items=auto`", by_run("auto"), anytime=False),
     "fixed-100": Arm("the first 100", _by_hand(Fixed(100))),
+    "halving": Arm("successive halving", by_run("halving")),
     "fixed-200": Arm("the first 200", _by_hand(Fixed(200))),
     "fixed-50": Arm("the first 50", _by_hand(Fixed(50))),
     "momf": Arm("BoTorch, MOMF", _by_hand(Fidelities("momf"))),
@@ -125,56 +181,72 @@ METHODS_OF: dict[str, Arm] = {
 
 
 def answers(
-    case: ItemCase, trail: Trail, seed: int, most: float, shares: Sequence[float] = SHARES
-) -> Iterator[tuple[float, float, Observations]]:
-    """Yield for each share its cost, what was spent by then, and the rows that there were.
+    steps: Iterable[Step], most: float, shares: Sequence[float] = SHARES
+) -> Iterator[tuple[float, Step]]:
+    """Yield for each share its cost and the last step that had spent no more.
 
     A share that a run ended well before (by its time limit) has no answer, and neither has one
     before anything was scored.
     """
     waiting = [share * most for share in sorted(shares)]
-    before: tuple[float, Observations] | None = None
-    for spent, seen in trail:
-        while waiting and spent > waiting[0] + 1e-9:
+    before: Step | None = None
+    for step in steps:
+        while waiting and step.cost > waiting[0] + 1e-9:
             cost = waiting.pop(0)
             if before is not None:
-                yield cost, *before
-        before = spent, seen
+                yield cost, before
+        before = step
     for cost in waiting:
-        if before is not None and before[0] > cost - _LARGEST:
-            yield cost, *before
+        if before is not None and before.cost > cost - _LARGEST:
+            yield cost, before
 
 
 def run(name: str, method: str, seed: int, shares: Sequence[float] = SHARES) -> list[Row]:
     """Return the rows of a run, one for each share with an answer."""
     case, arm = item_case(name), METHODS_OF[method]
-    most = 3.0 * case.problem.space.d
-    start, rows = time.perf_counter(), list[Row]()
-    scored: dict[int, Mapping[str, float]] = {}
-    for cost, spent, seen in answers(case, arm.trail(case, seed, most), seed, most, shares):
-        chosen = time.perf_counter() - start
-        if id(seen) not in scored:  # the same rows as at the share before
-            scored[id(seen)] = answer_after(case.case, METHODS["default"], seen, seed).numbers
-        numbers = scored[id(seen)]
+    whole = 3.0 * case.problem.space.d
+    if arm.anytime:
+        found = answers(arm.trail(case, seed, whole), whole, shares)
+    else:
+        found = (
+            (cost, step)
+            for cost in (share * whole for share in shares)
+            if _whole(cost)
+            for _, step in answers(arm.trail(case, seed, cost), cost, (1.0,))
+        )
+    rows: list[Row] = []
+    last: tuple[Step, Mapping[str, float]] | None = None
+    best = mean(best_of(name, seed))
+    for cost, step in found:
+        if last is None or last[0] is not step:  # else the same as at the share before
+            last = step, answer_after(case.case, METHODS["default"], step.seen, seed).numbers
+        numbers = last[1]
         row: Row = {
             "case": name,
             "method": method,
             "seed": seed,
             "evaluations": cost,
-            "most": most,
-            "spent": round(spent, 4),
-            "rows": len(seen),
-            "seconds": round(chosen, 1),
+            "most": whole,
+            "spent": round(step.cost, 4),
+            "rows": len(step.seen),
+            "seconds": round(step.seconds, 1),
         }
-        best = mean(best_of(name, seed))
-        for measure, utility in (("regret_front", "utility"), ("regret", "utility_solved")):
+        for column, utility in (("regret_front", "utility"), ("regret", "utility_solved")):
             if utility in numbers:
-                row[measure] = best - numbers[utility]
+                row[column] = best - numbers[utility]
         if "coverage" in numbers:
             row["coverage"] = numbers["coverage"]
         rows.append(row)
-        start += time.perf_counter() - start - chosen  # answers are no part of the run
     return rows
+
+
+def pieces(method: str) -> list[tuple[float, ...]]:
+    """Return the shares that are run together: all of them, or one by one where runs start anew."""
+    return [SHARES] if METHODS_OF[method].anytime else [(share,) for share in SHARES]
+
+
+def _whole(cost: float) -> bool:
+    return abs(cost - round(cost)) < 1e-9 and round(cost) > 1
 
 
 @functools.cache
@@ -395,9 +467,10 @@ def _permille(share: float) -> int:
     return round(1000 * share)
 
 
-def path_of(case: str, method: str, seed: int) -> Path:
+def path_of(case: str, method: str, seed: int, shares: Sequence[float] = SHARES) -> Path:
     """Return where a run is kept."""
-    return CACHE / case / f"{method}-{seed}-v{VERSION}.json"
+    part = "" if tuple(shares) == SHARES else f"-{_permille(shares[0])}"
+    return CACHE / case / f"{method}-{seed}{part}-v{VERSION}.json"
 
 
 def measure(
@@ -407,6 +480,7 @@ def measure(
     *,
     until: float,
     known: Iterable[Row],
+    largest: float = 1.0,
 ) -> list[Row]:
     """Return the rows of all runs: from the cache, run now, or as they were recorded.
 
@@ -416,6 +490,7 @@ def measure(
         seeds: Which.
         until: Time (of ``time.time``) after which no run is begun.
         known: Rows recorded before, for runs that are in no cache here.
+        largest: Share of the budget above which no run that starts anew is begun.
     """
     recorded: dict[tuple[str, str, int], list[Row]] = defaultdict(list)
     for row in known:
@@ -423,18 +498,21 @@ def measure(
     rows: list[Row] = []
     for seed in seeds:
         for case in cases:
+            reason = missing(case)
             for method in methods:
-                path, before = path_of(case, method, seed), recorded.get((case, method, seed))
-                if not path.exists() and before is None and time.time() < until:
-                    if reason := missing(case):
-                        print(f"{case} is skipped: {reason}", flush=True)
-                        continue
-                    found = run(case, method, seed)
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    path.write_text(json.dumps(found))
-                    told = " ".join(f"{row.get(MEASURE, math.nan):.4f}" for row in found)
-                    print(f"{case} {method}, seed {seed}: {told}", flush=True)
-                rows += json.loads(path.read_text()) if path.exists() else before or []
+                before = recorded.get((case, method, seed), [])
+                for shares in pieces(method):
+                    path = path_of(case, method, seed, shares)
+                    costs = {_permille(share) for share in shares}
+                    old = [r for r in before if _permille(r["evaluations"] / r["most"]) in costs]
+                    wanted = not old and not path.exists() and time.time() < until
+                    if wanted and not reason and shares[0] <= largest:
+                        found = run(case, method, seed, shares)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        path.write_text(json.dumps(found))
+                        told = " ".join(f"{row.get(MEASURE, math.nan):.4f}" for row in found)
+                        print(f"{case} {method}, seed {seed}: {told}", flush=True)
+                    rows += json.loads(path.read_text()) if path.exists() else old
     return rows
 
 
@@ -444,28 +522,44 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS_OF), choices=list(METHODS_OF))
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument(
+        "--largest", type=float, default=1.0, help="share of the budget of runs that start anew"
+    )
     parser.add_argument("--deadline", type=float, default=1e9, help="seconds; then it records")
     parser.add_argument("--tables", action="store_true", help="run nothing, write what there is")
+    parser.add_argument("--overhead", action="store_true", help="only how long a decision takes")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes, nothing kept")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    start = time.time()
-    if options.smoke:
+    start, path = time.time(), RESULTS / "items.json"
+    before = json.loads(path.read_text())["data"] if path.exists() and not options.smoke else {}
+    timed: list[Row] = before.get("overhead", [])
+    if options.overhead or not (options.smoke or options.tables or timed):
+        timed = overhead()
+    if options.overhead:
+        print("\n".join(overhead_table(timed)))
+        rows = before.get("rows", [])
+    elif options.smoke:
+        timed = overhead((4,), experts=2, size=100, repeats=1)
         rows = [
-            row
-            for method in ("full", "fixed-100")
-            for row in run("digits-mlp-2", method, 0, (1.0,))
+            row for method in ("full", "auto") for row in run("digits-mlp-2", method, 0, (1.0,))
         ]
     else:
         kept.restore()
-        path = RESULTS / "items.json"
-        known = json.loads(path.read_text())["data"]["rows"] if path.exists() else []
         until = 0.0 if options.tables else start + options.deadline
         seeds = range(options.first, options.first + options.seeds)
-        rows = measure(options.cases, options.methods, seeds, until=until, known=known)
-    data = {"rows": rows, "goal": GOAL, "settled": SETTLED, "cases": CASES}
-    finish("items", table(rows), data, options.out)
+        rows = measure(
+            options.cases,
+            options.methods,
+            seeds,
+            until=until,
+            known=before.get("rows", []),
+            largest=options.largest,
+        )
+    data = {"rows": rows, "overhead": timed, "goal": GOAL, "settled": SETTLED, "cases": CASES}
+    lines = [*table(rows), *(["", *overhead_table(timed)] if timed else [])]
+    finish("items", lines, data, options.out)
 
 
 if __name__ == "__main__":

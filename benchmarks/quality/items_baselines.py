@@ -21,7 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Generator, Tensor
@@ -30,12 +30,14 @@ from benchmarks.quality.items_cases import ItemCase, observed
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.protocol import batch_at
 from map_bo.data import Observations
+from map_bo.examples.estimates import estimated
 from map_bo.examples.sets import order_of
 from map_bo.pareto.indicators import preference_weights
 from map_bo.rng import child, child_seed, make_generator
+from map_bo.samplers.sampler import proposed
 from map_bo.scale import Scale
 
-__all__ = ["Fidelities", "Fixed", "Ledger", "Policy", "Scoring", "play"]
+__all__ = ["Fidelities", "Fixed", "Ledger", "Policy", "Scoring", "Step", "play"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,20 @@ class Scoring:
     stop: int
     x: Tensor | None = None
     row: int | None = None
+
+
+class Step(NamedTuple):
+    """Where a run stands after an action.
+
+    Attributes:
+        cost: Examples scored, in evaluations of all of them.
+        seen: All rows, with estimates for all examples from what was scored of them.
+        seconds: Since the run began.
+    """
+
+    cost: float
+    seen: Observations
+    seconds: float
 
 
 class Policy(Protocol):
@@ -118,8 +134,8 @@ class Ledger:
 
 def play(
     case: ItemCase, policy: Policy, seed: int, most: float, *, until: float = float("inf")
-) -> Iterator[tuple[float, Observations]]:
-    """Yield cost and rows after each action, up to a cost of ``most`` evaluations.
+) -> Iterator[Step]:
+    """Yield where a run stands after each action, up to a cost of ``most`` evaluations.
 
     Args:
         case: The case.
@@ -128,7 +144,7 @@ def play(
         most: Where to stop; an action that would cost more is not taken.
         until: Time (of ``time.monotonic``) after which nothing is chosen.
     """
-    ledger, root = Ledger(case, seed), make_generator(seed)
+    ledger, root, start = Ledger(case, seed), make_generator(seed), time.perf_counter()
     while time.monotonic() < until:
         chosen = policy.choose(case, ledger.seen, list(ledger.stops), generator=root)
         for one in chosen:
@@ -137,7 +153,9 @@ def play(
             if more <= 0 or ledger.cost + more > most + 1e-9:
                 return
             ledger.take(one)
-            yield ledger.cost, ledger.seen
+            paused = time.perf_counter()
+            yield Step(ledger.cost, estimated(ledger.seen), paused - start)
+            start += time.perf_counter() - paused  # what is done meanwhile is no part of it
         if not chosen:
             return
 
@@ -162,8 +180,14 @@ class Fixed:
             return []
         sampler = METHODS["default"].make(12).run_sampler
         assert sampler is not None
-        source = child(generator, "propose")
-        X = sampler.propose(seen, case.problem.space, batch_at(len(seen)), generator=source)
+        X, _ = proposed(
+            sampler,
+            estimated(seen),
+            case.problem.space,
+            batch_at(len(seen)),
+            pending=None,
+            generator=child(generator, "propose"),
+        )
         return [Scoring(self.count or case.size, x) for x in X]
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,13 +9,14 @@ import torch
 
 from benchmarks.quality import items
 from benchmarks.quality.items import answers, cost_of, measure, reach, reached, table
-from benchmarks.quality.items_baselines import Fidelities, Fixed, Ledger, Scoring, play
+from benchmarks.quality.items_baselines import Fidelities, Fixed, Ledger, Scoring, Step, play
 from benchmarks.quality.items_cases import ItemCase, item_case
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError, DataError
 from map_bo.examples.sets import ExampleOutcomes, Part, order_of
 from map_bo.problems.problem import HasExamples, on_parts
 from map_bo.rng import make_generator
+from map_bo.samplers.allocation.front_doubt import FrontDoubt
 
 Row = items.Row
 
@@ -135,11 +137,11 @@ def test_a_cost_is_in_evaluations_of_all_examples() -> None:
     assert cost_of(_seen([[10, 10]]).select([])) == 0
 
 
-def test_an_answer_has_what_was_scored_within_its_cost(case: ItemCase) -> None:
+def test_an_answer_has_what_was_scored_within_its_cost() -> None:
     states = [_seen([[1, 1]] * n) for n in range(1, 6)]
-    trail = iter([(0.5 * n, seen) for n, seen in enumerate(states, 1)])
-    found = list(answers(case, trail, 0, 6.0, (0.05, 1 / 6, 0.3, 0.5, 1.0)))
-    told = [(cost, spent, len(seen)) for cost, spent, seen in found]
+    trail = [Step(0.5 * n, seen, 0.0) for n, seen in enumerate(states, 1)]
+    found = answers(trail, 6.0, (0.05, 1 / 6, 0.3, 0.5, 1.0))
+    told = [(cost, step.cost, len(step.seen)) for cost, step in found]
     # Nothing was scored by .3; the run ended at 2.5, near 3 and long before 6.
     assert told == [(pytest.approx(1.0), 1.0, 2), (pytest.approx(1.8), 1.5, 3), (3.0, 2.5, 5)]
 
@@ -149,9 +151,10 @@ def test_runs_are_kept_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setattr(items, "missing", lambda name: None)
     begun = []
 
-    def run(name: str, method: str, seed: int) -> list[Row]:
+    def run(name: str, method: str, seed: int, shares: Sequence[float]) -> list[Row]:
         begun.append((name, method, seed))
-        return _rows(method, {seed: [(12.0, 0.1)]}, name)
+        costs = (12.0,) if method == "full" else [12.0 * share for share in shares]
+        return _rows(method, {seed: [(cost, 0.1) for cost in costs]}, name)
 
     monkeypatch.setattr(items, "run", run)
     rows = measure(["a"], ["full"], range(2), until=math.inf, known=())
@@ -160,6 +163,12 @@ def test_runs_are_kept_and_found_again(monkeypatch: pytest.MonkeyPatch, tmp_path
     known = _rows("full", {2: [(12.0, 0.3)]})
     assert measure(["a"], ["full"], range(3), until=math.inf, known=known) == [*rows, *known]
     assert len(begun) == 2
+    some = measure(["a"], ["auto"], [0], until=math.inf, known=(), largest=0.2)
+    assert [row["evaluations"] for row in some] == pytest.approx([1.0, 1.5, 2.0])
+    assert len(begun) == 5  # each of its costs is a run of its own
+    assert measure(["a"], ["auto"], [0], until=0.0, known=()) == some
+    part = _rows("auto", {1: [(2.0, 0.3)]})
+    assert measure(["a"], ["auto"], [1], until=math.inf, known=part, largest=0.2)[2] == part[0]
 
 
 # --- cases by example
@@ -224,11 +233,11 @@ def test_a_row_is_scored_further_on_the_same_order(case: ItemCase) -> None:
 
 
 def test_a_run_by_hand_keeps_to_its_cost(case: ItemCase) -> None:
-    spent = [(cost, len(seen)) for cost, seen in play(case, Fixed(100), 0, 0.5)]
-    assert [n for _, n in spent] == [1, 2, 3]  # a fourth would end above .5
-    assert [cost for cost, _ in spent] == pytest.approx([n * 100 / 797 for n in (1, 2, 3)])
+    steps = list(play(case, Fixed(100), 0, 0.5))
+    assert [len(step.seen) for step in steps] == [1, 2, 3]  # a fourth would end above .5
+    assert [step.cost for step in steps] == pytest.approx([n * 100 / 797 for n in (1, 2, 3)])
     assert list(play(case, Fixed(100), 0, 0.5, until=0.0)) == []
-    rows = [len(seen) for _, seen in play(case, Fixed(10, most_rows=2), 0, 12.0)]
+    rows = [len(step.seen) for step in play(case, Fixed(10, most_rows=2), 0, 12.0)]
     assert rows == [1, 2]
 
 
@@ -237,9 +246,38 @@ def test_a_run_by_hand_keeps_to_its_cost(case: ItemCase) -> None:
 def test_botorch_chooses_rows_and_shares(case: ItemCase, kind: str) -> None:
     policy = Fidelities(kind, restarts=1, raw=4)
     state = torch.random.get_rng_state()
-    steps = [seen for _, seen in zip(range(6), play(case, policy, 0, 12.0), strict=False)]
-    last = steps[-1][1]
+    steps = [step for _, step in zip(range(6), play(case, policy, 0, 12.0), strict=False)]
+    last = steps[-1].seen
     assert torch.equal(torch.random.get_rng_state(), state)
     assert len(last) == 5  # four anchors, one of them twice, and one of its own
     assert last.counts[:, 0].tolist()[:4] == [100, 100, 100, 797]
     assert 50 <= float(last.counts[-1, 0]) <= 797
+
+
+# --- runs of the package
+
+
+def test_a_run_of_the_package_is_followed_by_what_it_scored(case: ItemCase) -> None:
+    steps = list(items.by_run(600)(case, 4, 3.0))
+    by_hand = list(play(case, Fixed(600), 4, 3.0))
+    assert [step.cost for step in steps] == pytest.approx([600 / 797 * n for n in (1, 2, 3)])
+    assert [step.cost for step in steps] == pytest.approx([step.cost for step in by_hand])
+    for one, other in zip(steps, by_hand, strict=True):
+        assert torch.equal(one.seen.X, other.seen.X)
+        assert torch.equal(one.seen.Y, other.seen.Y)
+    assert sorted(step.seconds for step in steps) == [step.seconds for step in steps]
+
+
+def test_a_small_budget_is_spent_as_it_would_be_alone() -> None:
+    small = items.settings_of("auto", 5, 2.0)
+    assert (small.budget, small.seed, small.verify) == (3, 5, 0)
+    assert isinstance(small.items, FrontDoubt)
+    assert small.items.begin * small.budget == pytest.approx(FrontDoubt().begin * 2)
+    assert items.settings_of("auto", 5, 6.0).items == "auto"
+    assert items.settings_of(100, 5, 2.0).items == 100
+
+
+def test_an_arm_that_starts_anew_is_run_for_whole_costs() -> None:
+    assert items.pieces("full") == [items.SHARES]
+    assert items.pieces("auto") == [(share,) for share in items.SHARES]
+    assert items.run("digits-mlp-2", "auto", 0, (1 / 12, 1 / 8)) == []
