@@ -31,9 +31,13 @@ from map_bo.problems.zoo.token_batches import BATCH, Tokens, features
 from map_bo.problems.zoo.training import TRAINING_VERSION, train
 from map_bo.rng import child, make_generator
 
-__all__ = ["missing_text", "text_case"]
+__all__ = ["SETS", "missing_text", "text_case"]
 
-SETS = ("sst2", "tweeteval_emotion", "subj", "trec")
+SETS = {
+    "text-4": ("sst2", "tweeteval_emotion", "subj", "trec"),
+    "text-4-other": ("cr", "mpqa", "snips", "banking77"),
+}
+"""Case -> its sets; the second one is for settling defaults."""
 SIZE = 480
 WIDTHS = (384, 128, 48)
 
@@ -52,7 +56,8 @@ def missing_text(root: str | Path | None = None) -> str | None:
         load_tokenizer(encoder_folder(), "encoder")
     except MapBoError as error:
         return error.message
-    absent = [name for name in SETS if not (folder / name).is_dir()]
+    every = [name for names in SETS.values() for name in names]
+    absent = [name for name in every if not (folder / name).is_dir()]
     return f"{folder} has no {', '.join(absent)}" if absent else None
 
 
@@ -183,13 +188,13 @@ def text_case(
     """Return the case, its networks and the held-out examples of each metric.
 
     Args:
-        name: What tables call it.
+        name: Which case.
         root: Folder of the text sets; None takes it from ``MAP_BO_DATA``.
         seed: Seed of the training.
         epochs: Passes of an expert over its 2000 texts.
         base_epochs: Passes of the base over 250 texts of each set.
     """
-    parts = [select_texts(one, root, examples=_TRAIN) for one in SETS]
+    parts = [select_texts(one, root, examples=_TRAIN) for one in SETS[name]]
     settings = {
         "sets": [part.digest for part in parts],
         "seed": seed,

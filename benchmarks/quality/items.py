@@ -76,7 +76,7 @@ VERSION = 1
 """Raise it with the allocation or the estimates: what was recorded before does not count."""
 CASES = ("digits-mlp-4", "images-4", "text-4")
 """Cases that are reported; nothing about the use of examples was settled on them."""
-SETTLED = ("digits-mlp-2", "digits-mlp-8")
+SETTLED = ("digits-mlp-2", "digits-mlp-8", "text-4-other")
 """Cases on which the allocation and its defaults were tried out."""
 SHARES = (1 / 12, 1 / 8, 1 / 6, 1 / 4, 1 / 3, 1 / 2, 3 / 4, 1.0)
 """When answers are worked out, in shares of what a run may spend."""
@@ -511,7 +511,8 @@ def measure(
                         path.parent.mkdir(parents=True, exist_ok=True)
                         path.write_text(json.dumps(found))
                         told = " ".join(f"{row.get(MEASURE, math.nan):.4f}" for row in found)
-                        print(f"{case} {method}, seed {seed}: {told}", flush=True)
+                        if found:
+                            print(f"{case} {method}, seed {seed}: {told}", flush=True)
                     rows += json.loads(path.read_text()) if path.exists() else old
     return rows
 

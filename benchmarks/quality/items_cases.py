@@ -21,6 +21,7 @@ from benchmarks.quality.cases import case as case_of
 from benchmarks.quality.cases_core import Case
 from benchmarks.quality.cases_images import image_networks, missing_images
 from benchmarks.quality.cases_models import digits_networks
+from benchmarks.quality.cases_text import SETS as TEXT_SETS
 from benchmarks.quality.cases_text import missing_text, text_case
 from benchmarks.quality.truth import MergedNetworks
 from map_bo.data import Metric, Observations
@@ -185,7 +186,7 @@ def missing(name: str, *, root: str | Path | None = None) -> str | None:
 
 @cache
 def item_case(name: str, *, epochs: int | None = None) -> ItemCase:
-    """Return a case by example: ``digits-ARCH-N``, ``images-4`` or ``text-4``.
+    """Return a case by example: ``digits-ARCH-N``, ``images-4``, ``text-4`` or another text case.
 
     Args:
         name: The case.
@@ -207,13 +208,13 @@ def item_case(name: str, *, epochs: int | None = None) -> ItemCase:
         assert isinstance(full, ImagesProblem)
         networks = image_networks(full)
         labels = [full.evaluator(one).labels for one in full.zoo.names]
-    elif name == "text-4":
+    elif name in TEXT_SETS:
         whole, networks, examples = text_case(name)
         labels = [held.labels for held in examples]
     else:
         raise ConfigError(
             f"there is no case {name!r} by example",
-            hint="cases are digits-ARCH-N, images-4 and text-4",
+            hint=f"cases are digits-ARCH-N, images-4, {', '.join(TEXT_SETS)}",
         )
     names = [metric.name for metric in whole.problem.metrics]
     problem = ByExample(whole.problem, networks, dict(zip(names, labels, strict=True)))
