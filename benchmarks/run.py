@@ -26,6 +26,7 @@ ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
 GROW = README.parent / "docs" / "grow.md"
 WORKERS = README.parent / "docs" / "workers.md"
 ITEMS = README.parent / "docs" / "items.md"
+ESTIMATES = README.parent / "docs" / "estimates.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
     "front": "benchmarks.speed.front",
@@ -59,6 +60,7 @@ CLUSTER_TRIALS = {
 PAGES = {
     "asynchronous": "benchmarks.quality.asynchronous",
     "items": "benchmarks.quality.items",
+    "estimation": "benchmarks.quality.estimation",
     "transfer": "benchmarks.quality.transfer",
     "workers": "benchmarks.speed.workers",
 }
@@ -117,6 +119,7 @@ def main() -> None:
         GROW.write_text(filled(GROW.read_text()))
         WORKERS.write_text(filled(WORKERS.read_text()))
         ITEMS.write_text(filled(ITEMS.read_text()))
+        ESTIMATES.write_text(filled(ESTIMATES.read_text()))
         evidence.write()
 
 

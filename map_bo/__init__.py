@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from map_bo.data import Front, Metric, Observations
     from map_bo.errors import MapBoError
     from map_bo.evaluators.evaluator import Measurement
+    from map_bo.evaluators.items import Items
     from map_bo.evaluators.metrics import SeveralMetrics
     from map_bo.loop.optimize import open_run, optimize
     from map_bo.loop.reading import load_result, outcomes_table
@@ -87,6 +88,7 @@ __all__ = [
     "Front",
     "IsoC",
     "IsoCTS",
+    "Items",
     "KnOTS",
     "LinearConstraint",
     "Magnitude",
@@ -153,6 +155,7 @@ _HOME = {
     "Front": "map_bo.data",
     "IsoC": "map_bo.operators.spectral.isotropic",
     "IsoCTS": "map_bo.operators.spectral.isotropic",
+    "Items": "map_bo.evaluators.items",
     "KnOTS": "map_bo.operators.spectral.knots",
     "LinearConstraint": "map_bo.space",
     "Magnitude": "map_bo.operators.sparse",

@@ -16,6 +16,10 @@ another, or replaced by the line of another run. Then the run is read as `map-bo
 A whole line that is missing at the end can only be seen by `map-bo check`, and only where the run
 had finished. The last row is the record of version 0.1 as it was written, without checksums: it
 shows what they are for, and is not part of the sum.
+
+As many damages as to each record are done to the file of outcomes beside that of a flat run with
+examples (`outcomes.bin`): a flipped bit, a cut, bytes that are left out, the file of another run,
+and no file. Bytes that are added at its end belong to no event, and are no damage.
 """
 
 from __future__ import annotations
@@ -29,14 +33,18 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Generator, Tensor
 
 from benchmarks.record import finish
 from map_bo.app.record_commands import verdict_of
+from map_bo.data import Observations
 from map_bo.errors import MapBoError
+from map_bo.examples.sets import ExampleOutcomes
 from map_bo.loop.optimize import optimize
 from map_bo.loop.reading import load_state
 from map_bo.nested.optimize import optimize_nested
@@ -91,6 +99,44 @@ def continued(directory: Path, seed: int) -> None:
 
 def untouched(directory: Path, seed: int) -> None:
     shutil.copytree(OLD, directory)
+
+
+@dataclass(frozen=True)
+class Scored(ConcaveQuadratics):
+    """The same problem, whose metrics have outcomes of 5,000 examples each."""
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        seen = super().evaluate(X, generator=generator)
+
+        def outcomes() -> ExampleOutcomes:
+            values = torch.rand(5000, 1, generator=generator, dtype=torch.float64)
+            return ExampleOutcomes(torch.arange(5000), values, 5000, (True,))
+
+        rows = tuple({metric.name: outcomes() for metric in self.metrics} for _ in X)
+        return replace(seen, examples=rows)
+
+
+def with_outcomes(directory: Path, seed: int) -> None:
+    optimize(Scored(3, 2), 14, seed=seed, run_dir=directory, **PARTS)
+
+
+BESIDE = ("flip", "cut", "leave out", "replace", "remove")
+
+
+def damage_beside(kind: str, path: Path, whole: bytes, other: bytes, dice: random.Random) -> None:
+    """Write the file of outcomes ``whole`` with one damage; ``other`` is that of another run."""
+    at = dice.randrange(len(whole))
+    match kind:
+        case "flip":
+            path.write_bytes(damage("flip", whole, other, dice))
+        case "cut":
+            path.write_bytes(whole[:at])
+        case "leave out":
+            path.write_bytes(whole[:at] + whole[at + dice.randint(1, 5000) :])
+        case "replace":
+            path.write_bytes(other)
+        case "remove":
+            path.unlink(missing_ok=True)
 
 
 RECORDS = {
@@ -170,13 +216,27 @@ def main() -> None:
                 kind = KINDS[number % len(KINDS)]
                 (place / "events.jsonl").write_bytes(damage(kind, whole, other, dice))
                 counts[name][outcome(place, written)] += 1
+        place, name = Path(folder) / "scored", "outcomes beside a flat one"
+        record(with_outcomes, place, 0)
+        record(with_outcomes, Path(folder) / "scored, other", 1)
+        whole = (place / "outcomes.bin").read_bytes()
+        other = (Path(folder) / "scored, other" / "outcomes.bin").read_bytes()
+        written = list(JsonlStore.open(place).read())
+        counts[name] = Counter()
+        for number in range(each):
+            kind = BESIDE[number % len(BESIDE)]
+            damage_beside(kind, place / "outcomes.bin", whole, other, dice)
+            counts[name][outcome(place, written)] += 1
+    beside = counts[name]
     table = ["| record | damages | " + " | ".join(ENDS) + " |", "|---" * (len(ENDS) + 2) + "|"]
     for name, found in counts.items():
         numbers = " | ".join(str(found[end]) for end in ENDS)
         table.append(f"| {name} | {found.total()} | {numbers} |")
-    silent = sum(found["silent"] for name, found in counts.items() if name != "0.1, untouched")
-    total = sum(found.total() for name, found in counts.items() if name != "0.1, untouched")
-    table += ["", f"{silent} of {total} damages of records with checksums were silent."]
+    sealed = [counts[name] for name in RECORDS if name != "0.1, untouched"]
+    silent, total = sum(found["silent"] for found in sealed), sum(found.total() for found in sealed)
+    said = f"{silent} of {total} damages of records with checksums were silent, and "
+    said += f"{beside['silent']} of {beside.total()} of the outcomes beside one."
+    table += ["", said]
     finish("Damage to records", table, {name: dict(c) for name, c in counts.items()}, options.out)
 
 

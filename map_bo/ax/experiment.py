@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -166,7 +167,9 @@ def _add(experiment: Experiment, row: Row, names: Names, run: str) -> None:
         trial.mark_running(no_runner_required=True, started_time=created)
         trial._properties[KEY] = kept
         return
-    trial._properties[KEY] = {**kept, "observation": encode_observations(row.outcome)}
+    # Outcomes of single examples stay in the record of the run: Ax has no use for them.
+    observation = encode_observations(dataclasses.replace(row.outcome, examples=({},)))
+    trial._properties[KEY] = {**kept, "observation": observation}
     finished = datetime.fromtimestamp(row.finished or row.created)
     began = finished - timedelta(seconds=float(row.outcome.cost[0]))
     trial.mark_running(no_runner_required=True, started_time=max(began, created))

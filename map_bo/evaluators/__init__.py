@@ -16,6 +16,7 @@ _HOME = {
     "ExampleEvaluator": "map_bo.evaluators.examples",
     "Generation": "map_bo.evaluators.generation",
     "ImageClassification": "map_bo.evaluators.images.classification",
+    "Items": "map_bo.evaluators.items",
     "LMEval": "map_bo.evaluators.lm_eval",
     "Perplexity": "map_bo.evaluators.perplexity",
     "Regression": "map_bo.evaluators.text.regression",

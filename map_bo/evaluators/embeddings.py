@@ -162,6 +162,11 @@ class Embeddings(ExampleEvaluator):
         return len(self.ready.first)
 
     @property
+    def means(self) -> tuple[bool, ...]:
+        """Accuracies of retrieval; the outcomes of a correlation are cosines."""
+        return (self.task == "retrieval",) * len(self.metrics)
+
+    @property
     def digest(self) -> str:
         """A digest of tokens, scores or answers, and settings."""
         return self.ready.digest

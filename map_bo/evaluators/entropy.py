@@ -156,6 +156,11 @@ class Entropy(ExampleEvaluator):
         return self._task.size
 
     @property
+    def strata(self) -> Tensor | None:
+        """What the kind that is used knows of labels."""
+        return self._task.strata
+
+    @property
     def digest(self) -> str:
         """A digest of the inputs and of the classifier's fixed parts."""
         return self._task.digest

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -154,7 +154,7 @@ class ItemEvaluator(Protocol):
 
         Returns:
             ``n`` outcomes, float64, or ``n x m`` of an evaluator with ``m`` metrics; NaN where an
-            example says nothing of a metric, as a document of another task does.
+            example failed, or says nothing of a metric, as a document of another task does.
         """
         ...
 
@@ -393,6 +393,7 @@ class _Classification:
     inputs: Inputs
     labels: Tensor
     batch_size: int = 256
+    means: ClassVar[tuple[bool, ...]] = (True,)
 
     def __post_init__(self) -> None:
         sizes = number_of(self.inputs)
@@ -431,12 +432,34 @@ class _Classification:
             known = _digests[self] = state, f"{digest_of(tensors)} {self.batch_size}"
         return known[1]
 
-    def _batches(self, model: nn.Module, *, graph: bool = False) -> Iterator[tuple[Tensor, Tensor]]:
+    @property
+    def size(self) -> int:
+        """The number of examples."""
+        return len(self.labels)
+
+    @property
+    def strata(self) -> Tensor:
+        """The class of each example, ``size``."""
+        return self.labels
+
+    def score(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return the outcome of each of ``n`` examples, float64; see `ItemEvaluator`."""
+        some = None if torch.equal(items, torch.arange(self.size, device="cpu")) else items
+        batches = self._batches(model, items=some)
+        return torch.cat([self._each(*batch).double().cpu() for batch in batches]).clone()
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _batches(
+        self, model: nn.Module, *, graph: bool = False, items: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield logits (``b x classes``, float32) and labels (``b``) of each batch."""
         device = device_of(model)
         with evaluating(model):
-            for start in range(0, len(self.labels), self.batch_size):
-                batch = slice(start, start + self.batch_size)
+            for start in range(0, len(self.labels if items is None else items), self.batch_size):
+                batch: slice | Tensor = slice(start, start + self.batch_size)
+                batch = batch if items is None else items[batch]
                 # Not around the yield: a generator's modes would reach whoever consumes it.
                 with torch.inference_mode(not graph), torch.set_grad_enabled(graph):
                     logits = logits_of(call_model(model, self.inputs, batch, device)).float()
@@ -470,6 +493,13 @@ class Accuracy(_Classification):
         )
         return Measurement(right / len(self.labels), count=len(self.labels))
 
+    def summary(self, values: Tensor, items: Tensor | None = None) -> Measurement:
+        """Return the share of the ``n`` examples that are right."""
+        return Measurement(int(values.sum()) / len(values), count=len(values))
+
+    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.argmax(-1) == labels
+
 
 class _MeanOverExamples(_Classification):
     """A mean over examples of something differentiable in the weights.
@@ -487,14 +517,11 @@ class _MeanOverExamples(_Classification):
         for batch in self._batches(model, graph=True):
             yield self._each(*batch)
 
-    def summary(self, values: Tensor) -> Measurement:
-        """Return the measurement that the values (``n``) of all examples make."""
+    def summary(self, values: Tensor, items: Tensor | None = None) -> Measurement:
+        """Return the measurement that the values of ``n`` examples make."""
         n = len(values)
         variance = float(values.var()) / n if n > 1 else None
         return Measurement(float(values.mean()), variance=variance, count=n)
-
-    def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
-        raise NotImplementedError
 
 
 class MeanLoss(_MeanOverExamples):
@@ -510,7 +537,7 @@ class MeanProbability(_MeanOverExamples):
     def _each(self, logits: Tensor, labels: Tensor) -> Tensor:
         return logits.softmax(-1).gather(-1, labels.long().unsqueeze(-1)).squeeze(-1)
 
-    def summary(self, values: Tensor) -> Measurement:
+    def summary(self, values: Tensor, items: Tensor | None = None) -> Measurement:
         """Return mean and variance; no count, as the values are not successes and failures."""
         seen = super().summary(values)
         return Measurement(seen.value, variance=seen.variance)

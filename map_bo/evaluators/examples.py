@@ -125,6 +125,31 @@ class ExampleEvaluator(ABC):
         """
 
     @property
+    def strata(self) -> Tensor | None:
+        """The label of each example, ``size`` integers; None where labels are not known.
+
+        A part of the examples is drawn so that it holds each label in about its share.
+
+        Raises:
+            EvaluationError: Before `prepare`.
+        """
+        return None
+
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """Whether each metric is the mean of its outcomes.
+
+        Not so where `summary` is another than that of this class, unless it is said.
+        """
+        plain = type(self).summary is ExampleEvaluator.summary
+        return (plain,) * len(self.metrics)
+
+    @property
+    def divisible(self) -> bool:
+        """Whether the metrics can be measured on a part of the examples."""
+        return True
+
+    @property
     def repeats(self) -> bool:
         """Whether the same weights always have the same outcomes; false where times are measured.
 

@@ -206,6 +206,11 @@ class Generation(ExampleEvaluator):
         return len(self._known.ids)
 
     @property
+    def means(self) -> tuple[bool, ...]:
+        """All metrics are means."""
+        return (True,) * len(self._measured)
+
+    @property
     def digest(self) -> str:
         """Digest of prompts, targets and all settings that decide the outcomes."""
         return self._known.digest

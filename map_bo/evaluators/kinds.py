@@ -23,6 +23,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from map_bo.errors import ConfigError, MapBoError, did_you_mean, first_line
 from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.metrics import scores_items
 from map_bo.extensions import installed, origin
 
 __all__ = [
@@ -42,6 +43,7 @@ KINDS: Mapping[str, str] = MappingProxyType(
         "entropy": "map_bo.evaluators.entropy:Entropy",
         "generation": "map_bo.evaluators.generation:Generation",
         "images": "map_bo.evaluators.images.classification:ImageClassification",
+        "items": "map_bo.evaluators.items:Items",
         "lm_eval": "map_bo.evaluators.lm_eval:LMEval",
         "perplexity": "map_bo.evaluators.perplexity:Perplexity",
         "regression": "map_bo.evaluators.text.regression:Regression",
@@ -115,10 +117,16 @@ def evaluator_from(
         made: object = target  # a function that takes the model
     else:
         made = _built(target, given, key, code, defaults or {})
+    if not callable(made) and scores_items(made):
+        from map_bo.evaluators.items import Items  # imported with what it needs, when asked for
+
+        score: Any = made
+        made = Items(score, batch_size=None)
     if isinstance(made, type) or not callable(made):
         raise ConfigError(
             f"{key}.kind {kind!r} makes a {type(made).__name__}, which cannot be called",
-            hint="name a function that takes the model, or a class of such evaluators",
+            hint="name a function that takes the model, or a class of such evaluators; a function "
+            "of the model and indices of examples is {kind: items, score: module:function}",
         )
     return made
 

@@ -32,6 +32,7 @@ from map_bo.evaluators.language.harness import (
     measured_by,
     model_in_memory,
     outcome_of,
+    refuse_nan,
     require_harness,
 )
 from map_bo.evaluators.language.models import pretrained
@@ -160,6 +161,17 @@ class LMEval(ExampleEvaluator):
     def size(self) -> int:
         """The number of documents of all tasks."""
         return sum(len(leaf.requests) for leaf in self._known.leaves)
+
+    @property
+    def strata(self) -> Tensor:
+        """The task of each document."""
+        return self._known.strata
+
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """Means over documents; not so ratios, and groups whose tasks count alike."""
+        tasks = [leaf.unit for leaf in self._known.leaves]
+        return tuple(m for unit in self._plan.units for m in unit.means(tasks.count(unit.name)))
 
     @property
     def digest(self) -> str:
@@ -417,7 +429,7 @@ class LMEval(ExampleEvaluator):
             seen: set[str] = set()
             for logged in samples[leaf.name]:
                 seen |= set(logged["metrics"])
-                _refuse_nan(logged["resps"])
+                refuse_nan(logged["resps"])
                 for j, column in own:
                     if logged["filter"] != column.filter or column.metric not in logged:
                         continue
@@ -557,18 +569,6 @@ class _Ready:
             for i, row in self.places
         ]
         self.weights = torch.tensor(sizes, dtype=torch.float64)
-
-
-def _refuse_nan(answers: Any) -> None:
-    """Refuse likelihoods that are NaN: the largest of them would still be some choice."""
-    if isinstance(answers, list | tuple):
-        for one in answers:
-            _refuse_nan(one)
-    elif isinstance(answers, float) and math.isnan(answers):
-        raise EvaluationError(
-            "the model's outputs hold NaN",
-            hint="these coefficients break the model; narrow the bounds if many do",
-        )
 
 
 def _check_column(name: str, task: Any, column: Column, filters: list[str]) -> None:

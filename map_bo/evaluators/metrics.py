@@ -14,6 +14,7 @@ from map_bo.data import Metric, check_metrics
 from map_bo.errors import DataError, EvaluationError, MergeError, did_you_mean
 from map_bo.evaluators.evaluator import (
     Evaluator,
+    ItemEvaluator,
     Measurement,
     binomial_variance,
     called,
@@ -29,9 +30,11 @@ __all__ = [
     "evaluator_of",
     "evaluators_of",
     "measure_all",
+    "measurements_of",
     "metric_names",
     "metrics_of",
     "own_names",
+    "scores_items",
     "select_metrics",
 ]
 
@@ -78,7 +81,7 @@ class SeveralMetrics:
         return self.function(model)
 
 
-def metric_names(key: str, evaluator: Evaluator) -> dict[str, str]:
+def metric_names(key: str, evaluator: object) -> dict[str, str]:
     """Return an evaluator's own name of each metric -> the name that the metric has in a run.
 
     Args:
@@ -119,8 +122,18 @@ def measure_all(
         EvaluationError: When the evaluator raises; when it returns neither a number nor, where
             it declares several metrics, a mapping.
     """
+    return measurements_of(name, evaluator, called(name, evaluator, model))
+
+
+def measurements_of(
+    name: str, evaluator: object, result: object
+) -> dict[str, Measurement | EvaluationError]:
+    """Return what an evaluator has returned as `measure_all` does.
+
+    Raises:
+        EvaluationError: When it is neither a number nor, of several metrics, a mapping.
+    """
     names = metric_names(name, evaluator)
-    result = called(name, evaluator, model)
     if len(names) == 1 and not (
         isinstance(result, Mapping) and isinstance(evaluator, DeclaresMetrics)
     ):
@@ -274,8 +287,17 @@ def check_names(given: object, kind: str) -> None:
                 f"the name of an {kind} must be text, got {name!r}",
                 hint="give it a name that is not empty",
             )
-        if kind == "evaluator" and not callable(value):
+        if kind == "evaluator" and not callable(value) and not scores_items(value):
             raise error(
                 f"evaluator {name!r} is a {type(value).__name__}, which cannot be called",
-                hint="give a function that takes the model and returns a number",
+                hint="give a function that takes the model and returns a number, or what has "
+                "`size` and `score(model, items)`",
             )
+
+
+def scores_items(evaluator: object) -> bool:
+    """Return whether an evaluator scores its examples one by one, prepared or not."""
+    try:
+        return isinstance(evaluator, ItemEvaluator)
+    except Exception:  # of a size that is not known before `prepare`
+        return True

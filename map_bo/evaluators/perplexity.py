@@ -156,6 +156,11 @@ class Perplexity(ExampleEvaluator):
         return len(self._known.ids)
 
     @property
+    def means(self) -> tuple[bool, ...]:
+        """Only of documents that count alike; else it is a ratio of sums."""
+        return (self.unit == "document",)
+
+    @property
     def digest(self) -> str:
         """Digest of the documents' tokens and of the settings that decide what is measured."""
         return hashlib.sha256(f"{self._known.digest} {self.unit}".encode()).hexdigest()

@@ -9,6 +9,7 @@ outcomes is in :mod:`map_bo.examples.regression`; how good they are is measured 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Literal
 
@@ -144,17 +145,16 @@ def _outcomes_of(
 def _variances(outcomes: Tensor, metric: Metric) -> Tensor:
     """Return the variance of each row's outcomes with one example more than there is, ``r``.
 
-    For a proportion, one half of that example is at each bound, so for outcomes of 0 and 1 a mean
-    has the variance of :func:`~map_bo.evaluators.evaluator.binomial_variance`. Else it deviates as
+    Between two bounds, one half of that example is at each, so for outcomes of 0 and 1 a mean has
+    the variance of :func:`~map_bo.evaluators.evaluator.binomial_variance`. Else it deviates as
     examples of all rows do on average. It is never 0.
     """
     counts = outcomes.isfinite().sum(-1)
     means = outcomes.nanmean(-1)
-    if metric.kind == "proportion":
-        assert metric.lower is not None
-        assert metric.upper is not None
-        width = metric.upper - metric.lower
-        u = (outcomes - metric.lower) / width
+    low, high = _bounds(outcomes, metric)
+    if math.isfinite(low) and math.isfinite(high):
+        width = high - low
+        u = (outcomes - low) / width
         first, second = ((x.nansum(-1) + 0.5) / (counts + 1) for x in (u, u.square()))
         found = width**2 * (second - first.square())
     else:
@@ -162,6 +162,21 @@ def _variances(outcomes: Tensor, metric: Metric) -> Tensor:
         found = (squares + (squares / counts).mean()) / (counts + 1)
     largest = float(torch.maximum(found.max(), means.square().max()))
     return found.clamp_min(_SMALLEST * (largest or 1.0))
+
+
+def _bounds(outcomes: Tensor, metric: Metric) -> tuple[float, float]:
+    """Return the least and the most that an outcome can be; infinite where that is not known.
+
+    They are the metric's own bounds, but where a single outcome is beyond, as the terms of some
+    averages are.
+    """
+    known = outcomes[outcomes.isfinite()]
+    low = -math.inf if metric.lower is None else metric.lower
+    high = math.inf if metric.upper is None else metric.upper
+    return (
+        low if float(known.min()) >= low else -math.inf,
+        high if float(known.max()) <= high else math.inf,
+    )
 
 
 def _recorded_variance(seen: Observations, column: int) -> Tensor:
@@ -172,7 +187,7 @@ def _recorded_variance(seen: Observations, column: int) -> Tensor:
     assert metric.lower is not None
     assert metric.upper is not None
     width = metric.upper - metric.lower
-    p = (n * (y - metric.lower) / width + 0.5) / (n + 1)
+    p = (n * ((y - metric.lower) / width).clamp(0, 1) + 0.5) / (n + 1)
     binomial = width**2 * p * (1 - p) / (n + 1)
     return torch.where(seen.Yvar[:, column].isnan(), binomial, seen.Yvar[:, column])
 
@@ -206,10 +221,11 @@ def _estimates(
     if method == "plain":
         return measured, errors_of_means(one, covariance)
     done, left = 1 - one.left, one.left
-    low = -torch.inf if metric.lower is None else metric.lower
-    high = torch.inf if metric.upper is None else metric.upper
+    low, high = _bounds(one.outcomes, metric)
     # What the other examples give at worst and at best. (0 times infinity is not a number.)
     least = torch.where(left > 0, done * one.means + left * low, -torch.inf)
     most = torch.where(left > 0, done * one.means + left * high, torch.inf)
     found = (measured + (means - one.means)).clamp(least, most)
+    if metric.lower is not None or metric.upper is not None:
+        found = found.clamp(metric.lower, metric.upper)
     return torch.where(one.whole, measured, found), errors

@@ -24,7 +24,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["further_information", "information", "outcome_covariance", "with_new_row"]
+__all__ = [
+    "further_information",
+    "information",
+    "information_of_new_rows",
+    "outcome_covariance",
+    "with_new_row",
+]
 
 _PULL = 10.0  # common examples that a correlation needs to count as much as the mean of all
 _ALIKE = 0.995  # no two rows are taken to have the same outcomes on all examples
@@ -124,6 +130,34 @@ def further_information(
         weights.append((end - before) / left)
         before = end
     return torch.stack(contrasts, -1), torch.stack(weights)
+
+
+def information_of_new_rows(S: Tensor, counts: Sequence[int], stop: int) -> tuple[Tensor, Tensor]:
+    """Return what new rows would add, each alone, if they covered the first ``stop`` examples.
+
+    Args:
+        S: ``b x (R + 1) x (R + 1)`` covariances that differ in the last row alone, the new one.
+        counts: How many examples each of the ``R`` rows covers now.
+        stop: How many a new row is to cover.
+
+    Returns:
+        ``U`` (``b x (R + 1) x c``) and ``w`` (``b x c``), as `further_information`.
+    """
+    n, before = torch.as_tensor(list(counts)), 0
+    contrasts, weights = [], []
+    for end in sorted({count for count in counts if 0 < count < stop} | {stop}):
+        rows = (n >= end).nonzero().flatten()
+        u = torch.zeros_like(S[:, 0])
+        u[:, -1], left = 1.0, S[:, -1, -1]
+        if len(rows):
+            cross = S[:, -1, :-1][:, rows]
+            slopes = torch.linalg.solve(S[0][rows][:, rows], cross.T).T
+            u[:, rows] = -slopes
+            left = torch.maximum(left - (slopes * cross).sum(-1), (1 - _ALIKE) * left / 10)
+        contrasts.append(u)
+        weights.append((end - before) / left)
+        before = end
+    return torch.stack(contrasts, -1), torch.stack(weights, -1)
 
 
 def with_new_row(S: Tensor, distances: Tensor, new: Tensor) -> Tensor:

@@ -131,8 +131,9 @@ class ExampleOutcomes:
                 f"{', '.join(self.metrics)}",
                 hint="name one metric per column, each once, or none",
             )
-        order = items.argsort()
-        items = items[order]
+        if bool((items[1:] < items[:-1]).any()):
+            order = items.argsort()
+            items, values = items[order], values[order]
         inside = len(items) and 0 <= int(items[0]) and int(items[-1]) < self.size
         if not inside or bool((items[1:] == items[:-1]).any()):
             raise DataError(
@@ -140,7 +141,7 @@ class ExampleOutcomes:
                 hint="score each example at most once, and at least one",
             )
         put(self, "items", items)
-        put(self, "values", values[order])
+        put(self, "values", values)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -167,13 +168,14 @@ class ExampleOutcomes:
                 f"{', '.join(more.metrics)}",
                 hint="the metrics of an evaluator must stay the same throughout a run",
             )
-        kept = ~torch.isin(self.items, more.items)
+        covered = torch.zeros(self.size, dtype=torch.bool)
+        spread = self.values.new_empty(self.size, len(self.means))
+        for one in (self, more):
+            covered[one.items] = True
+            spread[one.items] = one.values
+        items = covered.nonzero().flatten()
         return ExampleOutcomes(
-            torch.cat([self.items[kept], more.items]),
-            torch.cat([self.values[kept], more.values]),
-            self.size,
-            self.means,
-            more.metrics or self.metrics,
+            items, spread[items], self.size, self.means, more.metrics or self.metrics
         )
 
     def columns(self, evaluator: str) -> dict[str, int]:

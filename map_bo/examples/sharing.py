@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from map_bo.data import Observations
+from map_bo.examples.sets import ExampleOutcomes
 
 __all__ = ["DIFFERS", "differing_share"]
 
@@ -22,8 +23,7 @@ _LEAST, _MOST = 0.05, 1.0
 _BETWEEN_CASES = 0.15  # standard deviation of the share from case to case: most are .1 to .7
 _BETWEEN_ROWS = 0.2  # and of what one row says of it, from row to row of a case
 _FEWEST = 8  # examples in common, below which a pair of rows says nothing
-_ROWS, _EXAMPLES = 64, 2000  # at most about so many, evenly spaced: they are enough
-_EXACT = 1e-6  # of a value: how closely the mean of outcomes is the value recorded
+_ROWS, _EXAMPLES = 32, 1000  # at most about so many, evenly spaced: they are enough
 
 
 def differing_share(seen: Observations) -> Tensor:
@@ -85,41 +85,21 @@ def _share(outcomes: Tensor) -> float:
 def _outcomes(seen: Observations, column: int) -> Tensor | None:
     """Return the outcomes of a metric by row and example, NaN where one was not scored.
 
-    Of at most 64 rows that have it, and of at most about 2,000 examples. None where no
-    evaluator is known to measure it as the mean of its outcomes.
+    Of at most 32 rows that have it, and of at most about 1,000 examples. None where the metric is
+    not the mean of outcomes, or of fewer than two rows.
     """
-    measured = seen.measured[:, column].tolist()
-    found = _place(seen, column)
-    if found is None:
+    metric, measured = seen.metrics[column].name, seen.measured[:, column].tolist()
+    found: list[tuple[ExampleOutcomes, int]] = []
+    for row, has in zip(seen.examples, measured, strict=True):
+        for name, one in row.items() if has else ():
+            named = bool(one.metrics) or len(one.means) == 1
+            k = one.columns(name).get(metric) if named else None
+            if k is not None and one.means[k]:
+                found.append((one, k))
+    found = [(one, k) for one, k in found if one.size == found[0][0].size]
+    if len(found) > _ROWS:
+        found = [found[i * (len(found) - 1) // (_ROWS - 1)] for i in range(_ROWS)]
+    if len(found) < 2:
         return None
-    name, k = found
-    rows = [
-        row[name] for row, has in zip(seen.examples, measured, strict=True) if has and name in row
-    ]
-    rows = [row for row in rows if row.size == rows[0].size and k < len(row.means)]
-    if len(rows) > _ROWS:
-        rows = [rows[i * (len(rows) - 1) // (_ROWS - 1)] for i in range(_ROWS)]
-    if len(rows) < 2:
-        return None
-    step = -(-rows[0].size // _EXAMPLES)
-    return torch.stack([row.row()[::step, k] for row in rows])
-
-
-def _place(seen: Observations, column: int) -> tuple[str, int] | None:
-    """Return the evaluator of a metric and the column of its outcomes that the metric is mean of.
-
-    An evaluator of one metric has its name; those of several have its name in front of theirs, and
-    which of them a column is shows in its means.
-    """
-    metric = seen.metrics[column].name
-    for i in seen.measured[:, column].nonzero().flatten().tolist():
-        for name, one in seen.examples[i].items():
-            if len(one.means) == 1 and name == metric and one.means[0]:
-                return name, 0
-            if len(one.means) > 1 and metric.startswith(f"{name}_"):
-                value = float(seen.Y[i, column])
-                near = (one.values.nanmean(0) - value).abs() <= _EXACT * max(1.0, abs(value))
-                held = [k for k in near.nonzero().flatten().tolist() if one.means[k]]
-                if held:
-                    return name, held[0]
-    return None
+    step = -(-found[0][0].size // _EXAMPLES)
+    return torch.stack([one.row()[::step, k] for one, k in found])

@@ -121,7 +121,9 @@ def examples_of(run_dir: str | Path) -> tuple[Mapping[str, ExampleOutcomes], ...
     """
     state, _ = load_state(run_dir)
     if not state.created.get("nested"):
-        return state.data.examples
+        search = [state.outcomes[row] for row in sorted(state.outcomes)]
+        checks = [state.verified[row] for row in sorted(state.verified)]
+        return tuple(row for one in (*search, *checks) for row in one.examples)
     with _reading(run_dir):
         named = {metric.name: metric for metric in state.metrics}
         return tuple(

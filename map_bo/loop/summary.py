@@ -83,7 +83,7 @@ class ObservedVolume:
             outliers = tuple(one for one in outliers if _is_there(one, seen))
             seen = without(seen, outliers) if outliers else seen
         aside = {(one.row, one.metric) for one in outliers}
-        if aside != self._aside:
+        if aside != self._aside or seen.covariance is not None:  # estimates may all move
             self._scale, self._aside = None, aside
         if self._scale is None:
             self._scale = self._settled(seen)

@@ -12,6 +12,7 @@ An entry that is not what was written is as good as none.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
@@ -19,13 +20,16 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+import torch
 from filelock import FileLock, Timeout
+from torch import Tensor
 
 from map_bo.cached import CACHE_VARIABLE, cache_root
 from map_bo.errors import ConfigError, EvaluationError
@@ -57,24 +61,27 @@ class CachedMeasurements:
         evaluator: What it was called, for people.
         metrics: The evaluator's own name of each metric -> its measurement.
         seconds: How long it took.
+        outcomes: ``n x k`` outcomes of its examples in order, where it scores by example.
     """
 
     evaluator: str
     metrics: Mapping[str, Measurement]
     seconds: float
+    outcomes: Tensor | None = None
 
     def _content(self) -> str:
         # Python writes the shortest digits that read back to the same float.
         rows = [[name, m.value, m.variance, m.count] for name, m in self.metrics.items()]
-        return json.dumps([rows, self.seconds], allow_nan=False)
+        outcomes = [] if self.outcomes is None else [_packed(self.outcomes)]
+        return json.dumps([rows, self.seconds, *outcomes], allow_nan=False)
 
     @classmethod
     def _of(cls, evaluator: str, content: str) -> CachedMeasurements:
-        rows, seconds = json.loads(content)
+        rows, seconds, *outcomes = json.loads(content)
         metrics = {str(name): Measurement(*numbers) for name, *numbers in rows}
         if not metrics or not math.isfinite(seconds):
             raise ValueError("it holds nothing")
-        return cls(evaluator, metrics, float(seconds))
+        return cls(evaluator, metrics, float(seconds), *map(_unpacked, outcomes[:1]))
 
 
 class EvaluationCache:
@@ -300,3 +307,28 @@ def read_cache(given: object) -> EvaluationCache | None:
 def _seal(key: str, content: str) -> str:
     """Return a checksum of an entry."""
     return hashlib.sha256(f"{key} {content}".encode()).hexdigest()[:16]
+
+
+def _packed(outcomes: Tensor) -> list[Any]:
+    """Return outcomes as plain data: bits where all are 0 or 1, else float64, without loss."""
+    values = outcomes.detach().double().cpu().contiguous().numpy()
+    bits = bool(((values == 0) | (values == 1)).all())
+    content = np.packbits(values.astype(bool)).tobytes() if bits else values.tobytes()
+    return ["bits" if bits else "float64", *values.shape, base64.b64encode(content).decode()]
+
+
+def _unpacked(packed: Sequence[Any]) -> Tensor:
+    """Return outcomes, ``n x k``, float64.
+
+    Raises:
+        ValueError: When it is something else.
+    """
+    form, n, k, text = packed
+    content = np.frombuffer(base64.b64decode(text), dtype=np.uint8)
+    if form == "bits":
+        values = np.unpackbits(content, count=n * k).astype(np.float64)
+    elif form == "float64":
+        values = content.copy().view(np.float64)
+    else:
+        raise ValueError(f"outcomes are written as {form!r}")
+    return torch.from_numpy(values.reshape(n, k))

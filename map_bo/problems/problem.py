@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import DataError, EvaluationError
+from map_bo.errors import DataError, EvaluationError, did_you_mean
 from map_bo.evaluators.evaluator import Evaluator, Measurement
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_world, known_numerics
@@ -33,6 +34,7 @@ __all__ = [
     "Preparable",
     "Problem",
     "SummarisesExamples",
+    "check_wanted",
     "description_of",
     "digests_of_examples",
     "on_parts",
@@ -118,7 +120,8 @@ def digests_of_examples(problem: Problem) -> dict[str, str]:
     """Return the digest of the examples of each evaluator that scores one by one.
 
     What was measured on other examples is no measurement of the same problem. They are read, so the
-    problem is prepared; of a problem without such evaluators nothing is read.
+    problem is prepared; of a problem without such evaluators nothing is read. Where there is no
+    digest, as of `Items` without one, their number stands for it.
 
     Args:
         problem: Any problem.
@@ -132,7 +135,7 @@ def digests_of_examples(problem: Problem) -> dict[str, str]:
     if mine and isinstance(problem, Preparable):
         with callers_world():
             problem.prepare()
-    return {name: evaluator.digest for name, evaluator in mine.items()}
+    return {name: one.digest or f"{one.size} examples" for name, one in mine.items()}
 
 
 @runtime_checkable
@@ -189,6 +192,38 @@ class SummarisesExamples(Protocol):
     ) -> Mapping[str, Measurement | EvaluationError]:
         """Return what outcomes make: metric of the run -> its measurement, or what is wrong."""
         ...
+
+
+def check_wanted(wanted: Mapping[str, Tensor], sets: Mapping[str, ExampleSet]) -> dict[str, Tensor]:
+    """Return the examples that are wanted, or refuse them.
+
+    Args:
+        wanted: Evaluator -> indices.
+        sets: Evaluator -> what it has.
+
+    Raises:
+        DataError: When there is no such evaluator, no evaluator at all, or examples are not
+            different ones of its set.
+    """
+    if not wanted:
+        raise DataError("no examples are wanted", hint="name at least one evaluator")
+    found: dict[str, Tensor] = {}
+    for key, given in wanted.items():
+        if key not in sets:
+            raise DataError(f"there is no evaluator {key!r}", hint=did_you_mean(key, sets))
+        size = sets[key].size
+        items = torch.as_tensor(given, device="cpu")
+        usual = items.dim() == 1 and len(items) > 0 and not items.is_floating_point()
+        if usual and items.dtype != torch.bool and sets[key].divisible:
+            inside = 0 <= int(items.min()) and int(items.max()) < size
+            usual = inside and len(set(items.tolist())) == len(items)
+        if not usual or items.dtype == torch.bool:
+            raise DataError(
+                f"the examples of {key!r} must be different ones of {size}, got {given!r:.80}",
+                hint=f"give each index from 0 to {size - 1} at most once",
+            )
+        found[key] = items.long()
+    return found
 
 
 def on_parts(problem: Problem, parts: Sequence[Part], seed: int) -> Problem:

@@ -58,6 +58,7 @@ __all__ = [
     "as_fitted",
     "bound_distances",
     "check_enough",
+    "correlated",
     "covariance_on_link",
     "from_link",
     "links_for",
@@ -330,17 +331,30 @@ def observed_on_link(seen: Observations, links: Sequence[Link]) -> tuple[Tensor,
     return torch.stack(values, -1), torch.stack(variances, -1)
 
 
-def covariance_on_link(seen: Observations, links: Sequence[Link]) -> Tensor | None:
+def correlated(covariance: Tensor) -> Tensor:
+    """Return of which metrics rows have noise in common, ``m`` booleans for ``m x n x n``."""
+    own = torch.diag_embed(covariance.diagonal(dim1=-1, dim2=-2))
+    return (covariance != own).flatten(1).any(-1)
+
+
+def covariance_on_link(
+    seen: Observations, links: Sequence[Link], at: Tensor | None = None
+) -> Tensor | None:
     """Return the covariance of the noise among rows on the link scale, by the delta method.
 
     ``D C D`` with the covariance ``C`` on the metric's own scale and ``D`` the inverse slopes of
-    the inverse link, at the values of :func:`observed_on_link`, whose variances are the diagonal.
-    What this leaves below 0 of an eigenvalue, where ``C`` was pieced together from estimates, is
-    put to 0.
+    the inverse link. These should be those at the values *expected*: taken at the observed values
+    they err with them, and where the error is common to all rows, a fit moves far to one side of
+    the data (D'Agostini, *On the use of the covariance matrix to fit correlated data*, Nuclear
+    Instruments and Methods A 346, 1994). What this leaves below 0 of an eigenvalue, where ``C`` was
+    pieced together from estimates, is put to 0.
+
+    The noise of a metric whose rows have nothing in common is that of :func:`observed_on_link`.
 
     Args:
         seen: Observations of rows that have all of their metrics.
         links: One link a metric.
+        at: ``n x m`` values on the link scale whose slopes are taken; by default the observed ones.
 
     Returns:
         ``m x n x n``, with 0 for what is unknown; None where the noise of the rows is independent.
@@ -348,13 +362,16 @@ def covariance_on_link(seen: Observations, links: Sequence[Link]) -> Tensor | No
     if seen.covariance is None:
         return None
     Z, variance = observed_on_link(seen, links)
-    slopes = torch.stack([link.slope(Z[:, j]) for j, link in enumerate(links)])
+    at = Z if at is None else at
+    slopes = torch.stack([link.slope(at[:, j]) for j, link in enumerate(links)])
+    found = seen.covariance.clone()
+    found.diagonal(dim1=-1, dim2=-2).copy_(seen.Yvar.mT.nan_to_num(nan=0.0))
     # Divided twice: the product of two slopes below 1e-154 is 0 in float64.
-    found = seen.covariance / slopes.unsqueeze(-1) / slopes.unsqueeze(-2)
-    known = variance.mT
-    there = ~known.isnan()  # an unknown variance has no covariances either
+    found = found / slopes.unsqueeze(-1) / slopes.unsqueeze(-2)
+    there = ~variance.mT.isnan()  # an unknown variance has no covariances either
     found = found.masked_fill(~(there.unsqueeze(-1) & there.unsqueeze(-2)), 0.0)
-    found.diagonal(dim1=-1, dim2=-2).copy_(known.nan_to_num(nan=0.0))
+    independent = torch.diag_embed(variance.mT.nan_to_num(nan=0.0))
+    found = torch.where(correlated(found)[:, None, None], found, independent)
     found = (found + found.mT) / 2
     values, axes = torch.linalg.eigh(found)
     if bool((values >= -_ROUNDING * values.abs().amax(-1, keepdim=True)).all()):

@@ -45,6 +45,7 @@ from map_bo.surrogates.features import inputs
 from map_bo.surrogates.links import (
     LogitLink,
     as_fitted,
+    correlated,
     covariance_on_link,
     observed_on_link,
 )
@@ -166,12 +167,25 @@ class SetsAside(Protocol):
 def fit_screened(surrogate: Surrogate, seen: Observations, space: CoefficientSpace) -> Screening:
     """Return the fit of any surrogate, with what it set aside where it does so.
 
+    Estimates from parts of examples are asked for several times with nothing new measured: which
+    examples come next, then where; so the last fit to such is kept.
+
     Raises:
         SurrogateError: When it cannot be fitted.
     """
+    for of, by, within, last in _last_fit:
+        if of is seen and (by, within) == (surrogate, space):
+            return last
     if isinstance(surrogate, SetsAside):
-        return surrogate.screen(seen, space)
-    return Screening(surrogate.fit(seen, space), seen)
+        found = surrogate.screen(seen, space)
+    else:
+        found = Screening(surrogate.fit(seen, space), seen)
+    if seen.covariance is not None:
+        _last_fit[:] = [(seen, surrogate, space, found)]
+    return found
+
+
+_last_fit: list[tuple[Observations, Surrogate, CoefficientSpace, Screening]] = []
 
 
 def screened(surrogate: Surrogate) -> Surrogate:
@@ -274,6 +288,7 @@ class _Search:
         self.fitted = as_fitted(seen)
         self.z = torch.zeros(len(seen), dtype=torch.float64)
         self.covariance: Tensor | None = None
+        self.at, self.unknown = self.z, False
 
     def outliers(self, model: SurrogateModel) -> dict[int, tuple[float, float]]:
         """Return row -> what is expected there and its standard deviation, of each outlier.
@@ -281,8 +296,13 @@ class _Search:
         Args:
             model: The fit to all rows, of this metric.
         """
-        self.z = observed_on_link(self.fitted, model.links)[0][:, 0]
-        covariance = covariance_on_link(self.fitted, model.links)
+        values, variance = observed_on_link(self.fitted, model.links)
+        self.z, self.unknown = values[:, 0], bool(variance.isnan().any())
+        self.at = self.z
+        if self.fitted.covariance is not None and bool(correlated(self.fitted.covariance)):
+            with torch.no_grad():
+                self.at = model.link_mean(self.seen.X)[:, 0]
+        covariance = covariance_on_link(self.fitted, model.links, self.at.unsqueeze(-1))
         self.covariance = None if covariance is None else covariance[0]
         out = torch.zeros(len(self.seen), dtype=torch.bool)
         first = model
@@ -357,14 +377,14 @@ class _Search:
     def _misfit(self, model: SurrogateModel) -> Tensor:
         """Return the variance on top of known noise, a scalar: the noise where it is unknown."""
         assert isinstance(model, LeavesOneOut)
-        if bool(self.fitted.Yvar.isnan().any()):
+        if self.unknown:
             return model.training_targets()[1].nanmedian()
         return model.misfit_variance()[0]
 
     def _stretch(self, model: SurrogateModel, mean: Tensor) -> Tensor:
-        """Return by what deviations of noise change from the values to ``mean``, ``n``."""
+        """Return by what deviations of noise change from where they are to ``mean``, ``n``."""
         link = model.links[0]
-        return link.slope(self.z) / link.slope(mean)
+        return link.slope(self.at) / link.slope(mean)
 
     def _at(self, model: SurrogateModel, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return predicted means and standard deviations of all values, noise included, ``n``.
@@ -383,7 +403,7 @@ class _Search:
             centre, misfit = mean[:, 0], self._misfit(model)
             stretch = self._stretch(model, centre)
             known = self.covariance[rows][:, rows]
-            least = torch.maximum(misfit, 1e-9 * known.diagonal().mean())
+            least = torch.maximum(misfit, 1e-9 * known.diagonal().mean() + 1e-300)
             noise = known + least * torch.eye(len(known), dtype=known.dtype)
             toward = stretch.unsqueeze(-1) * self.covariance[:, rows]
             weights = torch.linalg.solve(noise, toward.mT).mT

@@ -23,6 +23,7 @@ nothing about how high.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -62,6 +63,7 @@ from map_bo.surrogates.links import (
     LogitLink,
     as_fitted,
     check_enough,
+    correlated,
     covariance_on_link,
     links_for,
     observed_on_link,
@@ -69,7 +71,7 @@ from map_bo.surrogates.links import (
 )
 from map_bo.surrogates.quadratic_model import QuadraticModel
 
-__all__ = ["Quadratic", "QuadraticModel", "binomial_working_responses"]
+__all__ = ["Quadratic", "QuadraticModel", "binomial_working_responses", "noise_on_link"]
 
 _FARTHEST = 15.0  # logits beyond this are told apart by counts of millions only
 
@@ -174,8 +176,8 @@ class Quadratic:
     shrunken deviation of each (:mod:`map_bo.surrogates.features`).
 
     Where the noise of the evaluations has a covariance, the likelihood is the Gaussian on the link
-    scale with all of it (:func:`~map_bo.surrogates.links.covariance_on_link`); of metrics with
-    gradients only its diagonal is used.
+    scale with all of it (:func:`noise_on_link`); of metrics with gradients only its diagonal is
+    used.
 
     Attributes:
         link: ``"auto"`` (logit, log, identity by the metric's kind) or ``"identity"``.
@@ -236,7 +238,7 @@ class Quadratic:
         v = variance / scale.unsqueeze(-1).square()
         unknown = v.isnan().any(-1)
         v = v.nan_to_num(nan=0.0)
-        covariance = covariance_on_link(seen, links)
+        covariance = noise_on_link(seen, links, space)
         turned = None
         if covariance is not None:
             turned = Rotation.of(covariance / scale[:, None, None].square())
@@ -348,6 +350,43 @@ class Quadratic:
             torch.cat([nugget[:, :1], weights], -1),
             torch.cat([nugget[:, 1:], torch.full_like(weights, _GROUP_SPREAD)], -1),
         )
+
+
+_MANY = 600  # features: beyond, the first fit is to constant and linear ones
+
+
+def noise_on_link(
+    seen: Observations, links: Sequence[Link], space: CoefficientSpace
+) -> Tensor | None:
+    """Return the covariance of the noise among rows on the link scale, ``m x n x n``.
+
+    The slopes of the links are taken at what a quadratic with independent noise makes of the
+    rows; see :func:`~map_bo.surrogates.links.covariance_on_link`. A second such step changes
+    little.
+
+    Args:
+        seen: Rows that have all of their metrics, as fitted.
+        links: One link per metric.
+        space: The space.
+
+    Returns:
+        None where the noise of the rows is independent.
+    """
+    if seen.covariance is None or not bool(correlated(seen.covariance).any()):
+        return covariance_on_link(seen, links)
+    Z, variance = (value.mT for value in observed_on_link(seen, links))
+    shift = Z.mean(-1)
+    scale = target_units(shift, Z.std(-1), links)
+    shift, scale = shift.unsqueeze(-1), scale.unsqueeze(-1)
+    Phi, groups, sizes = space_features(seen.X, space), space_groups(space), group_sizes(space)
+    if Phi.shape[-1] > _MANY:
+        few = groups < 2
+        Phi, groups, sizes = Phi[:, few], groups[few], sizes[:2]
+    known = (variance / scale.square()).nan_to_num(nan=0.0)
+    problem = regression(Phi, (Z - shift) / scale, known, groups)
+    hyper = Quadratic()._hyperprior(variance.isnan().any(-1), sizes)
+    line, _ = problem.fitted(maximise_evidence(problem, hyper))
+    return covariance_on_link(seen, links, (shift + scale * line).mT)
 
 
 def _noisy_rows(

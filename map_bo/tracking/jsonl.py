@@ -48,7 +48,7 @@ _SETTLES = 0.3  # seconds in which the name of the lock's owner may still be tha
 _PASSING = (*FULL, errno.EIO)
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP)
 
-_MEASUREMENTS = frozenset({"observed", "verified", "measured"})
+_MEASUREMENTS = frozenset({"observed", "scored", "verified", "measured"})
 _NOT_AWAITED = frozenset({"started"})
 """Kinds of events that need not outlive a power loss: that an evaluation had begun is of interest
 when its process dies and the machine lives on, and then what was written is there."""

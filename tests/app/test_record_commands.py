@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,11 +18,16 @@ from map_bo.loop.run import Run
 from map_bo.nested.optimize import optimize_nested
 from map_bo.problems.evaluation_cache import CachedMeasurements, EvaluationCache
 from map_bo.rng import make_generator
+from map_bo.samplers.allocation.fixed import SuccessiveHalving
+from map_bo.samplers.designs.space_filling import Sobol
+from map_bo.surrogates.quadratic import Quadratic
+from map_bo.tracking import side_file
 from map_bo.tracking.codec import encode_event, encode_metric, encode_observations
 from map_bo.tracking.jsonl import JsonlStore
 from map_bo.tracking.store import Event
 from tests.integration.mistakes import failing
 from tests.loop.bowls import Bowls, quick
+from tests.loop.items import ItemProblem
 from tests.nested.hills import Hills
 from tests.tracking.scored import ScoredBowls
 from tests.unsealed import unseal
@@ -251,22 +257,22 @@ def test_lost_outcomes_are_refused_and_a_repair_keeps_the_values(
     status, said = checked(scored, capsys)
     assert status == 1
     assert "the outcomes of the examples of 'far from b' are lost: outcomes.bin has" in said
-    assert "; and 4 more" in said
-    assert "leaves out the outcomes of 5 lines (far from b) and keeps all values" in said
+    assert "; and 8 more" in said
+    assert "leaves out the outcomes of 5 lines (far from b, near a) and keeps all values" in said
     assert "makes the other evaluations again" not in said
     main(["repair", str(scored)])
     said = capsys.readouterr().out
     assert "8 of 8 evaluations, finished" in said
-    assert "examples in 5 lines (far from b) are lost and were left out" in said
+    assert "examples in 5 lines (far from b, near a) are lost and were left out" in said
     assert (scored / "events.before-repair.jsonl").read_bytes() == before
     assert checked(scored, capsys)[0] == 0
     after, _ = load_state(scored)
     assert torch.equal(after.data.Y, whole.data.Y)
     assert after.summary == whole.summary
     kept = [len(row) for row in after.data.examples]
-    assert kept == [2, 2, 2, 1, 1, 1, 1, 1]
-    last = {name: one.values for name, one in after.data.examples[7].items()}
-    assert torch.equal(last["near a"], whole.data.examples[7]["near a"].values)
+    assert kept == [2, 2, 2, 1, 0, 0, 0, 0]
+    [(name, last)] = after.data.examples[3].items()
+    assert torch.equal(last.values, whole.data.examples[3][name].values)
 
 
 def test_damage_to_both_files_is_repaired_at_once(
@@ -320,13 +326,14 @@ def test_a_record_with_lost_outcomes_of_a_nested_run_is_repaired(
     store.append(Event("node", proposed))
     store.append(Event("node", {"node": "root", "kind": "observed", "data": inner}))
     assert checked(tmp_path, capsys)[0] == 0
+    assert set(outcomes_table(tmp_path)["evaluator"]) == set(names)
     (tmp_path / "outcomes.bin").unlink()
     status, said = checked(tmp_path, capsys)
     assert (status, "leaves out the outcomes of 2 lines" in said) == (1, True)
     main(["repair", str(tmp_path)])
     status, said = checked(tmp_path, capsys)
     assert (status, "1 measurements of a nested run" in said) == (0, True), said
-    assert set(outcomes_table(tmp_path)["evaluator"]) == {"near a"}
+    assert not len(outcomes_table(tmp_path)["row"])
 
 
 @pytest.mark.parametrize("name", ["table.csv", "table.csv.gz"])
@@ -356,3 +363,36 @@ def test_a_table_of_nothing_is_refused(
     said = failing(capsys, "outcomes", str(tmp_path / "none"), "--out", str(tmp_path / "table.ods"))
     assert "'table.ods'" in said, "before anything is read"
     assert not (tmp_path / "table.csv").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_tops_rows_up_goes_on_after_its_outcomes_were_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(side_file, "_INLINE", 0)
+    monkeypatch.setattr(side_file, "_SMALL", 0)
+    settings: dict[str, Any] = {
+        "sampler": Sobol(), "surrogate": Quadratic(), "verify": 1, "progress": False,
+        "tracking": "none", "items": SuccessiveHalving(share=0.25, factor=2),
+    }  # fmt: skip
+    optimize(ItemProblem(2, 80), 5, run_dir=tmp_path, **settings)
+    kinds = [event.kind for event in JsonlStore.open(tmp_path).read()]
+    assert checked(tmp_path, capsys)[0] == 0
+    [_, _, _, fourth, *_] = [i for i, kind in enumerate(kinds) if kind == "observed"]
+    change(tmp_path, lambda old: old[: fourth + 1])  # its row would get more examples next
+    os.truncate(tmp_path / "outcomes.bin", 150)
+    assert checked(tmp_path, capsys)[0] == 1
+    main(["repair", str(tmp_path)])
+    assert checked(tmp_path, capsys)[0] == 0
+    before, _ = load_state(tmp_path)
+    lost = [row for row, one in before.outcomes.items() if len(one.examples[0]) < 2]
+    assert lost == [2, 3]
+    optimize(ItemProblem(2, 80), 5, run_dir=tmp_path, **settings)
+    after, _ = load_state(tmp_path)
+    assert after.summary is not None
+    assert after.summary["full_evaluations"] <= 4 + 1e-9
+    for row in lost:  # with more examples, their values would be those of the new ones alone
+        assert torch.equal(after.outcomes[row].Y, before.outcomes[row].Y)
+        assert torch.equal(after.outcomes[row].counts, before.outcomes[row].counts)
+    again = [event.kind for event in JsonlStore.open(tmp_path).read()]
+    assert again.count("scored") > 1, "others get more"

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from map_bo.data import Metric
 from map_bo.errors import EvaluationError
 from map_bo.evaluators.evaluator import Measurement, Prepares
 from map_bo.evaluators.examples import ExampleEvaluator, listening
 from map_bo.evaluators.metrics import DeclaresMetrics, measure_all, metrics_of
+from map_bo.evaluators.scoring import Scored
 
 
 class ExampleEvaluatorContract:
@@ -59,6 +60,52 @@ class ExampleEvaluatorContract:
         torch.testing.assert_close(ready.score(model, items), whole[items], rtol=1e-4, atol=1e-5)
         items = torch.tensor([1, 0, 1, ready.size - 1, 0, 1])  # as when examples are drawn anew
         torch.testing.assert_close(ready.score(model, items), whole[items], rtol=1e-4, atol=1e-5)
+
+    def test_metrics_are_the_means_that_they_are_said_to_be(
+        self, ready: ExampleEvaluator, model: nn.Module
+    ) -> None:
+        items = torch.arange(0, ready.size, 2)
+        assert len(ready.means) == len(ready.metrics)
+        parts: list[Tensor | None] = [None, *([items] if ready.divisible else [])]
+        for part in parts:
+            outcomes = ready.score(model, torch.arange(ready.size) if part is None else part)
+            table = outcomes.reshape(len(outcomes), -1)
+            if part is None:
+                found = ready.summary(outcomes)
+            elif not any(ready.means):  # so few may say nothing of a correlation
+                continue
+            else:
+                found = ready.summary(outcomes, part)
+            for metric, mean, column in zip(
+                ready.metrics, ready.means, table.unbind(-1), strict=True
+            ):
+                if mean and metric.name in found:
+                    assert found[metric.name].value == pytest.approx(float(column.nanmean()))
+
+    def test_labels_are_one_per_example(self, ready: ExampleEvaluator) -> None:
+        strata = ready.strata
+        if strata is not None:
+            assert strata.shape == (ready.size,)
+            assert not strata.is_floating_point()
+            assert len(strata.unique()) < ready.size  # type: ignore[no-untyped-call]
+
+    def test_it_is_scored_by_example_as_a_problem_scores_it(
+        self, ready: ExampleEvaluator, model: nn.Module
+    ) -> None:
+        """The numbers are those of calling it, to the last bit, and a part has its own."""
+        scored = Scored.of("task", ready)
+        assert scored is not None
+        assert (scored.size, scored.digest) == (ready.size, ready.digest)
+        found, table = scored.measure(model, [])
+        assert found == measure_all("task", ready, model)
+        assert table.shape == (ready.size, len(ready.metrics))
+        if not ready.divisible:
+            return
+        items = torch.arange(ready.size - 1, -1, -2)
+        outcomes = scored.outcomes(ready.score(model, items), items)
+        torch.testing.assert_close(
+            outcomes.values, table[outcomes.items], rtol=1e-4, atol=1e-5, equal_nan=True
+        )
 
     def test_calling_it_is_the_summary_of_all(
         self, ready: ExampleEvaluator, model: nn.Module

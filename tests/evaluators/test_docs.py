@@ -59,9 +59,11 @@ def test_the_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
             for i, (a, b) in enumerate(zip(reviews(20), reviews(20, 4), strict=True))
         ],
     )
-    code, with_digest = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
-    assert TEXT.count("```python") == 2
-    exec(with_digest, {})
+    snippets = re.findall(r"<!-- snippet -->\n```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert TEXT.count("```python") == len(snippets) == 4
+    code, *others = snippets
+    for other in others:
+        exec(other, {})
     names: dict[str, object] = {}
     exec(code, names)
     result = names["result"]

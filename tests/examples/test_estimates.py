@@ -125,6 +125,17 @@ def test_estimates_stay_where_the_other_examples_can_take_them() -> None:
     assert bool((estimated(losses).Y >= 0).all())
 
 
+def test_outcomes_may_lie_beyond_the_bounds_of_their_mean() -> None:
+    outcomes = 4 * population(4, seed=2) - 1.5  # -1.5 and 2.5, with a mean between 0 and 1
+    outcomes[:, ::2] = 0.0
+    inside = Metric("task", resampling="same")
+    found = estimated(seen_of(outcomes, [M, M, 20, 20], inside), roughness=False)
+    free = Metric("task", kind="unbounded", resampling="same")
+    other = estimated(seen_of(outcomes, [M, M, 20, 20], free), roughness=False)
+    torch.testing.assert_close(found.Yvar, other.Yvar)
+    torch.testing.assert_close(found.Y, other.Y.clamp(0, 1))
+
+
 def test_losses_with_heavy_tails_have_estimates_in_their_unit() -> None:
     generator = make_generator(3)
     common = torch.randn(M, generator=generator, dtype=torch.float64)

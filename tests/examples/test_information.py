@@ -10,6 +10,7 @@ from torch import Tensor
 from map_bo.examples.information import (
     further_information,
     information,
+    information_of_new_rows,
     outcome_covariance,
     with_new_row,
 )
@@ -101,3 +102,19 @@ def test_a_new_row_leaves_the_covariance_positive_definite(rows: int, seed: int)
     grown = with_new_row(S, torch.cdist(X, X), torch.cdist(x, X)[0])
     assert float(torch.linalg.eigvalsh(grown)[0]) > 0
     torch.testing.assert_close(grown[:-1, :-1], S)
+
+
+@given(COUNTS, st.integers(0, 50), st.integers(1, 8))
+def test_new_rows_side_by_side_add_what_each_adds_alone(
+    counts: list[int], seed: int, stop: int
+) -> None:
+    R = len(counts)
+    first, source = spread(R, seed), torch.Generator().manual_seed(seed)
+    X = torch.rand(R, 2, generator=source, dtype=torch.float64)
+    new = torch.cdist(torch.rand(3, 2, generator=source, dtype=torch.float64), X)
+    S = torch.stack([with_new_row(first, torch.cdist(X, X), one) for one in new])
+    U, w = information_of_new_rows(S, counts, stop)
+    for i in range(3):
+        alone, weights = further_information(S[i], [*counts, 0], R, stop)
+        torch.testing.assert_close(U[i], alone)
+        torch.testing.assert_close(w[i], weights)

@@ -29,7 +29,7 @@ def scored(outcomes: Tensor, metrics: tuple[Metric, ...] = (RIGHT,)) -> Observat
     for row in outcomes:
         there = (~row.isnan()).nonzero().flatten()
         found = ExampleOutcomes(there, row[there], len(row), (True,))
-        examples.append({metric.name: found for metric in metrics})
+        examples.append({metric.name: found for metric in metrics})  # each an evaluator's own
     mean = outcomes.nanmean(-1, keepdim=True).expand(-1, len(metrics))
     n = (~outcomes.isnan()).sum(-1, keepdim=True).expand(-1, len(metrics)).double()
     return Observations(
@@ -137,12 +137,16 @@ def test_a_row_that_is_wrong_throughout_has_no_say() -> None:
     assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_evaluators_of_several_metrics_are_told_apart_by_their_means() -> None:
+def test_metrics_of_one_evaluator_are_told_apart_by_their_names() -> None:
     first, second = alike(0.2, 20, 600, 1), alike(0.9, 20, 600, 2)
     metrics = (Metric("set_b", resampling="same"), Metric("set_a", resampling="same"))
     items = torch.arange(600)
     examples = tuple(
-        {"set": ExampleOutcomes(items, torch.stack([a, b], -1), 600, (True, True))}
+        {
+            "set": ExampleOutcomes(
+                items, torch.stack([a, b], -1), 600, (True, True), ("set_a", "set_b")
+            )
+        }
         for a, b in zip(first, second, strict=True)
     )
     Y = torch.stack([second.mean(-1), first.mean(-1)], -1)
@@ -150,6 +154,8 @@ def test_evaluators_of_several_metrics_are_told_apart_by_their_means() -> None:
     found = differing_share(seen)
     assert float(found[0]) == pytest.approx(0.1, abs=0.06)
     assert float(found[1]) == pytest.approx(0.8, abs=0.08)
+    unnamed = tuple({"set": dataclasses.replace(row["set"], metrics=())} for row in seen.examples)
+    assert bool(differing_share(dataclasses.replace(seen, examples=unnamed)).isnan().all())
 
 
 def test_surrogates_take_the_measured_share_where_examples_are_the_same() -> None:

@@ -23,7 +23,7 @@ from map_bo.evaluators.sources.files import read_idx
 from map_bo.evaluators.text.heads import read_head
 from map_bo.foreign import parse_yaml
 from map_bo.loop.mirrors import view_of
-from map_bo.loop.reading import created_of, load_result, read_runs
+from map_bo.loop.reading import created_of, load_result, outcomes_table, read_runs
 from map_bo.merging.adapters.adapter import open_adapter
 from map_bo.merging.align.vocabulary import token_ids
 from map_bo.merging.checkpoints.checkpoint import open_checkpoint
@@ -68,6 +68,7 @@ def record(folder: Path) -> None:
             result = load_nested(folder)
         result.choose({}).describe()
         result.point(0).describe()
+        outcomes_table(folder)
 
 
 def sweep(folder: Path) -> None:
@@ -120,6 +121,7 @@ def examples(name: str) -> Callable[[Path], None]:
 
 READERS: Mapping[str, Reader] = {
     "record": Reader("events.jsonl", record, "record"),
+    "outcomes": Reader("outcomes.bin", record),
     "sweep": Reader("failure.json", sweep, "json"),
     "mirror": Reader("wandb.json", sweep, "json"),
     "configuration": Reader("config.json", configuration, "json"),

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from map_bo.data import Metric
+from map_bo.data import Metric, Observations
 from map_bo.errors import AnotherRunError
+from map_bo.examples.sets import ExampleOutcomes
 from map_bo.loop.identity import difference, problem_identity, refuse_another, run_identity
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
@@ -21,7 +23,7 @@ from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.tracking.jsonl import MemoryStore
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore
 from tests.evaluators.test_examples import Signs
 
 PROBLEM = ConcaveQuadratics(d=2, m=2)
@@ -138,6 +140,22 @@ def test_a_run_does_not_go_on_with_other_examples() -> None:
     again = Run(later, settings, store).drive()  # nothing is left to measure
     assert torch.equal(again.front.X, result.front.X)
     assert not unread.prepared
+
+
+def test_a_recorded_run_is_not_resumed_on_other_examples(tmp_path: Path) -> None:
+    settings = Settings(budget=8, verify=1, sampler=Sobol(), surrogate=Quadratic())
+    first = Run(of_examples(0.0)[0], settings, JsonlStore.create(tmp_path))
+    [index] = first.ask(1)
+    outcome = ExampleOutcomes(torch.arange(3), torch.rand(3, 2), 3, (True, True))
+    X, Y = first.state.X[[index]], torch.tensor([[0.5, 0.1]])
+    first.tell(index, Observations(X, Y, first.problem.metrics, examples=({"signs": outcome},)))
+    before = (tmp_path / "events.jsonl").read_bytes()
+    with pytest.raises(AnotherRunError, match=r"examples\.signs was") as caught:
+        Run(of_examples(0.1)[0], settings, JsonlStore.open(tmp_path))
+    assert "use another run directory" in str(caught.value.hint)
+    assert (tmp_path / "events.jsonl").read_bytes() == before
+    again = Run(of_examples(0.0)[0], settings, JsonlStore.open(tmp_path))
+    assert len(again.state.seen.examples[0]["signs"]) == 3
 
 
 def test_a_record_that_does_not_tell_its_examples_is_taken_as_it_is() -> None:

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from map_bo.data import Observations
 from map_bo.errors import AnotherRunError, StoreError
 from map_bo.loop.optimize import optimize
-from map_bo.loop.reading import clear_failure, read_runs, record_failure
+from map_bo.loop.reading import (
+    clear_failure,
+    load_state,
+    outcomes_table,
+    read_runs,
+    record_failure,
+)
+from map_bo.loop.run import Run
+from map_bo.rng import make_generator
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
-from map_bo.tracking.jsonl import is_run
-from tests.loop.bowls import Bowls
+from map_bo.tracking.jsonl import JsonlStore, MemoryStore, is_run
+from tests.loop.bowls import Bowls, quick
+from tests.tracking.scored import ScoredBowls
 from tests.unsealed import unseal
 
 
@@ -179,3 +190,59 @@ def test_sweeps_of_the_same_name_are_told_apart_by_their_path(sweep: Path, tmp_p
         run(tmp_path / part / "sweep" / "job")
     records = read_runs([tmp_path / "a" / "sweep", tmp_path / "b" / "sweep"], beside=tmp_path)
     assert len({record.sweep for record in records}) == 2
+
+
+def same_examples(ours: Observations, theirs: Observations) -> bool:
+    for row, other in zip(ours.examples, theirs.examples, strict=True):
+        if list(row) != list(other):
+            return False
+        for name, one in row.items():
+            if not torch.equal(one.items, other[name].items):
+                return False
+            if not torch.equal(one.values, other[name].values):
+                return False
+    return True
+
+
+def test_outcomes_that_a_run_decides_by_are_those_that_are_read_back(tmp_path: Path) -> None:
+    """Rounding after they were used would let a resumed run propose other points."""
+    problem = ScoredBowls(size=4000)
+    driven = Run(problem, quick(8), JsonlStore.create(tmp_path / "run"))
+    driven.drive()
+    read, _ = load_state(tmp_path / "run")
+    assert len(read.data) == 8
+    assert all(len(row) == 2 for row in read.data.examples)
+    assert same_examples(read.data, driven.state.data)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    again = Run(problem, quick(8), JsonlStore.open(tmp_path / "copy"))
+    assert same_examples(again.state.data, driven.state.data)
+    in_memory = Run(problem, quick(8), MemoryStore())
+    in_memory.drive()
+    assert same_examples(in_memory.state.data, driven.state.data)
+
+
+def test_outcomes_of_front_points_stay_when_a_run_is_extended(tmp_path: Path) -> None:
+    problem, store = ScoredBowls(size=4000), JsonlStore.create(tmp_path)
+    Run(problem, quick(8), store).drive()
+    before, _ = load_state(tmp_path)
+    Run(problem, quick(10), JsonlStore.open(tmp_path)).drive()
+    after, _ = load_state(tmp_path)
+    rows = list(after.front_rows)
+    assert len(rows) == 2
+    assert same_examples(after.seen.select(rows), before.verification)
+    assert all(len(row) == 2 for row in after.data.examples)
+
+
+def test_what_was_told_from_outside_keeps_its_outcomes(tmp_path: Path) -> None:
+    problem = ScoredBowls(size=50)
+    run = Run(problem, quick(8), JsonlStore.create(tmp_path))
+    [by_value, by_name] = run.ask(2)
+    x = run.state.X[[by_value]]
+    told = problem.evaluate(x, generator=make_generator(0))
+    run.tell(by_value, told)
+    run.tell(by_name, {"near a": 0.5, "far from b": 0.25})
+    rows = load_state(tmp_path)[0].seen.examples
+    assert (len(rows[0]), len(rows[1])) == (2, 0)
+    table = outcomes_table(tmp_path)
+    assert len(table["row"]) == 100
+    assert set(table["row"].tolist()) == {0}

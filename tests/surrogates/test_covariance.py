@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from map_bo.data import Metric, Observations
+from map_bo.data import Metric, Observations, Resampling
 from map_bo.loop.posterior.front_posterior import expected_optimism
 from map_bo.loop.posterior.joint_posterior import real_draws
 from map_bo.pareto.gradient import GradientSolver
@@ -28,6 +28,7 @@ from map_bo.samplers.posterior.scalarised import HypervolumeScalarised
 from map_bo.samplers.posterior.thompson import ThompsonFronts
 from map_bo.samplers.posterior.variance import IntegratedVariance
 from map_bo.samplers.published.bins import Bins
+from map_bo.scale import Scale
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.auto import Auto
 from map_bo.surrogates.features import group_sizes, space_features, space_groups
@@ -38,7 +39,7 @@ from map_bo.surrogates.prediction import objective
 from map_bo.surrogates.processes.gp import GP
 from map_bo.surrogates.processes.hybrid import Hybrid
 from map_bo.surrogates.processes.sparse import Sparse
-from map_bo.surrogates.quadratic import Quadratic, QuadraticModel
+from map_bo.surrogates.quadratic import Quadratic, QuadraticModel, noise_on_link
 from map_bo.surrogates.surrogate import Surrogate, SurrogateModel
 from map_bo.surrogates.validation import LeavesOneOut, noise_covariance, validate
 
@@ -159,7 +160,7 @@ def quadratic_parts(model: QuadraticModel, seen: Observations) -> tuple[Tensor, 
     links = links_for(seen.metrics)
     fitted = as_fitted(seen)
     targets = observed_on_link(fitted, links)[0].mT - model.shift.unsqueeze(-1)
-    noise = covariance_on_link(fitted, links)
+    noise = noise_on_link(fitted, links, SPACE)
     assert noise is not None
     squared = model.scale.square()[:, None, None]
     Phi = space_features(seen.X, SPACE)
@@ -208,7 +209,7 @@ def test_the_quadratic_is_fitted_at_the_mode_of_the_dense_evidence() -> None:
     seen = noisy()
     model = Quadratic().fit(seen, SPACE)
     targets, _, _ = quadratic_parts(model, seen)
-    noise = covariance_on_link(as_fitted(seen), links_for(METRICS))
+    noise = noise_on_link(as_fitted(seen), links_for(METRICS), SPACE)
     assert noise is not None
     y = targets / model.scale.unsqueeze(-1)
     C = noise / model.scale.square()[:, None, None]
@@ -390,6 +391,55 @@ def test_covariances_go_through_links_by_the_delta_method() -> None:
     assert Z.shape == variance.shape
 
 
+def test_slopes_are_those_of_a_first_fit_with_independent_noise() -> None:
+    seen = noisy()
+    links = links_for(METRICS)
+    at = Quadratic().fit(dataclasses.replace(seen, covariance=None), SPACE).link_mean(seen.X)
+    found = noise_on_link(as_fitted(seen), links, SPACE)
+    assert found is not None
+    assert seen.covariance is not None
+    for j, link in enumerate(links):
+        slope = link.slope(at[:, j])
+        expected = seen.covariance[j] / (slope * slope.unsqueeze(-1))
+        torch.testing.assert_close(found[j], expected, rtol=1e-6, atol=1e-12)
+    diagonal = dataclasses.replace(seen, covariance=torch.diag_embed(seen.Yvar.mT))
+    independent = noise_on_link(diagonal, links, SPACE)
+    assert independent is not None
+    variance = observed_on_link(seen, links)[1]
+    torch.testing.assert_close(independent, torch.diag_embed(variance.mT))
+
+
+@pytest.mark.parametrize("surrogate", [Quadratic(), GP(), Hybrid()], ids=repr)
+def test_a_fit_does_not_leave_the_data_for_a_common_error(surrogate: Surrogate) -> None:
+    """Slopes at the observed values make the smallest ones err most, and all of them too small."""
+    X = SPACE.sample(12, generator=make_generator(0))
+    y = torch.tensor([0.8, 1.25, 1.0, 0.85, 1.2, 1.0] * 2).double()
+    C = 0.5**2 * torch.ones(12, 12).double() + 0.05**2 * torch.eye(12).double()
+    naive = torch.linalg.solve(C / (y * y.unsqueeze(-1)), torch.ones(12).double())
+    level = naive @ y.log() / naive.sum()
+    assert not float(y.log().min()) < float(level) < float(y.log().max())
+    metrics = (Metric("loss", "min", "loss"),)
+    seen = Observations(
+        X, y.unsqueeze(-1), metrics, Yvar=C.diagonal().unsqueeze(-1), covariance=C.unsqueeze(0)
+    )
+    with torch.no_grad():
+        found = surrogate.fit(seen, SPACE).link_mean(X)
+    assert float(y.log().min()) < float(found.mean()) < float(y.log().max())
+
+
+def test_many_coefficients_are_smoothed_by_a_plane() -> None:
+    space = CoefficientSpace.box([f"e{i}" for i in range(36)])
+    X = space.sample(10, generator=make_generator(0))
+    C = examples_noise(10, 1)[:1]
+    Y = torch.sigmoid(X[:, :1] + 0.5)
+    seen = Observations(X, Y, METRICS[:1], Yvar=C[0].diagonal().unsqueeze(-1), covariance=C)
+    found = noise_on_link(seen, links_for(METRICS[:1]), space)
+    assert found is not None
+    assert float(torch.linalg.eigvalsh(found).min()) > 0
+    slope = (C[0].diagonal() / found[0].diagonal()).sqrt()
+    assert bool((slope < 0.2501).all() & (slope > 0.05).all())
+
+
 # ------------------------------------------------------------------ what looks through them
 
 
@@ -403,7 +453,7 @@ def gradients_of(seen: Observations) -> Observations:
 
 @pytest.mark.parametrize("surrogate", [Quadratic(), GP()], ids=repr)
 def test_metrics_with_gradients_take_the_diagonal(surrogate: Surrogate) -> None:
-    seen = gradients_of(noisy(6))
+    seen = gradients_of(noisy(4))
     plain = dataclasses.replace(seen, covariance=None)
     found = said(surrogate.fit(seen, SPACE), points())
     assert_same(found, said(surrogate.fit(plain, SPACE), points()), 1e-9, 1e-12)
@@ -412,7 +462,7 @@ def test_metrics_with_gradients_take_the_diagonal(surrogate: Surrogate) -> None:
     assert some is not None
     only = dataclasses.replace(seen, gradients=some.index_fill(1, torch.tensor([1, 2]), torch.nan))
     mixed = said(surrogate.fit(only, SPACE), points())
-    without = said(surrogate.fit(noisy(6), SPACE), points())
+    without = said(surrogate.fit(noisy(4), SPACE), points())
     torch.testing.assert_close(mixed[0][:, 0], found[0][:, 0], rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(mixed[0][:, 1:], without[0][:, 1:], rtol=1e-6, atol=1e-8)
 
@@ -512,3 +562,34 @@ def test_samplers_run(
     assert found.shape == (1, 2)
     assert bool(SPACE.contains(found).all())
     assert not caplog.records  # the design would go on where the choice fails, and say so
+
+
+def test_the_scale_has_a_range_where_only_common_noise_is_larger() -> None:
+    """Base and experts that differ by less than the noise they have in common do differ."""
+    space = CoefficientSpace.box(("a", "b"))
+    X = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    Y = torch.tensor([[0.1, 0.8], [0.9, 0.93], [0.5, 0.8]])
+    common = 0.01 * torch.ones(2, 3, 3).double()
+    own = 0.01 * torch.eye(3).double().expand(2, 3, 3)
+    kinds: tuple[Resampling | None, ...] = (None, "same")
+    for resampling in kinds:
+        metrics = (Metric("x", resampling=resampling), Metric("y", resampling=resampling))
+        for share, rangeless in ((0.0, ()), (0.1, ()), (1.0, ("y",))):
+            covariance = (1 - share) * common + share * own
+            Yvar = covariance.diagonal(dim1=-1, dim2=-2).mT
+            seen = Observations(X, Y, metrics, Yvar=Yvar, covariance=covariance)
+            assert Scale.of(seen, space).rangeless == rangeless
+
+
+@pytest.mark.parametrize("surrogate", [Quadratic(), GP()], ids=repr)
+def test_exact_values_at_a_bound_are_screened_with_a_covariance_of_nothing(
+    surrogate: Surrogate,
+) -> None:
+    seen = noisy(12).columns([0], torch.ones(12, dtype=torch.bool))
+    Y = (seen.Y + 0.2).clamp(0.5, 1.0).round(decimals=1)  # some are 1
+    Y[7] = 0.4
+    exact = torch.zeros(1, 12, 12)
+    seen = dataclasses.replace(seen, Y=Y, Yvar=torch.zeros_like(Y), covariance=exact)
+    found = Screened(surrogate).screen(seen, SPACE)
+    with torch.no_grad():
+        assert bool(found.model.link_mean(points()).isfinite().all())

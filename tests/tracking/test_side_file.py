@@ -324,7 +324,7 @@ def append_and_die(directory: Path, one: Event, step: int, half: float) -> None:
     try:
         store = JsonlStore.open(directory)
         with store.lock():
-            os.write, os.fsync = written, synced
+            os.write, os.fsync = written, synced  # type: ignore[assignment]
             store.append(one)
     finally:
         os._exit(1)

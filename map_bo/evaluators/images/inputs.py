@@ -150,6 +150,11 @@ class ImageEvaluator(ExampleEvaluator):
         return self.examples.size
 
     @property
+    def strata(self) -> Tensor | None:
+        """The class of each image; None where only the entropy is measured."""
+        return torch.tensor(self.examples.classes()) if self.labelled else None
+
+    @property
     def examples(self) -> Examples:
         """What was read.
 

@@ -35,6 +35,7 @@ __all__ = [
     "measured_by",
     "model_in_memory",
     "outcome_of",
+    "refuse_nan",
     "require_harness",
 ]
 
@@ -112,6 +113,11 @@ class Unit:
     columns: tuple[Column, ...]
     dropped: tuple[str, ...] = ()
     by_size: bool = True
+
+    def means(self, tasks: int) -> tuple[bool, ...]:
+        """Return which metrics are means over the documents of so many tasks."""
+        alike = self.by_size or tasks == 1
+        return tuple(alike and column.rule in ("mean", "brier") for column in self.columns)
 
 
 @dataclass(frozen=True, eq=False)
@@ -545,3 +551,15 @@ def measured_by(
     # By the delta method.
     variance = None if variance is None else value**2 * variance
     return Measurement(value, variance=variance, count=count)
+
+
+def refuse_nan(answers: Any) -> None:
+    """Refuse likelihoods that are NaN: the largest of them would still be some choice."""
+    if isinstance(answers, list | tuple):
+        for one in answers:
+            refuse_nan(one)
+    elif isinstance(answers, float) and math.isnan(answers):
+        raise EvaluationError(
+            "the model's outputs hold NaN",
+            hint="these coefficients break the model; narrow the bounds if many do",
+        )

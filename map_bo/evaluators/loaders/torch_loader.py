@@ -120,6 +120,23 @@ class TorchLoader(ExampleEvaluator):
         return self._known.size
 
     @property
+    def strata(self) -> Tensor | None:
+        """The class of each example, where the targets are one integer per example."""
+        found = self._known.targets
+        whole = found is not None and not (found.is_floating_point() or found.is_complex())
+        return found if found is not None and whole and len(found) == self.size else None
+
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """Those of a function; those of torchmetrics may be something else."""
+        return (self._sets is None,) * len(self.metrics)
+
+    @property
+    def divisible(self) -> bool:
+        """Not with torchmetrics: the outcome of an example may depend on the others."""
+        return self._sets is None
+
+    @property
     def digest(self) -> str:
         """A digest of the examples and of the names of the metrics."""
         _ = self._known

@@ -59,6 +59,16 @@ class _Classification(TextEvaluator):
         """Those that were asked for: ``accuracy``, macro ``f1``; ``loss``, ``entropy`` in nats."""
         return tuple(_METRICS[name] for name in self._names)
 
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """All but macro F1, whose outcomes are the predicted classes."""
+        return tuple(name != "f1" for name in self._names)
+
+    @property
+    def strata(self) -> Tensor | None:
+        """The class of each example; None where only the entropy is measured."""
+        return self.ready.targets if self.labelled else None
+
     def targets_of(
         self, examples: Examples, outputs: int, head: Head | None, model: nn.Module
     ) -> Tensor:

@@ -92,6 +92,11 @@ class Regression(TextEvaluator):
         """Those that were asked for."""
         return tuple(_METRICS[name] for name in self._names)
 
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """The errors; the outcomes of correlations are the predictions."""
+        return tuple(name not in _CORRELATIONS for name in self._names)
+
     def targets_of(
         self, examples: Examples, outputs: int, head: Head | None, model: nn.Module
     ) -> Tensor:

@@ -102,7 +102,7 @@ class Scoring:
             sets=self.sets,
             sizes=self.sizes,
             covered=covered,
-            busy=frozenset(self.flying) | state.closed,
+            busy=frozenset(self.flying) | state.closed | _lacking(state),
             budget=self._settings.search,
         )
 
@@ -209,3 +209,21 @@ class Scoring:
             },
             "full_evaluations": round(standing.spent, 6),
         }
+
+
+def _lacking(state: RunState) -> frozenset[int]:
+    """Return the rows that were measured on examples whose outcomes a repair has left out.
+
+    Their values stand; with more examples they would be replaced by those of the new ones alone.
+    """
+    return frozenset(
+        row
+        for row, covered in state.covered.items()
+        if row in state.outcomes
+        and state.outcomes[row].failures[0] is None
+        and any(
+            name not in state.outcomes[row].examples[0]
+            or len(state.outcomes[row].examples[0][name]) < count
+            for name, count in covered.items()
+        )
+    )

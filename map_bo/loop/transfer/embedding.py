@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import DataError, MapBoError, SpaceError, did_you_mean, listed
+from map_bo.loop.transfer.examples import note_on_outcomes, outcomes_taken
 from map_bo.loop.transfer.study import StartFrom, Study
 from map_bo.plain import flat, modernise
 from map_bo.space import CoefficientSpace
@@ -88,8 +89,18 @@ def embed(
             else f"{study.title} holds no evaluation",
             hint="start the run without it",
         )
-    found = _observations(study.select(kept), metrics, mapped, X[kept])
-    return Taken(found, _told(study, space, metrics, mapped, found, wrong))
+    study_kept = study.select(kept)
+    found = _observations(study_kept, metrics, mapped, X[kept])
+    told = _told(study, space, metrics, mapped, found, wrong)
+    if study.outcomes:
+        own = {metric.name for metric in metrics}
+        pairs = zip(study.metric_names, mapped.metrics, strict=True)
+        names = {old: new if new in own else None for old, new in pairs}
+        outcomes = outcomes_taken(study_kept, names, how, examples or {})
+        found = replace(found, examples=outcomes)
+        note = note_on_outcomes(study_kept.outcomes, outcomes)
+        told |= {} if note is None else {"notes": [*told.get("notes", ()), note]}
+    return Taken(found, told)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from map_bo.loop.identity import problem_identity
 from map_bo.loop.reading import created_of, load_state
 from map_bo.loop.result import Result
 from map_bo.loop.transfer.embedding import Taken, embed
+from map_bo.loop.transfer.examples import check_outcomes
 from map_bo.loop.transfer.study import HasStudy, StartFrom, Study
 from map_bo.loop.transfer.table import read_table
 from map_bo.problems.problem import Problem, digests_of_examples
@@ -52,6 +53,7 @@ def take(known: Known, problem: Problem) -> Taken:
         and given.X.shape[-1] == space.d
     ):
         space.check(given.X)
+        check_outcomes(given, problem)
         return Taken(given, {"from": "python"})
     study = _study(given, how, problem)
     # Examples are read only where there are some to compare them with.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.errors import ConfigError
+from map_bo.examples.sets import ExampleOutcomes
 from map_bo.loop.result import Result
 from map_bo.space import CoefficientSpace
 from map_bo.values import real_number
@@ -41,6 +42,8 @@ class Study:
         examples: Digests of the examples of its evaluators, by their names.
         gradients: ``n x m x d`` derivatives, or None.
         gradient_variance: ``n x m x d`` variances of their noise, or None.
+        outcomes: For each row, evaluator -> the outcomes of its examples; empty where there are
+            none in any row.
     """
 
     names: tuple[str, ...]
@@ -59,6 +62,7 @@ class Study:
     examples: Mapping[str, str] = field(default_factory=dict)
     gradients: Tensor | None = None
     gradient_variance: Tensor | None = None
+    outcomes: tuple[Mapping[str, ExampleOutcomes], ...] = ()
 
     @classmethod
     def of(
@@ -101,6 +105,7 @@ class Study:
             examples=examples or {},
             gradients=seen.gradients,
             gradient_variance=seen.gradient_variance,
+            outcomes=seen.examples if any(seen.examples) else (),
         )
 
     def select(self, rows: Sequence[int]) -> Study:
@@ -118,6 +123,7 @@ class Study:
             rows=tuple(self.rows[i] for i in index),
             gradients=None if slopes is None else slopes[index],
             gradient_variance=None if noise is None else noise[index],
+            outcomes=tuple(self.outcomes[i] for i in index) if self.outcomes else (),
         )
 
     @property

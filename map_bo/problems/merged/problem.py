@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,13 @@ from torch import Generator, Tensor, nn
 from map_bo.data import Metric, Observations
 from map_bo.errors import EvaluationError, MergeError
 from map_bo.evaluators.differentiable import measure_with_gradient
-from map_bo.evaluators.evaluator import Evaluator
+from map_bo.evaluators.evaluator import Evaluator, ItemEvaluator
 from map_bo.evaluators.isolation.world import callers_dtype, callers_world, known_numerics
+from map_bo.evaluators.items import callable_evaluators
 from map_bo.evaluators.metrics import (
     check_names,
     evaluator_of,
     evaluators_of,
-    measure_all,
     metrics_of,
     select_metrics,
 )
@@ -48,7 +47,7 @@ from map_bo.merging.vectors.recalibration import Batches, Recalibration, statist
 from map_bo.merging.vectors.storage import StorageDtype
 from map_bo.merging.vectors.task_vectors import TaskVectors, cosines
 from map_bo.problems.evaluation_cache import EvaluationCache, read_cache
-from map_bo.problems.merged.elsewhere import Placeable
+from map_bo.problems.merged.examples import Partial
 from map_bo.problems.merged.heads import TaskHeads
 from map_bo.problems.merged.loading import Loaded, make_live
 from map_bo.problems.merged.measured import MeasuredRows
@@ -72,7 +71,7 @@ from map_bo.space import CoefficientSpace
 __all__ = ["MergedModelProblem"]
 
 
-class MergedModelProblem(Placeable):
+class MergedModelProblem(Partial):
     """Merging experts into one live model and measuring it.
 
     Nothing is read or trained when it is made, except names and shapes of the checkpoints; the
@@ -91,7 +90,9 @@ class MergedModelProblem(Placeable):
         experts: Expert name -> checkpoint, or the folder of a LoRA adapter over the base.
         evaluators: Metric name -> callable that takes the model and returns a float or a
             `Measurement`, or a mapping where it declares several metrics; see
-            :mod:`map_bo.evaluators.metrics`. The names need not be those of experts.
+            :mod:`map_bo.evaluators.metrics`. Or what scores examples one by one: any ready
+            evaluator, `map_bo.Items`, an object with ``size`` and ``score(model, items)``. The
+            names need not be those of experts.
         operator: How to merge; task arithmetic by default.
         metrics: One for each evaluator, by name. By default each is a proportion in [0, 1] of
             which more is better. Evaluators are taken to use the same examples every time; one
@@ -141,7 +142,7 @@ class MergedModelProblem(Placeable):
         *,
         base: CheckpointSource,
         experts: Mapping[str, CheckpointSource],
-        evaluators: Mapping[str, Evaluator],
+        evaluators: Mapping[str, Evaluator | ItemEvaluator],
         operator: MergeOperator | None = None,
         metrics: Sequence[Metric] | None = None,
         lower: float = 0.0,
@@ -164,8 +165,9 @@ class MergedModelProblem(Placeable):
         check_names(evaluators, "evaluator")
         check_model(model)
         self._source = model
-        self._metrics = metrics_of(evaluators, metrics)
-        self._evaluators = evaluators_of(evaluators, self._metrics)
+        called = callable_evaluators(evaluators)
+        self._metrics = metrics_of(called, metrics)
+        self._evaluators = evaluators_of(called, self._metrics)
         self._base = open_checkpoint(base)
         known = model if isinstance(model, nn.Module) else None
         given = {
@@ -247,6 +249,8 @@ class MergedModelProblem(Placeable):
         The cost of a row is the seconds that merging and measuring took. ``generator`` seeds the
         global random states of torch, numpy and Python before each evaluator.
 
+        The outcomes of the examples of evaluators that score by example come along.
+
         What an evaluator changes, in the model, in torch or in the process, is undone before the
         next; where that cannot be done, its measurement fails.
 
@@ -255,23 +259,27 @@ class MergedModelProblem(Placeable):
             MergeError: When checkpoints, model and operator do not fit each other.
         """
         X = self._space.check(X)
-        measured, loaded = MeasuredRows(X, self._metrics), self._load()
+        loaded = self._load()
+        measured = MeasuredRows(X, self._metrics, loaded.scored)
         # Under another default dtype, models and inputs come in different ones.
         loaded.live.cast_inputs = callers_dtype() != torch.float32
         with loaded.live as live:
             recall = self._recalls(live)
             for i, x in enumerate(X):
                 start, again = time.perf_counter(), False
-                known, reasons = recall.fill(measured, i, x, self._evaluators)
+                known, reasons = recall.fill(measured, i, x, self._whole)
                 others = [key for key in self._evaluators if key not in known]
                 for key in others:
                     evaluator, begun = self._evaluators[key], time.perf_counter()
+                    items, outcomes = self._wanted.get(key), None
                     try:
                         model = self._write(x, key, again=again, hold=key != others[-1])
                         again = True
                         with watched(key, live, child_seed(generator, key, i)):
                             if loaded.derivatives is None:
-                                found = measure_all(key, evaluator, model)
+                                found, outcomes = loaded.measure(
+                                    key, evaluator, model, self._metrics, items
+                                )
                             else:
                                 seen, *slopes = measure_with_gradient(
                                     key, evaluator, live, loaded.derivatives
@@ -283,8 +291,9 @@ class MergedModelProblem(Placeable):
                         continue
                     wrong = measured.put(i, found)
                     reasons += wrong
+                    measured.put_outcomes(i, key, outcomes, items)
                     if not wrong:
-                        recall.keep(key, evaluator, found, time.perf_counter() - begun)
+                        recall.keep(key, evaluator, found, time.perf_counter() - begun, outcomes)
                 measured.end(i, reasons, time.perf_counter() - start)
                 recall.save()
         return measured.observations()
@@ -399,22 +408,6 @@ class MergedModelProblem(Placeable):
             ties=ties,
             record=record,
         )
-
-    def restricted(self, names: Sequence[str]) -> MergedModelProblem:
-        """Return the same merging with these metrics alone; only their evaluators are called.
-
-        Checkpoints are read now if they were not yet, and shared.
-
-        Raises:
-            DataError: When there is no such metric.
-        """
-        metrics = select_metrics(self._metrics, names)
-        self._load()
-        part = copy.copy(self)
-        part._metrics = metrics
-        part._evaluators = evaluators_of(self._evaluators, metrics)
-        part.made_by(MergedModelProblem.restricted, self, tuple(names))
-        return part
 
     @property
     def composes(self) -> bool:

@@ -27,6 +27,7 @@ from map_bo.errors import EvaluationError, MapBoError
 from map_bo.evaluators.evaluator import Evaluator, HasDigest, Measurement, Repeats
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.isolation.world import callers_settings
+from map_bo.evaluators.items import Items
 from map_bo.evaluators.lm_eval import LMEval
 from map_bo.evaluators.metrics import SeveralMetrics, metric_names, own_names
 from map_bo.merging.checkpoints.checkpoint import Checkpoint
@@ -66,7 +67,7 @@ def why_not_kept(evaluator: Evaluator, key: str, metrics: Sequence[Metric]) -> s
     try:
         if isinstance(inner, Repeats) and not inner.repeats:
             return "the same weights do not always give the same measurement"
-        if not isinstance(inner, HasDigest):
+        if not isinstance(inner, HasDigest) or (isinstance(inner, Items) and not inner.digest):
             return "it has no digest"
     except Exception as error:  # whatever a property of somebody else's raises
         return f"its digest cannot be told: {type(error).__name__}: {error}".rstrip(": ")
@@ -190,7 +191,7 @@ class Recall:
             if entry is not None and set(entry.metrics) == set(names.values()):
                 known.add(key)
                 found = {name: entry.metrics[own] for name, own in names.items()}
-                reasons += measured.recall(i, found, entry.seconds)
+                reasons += measured.recall(i, key, found, entry.seconds, entry.outcomes)
         return known, reasons
 
     def keep(
@@ -199,6 +200,7 @@ class Recall:
         evaluator: Evaluator,
         found: Mapping[str, Measurement | EvaluationError],
         seconds: float,
+        outcomes: Tensor | None = None,
     ) -> None:
         """Note what an evaluator measured on the row that was asked for last, for `save`.
 
@@ -207,13 +209,14 @@ class Recall:
             evaluator: The evaluator.
             found: Its measurements by the names that the metrics have in the run.
             seconds: How long it took.
+            outcomes: ``n x k`` outcomes of all its examples in order, where it has such.
         """
         if key not in self._keys:
             return
         own = own_names(key, evaluator)
         metrics = {own[n]: one for n, one in found.items() if isinstance(one, Measurement)}
         if len(metrics) == len(own):
-            self._new[self._keys[key]] = CachedMeasurements(key, metrics, seconds)
+            self._new[self._keys[key]] = CachedMeasurements(key, metrics, seconds, outcomes)
             if seconds > _DEAR:
                 self.save()
 
@@ -265,7 +268,7 @@ def _identity(evaluator: Evaluator) -> list[Any]:
         found += [
             [encode_metric(metric) for metric in inner.metrics],
             inner.batch_size,
-            fingerprint(_code_of(inner)),
+            _code_of_items(inner) if isinstance(inner, Items) else fingerprint(_code_of(inner)),
             [_identity(one) for one in vars(inner).values() if isinstance(one, ExampleEvaluator)],
         ]
     if isinstance(inner, LMEval):
@@ -276,6 +279,14 @@ def _identity(evaluator: Evaluator) -> list[Any]:
     except MapBoError:  # what it depends on, it says itself
         found.append(f"{kind.__module__}:{kind.__qualname__}")
     return found
+
+
+def _code_of_items(evaluator: Items) -> str:
+    """Return a fingerprint of what scores, if it has one; its digest answers for the rest."""
+    try:
+        return fingerprint(evaluator.scorer)
+    except MapBoError:
+        return ""
 
 
 def _code_of(evaluator: ExampleEvaluator) -> dict[str, object]:

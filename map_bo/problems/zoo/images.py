@@ -175,6 +175,29 @@ class HeadAccuracy:
         """A digest of the head, the images and their classes."""
         return f"{digest_of(self.head.state_dict())} {self._accuracy.digest}"
 
+    @property
+    def size(self) -> int:
+        """The number of images."""
+        return self._accuracy.size
+
+    @property
+    def strata(self) -> Tensor:
+        """The class of each image."""
+        return self.labels
+
+    @property
+    def means(self) -> tuple[bool, ...]:
+        """The accuracy is a mean."""
+        return self._accuracy.means
+
+    def score(self, model: nn.Module, items: Tensor) -> Tensor:
+        """Return 1 for each of ``n`` images that is classified right, else 0."""
+        return self._accuracy.score(nn.Sequential(model, self.head), items)
+
+    def summary(self, outcomes: Tensor, items: Tensor | None = None) -> Measurement:
+        """Return the share of the images that are right."""
+        return self._accuracy.summary(outcomes)
+
     def __call__(self, model: nn.Module) -> Measurement:
         """Return the accuracy in [0, 1] with the number of images."""
         return self._accuracy(nn.Sequential(model, self.head))

@@ -37,6 +37,7 @@ from map_bo.errors import ConfigError, SurrogateError
 from map_bo.examples.information import (
     further_information,
     information,
+    information_of_new_rows,
     outcome_covariance,
     with_new_row,
 )
@@ -363,28 +364,33 @@ class _OneMetric:
 
     def drops_at_pool(self, stop: int) -> Tensor:
         """Return the drops (``b``) by new rows at the points of the pool on ``stop`` examples."""
-        R, counts = self._R, [*self._counts, 0]
-        pool = len(self._joint) - R - len(self._weights)
-        drops = []
-        for point in range(R, R + pool):
-            raw = with_new_row(self._raw, self._distances[:R], self._distances[point])
-            unit = torch.cat([self._slopes[:R], self._slopes[point : point + 1]]).clamp_min(1e-12)
-            S = raw / (unit.unsqueeze(-1) * unit)
-            C = torch.zeros_like(S)
-            C[:-1, :-1], C[-1, -1] = self._C, _VAGUE * S[-1, -1]
-            U, w = further_information(S, counts, R, min(stop, self._size))
-            inverse = torch.linalg.inv(_noise(C, S, self._size, self._misfit))
-            at = torch.cat([torch.arange(R), torch.tensor([point])])
-            drops.append(self._drop(_gained(C, inverse, U, w), at))
-        return torch.stack(drops)
+        R, p = self._R, len(self._weights)
+        b, stop = len(self._joint) - R - p, min(stop, self._size)
+        raw = torch.stack(
+            [
+                with_new_row(self._raw, self._distances[:R], self._distances[point])
+                for point in range(R, R + b)
+            ]
+        )
+        own = self._slopes[R : R + b, None]
+        unit = torch.cat([self._slopes[:R].expand(b, -1), own], -1).clamp_min(1e-12)
+        S = raw / (unit.unsqueeze(-1) * unit.unsqueeze(-2))
+        U, w = information_of_new_rows(S, self._counts, stop)
+        C = torch.zeros_like(S)
+        C[:, :-1, :-1], C[:, -1, -1] = self._C, _VAGUE * S[:, -1, -1]
+        inverse = torch.linalg.inv(_noise(C, S, self._size, self._misfit))
+        at = torch.cat([torch.arange(R).expand(b, -1), torch.arange(R, R + b)[:, None]], -1)
+        return self._drop(_gained(C, inverse, U, w), at)
 
     def _drop(self, H: Tensor, at: Tensor) -> Tensor:
+        """Return the drops by precisions ``H H'`` (``... x R x b``) at positions (``... x R``)."""
         p = len(self._weights)
-        cross = self._joint[-p:][:, at] @ H
-        inner = _eye(H) + H.T @ self._joint[at][:, at] @ H
-        root = torch.linalg.cholesky((inner + inner.T) / 2)
-        taken = torch.linalg.solve_triangular(root, cross.T, upper=False)
-        total: Tensor = (self._weights * taken.square().sum(0)).sum()
+        cross = self._joint[-p:][:, at].movedim(0, -2) @ H
+        among = self._joint[at.unsqueeze(-1), at.unsqueeze(-2)]
+        inner = _eye(H) + H.mT @ among @ H
+        root = torch.linalg.cholesky((inner + inner.mT) / 2)
+        taken = torch.linalg.solve_triangular(root, cross.mT, upper=False)
+        total: Tensor = (self._weights * taken.square().sum(-2)).sum(-1)
         return total
 
 
@@ -399,18 +405,18 @@ def _eye(H: Tensor) -> Tensor:
 
 
 def _noise(C: Tensor, S: Tensor, size: int, misfit: float) -> Tensor:
-    jitter = _JITTER * S.diagonal() + 1e-3 * S.diagonal() / size
-    return C - S / size + torch.diag(misfit + jitter)
+    own = S.diagonal(dim1=-1, dim2=-2)
+    return C - S / size + torch.diag_embed(misfit + (_JITTER + 1e-3 / size) * own)
 
 
 def _gained(C: Tensor, inverse: Tensor, U: Tensor, w: Tensor) -> Tensor:
     """Return ``H`` with ``H H'`` the precision that is gained; see the module."""
     CU = C @ U
-    inner = torch.diag(1 / w) + U.T @ CU
-    root = torch.linalg.cholesky((inner + inner.T) / 2)
-    G = torch.linalg.solve_triangular(root, CU.T, upper=False).T
+    inner = torch.diag_embed(1 / w) + U.mT @ CU
+    root = torch.linalg.cholesky((inner + inner.mT) / 2)
+    G = torch.linalg.solve_triangular(root, CU.mT, upper=False).mT
     NG = inverse @ G
-    left = _eye(G) - G.T @ NG
-    level, axes = torch.linalg.eigh((left + left.T) / 2)
-    gained: Tensor = NG @ (axes * level.clamp_min(1e-9).rsqrt())
+    left = _eye(G) - G.mT @ NG
+    level, axes = torch.linalg.eigh((left + left.mT) / 2)
+    gained: Tensor = NG @ (axes * level.clamp_min(1e-9).rsqrt().unsqueeze(-2))
     return gained

@@ -27,7 +27,6 @@ from map_bo.surrogates.links import (
     Link,
     as_fitted,
     check_enough,
-    covariance_on_link,
     links_for,
     observed_on_link,
     target_units,
@@ -57,6 +56,7 @@ from map_bo.surrogates.processes.marginal import (
     fit,
     leave_one_out,
 )
+from map_bo.surrogates.quadratic import noise_on_link
 from map_bo.surrogates.quadratic_model import transformed
 from map_bo.surrogates.surrogate import (
     SurrogateModel,
@@ -404,7 +404,7 @@ class GP:
     lengthscales). The constant has a prior variance and is integrated out. Known noise
     enters as known, and a small fitted variance on top takes up what the process cannot follow;
     unknown noise is fitted. Where the noise of evaluations has a covariance, all of it enters
-    (:func:`~map_bo.surrogates.links.covariance_on_link`); for metrics with gradients, only its
+    (:func:`~map_bo.surrogates.quadratic.noise_on_link`); for metrics with gradients, only its
     diagonal. Observed gradients condition the process too, with noise and a nugget
     of their own (:mod:`map_bo.surrogates.processes.gp_gradients`). All is relative to the spread
     of a metric, so its unit does not matter. In a space with a choice the covariance is multiplied
@@ -489,7 +489,7 @@ def _processes(
     """
     links = links_for(seen.metrics, kind=link)
     Z, variance = observed_on_link(seen, links)
-    covariance = covariance_on_link(seen, links)
+    covariance = noise_on_link(seen, links, space)
     rows = gradient_rows(seen, links, space)
     U, prior = inputs(seen.X, space), prior.within(space)
     processes = []

@@ -42,6 +42,7 @@ _SOON = 5.0
 
 _WRITTEN = (
     "events.jsonl",
+    "outcomes.bin",
     "evaluations.csv",
     "front.csv",
     "summary.json",

@@ -38,7 +38,7 @@ class Numbers:
         self.names: tuple[str, ...] = ()
         self.metrics: tuple[Metric, ...] = ()
         self._rounds = self._evaluations = self._verifications = self._retries = 0
-        self._data_sets = 0
+        self._data_sets = self._topped_up = 0
         self._nodes: dict[str, Numbers] = {}
 
     def of(self, event: Event) -> dict[str, float]:
@@ -51,6 +51,8 @@ class Numbers:
         ``hypervolume/observed points`` (real, scaled; once base and experts were measured).
         ``verified``: ``verification`` (counted from 1), ``real/NAME``, ``predicted/NAME``,
         ``verification/seconds`` and ``verification/failed``. ``attempt``: ``retries`` so far.
+        ``scored``: ``examples/topped up``, how many examples rows were topped up by so far, and
+        ``metric/NAME`` of the row as measured by then; nothing where that failed.
         ``imported``: ``evaluation`` after them, and ``imported``, their number.
         ``extended``: the settings that were changed, below ``settings/``, and ``evaluation``, which
         counts the points of a front that was set back.
@@ -85,6 +87,11 @@ class Numbers:
                 if "hypervolume" in data:
                     numbers["hypervolume/observed points"] = data["hypervolume"]
                 return numbers
+            case "scored" if "observation" in data:
+                self._topped_up += sum(int(stop) - int(start) for _, start, stop in data["parts"])
+                names = [metric.name for metric in self.metrics]
+                seen = decode_observations(data["observation"], self.metrics)
+                return {"examples/topped up": self._topped_up, **_named("metric", names, seen.Y[0])}
             case "imported":
                 count = len(data["indices"])
                 self._evaluations += count

@@ -171,3 +171,28 @@ def test_a_direction_is_turned_and_a_link_is_undone() -> None:
     narrow = replace(joint, covariance=0 * joint.covariance)
     drawn = narrow.draw(3, generator=make_generator(0))
     assert float((drawn - joint.mean).abs().max()) < math.sqrt(1e-290) + 1e-12
+
+
+def test_the_misfit_that_rows_with_noise_in_common_tell_is_the_gaussian_conditional() -> None:
+    seen = data(12)
+    common = seen.Yvar.mean(0)[:, None, None] * (torch.eye(12) + 8 * torch.ones(12, 12)).double()
+    seen = replace(seen, Yvar=common.diagonal(dim1=-1, dim2=-2).mT, covariance=common)
+    model = Quadratic().fit(seen, SPACE)
+    count = 6000
+    values = real_draws(model, grid(1), seen.X, SPACE, count=count, generator=make_generator(0))[1]
+    drawn = from_link(model.link_mean(seen.X), model.links)  # for its shape alone
+    assert values.shape == (count, *drawn.shape)
+    N, misfit = model.noise_covariance(), model.misfit_variance()
+    assert N is not None
+    targets, _ = model.training_targets()
+    mean, spread = model.joint(seen.X)
+    # f + e given the data, e being the misfit: its mean is f's, moved by what the residuals say.
+    accuracy = torch.logit(values[..., 0])
+    weights = misfit[0] * torch.linalg.inv(N[0])
+    expected = mean[:, 0] + weights @ (targets[:, 0] - mean[:, 0])
+    rest = torch.eye(12).double() - weights
+    left = misfit[0] * torch.eye(12).double() - misfit[0] * weights
+    total = rest @ spread[0] @ rest.mT + left
+    deviation = total.diagonal().sqrt()
+    assert float(((accuracy.mean(0) - expected) / deviation).abs().max()) < 0.06
+    assert float((torch.cov(accuracy.mT) - total).abs().max()) < 0.06 * float(total.max())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from map_bo.examples.sets import ExampleOutcomes
 from map_bo.report.run import outcome_table
 from map_bo.report.run.outcome_table import COLUMNS, outcome_columns, write_outcomes
 
-ROWS = (
+ROWS: tuple[Mapping[str, ExampleOutcomes], ...] = (
     {"math": ExampleOutcomes(torch.tensor([4, 1]), torch.tensor([1.0, 0.0]), 9, (True,))},
     {},
     {
@@ -46,7 +47,7 @@ def test_columns_hold_one_outcome_per_example_and_metric() -> None:
     assert found["row"].tolist() == [0, 0, 2, 2, 2, 2, 2]
     assert found["metric"].tolist()[2:5] == ["math", "f1", "loss"]
     assert found["example"].tolist() == [1, 4, 0, 2, 2, 0, 0]
-    assert (found["row"].dtype, found["outcome"].dtype) == ("int64", "float64")
+    assert [str(found[name].dtype) for name in ("row", "outcome")] == ["int64", "float64"]
 
 
 @pytest.mark.parametrize("rows", [(), ({},)])

@@ -60,3 +60,15 @@ def test_an_extension_counts_the_points_of_its_front_among_the_evaluations() -> 
     assert [found["evaluation"] for kind, found in told if kind == "observed"][-1] == 9
     assert [found["verification"] for kind, found in told if kind == "verified"] == [1, 2, 1, 2]
     assert numbers.created["settings"]["budget"] == numbers.summary["budget"] == 11
+
+
+def test_rows_that_are_topped_up_show_their_new_values() -> None:
+    metric, numbers = Metric("m"), Numbers()
+    space = CoefficientSpace.box(("a", "b")).describe()
+    numbers.of(Event("created", {"space": space, "metrics": [encode_metric(metric)]}))
+    one = Observations(torch.rand(1, 2), torch.rand(1, 1), (metric,))
+    data = {"index": 0, "observation": encode_observations(one), "parts": [["m", 10, 30]]}
+    assert numbers.of(Event("scored", data))["examples/topped up"] == 20
+    found = numbers.of(Event("scored", {**data, "parts": [["m", 30, 35], ["n", 0, 5]]}))
+    assert found == {"examples/topped up": 30, "metric/m": float(one.Y[0, 0])}
+    assert numbers.of(Event("scored", {"index": 0, "parts": [["m", 35, 40]], "reason": "x"})) == {}
