@@ -25,6 +25,7 @@ CLUSTERS = README.parent / "docs" / "clusters.md"
 ASYNCHRONOUS = README.parent / "docs" / "asynchronous.md"
 GROW = README.parent / "docs" / "grow.md"
 WORKERS = README.parent / "docs" / "workers.md"
+ITEMS = README.parent / "docs" / "items.md"
 ESTIMATES = README.parent / "docs" / "estimates.md"
 MODULES = {
     "merge": "benchmarks.speed.merge",
@@ -58,6 +59,7 @@ CLUSTER_TRIALS = {
 # Tables of other documents, each beside what it is about; run by themselves.
 PAGES = {
     "asynchronous": "benchmarks.quality.asynchronous",
+    "items": "benchmarks.quality.items",
     "estimation": "benchmarks.quality.estimation",
     "transfer": "benchmarks.quality.transfer",
     "workers": "benchmarks.speed.workers",
@@ -116,6 +118,7 @@ def main() -> None:
         ASYNCHRONOUS.write_text(filled(ASYNCHRONOUS.read_text()))
         GROW.write_text(filled(GROW.read_text()))
         WORKERS.write_text(filled(WORKERS.read_text()))
+        ITEMS.write_text(filled(ITEMS.read_text()))
         ESTIMATES.write_text(filled(ESTIMATES.read_text()))
         evidence.write()
 

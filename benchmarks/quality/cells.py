@@ -137,7 +137,7 @@ def load(path: Path) -> Record | None:
     seen = None
     if "metrics" in plain:
         seen = Observations(
-            **{name: arrays[f"seen/{name}"] for name in _SEEN},
+            **{name: arrays[f"seen/{name}"] for name in _SEEN},  # type: ignore[arg-type]
             metrics=tuple(Metric(**metric) for metric in plain["metrics"]),
             failures=tuple(plain["failures"]),
         )

@@ -48,6 +48,7 @@ examples:
   map-bo tell RUN 3 --json '{"rot90": 0.61, "flip": 0.7}'
   map-bo export RUN --to ax.db                          the run as an Ax experiment
   map-bo check RUN                                      whether its record is whole
+  map-bo outcomes RUN --out outcomes.csv                the outcome of every example
 
 `map-bo run --help` lists the configuration groups and their options.
 """

@@ -259,6 +259,8 @@ def called(name: str, evaluator: Evaluator, model: nn.Module) -> object:
         text, hint = str(error), None
         if isinstance(error, MapBoError):
             text, hint = error.message, error.hint
+        elif isinstance(error, TypeError) and "required positional argument: 'items'" in text:
+            hint = "a function of the model and indices is map_bo.Items(score, size=len(data))"
         reason = f"evaluator {name!r} raised {type(error).__name__}: {text}"
         raise EvaluationError(
             reason.rstrip(": "), hint=hint or "call it on the base model to find out why"

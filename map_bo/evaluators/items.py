@@ -240,13 +240,15 @@ class Items(ExampleEvaluator):
         if isinstance(self._score, Prepares):
             self._score.prepare(model)
         if self._asked is not None:
-            self._size = whole_number("size", self._asked(), least=1, error=EvaluationError)
+            found = whole_number("size", self._asked(), least=1, error=EvaluationError)
+            refuse_another_size(self._size or found, found)
+            self._size = found
         given: Any = self._given_labels
         if given is None and isinstance(self._score, HasStrata):
             given = self._score.strata
         if given is not None:
-            found = given() if callable(given) else given
-            self._strata = numbered(found, self.size, EvaluationError)
+            labels = given() if callable(given) else given
+            self._strata = numbered(labels, self.size, EvaluationError)
 
     def outcomes(self, model: nn.Module, items: Tensor) -> Tensor:
         """Return what ``score`` returns for one batch: ``b``, or ``b x k``, float64."""
@@ -506,5 +508,6 @@ def refuse_another_size(known: int, found: object) -> None:
     if whole_number("size", found, least=1, error=EvaluationError) != known:
         raise EvaluationError(
             f"there were {known} examples, and now there are {found}",
-            hint="the examples of an evaluator must stay the same throughout a run",
+            hint="the examples of an evaluator must stay the same throughout a run; make a new one "
+            "for others",
         )

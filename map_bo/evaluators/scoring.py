@@ -135,6 +135,8 @@ class Scored:
     def outcomes(self, table: Tensor, items: Tensor | None = None) -> ExampleOutcomes:
         """Return outcomes (``n x k``) of some examples, or of all in order, as they are kept."""
         which = torch.arange(self.size, device="cpu") if items is None else items
+        # They outlive the evaluation, and may come from inference mode.
+        which, table = (one.clone() if one.is_inference() else one for one in (which, table))
         return ExampleOutcomes(which, table, self.size, self.means, self.metrics)
 
     def summarise(
@@ -149,8 +151,12 @@ class Scored:
         items = None if outcomes.complete else outcomes.items
         table = outcomes.values
         given = table.squeeze(-1) if table.shape[1] == 1 else table
-        try:
-            found = self._summed(given, table, items, metrics)
+
+        def summed(model: nn.Module) -> Any:
+            return self._summed(given, table, items, metrics)
+
+        try:  # no model is needed, but whatever a summary raises is told as of a call
+            found = called(self.name, summed, nn.Identity())
             return measurements_of(self.name, self.evaluator, found)
         except EvaluationError as error:
             return dict.fromkeys(self.metrics, error)

@@ -131,9 +131,10 @@ class ExampleOutcomes:
                 f"{', '.join(self.metrics)}",
                 hint="name one metric per column, each once, or none",
             )
-        if bool((items[1:] < items[:-1]).any()):
-            order = items.argsort()
-            items, values = items[order], values[order]
+        sorts = bool((items[1:] < items[:-1]).any())
+        order = items.argsort() if sorts else slice(None)
+        # Copies of their own, whatever becomes of those that were given.
+        items, values = items[order].clone(), values[order].clone()
         inside = len(items) and 0 <= int(items[0]) and int(items[-1]) < self.size
         if not inside or bool((items[1:] == items[:-1]).any()):
             raise DataError(

@@ -343,18 +343,20 @@ def covariance_on_link(
     """Return the covariance of the noise among rows on the link scale, by the delta method.
 
     ``D C D`` with the covariance ``C`` on the metric's own scale and ``D`` the inverse slopes of
-    the inverse link. These should be those at the values *expected*: taken at the observed values
-    they err with them, and where the error is common to all rows, a fit moves far to one side of
-    the data (D'Agostini, *On the use of the covariance matrix to fit correlated data*, Nuclear
-    Instruments and Methods A 346, 1994). What this leaves below 0 of an eigenvalue, where ``C`` was
-    pieced together from estimates, is put to 0.
+    the inverse link. Both belong to the values *expected*: taken at the observed values they err
+    with them, and where the error is common to all rows, a fit moves far to one side of the data
+    (D'Agostini, *On the use of the covariance matrix to fit correlated data*, Nuclear Instruments
+    and Methods A 346, 1994). The variance of a proportion is as the slope of the logit, and the one
+    in ``C`` is that of the observed value; moved to the expected one, it leaves the geometric mean
+    of both slopes in ``D``. What this leaves below 0 of an eigenvalue, where ``C`` was pieced
+    together from estimates, is put to 0.
 
     The noise of a metric whose rows have nothing in common is that of :func:`observed_on_link`.
 
     Args:
         seen: Observations of rows that have all of their metrics.
         links: One link a metric.
-        at: ``n x m`` values on the link scale whose slopes are taken; by default the observed ones.
+        at: ``n x m`` values on the link scale that were expected; by default the observed ones.
 
     Returns:
         ``m x n x n``, with 0 for what is unknown; None where the noise of the rows is independent.
@@ -362,8 +364,11 @@ def covariance_on_link(
     if seen.covariance is None:
         return None
     Z, variance = observed_on_link(seen, links)
-    at = Z if at is None else at
-    slopes = torch.stack([link.slope(at[:, j]) for j, link in enumerate(links)])
+    slopes = torch.stack([link.slope(Z[:, j]) for j, link in enumerate(links)])
+    if at is not None:
+        logit = torch.tensor([isinstance(link, LogitLink) for link in links]).unsqueeze(-1)
+        expected = torch.stack([link.slope(at[:, j]) for j, link in enumerate(links)])
+        slopes = torch.where(logit, slopes.sqrt() * expected.sqrt(), expected)
     found = seen.covariance.clone()
     found.diagonal(dim1=-1, dim2=-2).copy_(seen.Yvar.mT.nan_to_num(nan=0.0))
     # Divided twice: the product of two slopes below 1e-154 is 0 in float64.

@@ -360,9 +360,8 @@ def noise_on_link(
 ) -> Tensor | None:
     """Return the covariance of the noise among rows on the link scale, ``m x n x n``.
 
-    The slopes of the links are taken at what a quadratic with independent noise makes of the
-    rows; see :func:`~map_bo.surrogates.links.covariance_on_link`. A second such step changes
-    little.
+    What was expected of the rows is what a quadratic with independent noise makes of them; see
+    :func:`~map_bo.surrogates.links.covariance_on_link`. A second such step changes little.
 
     Args:
         seen: Rows that have all of their metrics, as fitted.

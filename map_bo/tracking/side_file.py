@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import itertools
 import os
@@ -102,7 +103,7 @@ class SideFile:
         return stored
 
     def _append(self, content: bytes, start: int) -> None:
-        descriptor = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+        descriptor = self._open()
         try:
             before = os.fstat(descriptor).st_size
             try:
@@ -123,7 +124,29 @@ class SideFile:
             )
         self._put = (start, end)
         if not start:  # a new name is durable only once the directory that holds it was written
-            sync_directory(self._path.parent)
+            try:
+                sync_directory(self._path.parent)
+            except BaseException:
+                self.take_back()
+                raise
+
+    def _open(self) -> int:
+        """Open the file for appending; a run from somebody else may have put a link there."""
+        how = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        how |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # a pipe would wait for its reader
+        try:
+            descriptor = os.open(self._path, how, 0o666)
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENXIO):
+                raise
+        else:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                return descriptor
+            os.close(descriptor)
+        raise OSError(
+            errno.ELOOP,
+            f"{self._path.name} is not a regular file, and a record is not written through a link",
+        )
 
     def take_back(self) -> None:
         """Cut off what was put last, as the event that refers to it was not written."""

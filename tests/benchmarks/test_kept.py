@@ -38,4 +38,9 @@ def test_the_models_of_every_real_case_are_kept() -> None:
     names = {path.stem for path in kept}
     assert set(DigitsZoo(16).names) <= names
     assert set(EXPERTS) <= names
-    assert {path.parts[0] for path in kept} == {"digits", "images", "plateau"}
+    assert {path.parts[0] for path in kept} == {
+        "digits",
+        "images",
+        "plateau",
+        "text-small",
+    }

@@ -7,11 +7,14 @@ import math
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from map_bo.errors import StoreError
+from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.store import Event, RunStore
+from tests.tracking.scored import ScoredBowls
 
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats() | st.text(max_size=8),
@@ -107,6 +110,20 @@ class StoreContract:
         with pytest.raises(StoreError, match=what):
             store.append(Event("a", data))
         assert [event.kind for event in store.read()] == ["before"]
+
+    def test_outcomes_of_examples_come_back_large_and_small(self, store: RunStore) -> None:
+        seen = ScoredBowls(size=5000).evaluate(torch.full((1, 2), 0.5), generator=torch.Generator())
+        data = encode_observations(seen)
+        for kind, held in (
+            ("observed", {"index": 0, "observation": data}),
+            ("scored", {"index": 0, "observation": data, "parts": [["near a", 0, 5000]]}),
+            ("imported", {"indices": [0], "observations": data}),
+            ("node", {"node": "x", "kind": "observed", "data": {"observation": data}}),
+            ("measured", {"names": ["near a"], "observation": data}),
+        ):
+            store.append(Event(kind, held))
+            *_, last = store.read()
+            assert (last.kind, last.data) == (kind, held)
 
 
 def strict(line: bytes) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import map_bo
 from map_bo.data import Metric
 from map_bo.errors import ConfigError, DataError, EvaluationError
-from map_bo.evaluators.evaluator import Measurement
+from map_bo.evaluators.evaluator import Measurement, measure
 from map_bo.evaluators.examples import ExampleEvaluator
 from map_bo.evaluators.items import Items, callable_evaluators, read_outcomes
 from map_bo.evaluators.kinds import code_in, evaluator_from, settings_of
@@ -250,8 +250,12 @@ class TestSize:
         items.prepare(MODEL)
         items(MODEL)
         data.append(0)
-        with pytest.raises(EvaluationError, match="there were 6 examples, and now there are 7"):
-            items(MODEL)
+        for again in (items, items.prepare):
+            with pytest.raises(EvaluationError, match="there were 6 examples, and now there are 7"):
+                again(MODEL)
+        data.pop()
+        items.prepare(MODEL)
+        items(MODEL)
 
     @pytest.mark.parametrize("size", [0, "six", 2.5, None])
     def test_what_is_no_size_is_refused(self, size: object) -> None:
@@ -261,6 +265,12 @@ class TestSize:
     def test_labels_are_counted_when_the_size_is_known(self) -> None:
         with pytest.raises(EvaluationError, match="there are 5 labels of 6 examples"):
             Items(positive, lambda: 6, labels=torch.zeros(5)).prepare(MODEL)
+
+
+def test_a_function_of_items_alone_is_told_what_makes_it_an_evaluator() -> None:
+    with pytest.raises(EvaluationError, match="missing 1 required positional") as caught:
+        measure("a", positive, MODEL)  # type: ignore[arg-type]
+    assert "map_bo.Items(score, size=len(data))" in (caught.value.hint or "")
 
 
 class Bench:

@@ -121,6 +121,20 @@ def test_a_digest_that_cannot_be_told_is_none() -> None:
     assert scored(called).digest == ""
 
 
+def test_a_summary_that_raises_is_told_of_each_metric() -> None:
+    class Broken(Several):
+        def summary(self, outcomes: Tensor, items: Tensor | None = None) -> dict[str, float]:
+            return {"a": 1 / 0, "b": 0.0}
+
+    one = scored(Broken())
+    found = one.summarise([], one.outcomes(torch.zeros(4, 2)))
+    assert list(found) == ["task_a", "task_b"]
+    assert all("'task' raised ZeroDivisionError" in str(each) for each in found.values())
+    good = scored(Several())
+    found = good.summarise([], good.outcomes(torch.ones(2, 2), torch.tensor([0, 2])))
+    assert found["task_a"] == Measurement(1.0, count=2)
+
+
 def test_as_many_means_as_metrics() -> None:
     class Wrong(Several):
         means = (True,)

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -246,3 +247,33 @@ def test_what_a_user_may_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert usual.path.parent == tmp_path
     with pytest.raises(ConfigError, match="cache must be true, false or the path"):
         read_cache(3)
+
+
+@pytest.mark.parametrize(
+    "outcomes",
+    [
+        torch.tensor([[1.0], [0.0], [1.0]] * 7, dtype=torch.float64),
+        torch.tensor([[0.1, 1.0], [torch.nan, -2e300], [3.0, 0.0]], dtype=torch.float64),
+        torch.zeros(1, 3, dtype=torch.float64),
+        None,
+    ],
+    ids=["bits", "numbers", "one example", "none"],
+)
+def test_outcomes_of_examples_come_back_to_the_last_bit(
+    outcomes: torch.Tensor | None, tmp_path: Path
+) -> None:
+    cache = EvaluationCache(tmp_path / "cache.sqlite")
+    cache.put({"key": CachedMeasurements("a", {"m": Measurement(0.5)}, 1.0, outcomes)})
+    found = cache.get(["key"])["key"]
+    if outcomes is None:
+        assert found.outcomes is None
+    else:
+        assert found.outcomes is not None
+        assert found.outcomes.dtype == torch.float64
+        assert torch.equal(found.outcomes.nan_to_num(7.0), outcomes.nan_to_num(7.0))
+        assert torch.equal(found.outcomes.isnan(), outcomes.isnan())
+
+
+def test_entries_from_before_outcomes_were_kept_are_read() -> None:
+    old = CachedMeasurements._of("a", '[[["m", 0.5, null, null]], 2.0]')
+    assert (old.metrics, old.seconds, old.outcomes) == ({"m": Measurement(0.5)}, 2.0, None)

@@ -306,6 +306,44 @@ def test_outcomes_that_two_write_at_once_where_locks_lie_are_noticed(
     assert read(run) == [event(i) for i in range(3)]
 
 
+def link(path: Path) -> None:
+    (path.parent / "elsewhere").write_bytes(b"a file of the user's")
+    path.symlink_to(path.parent / "elsewhere")
+
+
+@pytest.mark.parametrize("put", [link, os.mkfifo, Path.mkdir])
+def test_nothing_is_written_through_what_somebody_has_put_there(
+    tmp_path: Path, put: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = JsonlStore.create(tmp_path)
+    store.patience = 0.0
+    store.append(Event("created", {}))
+    put(tmp_path / "outcomes.bin")
+    with pytest.raises(StoreError, match=r"not a regular file|Is a directory"):
+        store.append(event(0))
+    assert decode_event(capsys.readouterr().err.splitlines()[-1].encode()) == event(0)
+    if put is link:
+        assert (tmp_path / "elsewhere").read_bytes() == b"a file of the user's"
+    assert [one.kind for one in read(tmp_path)] == ["created"]
+
+
+def test_a_name_that_cannot_be_made_durable_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    store = JsonlStore.create(tmp_path)
+    store.patience = 0.0
+    with monkeypatch.context() as patched:
+        patched.setattr(side_file, "sync_directory", fail)
+        with pytest.raises(StoreError, match="Input/output error"):
+            store.append(event(0))
+    assert (tmp_path / "outcomes.bin").stat().st_size == 0
+    store.append(event(0))
+    assert read(tmp_path) == [event(0)]
+
+
 def append_and_die(directory: Path, one: Event, step: int, half: float) -> None:
     """Append an event in a process that kills itself at a step, after a part of what it writes."""
     steps, write, fsync = itertools.count(), os.write, os.fsync

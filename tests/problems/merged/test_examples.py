@@ -432,6 +432,7 @@ def test_what_the_caller_has_switched_does_not_matter() -> None:
         for key, one in row.items():
             assert torch.equal(one.values, seen.examples[i][key].values[:9])
             assert not one.values.is_inference()
+            assert not one.items.is_inference()
 
 
 class TestOthers:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from map_bo.data import Metric
 from map_bo.errors import CheckpointError, ConfigError, EvaluationError, MergeError
@@ -94,6 +94,30 @@ def build(models: dict[str, str], **changes: Any) -> MergedModelProblem:
         "tasks": {"sst2": {"kind": f"{OWN}:Width"}, "trec": {"kind": f"{OWN}:Width"}},
     }
     return hf_problem(**{**given, **changes})
+
+
+def first(model: Any, items: Tensor) -> Tensor:
+    """Return whether each of six texts of one token is of the first class."""
+    found: Tensor = model(input_ids=items.unsqueeze(-1)).logits.argmax(-1) == 0
+    return found
+
+
+def test_a_task_may_be_a_function_of_examples(models: dict[str, str]) -> None:
+    tasks = {
+        "sst2": {"kind": "items", "score": f"{OWN}:first", "size": 6, "batch_size": 4},
+        "trec": {"kind": f"{OWN}:Width"},
+    }
+    problem = build(models, tasks=tasks)
+    seen = problem.evaluate(torch.tensor([[0.3, 0.2]]), generator=make_generator(0))
+    outcomes = seen.examples[0]["sst2"]
+    assert float(seen.Y[0, 0]) == float(outcomes.values.mean())
+    part = problem.on_examples({"sst2": torch.tensor([5, 0])})
+    some = part.evaluate(torch.tensor([[0.3, 0.2]]), generator=make_generator(0))
+    assert torch.equal(some.examples[0]["sst2"].values, outcomes.values[[0, 5]])
+    with pytest.raises(ConfigError, match=r"problem\.tasks\.sst2 has no setting 'sise'"):
+        build(
+            models, tasks={**tasks, "sst2": {"kind": "items", "score": f"{OWN}:first", "sise": 6}}
+        )
 
 
 def evaluators_of(problem: MergedModelProblem) -> dict[str, Any]:

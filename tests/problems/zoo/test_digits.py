@@ -189,6 +189,15 @@ def test_accuracies_are_proportions_of_the_examples(tiny_zoo: MergedModelProblem
     )
 
 
+def test_images_are_scored_one_by_one(tiny_zoo: MergedModelProblem) -> None:
+    seen = tiny_zoo.evaluate(torch.full((1, 2), 0.5), generator=make_generator(0))
+    for j, (name, sets) in enumerate(tiny_zoo.example_sets.items()):
+        assert (sets.size, sets.divisible) == (50, True)
+        assert sets.strata is not None
+        assert len(set(sets.strata.tolist())) == 10
+        assert float(seen.examples[0][name].values.mean()) == float(seen.Y[0, j])
+
+
 def test_the_accuracy_is_that_of_the_base_network_on_changed_images() -> None:
     zoo = TINY
     problem = digits_problem(2, epochs=1)

@@ -61,6 +61,23 @@ def test_the_metric_is_the_accuracy_under_the_sets_own_head(
         assert float(value) == pytest.approx(float(right), abs=1e-6)
 
 
+def test_images_are_scored_one_by_one(pair: ImagesProblem) -> None:
+    x = torch.full((1, 2), 0.4, dtype=torch.float64)
+    seen = pair.evaluate(x, generator=make_generator(0))
+    items = torch.tensor([20, 3, 7])
+    some = pair.on_examples({"mnist": items}).evaluate(x, generator=make_generator(0))
+    for j, (name, sets) in enumerate(pair.example_sets.items()):
+        assert (sets.size, sets.divisible) == (30, True)
+        assert sets.strata is not None
+        whole = seen.examples[0][name]
+        assert (whole.complete, whole.means) == (True, (True,))
+        with pair.load(x[0], metric=name) as model:
+            assert pair.evaluator(name)(model).value == float(seen.Y[0, j])
+    found = some.examples[0]["mnist"]
+    assert torch.equal(found.values, seen.examples[0]["mnist"].values[[3, 7, 20]])
+    assert some.counts.tolist() == [[3.0]]
+
+
 def test_experts_learn_their_set_under_the_frozen_head(pair: ImagesProblem, images: Path) -> None:
     heads = load_file(pair.files["heads"])
     losses = {}
