@@ -32,7 +32,9 @@ __all__ = [
     "with_new_row",
 ]
 
-_PULL = 10.0  # common examples that a correlation needs to count as much as the mean of all
+_PULL = 100.0  # common examples that a correlation needs to count as much as the mean of all
+_USUAL = 0.6  # correlation of two merges' outcomes, before any were seen; real ones have .5 to .75
+_BELIEF = 25.0  # common examples that the mean correlation needs to count as much as that
 _ALIKE = 0.995  # no two rows are taken to have the same outcomes on all examples
 
 
@@ -40,8 +42,9 @@ def outcome_covariance(values: Tensor, *, bounds: tuple[float, float] | None = N
     """Return the covariance of outcomes over examples, ``R x R``, positive definite.
 
     Each pair of rows by the examples that both cover. Correlations are pulled towards their mean,
-    the more the fewer these are, and a row whose outcomes do not vary gets the variance that one
-    more outcome of another kind would give.
+    and that towards what real merges have, the more the fewer these are: rows that agree on two
+    dozen examples do not have to agree on the others. A row whose outcomes do not vary gets the
+    variance that half an outcome of another kind would give.
 
     Args:
         values: ``R x M`` outcomes; NaN where an example was not scored.
@@ -61,7 +64,9 @@ def outcome_covariance(values: Tensor, *, bounds: tuple[float, float] | None = N
         low, high = bounds
         p = ((centre - low) / (high - low)).clamp(0, 1)
         p = (p * counts + 0.5) / (counts + 1)
-        variance = torch.maximum(variance, (high - low) ** 2 * p * (1 - p) / 4)
+        binomial = (high - low) ** 2 * p * (1 - p)
+        right_or_wrong = ((values == low) | (values == high) | values.isnan()).all(-1)
+        variance = torch.where(right_or_wrong, torch.maximum(variance, binomial), variance)
     positive = variance[variance > 0]
     floor = 1e-3 * positive.median() if len(positive) else torch.ones((), dtype=values.dtype)
     variance = torch.maximum(variance, floor)
@@ -69,7 +74,11 @@ def outcome_covariance(values: Tensor, *, bounds: tuple[float, float] | None = N
     found = (covariance / (scale.unsqueeze(-1) * scale)).clamp(-1, 1)
     off = ~torch.eye(len(values), dtype=torch.bool) & (n > 2)
     weight = n / (n + _PULL)
-    mean = float((found * weight)[off].sum() / weight[off].sum()) if bool(off.any()) else 0.5
+    mean = _USUAL
+    if bool(off.any()):
+        common = float(n[off].mean())
+        seen = float((found * weight)[off].sum() / weight[off].sum())
+        mean = (common * seen + _BELIEF * _USUAL) / (common + _BELIEF)
     mean = min(max(mean, 0.0), _ALIKE)
     correlation = torch.where(n > 2, weight * found + (1 - weight) * mean, mean)
     correlation = (correlation + correlation.T) / 2

@@ -8,13 +8,15 @@ when they are compared. What is left, ``1 - rho``, is the noise of a comparison
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
 from map_bo.data import Observations
 from map_bo.examples.sets import ExampleOutcomes
 
-__all__ = ["DIFFERS", "differing_share"]
+__all__ = ["DIFFERS", "differing_share", "pooled"]
 
 DIFFERS = 0.3
 """Share of the sampling variance that differs between evaluations on the same examples."""
@@ -55,6 +57,39 @@ def differing_share(seen: Observations) -> Tensor:
         if outcomes is not None:
             found[j] = _share(outcomes)
     return found
+
+
+def pooled(seen: Observations) -> Observations:
+    """Return estimates whose noise has one correlation per metric in place of one per pair of rows.
+
+    A few hundred examples say how much rows have in common, but not well enough how much each pair
+    has: a surrogate that is told every pair's own takes directions of the rows for known that are
+    known by chance. On merges of digits and texts that are not reported, predictions from 50 to 200
+    examples erred by 5 to 20 % less with one correlation (``benchmarks.quality.pooling``).
+
+    The correlation is the mean over the pairs of rows that have noise in common; rows that have
+    none, such as those on all examples, stay independent.
+
+    Args:
+        seen: Estimates with the covariance of their noise; others are returned as they are.
+    """
+    if seen.covariance is None:
+        return seen
+    whole = seen.covariance.clone()
+    for j, covariance in enumerate(seen.covariance):
+        own = covariance.diagonal()
+        apart = covariance - torch.diag(own)
+        rows = (apart != 0).any(-1).nonzero().flatten()
+        if len(rows) < 2:
+            continue
+        deviation = own[rows].sqrt()
+        unit = deviation.unsqueeze(-1) * deviation
+        k = len(rows)
+        correlation = float((apart[rows][:, rows] / unit).sum()) / (k * (k - 1))
+        shared = min(max(correlation, 0.0), 1.0) * unit
+        shared.diagonal().copy_(own[rows])
+        whole[j, rows.unsqueeze(-1), rows] = shared
+    return dataclasses.replace(seen, covariance=whole)
 
 
 def _share(outcomes: Tensor) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -176,6 +175,7 @@ class _BarReporter:
     def __init__(self, bar: Bar, task: TaskID) -> None:
         self._bar, self._task = bar, task
         self._begun = time.monotonic()
+        self._counts_rows = True  # until it is said that rows cost less than a full evaluation
 
     def done(self, count: int) -> None:
         self._bar.update(self._task, completed=count)
@@ -199,9 +199,10 @@ class _BarReporter:
             pairs = zip(outcome.metrics, outcome.Y[0].tolist(), strict=True)
             last = " ".join(f"{metric.name} {value:.4g}" for metric, value in list(pairs)[:4])
         last = f"{last}{_from_the_cache(outcome)}"
-        self._bar.update(self._task, advance=1, last=last, examples="")
+        self._bar.update(self._task, advance=int(self._counts_rows), last=last, examples="")
 
     def paid(self, done: float) -> None:
+        self._counts_rows = False
         self._bar.update(self._task, completed=done)
 
     def working(self, running: Sequence[tuple[str, Task, float]], queued: int) -> None:
@@ -220,6 +221,7 @@ class _LogReporter:
         self._before = self._here = 0  # evaluations recorded earlier, and measured since
         self._recalled = 0  # of the latter, those that come from the cache
         self._paid: float | None = None  # full evaluations, where rows are measured on parts
+        self._paid_before = 0.0  # of these, those that were recorded earlier
         self._what = "starting"
 
     def done(self, count: int) -> None:
@@ -242,6 +244,8 @@ class _LogReporter:
         self._recalled += int(bool(outcome.recalled.all()))
 
     def paid(self, done: float) -> None:
+        if self._paid is None and not self._here:
+            self._paid_before = done
         self._paid = done
 
     def _say(self, more: str) -> None:
@@ -249,14 +253,17 @@ class _LogReporter:
         if now - self._said < self._interval:
             return
         self._said = now
-        done = self._before + self._here if self._paid is None else math.floor(self._paid)
+        done, here = float(self._before + self._here), float(self._here)
+        said = f"{done:.0f} of {self._total} evaluations done"
+        if self._paid is not None:
+            done, here = self._paid, self._paid - self._paid_before
+            said = f"{done:.1f} of {self._total} full evaluations done"
         left = ""
-        if self._here and done < self._total:
-            seconds = (now - self._begun) / self._here * (self._total - done)
+        if here > 0 and done < self._total:
+            seconds = (now - self._begun) / here * (self._total - done)
             left = f", about {_duration(seconds)} left"
         kept = f" ({self._recalled} from the cache)" if self._recalled else ""
-        text = "%s%s; %d of %d evaluations done%s%s"
-        logger.info(text, self._what, more, done, self._total, kept, left)
+        logger.info("%s%s; %s%s%s", self._what, more, said, kept, left)
 
 
 def _from_the_cache(outcome: Observations) -> str:

@@ -370,6 +370,7 @@ class Run:
             self._scoring = Scoring(self.problem, settings)
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
+            self._tell_cost(report)
             while self._searching(report, attempts) or attempts.in_flight("index"):
                 self._begin_evaluations(attempts, report)
                 yield
@@ -425,7 +426,7 @@ class Run:
             return False
         begun = 0
         while attempts.free and (together or begun < self.settings.batch):
-            report.evaluating("choosing which examples to score")
+            report.evaluating("choosing examples")
             action = scoring.next(self.state, self.generator)
             if action is None:
                 self._spent_up = not scoring.flying
@@ -483,10 +484,14 @@ class Run:
             report.measured(outcome)
             if ended.kind == "index":
                 told.append((self.state.seen.failures, outcome))
-        if self._scoring is not None and isinstance(report, CountsCost):
-            report.paid(self.state.spent + len(self.state.verified))
+        self._tell_cost(report)
         for failures, outcome in told:  # once everything that has ended is recorded
             refuse_failures(failures, outcome, self.settings.max_failure_share)
+
+    def _tell_cost(self, report: Reporter) -> None:
+        """Tell a reporter how many full evaluations were spent, where rows may cost less."""
+        if self._scoring is not None and isinstance(report, CountsCost):
+            report.paid(self.state.spent + len(self.state.verified))
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""

@@ -204,7 +204,7 @@ class Settings:
         put(self, "reference", _reference(self.reference))
         put(self, "constraints", read_constraints(self.constraints) or None)
         self._check_parts()
-        if self.search < 3:
+        if self.search < (3 if self.items == "full" else 1):  # parts of it buy more rows
             raise BudgetError(
                 f"a budget of {self.budget} leaves {max(self.search, 0)} evaluations for the "
                 f"search after {self.verifications} to verify",

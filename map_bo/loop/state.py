@@ -51,6 +51,7 @@ from map_bo.data import Front, Metric, Observations, is_at
 from map_bo.errors import DataError, MapBoError, StoreError
 from map_bo.examples.estimates import estimated
 from map_bo.examples.sets import Part, searched
+from map_bo.examples.sharing import pooled
 from map_bo.observed import joined_examples
 from map_bo.tracking.codec import (
     decode_front,
@@ -137,13 +138,15 @@ class RunState:
 
     def estimated(self, measured: Observations) -> Observations:
         """Return measurements of this run as what a surrogate is fitted to."""
-        return estimated(measured, sizes=self.sizes(measured)) if self.covered else measured
+        if not self.covered:
+            return measured
+        return pooled(estimated(measured, sizes=self.sizes(measured)))
 
     def sizes(self, measured: Observations) -> dict[str, int]:
         """Return how many examples count as all, of each evaluator that scored some."""
         held = float(self.created.get("settings", {}).get("holdout", 0.0))
-        sets = {name: one.size for row in measured.examples for name, one in row.items()}
-        return {name: searched(size, held) for name, size in sets.items()}
+        rows = measured.examples
+        return {name: searched(one.size, held) for row in rows for name, one in row.items()}
 
     @property
     def spent(self) -> float:
@@ -153,8 +156,7 @@ class RunState:
     @property
     def committed(self) -> int:
         """How many full evaluations the search has made or waits for, rounded up."""
-        planned = sum(i not in self.planned for i in self.pending)
-        return math.ceil(self.spent - 1e-9) + planned
+        return math.ceil(self.spent - 1e-9) + sum(i not in self.planned for i in self.pending)
 
     @property
     def verification(self) -> Observations:
@@ -171,9 +173,8 @@ class RunState:
         """All outcomes: the search, then the verification; estimates, as :attr:`seen`."""
         if not self.covered:
             return self.seen.append(self.verification)
-        search = [self.outcomes[i] for i in sorted(self.outcomes)]
-        checks = [self.verified[row] for row in sorted(self.verified)]
-        return self.estimated(_joined([*search, *checks], self))
+        parts = [one[i] for one in (self.outcomes, self.verified) for i in sorted(one)]
+        return self.estimated(_joined(parts, self))
 
     @property
     def pending(self) -> list[int]:
@@ -293,11 +294,10 @@ def _scored(state: RunState, data: Mapping[str, Any]) -> RunState:
     before = state.outcomes.get(index)
     if before is None:
         raise StoreError(f"row {index} gets more examples before it has any", hint=_EDITED)
-    new = dataclasses.replace
-    state = new(state, deaths=_without(state.deaths, [index]))
+    new, alive = dataclasses.replace, _without(state.deaths, [index])
     if "reason" in data:
         paid = {**state.paid, index: state.paid.get(index, 1.0) + _number(data["share"])}
-        return new(state, paid=paid, closed=state.closed | {index})
+        return new(state, paid=paid, closed=state.closed | {index}, deaths=alive)
     after = _outcome(data["observation"], state)
     if not is_at(after.X[0], state.X[index]):
         raise StoreError(f"more examples of row {index} belong to another point", hint=_EDITED)
@@ -306,8 +306,8 @@ def _scored(state: RunState, data: Mapping[str, Any]) -> RunState:
     except DataError as error:
         raise StoreError(f"more examples of row {index}: {error.message}", hint=_EDITED) from error
     outcomes = {**state.outcomes, index: new(after, examples=examples)}
-    calm = _without(state.attempts, [index])
-    return new(state, outcomes=outcomes, attempts=calm, **_with_parts(state, index, data))
+    more = {"attempts": _without(state.attempts, [index]), **_with_parts(state, index, data)}
+    return new(state, outcomes=outcomes, deaths=alive, **more)
 
 
 def refuse_outcome(state: RunState, index: int, outcome: Observations) -> None:

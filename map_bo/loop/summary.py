@@ -234,7 +234,7 @@ def last_set_aside(
 def notes_on_anchors(settings: Settings, space: CoefficientSpace) -> list[str]:
     """Return that a search is too short for the base, the experts and their blend, if it is."""
     anchors = len(space.anchors())
-    if settings.search >= anchors:
+    if settings.search >= anchors or settings.items != "full":  # parts of it buy more rows
         return []
     return [
         f"the budget leaves {settings.search} evaluations for the search, fewer than the "

@@ -390,7 +390,7 @@ def test_a_run_that_tops_rows_up_goes_on_after_its_outcomes_were_lost(
     optimize(ItemProblem(2, 80), 5, run_dir=tmp_path, **settings)
     after, _ = load_state(tmp_path)
     assert after.summary is not None
-    assert after.summary["full_evaluations"] <= 4 + 1e-9
+    assert after.summary["full_evaluations"] <= 5 + 1e-9
     for row in lost:  # with more examples, their values would be those of the new ones alone
         assert torch.equal(after.outcomes[row].Y, before.outcomes[row].Y)
         assert torch.equal(after.outcomes[row].counts, before.outcomes[row].counts)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from map_bo.data import Metric, Observations
 from map_bo.examples.sets import ExampleOutcomes
-from map_bo.examples.sharing import DIFFERS, differing_share
+from map_bo.examples.sharing import DIFFERS, differing_share, pooled
 from map_bo.rng import make_generator
 from map_bo.space import CoefficientSpace
 from map_bo.surrogates.links import as_fitted
@@ -175,3 +175,29 @@ def test_surrogates_take_the_measured_share_where_examples_are_the_same() -> Non
     for surrogate in (Quadratic(), GP()):
         one, other = (surrogate.fit(rows, space).training_targets()[1] for rows in (seen, bare))
         assert float(one[:, 0].mean()) < float(other[:, 0].mean())
+
+
+def test_pooled_noise_has_one_correlation_and_leaves_independent_rows_alone() -> None:
+    source = torch.Generator().manual_seed(2)
+    root = torch.randn(4, 6, generator=source, dtype=torch.float64)
+    whole = torch.zeros(1, 5, 5, dtype=torch.float64)
+    whole[0, :4, :4] = root @ root.T
+    whole[0, 4, 4] = 2.0
+    seen = Observations(
+        torch.rand(5, 2, generator=source),
+        torch.rand(5, 1, generator=source),
+        (Metric("a"),),
+        whole.diagonal(dim1=-1, dim2=-2).T,
+        covariance=whole,
+    )
+    found = pooled(seen).covariance
+    assert found is not None
+    torch.testing.assert_close(found[0].diagonal(), whole[0].diagonal())
+    deviation = whole[0].diagonal().sqrt()
+    before = (whole[0] / (deviation.unsqueeze(-1) * deviation))[:4, :4]
+    after = (found[0] / (deviation.unsqueeze(-1) * deviation))[:4, :4]
+    off = ~torch.eye(4, dtype=torch.bool)
+    expected = max(0.0, float(before[off].mean()))
+    torch.testing.assert_close(after[off], torch.full((12,), expected, dtype=torch.float64))
+    assert not bool(found[0, 4, :4].any())
+    assert pooled(dataclasses.replace(seen, covariance=None)).covariance is None

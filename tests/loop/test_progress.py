@@ -187,6 +187,23 @@ def test_the_log_counts_what_comes_from_the_cache(caplog: pytest.LogCaptureFixtu
     assert "3 of 4 evaluations done (2 from the cache)" in caplog.text
 
 
+def test_the_log_estimates_by_what_was_paid_since_it_began(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("map_bo.loop.progress.time.monotonic", lambda: now[0])
+    row = torch.tensor([[0.5]])
+    with caplog.at_level(logging.INFO):
+        report = progress._LogReporter(10, 1.0)
+        report.paid(4.0)  # recorded earlier
+        for _ in range(5):
+            report.measured(Observations(row, row, (Metric("a"),)))
+        report.paid(5.0)
+        now[0] = 10.0
+        report.evaluating("evaluation 30")
+    assert "evaluation 30; 5.0 of 10 full evaluations done, about 50 s left" in caplog.text
+
+
 RUNNING = [
     ("host/1", Task("index", 4, 0, (0.5,), 1), 12.0),
     ("host/2", Task("verify", 2, 0, (0.5,), 1), 200.0),

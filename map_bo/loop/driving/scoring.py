@@ -65,8 +65,20 @@ class Scoring:
             name: searched(one.size, settings.holdout) if one.divisible else one.size
             for name, one in self.sets.items()
         }
+        self._refuse_small()
         self.allocation: Allocation = settings.allocation
         self.flying: dict[int, tuple[Part, ...]] = {}
+
+    def _refuse_small(self) -> None:
+        """Refuse a holdout that leaves the search a single example, of which no spread is known."""
+        for name, left in self.sizes.items():
+            whole = self.sets[name].size
+            if left < min(2, whole):
+                raise ConfigError(
+                    f"loop.holdout is {self._settings.holdout:g}, which leaves {left} of the "
+                    f"{whole} examples of {name} for the search",
+                    hint="hold fewer out, such as 0.3, or give more examples",
+                )
 
     @property
     def order(self) -> int:
@@ -188,10 +200,11 @@ class Scoring:
         }
 
     def describe(self, state: RunState) -> dict[str, Any]:
-        """Return what was spent, as plain data for the summary."""
-        standing = self.standing(state)
+        """Return what search and verification have spent, as plain data for the summary."""
+        standing, checks = self.standing(state), len(state.verified)
         scored = {
             name: sum(covered.get(name, 0) for covered in standing.covered.values())
+            + checks * self.sizes[name]  # front points are measured on everything
             for name in self.sets
         }
         rows = torch.tensor(
@@ -207,7 +220,7 @@ class Scoring:
                 }
                 for i, name in enumerate(self.sets)
             },
-            "full_evaluations": round(standing.spent, 6),
+            "full_evaluations": round(standing.spent + checks, 6),
         }
 
 

@@ -16,12 +16,13 @@ from concurrent.futures import wait
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Metric, Observations, directions
 from map_bo.errors import DataError, EvaluationError, MapBoError, StoreError
 from map_bo.evaluators.isolation.world import callers_world
-from map_bo.examples.sets import Part, searched
+from map_bo.examples.sets import ExampleOutcomes, Part, searched
 from map_bo.loop.verdict.verdict import Verdict
 from map_bo.problems.problem import HasExamples, Preparable, Problem
 from map_bo.rng import child
@@ -95,13 +96,18 @@ class Confirmation:
         }
 
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Return header and rows of a table: for each metric what the search says, and what is."""
+        """Return header and rows of a table: for each metric what the search says, and what is.
+
+        What was scored on fewer examples than the chosen merge was not measured there: the search
+        has an estimate.
+        """
         head = ["merge"]
         for metric in self.metrics:
             head += [f"{metric.name}: search", f"{metric.name}: measured"]
         rows = []
+        measured = self.measured.Y.masked_fill(self._short, math.nan)
         for name, said, found in zip(
-            self.names, self.search.tolist(), self.measured.Y.tolist(), strict=True
+            self.names, self.search.tolist(), measured.tolist(), strict=True
         ):
             cells = [cell for pair in zip(said, found, strict=True) for cell in map(_said, pair)]
             rows.append([name, *cells])
@@ -110,10 +116,25 @@ class Confirmation:
     def lines(self) -> list[str]:
         """Return it in words: the verdict, and by how much the search was too good."""
         gaps = [f"{name} {gap:+.3f}" for name, gap in self.optimism().items() if gap is not None]
-        said = [f"measured on {self.where}", *self.verdict.lines()]
+        short = "; -: on some of them alone, so the search has an estimate"
+        said = [f"measured on {self.where}{short if bool(self._short.any()) else ''}"]
+        said += self.verdict.lines()
         if gaps:
             said.append(f"optimism of the search (promised less measured): {', '.join(gaps)}")
         return said
+
+    @property
+    def _short(self) -> Tensor:
+        """``n x m`` whether a point was scored on fewer examples than the chosen merge."""
+        scored = [_scored(examples) for examples in self.measured.examples]
+        return torch.tensor(
+            [
+                [row.get(one.name, 0) < scored[0].get(one.name, 0) for one in self.metrics]
+                if row
+                else [False] * len(self.metrics)
+                for row in scored
+            ]
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return it as the data of an event ``confirmed``; :meth:`read` reads it back."""
@@ -278,6 +299,15 @@ def measure_points(
         )
     found = Observations.joined(rows, X.shape[-1], problem.metrics)
     return dataclasses.replace(found, X=X)
+
+
+def _scored(examples: Mapping[str, ExampleOutcomes]) -> dict[str, int]:
+    """Return how many examples each metric of a row was scored on, where that is known."""
+    return {
+        name: len(outcomes)
+        for evaluator, outcomes in examples.items()
+        for name in outcomes.metrics or (evaluator,)
+    }
 
 
 def _said(value: float) -> str:

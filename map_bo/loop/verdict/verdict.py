@@ -184,10 +184,14 @@ class Verdict:
             grounds = {one.ground for one in found}
             sure = " by the surrogate's posterior" if "posterior" in grounds else ""
             sure = " by values alone" if grounds == {"values"} else sure
-            if not sure and competitor == BLEND and _compared(found) in said[0]:
-                continue
-            said.append(f"{merge} is {_compared(found)}{sure}")
+            words = _compared(found)
+            if sure or not said[0].endswith(f": {words}"):  # the advice has said it
+                said.append(f"{merge} is {words}{sure}")
         return said
+
+    def __str__(self) -> str:
+        """Return :meth:`lines`, one per line."""
+        return "\n".join(self.lines())
 
     def describe(self) -> dict[str, Any]:
         """Return the verdict as plain data; :meth:`read` reads it back."""

@@ -25,6 +25,9 @@ def facts(view: RunView) -> list[tuple[str, str]]:
     """Return the facts of a run as label and text; those the summary does not hold are left out."""
     summary, front = view.summary, view.front
     evaluations = str(summary.get("evaluations", len(view.seen)))
+    full = summary.get("full_evaluations")
+    if full is not None:
+        evaluations += f", at the cost of {_count(float(full))} full ones"
     if "budget" in summary:
         evaluations += f" (budget {summary['budget']})"
     checked = summary.get("verification") or {}
@@ -56,6 +59,7 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         )
     rows += [
         ("of all tasks" if nested else "evaluations", evaluations),
+        *([("examples", _examples(summary["examples"]))] if summary.get("examples") else []),
         ("failed", (f"{failed}{partly}" if failed else "none")),
         ("front", f"{points}, {real or 'none'} of them also measured"),
     ]
@@ -84,6 +88,23 @@ def facts(view: RunView) -> list[tuple[str, str]]:
         which = f"{count} {'process' if (count, kind) == (1, 'processes') else kind}".strip()
         rows.append(("workers", f"{which}, busy {float(workers['utilisation']):.0%} of the time"))
     return rows
+
+
+def _examples(spent: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return how many examples of each task were scored, and on how many a usual merge was."""
+    said = []
+    for name, one in spent.items():
+        usual, full, held = float(one["median"]), int(one["full"]), int(one["held_out"])
+        if full + held == 1:
+            said.append(f"{name} {one['scored']} times as a whole")
+            continue
+        kept = f", {held:,} held out" if held else ""
+        said.append(f"{name} {one['scored']:,} (median {usual:g} of {full:,} per merge{kept})")
+    return "; ".join(said)
+
+
+def _count(value: float) -> str:
+    return f"{value:.1f}".removesuffix(".0")
 
 
 def _surrogate(about: Mapping[str, Any]) -> str:

@@ -120,13 +120,13 @@ def shares(sets: Mapping[str, ExampleSet], sizes: Mapping[str, int]) -> dict[str
     return {name: cost / total for name, cost in costs.items()}
 
 
-def prefix(standing: Standing, share: float) -> tuple[Part, ...]:
-    """Return the first examples of every evaluator: a share of each, and at least `LEAST`."""
+def prefix(standing: Standing, share: float, *, least: int = LEAST) -> tuple[Part, ...]:
+    """Return the first examples of every evaluator: a share of each, and at least ``least``."""
     parts = []
     for name, size in standing.sizes.items():
         stop = size
         if standing.sets[name].divisible:
-            stop = min(size, max(LEAST, round(share * size)))
+            stop = min(size, max(least, round(share * size)))
         parts.append(Part(name, 0, stop))
     return tuple(parts)
 

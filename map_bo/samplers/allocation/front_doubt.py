@@ -73,6 +73,8 @@ class FrontDoubt:
         acquisition: What the doubt is: its preferences, draws, surrogate and reference point.
         begin: Share of the budget that base, experts and blend have at first; the share of the
             examples that a new row is measured on follows from it.
+        least: Examples of each task that a new row is measured on at least, where there are so
+            many: on fewer, merges agree by chance, and a task looks settled that is not.
         steps: Shares of examples that a new row may be measured on, in units of the first.
         pool: Points at which a new row is imagined.
         most: Rows that are considered for more examples, those with the largest effect first.
@@ -80,6 +82,7 @@ class FrontDoubt:
 
     acquisition: FrontUncertainty = field(default_factory=FrontUncertainty)
     begin: float = 1 / 6
+    least: int = 100
     steps: tuple[float, ...] = (1.0, 2.0, 4.0)
     pool: int = 24
     most: int = 64
@@ -103,7 +106,7 @@ class FrontDoubt:
 
     def first(self, standing: Standing) -> tuple[Part, ...]:
         """Return what a new row is measured on: so much that the anchors take their share."""
-        return prefix(standing, self._share(standing))
+        return prefix(standing, self._share(standing), least=self.least)
 
     def next(self, standing: Standing, *, generator: Generator) -> Action | None:
         """Return the action with the largest drop per cost; None when nothing can be afforded."""
@@ -131,7 +134,7 @@ class FrontDoubt:
         share = self._share(standing)
         found: dict[tuple[Part, ...], None] = {}
         for step in self.steps:
-            parts = prefix(standing, min(1.0, share * step))
+            parts = prefix(standing, min(1.0, share * step), least=round(self.least * step))
             if standing.affords(parts):
                 found[parts] = None
         return list(found)
@@ -147,7 +150,7 @@ class FrontDoubt:
                 if not standing.sets[name].divisible or at >= size or at == 0:
                     continue
                 room = int((standing.left + 1e-9) * size / standing.weights[name])
-                stop = min(size, at + max(LEAST, at), at + room)
+                stop = min(size, 2 * max(LEAST, at), at + room)
                 if stop - at >= min(LEAST, size - at):
                     found.append(Action(row, (Part(name, at, stop),)))
         return found

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Generator, Tensor
 
 from map_bo.data import Observations
-from map_bo.errors import ConfigError, StoreError
+from map_bo.errors import BudgetError, ConfigError, StoreError
 from map_bo.examples.sets import order_of
 from map_bo.loop.driving.scoring import Scoring
 from map_bo.loop.run import Run
@@ -62,9 +63,9 @@ def test_a_fixed_subset_buys_more_rows_for_the_same_examples() -> None:
     assert problem.calls[16:] == [{"t0": 100, "t1": 100}]  # the verification is in full
     summary = run.state.summary
     assert summary is not None
-    assert summary["full_evaluations"] == pytest.approx(4.0)
+    assert summary["full_evaluations"] == pytest.approx(5.0)  # with the verification
     assert summary["examples"]["t0"] == {
-        "scored": 400,
+        "scored": 500,
         "full": 100,
         "held_out": 0,
         "median": 25.0,
@@ -239,3 +240,51 @@ def test_rows_whose_outcomes_are_lost_get_no_more_examples() -> None:
     )
     scoring = Scoring(problem, Settings(**{**QUICK, "budget": 6, "items": 5}))
     assert scoring.standing(state).busy == {1, 2}
+
+
+def test_a_budget_of_few_full_evaluations_is_enough_for_rows_on_few_examples() -> None:
+    run = driven(ItemProblem(2, 100), budget=2, items=25)
+    assert len(run.state.outcomes) == 4
+    with pytest.raises(BudgetError, match="leaves 1 evaluations for the search"):
+        Settings(**QUICK, budget=2)
+
+
+def test_a_holdout_that_leaves_no_spread_is_refused() -> None:
+    with pytest.raises(ConfigError, match="leaves 1 of the 100 examples of t0"):
+        driven(ItemProblem(2, 100), budget=5, holdout=0.995)
+
+
+class Costs:
+    """A reporter that keeps what it hears of costs."""
+
+    def __init__(self) -> None:
+        self.heard: list[float] = []
+
+    @contextmanager
+    def over(self, total: int) -> Iterator[Costs]:
+        yield self
+
+    def done(self, count: int) -> None: ...
+
+    def evaluating(self, what: str) -> None: ...
+
+    def measured(self, outcome: Observations) -> None: ...
+
+    def paid(self, done: float) -> None:
+        self.heard.append(done)
+
+
+def test_a_reporter_hears_what_was_spent_before_a_resumed_run_goes_on() -> None:
+    store, first, second = MemoryStore(), Costs(), Costs()
+    settings = Settings(**QUICK, budget=5, items=25)
+    Run(ItemProblem(2, 100), settings, store).drive(first)
+    assert first.heard[0] == 0
+    assert first.heard[1] == pytest.approx(0.25)
+    cut = MemoryStore()
+    for event in list(store.read())[:12]:
+        cut.append(event)
+    run = Run(ItemProblem(2, 100), settings, cut)
+    spent = run.state.spent
+    assert spent > 0
+    run.drive(second)
+    assert second.heard[0] == pytest.approx(spent)

@@ -161,3 +161,15 @@ def test_what_cannot_be_measured_is_refused(held_out: Result) -> None:
 
     with pytest.raises(EvaluationError, match="could not be measured: RuntimeError: the disk"):
         held_out.confirm(on=Broken(2, 40))
+
+
+def test_what_an_anchor_was_not_scored_on_is_not_told_as_measured() -> None:
+    result = searched(items=50)
+    choice = result.choose(keep_blend=False)
+    found = result.measure(replace(choice, x=result.verification.X[0])).confirmed[-1]
+    head, rows = found.table()
+    at = [i for i, title in enumerate(head) if title.endswith("measured")]
+    assert all(rows[0][i] != "-" for i in at)
+    assert all(row[i] == "-" and row[i - 1] != "-" for row in rows[1:] for i in at)
+    assert "the search has an estimate" in found.lines()[0]
+    assert {one.n for one in found.verdict.against("base") if one.metric == "t0"} == {50}

@@ -29,6 +29,18 @@ def test_facts_say_what_was_run() -> None:
     assert said["seed"] == "0"
 
 
+def test_facts_say_which_examples_were_paid_for() -> None:
+    view = make_view(2, evaluations=20, verify=3)
+    math = {"scored": 1750, "full": 1210, "held_out": 90, "median": 140.0}
+    spent = {"math": math, "code": {"scored": 12, "full": 1, "held_out": 0, "median": 1.0}}
+    summary = {**view.summary, "full_evaluations": 7.96, "examples": spent}
+    said = dict(facts(dataclasses.replace(view, summary=summary)))
+    assert said["evaluations"].startswith("23, at the cost of 8 full ones (budget 23)")
+    assert said["examples"] == (
+        "math 1,750 (median 140 of 1,210 per merge, 90 held out); code 12 times as a whole"
+    )
+
+
 def test_a_surrogate_without_a_selection_is_named() -> None:
     view = dataclasses.replace(make_view(2), summary={"surrogate": {"settings": "Quadratic(a=1)"}})
     assert ("surrogate", "Quadratic") in facts(view)
