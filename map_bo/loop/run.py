@@ -24,11 +24,7 @@ from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
 from map_bo.loop.progress import CountsCost, Progress, Reporter, follow, silent
-from map_bo.loop.recommend import (
-    Recommendation,
-    corrections,
-    recommend,
-)
+from map_bo.loop.recommend import Recommendation, corrections, recommend
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_outcome, replay
@@ -221,7 +217,8 @@ class Run:
                     "the front of this run has been solved, so no row can be proposed",
                     hint="extend it: run.extend(budget=N), or `map-bo resume RUN loop.budget=N`",
                 )
-            room = self.settings.search - len(self.state.X)
+            begun = sum(i in self.state.planned for i in self.state.pending)
+            room = self.settings.search - self.state.committed - begun
             if room < 1:
                 raise BudgetError(
                     f"all {self.settings.search} evaluations of the search have been proposed, "
@@ -367,7 +364,7 @@ class Run:
             node=node,
         )
         if settings.scores_parts and self.state.summary is None:
-            self._scoring = Scoring(self.problem, settings)
+            self._scoring, self._spent_up = Scoring(self.problem, settings), False
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
             while self._searching(report, attempts) or attempts.in_flight("index"):
