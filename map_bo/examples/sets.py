@@ -89,9 +89,11 @@ def searched(size: int, holdout: float) -> int:
     Args:
         size: Examples of the set; a set of one, such as that of an evaluator that cannot be
             divided, is never held out.
-        holdout: Share of the examples that is held out.
+        holdout: Share of the examples that is held out: at least one of a set, if it is not 0.
     """
-    return max(1, size - round(holdout * size)) if size > 1 else size
+    if size == 1 or not holdout > 0:
+        return size
+    return max(1, size - max(1, round(holdout * size)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,18 +17,14 @@ from map_bo.errors import BudgetError, StoreError, SurrogateError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.examples.sets import Part
 from map_bo.loop import growth
-from map_bo.loop.driving.scoring import Scoring
+from map_bo.loop.driving.scoring import Scoring, tell_cost
 from map_bo.loop.driving.steps import Steps, closing_workers, open_workers, together
 from map_bo.loop.identity import refuse_another, run_identity
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
-from map_bo.loop.progress import CountsCost, Progress, Reporter, follow, silent
-from map_bo.loop.recommend import (
-    Recommendation,
-    corrections,
-    recommend,
-)
+from map_bo.loop.progress import Progress, Reporter, follow, silent
+from map_bo.loop.recommend import Recommendation, corrections, recommend
 from map_bo.loop.result import Result
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState, advance, refuse_outcome, replay
@@ -221,7 +217,8 @@ class Run:
                     "the front of this run has been solved, so no row can be proposed",
                     hint="extend it: run.extend(budget=N), or `map-bo resume RUN loop.budget=N`",
                 )
-            room = self.settings.search - len(self.state.X)
+            begun = sum(i in self.state.planned for i in self.state.pending)
+            room = self.settings.search - self.state.committed - begun
             if room < 1:
                 raise BudgetError(
                     f"all {self.settings.search} evaluations of the search have been proposed, "
@@ -367,10 +364,10 @@ class Run:
             node=node,
         )
         if settings.scores_parts and self.state.summary is None:
-            self._scoring = Scoring(self.problem, settings)
+            self._scoring, self._spent_up = Scoring(self.problem, settings), False
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
-            self._tell_cost(report)
+            tell_cost(report, self.state, self._scoring)
             while self._searching(report, attempts) or attempts.in_flight("index"):
                 self._begin_evaluations(attempts, report)
                 yield
@@ -484,14 +481,9 @@ class Run:
             report.measured(outcome)
             if ended.kind == "index":
                 told.append((self.state.seen.failures, outcome))
-        self._tell_cost(report)
+        tell_cost(report, self.state, self._scoring)
         for failures, outcome in told:  # once everything that has ended is recorded
             refuse_failures(failures, outcome, self.settings.max_failure_share)
-
-    def _tell_cost(self, report: Reporter) -> None:
-        """Tell a reporter how many full evaluations were spent, where rows may cost less."""
-        if self._scoring is not None and isinstance(report, CountsCost):
-            report.paid(self.state.spent + len(self.state.verified))
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""

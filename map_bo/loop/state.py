@@ -284,7 +284,7 @@ def _with_parts(state: RunState, index: int, data: Mapping[str, Any]) -> dict[st
                 hint=_EDITED,
             )
         covered[part.evaluator] = part.stop
-    paid = {**state.paid, index: state.paid.get(index, 0.0) + _number(data["share"])}
+    paid = {**state.paid, index: state.paid.get(index, 0.0) + _number(data["share"], 1)}
     return {"covered": {**state.covered, index: covered}, "paid": paid}
 
 
@@ -292,11 +292,11 @@ def _scored(state: RunState, data: Mapping[str, Any]) -> RunState:
     """Return the state after a row that has its outcome was measured on more examples."""
     index = _row(data["index"], len(state.X), "proposed rows")
     before = state.outcomes.get(index)
-    if before is None:
-        raise StoreError(f"row {index} gets more examples before it has any", hint=_EDITED)
+    if before is None or before.failures[0] is not None:
+        raise StoreError(f"row {index} gets more examples, and has failed or none", hint=_EDITED)
     new, alive = dataclasses.replace, _without(state.deaths, [index])
     if "reason" in data:
-        paid = {**state.paid, index: state.paid.get(index, 1.0) + _number(data["share"])}
+        paid = {**state.paid, index: state.paid.get(index, 1.0) + _number(data["share"], 1)}
         return new(state, paid=paid, closed=state.closed | {index}, deaths=alive)
     after = _outcome(data["observation"], state)
     if not is_at(after.X[0], state.X[index]):
@@ -355,9 +355,9 @@ def _rows(values: Any, count: int, what: str) -> list[int]:
     return rows
 
 
-def _number(value: Any) -> float:
-    if type(value) not in (int, float):
-        raise StoreError(f"{str(value)[:40]!r} is not a number", hint=_EDITED)
+def _number(value: Any, most: float = math.inf) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= most + 1e-6:
+        raise StoreError(f"{str(value)[:40]!r} is not a number from 0 to {most}", hint=_EDITED)
     return float(value)
 
 
@@ -426,8 +426,8 @@ def _with_attempt(state: RunState, kind: str, data: Mapping[str, Any]) -> RunSta
         raise StoreError(f"{kind!r} after the outcome of row {row}", hint=_EDITED)
     # The driver's end says nothing of what workers were evaluating; their own deaths are outcomes.
     change = -1 if kind != "started" else 0 if data.get("worker") else 1
-    begun = deaths.get(row, 0) + change
-    changes: dict[str, Any] = {f"{name}deaths": {**deaths, row: max(0, begun)}}
+    begun = {**deaths, row: max(0, deaths.get(row, 0) + change)}
+    changes: dict[str, Any] = {f"{name}deaths": begun}
     if kind == "attempt":
         changes[f"{name}attempts"] = {**attempts, row: attempts.get(row, 0) + 1}
         if "observation" in data:
@@ -458,12 +458,12 @@ def _reopened(state: RunState, data: Mapping[str, Any]) -> RunState:
     # What they have measured all the same is kept, as between two attempts.
     halves = {index: state.outcomes[index] for index in again}
     kept = {index: row for index, row in halves.items() if bool(row.partial.any())}
+    anew = ("outcomes", "attempts", "deaths", "covered", "paid")
+    changes: dict[str, Any] = {name: _without(getattr(state, name), again) for name in anew}
     return dataclasses.replace(
         state,
-        outcomes=_without(state.outcomes, again),
-        attempts=_without(state.attempts, again),
+        **changes,
         attempted={**_without(state.attempted, again), **kept},
-        deaths=_without(state.deaths, again),
         checks=(),  # they were made on other data
         imported=_without(state.imported, [i for i in again if not halves[i].incomplete.any()]),
     )

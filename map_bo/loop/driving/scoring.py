@@ -11,12 +11,13 @@ import torch
 from torch import Generator
 
 from map_bo.data import Metric, Observations
-from map_bo.errors import ConfigError, EvaluationError
+from map_bo.errors import ConfigError, EvaluationError, StoreError
 from map_bo.evaluators.evaluator import Measurement
 from map_bo.evaluators.examples import mean_of
 from map_bo.evaluators.isolation.world import callers_world
 from map_bo.evaluators.metrics import entries_of
 from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, searched
+from map_bo.loop.progress import CountsCost, Reporter
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.observed import joined_examples
@@ -25,9 +26,15 @@ from map_bo.rng import child
 from map_bo.samplers.allocation.allocation import Action, Allocation, Standing
 from map_bo.tracking.codec import encode_observations, encode_parts
 
-__all__ = ["Scoring"]
+__all__ = ["Scoring", "tell_cost"]
 
 logger = logging.getLogger(__name__)
+
+
+def tell_cost(report: Reporter, state: RunState, scoring: Scoring | None) -> None:
+    """Tell a reporter how many full evaluations were spent, where rows may cost less."""
+    if scoring is not None and isinstance(report, CountsCost):
+        report.paid(state.spent + len(state.verified))
 
 
 class Scoring:
@@ -65,19 +72,32 @@ class Scoring:
             name: searched(one.size, settings.holdout) if one.divisible else one.size
             for name, one in self.sets.items()
         }
-        self._refuse_small()
+        self._check_held_out()
         self.allocation: Allocation = settings.allocation
         self.flying: dict[int, tuple[Part, ...]] = {}
 
-    def _refuse_small(self) -> None:
-        """Refuse a holdout that leaves the search a single example, of which no spread is known."""
-        for name, left in self.sizes.items():
-            whole = self.sets[name].size
-            if left < min(2, whole):
+    def _check_held_out(self) -> None:
+        """Refuse a holdout that leaves next to nothing; tell where nothing is held out.
+
+        Raises:
+            ConfigError: When fewer than two examples of a set are left.
+        """
+        held = self._settings.holdout
+        for name, one in self.sets.items():
+            if not held or not one.divisible:
+                continue
+            left = one.size - max(1, round(held * one.size))
+            if one.size > 1 and left < 2:
                 raise ConfigError(
-                    f"loop.holdout is {self._settings.holdout:g}, which leaves {left} of the "
-                    f"{whole} examples of {name} for the search",
-                    hint="hold fewer out, such as 0.3, or give more examples",
+                    f"loop.holdout is {held:g}, which leaves the search {left} of the {one.size} "
+                    f"examples of {name!r}",
+                    hint="hold out less, so that two examples or more are left",
+                )
+            if one.size == 1:
+                logger.warning(
+                    "%r has a single example, which is not held out: a confirmation measures it "
+                    "as the search does",
+                    name,
                 )
 
     @property
@@ -105,8 +125,17 @@ class Scoring:
                 **covered.get(row, {}),
                 **{part.evaluator: part.stop for part in parts},
             }
+        for row, own in covered.items():
+            for name, count in own.items():
+                if count > self.sizes.get(name, 0):
+                    raise StoreError(
+                        f"row {row} was measured on {count} examples of {name!r}, of which the "
+                        f"search has {self.sizes.get(name, 0)}",
+                        hint="the data of an evaluator must stay the same throughout a run; if "
+                        "the record was edited by hand, restore it from a copy",
+                    )
         rows = sorted(state.outcomes)
-        return Standing(
+        standing = Standing(
             seen=state.seen,
             rows=tuple(rows),
             X=state.X,
@@ -117,13 +146,55 @@ class Scoring:
             busy=frozenset(self.flying) | state.closed | _lacking(state),
             budget=self._settings.search,
         )
+        return dataclasses.replace(standing, wasted=self._wasted(standing, state))
+
+    def _wasted(self, standing: Standing, state: RunState) -> float:
+        """Return what was spent on further examples that have no outcome, in full evaluations."""
+        wasted = 0.0
+        for row in sorted(state.closed & state.outcomes.keys()):
+            own = state.covered.get(row, self.sizes)
+            parts = tuple(Part(name, 0, count) for name, count in own.items())
+            wasted += max(0.0, state.paid[row] - standing.cost(parts))
+        return wasted
 
     def next(self, state: RunState, generator: Generator) -> Action | None:
         """Return what to score next; None when the budget has room for nothing more."""
         standing = self.standing(state)
         if standing.left < min(standing.weights.values()) / max(self.sizes.values()):
             return None
-        return self.allocation.next(standing, generator=child(generator, "allocate"))
+        action = self.allocation.next(standing, generator=child(generator, "allocate"))
+        if action is not None:
+            self._check(action, standing)
+        return action
+
+    def _check(self, action: Action, standing: Standing) -> None:
+        """Refuse what an allocation of somebody else's must not ask for.
+
+        Raises:
+            ConfigError: When it does not go on from what is covered, or costs more than is left.
+        """
+        own = {} if action.row is None else standing.covered.get(action.row, {})
+        what = f"the allocation {type(self.allocation).__name__} asks for "
+        if action.row is not None and (
+            action.row not in standing.covered or action.row in standing.busy
+        ):
+            raise ConfigError(
+                f"{what}more examples of row {action.row}, which gets none now",
+                hint="go on with rows of `standing.rows` that are not in `standing.busy`",
+            )
+        for name, start, stop in action.parts:
+            if not own.get(name, 0) == start < stop <= self.sizes.get(name, 0):
+                raise ConfigError(
+                    f"{what}examples {start} to {stop} of {name!r}, of which "
+                    f"{own.get(name, 0)} of {self.sizes.get(name, 0)} are covered",
+                    hint="begin where `standing.covered` ends, and stop at `standing.sizes`",
+                )
+        if not action.parts or not standing.affords(action.parts):
+            raise ConfigError(
+                f"{what}{standing.cost(action.parts):g} full evaluations, and "
+                f"{standing.left:g} are left",
+                hint="return None where the budget has room for nothing more",
+            )
 
     def first(self, state: RunState, row: int) -> tuple[Part, ...]:
         """Return what a row without an outcome is measured on."""

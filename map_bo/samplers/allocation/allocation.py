@@ -59,6 +59,8 @@ class Standing:
         covered: Row -> evaluator -> how many positions are covered, those in flight included.
         busy: Rows that are in flight, and those that are not to be topped up.
         budget: Full evaluations that the search has.
+        weights: Evaluator -> its share in the cost of a full evaluation.
+        wasted: Full evaluations that were spent on examples without an outcome, since they failed.
     """
 
     seen: Observations
@@ -71,6 +73,7 @@ class Standing:
     busy: frozenset[int] = frozenset()
     budget: float = 0.0
     weights: Mapping[str, float] = field(default_factory=dict)
+    wasted: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.weights:
@@ -79,7 +82,7 @@ class Standing:
     @cached_property
     def spent(self) -> float:
         """Full evaluations that were spent or are in flight."""
-        return sum(
+        return self.wasted + sum(
             self.weights[name] * count / self.sizes[name]
             for covered in self.covered.values()
             for name, count in covered.items()

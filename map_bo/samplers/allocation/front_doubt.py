@@ -25,6 +25,7 @@ come, so what is in flight counts as scored.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
@@ -63,6 +64,9 @@ __all__ = ["FrontDoubt"]
 
 _VAGUE = 1e6  # the variance of a row of which nothing was scored, in variances of one outcome
 _JITTER = 1e-9
+_EXACT = 1e-6  # the noise variance of a measurement without noise, in prior variances
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -115,9 +119,14 @@ class FrontDoubt:
         anchors = len(standing.space.anchors().X)
         if len(standing.covered) < anchors or int(standing.seen.ok.sum()) < 3:
             return begun
-        doubt = self._doubt(standing, generator)
-        if doubt is None:
+        try:
+            doubt = self._doubt(standing, generator)
+            return begun if doubt is None else self._best(standing, doubt, begun)
+        except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+            logger.warning("the worth of examples could not be told, so a row is begun: %s", error)
             return begun
+
+    def _best(self, standing: Standing, doubt: _Doubt, begun: Action | None) -> Action | None:
         best, most = begun, 0.0
         if begun is not None:
             for parts in self._beginnings(standing):
@@ -303,12 +312,15 @@ class _OneMetric:
         noise: Tensor,
     ) -> None:
         R = len(covered)
+        unit = slopes[:R].clamp_min(1e-12)
         self._slopes, self._misfit, self._weights = slopes, misfit, weights
         self._distances, self._joint, self._size, self._R = distances, joint, size, R
         if outcomes is None:  # as a whole: independent rows, which have their measurement or none
             known = noise[noise.isfinite()]
             usual = float(known.median()) if len(known) else 0.0
-            S = (usual * size + 1e-300) * torch.eye(R, dtype=torch.float64)
+            least = _EXACT * max(float(joint.diagonal().max()) + misfit, _EXACT)
+            usual = max(usual * size, least * float(unit.max()) ** 2)
+            S = usual * torch.eye(R, dtype=torch.float64)
             scored = [size if i < len(noise) else 0 for i in range(R)]
         else:
             bounds = None
@@ -324,7 +336,6 @@ class _OneMetric:
             scored = outcomes.isfinite().sum(-1).tolist() + [0] * (R - len(outcomes))
         scored = [min(count, size) for count in scored]
         self._raw = S
-        unit = slopes[:R].clamp_min(1e-12)
         self._S = S / (unit.unsqueeze(-1) * unit)
         self._counts = scored
         vague = torch.diag(1 / (_VAGUE * self._S.diagonal()))

@@ -14,15 +14,17 @@ from torch import Generator, Tensor
 
 from map_bo.data import Observations
 from map_bo.errors import BudgetError, ConfigError, StoreError
-from map_bo.examples.sets import order_of
+from map_bo.examples.sets import Part, order_of
 from map_bo.loop.driving.scoring import Scoring
 from map_bo.loop.run import Run
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import replay
 from map_bo.problems.synthetic import ConcaveQuadratics
+from map_bo.samplers.allocation.allocation import Action
 from map_bo.samplers.allocation.fixed import SuccessiveHalving
 from map_bo.samplers.designs.space_filling import Sobol
 from map_bo.surrogates.quadratic import Quadratic
+from map_bo.tracking.codec import encode_observations
 from map_bo.tracking.jsonl import MemoryStore
 from tests.loop.items import ItemProblem, failed
 
@@ -249,11 +251,6 @@ def test_a_budget_of_few_full_evaluations_is_enough_for_rows_on_few_examples() -
         Settings(**QUICK, budget=2)
 
 
-def test_a_holdout_that_leaves_no_spread_is_refused() -> None:
-    with pytest.raises(ConfigError, match="leaves 1 of the 100 examples of t0"):
-        driven(ItemProblem(2, 100), budget=5, holdout=0.995)
-
-
 class Costs:
     """A reporter that keeps what it hears of costs."""
 
@@ -288,3 +285,145 @@ def test_a_reporter_hears_what_was_spent_before_a_resumed_run_goes_on() -> None:
     assert spent > 0
     run.drive(second)
     assert second.heard[0] == pytest.approx(spent)
+
+
+class FirstPartFails(ItemProblem):
+    """The first part of the fifth row fails, until it is repaired."""
+
+    broken_down = True
+
+    def evaluate(self, X: Tensor, *, generator: Generator) -> Observations:
+        found = super().evaluate(X, generator=generator)
+        if FirstPartFails.broken_down and len(self.calls) == 5:
+            found = dataclasses.replace(failed(found, "boom"), cost=found.cost)
+        return found
+
+
+def interrupted(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drive a run until its front is to be solved."""
+
+    def stop() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "_recommend", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.drive()
+
+
+def test_a_row_whose_first_part_failed_can_be_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it covered at first was still counted, so the repetition could not be recorded."""
+    problem, store = FirstPartFails(2, 100), MemoryStore()
+    settings = Settings(**QUICK, budget=5, items=25, retries=0)
+    interrupted(Run(problem, settings, store), monkeypatch)
+    run = Run(problem, settings, store)
+    assert run.reopen_failures() == 1
+    run.drive()
+    assert run.state.outcomes[4].failures[0] is None
+    assert run.state.covered[4] == {"t0": 25, "t1": 25}
+    assert run.state.spent == pytest.approx(4.0)
+
+
+def test_a_run_that_is_extended_where_it_was_driven_goes_on() -> None:
+    run = driven(ItemProblem(2, 100), budget=5, items=25)
+    run.extend(budget=8)
+    run.drive()
+    assert run.state.spent == pytest.approx(7.0)
+
+
+def test_further_examples_that_failed_count_as_spent() -> None:
+    class OneTask(SuccessiveHalving):
+        def next(self, standing: Any, *, generator: Generator) -> Any:
+            action = super().next(standing, generator=generator)
+            if action is None or action.row is None:
+                return action
+            return action._replace(parts=action.parts[1:])
+
+    items = OneTask(share=0.25, factor=2)
+    run = driven(Failing(2, 100), budget=6, items=items, retries=0)
+    assert run.state.closed
+    assert run.state.spent <= 5 + 1e-9
+    assert run.state.summary is not None
+    verified = len(run.state.verified)
+    assert run.state.summary["full_evaluations"] == pytest.approx(run.state.spent + verified)
+
+
+def test_rows_can_be_asked_for_while_the_budget_has_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are more rows than full evaluations where rows are measured on parts."""
+    problem, store = ItemProblem(2, 100), MemoryStore()
+    interrupted(Run(problem, Settings(**QUICK, budget=5, items=25), store), monkeypatch)
+    run = Run(problem, Settings(**QUICK, budget=8, items=25), store)
+    assert len(run.ask(9)) == 3
+
+
+@pytest.mark.parametrize(
+    ("size", "holdout", "left"), [(100, 0.99, 1), (100, 0.999, 0), (2, 0.1, 1)]
+)
+def test_a_holdout_that_leaves_next_to_nothing_is_refused(
+    size: int, holdout: float, left: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"leaves the search {left} of the {size} examples of"):
+        driven(ItemProblem(2, size), budget=5, holdout=holdout)
+
+
+@pytest.mark.parametrize(
+    ("action", "said"),
+    [
+        (Action(None, (Part("t0", 5, 9),)), "examples 5 to 9 of 't0', of which 0 of 100"),
+        (Action(None, (Part("t0", 0, 900),)), "examples 0 to 900 of 't0'"),
+        (Action(None, (Part("tx", 0, 9),)), "examples 0 to 9 of 'tx', of which 0 of 0"),
+        (Action(7, (Part("t0", 0, 9),)), "more examples of row 7, which gets none now"),
+        (Action(None, ()), "asks for 0 full evaluations"),
+    ],
+)
+def test_what_an_allocation_must_not_ask_for_is_refused(action: Action, said: str) -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Foreign:
+        def first(self, standing: Any) -> tuple[Part, ...]:
+            return action.parts
+
+        def next(self, standing: Any, *, generator: Generator) -> Action:
+            return action
+
+    with pytest.raises(ConfigError, match=f"the allocation Foreign asks for .*{said}|{said}"):
+        driven(ItemProblem(2, 100), budget=5, items=Foreign())
+
+
+@pytest.mark.parametrize("share", [-0.5, 3.0, float("nan"), float("inf")])
+def test_a_record_with_an_impossible_cost_of_examples_is_refused(share: float) -> None:
+    store = MemoryStore()
+    driven(ItemProblem(2, 60), store, budget=5, items=HALVING)
+    events = list(store.read())
+    for kind in ("observed", "scored"):
+        at = next(i for i, event in enumerate(events) if event.kind == kind)
+        lying = {**events[at].data, "share": share}
+        changed = [*events[:at], dataclasses.replace(events[at], data=lying)]
+        with pytest.raises(StoreError, match="is not a number from 0 to 1"):
+            replay(changed, ItemProblem(2, 60).metrics, 2)
+
+
+def test_a_row_that_failed_gets_no_more_examples_in_a_record() -> None:
+    store, problem = MemoryStore(), ItemProblem(2, 60)
+    driven(problem, store, budget=5, items=HALVING)
+    events = list(store.read())
+    at = next(i for i, event in enumerate(events) if event.kind == "scored")
+    row = events[at].data["index"]
+    first = next(
+        i for i, one in enumerate(events) if one.kind == "observed" and one.data["index"] == row
+    )
+    state = replay(events[:first], problem.metrics, 2)
+    broken = Observations.failed(state.X[row : row + 1], problem.metrics, "boom")
+    data = {**events[first].data, "observation": encode_observations(broken)}
+    events[first] = dataclasses.replace(events[first], data=data)
+    with pytest.raises(StoreError, match=f"row {row} gets more examples, and has failed"):
+        replay(events[: at + 1], problem.metrics, 2)
+
+
+def test_a_record_of_more_examples_than_there_are_is_refused() -> None:
+    store = MemoryStore()
+    driven(ItemProblem(2, 60), store, budget=5, items=25)
+    events = list(store.read())[:8]
+    state = replay(events, ItemProblem(2, 60).metrics, 2)
+    state = dataclasses.replace(state, covered={0: {"t0": 25, "t1": 61}})
+    scoring = Scoring(ItemProblem(2, 60), Settings(**QUICK, budget=5, items=25))
+    with pytest.raises(StoreError, match="row 0 was measured on 61 examples of 't1', of which the"):
+        scoring.next(state, torch.Generator())

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from map_bo.data import Metric
 from map_bo.errors import ConfigError
 from map_bo.examples.information import further_information, information
-from map_bo.samplers.allocation.front_doubt import FrontDoubt, _gained, _noise
+from map_bo.samplers.allocation.front_doubt import FrontDoubt, _gained, _noise, _OneMetric
 from tests.examples.test_information import spread
 
 
@@ -43,3 +44,24 @@ def test_the_precision_that_is_gained_gives_the_posterior_of_a_new_fit() -> None
 def test_a_share_of_the_budget_is_a_share(begin: float) -> None:
     with pytest.raises(ConfigError, match="begin must be above 0"):
         FrontDoubt(begin=begin)
+
+
+@pytest.mark.parametrize("noise", [0.0, float("nan")])
+def test_a_metric_measured_as_a_whole_and_without_noise_has_a_worth(noise: float) -> None:
+    """Variances of 1e-300 overflowed when they were inverted."""
+    R, b, p = 4, 3, 5
+    one = _OneMetric(
+        Metric("a"),
+        None,
+        [1] * R,
+        1,
+        torch.rand(R + b, R, generator=torch.Generator().manual_seed(0)).double(),
+        torch.full((R + b,), 0.2, dtype=torch.float64),
+        0.0,
+        spread(R + b + p, 3),
+        torch.ones(p, dtype=torch.float64),
+        torch.full((R,), noise, dtype=torch.float64),
+    )
+    drops = one.drops_at_pool(1)
+    assert bool(drops.isfinite().all())
+    assert bool((drops > 0).all())
