@@ -17,13 +17,13 @@ from map_bo.errors import BudgetError, StoreError, SurrogateError
 from map_bo.evaluators.isolation.world import callers_world, own_maths
 from map_bo.examples.sets import Part
 from map_bo.loop import growth
-from map_bo.loop.driving.scoring import Scoring
+from map_bo.loop.driving.scoring import Scoring, tell_cost
 from map_bo.loop.driving.steps import Steps, closing_workers, open_workers, together
-from map_bo.loop.identity import refuse_another, run_identity
+from map_bo.loop.identity import refuse_another, refuse_other_examples, run_identity
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
-from map_bo.loop.progress import CountsCost, Progress, Reporter, follow, silent
+from map_bo.loop.progress import Progress, Reporter, follow, silent
 from map_bo.loop.recommend import (
     Recommendation,
     corrections,
@@ -197,8 +197,8 @@ class Run:
 
     def _extend(self, settings: Settings, config: Mapping[str, Any] | None = None) -> None:
         with self._turn():
-            data = growth.extension(settings, self.state, config)
-            if data is not None:
+            if (data := growth.extension(settings, self.state, config)) is not None:
+                refuse_other_examples(data, self.store.read(), self.problem)
                 growth.remove_old_report(data, self.store)
                 self._record("extended", data)
             self.settings = settings
@@ -370,7 +370,7 @@ class Run:
             self._scoring = Scoring(self.problem, settings)
         try:
             report.done(len(self.state.outcomes) + len(self.state.verified))
-            self._tell_cost(report)
+            tell_cost(report, self._scoring, self.state)
             while self._searching(report, attempts) or attempts.in_flight("index"):
                 self._begin_evaluations(attempts, report)
                 yield
@@ -484,14 +484,9 @@ class Run:
             report.measured(outcome)
             if ended.kind == "index":
                 told.append((self.state.seen.failures, outcome))
-        self._tell_cost(report)
+        tell_cost(report, self._scoring, self.state)
         for failures, outcome in told:  # once everything that has ended is recorded
             refuse_failures(failures, outcome, self.settings.max_failure_share)
-
-    def _tell_cost(self, report: Reporter) -> None:
-        """Tell a reporter how many full evaluations were spent, where rows may cost less."""
-        if self._scoring is not None and isinstance(report, CountsCost):
-            report.paid(self.state.spent + len(self.state.verified))
 
     def _outcome(self, ended: Ended) -> Observations | None:
         """Return the outcome of a row whose attempt has ended; None where it is tried again."""

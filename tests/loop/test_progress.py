@@ -191,7 +191,7 @@ def test_the_log_estimates_by_what_was_paid_since_it_began(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("map_bo.loop.progress.time.monotonic", lambda: now[0])
     row = torch.tensor([[0.5]])
     with caplog.at_level(logging.INFO):
         report = progress._LogReporter(10, 1.0)

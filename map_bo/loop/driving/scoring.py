@@ -17,6 +17,7 @@ from map_bo.evaluators.examples import mean_of
 from map_bo.evaluators.isolation.world import callers_world
 from map_bo.evaluators.metrics import entries_of
 from map_bo.examples.sets import ExampleOutcomes, ExampleSet, Part, searched
+from map_bo.loop.progress import CountsCost, Reporter
 from map_bo.loop.settings import Settings
 from map_bo.loop.state import RunState
 from map_bo.observed import joined_examples
@@ -25,7 +26,7 @@ from map_bo.rng import child
 from map_bo.samplers.allocation.allocation import Action, Allocation, Standing
 from map_bo.tracking.codec import encode_observations, encode_parts
 
-__all__ = ["Scoring"]
+__all__ = ["Scoring", "tell_cost"]
 
 logger = logging.getLogger(__name__)
 
@@ -222,6 +223,12 @@ class Scoring:
             },
             "full_evaluations": round(standing.spent + checks, 6),
         }
+
+
+def tell_cost(report: Reporter, scoring: Scoring | None, state: RunState) -> None:
+    """Tell a reporter how many full evaluations were spent, where rows may cost less than one."""
+    if scoring is not None and isinstance(report, CountsCost):
+        report.paid(state.spent + len(state.verified))
 
 
 def _lacking(state: RunState) -> frozenset[int]:
