@@ -183,7 +183,7 @@ class Verdict:
             sure = " by the surrogate's posterior" if "posterior" in grounds else ""
             sure = " by values alone" if grounds == {"values"} else sure
             words = _compared(found)
-            if sure or not said[0].endswith(f": {words}"):  # the advice has said it
+            if sure or not said[0].endswith(f" {words}"):  # the advice has said it
                 said.append(f"{merge} is {words}{sure}")
         return said
 
