@@ -115,7 +115,7 @@ class Kept:
             for name in ("X", "Y", "Yvar", "counts", "cost")
         }
         failures = tuple(row["failure"] for row in rows)
-        return Observations(metrics=self.metrics, failures=failures, **columns)
+        return Observations(metrics=self.metrics, failures=failures, **columns)  # type: ignore[arg-type]
 
     def describe(self) -> Mapping[str, Any]:
         """Return what the problem says of itself."""

@@ -87,6 +87,7 @@ def test_a_share_is_a_median_over_seeds_and_over_cases() -> None:
     assert pooled is not None
     assert pooled.share == pytest.approx(3 / 12)
     assert pooled.low <= pooled.share <= pooled.high
+    assert pooled.mean_low <= pooled.mean <= pooled.mean_high
     assert pooled.pairs == 9
     assert reached([*full, *some], "absent", ["a"]) is None
 
@@ -105,7 +106,9 @@ def test_the_tables_say_what_was_reached(monkeypatch: pytest.MonkeyPatch) -> Non
     full = {seed: [(6.0, 0.3), (12.0, 0.1)] for seed in range(5)}
     some = {seed: [(2.0, 0.05), (6.0, 0.05)] for seed in range(5)}
     lines = table([*_rows("full", full), *_rows("fixed-100", some)])
-    [line] = [one for one in lines if one.startswith("| the first 100 | a | 0.17 [0.17, 0.17]")]
+    [line] = [
+        one for one in lines if one.startswith("| the first 100 | a | 0.17 [0.17, 0.17] | 0.17")
+    ]
     assert "| 0 of 5 |" in line
     [line] = [one for one in lines if one.startswith("| a | the first 100 |")]
     assert line.count("0.0500") == 2

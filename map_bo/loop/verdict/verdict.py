@@ -168,6 +168,8 @@ class Verdict:
                     "distinguishable from it: measure it, or keep the blend"
                 )
             return f"{_KEEP}: nothing here is distinguishable from it"
+        if all(one.judged != "worse" for one in found):
+            return f"take {overall.merge}: {_compared(found)}"
         return (
             f"{_KEEP}, unless these tasks matter more than others: {overall.merge} is "
             f"{_compared(found)}"
@@ -182,9 +184,9 @@ class Verdict:
             grounds = {one.ground for one in found}
             sure = " by the surrogate's posterior" if "posterior" in grounds else ""
             sure = " by values alone" if grounds == {"values"} else sure
-            words = _compared(found)
-            if sure or not said[0].endswith(f" {words}"):  # the advice has said it
-                said.append(f"{merge} is {words}{sure}")
+            if not sure and competitor == BLEND and _compared(found) in said[0]:
+                continue
+            said.append(f"{merge} is {_compared(found)}{sure}")
         return said
 
     def __str__(self) -> str:
