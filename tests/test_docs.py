@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -76,6 +77,21 @@ def test_merging(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(merged.names) == set(open_checkpoint(tmp_path / "base").names)
     assert main_status(["merge", "merged", "--out", "again"]) == 0
     assert open_checkpoint(tmp_path / "again").digest() == merged.digest()
+
+
+@pytest.mark.slow
+def test_items(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in examples("items.md"):
+        exec(code, names)
+    summary, confirmed = names["result"].summary, names["confirmed"]
+    assert summary["evaluations"] > 6 >= summary["full_evaluations"] - 1e-9
+    assert summary["examples"]["math"]["held_out"] == 120
+    assert confirmed.held_out
+    assert bool((confirmed.measured.counts == 120).all())
+    rows = (tmp_path / "runs/items/evaluations.csv").read_text().splitlines()
+    assert len(rows) == summary["evaluations"] + 1
 
 
 def main_status(arguments: list[str]) -> int:

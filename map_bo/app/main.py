@@ -168,9 +168,12 @@ def _choose(options: argparse.Namespace) -> None:
     choice = _choice_of(options)
     found = None
     if options.measure:
+        from dataclasses import replace
+
         from map_bo.app.runs.measuring import measure
 
         found = measure(options, choice, _loaded(options))
+        choice = replace(choice, real=found.measured.Y[0])
     own = None
     if options.normalised:
         from map_bo.report.normalised import OwnScores

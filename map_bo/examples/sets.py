@@ -146,6 +146,11 @@ class ExampleOutcomes:
         put(self, "items", items)
         put(self, "values", values)
 
+    def __repr__(self) -> str:
+        """Return how many there are; thousands of outcomes would hide all else that is shown."""
+        named = f" of {', '.join(self.metrics)}" if self.metrics else ""
+        return f"<outcomes of {len(self)} of {self.size} examples{named}>"
+
     def __len__(self) -> int:
         return len(self.items)
 

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from map_bo.errors import AnotherRunError, SettingsError
-from map_bo.loop.growth import with_defaults, with_resampling
+from map_bo.loop.growth import created_in_force, with_defaults, with_resampling
 from map_bo.loop.settings import Settings
 from map_bo.plain import Described, flat, identity_of, modernise, to_plain
 from map_bo.problems.problem import Problem, digests_of_examples
 from map_bo.tracking.codec import encode_metric
+from map_bo.tracking.store import Event
 
-__all__ = ["difference", "problem_identity", "refuse_another", "run_identity"]
+__all__ = [
+    "difference",
+    "problem_identity",
+    "refuse_another",
+    "refuse_other_examples",
+    "run_identity",
+]
 
 
 def difference(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
@@ -57,6 +64,27 @@ def refuse_another(recorded: Mapping[str, Any], identity: Mapping[str, Any]) -> 
             f"the run directory belongs to another run: {found}",
             hint="use another run directory, or the settings with which the run was started",
         )
+
+
+def refuse_other_examples(
+    extension: Mapping[str, Any], events: Iterable[Event], problem: Problem
+) -> None:
+    """Refuse a problem with other examples than those of a record, where a search goes on.
+
+    Nobody has asked for them as long as nothing was left to measure.
+
+    Args:
+        extension: The data of an event ``extended``.
+        events: The record, which may tell its examples.
+        problem: What would be measured next.
+
+    Raises:
+        AnotherRunError: When a digest or a number of examples differs.
+    """
+    recorded = created_in_force(list(events)) or {}
+    if extension["reopens"] and "examples" in recorded:
+        found = digests_of_examples(problem)
+        refuse_another({"examples": recorded["examples"]}, {"examples": found})
 
 
 def run_identity(

@@ -19,7 +19,7 @@ from map_bo.examples.sets import Part
 from map_bo.loop import growth
 from map_bo.loop.driving.scoring import Scoring, tell_cost
 from map_bo.loop.driving.steps import Steps, closing_workers, open_workers, together
-from map_bo.loop.identity import refuse_another, run_identity
+from map_bo.loop.identity import refuse_another, refuse_other_examples, run_identity
 from map_bo.loop.outcomes import check_told
 from map_bo.loop.posterior.expected_gain import check_stopping
 from map_bo.loop.posterior.front_posterior import with_uncertainty
@@ -193,8 +193,8 @@ class Run:
 
     def _extend(self, settings: Settings, config: Mapping[str, Any] | None = None) -> None:
         with self._turn():
-            data = growth.extension(settings, self.state, config)
-            if data is not None:
+            if (data := growth.extension(settings, self.state, config)) is not None:
+                refuse_other_examples(data, self.store.read(), self.problem)
                 growth.remove_old_report(data, self.store)
                 self._record("extended", data)
             self.settings = settings

@@ -95,3 +95,11 @@ def test_a_holdout_takes_its_share_and_leaves_something_to_search() -> None:
     assert [searched(n, 0.3) for n in (1, 2, 10, 797)] == [1, 1, 7, 558]
     assert searched(10, 0.0) == 10
     assert searched(3, 0.99) == 1
+
+
+def test_outcomes_are_shown_in_short() -> None:
+    found = ExampleOutcomes(torch.arange(70), torch.ones(70), 300, (True,), ("acc",))
+    assert repr(found) == "<outcomes of 70 of 300 examples of acc>"
+    assert repr(ExampleOutcomes(torch.arange(2), torch.ones(2), 3, (True,))) == (
+        "<outcomes of 2 of 3 examples>"
+    )

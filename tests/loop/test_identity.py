@@ -142,6 +142,17 @@ def test_a_run_does_not_go_on_with_other_examples() -> None:
     assert not unread.prepared
 
 
+def test_a_finished_run_does_not_grow_with_other_examples() -> None:
+    settings, store = Settings(budget=4, sampler=Sobol(), surrogate=Quadratic()), MemoryStore()
+    Run(of_examples(0.0)[0], settings, store).drive()
+    other = Run(of_examples(0.1)[0], settings, store)  # as nothing is left to measure
+    with pytest.raises(AnotherRunError, match=r"examples\.signs was"):
+        other.extend(budget=5)
+    same = Run(of_examples(0.0)[0], settings, store)
+    same.extend(budget=5)
+    assert same.settings.budget == 5
+
+
 def test_a_recorded_run_is_not_resumed_on_other_examples(tmp_path: Path) -> None:
     settings = Settings(budget=8, verify=1, sampler=Sobol(), surrogate=Quadratic())
     first = Run(of_examples(0.0)[0], settings, JsonlStore.create(tmp_path))

@@ -366,7 +366,13 @@ def _evaluations_table(view: RunView) -> str:
             f'<tr><th scope="row">{i + 1}</th><td class="name">{escape(what)}</td>{cells}'
             f"<td>{spent}</td></tr>"
         )
-    return _table("Every evaluation in order, as in evaluations.csv.", head, rows)
+    caption = "Every evaluation in order, as in evaluations.csv."
+    if seen.covariance is not None:
+        caption += (
+            " What was scored on some of the examples is estimated for all of them; n:METRIC in "
+            "that file says on how many."
+        )
+    return _table(caption, head, rows)
 
 
 def _calibration(view: RunView) -> str:

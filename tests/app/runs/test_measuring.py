@@ -43,6 +43,7 @@ def test_a_choice_is_measured_confirmed_and_checked(
     main(["choose", run, "--measure", "--json"])
     said = json.loads(capsys.readouterr().out)
     assert said["measured"]["where"] == "the examples of the search"
+    assert None not in said["real"].values()
     assert set(said["measured"]["optimism"]) == {"rot90", "invert"}
     main(["check", run])
     assert "whole" in capsys.readouterr().out

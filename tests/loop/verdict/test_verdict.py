@@ -259,3 +259,13 @@ def test_a_verdict_survives_the_record() -> None:
     assert Verdict.read(odd.describe()) == odd
     with pytest.raises(StoreError, match="a recorded verdict cannot be read"):
         Verdict.read({"comparisons": [{}], "candidates": 1, "where": "", "kept": False})
+
+
+def test_what_the_advice_has_said_is_not_said_again() -> None:
+    up = Comparison("the merge", BLEND, OVERALL, 0.1, 0.05, 0.15, 0.001, "examples", "t", 99)
+    base = replace(up, competitor="base")
+    said = Verdict((up, base)).lines()
+    assert len(said) == 2
+    assert str(Verdict((up, base))) == "\n".join(said)
+    by_model = Verdict((replace(up, ground="posterior"),)).lines()
+    assert by_model[1].endswith("by the surrogate's posterior")

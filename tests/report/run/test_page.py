@@ -177,6 +177,14 @@ def test_outliers_are_marked_among_the_evaluations(tmp_path: Path) -> None:
     assert f"{float(view.seen.Y[3, 1]):.3f} (outlier)" in marked.text
 
 
+def test_it_is_said_where_evaluations_are_estimates(tmp_path: Path) -> None:
+    view = make_view(2, points=1, verify=0)
+    assert "is estimated for all of them" not in page_of(view, tmp_path)[0].text
+    noise = view.seen.Yvar.nan_to_num(0.01).T.diag_embed()
+    seen = replace(view.seen, covariance=noise)
+    assert "is estimated for all of them" in page_of(replace(view, seen=seen), tmp_path)[0].text
+
+
 def test_without_plots_there_are_no_figures(tmp_path: Path) -> None:
     write_html(make_view(2), tmp_path / "report.html", [])
     assert "<figure" not in (tmp_path / "report.html").read_text()
