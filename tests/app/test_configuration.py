@@ -96,6 +96,7 @@ def test_every_problem_builds(name: str, zoo_cache: Path) -> None:
     assert problem.space.d >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GROUPS["operator"])
 def test_digits_build_with_every_operator(name: str, zoo_cache: Path) -> None:
     problem = build_problem(composed(f"operator={name}", "problem.experts=2", "+problem.epochs=1"))

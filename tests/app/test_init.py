@@ -16,7 +16,7 @@ from map_bo.errors import ConfigError
 def options(*arguments: str) -> argparse.Namespace:
     names = [
         *("init", "resume", "ask", "tell", "choose", "merge", "report", "export", "import"),
-        *("check", "repair", "outcomes", "cache"),
+        *("check", "repair", "outcomes", "cache", "confirm"),
     ]
     return parser(dict.fromkeys(names, lambda options: None)).parse_args(["init", *arguments])
 

@@ -206,6 +206,7 @@ def test_the_seed_of_a_job_is_its_own_override() -> None:
     assert plain["seed"] == 7
 
 
+@pytest.mark.slow
 def test_a_job_that_was_extended_by_hand_goes_on_as_it_is(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ def native(points: list[tuple[float, float]]) -> Any:
     return client._experiment
 
 
+@pytest.mark.slow
 def test_what_ax_adds_comes_back_to_the_run_once(tmp_path: Path) -> None:
     run = unfinished(tmp_path / "run")
     file = exported(tmp_path / "run", tmp_path / "ax.db")

@@ -154,6 +154,7 @@ def test_a_run_does_not_depend_on_the_callers_world(kind: str, world: str) -> No
     assert_same(result, choice, expected)
 
 
+@pytest.mark.slow
 def test_a_problem_finds_the_callers_world() -> None:
     problem = Bowl()
     with torch.inference_mode(), dtype(torch.float64):

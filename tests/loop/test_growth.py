@@ -102,6 +102,7 @@ def grown_twice() -> tuple[tuple[Event, ...], list[Any]]:
     return tuple(store.read()), numbers(result)
 
 
+@pytest.mark.slow
 @settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_a_run_that_grew_and_was_killed_at_any_event_ends_as_one_never_killed(

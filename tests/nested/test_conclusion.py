@@ -27,6 +27,7 @@ def test_merges_for_given_preferences_are_the_front(tmp_path: Path) -> None:
     assert len(load_nested(folder).choices) == 2
 
 
+@pytest.mark.slow
 def test_all_runs_of_the_root_are_in_the_record() -> None:
     result = nested(budget=32, **VARIANTS["preferences"])
     assert len(result.seen) == result.nodes[-1].evaluations

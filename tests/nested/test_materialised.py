@@ -133,6 +133,7 @@ def test_measured_values_are_those_of_the_models_merged_by_hand(name: str) -> No
         assert values == pytest.approx(y.tolist(), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOWS)
 def test_no_more_is_measured_than_there_is_and_every_node_its_own_tasks(name: str) -> None:
     result, _, measured = finished(name)

@@ -40,6 +40,7 @@ def through(settings: Settings, **how: object) -> dict[str, tuple[set[str], str]
     return {node: (proposals.get(node, set()), front) for node, front in fronts.items()}
 
 
+@pytest.mark.slow
 def test_every_node_looks_through_the_surrogate_of_the_run_and_what_was_measured_below() -> None:
     found = through(quick(sampler=SMALL), refine=2)
     assert set(found) == {"0", "1", "root", "refine"}
@@ -55,6 +56,7 @@ def test_a_surrogate_of_the_samplers_own_is_informed_too() -> None:
     assert set.union(*(proposals for proposals, _ in found.values())) == {own}
 
 
+@pytest.mark.slow
 def test_the_smallest_surrogate_carries_a_nested_run() -> None:
     result = optimize_nested(
         Hills(),

@@ -25,6 +25,7 @@ def test_one_stage_is_the_flat_run() -> None:
     assert torch.allclose(one.choose(given).x, flat.choose(given).x)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_returned_without_measuring(tmp_path: Path) -> None:
     first, again = Hills(), Hills()
     how, folder = Nested(stages=2), tmp_path / "run"

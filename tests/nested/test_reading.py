@@ -16,6 +16,7 @@ from tests.nested.hills import Hills, options, outcome, quick
 from tests.unsealed import unseal
 
 
+@pytest.mark.slow
 def test_the_record_is_that_of_a_run_and_reads_back(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     result = optimize_nested(

@@ -48,6 +48,7 @@ def test_every_variant_measures_no_more_than_its_budget_and_nothing_twice(name: 
     assert int(at.sum()) >= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_front_predicts_what_its_coefficients_do(name: str) -> None:
     problem, result = finished(name)
@@ -125,6 +126,7 @@ def test_every_variant_survives_being_killed_at_many_places(name: str) -> None:
     survives(name, deaths=25)
 
 
+@pytest.mark.slow
 def test_refinement_never_forgets_what_the_tree_found() -> None:
     problem = Hills()
     tree = nested(problem, budget=28, stages=2)

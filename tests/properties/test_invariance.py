@@ -67,6 +67,7 @@ def test_an_unbounded_metric_written_differently_is_the_same_run(
     check_same(truth, surrogate)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "surrogate"), [("accuracy", "hybrid"), ("counts", "quadratic")])
 def test_an_error_rate_is_the_run_of_its_accuracy(kind: str, surrogate: str) -> None:
     check_same(Truth(kind, mirrored=True), surrogate)
@@ -111,6 +112,7 @@ def test_the_order_of_metrics_and_experts_changes_no_fit(kind: str, surrogate: s
     assert row_2 == row
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", QUICK)
 @pytest.mark.parametrize(
     "orders", [{"metric_order": (1, 0)}, {"expert_order": (2, 0, 1)}], ids=["metrics", "experts"]

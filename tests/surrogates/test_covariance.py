@@ -469,6 +469,7 @@ def test_metrics_with_gradients_take_the_diagonal(surrogate: Surrogate) -> None:
     torch.testing.assert_close(mixed[0][:, 1:], without[0][:, 1:], rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrogate", [Quadratic(), GP()], ids=repr)
 def test_acquisitions_of_botorch_run(surrogate: Surrogate) -> None:
     seen = noisy()

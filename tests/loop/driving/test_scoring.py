@@ -111,6 +111,7 @@ def test_held_out_examples_are_never_scored() -> None:
     assert seen == set(order[:70].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("items", [25, HALVING])
 def test_a_run_goes_on_from_any_event_as_if_it_had_not_stopped(items: Any) -> None:
     whole = MemoryStore()

@@ -76,6 +76,7 @@ def test_a_study_gains_an_expert_and_a_task(old: Path, tmp_path: Path, kind: str
     assert "not measured in the study that was imported: z at 8 points" in notes
 
 
+@pytest.mark.slow
 def test_the_grown_run_resumes_exactly_wherever_it_was_cut(old: Path, tmp_path: Path) -> None:
     whole = grow(Growing(("a", "b", "c"), ALL), old, run_dir=tmp_path / "whole")
     lines = (tmp_path / "whole" / "events.jsonl").read_bytes().splitlines(keepends=True)

@@ -163,6 +163,7 @@ def test_what_cannot_be_measured_is_refused(held_out: Result) -> None:
         held_out.confirm(on=Broken(2, 40))
 
 
+@pytest.mark.slow
 def test_what_an_anchor_was_not_scored_on_is_not_told_as_measured() -> None:
     result = searched(items=50)
     choice = result.choose(keep_blend=False)

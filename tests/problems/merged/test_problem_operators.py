@@ -101,6 +101,7 @@ def test_searched_settings_are_coefficients_of_the_run() -> None:
     assert 0.05 <= float(choice.coefficients["density"]) <= 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("operator", [SEARCHED, Della(drop_rate=0.3)], ids=label)
 def test_a_killed_run_goes_on_to_the_same_end(operator: SearchableOperator) -> None:
     def outcome(result: Result) -> list[Any]:

@@ -55,6 +55,7 @@ def test_the_design_comes_first() -> None:
     assert torch.equal(X, whole[6:8])
 
 
+@pytest.mark.slow
 def test_it_finds_an_optimum() -> None:
     best = run(CMAES(), bowl, 120).Y.min()
     drawn = run(Uniform(), bowl, 120).Y.min()

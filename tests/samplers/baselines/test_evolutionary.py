@@ -96,6 +96,7 @@ def test_any_number_of_metrics(kind: Any, m: int) -> None:
     assert not is_repeat(X, seen.X, space).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_evolution_beats_chance(kind: Any) -> None:
     # Two metrics in six coefficients: the front is a line in the box, which chance rarely meets.
