@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 
@@ -310,6 +311,7 @@ class BaseSimilarity:
 
     def __init__(self, label: str, sums: Sequence[float] = (0, 0.0, 0.0, 0.0, 0.0)) -> None:
         self.label = label
+        self._adding = threading.Lock()
         self._size, self._pre, self._tuned, self._both, self._gap = sums
 
     @property
@@ -321,11 +323,12 @@ class BaseSimilarity:
         """Take in a piece of the base and of the expert's task vector (``n`` each)."""
         pre, delta = pre.flatten(), delta.flatten()
         inner, square, gap = float(pre @ delta), float(pre @ pre), float(delta @ delta)
-        self._size += pre.numel()
-        self._pre += square
-        self._both += square + inner
-        self._tuned += square + 2 * inner + gap
-        self._gap += gap
+        with self._adding:  # tensors are compared in several threads
+            self._size += pre.numel()
+            self._pre += square
+            self._both += square + inner
+            self._tuned += square + 2 * inner + gap
+            self._gap += gap
 
     def judge(self) -> None:
         """Refuse an expert that does not look fine-tuned from the base, and warn of a doubtful one.
@@ -419,7 +422,8 @@ class ExpertReader:
         """
         wide = torch.float64 if torch.float64 in (pre.dtype, tuned.dtype) else torch.float32
         delta = tuned.to(wide) - pre.to(wide)
-        self.moved = self.moved or bool(delta.any())
+        if bool(delta.any()):  # set and never unset: tensors are compared in several threads
+            self.moved = True
         return delta
 
     def judge(self, check_base: bool) -> None:

@@ -292,7 +292,8 @@ def _adapt(
             changes[i] = change
         if value is not None and bool(value.any()):
             values[i] = _narrow(value, dtype, slot.name, f"expert {readers[i].label!r}")
-        readers[i].moved |= i in changes or i in values
+        if i in changes or i in values:  # never unset: tensors are read in several threads
+            readers[i].moved = True
     if not changes and not values:
         return None
     return AdaptedTensor.of(changes, values, slot.shape, dtype=dtype, device=device)

@@ -15,6 +15,7 @@ from map_bo.errors import MergeError
 from map_bo.merging.adapters.adapter import open_expert
 from map_bo.merging.align.experts import (
     BaseSimilarity,
+    ExpertReader,
     align_names,
     require_alike,
     require_distinct,
@@ -197,3 +198,25 @@ def test_a_mask_of_the_base_comes_from_it_and_others_are_infinite_weights(tmp_pa
             map_bo.merge_checkpoints(
                 base, {"e": tuned | wrong}, {"e": 1.0}, tmp_path / "m", progress=False
             )
+
+
+def test_an_expert_that_moved_is_not_taken_for_the_base_by_another_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Tensors are compared in several threads: here one moves while another sees nothing move."""
+    reader = ExpertReader.__new__(ExpertReader)
+    reader.label, reader.moved = "e", False
+    zero, one = torch.zeros(3), torch.ones(3)
+    plain = torch.Tensor.any
+
+    def meanwhile(tensor: Tensor, *args: object) -> Tensor:
+        found = plain(tensor)
+        if not bool(found):
+            reader.moved = True  # what the other thread notes between test and assignment
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "any", meanwhile)
+    reader.compare(zero, zero)
+    assert reader.moved
+    reader.compare(zero, one)
+    assert reader.moved
